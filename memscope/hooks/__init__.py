@@ -1,0 +1,1 @@
+"""Who owns each byte, and when: what is watched while a training step runs."""

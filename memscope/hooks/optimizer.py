@@ -1,0 +1,79 @@
+"""Gradients and optimizer state: named as they appear, whatever the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils import _pytree as pytree
+
+from memscope.hooks.modules import ModuleStack
+from memscope.hooks.storages import StorageTracker
+
+__all__ = ["GradientNamer", "OptimizerNamer"]
+
+
+class GradientNamer:
+    """Names the storage of every parameter's `.grad` as soon as it is accumulated."""
+
+    def __init__(self, model: nn.Module, tracker: StorageTracker, modules: ModuleStack) -> None:
+        self._model, self._tracker, self._modules = model, tracker, modules
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> GradientNamer:
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(self._name)
+            for parameter in self._model.parameters()
+            if parameter.requires_grad
+        ]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _name(self, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            self._tracker.own(parameter.grad, "gradient", module=self._modules.of_parameter(parameter))
+
+
+class OptimizerNamer:
+    """Calls back around every optimizer step in the process, and names the state it leaves."""
+
+    def __init__(
+        self, tracker: StorageTracker, modules: ModuleStack, *, before: Callable[[], None], after: Callable[[], None], on_gpu: bool
+    ) -> None:
+        """`on_gpu`: the optimizer runs as it would on a GPU, where `step` counters may stay on the host."""
+        self._tracker, self._modules, self._before, self._after, self._on_gpu = tracker, modules, before, after, on_gpu
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> OptimizerNamer:
+        self._hooks = [
+            register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: self._before()),
+            register_optimizer_step_post_hook(self._stepped),
+        ]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _stepped(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self.name_state(optimizer)
+        self._after()
+
+    def name_state(self, optimizer: torch.optim.Optimizer) -> None:
+        """Name every tensor in the optimizer's state; a step counter on the host does not count."""
+        for group in optimizer.param_groups:
+            counters_on_host = self._on_gpu and not (group.get("capturable") or group.get("fused"))
+            for parameter in group["params"]:
+                module = self._modules.of_parameter(parameter)
+                for key, value in optimizer.state.get(parameter, {}).items():
+                    for leaf in pytree.tree_leaves(value):
+                        if isinstance(leaf, Tensor) and not (counters_on_host and key == "step"):
+                            self._tracker.own(leaf, "optimizer_state", module=module)

@@ -1,0 +1,177 @@
+"""Watch a training loop and come out with its Trace: the one recorder behind simulation, measurement and users' own loops."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from memscope.errors import MemscopeError
+from memscope.hooks.modules import ModuleStack
+from memscope.hooks.optimizer import GradientNamer, OptimizerNamer
+from memscope.hooks.storages import StorageTracker
+from memscope.trace import Phase, Trace
+
+__all__ = ["Recorder"]
+
+
+class Recorder:
+    """Records every allocation made while it is entered, with category, module, phase and operator.
+
+    Phases, steps and micro-batches are recognised by themselves: a forward pass by the model's own call, a backward pass by the
+    autograd engine, the optimizer by its `step`. A step ends after `optimizer.step()`, when the next forward pass begins.
+
+        with Recorder(model, optimizer) as recorder:
+            for batch in loader:
+                model(batch).mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        trace = recorder.trace()
+
+    Also a `StepObserver`: `run_step` tells it the phases that cannot be recognised. Hooks are removed on leaving, also after an
+    exception; the model comes back as it was, but for the training it went through.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        meta: Mapping[str, Any] | None = None,
+        round_size: Callable[[int], int] | None = None,
+        on_gpu: bool = False,
+    ) -> None:
+        """
+        Args:
+            model: the model whose modules and parameters give the names.
+            optimizer: its existing state is taken in; optimizers made later are seen by themselves.
+            meta: what to keep in the trace beside versions and parameter counts; JSON values.
+            round_size: bytes the device takes for a request; None: exactly what is asked for.
+            on_gpu: whether the tensors are on a GPU or stand for such, so that step counters may be on the host.
+        """
+        self._model, self._optimizer = model, optimizer
+        self._meta, self._round = dict(meta or {}), round_size
+        self._modules = ModuleStack(model, on_enter_model=self._model_begins, on_leave_model=self._model_ends)
+        self._tracker = StorageTracker(self._modules, host_scalars=on_gpu)
+        self._gradients = GradientNamer(model, self._tracker, self._modules)
+        self._optimizers = OptimizerNamer(
+            self._tracker, self._modules, before=self._optimizer_begins, after=self._optimizer_ends, on_gpu=on_gpu
+        )
+        self._scopes = contextlib.ExitStack()
+        self._step_done, self._backward_seen, self._told = True, False, False
+        self._seconds: list[float] = []
+        self._began = 0.0
+
+    def __enter__(self) -> Recorder:
+        self._take_in()
+        with contextlib.ExitStack() as scopes:
+            for part in (self._modules, self._gradients, self._optimizers, self._tracker):
+                scopes.enter_context(part)
+            self._scopes = scopes.pop_all()
+        self._tracker.move_to("outside", -1, 0)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._end_step()
+        self._scopes.__exit__(*exception)
+        self._tracker.settle()
+
+    def _take_in(self) -> None:
+        """The memory that is there before anything runs: weights, buffers, and gradients and state of an earlier step."""
+        for name, parameter in self._model.named_parameters():
+            self._tracker.own(parameter, "parameter", module=self._modules.of_parameter(parameter))
+            if parameter.grad is not None:
+                self._tracker.own(parameter.grad, "gradient", module=self._modules.of_parameter(parameter))
+        for name, buffer in self._model.named_buffers():
+            self._tracker.own(buffer, "buffer", module=self._modules.code(name.rpartition(".")[0] or "(model)"))
+        if self._optimizer is not None:
+            self._optimizers.name_state(self._optimizer)
+
+    # What run_step says.
+
+    def phase(self, name: str, micro_batch: int) -> None:
+        """Begin a phase of `run_step`."""
+        self._told = True
+        if name == "forward" and micro_batch == 0:
+            self._begin_step()
+        phase: Phase = name  # type: ignore[assignment]
+        self._tracker.move_to(phase, self._tracker.step, micro_batch)
+
+    def inputs(self, data: Any) -> None:
+        """Name the tensors of a micro-batch."""
+        for leaf in pytree.tree_leaves(data):
+            if isinstance(leaf, Tensor):
+                self._tracker.own(leaf, "input")
+
+    # What is recognised.
+
+    def _model_begins(self) -> None:
+        tracker = self._tracker
+        if not self._told:
+            if self._step_done:
+                self._begin_step()
+            elif tracker.base_phase == "loss" and tracker.saw_backward:
+                tracker.micro_batch += 1
+        tracker.move_to("forward", tracker.step, tracker.micro_batch)
+
+    def _model_ends(self) -> None:
+        self._tracker.move_to("loss", self._tracker.step, self._tracker.micro_batch)
+
+    def _optimizer_begins(self) -> None:
+        self._tracker.move_to("optimizer", self._tracker.step, self._tracker.micro_batch)
+
+    def _optimizer_ends(self) -> None:
+        self._step_done = True
+        if not self._told:
+            self._tracker.move_to("outside", self._tracker.step, self._tracker.micro_batch)
+
+    def _begin_step(self) -> None:
+        self._end_step()
+        self._step_done = False
+        self._tracker.step, self._tracker.micro_batch = self._tracker.step + 1, 0
+        self._began = time.perf_counter()
+
+    def _end_step(self) -> None:
+        if self._tracker.step >= 0 and len(self._seconds) <= self._tracker.step:
+            self._seconds.append(time.perf_counter() - self._began)
+
+    def trace(self) -> Trace:
+        """The trace of everything recorded; called after leaving the recorder.
+
+        Raises:
+            MemscopeError: when nothing was recorded.
+        """
+        seen = self._tracker.seen
+        if not seen.births:
+            raise MemscopeError("nothing was recorded: no tensor was made between entering and leaving the recorder")
+        columns = np.array(seen.births, dtype=np.int64).T
+        requested, module, op, phase, step, micro_batch, born = (np.ascontiguousarray(column) for column in columns)
+        marks = np.array(seen.marks, dtype=np.int64).T
+        size = np.array([self._round(int(s)) for s in requested]) if self._round else requested
+        return Trace(
+            size=size, requested=requested, category=np.array(seen.category, dtype=np.int64), module=module, op=op, phase=phase,
+            step=step, micro_batch=micro_batch, born=born, freed=np.array(seen.freed, dtype=np.int64),
+            mark_event=marks[0], mark_phase=marks[1], mark_step=marks[2], mark_micro_batch=marks[3],
+            modules=tuple(self._modules.names), ops=tuple(self._tracker.ops), meta=self._finished_meta(),
+        )  # fmt: skip
+
+    def _finished_meta(self) -> dict[str, Any]:
+        parameters = list(self._model.parameters())
+        steps = range(self._tracker.step + 1)
+        return {
+            "versions": {"torch": torch.__version__, "python": platform.python_version()},
+            "parameters": {
+                "total": sum(p.numel() for p in parameters),
+                "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+            },
+            "flops": [self._tracker.seen.flops.get(step, 0) for step in steps],
+            "seconds": self._seconds,
+            **self._meta,
+        }

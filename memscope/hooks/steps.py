@@ -1,0 +1,74 @@
+"""Run a workload's steps under a recorder: what simulation and measurement have in common."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from memscope.errors import MemscopeError, TargetError, UsageError
+from memscope.hooks.recorder import Recorder
+from memscope.workload import MicroBatch, Training, Workload, micro_batches, run_step
+
+__all__ = ["Progress", "prepare_steps", "record_steps", "target_error"]
+
+Progress = Callable[[int, int], None]
+"""`progress(steps done, steps in all)`."""
+
+_OWN_FOLDER = str(Path(__file__).parents[1])
+_TORCH_FOLDER = str(Path(torch.__file__).parent)
+
+
+def prepare_steps(workload: Workload, steps: int) -> list[list[MicroBatch]]:
+    """The micro-batches of each step, on the host.
+
+    Raises:
+        UsageError: when there is no data, no step, or a batch cannot be split as the plan says.
+    """
+    if steps < 1:
+        raise UsageError(f"{steps} steps were asked for: at least one is needed, and two to see a step with optimizer state")
+    if not len(workload.batches):
+        raise UsageError(f'"{workload.name}" has no batch to train on')
+    return [micro_batches(workload, workload.batches[step % len(workload.batches)]) for step in range(steps)]
+
+
+def record_steps(
+    workload: Workload, pieces: list[list[MicroBatch]], training: Training, recorder: Recorder, progress: Progress | None
+) -> None:
+    """Run one step for each item of `pieces` under a recorder.
+
+    Raises:
+        TargetError: when the target's own code fails; its error is the cause.
+    """
+    try:
+        with recorder:
+            for done, step in enumerate(pieces, start=1):
+                run_step(training, step, recorder)
+                if progress:
+                    progress(done, len(pieces))
+    except MemscopeError:
+        raise
+    except Exception as error:
+        raise target_error(workload.name, error) from error
+
+
+def target_error(name: str, error: Exception) -> TargetError:
+    """The target's own error as a message that names the line of the target's code it came from."""
+    return TargetError(f'"{name}" failed: {type(error).__name__}: {_first_line(error)}{where(error)}')
+
+
+def where(error: BaseException) -> str:
+    """` (file:line, in function: code)` of the innermost line that is neither PyTorch's nor memscope's own; empty if there is none."""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith((_OWN_FOLDER, _TORCH_FOLDER, "<"))
+    ]
+    return f" (at {frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name}: {frames[-1].line})" if frames else ""
+
+
+def _first_line(error: Any) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0]

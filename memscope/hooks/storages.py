@@ -1,0 +1,305 @@
+"""Every storage born and freed, seen from underneath autograd.
+
+A dispatch mode sees each operator after autograd and autocast have done their part: what comes out is what the device really
+holds. What is followed is the *storage*: views and in-place results share one, a resize replaces one. Only weak references are
+kept, so nothing lives longer for being watched.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from memscope.hooks.modules import ModuleStack
+from memscope.trace import CATEGORIES, PHASES, Category, Phase
+
+__all__ = ["Allocations", "StorageTracker"]
+
+_current_task: Callable[[], int] = torch._C._current_graph_task_id
+_has_kernel: Callable[[str, str], bool] = torch._C._dispatch_has_kernel_for_dispatch_key
+_current_node: Callable[[], Any] = torch._C._current_autograd_node
+_PLAIN = {Tensor, nn.Parameter, FakeTensor}
+_UNKNOWN = -1
+_PARAMETER, _WEIGHT_COPY, _ACTIVATION, _TEMPORARY, _OTHER = (
+    CATEGORIES.index(c) for c in ("parameter", "weight_copy", "activation", "temporary", "other")
+)
+_BACKWARD, _RECOMPUTE, _FORWARD, _LOSS, _OUTSIDE = (
+    PHASES.index(p) for p in ("backward", "recompute", "forward", "loss", "outside")
+)
+
+
+class _StorageRef(weakref.ref[torch.UntypedStorage]):
+    """A weak reference that still knows which storage it was of when that is gone."""
+
+    __slots__ = ("key",)
+    key: int
+
+
+class _Birth(NamedTuple):
+    size_bytes: int
+    module: int
+    op: int
+    phase: int
+    step: int
+    micro_batch: int
+    born: int
+
+
+class _Op(NamedTuple):
+    """What the tracker needs to know of an operator."""
+
+    code: int
+    flops: Callable[..., int] | None
+    is_copy: bool
+    is_composite: bool
+    makes_host_scalar: bool
+
+
+@dataclass
+class Allocations:
+    """What was seen, in order of birth; `category` and `freed` are filled in later than the rest."""
+
+    births: list[_Birth] = field(default_factory=list)
+    category: list[int] = field(default_factory=list)
+    freed: list[int] = field(default_factory=list)
+    marks: list[tuple[int, int, int, int]] = field(default_factory=list)
+    """`(event, phase, step, micro_batch)` whenever one of the last three changes."""
+    flops: dict[int, int] = field(default_factory=dict)
+    """Floating-point operations of matrix products, convolutions and attention, by step (`torch.utils.flop_counter`)."""
+
+
+class StorageTracker(TorchDispatchMode):
+    """Follows every storage that operators create while it is entered.
+
+    Attributes:
+        seen: the allocations so far.
+        ops: table of the operator names seen.
+        step, micro_batch: where the run is; set by whoever drives it, through `move_to`.
+    """
+
+    def __init__(self, modules: ModuleStack, *, host_scalars: bool) -> None:
+        """`host_scalars`: a 0-dimensional `torch.tensor(x)` stays on the host, as it does when the device is a GPU."""
+        super().__init__()
+        self.seen = Allocations()
+        self.ops: list[str] = [""]
+        self._modules, self._host_scalars = modules, host_scalars
+        self._known_ops: dict[OpOverload, _Op] = {}
+        self._live: dict[int, tuple[int, _StorageRef]] = {}
+        self._hidden: dict[int, _StorageRef] = {}
+        self._clock = 0
+        self._base_phase = PHASES.index("setup")
+        self.step, self.micro_batch = -1, 0
+        self._pending: list[int] = []
+        self._module = self._phase = 0
+        self._resize = torch.UntypedStorage.resize_
+        self._mark(self._base_phase)
+
+    # Where the run is.
+
+    def move_to(self, phase: Phase, step: int, micro_batch: int) -> None:
+        """Begin a phase; it lasts until the next call, but for what the autograd engine does of its own."""
+        self.step, self.micro_batch, self._base_phase = step, micro_batch, PHASES.index(phase)
+        self._mark(self._base_phase)
+
+    @property
+    def base_phase(self) -> Phase:
+        """The phase last moved to."""
+        return PHASES[self._base_phase]
+
+    def _mark(self, phase: int) -> None:
+        mark = (self._clock, phase, self.step, self.micro_batch)
+        marks = self.seen.marks
+        if marks and marks[-1][0] == self._clock:
+            marks[-1] = mark
+        elif not marks or marks[-1][1:] != mark[1:]:
+            marks.append(mark)
+        self._phase = phase
+
+    def _locate(self) -> None:
+        """Find module and phase of what runs now, and notice where a forward pass or a recomputation has ended."""
+        if _current_task() < 0:
+            phase, self._module = self._base_phase, self._modules.current
+        elif torch.is_grad_enabled():  # the engine runs with gradients off: this is a checkpointed region, run again
+            phase = _RECOMPUTE
+            self._module = self._modules.of_node(_current_node()) if self._modules.is_idle else self._modules.current
+        else:
+            phase = _BACKWARD
+            self._module = self._modules.of_node(_current_node())
+            if self._pending:
+                self._keep_activations()
+        if phase != self._phase:
+            self._mark(phase)
+
+    def _keep_activations(self) -> None:
+        """The backward pass goes on: what forward or recomputation made and is still alive, it kept for this."""
+        category, freed = self.seen.category, self.seen.freed
+        for index in self._pending:
+            if freed[index] < 0 and category[index] == _UNKNOWN:
+                category[index] = _ACTIVATION
+        self._pending.clear()
+
+    # What operators make.
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for kind in types:
+            if kind not in _PLAIN:  # a wrapper subclass first turns into operators on plain tensors
+                return NotImplemented
+        op = self._known_ops.get(func) or self._learn(func)
+        if op.is_composite:
+            with self:
+                return func.decompose(*args, **(kwargs or {}))
+        self._locate()
+        out = func(*args, **kwargs) if kwargs else func(*args)
+        if op.flops is not None:
+            self.seen.flops[self.step] = self.seen.flops.get(self.step, 0) + op.flops(*args, **(kwargs or {}), out_val=out)
+        if isinstance(out, Tensor):
+            if op.makes_host_scalar and out.ndim == 0:
+                self.hide(out)
+            else:
+                self._see(out, op.code, self._copied(args[0]) if op.is_copy else _UNKNOWN)
+        elif isinstance(out, (list, tuple)):
+            for item in out:
+                if isinstance(item, Tensor):
+                    self._see(item, op.code, _UNKNOWN)
+        return out
+
+    def _learn(self, func: OpOverload) -> _Op:
+        name = str(func)
+        self.ops.append(name)
+        op = self._known_ops[func] = _Op(
+            code=len(self.ops) - 1,
+            flops=flop_registry.get(func._overloadpacket),
+            is_copy=name == "aten._to_copy.default",
+            is_composite=func.namespace != "prim" and _has_kernel(func.name(), "CompositeImplicitAutograd"),
+            makes_host_scalar=self._host_scalars and name == "aten.lift_fresh.default",
+        )
+        return op
+
+    def _copied(self, source: Tensor) -> int:
+        live = self._live.get(source.untyped_storage()._cdata)
+        return _WEIGHT_COPY if live and self.seen.category[live[0]] == _PARAMETER else _UNKNOWN
+
+    def _see(self, tensor: Tensor, op: int, category: int) -> None:
+        if tensor.layout is not torch.strided:
+            for part in _parts(tensor):
+                self._see(part, op, category)
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        live = self._live.get(key)
+        if live is None:
+            if key not in self._hidden:
+                self._bear(storage, key, op, category)
+        elif self.seen.births[live[0]].size_bytes != storage.nbytes():
+            self._replace(storage, key, op)
+
+    def _bear(self, storage: torch.UntypedStorage, key: int, op: int, category: int) -> None:
+        size = storage.nbytes()
+        if size == 0:
+            return
+        ref = _StorageRef(storage, self._die)
+        ref.key = key
+        self._live[key] = (self._enter(size, op, category), ref)
+
+    def _enter(self, size_bytes: int, op: int, category: int) -> int:
+        seen, index = self.seen, len(self.seen.births)
+        seen.births.append(_Birth(size_bytes, self._module, op, self._phase, self.step, self.micro_batch, self._clock))
+        seen.category.append(category)
+        seen.freed.append(-1)
+        self._clock += 1
+        if category == _UNKNOWN and self._phase != _BACKWARD:
+            self._pending.append(index)
+        return index
+
+    def _die(self, ref: weakref.ref[torch.UntypedStorage]) -> None:
+        index, _ = self._live.pop(ref.key)  # type: ignore[attr-defined]
+        self.seen.freed[index] = self._clock
+        self._clock += 1
+
+    def _replace(self, storage: torch.UntypedStorage, key: int, op: int) -> None:
+        """A resized storage: new memory is taken before the old is given back."""
+        index, ref = self._live.pop(key)
+        if storage.nbytes():
+            self._live[key] = (self._enter(storage.nbytes(), op, self.seen.category[index]), ref)
+        self.seen.freed[index] = self._clock
+        self._clock += 1
+
+    # What others know of storages.
+
+    def own(self, tensor: Tensor, category: Category, *, module: int = 0) -> None:
+        """Say what a tensor's storage is for; one not seen so far is taken in as born now."""
+        tensor = tensor.detach() if tensor.requires_grad else tensor
+        for part in _parts(tensor):
+            storage = part.untyped_storage()
+            key = storage._cdata
+            if key not in self._live and key not in self._hidden:
+                self._module = module
+                self._bear(storage, key, 0, CATEGORIES.index(category))
+            elif key in self._live:
+                self.seen.category[self._live[key][0]] = CATEGORIES.index(category)
+
+    def hide(self, tensor: Tensor) -> None:
+        """A tensor that is on the host: whatever was seen of it does not count."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._live:
+            ref = _StorageRef(storage, lambda ref: self._hidden.pop(ref.key, None) and None)  # type: ignore[attr-defined]
+            ref.key = key
+            self._hidden[key] = ref
+
+    def __enter__(self) -> StorageTracker:
+        tracker, resize = self, self._resize
+
+        def resize_(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+            result = resize(storage, size)
+            if storage._cdata in tracker._live:
+                tracker._locate()
+                tracker._replace(storage, storage._cdata, 0)
+            return result
+
+        torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign, assignment]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+
+    def settle(self) -> None:
+        """Name the rest, at the end: what was freed within its step is temporary, what outlived it is `other`."""
+        ends = np.array([mark[0] for mark in self.seen.marks])
+        steps = [mark[2] for mark in self.seen.marks]
+        for index, category in enumerate(self.seen.category):
+            if category != _UNKNOWN:
+                continue
+            birth, freed = self.seen.births[index], self.seen.freed[index]
+            died_in = steps[int(np.searchsorted(ends, freed, side="right")) - 1] if freed >= 0 else None
+            self.seen.category[index] = _TEMPORARY if died_in == birth.step else _OTHER
+        self._live.clear()
+        self._hidden.clear()
+
+
+def _parts(tensor: Tensor) -> list[Tensor]:
+    """The strided tensors that hold a tensor's memory."""
+    if tensor.layout is torch.strided:
+        return [tensor]
+    if tensor.layout is torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    return [leaf for leaf in pytree.tree_leaves(_compressed(tensor)) if isinstance(leaf, Tensor)]
+
+
+def _compressed(tensor: Tensor) -> list[Tensor]:
+    rows = tensor.layout in (torch.sparse_csr, torch.sparse_bsr)
+    ends = [tensor.crow_indices(), tensor.col_indices()] if rows else [tensor.ccol_indices(), tensor.row_indices()]
+    return [*ends, tensor.values()]

@@ -1,0 +1,107 @@
+"""What the allocator keeps: blocks of memory, the pools of those that are cached, and the addresses of expandable segments.
+
+Source: struct Block, struct BlockPool and struct ExpandableSegment in c10/cuda/CUDACachingAllocator.cpp, PyTorch 2.13.0.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+
+__all__ = ["AddressRange", "Block", "Pool"]
+
+
+class AddressRange:
+    """Addresses set aside for one expandable segment; memory is put behind them page by page.
+
+    Args:
+        base: first address.
+        size: bytes, a multiple of `page`.
+        page: bytes mapped and unmapped at a time.
+    """
+
+    __slots__ = ("base", "page", "size")
+
+    def __init__(self, base: int, size: int, page: int) -> None:
+        self.base, self.size, self.page = base, size, page
+
+    def page_at_or_below(self, address: int) -> int:
+        """Address of the last page that begins at or below `address`."""
+        return address - (address - self.base) % self.page
+
+    def page_at_or_above(self, address: int) -> int:
+        """Address of the first page that begins at or above `address`."""
+        return address + (self.base - address) % self.page
+
+
+class Block:
+    """A stretch of device memory, as `CachingAllocator.malloc` hands it out. Read it; only the allocator writes it."""
+
+    __slots__ = ("address", "allocated", "gc_base", "mapped", "next", "pool", "previous", "range", "requested", "size")
+
+    def __init__(self, address: int, size: int, pool: Pool, within: AddressRange | None, *, mapped: bool = True) -> None:
+        self.address = address
+        self.size = size
+        self.pool = pool
+        self.range = within
+        self.mapped = mapped
+        self.allocated = False
+        self.requested = 0
+        self.gc_base = 0
+        self.previous: Block | None = None
+        self.next: Block | None = None
+
+    def cut(self, size: int) -> Block:
+        """Keep the first `size` bytes; the rest becomes a block of its own, the next neighbour, and is returned."""
+        rest = Block(self.address + size, self.size - size, self.pool, self.range, mapped=self.mapped)
+        self.size = size
+        rest.previous, rest.next = self, self.next
+        if self.next is not None:
+            self.next.previous = rest
+        self.next = rest
+        return rest
+
+    def absorb_next(self) -> None:
+        """Become one block with the next neighbour, which is no more."""
+        after = self.next
+        assert after is not None
+        self.size += after.size
+        self.next = after.next
+        if after.next is not None:
+            after.next.previous = self
+
+    @property
+    def extent(self) -> int:
+        """Bytes the block has, or can have by mapping what lies unmapped behind it."""
+        after = self.next
+        return self.size if after is None or after.mapped else self.size + after.size
+
+
+class Pool:
+    """Blocks of one stream, small or large, that are not allocated.
+
+    PyTorch keeps those of all streams in one std::set whose order begins with the stream; here each stream has its own.
+    """
+
+    __slots__ = ("cached", "small", "stream", "unmapped")
+
+    def __init__(self, *, small: bool, stream: int) -> None:
+        self.small = small
+        self.stream = stream
+        self.cached: list[tuple[int, int, Block]] = []
+        """(size, address, block) in ascending order: the first that is large enough is the best fit."""
+        self.unmapped: list[tuple[int, Block]] = []
+        """(address, block) of expandable segments' stretches without memory, in ascending order."""
+
+    def add(self, block: Block) -> None:
+        """Take in a block that is not allocated."""
+        if block.mapped:
+            insort(self.cached, (block.size, block.address, block))
+        else:
+            insort(self.unmapped, (block.address, block))
+
+    def remove(self, block: Block) -> None:
+        """Let go of a block, before it is allocated, changed or given back."""
+        if block.mapped:
+            del self.cached[bisect_left(self.cached, (block.size, block.address))]
+        else:
+            del self.unmapped[bisect_left(self.unmapped, (block.address,))]

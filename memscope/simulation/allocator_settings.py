@@ -1,0 +1,260 @@
+"""What PYTORCH_CUDA_ALLOC_CONF asks of the allocator, and the two sizes that follow from it: of a block, of a segment.
+
+Sources, unless said otherwise: c10/core/AllocatorConfig.h and .cpp and c10/cuda/CUDAAllocatorConfig.h of PyTorch 2.13.0; the
+constants are the same in 2.11.0.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from memscope.errors import UsageError, nearest
+
+__all__ = ["LARGE_SEGMENT", "MIN_BLOCK", "SMALL_SEGMENT", "SMALL_SIZE", "AllocatorSettings"]
+
+MIB = 1 << 20
+
+MIN_BLOCK = 512
+"""Bytes every block is a multiple of, and at least (kMinBlockSize)."""
+SMALL_SIZE = 1 * MIB
+"""Largest block, in bytes, of the small pool (kSmallSize); also the slack a block of the large pool may carry."""
+SMALL_SEGMENT = 2 * MIB
+"""Bytes of a segment, or page, of the small pool (kSmallBuffer)."""
+LARGE_SEGMENT = 20 * MIB
+"""Bytes of a segment for blocks under 10 MiB, and of a page of the large pool, unless large_segment_size_mb is set."""
+MIN_LARGE = 10 * MIB
+"""Blocks from here on, in bytes, get a segment of their own size (kMinLargeAlloc), rounded up to ROUND_LARGE."""
+ROUND_LARGE = 2 * MIB
+"""Bytes by which such a segment is rounded up (kRoundLarge)."""
+INTERVALS = 16
+"""Powers of two with their own roundup_power2_divisions, from 1 MiB up; smaller and larger sizes use the nearest."""
+
+# Read by PyTorch, without influence on where device memory is placed.
+_PASSED_OVER = frozenset(
+    {
+        "graph_capture_record_stream_reuse",
+        "pinned_free_catch_all",
+        "pinned_max_cached_size_mb",
+        "pinned_max_round_threshold_mb",
+        "pinned_num_register_threads",
+        "pinned_reserve_segment_size_mb",
+        "pinned_use_background_threads",
+        "pinned_use_cuda_host_register",
+        "pinned_use_hip_host_register",
+        "release_lock_on_cudamalloc",
+        "release_lock_on_hipmalloc",
+    }
+)
+
+
+@dataclass(frozen=True)
+class AllocatorSettings:
+    """How PyTorch's CUDA caching allocator is set up. The default is PyTorch's own.
+
+    Raises:
+        UsageError: for a value PyTorch would refuse.
+    """
+
+    expandable_segments: bool = False
+    """One growing segment a stream and pool, mapped page by page, instead of one segment a cudaMalloc."""
+    max_split_size_bytes: int | None = None
+    """Blocks from this size on are neither split nor given to smaller requests. None: no limit."""
+    max_non_split_rounding_bytes: int | None = None
+    """How much larger than asked for an unsplittable block may be. None: `large_segment_size_bytes`."""
+    roundup_power2_divisions: tuple[int, ...] = (0,) * INTERVALS
+    """Steps between one power of two and the next that sizes are rounded up to: one number for sizes under 2 MiB, then one a
+    power of two, the last for 32 GiB and more. 0 or 1: sizes are rounded up to 512 bytes."""
+    garbage_collection_threshold: float | None = None
+    """Part of the allowed memory above which old cached segments are freed before new ones are made. PyTorch looks at it only
+    when `per_process_memory_fraction` is below 1."""
+    large_segment_size_bytes: int = LARGE_SEGMENT
+    """Bytes of a segment for blocks between 1 and 10 MiB, and of a page of an expandable large segment (from PyTorch 2.11)."""
+    per_process_memory_fraction: float = 1.0
+    """Part of the device's memory the process may reserve; also set by torch.cuda.set_per_process_memory_fraction."""
+    throw_on_cudamalloc_oom: bool = False
+    """Refuse at once, without freeing the cache, what exceeds `per_process_memory_fraction` of the device (from 2.13)."""
+
+    def __post_init__(self) -> None:
+        segment = self.large_segment_size_bytes
+        if segment <= MIN_LARGE:
+            raise _refused("large_segment_size_mb", segment // MIB, "more than 10")
+        for name, size in (
+            ("max_split_size_mb", self.max_split_size_bytes),
+            ("max_non_split_rounding_mb", self.max_non_split_rounding_bytes),
+        ):
+            if size is not None and size < segment:
+                raise _refused(name, size // MIB, f"at least {segment // MIB}, the size of a large segment")
+        threshold = self.garbage_collection_threshold
+        if threshold is not None and not 0 < threshold < 1:
+            raise _refused("garbage_collection_threshold", threshold, "a number between 0 and 1, both excluded")
+        if not 0 <= self.per_process_memory_fraction <= 1:
+            raise _refused("per_process_memory_fraction", self.per_process_memory_fraction, "a number from 0 to 1")
+        steps = self.roundup_power2_divisions
+        if len(steps) != INTERVALS or not all(n == 0 or _is_power_of_two(n) for n in steps):
+            raise _refused("roundup_power2_divisions", steps, f"{INTERVALS} numbers, each 0 or a power of two")
+
+    @classmethod
+    def parse(cls, text: str) -> AllocatorSettings:
+        """Settings of a PYTORCH_CUDA_ALLOC_CONF or PYTORCH_ALLOC_CONF value, for example `expandable_segments:True`.
+
+        What PyTorch accepts and passes over here (pinned memory, locks) is accepted and passed over. Stricter than PyTorch in
+        three points, each a mistake it takes silently: a number must be one to its last character (PyTorch reads `20.5` as 20
+        and `-1` as 2⁶⁴−1), no key may be given twice (PyTorch keeps the last), and `>` must end its list.
+
+        Raises:
+            UsageError: for a key, value or combination that PyTorch refuses, that is one of these mistakes, or that memscope
+                cannot replay (`backend:cudaMallocAsync` is not the caching allocator).
+        """
+        given: dict[str, object] = {}
+        seen: dict[str, str] = {}
+        for key, value in _pairs(text):
+            if key in seen:
+                raise UsageError(f'allocator settings "{text}": {key} is given twice ({seen[key]}, {value}); keep one of them')
+            seen[key] = value
+            if key == "backend":
+                _check_backend(value)
+            elif key in _READERS:
+                field, read = _READERS[key]
+                given[field] = read(key, value)
+            elif key not in _PASSED_OVER:
+                known = {"backend", *_READERS, *_PASSED_OVER}
+                raise UsageError(f'allocator settings "{text}": unknown key "{key}"; {nearest(key, known)}')
+        return cls(**given)  # type: ignore[arg-type]  # each reader returns what its field holds
+
+    @property
+    def without_effect(self) -> tuple[str, ...]:
+        """Settings that were made and that PyTorch silently passes over, each as a sentence for the user."""
+        idle = []
+        if self.garbage_collection_threshold is not None and self.per_process_memory_fraction == 1:
+            idle.append(
+                "garbage_collection_threshold does nothing unless the process is limited: add per_process_memory_fraction below 1"
+            )
+        if self.max_non_split_rounding_bytes is not None and self.max_split_size_bytes is None:
+            idle.append("max_non_split_rounding_mb does nothing without max_split_size_mb")
+        return tuple(idle)
+
+    def block_size(self, size_bytes: int) -> int:
+        """Bytes of the block for a request: DeviceCachingAllocator::round_size. At least 512, and a multiple of it."""
+        if size_bytes < MIN_BLOCK:
+            return MIN_BLOCK
+        power = size_bytes.bit_length() - 1
+        divisions = self.roundup_power2_divisions[min(max(power - 20, 0), INTERVALS - 1)]
+        if divisions > 1 and size_bytes > MIN_BLOCK * divisions:
+            step = (1 << power) // divisions
+            return -(-size_bytes // step) * step
+        return -(-size_bytes // MIN_BLOCK) * MIN_BLOCK
+
+    def segment_size(self, block_bytes: int) -> int:
+        """Bytes asked of the driver for a block that no cached one fits: DeviceCachingAllocator::get_allocation_size."""
+        if block_bytes <= SMALL_SIZE:
+            return SMALL_SEGMENT
+        if block_bytes < MIN_LARGE:
+            return self.large_segment_size_bytes
+        return -(-block_bytes // ROUND_LARGE) * ROUND_LARGE
+
+
+def _is_power_of_two(number: int) -> bool:
+    return number > 0 and number & (number - 1) == 0
+
+
+def _refused(key: str, value: object, expected: str) -> UsageError:
+    return UsageError(f"allocator setting {key}:{value}: expected {expected}")
+
+
+_PAIR = re.compile(r"([^,:\[\]]+):(\[[^\[\]]*\]|[^,:\[\]]+)")
+
+
+def _pairs(text: str) -> list[tuple[str, str]]:
+    """`key:value` pairs between commas; a value may be a list in brackets, with commas and colons of its own."""
+    rest, pairs = "".join(text.split()), []
+    while rest:
+        match = _PAIR.match(rest)
+        end = match.end() if match else 0
+        if match is None or rest[end : end + 1] not in ("", ",") or rest[end:] == ",":
+            raise UsageError(
+                f'allocator settings "{text}": cannot read "{rest}"; expected key:value pairs with commas between, '
+                "for example expandable_segments:True or max_split_size_mb:128,roundup_power2_divisions:[256:1,512:2,>:4]"
+            )
+        pairs.append((match[1], match[2]))
+        rest = rest[end + 1 :]
+    return pairs
+
+
+def _check_backend(value: str) -> None:
+    if value == "cudaMallocAsync":
+        raise UsageError(
+            "allocator setting backend:cudaMallocAsync: CUDA's own pool is not the caching allocator and cannot be replayed; "
+            "use backend:native, or measure on a GPU"
+        )
+    if value != "native":
+        raise UsageError(f'allocator setting backend:{value}: unknown backend; {nearest(value, ["native"])}')
+
+
+def _read_bool(key: str, value: str) -> bool:
+    if value not in ("True", "False"):
+        raise _refused(key, value, "True or False, with a capital letter")
+    return value == "True"
+
+
+def _read_whole(key: str, value: str) -> int:
+    if not value.isascii() or not value.isdigit():
+        raise _refused(key, value, "a whole number")
+    return int(value)
+
+
+def _read_mebibytes(key: str, value: str) -> int:
+    return _read_whole(key, value) * MIB
+
+
+def _read_number(key: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise _refused(key, value, "a number") from None
+
+
+def _read_divisions(key: str, value: str) -> tuple[int, ...]:
+    """One number for all sizes, or `[256:1,512:2,>:4]`: from 256 MiB one division, from 512 MiB two, above it four.
+
+    Sizes below the first interval named round as it does; intervals between two that are named do not round.
+    """
+    if not value.startswith("["):
+        count = _read_whole(key, value)
+        if not _is_power_of_two(count):
+            raise _refused(key, value, "a power of two")
+        return (count,) * INTERVALS
+    steps, last = [0] * INTERVALS, 0
+    entries = [entry for entry in value[1:-1].split(",") if entry]
+    for position, entry in enumerate(entries):
+        bound, _, count_text = entry.partition(":")
+        count = _read_whole(f"{key}:{entry}", count_text)
+        if count and not _is_power_of_two(count):
+            raise _refused(f"{key}:{value}", count, "divisions that are a power of two, or 0 for none")
+        if bound == ">":
+            if position < len(entries) - 1:
+                raise _refused(key, value, '">" as the last entry of the list')
+            # PyTorch up to about 2.8 wrote this value over the last interval named as well.
+            steps[last + 1 :] = [count] * (INTERVALS - last - 1)
+            continue
+        interval = _read_whole(f"{key}:{entry}", bound)
+        if not _is_power_of_two(interval):
+            raise _refused(f"{key}:{value}", interval, "intervals in MiB that are a power of two")
+        last = min(interval.bit_length() - 1, INTERVALS - 1)
+        if position == 0:
+            steps[:last] = [count] * last
+        steps[last] = count
+    return tuple(steps)
+
+
+_READERS: dict[str, tuple[str, Callable[[str, str], object]]] = {
+    "expandable_segments": ("expandable_segments", _read_bool),
+    "garbage_collection_threshold": ("garbage_collection_threshold", _read_number),
+    "large_segment_size_mb": ("large_segment_size_bytes", _read_mebibytes),
+    "max_non_split_rounding_mb": ("max_non_split_rounding_bytes", _read_mebibytes),
+    "max_split_size_mb": ("max_split_size_bytes", _read_mebibytes),
+    "per_process_memory_fraction": ("per_process_memory_fraction", _read_number),
+    "roundup_power2_divisions": ("roundup_power2_divisions", _read_divisions),
+    "throw_on_cudamalloc_oom": ("throw_on_cudamalloc_oom", _read_bool),
+}

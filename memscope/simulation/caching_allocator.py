@@ -1,0 +1,410 @@
+"""PyTorch's CUDACachingAllocator without CUDA: the same blocks, at the same places, in the same order.
+
+Source: c10/cuda/CUDACachingAllocator.cpp, class DeviceCachingAllocator, of PyTorch 2.13.0; its function names are in the
+docstrings here. Left out: private pools (CUDA graphs, MemPool), free-memory callbacks (CUDA IPC), and the deferred frees of
+`Tensor.record_stream`. A block freed here is free at once, so *active* and *allocated* are the same; to replay a program that
+uses record_stream, free each block where PyTorch completes its free.
+
+Of blocks of equal size the one with the lowest address is taken. PyTorch 2.13 takes the one whose segment was made first, which
+is the same while addresses grow from segment to segment, as they do here; 2.11 goes by the address that the driver gave. To
+follow a 2.11 run to the byte, pass those addresses.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from memscope.errors import OutOfDeviceMemory
+from memscope.simulation.allocator_blocks import AddressRange, Block, Pool
+from memscope.simulation.allocator_settings import MIN_BLOCK, SMALL_SEGMENT, SMALL_SIZE, AllocatorSettings
+from memscope.units import format_bytes
+
+__all__ = ["AllocationFailed", "CachingAllocator", "OutOfMemory", "SegmentAction", "SegmentEvent"]
+
+_UNLIMITED = 1 << 47  # bytes: all addresses a process has
+_FIRST_ADDRESS = 1 << 40
+
+SegmentAction = Literal["segment_alloc", "segment_free", "segment_map", "segment_unmap"]
+
+
+@dataclass(frozen=True)
+class SegmentEvent:
+    """Memory taken from the driver or given back to it; actions are named as in `torch.cuda.memory._snapshot()`."""
+
+    event: int
+    """Mallocs and frees before the one that caused it."""
+    action: SegmentAction
+    address: int
+    size_bytes: int
+    stream: int
+
+
+@dataclass(frozen=True)
+class OutOfMemory:
+    """A request that could not be met, and what was left after all that can be released had been."""
+
+    event: int
+    """Mallocs and frees before it."""
+    requested_bytes: int
+    segment_bytes: int
+    """Bytes asked of the driver for it: "Tried to allocate" in PyTorch's message."""
+    stream: int
+    allocated_bytes: int
+    reserved_bytes: int
+    largest_free_bytes: int
+    """Largest cached block, of any stream and pool."""
+    limit_bytes: int
+    """What may be reserved: the capacity, or less by `per_process_memory_fraction`."""
+
+    @property
+    def free_cached_bytes(self) -> int:
+        """Reserved and not allocated."""
+        return self.reserved_bytes - self.allocated_bytes
+
+    def __str__(self) -> str:
+        return (
+            f"asking {format_bytes(self.requested_bytes)} with {format_bytes(self.allocated_bytes)} of "
+            f"{format_bytes(self.limit_bytes)} allocated, {format_bytes(self.free_cached_bytes)} cached in blocks of at most "
+            f"{format_bytes(self.largest_free_bytes)}"
+        )
+
+
+class AllocationFailed(OutOfDeviceMemory):
+    """`CachingAllocator.malloc` could not meet a request; `record` says which, and what there was."""
+
+    def __init__(self, record: OutOfMemory) -> None:
+        super().__init__(f"out of device memory: {record}")
+        self.record = record
+
+
+class CachingAllocator:
+    """The caching allocator of one device. Counts bytes as torch.cuda.memory_stats does.
+
+    Args:
+        settings: as PyTorch would read them from PYTORCH_CUDA_ALLOC_CONF; None is PyTorch's default.
+        capacity_bytes: what the driver can give to this allocator: the device's memory less the CUDA context and what others
+            hold. None: as much as is asked for.
+        device_bytes: cudaDeviceProp.totalGlobalMem, from which `per_process_memory_fraction` and the length of an expandable
+            segment follow. None: the capacity.
+        segment_addresses: by event, the address the driver gave to the segment made in it. Other segments lie above all
+            before them.
+    """
+
+    def __init__(
+        self,
+        settings: AllocatorSettings | None = None,
+        capacity_bytes: int | None = None,
+        *,
+        device_bytes: int | None = None,
+        segment_addresses: Mapping[int, int] | None = None,
+    ) -> None:
+        self.settings = settings = settings or AllocatorSettings()
+        self.allocated = 0
+        self.requested = 0
+        self.reserved = 0
+        self.events = 0
+        self.segment_events: list[SegmentEvent] = []
+        capacity = _UNLIMITED if capacity_bytes is None else capacity_bytes
+        self._device = capacity if device_bytes is None else device_bytes
+        limited = settings.per_process_memory_fraction < 1
+        self._allowed = int(settings.per_process_memory_fraction * self._device) if limited else _UNLIMITED
+        self._limit = min(capacity, self._allowed)
+        self._collects = limited and settings.garbage_collection_threshold is not None
+        self._rejects = settings.throw_on_cudamalloc_oom and not limited
+        self._max_split = settings.max_split_size_bytes or _UNLIMITED
+        self._rounding = settings.max_non_split_rounding_bytes or settings.large_segment_size_bytes
+        self._expands = settings.expandable_segments
+        self._pools: dict[tuple[bool, int], Pool] = {}
+        self._heads: dict[int, Block] = {}
+        self._searches = [0, 0]  # of the large and of the small pool: the clock garbage collection tells the age of blocks by
+        self._addresses = segment_addresses or {}
+        self._next_address = _FIRST_ADDRESS
+
+    @property
+    def active(self) -> int:
+        """Bytes that cannot be handed out: `allocated`, as no free is deferred here."""
+        return self.allocated
+
+    def malloc(self, size_bytes: int, stream: int = 0) -> Block:
+        """A block of at least `size_bytes` for work on `stream`. It is the caller's until `free`.
+
+        Raises:
+            AllocationFailed: when the memory is not there, after all that PyTorch tries has been tried.
+        """
+        if size_bytes <= 0:
+            raise ValueError(f"malloc of {size_bytes} bytes: PyTorch allocates nothing for an empty tensor")
+        size = self.settings.block_size(size_bytes)
+        small = size <= SMALL_SIZE
+        pool = self._pools.get((small, stream))
+        if pool is None:
+            pool = self._pools[small, stream] = Pool(small=small, stream=stream)
+        block = self._take_cached(pool, size)
+        if block is None:
+            block = self._obtain(pool, size, size_bytes)
+        if self._should_split(small, size, block.size - size):
+            self._cache(block.cut(size))
+        block.allocated = True
+        block.requested = size_bytes
+        self.allocated += block.size
+        self.requested += size_bytes
+        self.events += 1
+        return block
+
+    def free(self, block: Block) -> None:
+        """Give a block back to the cache, where it joins its free neighbours."""
+        if not block.allocated:
+            raise ValueError(f"free of the block at {block.address:#x}, which is not allocated")
+        block.allocated = False
+        self.allocated -= block.size
+        self.requested -= block.requested
+        self._cache(self._join(block))
+        self.events += 1
+
+    def empty_cache(self) -> None:
+        """Give unused memory back to the driver: whole segments, whole pages of expandable ones (release_cached_blocks)."""
+        for small in (False, True):
+            found = [block for pool in self._pools_in_order(small) for _, _, block in pool.cached]
+            for block in found:
+                if block.range is None and block.previous is None and block.next is None:
+                    self._release(block)
+            for block in found:
+                if block.range is not None:
+                    self._unmap(block, block.range)
+
+    def segments(self) -> Iterator[list[Block]]:
+        """The blocks of each segment, in order of address; of an expandable one also the stretches that are not mapped."""
+        for _, head in sorted(self._heads.items()):
+            blocks, after = [head], head.next
+            while after is not None:
+                blocks.append(after)
+                after = after.next
+            yield blocks
+
+    # Cached blocks.
+
+    def _cache(self, block: Block) -> None:
+        block.gc_base = self._searches[block.pool.small]
+        block.pool.add(block)
+
+    def _take_cached(self, pool: Pool, size: int) -> Block | None:
+        """The smallest cached block that is large enough (get_free_block), if it may be used for this size."""
+        if self._collects:
+            self._searches[pool.small] += 1
+        cached = pool.cached
+        at = bisect_left(cached, (size,))
+        if at == len(cached):
+            return None
+        if self._expands:
+            # A block that can grow counts as what it can become, to be used last.
+            while at + 1 < len(cached) and cached[at + 1][2].extent < cached[at][2].extent:
+                at += 1
+        block = cached[at][2]
+        if size < self._max_split <= block.size or (size >= self._max_split and block.size >= size + self._rounding):
+            return None
+        del cached[at]
+        return block
+
+    def _should_split(self, small: bool, size: int, remaining: int) -> bool:
+        if small or self._expands:
+            return remaining >= MIN_BLOCK
+        return remaining > SMALL_SIZE and size < self._max_split
+
+    def _join(self, block: Block) -> Block:
+        """Make one block of it and its neighbours in the same state (try_merge_blocks): the lowest, in no pool."""
+        below, above = block.previous, block.next
+        if above is not None and not above.allocated and above.mapped == block.mapped:
+            above.pool.remove(above)
+            block.absorb_next()
+        if below is not None and not below.allocated and below.mapped == block.mapped:
+            below.pool.remove(below)
+            below.absorb_next()
+            return below
+        return block
+
+    def _pools_in_order(self, small: bool) -> list[Pool]:
+        return [pool for (is_small, _), pool in sorted(self._pools.items()) if is_small == small]
+
+    def _largest_free(self) -> int:
+        return max((pool.cached[-1][0] for pool in self._pools.values() if pool.cached), default=0)
+
+    # Memory of the driver.
+
+    def _obtain(self, pool: Pool, size: int, size_bytes: int) -> Block:
+        """New memory, with room made for it in PyTorch's order: old segments, then oversize ones, then all unused ones."""
+        if self._collects:
+            self._collect_garbage()
+        segment = self.settings.segment_size(size)
+        block = self._allocate(pool, size, segment)
+        if block is None and not (self._rejects and self.reserved + segment > self._device):
+            if self._release_oversize(pool, size):
+                block = self._allocate(pool, size, segment)
+            if block is None:
+                self.empty_cache()
+                block = self._allocate(pool, size, segment)
+        if block is None:
+            raise AllocationFailed(
+                OutOfMemory(
+                    event=self.events,
+                    requested_bytes=size_bytes,
+                    segment_bytes=segment,
+                    stream=pool.stream,
+                    allocated_bytes=self.allocated,
+                    reserved_bytes=self.reserved,
+                    largest_free_bytes=self._largest_free(),
+                    limit_bytes=self._limit,
+                )
+            )
+        return block
+
+    def _allocate(self, pool: Pool, size: int, segment: int) -> Block | None:
+        """A block, in no pool, with memory not held before (alloc_block); None when the driver would refuse."""
+        if self.reserved + segment > self._allowed:
+            return None
+        if self._rejects and self.reserved + segment > self._device:
+            return None
+        if self._expands:
+            return self._expand(pool, size)
+        if self.reserved + segment > self._limit:
+            return None
+        block = self._new_head(pool, segment, None)
+        self._log("segment_alloc", block.address, segment, pool.stream)
+        return block
+
+    def _new_head(self, pool: Pool, size: int, page: int | None) -> Block:
+        address = self._addresses.get(self.events, self._next_address)
+        self._next_address = max(self._next_address, address + size)
+        within = None if page is None else AddressRange(address, size, page)
+        block = self._heads[address] = Block(address, size, pool, within, mapped=page is None)
+        return block
+
+    def _log(self, action: SegmentAction, address: int, size: int, stream: int) -> None:
+        self.reserved += size if action in ("segment_alloc", "segment_map") else -size
+        self.segment_events.append(SegmentEvent(self.events, action, address, size, stream))
+
+    def _release(self, block: Block) -> None:
+        """Give a whole segment back (release_block)."""
+        block.pool.remove(block)
+        del self._heads[block.address]
+        self._log("segment_free", block.address, block.size, block.pool.stream)
+
+    def _release_oversize(self, pool: Pool, size: int) -> bool:
+        """Give back one unsplittable block large enough, or several, the largest first (release_available_cached_blocks)."""
+        if self.settings.max_split_size_bytes is None:
+            return False
+        target = max(size, self._max_split)
+        cached = pool.cached
+        at = bisect_left(cached, (target,))
+        if at < len(cached) and cached[at][2].range is None:
+            self._release(cached[at][2])
+            return True
+        released = 0
+        for _, _, block in reversed(cached[:at]):
+            if released >= target or block.size < self._max_split:
+                break
+            if block.range is None:
+                released += block.size
+                self._release(block)
+        return released >= target
+
+    def _collect_garbage(self) -> None:
+        """Give back unused large segments that are older than the average (garbage_collect_cached_blocks)."""
+        threshold = self.settings.garbage_collection_threshold
+        assert threshold is not None
+        target = self.reserved - int(threshold * self._allowed)
+        if target <= 0:
+            return
+        now = self._searches[False]
+        large = [block for pool in self._pools_in_order(False) for _, _, block in pool.cached]
+        unsplit = [block for block in large if block.previous is None and block.next is None]
+        total_age, count, reclaimed = sum(now - block.gc_base for block in unsplit), len(unsplit), 0
+        candidates = [block for block in unsplit if block.range is None]
+        freed = True
+        while reclaimed < target and freed and count > 0:
+            freed, average, kept = False, total_age / count, []
+            for block in candidates:
+                age = now - block.gc_base
+                if age < average:
+                    kept.append(block)
+                    continue
+                freed = True
+                reclaimed += block.size
+                total_age -= age
+                count -= 1
+                self._release(block)
+            candidates = kept
+
+    # Expandable segments.
+
+    def _expand(self, pool: Pool, size: int) -> Block | None:
+        """Map pages until `size` bytes lie together (try_allocate_expandable_block)."""
+        block = self._find_room(pool, size)
+        if not block.mapped:
+            mapped = self._map(block, min(block.size, size))
+            if mapped is None:
+                return None
+            block = mapped
+        while block.size < size:
+            after = block.next
+            assert after is not None
+            mapped = self._map(after, min(size - block.size, after.size))
+            if mapped is None:
+                return None
+            block = mapped
+        pool.remove(block)
+        return block
+
+    def _find_room(self, pool: Pool, size: int) -> Block:
+        """The lowest cached or unmapped block from which `size` bytes on nothing is allocated (find_expandable_block)."""
+        for _, block in pool.unmapped:
+            below = block.previous
+            start = block if below is None or below.allocated else below
+            room, after = 0, start
+            while room < size and after is not None and not after.allocated:
+                room += after.size
+                after = after.next
+            if room >= size:
+                return start
+        page = SMALL_SEGMENT if pool.small else self.settings.large_segment_size_bytes
+        # An eighth more than the device has, for pages that are unmapped and mapped again elsewhere.
+        pages = -(-(self._device + self._device // 8) // page)
+        block = self._new_head(pool, pages * page, page)
+        pool.add(block)
+        return block
+
+    def _map(self, block: Block, size: int) -> Block | None:
+        """Put pages behind the first `size` bytes of an unmapped block (map_block): the cached block they are now part of."""
+        assert block.range is not None
+        mapped = -(-size // block.range.page) * block.range.page
+        if self.reserved + mapped > self._limit:
+            return None
+        block.pool.remove(block)
+        if mapped < block.size:
+            block.pool.add(block.cut(mapped))
+        block.mapped = True
+        address = block.address
+        block = self._join(block)
+        self._cache(block)
+        self._log("segment_map", address, mapped, block.pool.stream)
+        return block
+
+    def _unmap(self, block: Block, within: AddressRange) -> None:
+        """Give back the whole pages inside a cached block (unmap_block), and the segment's addresses if none is left."""
+        first, last = within.page_at_or_above(block.address), within.page_at_or_below(block.address + block.size)
+        if first >= last:
+            return
+        block.pool.remove(block)
+        if first > block.address:
+            below, block = block, block.cut(first - block.address)
+            self._cache(below)
+        if last < block.address + block.size:
+            self._cache(block.cut(last - block.address))
+        block.mapped = False
+        joined = self._join(block)
+        self._log("segment_unmap", first, last - first, joined.pool.stream)
+        if joined.previous is None and joined.next is None:
+            del self._heads[joined.address]
+        else:
+            joined.pool.add(joined)

@@ -1,0 +1,140 @@
+"""Simulate a workload: the same step on tensors without data, so that a 7B model needs neither a GPU nor the memory."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import fake_tensor
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from memscope.errors import MemscopeError, TargetError
+from memscope.hooks.recorder import Recorder
+from memscope.hooks.steps import Progress, prepare_steps, record_steps, target_error, where
+from memscope.simulation.cuda import cuda_semantics, fake_tensors_use_foreach
+from memscope.simulation.devices import Device, get_device
+from memscope.strategies import Plan
+from memscope.trace import Trace
+from memscope.workload import Training, Workload
+
+__all__ = ["simulate"]
+
+
+def simulate(
+    workload: Workload | Callable[[], Workload],
+    *,
+    device: str | Device = "cuda",
+    strategies: str | Plan = "",
+    steps: int = 2,
+    progress: Progress | None = None,
+) -> Trace:
+    """Trace `steps` training steps without computing anything.
+
+    Args:
+        workload: what to train, or a function that builds it. Built by a function, the model's weights take no memory; a workload
+            given as such is copied, and stays as it is.
+        device: a name that `memscope devices` lists: `cpu`, `cuda` (a GPU without a limit), or a GPU.
+        strategies: a plan such as `lora:r=8,amp`, applied before the first step.
+        steps: optimizer steps to trace; from the second on, the optimizer's state is there.
+        progress: called after each step.
+
+    Returns:
+        The trace; allocation sizes are rounded as the device's allocator rounds them.
+
+    Raises:
+        TargetError: when the target's code fails, or needs values that a simulation does not have.
+        UsageError: when strategies, device or data cannot be used.
+    """
+    device = get_device(device) if isinstance(device, str) else device
+    plan = Plan.parse(strategies) if isinstance(strategies, str) else strategies
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with _simulated(device), _explained():
+        with mode:
+            built = _build(workload, mode)
+            plan.apply(built)
+        pieces = prepare_steps(built, steps)
+        with mode:
+            training = Training.start(built, "cpu", lambda data: pytree.tree_map_only(Tensor, _on_device, data))
+            recorder = Recorder(
+                built.model, meta=_meta(built, plan, device), round_size=device.round_size, on_gpu=device.kind == "cuda"
+            )
+            record_steps(built, pieces, training, recorder, progress)
+    return recorder.trace()
+
+
+def _meta(workload: Workload, plan: Plan, device: Device) -> dict[str, Any]:
+    return {
+        "target": workload.name,
+        "settings": workload.settings,
+        "strategies": plan.specs,
+        "device": {"name": device.name, "simulated": True},
+        "seconds": None,
+    }
+
+
+def _build(workload: Workload | Callable[[], Workload], mode: FakeTensorMode) -> Workload:
+    if not isinstance(workload, Workload):
+        try:
+            return workload()
+        except MemscopeError:
+            raise
+        except Exception as error:
+            raise target_error("the target", error) from error
+    with FakeCopyMode(mode):
+        return dataclasses.replace(workload, model=copy.deepcopy(workload.model), settings=dict(workload.settings))
+
+
+def _on_device(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
+
+
+@contextlib.contextmanager
+def _simulated(device: Device) -> Iterator[None]:
+    """Everything a simulation changes in PyTorch, put back on leaving."""
+    with contextlib.ExitStack() as scopes:
+        scopes.enter_context(fake_tensors_use_foreach())
+        scopes.enter_context(_gradients_are_finite())
+        if device.kind == "cuda":
+            scopes.enter_context(cuda_semantics(device.capability))
+        yield
+
+
+@contextlib.contextmanager
+def _gradients_are_finite() -> Iterator[None]:
+    """A gradient scaler steps only if no gradient overflowed; without values, a simulation takes it that none did."""
+    may_step = torch.amp.GradScaler._maybe_opt_step
+
+    def step(scaler: Any, optimizer: torch.optim.Optimizer, state: Any, *args: Any, **kwargs: Any) -> Any:
+        return optimizer.step(*args, **kwargs)
+
+    torch.amp.GradScaler._maybe_opt_step = step  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.amp.GradScaler._maybe_opt_step = may_step  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Say what a simulation cannot do in the words of the target's code, not of PyTorch's internals."""
+    try:
+        yield
+    except TargetError as error:
+        cause = error.__cause__
+        if isinstance(cause, (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException)):
+            raise TargetError(
+                f"the target needs the value of a tensor, which a simulation does not have: {cause.func}{where(cause)}. "
+                "Compute it without .item(), boolean masks or nonzero(), or record a real run: --device cpu"
+            ) from cause
+        if isinstance(cause, fake_tensor.UnsupportedOperatorException):
+            raise TargetError(
+                f"the operator {cause.func} cannot be simulated{where(cause)}: it has no fake implementation. "
+                "Register one (torch.library.register_fake), or record a real run: --device cpu"
+            ) from cause
+        raise

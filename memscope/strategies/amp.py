@@ -1,0 +1,43 @@
+"""Automatic mixed precision."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from memscope.strategies import Problem, Stage, Strategy
+from memscope.workload import Workload
+
+__all__ = ["AMP"]
+
+_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class AMP(Strategy):
+    """Run matrix products and attention in a lower precision with `torch.autocast`; weights keep their own. float16 adds a
+    `torch.amp.GradScaler`."""
+
+    name = "amp"
+    stage = Stage.STEP
+    exact = False
+    provides = frozenset({"autocast"})
+    textbook = {"parameter": "↓", "activation": "↓", "gradient": "↓", "optimizer_state": "–", "computation": "↓"}
+
+    @dataclass(frozen=True)
+    class Config:
+        dtype: Literal["fp16", "bf16"] = "fp16"
+        """The lower precision: fp16 or bf16."""
+
+    def check(self, workload: Workload) -> list[Problem]:
+        dtype = _DTYPES[self.config.dtype]
+        trained = {p.dtype for p in workload.model.parameters() if p.requires_grad}
+        if dtype is torch.float16 and torch.float16 in trained:
+            return [Problem("a gradient scaler cannot unscale float16 gradients", "hold the weights in float32, or use dtype=bf16")]
+        return []
+
+    def apply(self, workload: Workload) -> None:
+        dtype = _DTYPES[self.config.dtype]
+        workload.plan = dataclasses.replace(workload.plan, autocast=dtype, grad_scaler=dtype is torch.float16)

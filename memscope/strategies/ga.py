@@ -1,0 +1,43 @@
+"""Gradient accumulation."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from memscope.errors import UsageError
+from memscope.strategies import Problem, Stage, Strategy
+from memscope.workload import Workload
+
+__all__ = ["GradientAccumulation"]
+
+
+class GradientAccumulation(Strategy):
+    """Split a step's batch into micro-batches and add up their gradients. The effective batch stays what it was."""
+
+    name = "ga"
+    stage = Stage.STEP
+    exact = True
+    provides = frozenset({"accumulation"})
+    textbook = {"parameter": "–", "activation": "↓", "gradient": "–", "optimizer_state": "–", "computation": "–"}
+
+    @dataclass(frozen=True)
+    class Config:
+        steps: int = 8
+        """Micro-batches a step; the step's batch must divide into them."""
+
+    def check(self, workload: Workload) -> list[Problem]:
+        if self.config.steps < 1:
+            return [Problem(f"steps={self.config.steps} is no number of micro-batches", "choose at least 1")]
+        try:
+            workload.split(workload.batches[0], self.config.steps)
+        except UsageError as error:
+            return [Problem(f"steps={self.config.steps}", str(error))]
+        return []
+
+    def baseline(self, workload: Workload) -> None:
+        """The same effective batch in one go."""
+        workload.plan = dataclasses.replace(workload.plan, micro_batches=1)
+
+    def apply(self, workload: Workload) -> None:
+        workload.plan = dataclasses.replace(workload.plan, micro_batches=self.config.steps)

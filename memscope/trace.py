@@ -1,0 +1,329 @@
+"""The Trace: every allocation of a run, as columns. Recorders write it; everything else is a function of it.
+
+An allocation is one row. Time is counted in events: each birth and each death of an allocation is one event, so `allocated`
+is a step function with one value after each event. A trace needs neither torch nor a GPU to be read.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from memscope.errors import TraceFileError, UsageError, nearest
+
+__all__ = ["CATEGORIES", "PHASES", "SCHEMA_VERSION", "Category", "Peak", "Phase", "Trace"]
+
+SCHEMA_VERSION = 1
+_FORMAT = "memscope-trace"
+
+Category = Literal[
+    "parameter", "weight_copy", "buffer", "gradient", "optimizer_state", "activation", "input", "temporary", "workspace", "other"
+]  # fmt: skip
+CATEGORIES: tuple[Category, ...] = get_args(Category)
+"""What memory is for. `weight_copy`: a cast of a parameter. `activation`: made by the forward pass (or its recomputation) and
+still alive when the backward pass that needs it begins. `temporary`: freed before that. `workspace`: taken inside a kernel.
+`other`: outlives its step without any known owner."""
+
+Phase = Literal["setup", "forward", "loss", "backward", "recompute", "optimizer", "zero_grad", "outside"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+"""When. `recompute` is forward work done again inside the backward pass by activation checkpointing; `outside` is between steps."""
+
+Ints = npt.NDArray[np.int64]
+Key = Literal["category", "module", "op", "phase", "step", "micro_batch"]
+KEYS: tuple[Key, ...] = get_args(Key)
+
+
+class Peak(NamedTuple):
+    """The moment with the most allocated memory: the first one, if several are equal."""
+
+    event: int
+    allocated_bytes: int
+    step: int
+    phase: Phase
+    micro_batch: int
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """All allocations of one run. Column `x[i]` belongs to allocation `i`, in order of birth.
+
+    Columns are int64 arrays `[allocations]`; `category`, `module`, `op` and `phase` index `CATEGORIES`, `modules`, `ops` and
+    `PHASES`. The `mark_*` columns `[marks]` say when (first event) a new phase began, and which.
+    """
+
+    size: Ints
+    """Bytes the allocation takes on the device: `requested`, rounded as the device's allocator does."""
+    requested: Ints
+    """Bytes that were asked for."""
+    category: Ints
+    module: Ints
+    """Module at work when it was born; in the backward pass: the module whose forward is being differentiated."""
+    op: Ints
+    phase: Ints
+    step: Ints
+    """Optimizer step it was born in, from 0; -1 before the first."""
+    micro_batch: Ints
+    born: Ints
+    """Event of its birth."""
+    freed: Ints
+    """Event of its death; -1 when it is alive at the end."""
+    mark_event: Ints
+    mark_phase: Ints
+    mark_step: Ints
+    mark_micro_batch: Ints
+    modules: tuple[str, ...]
+    ops: tuple[str, ...]
+    meta: Mapping[str, Any]
+    """Target, strategies, device, versions, parameter counts, FLOPs and seconds of each step (JSON values)."""
+
+    def __len__(self) -> int:
+        return len(self.size)
+
+    def __repr__(self) -> str:
+        peak = self.peak
+        return (
+            f"<Trace of {self.meta.get('target', '?')}: {len(self):,} allocations, peak {peak.allocated_bytes:,} bytes "
+            f"in {peak.phase}, step {peak.step}>"
+        )
+
+    @cached_property
+    def events(self) -> int:
+        """Number of events: births plus deaths."""
+        return int(self.born.size + np.count_nonzero(self.freed >= 0))
+
+    @cached_property
+    def allocated(self) -> Ints:
+        """Bytes allocated after each event: int64 `[events]`."""
+        return self._timeline(np.ones(len(self), dtype=bool))
+
+    def timeline(self, category: Category | None = None) -> Ints:
+        """Bytes allocated after each event, of one category or of all: int64 `[events]`."""
+        return self.allocated if category is None else self._timeline(self.category == _code(category))
+
+    def _timeline(self, chosen: npt.NDArray[np.bool_]) -> Ints:
+        change = np.zeros(self.events, dtype=np.int64)
+        change[self.born[chosen]] += self.size[chosen]
+        died = chosen & (self.freed >= 0)
+        change[self.freed[died]] -= self.size[died]
+        return np.cumsum(change)
+
+    @cached_property
+    def peak(self) -> Peak:
+        """The moment with the most allocated memory."""
+        return self.peak_of()
+
+    def peak_of(self, step: int | None = None) -> Peak:
+        """The peak of one step, or of the whole run.
+
+        Raises:
+            UsageError: when the trace is empty or has no such step.
+        """
+        first, last = (0, self.events) if step is None else self.step_range(step)
+        if first >= last:
+            raise UsageError("the trace is empty: it has no allocation, so it has no peak")
+        event = first + int(np.argmax(self.allocated[first:last]))
+        mark = self.mark_at(event)
+        return Peak(
+            event,
+            int(self.allocated[event]),
+            int(self.mark_step[mark]),
+            PHASES[int(self.mark_phase[mark])],
+            int(self.mark_micro_batch[mark]),
+        )
+
+    def mark_at(self, event: int) -> int:
+        """Index of the mark (phase) that an event falls into."""
+        return max(0, int(np.searchsorted(self.mark_event, event, side="right")) - 1)
+
+    @cached_property
+    def steps(self) -> tuple[int, ...]:
+        """The optimizer steps in the trace, in order."""
+        return tuple(int(s) for s in np.unique(self.mark_step) if s >= 0)
+
+    def step_range(self, step: int) -> tuple[int, int]:
+        """`(first, last + 1)` events of a step.
+
+        Raises:
+            UsageError: when the trace has no such step.
+        """
+        marks = np.flatnonzero(self.mark_step == step)
+        if not marks.size:
+            raise UsageError(f"the trace has no step {step}; it has {', '.join(map(str, self.steps)) or 'none'}")
+        after = int(marks[-1]) + 1
+        last = int(self.mark_event[after]) if after < self.mark_event.size else self.events
+        return int(self.mark_event[marks[0]]), last
+
+    def at(self, event: int) -> Ints:
+        """Indices of the allocations alive after an event, in order of birth.
+
+        Raises:
+            UsageError: when the event is outside the trace.
+        """
+        if not 0 <= event < self.events:
+            raise UsageError(f"event {event} is outside the trace: it has events 0 to {self.events - 1}")
+        return np.flatnonzero((self.born <= event) & ((self.freed > event) | (self.freed < 0)))
+
+    def by(self, *keys: Key, at: int | Literal["peak"] = "peak") -> dict[Any, int]:
+        """Bytes alive at a moment, grouped by category, module, op, phase, step or micro_batch; largest first.
+
+        With one key the result maps its value, with several a tuple of values, to bytes.
+
+        Raises:
+            UsageError: for an unknown key, no key, or an event outside the trace.
+        """
+        unknown = [key for key in keys if key not in KEYS]
+        if unknown or not keys:
+            name = unknown[0] if unknown else ""
+            raise UsageError(f'cannot group a trace by "{name}": {nearest(name, KEYS)}')
+        alive = self.at(self.peak.event if at == "peak" else at)
+        groups, index = np.unique(np.stack([getattr(self, key)[alive] for key in keys]), axis=1, return_inverse=True)
+        sizes = np.zeros(groups.shape[1], dtype=np.int64)
+        np.add.at(sizes, index.reshape(-1), self.size[alive])
+        rows = [
+            (tuple(self._name(key, int(code)) for key, code in zip(keys, column, strict=True)), int(size))
+            for column, size in zip(groups.T, sizes, strict=True)
+        ]
+        rows.sort(key=lambda row: -row[1])
+        return {names if len(keys) > 1 else names[0]: size for names, size in rows}
+
+    def _name(self, key: Key, code: int) -> str | int:
+        tables: dict[Key, Sequence[str]] = {
+            "category": CATEGORIES, "phase": PHASES, "module": self.modules, "op": self.ops
+        }  # fmt: skip
+        return tables[key][code] if key in tables else code
+
+    def by_category(self, at: int | Literal["peak"] = "peak") -> dict[Category, int]:
+        """Bytes of every category at a moment, zeros included, in the order of `CATEGORIES`."""
+        found = self.by("category", at=at)
+        return {category: found.get(category, 0) for category in CATEGORIES}
+
+    def max_by_category(self, step: int | None = None) -> dict[Category, int]:
+        """Largest number of bytes each category reaches, in one step or in the whole run; not all at the same moment."""
+        first, last = (0, self.events) if step is None else self.step_range(step)
+        return {c: int(self.timeline(c)[first:last].max(initial=0)) for c in CATEGORIES}
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write a compressed `.npz`: to a temporary file first, then renamed, so a broken write leaves nothing behind.
+
+        Raises:
+            TraceFileError: when the file exists and `overwrite` is False, or cannot be written.
+        """
+        path = Path(path)
+        if path.exists() and not overwrite:
+            raise TraceFileError(f"{path} exists already: choose another name, or overwrite it with -f")
+        header = {"format": _FORMAT, "schema_version": SCHEMA_VERSION, "modules": self.modules, "ops": self.ops}
+        columns = {name: _narrow(getattr(self, name)) for name in _COLUMNS}
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, header=np.array(json.dumps(header | {"meta": dict(self.meta)})), **columns)
+        write_whole(path, buffer.getvalue())
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Trace:
+        """Read a trace file; nothing in it is ever executed.
+
+        Raises:
+            TraceFileError: when the file is missing, not a trace, truncated, inconsistent, or of a newer schema.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+        except FileNotFoundError:
+            raise TraceFileError(f"{path}: no such file") from None
+        except OSError as error:
+            raise TraceFileError(f"{path}: cannot be read ({error.strerror or error})") from None
+        except (ValueError, zipfile.BadZipFile, EOFError, KeyError, zipfile.error) as error:
+            raise TraceFileError(
+                f"{path}: not a memscope trace, or truncated ({error}); expected a file written by memscope profile"
+            ) from None
+        return _from_arrays(path, arrays)
+
+
+_TEXT = {"modules", "ops", "meta"}
+_COLUMNS = tuple(field.name for field in fields(Trace) if field.name not in _TEXT)
+
+
+def _from_arrays(path: str | os.PathLike[str], arrays: dict[str, npt.NDArray[Any]]) -> Trace:
+    try:
+        header = json.loads(str(arrays["header"]))
+        if header["format"] != _FORMAT:
+            raise KeyError("format")
+        version = int(header["schema_version"])
+    except (KeyError, ValueError, TypeError):
+        raise TraceFileError(f"{path}: not a memscope trace: it has no memscope header") from None
+    if version > SCHEMA_VERSION:
+        raise TraceFileError(
+            f"{path}: written with trace schema {version}, this memscope reads up to {SCHEMA_VERSION}: upgrade memscope"
+        )
+    missing = [name for name in _COLUMNS if name not in arrays or arrays[name].dtype.kind != "i"]
+    missing += [name for name in _TEXT if name not in header]
+    if missing:
+        raise TraceFileError(f"{path}: a damaged memscope trace: {', '.join(missing)} missing or of a wrong type")
+    columns = {name: arrays[name].astype(np.int64) for name in _COLUMNS}
+    trace = Trace(**columns, modules=tuple(header["modules"]), ops=tuple(header["ops"]), meta=header["meta"])
+    damage = _damage(trace)
+    if damage:
+        raise TraceFileError(f"{path}: a damaged memscope trace: {damage}")
+    return trace
+
+
+def _damage(trace: Trace) -> str:
+    """What is inconsistent about a trace that was read from a file; empty when nothing is."""
+    lengths = {len(getattr(trace, name)) for name in _COLUMNS if not name.startswith("mark_")}
+    marks = {len(getattr(trace, name)) for name in _COLUMNS if name.startswith("mark_")}
+    if len(lengths) != 1 or len(marks) != 1:
+        return "columns differ in length"
+    for name, table in (("category", CATEGORIES), ("phase", PHASES), ("module", trace.modules), ("op", trace.ops)):
+        column = getattr(trace, name)
+        if column.size and not (0 <= column.min() and column.max() < len(table)):
+            return f"column {name} points outside its table"
+    if len(trace) and not trace.mark_event.size:
+        return "it has allocations but no phase"
+    died = trace.freed >= 0
+    ends = np.concatenate([trace.born, trace.freed[died]])
+    if not np.array_equal(np.sort(ends), np.arange(ends.size)) or bool((trace.freed <= trace.born)[died].any()):
+        return "its events are not one unbroken sequence"
+    return ""
+
+
+def _narrow(column: Ints) -> npt.NDArray[Any]:
+    """The smallest signed type that holds a column: files stay small, values stay exact."""
+    for dtype in (np.int8, np.int16, np.int32):
+        if not column.size or (column.min() >= np.iinfo(dtype).min and column.max() <= np.iinfo(dtype).max):
+            return column.astype(dtype)
+    return column
+
+
+def _code(category: str) -> int:
+    if category not in CATEGORIES:
+        raise UsageError(f'unknown category "{category}": {nearest(category, CATEGORIES)}')
+    return CATEGORIES.index(category)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file completely or not at all: to a temporary neighbour, then rename.
+
+    Raises:
+        TraceFileError: when the folder is missing or not writable, or the disk is full.
+    """
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = file.name
+            file.write(data)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        raise TraceFileError(f"{path}: cannot be written ({error.strerror or error})") from None

@@ -1,0 +1,206 @@
+"""One training step, described once and run everywhere: simulated, measured, or trained for real.
+
+A `Workload` says what to train and how one optimizer step goes; `run_step` is the only place that carries it out. Whoever
+watches the step passes a `StepObserver`; nothing else differs between a simulation, a measurement and real training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from memscope.errors import UsageError
+
+__all__ = ["MicroBatch", "StepObserver", "StepPlan", "Training", "Workload", "micro_batches", "run_step", "split_batch"]
+
+Scope = Callable[[], contextlib.AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """How one optimizer step is carried out; strategies replace it with `dataclasses.replace`."""
+
+    micro_batches: int = 1
+    """Pieces the step's batch is split into; gradients accumulate over them."""
+    autocast: torch.dtype | None = None
+    """Lower-precision dtype of `torch.autocast` around forward and loss; None: no autocast."""
+    grad_scaler: bool = False
+    """Scale the loss with `torch.amp.GradScaler`; needed for float16 gradients."""
+    clip_grad_norm: float | None = None
+    """Largest total norm of the gradients; None: no clipping."""
+    contexts: tuple[Scope, ...] = ()
+    """Context managers entered around forward, loss and backward of each micro-batch, outermost first."""
+
+
+def split_batch(batch: Any, parts: int) -> list[Any]:
+    """Split every tensor (and list) in a batch along its first dimension into `parts` equal pieces.
+
+    Raises:
+        UsageError: when the first dimension does not divide into `parts`.
+    """
+    if parts == 1:
+        return [batch]
+    if isinstance(batch, list):
+        return [batch[i * n : (i + 1) * n] for n in [_piece(len(batch), parts)] for i in range(parts)]
+    leaves, spec = pytree.tree_flatten(batch)
+    columns = [
+        leaf.split(_piece(leaf.shape[0], parts)) if isinstance(leaf, Tensor) and leaf.ndim else [leaf] * parts
+        for leaf in leaves
+    ]
+    return [pytree.tree_unflatten([column[i] for column in columns], spec) for i in range(parts)]
+
+
+def _piece(samples: int, parts: int) -> int:
+    if samples == 0 or samples % parts:
+        raise UsageError(
+            f"a step's batch of {samples} samples cannot be split into {parts} equal micro-batches: "
+            f"choose a number of micro-batches that divides {samples}"
+        )
+    return samples // parts
+
+
+def _samples(micro_batch: Any) -> float:
+    for leaf in pytree.tree_leaves(micro_batch):
+        if isinstance(leaf, Tensor) and leaf.ndim:
+            return float(leaf.shape[0])
+    return 1.0
+
+
+@dataclass
+class Workload:
+    """What is trained, and how one step goes. Works for any `nn.Module` and any `torch.optim.Optimizer`."""
+
+    model: nn.Module
+    """The model; strategies may change it in place before the first step."""
+    batches: Sequence[Any]
+    """One item an optimizer step: the whole effective batch. Used in turn, over and over."""
+    loss: Callable[[nn.Module, Any], Tensor]
+    """`loss(model, micro_batch)`: runs the forward pass and returns the mean loss, a scalar."""
+    optimizer_factory: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+    """Builds the optimizer from the trainable parameters; called last, after every strategy."""
+    plan: StepPlan = field(default_factory=StepPlan)
+    name: str = "workload"
+    split: Callable[[Any, int], list[Any]] = split_batch
+    """`split(batch, parts)`: the micro-batches of a step's batch. Default: every tensor along its first dimension."""
+    weight: Callable[[Any], float] = _samples
+    """What a micro-batch counts in the mean of its step, e.g. its number of target tokens. Default: its samples."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What the target was configured with; kept in the trace."""
+
+    def parameter_counts(self) -> tuple[int, int]:
+        """`(total, trainable)` numbers of parameters, each tied parameter counted once."""
+        parameters = list(self.model.parameters())
+        return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One piece of a step's batch, still on the host, and its share of the step's loss (shares sum to 1)."""
+
+    data: Any
+    share: float
+
+
+def micro_batches(workload: Workload, batch: Any) -> list[MicroBatch]:
+    """Split one step's batch as the plan says; each piece is weighted so that accumulation equals the whole batch."""
+    pieces = workload.split(batch, workload.plan.micro_batches)
+    weights = [workload.weight(piece) for piece in pieces]
+    total = sum(weights)
+    if total <= 0:
+        raise UsageError(
+            "the batch of this step has no target token: nothing to learn from; "
+            "check the labels (every one is masked) or leave such samples out"
+        )
+    return [MicroBatch(piece, weight / total) for piece, weight in zip(pieces, weights, strict=True)]
+
+
+class StepObserver(Protocol):
+    """Who watches a step: told what is about to happen, and shown the inputs when they are on the device."""
+
+    def phase(self, name: str, micro_batch: int) -> None:
+        """`name` is one of forward, backward, optimizer, zero_grad; it lasts until the next call."""
+
+    def inputs(self, data: Any) -> None:
+        """The micro-batch, moved to the device."""
+
+
+@dataclass
+class Training:
+    """The things that live from step to step: what a `Workload` becomes when it starts."""
+
+    workload: Workload
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler | None
+    device_type: str
+    to_device: Callable[[Any], Any]
+
+    @classmethod
+    def start(cls, workload: Workload, device_type: str, to_device: Callable[[Any], Any]) -> Training:
+        """Build optimizer and scaler. Called once, after every strategy has been applied.
+
+        Raises:
+            UsageError: when no parameter is trainable.
+        """
+        trainable = [p for p in workload.model.parameters() if p.requires_grad]
+        if not trainable:
+            raise UsageError(f'"{workload.name}" has no trainable parameter: nothing can be optimized')
+        scaler = torch.amp.GradScaler(device_type) if workload.plan.grad_scaler else None
+        workload.model.train()
+        return cls(workload, workload.optimizer_factory(trainable), scaler, device_type, to_device)
+
+
+def run_step(training: Training, pieces: list[MicroBatch], observer: StepObserver | None = None) -> Tensor:
+    """Carry out one optimizer step over the micro-batches of `pieces` (emptied on the way) and return the step's loss.
+
+    The loss of each piece is multiplied by its share, so the accumulated gradient is that of the whole batch at once.
+    """
+    plan, model = training.workload.plan, training.workload.model
+    mark = observer.phase if observer else _unobserved
+    total: Tensor | None = None
+    index = 0
+    while pieces:
+        piece = pieces.pop(0)
+        mark("forward", index)
+        with contextlib.ExitStack() as scopes:
+            for scope in plan.contexts:
+                scopes.enter_context(scope())
+            loss = _forward(training, model, piece, observer)
+            mark("backward", index)
+            (training.scaler.scale(loss) if training.scaler else loss).backward()  # type: ignore[no-untyped-call]
+        total = loss.detach() if total is None else total + loss.detach()
+        del loss, piece
+        index += 1
+    assert total is not None, "run_step needs at least one micro-batch"
+    mark("optimizer", index - 1)
+    if plan.clip_grad_norm is not None:
+        if training.scaler:
+            training.scaler.unscale_(training.optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), plan.clip_grad_norm)
+    if training.scaler:
+        training.scaler.step(training.optimizer)
+        training.scaler.update()
+    else:
+        training.optimizer.step()
+    mark("zero_grad", index - 1)
+    training.optimizer.zero_grad(set_to_none=True)
+    return total
+
+
+def _forward(training: Training, model: nn.Module, piece: MicroBatch, observer: StepObserver | None) -> Tensor:
+    data = training.to_device(piece.data)
+    if observer:
+        observer.inputs(data)
+    dtype = training.workload.plan.autocast
+    with torch.autocast(training.device_type, dtype=dtype) if dtype else contextlib.nullcontext():
+        loss = training.workload.loss(model, data)
+    return loss if piece.share == 1.0 else loss * piece.share
+
+
+def _unobserved(name: str, micro_batch: int) -> None:
+    pass
