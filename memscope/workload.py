@@ -79,7 +79,7 @@ class Workload:
     model: nn.Module
     """The model; strategies may change it in place before the first step."""
     batches: Sequence[Any]
-    """One item an optimizer step: the whole effective batch. Used in turn, over and over."""
+    """One item an optimizer step: the whole effective batch. Recorders repeat the first one: put there what needs the most memory."""
     loss: Callable[[nn.Module, Any], Tensor]
     """`loss(model, micro_batch)`: runs the forward pass and returns the mean loss, a scalar."""
     optimizer_factory: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]

@@ -55,11 +55,9 @@ class ModuleStack:
 
     def code(self, name: str) -> int:
         """Index of a name in `names`, added when it is new."""
-        return self._index.setdefault(name, len(self.names)) if name in self._index else self._add(name)
-
-    def _add(self, name: str) -> int:
-        self._index[name] = len(self.names)
-        self.names.append(name)
+        if name not in self._index:
+            self._index[name] = len(self.names)
+            self.names.append(name)
         return self._index[name]
 
     def __enter__(self) -> ModuleStack:

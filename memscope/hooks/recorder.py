@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from memscope.errors import MemscopeError
 from memscope.hooks.modules import ModuleStack
 from memscope.hooks.optimizer import GradientNamer, OptimizerNamer
-from memscope.hooks.storages import StorageTracker
+from memscope.hooks.storages import Execute, StorageTracker
 from memscope.trace import Phase, Trace
 
 __all__ = ["Recorder"]
@@ -47,6 +47,7 @@ class Recorder:
         meta: Mapping[str, Any] | None = None,
         round_size: Callable[[int], int] | None = None,
         on_gpu: bool = False,
+        execute: Execute | None = None,
     ) -> None:
         """
         Args:
@@ -55,11 +56,12 @@ class Recorder:
             meta: what to keep in the trace beside versions and parameter counts; JSON values.
             round_size: bytes the device takes for a request; None: exactly what is asked for.
             on_gpu: whether the tensors are on a GPU or stand for such, so that step counters may be on the host.
+            execute: runs an operator in place of PyTorch, `execute(func, args, kwargs)`.
         """
         self._model, self._optimizer = model, optimizer
         self._meta, self._round = dict(meta or {}), round_size
         self._modules = ModuleStack(model, on_enter_model=self._model_begins, on_leave_model=self._model_ends)
-        self._tracker = StorageTracker(self._modules, host_scalars=on_gpu)
+        self._tracker = StorageTracker(self._modules, host_scalars=on_gpu, execute=execute)
         self._gradients = GradientNamer(model, self._tracker, self._modules)
         self._optimizers = OptimizerNamer(
             self._tracker, self._modules, before=self._optimizer_begins, after=self._optimizer_ends, on_gpu=on_gpu
@@ -91,6 +93,10 @@ class Recorder:
                 self._tracker.own(parameter.grad, "gradient", module=self._modules.of_parameter(parameter))
         for name, buffer in self._model.named_buffers():
             self._tracker.own(buffer, "buffer", module=self._modules.code(name.rpartition(".")[0] or "(model)"))
+        for name, module in self._model.named_modules():
+            for value in vars(module).values():  # a constant that is no registered buffer
+                if isinstance(value, Tensor):
+                    self._tracker.own(value, "buffer", module=self._modules.code(name or "(model)"))
         if self._optimizer is not None:
             self._optimizers.name_state(self._optimizer)
 
@@ -117,7 +123,7 @@ class Recorder:
         if not self._told:
             if self._step_done:
                 self._begin_step()
-            elif tracker.base_phase == "loss" and tracker.saw_backward:
+            elif tracker.saw_backward:
                 tracker.micro_batch += 1
         tracker.move_to("forward", tracker.step, tracker.micro_batch)
 

@@ -11,9 +11,10 @@ import torch
 
 from memscope.errors import MemscopeError, TargetError, UsageError
 from memscope.hooks.recorder import Recorder
+from memscope.strategies import Plan
 from memscope.workload import MicroBatch, Training, Workload, micro_batches, run_step
 
-__all__ = ["Progress", "prepare_steps", "record_steps", "target_error"]
+__all__ = ["Progress", "prepare_steps", "record_steps", "run_meta", "target_error", "where"]
 
 Progress = Callable[[int, int], None]
 """`progress(steps done, steps in all)`."""
@@ -23,7 +24,8 @@ _TORCH_FOLDER = str(Path(torch.__file__).parent)
 
 
 def prepare_steps(workload: Workload, steps: int) -> list[list[MicroBatch]]:
-    """The micro-batches of each step, on the host.
+    """The micro-batches of each step, on the host. Every step takes the first batch, so that the second one is the first's equal but
+    for the optimizer state that is there by then.
 
     Raises:
         UsageError: when there is no data, no step, or a batch cannot be split as the plan says.
@@ -32,7 +34,17 @@ def prepare_steps(workload: Workload, steps: int) -> list[list[MicroBatch]]:
         raise UsageError(f"{steps} steps were asked for: at least one is needed, and two to see a step with optimizer state")
     if not len(workload.batches):
         raise UsageError(f'"{workload.name}" has no batch to train on')
-    return [micro_batches(workload, workload.batches[step % len(workload.batches)]) for step in range(steps)]
+    return [micro_batches(workload, workload.batches[0]) for _ in range(steps)]
+
+
+def run_meta(workload: Workload, plan: Plan, device: str, *, simulated: bool) -> dict[str, Any]:
+    """What a trace keeps of the run it came from."""
+    return {
+        "target": workload.name,
+        "settings": workload.settings,
+        "strategies": plan.specs,
+        "device": {"name": device, "simulated": simulated},
+    }
 
 
 def record_steps(

@@ -29,14 +29,14 @@ __all__ = ["Allocations", "StorageTracker"]
 _current_task: Callable[[], int] = torch._C._current_graph_task_id
 _has_kernel: Callable[[str, str], bool] = torch._C._dispatch_has_kernel_for_dispatch_key
 _current_node: Callable[[], Any] = torch._C._current_autograd_node
+Execute = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+_device_of = torch.ops.prim.device.default
 _PLAIN = {Tensor, nn.Parameter, FakeTensor}
 _UNKNOWN = -1
 _PARAMETER, _WEIGHT_COPY, _ACTIVATION, _TEMPORARY, _OTHER = (
     CATEGORIES.index(c) for c in ("parameter", "weight_copy", "activation", "temporary", "other")
 )
-_BACKWARD, _RECOMPUTE, _FORWARD, _LOSS, _OUTSIDE = (
-    PHASES.index(p) for p in ("backward", "recompute", "forward", "loss", "outside")
-)
+_BACKWARD, _RECOMPUTE = PHASES.index("backward"), PHASES.index("recompute")
 
 
 class _StorageRef(weakref.ref[torch.UntypedStorage]):
@@ -86,20 +86,26 @@ class StorageTracker(TorchDispatchMode):
         seen: the allocations so far.
         ops: table of the operator names seen.
         step, micro_batch: where the run is; set by whoever drives it, through `move_to`.
+        saw_backward: whether a backward pass has run since the last forward phase began.
     """
 
-    def __init__(self, modules: ModuleStack, *, host_scalars: bool) -> None:
-        """`host_scalars`: a 0-dimensional `torch.tensor(x)` stays on the host, as it does when the device is a GPU."""
+    def __init__(self, modules: ModuleStack, *, host_scalars: bool, execute: Execute | None = None) -> None:
+        """
+        Args:
+            modules: who is at work.
+            host_scalars: a 0-dimensional `torch.tensor(x)` stays on the host, as it does when the device is a GPU.
+            execute: runs an operator, `execute(func, args, kwargs)`; None: `func(*args, **kwargs)`.
+        """
         super().__init__()
         self.seen = Allocations()
         self.ops: list[str] = [""]
-        self._modules, self._host_scalars = modules, host_scalars
+        self._modules, self._host_scalars, self._execute = modules, host_scalars, execute or _run
         self._known_ops: dict[OpOverload, _Op] = {}
         self._live: dict[int, tuple[int, _StorageRef]] = {}
         self._hidden: dict[int, _StorageRef] = {}
         self._clock = 0
         self._base_phase = PHASES.index("setup")
-        self.step, self.micro_batch = -1, 0
+        self.step, self.micro_batch, self.saw_backward = -1, 0, False
         self._pending: list[int] = []
         self._module = self._phase = 0
         self._resize = torch.UntypedStorage.resize_
@@ -110,12 +116,9 @@ class StorageTracker(TorchDispatchMode):
     def move_to(self, phase: Phase, step: int, micro_batch: int) -> None:
         """Begin a phase; it lasts until the next call, but for what the autograd engine does of its own."""
         self.step, self.micro_batch, self._base_phase = step, micro_batch, PHASES.index(phase)
+        if phase == "forward":
+            self.saw_backward = False
         self._mark(self._base_phase)
-
-    @property
-    def base_phase(self) -> Phase:
-        """The phase last moved to."""
-        return PHASES[self._base_phase]
 
     def _mark(self, phase: int) -> None:
         mark = (self._clock, phase, self.step, self.micro_batch)
@@ -134,7 +137,7 @@ class StorageTracker(TorchDispatchMode):
             phase = _RECOMPUTE
             self._module = self._modules.of_node(_current_node()) if self._modules.is_idle else self._modules.current
         else:
-            phase = _BACKWARD
+            phase, self.saw_backward = _BACKWARD, True
             self._module = self._modules.of_node(_current_node())
             if self._pending:
                 self._keep_activations()
@@ -151,7 +154,14 @@ class StorageTracker(TorchDispatchMode):
 
     # What operators make.
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Dispatch straight here: the wrapper that hides a mode from torch.compile costs as much as the tracking itself."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _device_of and type(args[0]) is FakeTensor:  # the engine asks this several times an operator
+            return args[0].fake_device
         for kind in types:
             if kind not in _PLAIN:  # a wrapper subclass first turns into operators on plain tensors
                 return NotImplemented
@@ -160,7 +170,7 @@ class StorageTracker(TorchDispatchMode):
             with self:
                 return func.decompose(*args, **(kwargs or {}))
         self._locate()
-        out = func(*args, **kwargs) if kwargs else func(*args)
+        out = self._execute(func, args, kwargs or {})
         if op.flops is not None:
             self.seen.flops[self.step] = self.seen.flops.get(self.step, 0) + op.flops(*args, **(kwargs or {}), out_val=out)
         if isinstance(out, Tensor):
@@ -288,6 +298,10 @@ class StorageTracker(TorchDispatchMode):
             self.seen.category[index] = _TEMPORARY if died_in == birth.step else _OTHER
         self._live.clear()
         self._hidden.clear()
+
+
+def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return func(*args, **kwargs)
 
 
 def _parts(tensor: Tensor) -> list[Tensor]:

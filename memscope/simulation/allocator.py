@@ -1,31 +1,34 @@
-"""Replay of a run's allocations through PyTorch's CUDA caching allocator: what is reserved, where it breaks up, when it ends.
+"""A run's allocations replayed through PyTorch's CUDA caching allocator: what it reserves, and when it runs out.
 
-Which allocations are made, and in what order, comes from a trace; here they get the blocks, segments and addresses that they
-would get on a device of a given capacity.
+Which allocations are made, and in what order, comes from a trace; here they get the blocks, segments and addresses they
+would get on a device of a given capacity. Needs neither CUDA nor torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 
 import numpy as np
 import numpy.typing as npt
 
 from memscope.simulation.allocator_blocks import Block
-from memscope.simulation.allocator_settings import AllocatorSettings
-from memscope.simulation.caching_allocator import (
+from memscope.simulation.allocator_report import (
     AllocationFailed,
-    CachingAllocator,
+    BlockState,
     OutOfMemory,
+    Segment,
     SegmentEvent,
+    Snapshot,
 )
+from memscope.simulation.allocator_settings import AllocatorSettings
+from memscope.simulation.caching_allocator import CachingAllocator
 
 __all__ = [
     "AllocationFailed",
     "AllocatorSettings",
+    "BlockState",
     "CachingAllocator",
     "OutOfMemory",
     "Replay",
@@ -33,73 +36,195 @@ __all__ = [
     "SegmentEvent",
     "Snapshot",
     "replay",
-    "snapshot",
 ]
 
 Ints = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class Segment:
-    """Memory held from the driver in one piece; of an expandable segment, each stretch that is mapped without a gap."""
+@dataclass(frozen=True, eq=False)
+class Replay:
+    """What the allocator did. Columns have one value for each allocation, or one after each event that took place."""
 
-    address: int
-    size_bytes: int
-    stream: int
-    pool: Literal["small", "large"]
-    expandable: bool
-    blocks: tuple[tuple[int, int, bool], ...]
-    """(address, bytes, allocated), in order of address and without gaps."""
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """All segments at one moment, in order of address."""
-
-    segments: tuple[Segment, ...]
-
-    @property
-    def largest_free_bytes(self) -> int:
-        """The largest cached block: the largest request that any stream or pool could meet without the driver."""
-        return max((size for s in self.segments for _, size, allocated in s.blocks if not allocated), default=0)
+    block_sizes: Ints
+    """Bytes of each allocation's block `[allocations]`; 0 for an empty tensor, and for what comes after running out."""
+    addresses: Ints
+    """Where each block begins `[allocations]`; -1 where there is none."""
+    allocated: Ints
+    """Bytes in blocks that are handed out `[events]`: torch.cuda.memory_allocated()."""
+    requested: Ints
+    """Bytes they were asked for `[events]`: `requested_bytes` of torch.cuda.memory_stats()."""
+    reserved: Ints
+    """Bytes held from the driver `[events]`: torch.cuda.memory_reserved()."""
+    segment_events: tuple[SegmentEvent, ...]
+    """Everything taken from the driver and given back, in order."""
+    oom: OutOfMemory | None
+    """The request at which the replay ended; None when all were met."""
+    _run: _Run = field(repr=False)
 
     @property
-    def free_bytes(self) -> int:
-        """Reserved and not allocated."""
-        return sum(size for s in self.segments for _, size, allocated in s.blocks if not allocated)
+    def active(self) -> Ints:
+        """Bytes that could not be handed out `[events]`: `allocated`, as no free is deferred in a replay."""
+        return self.allocated
 
     @property
-    def unreleasable_bytes(self) -> int:
-        """Free bytes that share their segment, or their page of an expandable one, with something allocated."""
-        raise NotImplementedError
+    def peak_allocated(self) -> int:
+        """Most bytes allocated at once: torch.cuda.max_memory_allocated()."""
+        return int(self.allocated.max(initial=0))
+
+    @property
+    def peak_reserved(self) -> int:
+        """Most bytes reserved at once, be it within an event: torch.cuda.max_memory_reserved()."""
+        changes = np.array([event.change_bytes for event in self.segment_events], dtype=np.int64)
+        return int(changes.cumsum().max(initial=0))
+
+    @property
+    def failed_allocation(self) -> int | None:
+        """Which allocation ran out of memory."""
+        return None if self.oom is None else self._run.order[self.oom.event]
+
+    @cached_property
+    def largest_free(self) -> Ints:
+        """Bytes of the largest cached block `[events]`; when first asked for, the events are gone through once more."""
+        allocator = self._run.allocator()
+        steps = zip(range(len(self.allocated)), self._run.steps(allocator), strict=False)
+        return np.fromiter((allocator.largest_free() for _ in steps), dtype=np.int64, count=len(self.allocated))
+
+    def snapshots(self, events: Iterable[int]) -> dict[int, Snapshot]:
+        """All segments and blocks after each of these events, by event; the events are gone through once more."""
+        wanted = set(events)
+        absent = [event for event in sorted(wanted) if not 0 <= event < len(self.allocated)]
+        if absent:
+            raise ValueError(f"no event {absent[0]} in a replay of events 0 to {len(self.allocated) - 1}")
+        allocator = self._run.allocator()
+        steps = zip(range(max(wanted, default=-1) + 1), self._run.steps(allocator), strict=False)
+        return {event: allocator.snapshot() for event, _ in steps if event in wanted}
 
 
-def snapshot(allocator: CachingAllocator) -> Snapshot:
-    """What the allocator holds now, as torch.cuda.memory_snapshot() lists it."""
-    found = []
-    for blocks in allocator.segments():
-        for stretch in _mapped_stretches(blocks):
-            first = stretch[0]
-            found.append(
-                Segment(
-                    address=first.address,
-                    size_bytes=sum(block.size for block in stretch),
-                    stream=first.pool.stream,
-                    pool="small" if first.pool.small else "large",
-                    expandable=first.range is not None,
-                    blocks=tuple((block.address, block.size, block.allocated) for block in stretch),
-                )
-            )
-    return Snapshot(tuple(found))
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """All a replay depends on, to go through it again."""
+
+    order: list[int]
+    """By event: allocation `i` where it is born, `~i` where it is freed."""
+    sizes: list[int]
+    streams: list[int]
+    cache_emptied: frozenset[int]
+    allocator: Callable[[], CachingAllocator]
+
+    def steps(self, allocator: CachingAllocator) -> Iterator[tuple[int, Block | None]]:
+        """Do one event after the other; each yields its entry of `order` and the block, None for an empty tensor.
+
+        Raises:
+            AllocationFailed: as `CachingAllocator.malloc`.
+        """
+        held: dict[int, Block] = {}
+        for event, entry in enumerate(self.order):
+            if event in self.cache_emptied:
+                allocator.empty_cache()
+            index = entry if entry >= 0 else ~entry
+            if not self.sizes[index]:
+                allocator.events += 1
+                yield entry, None
+            elif entry >= 0:
+                block = held[index] = allocator.malloc(self.sizes[index], self.streams[index])
+                yield entry, block
+            else:
+                block = held.pop(index)
+                allocator.free(block)
+                yield entry, block
+        if len(self.order) in self.cache_emptied:
+            allocator.empty_cache()
 
 
-def _mapped_stretches(blocks: list[Block]) -> Iterator[list[Block]]:
-    stretch: list[Block] = []
-    for block in blocks:
-        if block.mapped:
-            stretch.append(block)
-        elif stretch:
-            yield stretch
-            stretch = []
-    if stretch:
-        yield stretch
+def replay(
+    sizes: Ints,
+    born: Ints,
+    freed: Ints,
+    *,
+    settings: AllocatorSettings | None = None,
+    capacity_bytes: int | None = None,
+    device_bytes: int | None = None,
+    streams: Ints | None = None,
+    cache_emptied: Sequence[int] = (),
+    segment_addresses: Mapping[int, int] | None = None,
+) -> Replay:
+    """Make and free allocations in order, until all is done or memory runs out.
+
+    Args:
+        sizes: bytes asked for `[allocations]`.
+        born: event of each allocation `[allocations]`. Each allocation and each free is one event, numbered from 0
+            without gaps.
+        freed: event of its free `[allocations]`; -1 when it is never freed.
+        settings: of the allocator; None is PyTorch's default.
+        capacity_bytes: what the driver can give; None for no limit. See `CachingAllocator` for this and `device_bytes`.
+        device_bytes: total memory of the device; None is the capacity.
+        streams: CUDA stream of each allocation `[allocations]`; None puts all on the default one, 0.
+        cache_emptied: events before which torch.cuda.empty_cache() is called; the number of events: after the last.
+        segment_addresses: by event, where the driver put the segment made in it; to follow PyTorch 2.11 and older.
+
+    Raises:
+        ValueError: when the columns do not describe a sequence of events.
+    """
+    run = _Run(
+        order=_order(sizes, born, freed),
+        sizes=sizes.tolist(),
+        streams=[0] * len(sizes) if streams is None else streams.tolist(),
+        cache_emptied=frozenset(cache_emptied),
+        allocator=partial(
+            CachingAllocator, settings, capacity_bytes, device_bytes=device_bytes, segment_addresses=segment_addresses
+        ),
+    )
+    allocator, oom = run.allocator(), None
+    block_sizes, addresses = [0] * len(sizes), [-1] * len(sizes)
+    try:
+        for entry, block in run.steps(allocator):
+            if entry >= 0 and block is not None:
+                block_sizes[entry] = block.size
+                addresses[entry] = block.address
+    except AllocationFailed as failure:
+        oom = failure.record
+    events = allocator.events
+    blocks = np.array(block_sizes, dtype=np.int64)
+    reserved = np.zeros(events, dtype=np.int64)
+    for change in allocator.segment_events:
+        if change.event < events:
+            reserved[change.event] += change.change_bytes
+    return Replay(
+        block_sizes=blocks,
+        addresses=np.array(addresses, dtype=np.int64),
+        allocated=_running_total(blocks, born, freed, events),
+        requested=_running_total(sizes, born, freed, events),
+        reserved=reserved.cumsum(),
+        segment_events=tuple(allocator.segment_events),
+        oom=oom,
+        _run=run,
+    )
+
+
+def _order(sizes: Ints, born: Ints, freed: Ints) -> list[int]:
+    """By event: allocation `i` where it is born, `~i` where it is freed."""
+    count = len(sizes)
+    is_freed = freed >= 0
+    events = count + int(is_freed.sum())
+    if len(born) != count or len(freed) != count:
+        raise ValueError(f"{count} sizes, {len(born)} births, {len(freed)} frees: there must be as many of each")
+    if (sizes < 0).any():
+        raise ValueError(f"allocation {int((sizes < 0).argmax())} has {int(sizes.min())} bytes")
+    if (is_freed & (freed <= born)).any():
+        raise ValueError(f"allocation {int((is_freed & (freed <= born)).argmax())} is freed before it is made")
+    clock = np.concatenate([born, freed[is_freed]])
+    if not np.array_equal(np.sort(clock), np.arange(events)):
+        raise ValueError(f"the {events} births and frees are not numbered 0 to {events - 1}, each once")
+    order = np.empty(events, dtype=np.int64)
+    order[born] = np.arange(count)
+    order[freed[is_freed]] = ~np.flatnonzero(is_freed)
+    return [int(entry) for entry in order]
+
+
+def _running_total(sizes: Ints, born: Ints, freed: Ints, events: int) -> Ints:
+    """Bytes alive after each of the first `events` events."""
+    change = np.zeros(events, dtype=np.int64)
+    made, gone = born < events, (freed >= 0) & (freed < events)
+    change[born[made]] = sizes[made]
+    change[freed[gone]] = -sizes[gone]
+    return change.cumsum()

@@ -1,6 +1,6 @@
-"""What the allocator keeps: blocks of memory, the pools of those that are cached, and the addresses of expandable segments.
+"""What the allocator works on: blocks of memory, pools of those that are cached, addresses of expandable segments.
 
-Source: struct Block, struct BlockPool and struct ExpandableSegment in c10/cuda/CUDACachingAllocator.cpp, PyTorch 2.13.0.
+Source: structs Block, BlockPool and ExpandableSegment of c10/cuda/CUDACachingAllocator.cpp, PyTorch 2.13.0.
 """
 
 from __future__ import annotations
@@ -24,13 +24,12 @@ class AddressRange:
     def __init__(self, base: int, size: int, page: int) -> None:
         self.base, self.size, self.page = base, size, page
 
-    def page_at_or_below(self, address: int) -> int:
-        """Address of the last page that begins at or below `address`."""
-        return address - (address - self.base) % self.page
-
-    def page_at_or_above(self, address: int) -> int:
-        """Address of the first page that begins at or above `address`."""
-        return address + (self.base - address) % self.page
+    def pages_within(self, block: Block) -> tuple[int, int]:
+        """Addresses where the whole pages inside a block begin and end; the same address twice if there are none."""
+        first = block.address + (self.base - block.address) % self.page
+        end = block.address + block.size
+        last = end - (end - self.base) % self.page
+        return first, max(first, last)
 
 
 class Block:
@@ -38,7 +37,9 @@ class Block:
 
     __slots__ = ("address", "allocated", "gc_base", "mapped", "next", "pool", "previous", "range", "requested", "size")
 
-    def __init__(self, address: int, size: int, pool: Pool, within: AddressRange | None, *, mapped: bool = True) -> None:
+    def __init__(
+        self, address: int, size: int, pool: Pool, within: AddressRange | None, *, mapped: bool = True
+    ) -> None:
         self.address = address
         self.size = size
         self.pool = pool
@@ -68,6 +69,18 @@ class Block:
         self.next = after.next
         if after.next is not None:
             after.next.previous = self
+
+    def room(self, size: int) -> bool:
+        """Whether nothing is allocated from here on for `size` bytes, be it mapped or not."""
+        found, block = 0, self
+        while not block.allocated:
+            found += block.size
+            if found >= size:
+                return True
+            if block.next is None:
+                break
+            block = block.next
+        return False
 
     @property
     def extent(self) -> int:

@@ -1,18 +1,18 @@
 """What PYTORCH_CUDA_ALLOC_CONF asks of the allocator, and the two sizes that follow from it: of a block, of a segment.
 
-Sources, unless said otherwise: c10/core/AllocatorConfig.h and .cpp and c10/cuda/CUDAAllocatorConfig.h of PyTorch 2.13.0; the
-constants are the same in 2.11.0.
+Sources: c10/core/AllocatorConfig.h and .cpp, c10/cuda/CUDAAllocatorConfig.h and .cpp, and for the two sizes
+c10/cuda/CUDACachingAllocator.cpp, all of PyTorch 2.13.0. 2.11.0 and 2.15.0 have the same constants and rules.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from memscope.errors import UsageError, nearest
 
-__all__ = ["LARGE_SEGMENT", "MIN_BLOCK", "SMALL_SEGMENT", "SMALL_SIZE", "AllocatorSettings"]
+__all__ = ["ENVIRONMENT_VARIABLES", "LARGE_SEGMENT", "MIN_BLOCK", "SMALL_SEGMENT", "SMALL_SIZE", "AllocatorSettings"]
 
 MIB = 1 << 20
 
@@ -30,6 +30,9 @@ ROUND_LARGE = 2 * MIB
 """Bytes by which such a segment is rounded up (kRoundLarge)."""
 INTERVALS = 16
 """Powers of two with their own roundup_power2_divisions, from 1 MiB up; smaller and larger sizes use the nearest."""
+
+ENVIRONMENT_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+"""Where PyTorch reads its settings from: the first that is set, even if it is empty (AllocatorConfig.cpp)."""
 
 # Read by PyTorch, without influence on where device memory is placed.
 _PASSED_OVER = frozenset(
@@ -64,17 +67,17 @@ class AllocatorSettings:
     max_non_split_rounding_bytes: int | None = None
     """How much larger than asked for an unsplittable block may be. None: `large_segment_size_bytes`."""
     roundup_power2_divisions: tuple[int, ...] = (0,) * INTERVALS
-    """Steps between one power of two and the next that sizes are rounded up to: one number for sizes under 2 MiB, then one a
-    power of two, the last for 32 GiB and more. 0 or 1: sizes are rounded up to 512 bytes."""
+    """Steps from one power of two to the next, to which sizes are rounded up: first for sizes under 2 MiB, then for
+    each power of two, last for 32 GiB and more. 0 and 1: sizes are rounded up to 512 bytes."""
     garbage_collection_threshold: float | None = None
-    """Part of the allowed memory above which old cached segments are freed before new ones are made. PyTorch looks at it only
-    when `per_process_memory_fraction` is below 1."""
+    """Part of the allowed memory above which old cached segments are given back before new ones are made. Without
+    effect, in PyTorch as here, unless `per_process_memory_fraction` is below 1."""
     large_segment_size_bytes: int = LARGE_SEGMENT
-    """Bytes of a segment for blocks between 1 and 10 MiB, and of a page of an expandable large segment (from PyTorch 2.11)."""
+    """Bytes of a segment for blocks between 1 and 10 MiB, and of a page of an expandable segment for large blocks."""
     per_process_memory_fraction: float = 1.0
     """Part of the device's memory the process may reserve; also set by torch.cuda.set_per_process_memory_fraction."""
     throw_on_cudamalloc_oom: bool = False
-    """Refuse at once, without freeing the cache, what exceeds `per_process_memory_fraction` of the device (from 2.13)."""
+    """Refuse what exceeds the device's memory without giving back cached segments first (PyTorch 2.13)."""
 
     def __post_init__(self) -> None:
         segment = self.large_segment_size_bytes
@@ -99,19 +102,20 @@ class AllocatorSettings:
     def parse(cls, text: str) -> AllocatorSettings:
         """Settings of a PYTORCH_CUDA_ALLOC_CONF or PYTORCH_ALLOC_CONF value, for example `expandable_segments:True`.
 
-        What PyTorch accepts and passes over here (pinned memory, locks) is accepted and passed over. Stricter than PyTorch in
-        three points, each a mistake it takes silently: a number must be one to its last character (PyTorch reads `20.5` as 20
-        and `-1` as 2⁶⁴−1), no key may be given twice (PyTorch keeps the last), and `>` must end its list.
+        Keys without influence on device memory (pinned memory, locks) are accepted and passed over. Three mistakes that
+        PyTorch lets pass are refused: what is not a number to its end (it reads `20.5` as 20, `-1` as 2⁶⁴−1), a key
+        given twice (it keeps the last), and `>` before the end of its list.
 
         Raises:
-            UsageError: for a key, value or combination that PyTorch refuses, that is one of these mistakes, or that memscope
-                cannot replay (`backend:cudaMallocAsync` is not the caching allocator).
+            UsageError: for these, what PyTorch refuses, and `backend:cudaMallocAsync`, which is another allocator.
         """
         given: dict[str, object] = {}
         seen: dict[str, str] = {}
         for key, value in _pairs(text):
             if key in seen:
-                raise UsageError(f'allocator settings "{text}": {key} is given twice ({seen[key]}, {value}); keep one of them')
+                raise UsageError(
+                    f'allocator settings "{text}": {key} is given twice ({seen[key]}, {value}); keep one of them'
+                )
             seen[key] = value
             if key == "backend":
                 _check_backend(value)
@@ -123,20 +127,33 @@ class AllocatorSettings:
                 raise UsageError(f'allocator settings "{text}": unknown key "{key}"; {nearest(key, known)}')
         return cls(**given)  # type: ignore[arg-type]  # each reader returns what its field holds
 
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> AllocatorSettings:
+        """Settings a process with these environment variables would have: of the first variable that PyTorch looks at.
+
+        Raises:
+            UsageError: as `parse`, naming the variable.
+        """
+        for name in ENVIRONMENT_VARIABLES:
+            if name in environment:
+                try:
+                    return cls.parse(environment[name])
+                except UsageError as error:
+                    raise UsageError(f"environment variable {name}: {error}") from error
+        return cls()
+
     @property
     def without_effect(self) -> tuple[str, ...]:
         """Settings that were made and that PyTorch silently passes over, each as a sentence for the user."""
         idle = []
         if self.garbage_collection_threshold is not None and self.per_process_memory_fraction == 1:
-            idle.append(
-                "garbage_collection_threshold does nothing unless the process is limited: add per_process_memory_fraction below 1"
-            )
+            idle.append("garbage_collection_threshold does nothing unless per_process_memory_fraction is below 1")
         if self.max_non_split_rounding_bytes is not None and self.max_split_size_bytes is None:
             idle.append("max_non_split_rounding_mb does nothing without max_split_size_mb")
         return tuple(idle)
 
     def block_size(self, size_bytes: int) -> int:
-        """Bytes of the block for a request: DeviceCachingAllocator::round_size. At least 512, and a multiple of it."""
+        """Bytes of the block for a request (round_size): a multiple of 512, at least that."""
         if size_bytes < MIN_BLOCK:
             return MIN_BLOCK
         power = size_bytes.bit_length() - 1
@@ -147,7 +164,7 @@ class AllocatorSettings:
         return -(-size_bytes // MIN_BLOCK) * MIN_BLOCK
 
     def segment_size(self, block_bytes: int) -> int:
-        """Bytes asked of the driver for a block that no cached one fits: DeviceCachingAllocator::get_allocation_size."""
+        """Bytes asked of the driver for a block that is not cached (get_allocation_size)."""
         if block_bytes <= SMALL_SIZE:
             return SMALL_SEGMENT
         if block_bytes < MIN_LARGE:
@@ -175,7 +192,7 @@ def _pairs(text: str) -> list[tuple[str, str]]:
         if match is None or rest[end : end + 1] not in ("", ",") or rest[end:] == ",":
             raise UsageError(
                 f'allocator settings "{text}": cannot read "{rest}"; expected key:value pairs with commas between, '
-                "for example expandable_segments:True or max_split_size_mb:128,roundup_power2_divisions:[256:1,512:2,>:4]"
+                "for example max_split_size_mb:128,roundup_power2_divisions:[256:1,512:2,>:4]"
             )
         pairs.append((match[1], match[2]))
         rest = rest[end + 1 :]
@@ -185,11 +202,11 @@ def _pairs(text: str) -> list[tuple[str, str]]:
 def _check_backend(value: str) -> None:
     if value == "cudaMallocAsync":
         raise UsageError(
-            "allocator setting backend:cudaMallocAsync: CUDA's own pool is not the caching allocator and cannot be replayed; "
+            "allocator setting backend:cudaMallocAsync: CUDA's allocator, not PyTorch's, cannot be replayed; "
             "use backend:native, or measure on a GPU"
         )
     if value != "native":
-        raise UsageError(f'allocator setting backend:{value}: unknown backend; {nearest(value, ["native"])}')
+        raise UsageError(f"allocator setting backend:{value}: unknown backend; {nearest(value, ['native'])}")
 
 
 def _read_bool(key: str, value: str) -> bool:
@@ -216,9 +233,9 @@ def _read_number(key: str, value: str) -> float:
 
 
 def _read_divisions(key: str, value: str) -> tuple[int, ...]:
-    """One number for all sizes, or `[256:1,512:2,>:4]`: from 256 MiB one division, from 512 MiB two, above it four.
+    """One number for all sizes, or `[256:1,512:2,>:4]`: 1 from 256 MiB, 2 from 512 MiB, 4 above that.
 
-    Sizes below the first interval named round as it does; intervals between two that are named do not round.
+    Below the first interval named, its number holds; an interval passed over between two that are named has none.
     """
     if not value.startswith("["):
         count = _read_whole(key, value)
@@ -235,7 +252,6 @@ def _read_divisions(key: str, value: str) -> tuple[int, ...]:
         if bound == ">":
             if position < len(entries) - 1:
                 raise _refused(key, value, '">" as the last entry of the list')
-            # PyTorch up to about 2.8 wrote this value over the last interval named as well.
             steps[last + 1 :] = [count] * (INTERVALS - last - 1)
             continue
         interval = _read_whole(f"{key}:{entry}", bound)

@@ -1,83 +1,36 @@
 """PyTorch's CUDACachingAllocator without CUDA: the same blocks, at the same places, in the same order.
 
-Source: c10/cuda/CUDACachingAllocator.cpp, class DeviceCachingAllocator, of PyTorch 2.13.0; its function names are in the
-docstrings here. Left out: private pools (CUDA graphs, MemPool), free-memory callbacks (CUDA IPC), and the deferred frees of
-`Tensor.record_stream`. A block freed here is free at once, so *active* and *allocated* are the same; to replay a program that
-uses record_stream, free each block where PyTorch completes its free.
+Source: class DeviceCachingAllocator of c10/cuda/CUDACachingAllocator.cpp, PyTorch 2.13.0; its function names are in the
+docstrings here. Left out: private pools (CUDA graphs, MemPool), free-memory callbacks (CUDA IPC), and the deferred
+frees of `Tensor.record_stream`. As a block freed here is free at once, *active* and *allocated* are the same; to
+replay a program that uses record_stream, free each block where PyTorch completes its free.
 
-Of blocks of equal size the one with the lowest address is taken. PyTorch 2.13 takes the one whose segment was made first, which
-is the same while addresses grow from segment to segment, as they do here; 2.11 goes by the address that the driver gave. To
-follow a 2.11 run to the byte, pass those addresses.
+Of blocks of equal size, PyTorch from 2.13 takes one of the segment that was made first, and in it the lowest; up to
+2.11 it takes the one with the lowest address that the driver gave. Here it is the lowest address, and each segment
+lies above those before it, so that both mean the same. To follow a run of 2.11 to the byte, pass the driver's
+addresses. 2.12 goes by the age of the block itself, which is not replayed: of blocks of equal size it may take
+another.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
 
-from memscope.errors import OutOfDeviceMemory
 from memscope.simulation.allocator_blocks import AddressRange, Block, Pool
+from memscope.simulation.allocator_report import (
+    AllocationFailed,
+    OutOfMemory,
+    SegmentAction,
+    SegmentEvent,
+    Snapshot,
+)
 from memscope.simulation.allocator_settings import MIN_BLOCK, SMALL_SEGMENT, SMALL_SIZE, AllocatorSettings
-from memscope.units import format_bytes
 
-__all__ = ["AllocationFailed", "CachingAllocator", "OutOfMemory", "SegmentAction", "SegmentEvent"]
+__all__ = ["CachingAllocator"]
 
 _UNLIMITED = 1 << 47  # bytes: all addresses a process has
 _FIRST_ADDRESS = 1 << 40
-
-SegmentAction = Literal["segment_alloc", "segment_free", "segment_map", "segment_unmap"]
-
-
-@dataclass(frozen=True)
-class SegmentEvent:
-    """Memory taken from the driver or given back to it; actions are named as in `torch.cuda.memory._snapshot()`."""
-
-    event: int
-    """Mallocs and frees before the one that caused it."""
-    action: SegmentAction
-    address: int
-    size_bytes: int
-    stream: int
-
-
-@dataclass(frozen=True)
-class OutOfMemory:
-    """A request that could not be met, and what was left after all that can be released had been."""
-
-    event: int
-    """Mallocs and frees before it."""
-    requested_bytes: int
-    segment_bytes: int
-    """Bytes asked of the driver for it: "Tried to allocate" in PyTorch's message."""
-    stream: int
-    allocated_bytes: int
-    reserved_bytes: int
-    largest_free_bytes: int
-    """Largest cached block, of any stream and pool."""
-    limit_bytes: int
-    """What may be reserved: the capacity, or less by `per_process_memory_fraction`."""
-
-    @property
-    def free_cached_bytes(self) -> int:
-        """Reserved and not allocated."""
-        return self.reserved_bytes - self.allocated_bytes
-
-    def __str__(self) -> str:
-        return (
-            f"asking {format_bytes(self.requested_bytes)} with {format_bytes(self.allocated_bytes)} of "
-            f"{format_bytes(self.limit_bytes)} allocated, {format_bytes(self.free_cached_bytes)} cached in blocks of at most "
-            f"{format_bytes(self.largest_free_bytes)}"
-        )
-
-
-class AllocationFailed(OutOfDeviceMemory):
-    """`CachingAllocator.malloc` could not meet a request; `record` says which, and what there was."""
-
-    def __init__(self, record: OutOfMemory) -> None:
-        super().__init__(f"out of device memory: {record}")
-        self.record = record
 
 
 class CachingAllocator:
@@ -85,12 +38,15 @@ class CachingAllocator:
 
     Args:
         settings: as PyTorch would read them from PYTORCH_CUDA_ALLOC_CONF; None is PyTorch's default.
-        capacity_bytes: what the driver can give to this allocator: the device's memory less the CUDA context and what others
-            hold. None: as much as is asked for.
-        device_bytes: cudaDeviceProp.totalGlobalMem, from which `per_process_memory_fraction` and the length of an expandable
-            segment follow. None: the capacity.
-        segment_addresses: by event, the address the driver gave to the segment made in it. Other segments lie above all
-            before them.
+        capacity_bytes: what the driver can give to this allocator: the device's memory less the CUDA context and what
+            others hold. None: as much as is asked for.
+        device_bytes: all memory of the device (cudaDeviceProp.totalGlobalMem), of which `per_process_memory_fraction`
+            is a part and from which the length of an expandable segment follows. None: the capacity.
+        segment_addresses: by event, where the driver put the segment made in it.
+
+    `allocated` is the bytes in blocks handed out, `requested` what they were asked for, `reserved` what is held from
+    the driver, `events` the number of mallocs and frees so far, and `segment_events` all that was taken and given
+    back.
     """
 
     def __init__(
@@ -108,6 +64,7 @@ class CachingAllocator:
         self.events = 0
         self.segment_events: list[SegmentEvent] = []
         capacity = _UNLIMITED if capacity_bytes is None else capacity_bytes
+        self._capacity = capacity
         self._device = capacity if device_bytes is None else device_bytes
         limited = settings.per_process_memory_fraction < 1
         self._allowed = int(settings.per_process_memory_fraction * self._device) if limited else _UNLIMITED
@@ -119,7 +76,8 @@ class CachingAllocator:
         self._expands = settings.expandable_segments
         self._pools: dict[tuple[bool, int], Pool] = {}
         self._heads: dict[int, Block] = {}
-        self._searches = [0, 0]  # of the large and of the small pool: the clock garbage collection tells the age of blocks by
+        # Searches of the large and of the small pool: the clock by which garbage collection tells the age of blocks.
+        self._searches = [0, 0]
         self._addresses = segment_addresses or {}
         self._next_address = _FIRST_ADDRESS
 
@@ -164,7 +122,7 @@ class CachingAllocator:
         self.events += 1
 
     def empty_cache(self) -> None:
-        """Give unused memory back to the driver: whole segments, whole pages of expandable ones (release_cached_blocks)."""
+        """Give unused segments, and unused pages of expandable ones, back to the driver (release_cached_blocks)."""
         for small in (False, True):
             found = [block for pool in self._pools_in_order(small) for _, _, block in pool.cached]
             for block in found:
@@ -174,14 +132,13 @@ class CachingAllocator:
                 if block.range is not None:
                     self._unmap(block, block.range)
 
-    def segments(self) -> Iterator[list[Block]]:
-        """The blocks of each segment, in order of address; of an expandable one also the stretches that are not mapped."""
-        for _, head in sorted(self._heads.items()):
-            blocks, after = [head], head.next
-            while after is not None:
-                blocks.append(after)
-                after = after.next
-            yield blocks
+    def snapshot(self) -> Snapshot:
+        """Everything it holds now."""
+        return Snapshot.of(head for _, head in sorted(self._heads.items()))
+
+    def largest_free(self) -> int:
+        """Bytes of the largest cached block, of any stream and pool."""
+        return max((pool.cached[-1][0] for pool in self._pools.values() if pool.cached), default=0)
 
     # Cached blocks.
 
@@ -227,13 +184,10 @@ class CachingAllocator:
     def _pools_in_order(self, small: bool) -> list[Pool]:
         return [pool for (is_small, _), pool in sorted(self._pools.items()) if is_small == small]
 
-    def _largest_free(self) -> int:
-        return max((pool.cached[-1][0] for pool in self._pools.values() if pool.cached), default=0)
-
     # Memory of the driver.
 
     def _obtain(self, pool: Pool, size: int, size_bytes: int) -> Block:
-        """New memory, with room made for it in PyTorch's order: old segments, then oversize ones, then all unused ones."""
+        """New memory, with room made for it in PyTorch's order: old segments, oversize ones, all that are unused."""
         if self._collects:
             self._collect_garbage()
         segment = self.settings.segment_size(size)
@@ -253,7 +207,7 @@ class CachingAllocator:
                     stream=pool.stream,
                     allocated_bytes=self.allocated,
                     reserved_bytes=self.reserved,
-                    largest_free_bytes=self._largest_free(),
+                    largest_free_bytes=self.largest_free(),
                     limit_bytes=self._limit,
                 )
             )
@@ -267,7 +221,7 @@ class CachingAllocator:
             return None
         if self._expands:
             return self._expand(pool, size)
-        if self.reserved + segment > self._limit:
+        if self.reserved + segment > self._capacity:
             return None
         block = self._new_head(pool, segment, None)
         self._log("segment_alloc", block.address, segment, pool.stream)
@@ -281,8 +235,9 @@ class CachingAllocator:
         return block
 
     def _log(self, action: SegmentAction, address: int, size: int, stream: int) -> None:
-        self.reserved += size if action in ("segment_alloc", "segment_map") else -size
-        self.segment_events.append(SegmentEvent(self.events, action, address, size, stream))
+        event = SegmentEvent(self.events, action, address, size, stream)
+        self.reserved += event.change_bytes
+        self.segment_events.append(event)
 
     def _release(self, block: Block) -> None:
         """Give a whole segment back (release_block)."""
@@ -291,7 +246,7 @@ class CachingAllocator:
         self._log("segment_free", block.address, block.size, block.pool.stream)
 
     def _release_oversize(self, pool: Pool, size: int) -> bool:
-        """Give back one unsplittable block large enough, or several, the largest first (release_available_cached_blocks)."""
+        """Give back an oversize block large enough, or several, largest first (release_available_cached_blocks)."""
         if self.settings.max_split_size_bytes is None:
             return False
         target = max(size, self._max_split)
@@ -357,15 +312,11 @@ class CachingAllocator:
         return block
 
     def _find_room(self, pool: Pool, size: int) -> Block:
-        """The lowest cached or unmapped block from which `size` bytes on nothing is allocated (find_expandable_block)."""
-        for _, block in pool.unmapped:
-            below = block.previous
-            start = block if below is None or below.allocated else below
-            room, after = 0, start
-            while room < size and after is not None and not after.allocated:
-                room += after.size
-                after = after.next
-            if room >= size:
+        """The lowest block from which on nothing is allocated for `size` bytes (find_expandable_block)."""
+        for _, unmapped in pool.unmapped:
+            below = unmapped.previous
+            start = unmapped if below is None or below.allocated else below
+            if start.room(size):
                 return start
         page = SMALL_SEGMENT if pool.small else self.settings.large_segment_size_bytes
         # An eighth more than the device has, for pages that are unmapped and mapped again elsewhere.
@@ -375,10 +326,10 @@ class CachingAllocator:
         return block
 
     def _map(self, block: Block, size: int) -> Block | None:
-        """Put pages behind the first `size` bytes of an unmapped block (map_block): the cached block they are now part of."""
+        """Put memory behind the first `size` bytes of an unmapped block (map_block): the cached block it is now in."""
         assert block.range is not None
         mapped = -(-size // block.range.page) * block.range.page
-        if self.reserved + mapped > self._limit:
+        if self.reserved + mapped > self._capacity:
             return None
         block.pool.remove(block)
         if mapped < block.size:
@@ -391,9 +342,9 @@ class CachingAllocator:
         return block
 
     def _unmap(self, block: Block, within: AddressRange) -> None:
-        """Give back the whole pages inside a cached block (unmap_block), and the segment's addresses if none is left."""
-        first, last = within.page_at_or_above(block.address), within.page_at_or_below(block.address + block.size)
-        if first >= last:
+        """Give back the whole pages inside a cached block (unmap_block), and the addresses of a segment without any."""
+        first, last = within.pages_within(block)
+        if first == last:
             return
         block.pool.remove(block)
         if first > block.address:

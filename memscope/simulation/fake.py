@@ -16,9 +16,10 @@ from torch.utils import _pytree as pytree
 
 from memscope.errors import MemscopeError, TargetError
 from memscope.hooks.recorder import Recorder
-from memscope.hooks.steps import Progress, prepare_steps, record_steps, target_error, where
+from memscope.hooks.steps import Progress, prepare_steps, record_steps, run_meta, target_error, where
 from memscope.simulation.cuda import cuda_semantics, fake_tensors_use_foreach
 from memscope.simulation.devices import Device, get_device
+from memscope.simulation.remember import RememberedOperators
 from memscope.strategies import Plan
 from memscope.trace import Trace
 from memscope.workload import Training, Workload
@@ -29,7 +30,7 @@ __all__ = ["simulate"]
 def simulate(
     workload: Workload | Callable[[], Workload],
     *,
-    device: str | Device = "cuda",
+    device: str | Device = "gpu",
     strategies: str | Plan = "",
     steps: int = 2,
     progress: Progress | None = None,
@@ -39,7 +40,7 @@ def simulate(
     Args:
         workload: what to train, or a function that builds it. Built by a function, the model's weights take no memory; a workload
             given as such is copied, and stays as it is.
-        device: a name that `memscope devices` lists: `cpu`, `cuda` (a GPU without a limit), or a GPU.
+        device: a name that `memscope devices` lists: `gpu` (an NVIDIA GPU without a limit), a certain GPU, or `cpu`.
         strategies: a plan such as `lora:r=8,amp`, applied before the first step.
         steps: optimizer steps to trace; from the second on, the optimizer's state is there.
         progress: called after each step.
@@ -62,20 +63,14 @@ def simulate(
         with mode:
             training = Training.start(built, "cpu", lambda data: pytree.tree_map_only(Tensor, _on_device, data))
             recorder = Recorder(
-                built.model, meta=_meta(built, plan, device), round_size=device.round_size, on_gpu=device.kind == "cuda"
+                built.model,
+                meta={**run_meta(built, plan, device.name, simulated=True), "seconds": None},
+                round_size=device.round_size,
+                on_gpu=device.kind == "cuda",
+                execute=RememberedOperators(mode),
             )
             record_steps(built, pieces, training, recorder, progress)
     return recorder.trace()
-
-
-def _meta(workload: Workload, plan: Plan, device: Device) -> dict[str, Any]:
-    return {
-        "target": workload.name,
-        "settings": workload.settings,
-        "strategies": plan.specs,
-        "device": {"name": device.name, "simulated": True},
-        "seconds": None,
-    }
 
 
 def _build(workload: Workload | Callable[[], Workload], mode: FakeTensorMode) -> Workload:

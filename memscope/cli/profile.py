@@ -1,0 +1,138 @@
+"""`memscope profile`."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from memscope.cli.profile_report import document, print_report, write_page
+from memscope.effects import Run, compare
+from memscope.errors import UsageError
+from memscope.runs import RunSpec, run_all
+from memscope.simulation.devices import get_device
+from memscope.strategies import Plan, Strategy
+from memscope.target import find_target
+from memscope.trace import Trace
+
+__all__ = ["command"]
+
+
+@click.command("profile")
+@click.argument("target")
+@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option(
+    "-s", "--strategies", "plans", multiple=True, metavar="PLAN",
+    help="Strategies to apply, such as lora:r=8,amp. Once: each of them alone and all together. Repeated: each plan as it is.",
+)  # fmt: skip
+@click.option("--preset", metavar="NAME", help="Preset of the target; the first one if not given. See: memscope targets.")
+@click.option("--set", "changed", multiple=True, metavar="KEY=VALUE", help="Change a setting of the target; more may follow as KEY=VALUE.")
+@click.option("--device", default="gpu", show_default=True, help="What to simulate (see: memscope devices), or cpu for a real run.")
+@click.option("--simulate", is_flag=True, help="Simulate also where the run could be real: with --device cpu.")
+@click.option("--steps", default=2, show_default=True, help="Optimizer steps; effects are read from the second.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FOLDER", help="Where traces and page go; a new folder.")
+@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Where the page goes, if not into that folder.")
+@click.option("-f", "--force", is_flag=True, help="Overwrite files that exist.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of tables.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def command(
+    target: str, settings: tuple[str, ...], plans: tuple[str, ...], preset: str | None, changed: tuple[str, ...], device: str,
+    simulate: bool, steps: int, output: Path | None, html: Path | None, force: bool, as_json: bool, debug: bool,
+) -> None:  # fmt: skip
+    """Run TARGET plain and with strategies, show where the memory goes and what each strategy changes.
+
+    TARGET is a folder with target.py, a Python file, or a target that comes with memscope (see: memscope targets). Without a GPU the
+    steps are simulated: no weights are loaded and nothing is computed, but every allocation is seen.
+    """
+    words = _words([*changed, *settings])
+    find_target(target).configure(preset, words)
+    simulated = simulate or get_device(device).kind != "cpu"
+    parsed = [Plan.parse(text) for text in plans]
+    labels = _labels(parsed)
+    folder = _folder(output, target, force)
+    html = html or folder / "report.html"
+    paths = [folder / f"{_file_name(label)}.npz" for label in labels]
+    _refuse_existing([*paths, html], force)
+    specs = [
+        RunSpec(target, preset, words, "" if label == "baseline" else label, tuple(map(str, parsed)), device, simulated, steps,
+                path.with_suffix(".part.npz"))
+        for label, path in zip(labels, paths, strict=True)
+    ]  # fmt: skip
+    new_folder = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        _run_with_progress(specs, labels)
+        for spec, path in zip(specs, paths, strict=True):
+            spec.path.replace(path)
+    finally:
+        for spec in specs:
+            spec.path.unlink(missing_ok=True)
+        if new_folder and not any(folder.iterdir()):
+            folder.rmdir()
+    traces = [Trace.load(path) for path in paths]
+    runs = [Run(label, trace, _textbook(label)) for label, trace in zip(labels, traces, strict=True)]
+    table = compare(traces[0], runs[1:])
+    write_page(runs, table, html, overwrite=force)
+    if as_json:
+        click.echo(json.dumps(document(target, runs, paths, table), ensure_ascii=False, indent=2))
+    else:
+        print_report(Console(highlight=False), runs, table, html)
+
+
+def _words(texts: Sequence[str]) -> dict[str, str]:
+    words: dict[str, str] = {}
+    for text in texts:
+        key, equal, value = text.partition("=")
+        if not equal or not key:
+            raise UsageError(f'"{text}" is no setting: expected KEY=VALUE, for example n_layers=1. See: memscope targets')
+        if key in words:
+            raise UsageError(f'setting "{key}" is given twice: "{words[key]}" and "{value}"')
+        words[key] = value
+    return words
+
+
+def _labels(plans: list[Plan]) -> list[str]:
+    """The runs to make: the baseline; then each strategy of one plan alone and all together, or each of several plans."""
+    if len(plans) == 1 and len(plans[0].strategies) > 1:
+        plans = [*(Plan.of(strategy) for strategy in plans[0].strategies), plans[0]]
+    labels = ["baseline", *(str(plan) for plan in plans if plan)]
+    twice = sorted({label for label in labels if labels.count(label) > 1})
+    if twice:
+        raise UsageError(f'plan "{twice[0]}" is given twice: there is nothing to compare')
+    return labels
+
+
+def _textbook(label: str) -> dict[str, str]:
+    strategies: tuple[Strategy, ...] = () if label == "baseline" else Plan.parse(label).strategies
+    return dict(strategies[0].textbook) if len(strategies) == 1 else {}
+
+
+def _folder(output: Path | None, target: str, force: bool) -> Path:
+    if output is None:
+        return Path("memscope-runs") / f"{Path(target).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"{output} is a file: -o takes a folder, for example -o runs/first")
+    return output
+
+
+def _file_name(label: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_.+=" else "_" for c in label.replace(",", "+"))
+
+
+def _refuse_existing(paths: list[Path], force: bool) -> None:
+    existing = [path for path in paths if path.exists()]
+    if existing and not force:
+        more = f" and {len(existing) - 1} more" if len(existing) > 1 else ""
+        raise UsageError(f"{existing[0]}{more} exists already: choose another folder with -o, or overwrite with -f")
+
+
+def _run_with_progress(specs: list[RunSpec], labels: list[str]) -> None:
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("step {task.completed:.0f}/{task.total:.0f}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        tasks = [bars.add_task(label, total=spec.steps) for spec, label in zip(specs, labels, strict=True)]
+        run_all(specs, lambda index, done, total: bars.update(tasks[index], completed=done, total=total))

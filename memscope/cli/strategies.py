@@ -1,0 +1,28 @@
+"""`memscope strategies`."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+
+import click
+from rich.console import Console
+from rich.text import Text
+
+from memscope.settings import format_value, help_of
+from memscope.strategies import available
+
+__all__ = ["command"]
+
+
+@click.command("strategies")
+def command() -> None:
+    """List the strategies and their settings, with defaults, as a plan takes them: NAME:KEY=VALUE,KEY=VALUE."""
+    console = Console(highlight=False)
+    for name, strategy in sorted(available().items()):
+        console.print(Text(name, style="bold"), Text(" ".join((inspect.getdoc(strategy) or "").split())))
+        texts = help_of(strategy.Config)
+        for field in dataclasses.fields(strategy.Config):
+            default = format_value(getattr(strategy.Config(), field.name))
+            console.print(Text(f"    {field.name}={default}", style="cyan"), Text(texts.get(field.name, "")))
+    console.print("\nNext: memscope profile targets/llama2 --strategies lora,amp")

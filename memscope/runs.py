@@ -1,0 +1,124 @@
+"""Run several plans of one target in processes of their own: measured ones each in a fresh one, simulations side by side."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty
+from typing import Any
+
+from memscope.errors import TargetError
+
+__all__ = ["RunSpec", "run_all"]
+
+Report = Callable[[int, int, int], None]
+"""`report(index of the run, micro-steps done, in all)`."""
+_POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One run, as text that a fresh process can start from."""
+
+    target: str
+    preset: str | None
+    settings: Mapping[str, str]
+    plan: str
+    """Strategies to apply."""
+    compared: tuple[str, ...]
+    """Every plan of the comparison: a strategy that is not applied here may ask for a fair baseline (`Strategy.baseline`)."""
+    device: str
+    simulated: bool
+    steps: int
+    path: Path
+    """Where the trace goes; must not exist yet."""
+
+
+def run_all(specs: Sequence[RunSpec], report: Report) -> None:
+    """Carry out every run and leave a trace file for each. The first failure ends the others.
+
+    Raises:
+        MemscopeError: what a run failed with.
+    """
+    context = multiprocessing.get_context("spawn")
+    simulated = all(spec.simulated for spec in specs)
+    workers, runs_each = (min(len(specs), _cores()), None) if simulated else (1, 1)
+    messages = context.Manager().Queue()
+    with ProcessPoolExecutor(workers, context, max_tasks_per_child=runs_each) as pool:
+        futures = [pool.submit(_run, index, spec, messages) for index, spec in enumerate(specs)]
+        with _cancelled_on_error(pool):
+            while not _finished(futures):
+                for message in _waiting(messages):
+                    report(*message)
+            for message in _waiting(messages):
+                report(*message)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _finished(futures: list[Future[None]]) -> bool:
+    done, left = wait(futures, timeout=_POLL_SECONDS)
+    for future in done:
+        try:
+            future.result()
+        except BrokenProcessPool:
+            raise TargetError("a run ended without a word: its process was killed, most likely for want of host memory") from None
+    return not left
+
+
+@contextmanager
+def _cancelled_on_error(pool: ProcessPoolExecutor) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        for process in list((pool._processes or {}).values()):
+            process.terminate()
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+
+
+def _waiting(messages: Any) -> Iterator[tuple[int, int, int]]:
+    while True:
+        try:
+            yield messages.get_nowait()
+        except Empty:
+            return
+
+
+def _run(index: int, spec: RunSpec, messages: Any) -> None:
+    import torch
+
+    from memscope import record, simulate
+    from memscope.strategies import Plan
+    from memscope.target import find_target
+    from memscope.workload import Workload
+
+    torch.set_num_threads(1 if spec.simulated else _cores())
+
+    def build() -> Workload:
+        target = find_target(spec.target)
+        workload = target.build(target.configure(spec.preset, spec.settings))
+        applied = {strategy.name for strategy in Plan.parse(spec.plan).strategies}
+        for other in spec.compared:
+            for strategy in Plan.parse(other).strategies:
+                if strategy.name not in applied:
+                    strategy.baseline(workload)
+        return workload
+
+    run = simulate if spec.simulated else record
+    trace = run(
+        build,
+        device=spec.device,
+        strategies=spec.plan,
+        steps=spec.steps,
+        progress=lambda done, total: messages.put((index, done, total)),
+    )
+    trace.save(spec.path)

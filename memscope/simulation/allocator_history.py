@@ -1,0 +1,168 @@
+"""What PyTorch's own allocator did, read from a snapshot, and the first point where a replay of it does something else.
+
+A history is one of the lists in `torch.cuda.memory._snapshot()["device_traces"]`, recorded from before the first
+allocation on the device. Source of its entries: TraceEntry in c10/core/CachingDeviceAllocator.h, PyTorch 2.13.0.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right, insort
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+import numpy as np
+
+from memscope.errors import TraceFileError
+from memscope.simulation.allocator import Ints, Replay, SegmentEvent
+
+__all__ = ["History", "first_difference", "read_history"]
+
+_SEGMENT_ACTIONS = frozenset({"segment_alloc", "segment_free", "segment_map", "segment_unmap"})
+
+
+@dataclass(frozen=True, eq=False)
+class History:
+    """Allocations of a real run in the columns that `replay` takes, `[allocations]`, and where PyTorch put them.
+
+    A request that ran out of memory ends the history: it is the last allocation, with the size of the block it needed.
+    """
+
+    sizes: Ints
+    """Bytes asked for."""
+    born: Ints
+    freed: Ints
+    """Event in which the block could be used again, -1 for never; after `Tensor.record_stream`, later than the free."""
+    streams: Ints
+    addresses: Ints
+    """Where the block lies; -1 for the request that ran out of memory."""
+    segment_events: tuple[SegmentEvent, ...]
+    """Memory taken from the driver and given back to it."""
+
+    @property
+    def cache_emptied(self) -> tuple[int, ...]:
+        """Events before which memory was given back and none was taken: torch.cuda.empty_cache() was called."""
+        taken = {event.event for event in self.segment_events if event.change_bytes > 0}
+        return tuple(event for event in self.given_back if event not in taken)
+
+    @property
+    def given_back(self) -> tuple[int, ...]:
+        """Events before which memory was given back, by torch.cuda.empty_cache() or because the limit was reached.
+
+        To replay a run without knowing the limit, pass these for `cache_emptied`. The outcome is the same, as at the
+        limit nothing cached is of use. Not so with `max_split_size_mb` or `garbage_collection_threshold`: they give
+        back less.
+        """
+        failed = set(self.born[self.addresses < 0].tolist())
+        return tuple(sorted({event.event for event in self.segment_events if event.change_bytes < 0} - failed))
+
+    @property
+    def segment_addresses(self) -> dict[int, int]:
+        """By event, where the first segment made in it lies: for `replay`, to follow PyTorch 2.11 and older."""
+        return {event.event: event.address for event in reversed(self.segment_events) if event.change_bytes > 0}
+
+
+def read_history(entries: Iterable[Mapping[str, Any]]) -> History:
+    """Sort the entries of one device's trace into allocations and segments, up to the first out-of-memory error.
+
+    Raises:
+        TraceFileError: when the history began after the first allocation, or its oldest entries were dropped.
+    """
+    sizes: list[int] = []
+    born: list[int] = []
+    freed: list[int] = []
+    streams: list[int] = []
+    addresses: list[int] = []
+    segment_events: list[SegmentEvent] = []
+    alive: dict[int, int] = {}
+    events = 0
+    for entry in entries:
+        action, address, size, stream = entry["action"], entry["addr"], entry["size"], entry["stream"]
+        if action in _SEGMENT_ACTIONS:
+            segment_events.append(SegmentEvent(events, action, address, size, stream))
+        elif action in ("alloc", "oom"):
+            if not segment_events:
+                raise _truncated("its first allocation needed no segment")
+            alive[address] = len(sizes)
+            sizes.append(size)
+            born.append(events)
+            freed.append(-1)
+            streams.append(stream)
+            addresses.append(address if action == "alloc" else -1)
+            if action == "oom":
+                break
+            events += 1
+        elif action == "free_completed":
+            if address not in alive:
+                raise _truncated(f"it frees the block at {address:#x}, which it did not allocate")
+            freed[alive.pop(address)] = events
+            events += 1
+    return History(
+        sizes=np.array(sizes, dtype=np.int64),
+        born=np.array(born, dtype=np.int64),
+        freed=np.array(freed, dtype=np.int64),
+        streams=np.array(streams, dtype=np.int64),
+        addresses=np.array(addresses, dtype=np.int64),
+        segment_events=tuple(segment_events),
+    )
+
+
+def _truncated(because: str) -> TraceFileError:
+    return TraceFileError(
+        f"the allocator history does not go back to the first allocation: {because}. Call "
+        "torch.cuda.memory._record_memory_history before anything is put on the device, with a larger max_entries"
+    )
+
+
+def first_difference(history: History, replay: Replay) -> str | None:
+    """Where a replay first does not do what PyTorch did, as a sentence; None when it does the same to the byte.
+
+    The same means: each event takes the same segments and gives back the same, and each block lies at the same place in
+    its segment. Where the segments themselves lie is up to the driver.
+    """
+    places = _Places()
+    found = _compare_segments(history.segment_events, replay.segment_events, places)
+    until = len(replay.allocated) if found is None else found[0]
+    for born, ours, theirs in zip(history.born, replay.addresses.tolist(), history.addresses.tolist(), strict=True):
+        if born > until:
+            break
+        if (ours < 0) != (theirs < 0):
+            return f"event {born}: {'PyTorch' if theirs < 0 else 'the replay'} ran out of memory, the other did not"
+        if ours >= 0 and theirs != places.of(ours):
+            return f"event {born}: PyTorch took the block at {theirs:#x}, the replay the one at {places.of(ours):#x}"
+    return None if found is None else f"event {found[0]}: {found[1]}"
+
+
+class _Places:
+    """Where the memory of a replay lies in the real run."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._shifts: dict[int, int] = {}
+
+    def add(self, ours: int, theirs: int) -> None:
+        insort(self._starts, ours)
+        self._shifts[ours] = theirs - ours
+
+    def of(self, ours: int) -> int:
+        return ours + self._shifts[self._starts[bisect_right(self._starts, ours) - 1]]
+
+
+def _compare_segments(
+    theirs: tuple[SegmentEvent, ...], ours: tuple[SegmentEvent, ...], places: _Places
+) -> tuple[int, str] | None:
+    """Event and kind of the first difference; on the way, `places` learns where the segments lie."""
+    for their, our in zip_longest(theirs, ours):
+        if their is None or our is None or (their.event, _told(their)) != (our.event, _told(our)):
+            event = min(change.event for change in (their, our) if change is not None)
+            return event, f"PyTorch did {_told(their)}, the replay {_told(our)}"
+        if our.change_bytes > 0:
+            places.add(our.address, their.address)
+        elif their.address != places.of(our.address):
+            return our.event, f"PyTorch gave back {their.address:#x}, the replay {places.of(our.address):#x}"
+    return None
+
+
+def _told(change: SegmentEvent | None) -> str:
+    return "nothing" if change is None else f"a {change.action} of {change.size_bytes} bytes on stream {change.stream}"

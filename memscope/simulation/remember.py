@@ -1,0 +1,137 @@
+"""Operators on fake tensors, each worked out once for every combination of shapes.
+
+A transformer runs the same few hundred operators on the same shapes over and over. `FakeTensorMode` works each of them out, with a
+cache of its own that still costs most of a simulation. Here the answer to "what comes out, and of whose storage is it a view" is kept
+by operator, dtypes, sizes and strides, and the result is built straight from it. Whatever is unusual (known constants,
+sparse layouts, shapes that depend on data) goes to `FakeTensorMode` each time.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+__all__ = ["RememberedOperators"]
+
+_CPU = torch.device("cpu")
+_HASHABLE = {int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format}
+_DEPENDS_ON_DATA = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+
+class _Result(NamedTuple):
+    """How to build one output: `same_as`/`view_of` is an index into the flattened tensor arguments, -1 for none."""
+
+    same_as: int
+    view_of: int
+    dtype: torch.dtype
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+    is_conj: bool
+
+
+class RememberedOperators:
+    """Calls operators on fake tensors: `remembered(func, args, kwargs)` gives what `func(*args, **kwargs)` gives."""
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        self._mode = mode
+        self._known: dict[Any, Any] = {}
+
+    def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tensors: list[FakeTensor] = []
+        parts: list[Any] = [func]
+        if not (_describe(args, parts, tensors) and (not kwargs or _describe_named(kwargs, parts, tensors)) and tensors):
+            return func(*args, **kwargs)
+        key = tuple(parts)
+        recipe = self._known.get(key, _NEW)
+        if recipe is _NEW:
+            before = [_layout(t) for t in tensors]
+            out = func(*args, **kwargs)
+            unchanged = [_layout(t) for t in tensors] == before
+            self._known[key] = _recipe(func, out, tensors) if unchanged else _UNUSUAL
+            return out
+        if recipe is _UNUSUAL:
+            return func(*args, **kwargs)
+        if type(recipe) is _Result:
+            return self._build(recipe, tensors)
+        if recipe is None:
+            return None
+        kind, items = recipe
+        return kind(self._build(item, tensors) if type(item) is _Result else item for item in items)
+
+    def _build(self, result: _Result, tensors: list[FakeTensor]) -> Tensor:
+        if result.same_as >= 0:
+            return tensors[result.same_as]
+        with torch._C._DisableTorchDispatch():
+            if result.view_of < 0:
+                data = torch.empty_strided(result.size, result.stride, dtype=result.dtype, device="meta")
+            else:
+                data = torch.empty(0, dtype=result.dtype, device="meta")
+                data.set_(tensors[result.view_of].untyped_storage(), result.offset, result.size, result.stride)  # type: ignore[call-overload]
+            if result.is_conj:
+                torch._C._set_conj(data, True)
+        return FakeTensor(self._mode, data, _CPU)
+
+
+_NEW, _UNUSUAL = object(), object()
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.size(), tensor.stride(), tensor.storage_offset(), tensor.untyped_storage().nbytes()
+
+
+def _describe(values: Any, parts: list[Any], tensors: list[FakeTensor]) -> bool:
+    """Append to `parts` what decides the results; False when something is unusual."""
+    for value in values:
+        kind = type(value)
+        if kind is FakeTensor:
+            if value.constant is not None or value.layout is not torch.strided or value.is_neg():
+                return False
+            tensors.append(value)
+            dtype = value.dtype
+            parts += (dtype, value.size(), value.stride(), value.storage_offset(), dtype.is_complex and value.is_conj())
+        elif kind in _HASHABLE:
+            parts += (kind, value)
+        elif kind is list or kind is tuple:
+            parts += (kind, len(value))
+            if not _describe(value, parts, tensors):
+                return False
+        else:
+            return False
+    return True
+
+
+def _describe_named(kwargs: dict[str, Any], parts: list[Any], tensors: list[FakeTensor]) -> bool:
+    parts += kwargs
+    return _describe(kwargs.values(), parts, tensors)
+
+
+def _recipe(func: Any, out: Any, tensors: list[FakeTensor]) -> Any:
+    if func.namespace == "prim" or not _DEPENDS_ON_DATA.isdisjoint(func.tags):
+        return _UNUSUAL
+    if out is None:
+        return None
+    if isinstance(out, Tensor):
+        return _result(out, tensors) or _UNUSUAL
+    if type(out) in (list, tuple) and all(isinstance(item, (Tensor, int, type(None))) for item in out):
+        items = [_result(item, tensors) or _UNUSUAL if isinstance(item, Tensor) else item for item in out]
+        return _UNUSUAL if any(item is _UNUSUAL for item in items) else (type(out), items)
+    return _UNUSUAL
+
+
+def _result(out: Tensor, tensors: list[FakeTensor]) -> _Result | None:
+    """How to build `out`; None when that cannot be said."""
+    if type(out) is not FakeTensor or out.layout is not torch.strided or out.device != _CPU:
+        return None
+    if out.constant is not None or out.is_neg():
+        return None
+    same = next((i for i, t in enumerate(tensors) if t is out), -1)
+    storage = out.untyped_storage()
+    view_of = next((i for i, t in enumerate(tensors) if t.untyped_storage()._cdata == storage._cdata), -1)
+    fresh_size = 1 + sum((n - 1) * s for n, s in zip(out.size(), out.stride(), strict=True)) if out.numel() else 0
+    if view_of < 0 and (out.storage_offset() or storage.nbytes() != fresh_size * out.element_size()):
+        return None
+    return _Result(same, view_of, out.dtype, out.size(), out.stride(), out.storage_offset(), out.is_conj())
