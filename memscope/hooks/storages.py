@@ -33,6 +33,7 @@ Execute = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 _device_of = torch.ops.prim.device.default
 _PLAIN = {Tensor, nn.Parameter, FakeTensor}
 _UNKNOWN = -1
+_RESIZE = 1
 _PARAMETER, _WEIGHT_COPY, _ACTIVATION, _TEMPORARY, _OTHER = (
     CATEGORIES.index(c) for c in ("parameter", "weight_copy", "activation", "temporary", "other")
 )
@@ -84,7 +85,7 @@ class StorageTracker(TorchDispatchMode):
 
     Attributes:
         seen: the allocations so far.
-        ops: table of the operator names seen.
+        ops: table of the operator names seen; the first is empty, for what no operator made.
         step, micro_batch: where the run is; set by whoever drives it, through `move_to`.
         saw_backward: whether a backward pass has run since the last forward phase began.
     """
@@ -98,7 +99,7 @@ class StorageTracker(TorchDispatchMode):
         """
         super().__init__()
         self.seen = Allocations()
-        self.ops: list[str] = [""]
+        self.ops: list[str] = ["", "UntypedStorage.resize_"]
         self._modules, self._host_scalars, self._execute = modules, host_scalars, execute or _run
         self._known_ops: dict[OpOverload, _Op] = {}
         self._live: dict[int, tuple[int, _StorageRef]] = {}
@@ -211,8 +212,12 @@ class StorageTracker(TorchDispatchMode):
         if live is None:
             if key not in self._hidden:
                 self._bear(storage, key, op, category)
-        elif self.seen.births[live[0]].size_bytes != storage.nbytes():
+        elif self._size(live[0]) != storage.nbytes():
             self._replace(storage, key, op)
+
+    def _size(self, index: int) -> int:
+        """Bytes a storage holds now: none while it is resized to nothing."""
+        return self.seen.births[index].size_bytes if self.seen.freed[index] < 0 else 0
 
     def _bear(self, storage: torch.UntypedStorage, key: int, op: int, category: int) -> None:
         size = storage.nbytes()
@@ -234,16 +239,19 @@ class StorageTracker(TorchDispatchMode):
 
     def _die(self, ref: weakref.ref[torch.UntypedStorage]) -> None:
         index, _ = self._live.pop(ref.key)  # type: ignore[attr-defined]
-        self.seen.freed[index] = self._clock
-        self._clock += 1
+        self._free(index)
+
+    def _free(self, index: int) -> None:
+        if self.seen.freed[index] < 0:
+            self.seen.freed[index] = self._clock
+            self._clock += 1
 
     def _replace(self, storage: torch.UntypedStorage, key: int, op: int) -> None:
         """A resized storage: new memory is taken before the old is given back."""
-        index, ref = self._live.pop(key)
+        index, ref = self._live[key]
         if storage.nbytes():
             self._live[key] = (self._enter(storage.nbytes(), op, self.seen.category[index]), ref)
-        self.seen.freed[index] = self._clock
-        self._clock += 1
+        self._free(index)
 
     # What others know of storages.
 
@@ -275,7 +283,7 @@ class StorageTracker(TorchDispatchMode):
             result = resize(storage, size)
             if storage._cdata in tracker._live:
                 tracker._locate()
-                tracker._replace(storage, storage._cdata, 0)
+                tracker._replace(storage, storage._cdata, _RESIZE)
             return result
 
         torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign, assignment]

@@ -123,12 +123,14 @@ def first_difference(history: History, replay: Replay) -> str | None:
     """
     places = _Places()
     found = _compare_segments(history.segment_events, replay.segment_events, places)
-    until = len(replay.allocated) if found is None else found[0]
     for born, ours, theirs in zip(history.born, replay.addresses.tolist(), history.addresses.tolist(), strict=True):
-        if born > until:
+        if found is not None and born > found[0]:
             break
         if (ours < 0) != (theirs < 0):
-            return f"event {born}: {'PyTorch' if theirs < 0 else 'the replay'} ran out of memory, the other did not"
+            full, other = ("PyTorch", "the replay") if theirs < 0 else ("the replay", "PyTorch")
+            return f"event {born}: {full} ran out of memory, {other} did not"
+        if found is not None and born == found[0]:
+            break
         if ours >= 0 and theirs != places.of(ours):
             return f"event {born}: PyTorch took the block at {theirs:#x}, the replay the one at {places.of(ours):#x}"
     return None if found is None else f"event {found[0]}: {found[1]}"

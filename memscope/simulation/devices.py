@@ -1,0 +1,214 @@
+"""Devices that can be simulated: what each offers, read from `devices.toml` or from a user's file of the same form."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+from memscope.errors import UsageError, nearest
+from memscope.simulation.allocator_settings import MIN_BLOCK
+
+__all__ = ["DTYPES", "Device", "all_devices", "get_device", "load_devices"]
+
+DTYPES = ("fp32", "tf32", "fp16", "bf16")
+"""Kinds of arithmetic a peak rate is given for; tf32 is fp32 data through TensorFloat-32 tensor cores."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """One kind of device, as PyTorch sees it. Every figure has its source in `sources`, by field name."""
+
+    name: str
+    """Name it is asked for by, such as `a100-40gb`."""
+    vendor_name: str
+    """Name that the driver gives it, such as `NVIDIA A100-SXM4-40GB`."""
+    kind: Literal["cuda", "cpu"]
+    """Which of PyTorch's rules apply."""
+    capability: tuple[int, int]
+    """CUDA compute capability (major, minor); (0, 0) for a CPU."""
+    capacity_bytes: int | None
+    """`torch.cuda.get_device_properties().total_memory`; None: no limit."""
+    multiprocessors: int
+    """Streaming multiprocessors; 0 for a CPU."""
+    bandwidth_bytes_per_second: float | None
+    """Peak rate of the device's memory; None: unknown."""
+    peak_flops_per_second: Mapping[str, float] = field(hash=False)
+    """Dense peak rate by kind of arithmetic (see `DTYPES`); no entry where there is no fast path or no figure."""
+    context_bytes: int
+    """Estimate: what the driver counts for the CUDA context and libraries of a process, outside PyTorch's allocator."""
+    sources: Mapping[str, str] = field(hash=False)
+    """Field name → where its figure comes from."""
+
+    @property
+    def allocatable_bytes(self) -> int | None:
+        """What is left for PyTorch's allocator when nobody else uses the device: an estimate, as `context_bytes` is."""
+        return None if self.capacity_bytes is None else self.capacity_bytes - self.context_bytes
+
+    @property
+    def round_size(self) -> Callable[[int], int] | None:
+        """Bytes an allocation takes for the bytes asked, before blocks are split; None: exactly what is asked for."""
+        return _whole_blocks if self.kind == "cuda" else None
+
+
+def all_devices() -> tuple[Device, ...]:
+    """The devices that come with memscope, in the order of `devices.toml`: `gpu` and `cpu` first."""
+    return tuple(_built_in().values())
+
+
+def get_device(name: str, added: Mapping[str, Device] | None = None) -> Device:
+    """The device called `name`, in any case, of memscope's and `added`. `cuda` is another name of `gpu`.
+
+    Raises:
+        UsageError: when there is none, with the nearest name.
+    """
+    devices = {**_built_in(), **(added or {})}
+    wanted = name.strip().lower()
+    found = devices.get("gpu" if wanted == "cuda" else wanted)
+    if found is None:
+        more = '"memscope devices" says more; a TOML file adds one'
+        raise UsageError(f'there is no device "{name}": {nearest(wanted, devices)}. {more}')
+    return found
+
+
+def load_devices(path: Path) -> dict[str, Device]:
+    """Devices of a user's TOML file, by name: one table each, with the keys of `devices.toml`.
+
+    `vendor_name`, `capability`, `capacity_bytes` and `multiprocessors` must be there. Without `context_bytes` it counts
+    as 0; without peak rates there is no estimate of time.
+
+    Raises:
+        UsageError: when the file cannot be read, is not TOML, holds no device, names one that memscope has, or a value
+            is missing, unknown or absurd. The message names file, device, field, value and what was expected.
+    """
+    devices = _read(path, required=("vendor_name", "capability", "capacity_bytes", "multiprocessors"))
+    taken = sorted(devices.keys() & {*_built_in(), "cuda"})
+    if taken:
+        raise UsageError(f'{path}: device "{taken[0]}" comes with memscope already: give yours another name')
+    return devices
+
+
+@cache
+def _built_in() -> dict[str, Device]:
+    return _read(Path(__file__).with_name("devices.toml"), required=("vendor_name",))
+
+
+def _whole_blocks(size_bytes: int) -> int:
+    return -(-size_bytes // MIN_BLOCK) * MIN_BLOCK
+
+
+def _read(path: Path, required: tuple[str, ...]) -> dict[str, Device]:
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: the device file cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: the device file is not TOML: {error}") from error
+    if not tables:
+        raise UsageError(f"{path}: the file holds no device: expected one table for each, such as [my-gpu]")
+    return {name: _Table(path, name, table, required).device() for name, table in tables.items()}
+
+
+@dataclass(frozen=True)
+class _Table:
+    """One device's table while it is read; its methods name file, device and field in their errors."""
+
+    path: Path
+    name: str
+    table: Any
+    required: tuple[str, ...]
+
+    def device(self) -> Device:
+        if not isinstance(self.table, dict):
+            raise UsageError(
+                f'{self.path}: "{self.name}" = {self.table!r}: expected the table of a device, [{self.name}]'
+            )
+        if not re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", self.name):
+            raise UsageError(f'{self.path}: device name "{self.name}": expected lower case letters, digits, - and .')
+        known = set(Device.__dataclass_fields__) - {"name"}
+        for key in self.table:
+            if key not in known:
+                raise UsageError(f'{self.path}: device "{self.name}" has no field "{key}": {nearest(key, known)}')
+        for key in self.required:
+            if key not in self.table:
+                raise UsageError(f'{self.path}: device "{self.name}": {key} is missing: expected {_EXPECTED[key]}')
+        kind = self.table.get("kind", "cuda")
+        if kind not in ("cuda", "cpu"):
+            raise self.wrong("kind", kind, '"cuda" or "cpu"')
+        capacity_bytes = self.whole("capacity_bytes", 2**28, 2**44)
+        context_bytes = self.whole("context_bytes", 0, 2**33) or 0
+        if capacity_bytes is not None and context_bytes >= capacity_bytes:
+            raise self.wrong("context_bytes", context_bytes, f"less than capacity_bytes, {capacity_bytes}")
+        return Device(
+            name=self.name,
+            vendor_name=self.text("vendor_name"),
+            kind=kind,
+            capability=self.capability() if kind == "cuda" else (0, 0),
+            capacity_bytes=capacity_bytes,
+            multiprocessors=self.whole("multiprocessors", 1, 1024) or 0,
+            bandwidth_bytes_per_second=self.rate("bandwidth_bytes_per_second", self.table, 1e9, 1e14),
+            peak_flops_per_second=MappingProxyType(self.peaks()),
+            context_bytes=context_bytes,
+            sources=MappingProxyType(self.sources(known)),
+        )
+
+    def text(self, key: str) -> str:
+        value = self.table[key]
+        if not isinstance(value, str) or not value.strip():
+            raise self.wrong(key, value, _EXPECTED[key])
+        return value
+
+    def whole(self, key: str, least: int, most: int) -> int | None:
+        value = self.table.get(key)
+        if value is not None and (type(value) is not int or not least <= value <= most):
+            raise self.wrong(key, value, f"{_EXPECTED[key]}, from {least} to {most}")
+        return value
+
+    def rate(self, key: str, table: Mapping[str, Any], least: float, most: float) -> float | None:
+        value = table.get(key)
+        if value is not None and (type(value) not in (int, float) or not least <= value <= most):
+            raise self.wrong(key, value, f"a number from {least:g} to {most:g}")
+        return None if value is None else float(value)
+
+    def capability(self) -> tuple[int, int]:
+        value = self.table.get("capability")
+        match = re.fullmatch(r"(\d{1,2})\.(\d)", value) if isinstance(value, str) else None
+        if match is None or int(match[1]) < 5:
+            raise self.wrong("capability", value, _EXPECTED["capability"])
+        return int(match[1]), int(match[2])
+
+    def peaks(self) -> dict[str, float]:
+        table = self.table.get("peak_flops_per_second", {})
+        if not isinstance(table, dict):
+            raise self.wrong("peak_flops_per_second", table, f"a table with some of {', '.join(DTYPES)}")
+        for key in table:
+            if key not in DTYPES:
+                raise self.wrong(f"peak_flops_per_second.{key}", table[key], f"one of {', '.join(DTYPES)}")
+        rates = {key: self.rate(key, table, 1e9, 1e17) for key in table}
+        return {key: value for key, value in rates.items() if value is not None}
+
+    def sources(self, known: set[str]) -> dict[str, str]:
+        table = self.table.get("sources", {})
+        if not isinstance(table, dict) or not all(isinstance(text, str) for text in table.values()):
+            raise self.wrong("sources", table, "a table of texts, one for each figure")
+        for key in table:
+            if key not in known:
+                raise self.wrong(f"sources.{key}", table[key], f"the name of a field. {nearest(key, known)}")
+        return dict(table)
+
+    def wrong(self, key: str, value: object, expected: str) -> UsageError:
+        return UsageError(f'{self.path}: device "{self.name}": {key} = {value!r}: expected {expected}')
+
+
+_EXPECTED = {
+    "vendor_name": "the name the driver gives the device, as text",
+    "capability": 'the compute capability as text, such as "8.0"',
+    "capacity_bytes": "torch.cuda.get_device_properties().total_memory, a whole number of bytes",
+    "multiprocessors": "a whole number of streaming multiprocessors",
+    "context_bytes": "a whole number of bytes",
+}

@@ -1,0 +1,208 @@
+"""LLaMA2 as in Meta's reference code, with KV cache and model parallelism removed: the plain training forward pass.
+
+Module names, the order of operations and their precision are Meta's (facebookresearch/llama, llama/model.py), so the
+weights load by name and every tensor that the forward pass allocates has the size that it has there.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["Architecture", "Llama"]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What decides the shapes of the model; the names are those of Meta's `params.json`."""
+
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int | None
+    """Heads of keys and values, each shared by `n_heads / n_kv_heads` query heads; None: as many as query heads."""
+    vocab_size: int
+    multiple_of: int
+    ffn_dim_multiplier: float | None
+    norm_eps: float
+    rope_theta: float
+    max_seq_len: int
+    attention: str
+    """`eager`: scores, mask and softmax as single operations; `sdpa`: `F.scaled_dot_product_attention`."""
+    dtype: torch.dtype
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one head."""
+        return self.dim // self.n_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def hidden_dim(self) -> int:
+        """Inner size of the feed-forward: two thirds of 4·dim, times the multiplier, rounded up to `multiple_of`."""
+        hidden = int(2 * (4 * self.dim) / 3)
+        if self.ffn_dim_multiplier is not None:
+            hidden = int(self.ffn_dim_multiplier * hidden)
+        return self.multiple_of * math.ceil(hidden / self.multiple_of)
+
+    def linear(self, inputs: int, outputs: int) -> nn.Linear:
+        """A linear layer of this model: no bias, the model's dtype."""
+        return nn.Linear(inputs, outputs, bias=False, dtype=self.dtype)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    # float64 stays as it is: tests compare gradients far below the precision of float32.
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalization, computed in float32 and cast back."""
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__()
+        self.eps = arch.norm_eps
+        self.weight = nn.Parameter(torch.ones(arch.dim, dtype=arch.dtype))
+
+    def _norm(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[batch, seq, dim]` to the same."""
+        output = self._norm(_at_least_float32(x)).type_as(x)
+        return output * self.weight
+
+
+def rotations(arch: Architecture) -> Tensor:
+    """The complex factors of the rotary embedding: complex64 `[2 * max_seq_len, head_dim / 2]`.
+
+    Twice the context, as in Meta's code.
+    """
+    freqs = 1.0 / (arch.rope_theta ** (torch.arange(0, arch.head_dim, 2).float() / arch.head_dim))
+    angles = torch.outer(torch.arange(2 * arch.max_seq_len), freqs).float()
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def rotate(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary embedding of queries and keys `[batch, seq, heads, head_dim]`: neighbours make one complex number."""
+    xq_ = torch.view_as_complex(_at_least_float32(xq).reshape(*xq.shape[:-1], -1, 2))
+    xk_ = torch.view_as_complex(_at_least_float32(xk).reshape(*xk.shape[:-1], -1, 2))
+    freqs_cis = freqs_cis.view(1, xq_.shape[1], 1, xq_.shape[3])
+    xq_out = torch.view_as_real(xq_ * freqs_cis).flatten(3)
+    xk_out = torch.view_as_real(xk_ * freqs_cis).flatten(3)
+    return xq_out.type_as(xq), xk_out.type_as(xk)
+
+
+def repeat_kv(x: Tensor, repeats: int) -> Tensor:
+    """Each head of `[batch, seq, kv_heads, head_dim]` copied for the query heads that share it."""
+    if repeats == 1:
+        return x
+    batch, seq, kv_heads, head_dim = x.shape
+    return x[:, :, :, None, :].expand(batch, seq, kv_heads, repeats, head_dim).reshape(batch, seq, -1, head_dim)
+
+
+def causal_mask(h: Tensor) -> Tensor:
+    """What is added to the scores so that no token sees a later one: `[seq, seq]`, −∞ above the diagonal."""
+    seq = h.shape[1]
+    mask = torch.full((seq, seq), float("-inf"), device=h.device)
+    mask = torch.triu(mask, diagonal=1)
+    return mask.type_as(h)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary embedding and, where keys and values have fewer heads, shared ones."""
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__()
+        self.n_heads = arch.n_heads
+        self.kv_heads = arch.kv_heads
+        self.head_dim = arch.head_dim
+        self.wq = arch.linear(arch.dim, self.n_heads * self.head_dim)
+        self.wk = arch.linear(arch.dim, self.kv_heads * self.head_dim)
+        self.wv = arch.linear(arch.dim, self.kv_heads * self.head_dim)
+        self.wo = arch.linear(self.n_heads * self.head_dim, arch.dim)
+
+    def forward(self, x: Tensor, freqs_cis: Tensor, mask: Tensor | None) -> Tensor:
+        """`[batch, seq, dim]` to the same; no mask means `F.scaled_dot_product_attention`, causal by itself."""
+        batch, seq, _ = x.shape
+        xq, xk, xv = self.wq(x), self.wk(x), self.wv(x)
+        xq = xq.view(batch, seq, self.n_heads, self.head_dim)
+        xk = xk.view(batch, seq, self.kv_heads, self.head_dim)
+        xv = xv.view(batch, seq, self.kv_heads, self.head_dim)
+        xq, xk = rotate(xq, xk, freqs_cis)
+
+        xq = xq.transpose(1, 2)  # [batch, heads, seq, head_dim]
+        keys = repeat_kv(xk, self.n_heads // self.kv_heads).transpose(1, 2)
+        values = repeat_kv(xv, self.n_heads // self.kv_heads).transpose(1, 2)
+        if mask is None:
+            output = F.scaled_dot_product_attention(xq, keys, values, is_causal=True)
+        else:
+            scores = torch.matmul(xq, keys.transpose(2, 3)) / math.sqrt(self.head_dim)
+            scores = scores + mask  # [batch, heads, seq, seq]
+            scores = F.softmax(_at_least_float32(scores), dim=-1).type_as(xq)
+            output = torch.matmul(scores, values)
+        output = output.transpose(1, 2).contiguous().view(batch, seq, -1)
+        return self.wo(output)  # type: ignore[no-any-return]
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: `w2(silu(w1(x)) * w3(x))`."""
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__()
+        self.w1 = arch.linear(arch.dim, arch.hidden_dim)
+        self.w2 = arch.linear(arch.hidden_dim, arch.dim)
+        self.w3 = arch.linear(arch.dim, arch.hidden_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[batch, seq, dim]` to the same."""
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))  # type: ignore[no-any-return]
+
+
+class TransformerBlock(nn.Module):
+    """Attention and feed-forward, each on a normalized input and added to the residual stream."""
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__()
+        self.attention = Attention(arch)
+        self.feed_forward = FeedForward(arch)
+        self.attention_norm = RMSNorm(arch)
+        self.ffn_norm = RMSNorm(arch)
+
+    def forward(self, x: Tensor, freqs_cis: Tensor, mask: Tensor | None) -> Tensor:
+        """`[batch, seq, dim]` to the same."""
+        h = x + self.attention(self.attention_norm(x), freqs_cis, mask)
+        return h + self.feed_forward(self.ffn_norm(h))  # type: ignore[no-any-return]
+
+
+class Llama(nn.Module):
+    """The whole model. Weights begin with PyTorch's default initialization, so it trains from scratch."""
+
+    freqs_cis: Tensor
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__()
+        self.arch = arch
+        self.tok_embeddings = nn.Embedding(arch.vocab_size, arch.dim, dtype=arch.dtype)
+        self.layers = nn.ModuleList(TransformerBlock(arch) for _ in range(arch.n_layers))
+        self.norm = RMSNorm(arch)
+        self.output = arch.linear(arch.dim, arch.vocab_size)
+        # A buffer, so that it moves with the model; not persistent, so that the state dict holds Meta's weights only.
+        self.register_buffer("freqs_cis", rotations(arch), persistent=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Token ids `[batch, seq]` to logits `[batch, seq, vocab_size]` in float32; `seq` up to `2 * max_seq_len`."""
+        h = self.tok_embeddings(tokens)
+        freqs_cis = self.freqs_cis[: tokens.shape[1]]
+        mask = causal_mask(h) if self.arch.attention == "eager" else None
+        for layer in self.layers:
+            h = layer(h, freqs_cis, mask)
+        h = self.norm(h)
+        return _at_least_float32(self.output(h))

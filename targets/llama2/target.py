@@ -1,0 +1,212 @@
+"""Fine-tuning LLaMA2 on instruction data: what `memscope profile targets/llama2` runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from memscope.errors import UsageError, nearest
+from memscope.targets.llama2 import alpaca
+from memscope.targets.llama2.alpaca import IGNORED, Batch, Sample
+from memscope.targets.llama2.model import Architecture, Llama
+from memscope.targets.llama2.tokenizer import Tokenizer
+from memscope.workload import StepPlan, Workload, split_batch
+
+__all__ = ["PRESETS", "SHIPPED_DATA", "SHIPPED_TOKENIZER", "Config", "build"]
+
+SHIPPED_DATA = Path(__file__).parent / "data" / "instructions.json"
+SHIPPED_TOKENIZER = Path(__file__).parent / "data" / "tokenizer.model"
+
+_ATTENTION = ("eager", "sdpa")
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Config:
+    """The model, its data and its training step. The defaults are LLaMA2-7B.
+
+    Raises:
+        UsageError: listing everything that is wrong with the values, at once.
+    """
+
+    dim: int = 4096
+    """Size of the residual stream."""
+    n_layers: int = 32
+    """Transformer blocks."""
+    n_heads: int = 32
+    """Attention heads of the queries; dim / n_heads is the size of a head."""
+    n_kv_heads: int | None = None
+    """Attention heads of keys and values; none: as many as n_heads."""
+    vocab_size: int = 32_000
+    """Rows of the embedding and of the output head; at least the tokenizer's vocabulary."""
+    multiple_of: int = 256
+    """The feed-forward's inner size is rounded up to a multiple of this."""
+    ffn_dim_multiplier: float | None = None
+    """Scales the feed-forward's inner size, 8/3 of dim, before it is rounded."""
+    norm_eps: float = 1e-5
+    """Added to the mean square in RMSNorm."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary embedding's wavelengths."""
+    max_seq_len: int = 4096
+    """Context: the longest sample allowed, in tokens."""
+    attention: str = "eager"
+    """eager: scores, mask and softmax as single operations, as in Meta's code; sdpa: scaled_dot_product_attention."""
+    dtype: str = "fp32"
+    """Weights: fp32 or bf16; fp64 is there for exact comparisons."""
+    data: str | None = None
+    """Instruction data, a JSON file in Alpaca's format; none: the small set that is shipped."""
+    tokenizer: str | None = None
+    """SentencePiece model file; none: the small one that is shipped."""
+    samples: int = 200
+    """Use the first so many samples of the data."""
+    seq_len: int | None = None
+    """Repeat or cut every sample to exactly so many tokens, all of them targets; none: the lengths of the data."""
+    micro_batch: int = 1
+    """Samples in one micro-batch."""
+    accumulation: int = 8
+    """Micro-batches in one optimizer step."""
+    lr: float = 1e-5
+    """Learning rate of AdamW."""
+    weight_decay: float = 0.01
+    """Weight decay of AdamW."""
+    seed: int = 0
+    """Seed of the random weights."""
+
+    def __post_init__(self) -> None:
+        problems = list(_problems(self))
+        if problems:
+            raise UsageError("targets/llama2 cannot be built:\n" + "\n".join(f"  {problem}" for problem in problems))
+
+    @property
+    def architecture(self) -> Architecture:
+        """The part that decides the model."""
+        names = [field.name for field in dataclasses.fields(Architecture)]
+        return Architecture(**{name: getattr(self, name) for name in names} | {"dtype": _DTYPES[self.dtype]})
+
+
+_COUNTS = (
+    "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "max_seq_len", "samples", "micro_batch",
+    "accumulation",
+)  # fmt: skip
+
+
+def _problems(config: Config) -> Iterator[str]:
+    counts = {name: getattr(config, name) for name in _COUNTS if getattr(config, name) is not None}
+    bad = {name: value for name, value in counts.items() if value < 1}
+    for name, value in bad.items():
+        yield f"{name}={value}: expected a whole number from 1"
+    for name in ("norm_eps", "rope_theta", "ffn_dim_multiplier"):
+        if getattr(config, name) is not None and not getattr(config, name) > 0:
+            yield f"{name}={getattr(config, name)}: expected a number above 0"
+    for name in ("lr", "weight_decay"):
+        if not getattr(config, name) >= 0:
+            yield f"{name}={getattr(config, name)}: expected 0 or more"
+    if not bad.keys() & {"dim", "n_heads"} and config.dim % (2 * config.n_heads):
+        yield (
+            f"dim={config.dim} with n_heads={config.n_heads}: the rotary embedding needs heads of one even size, "
+            f"so dim must be a multiple of {2 * config.n_heads}"
+        )
+    if config.n_kv_heads and not bad.keys() & {"n_heads", "n_kv_heads"} and config.n_heads % config.n_kv_heads:
+        yield f"n_kv_heads={config.n_kv_heads}: expected a divisor of n_heads={config.n_heads}"
+    if config.seq_len is not None and not 2 <= config.seq_len <= config.max_seq_len:
+        yield f"seq_len={config.seq_len}: expected 2 to max_seq_len={config.max_seq_len}"
+    if config.attention not in _ATTENTION:
+        yield f'attention="{config.attention}": {nearest(config.attention, _ATTENTION)}'
+    if config.dtype not in _DTYPES:
+        yield f'dtype="{config.dtype}": {nearest(config.dtype, ("fp32", "bf16"))}'
+
+
+# Shapes: Meta's params.json of Llama-2-7b, -13b and -70b.
+PRESETS = {
+    "7b": Config(),
+    "13b": Config(dim=5120, n_layers=40, n_heads=40),
+    "70b": Config(dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, multiple_of=4096, ffn_dim_multiplier=1.3),
+    "debug": Config(dim=192, n_layers=4, n_heads=6, vocab_size=1024, multiple_of=32, max_seq_len=512),
+}
+"""The first is the default. `debug` has 2.2 million parameters and the shipped tokenizer's vocabulary."""
+
+
+def build(config: Config) -> Workload:
+    """Model with random weights, instruction data in steps of `micro_batch * accumulation` samples, and AdamW.
+
+    Raises:
+        UsageError: when data or tokenizer cannot be used, do not fit the model, or a sample is longer than the context.
+    """
+    samples = _samples(config)
+
+    def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+
+    # Only the weights depend on the seed; the host's random state is handed back as it was.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = Llama(config.architecture)
+    return Workload(
+        model=model,
+        batches=_steps(samples, config.micro_batch * config.accumulation),
+        loss=loss,
+        optimizer_factory=adamw,
+        plan=StepPlan(micro_batches=config.accumulation),
+        name="llama2",
+        split=split,
+        weight=target_tokens,
+        settings=dataclasses.asdict(config),
+    )
+
+
+def loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean cross-entropy of the next token, over all tokens that have a label."""
+    logits = model(batch["tokens"])
+    shift_logits = logits[..., :-1, :].contiguous()
+    shift_labels = batch["labels"][..., 1:].contiguous()
+    flat_logits = shift_logits.view(-1, shift_logits.shape[-1])
+    return F.cross_entropy(flat_logits, shift_labels.view(-1), ignore_index=IGNORED)
+
+
+def split(samples: list[Sample], parts: int) -> list[Batch]:
+    """The micro-batches of one step, each padded to its own longest sample."""
+    return [alpaca.collate(piece) for piece in split_batch(samples, parts)]
+
+
+def target_tokens(batch: Batch) -> float:
+    """Tokens that a micro-batch is the mean over: those that are predicted and have a label."""
+    return float((batch["labels"][:, 1:] != IGNORED).sum())
+
+
+def _samples(config: Config) -> list[Sample]:
+    path = config.tokenizer or SHIPPED_TOKENIZER
+    tokenizer = Tokenizer.load(path)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UsageError(
+            f"tokenizer {path}: its vocabulary has {tokenizer.vocab_size} tokens, the model's (vocab_size) "
+            f"{config.vocab_size}: use another tokenizer, or --set vocab_size={tokenizer.vocab_size}"
+        )
+    path = config.data or SHIPPED_DATA
+    samples = [alpaca.encode(row, tokenizer) for row in alpaca.load(path, config.samples)]
+    if config.seq_len is not None:
+        samples = [alpaca.fixed_length(sample, config.seq_len) for sample in samples]
+    for row, sample in enumerate(samples):
+        if len(sample.tokens) > config.max_seq_len:
+            raise UsageError(
+                f"data {path}, row {row}: the sample has {len(sample.tokens)} tokens, the context (max_seq_len) is "
+                f"{config.max_seq_len}: shorten the sample or leave it out, cut every sample with --set "
+                f"seq_len={config.max_seq_len}, or make the context larger with --set max_seq_len={len(sample.tokens)}"
+            )
+    return alpaca.longest_first(samples)
+
+
+def _steps(samples: list[Sample], size: int) -> list[list[Sample]]:
+    """One list of `size` samples for each optimizer step; the last one is filled up from the beginning.
+
+    The longest sample, first of all, becomes the last of the first step: there the gradients of the others are held already,
+    as they are for all but one sample of a step.
+    """
+    count = -(-len(samples) // size)
+    first, *others = [[samples[(step * size + i) % len(samples)] for i in range(size)] for step in range(count)]
+    return [[*first[1:], first[0]], *others]

@@ -1,0 +1,211 @@
+"""On tensors that stand for CUDA tensors, PyTorch behaves as on CUDA; afterwards it is as before."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import optimizer as torch_optimizer
+from torch.utils import _foreach_utils
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from memscope import Workload, simulate
+from memscope.errors import TargetError
+from memscope.simulation import autocast
+from memscope.simulation.cuda import cuda_semantics
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that reach the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace != "prim":
+            self.names.append(str(func.overloadpacket))
+        return func(*args, **(kwargs or {}))
+
+
+def run(body, capability=(8, 0)):
+    """What `body` returns and the operators it ran, on fake tensors under CUDA's rules."""
+    with FakeTensorMode(), cuda_semantics(capability), Operators() as operators:
+        return body(), operators.names
+
+
+def test_every_operator_that_cuda_autocast_treats_in_this_pytorch_has_its_policy():
+    on_cuda = autocast.registered("AutocastCUDA")
+    known = set(autocast.policies())
+    assert on_cuda - known == set(), "a PyTorch newer than the table: add them with their policy"
+    # `same` keeps the CPU's own kernel: that needs one to be there.
+    same = {name for name, policy in autocast.policies().items() if policy == "same"}
+    assert same & on_cuda <= autocast.registered("AutocastCPU")
+
+
+@pytest.mark.parametrize(
+    ("operation", "expected"),
+    [
+        (lambda t: t @ t, torch.float16),
+        (lambda t: F.linear(t, t), torch.float16),
+        (lambda t: torch.einsum("ij,jk->ik", t, t), torch.float16),
+        (lambda t: t.half().pow(2), torch.float32),
+        (lambda t: torch.rsqrt(t.half()), torch.float32),
+        (lambda t: t.half().softmax(-1), torch.float32),
+        (lambda t: t.half().sum(), torch.float32),
+        (lambda t: t.half().sum(dtype=torch.float16), torch.float16),
+        (lambda t: F.layer_norm(t.half(), (4,)), torch.float32),
+        (lambda t: t.half().norm(), torch.float32),
+        (lambda t: F.mse_loss(t.half(), t.half()), torch.float32),
+        (lambda t: torch.addcmul(t, t.half(), t.half()), torch.float32),
+        (lambda t: torch.relu(t.half()), torch.float16),
+        (lambda t: torch.cat([t.half(), t.half()]), torch.float16),
+        (lambda t: (t.double() @ t.double()), torch.float64),
+    ],
+)
+def test_autocast_gives_the_dtype_that_cuda_gives(operation, expected):
+    # Expected dtypes: "CUDA Op-Specific Behavior" in PyTorch's documentation of torch.amp.
+    def body():
+        with torch.autocast("cuda", dtype=torch.float16):
+            return operation(torch.ones(4, 4)).dtype
+
+    assert run(body)[0] is expected
+
+
+def test_autocast_for_cuda_defaults_to_float16_as_on_cuda():
+    def body():
+        with torch.autocast("cuda"):
+            return (torch.ones(4, 4) @ torch.ones(4, 4)).dtype
+
+    assert run(body)[0] is torch.float16
+
+
+def test_a_trained_weight_is_cast_once_in_a_forward_pass_and_a_frozen_one_at_every_use():
+    def casts(trained):
+        def body():
+            weight = nn.Parameter(torch.ones(4, 4), requires_grad=trained)
+            x = torch.ones(4, 4, dtype=torch.float16)
+            with torch.autocast("cuda"):
+                F.linear(F.linear(x, weight), weight)
+
+        return run(body)[1].count("aten._to_copy")
+
+    assert casts(trained=True) == 1
+    assert casts(trained=False) == 2
+
+
+def test_binary_cross_entropy_is_refused_under_autocast_as_on_cuda():
+    def body():
+        with torch.autocast("cuda"):
+            F.binary_cross_entropy(torch.ones(2), torch.ones(2))
+
+    with pytest.raises(RuntimeError, match="binary_cross_entropy_with_logits"):
+        run(body)
+
+
+def test_dropout_is_one_kernel_with_a_mask_of_one_byte_an_element():
+    output, operators = run(lambda: F.dropout(torch.ones(100), 0.5, training=True))
+    assert "aten.native_dropout" in operators
+    assert "aten.bernoulli_" not in operators
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "mask", "expected"),
+    [
+        (torch.float16, (8, 0), False, "aten._scaled_dot_product_flash_attention"),
+        (torch.bfloat16, (9, 0), False, "aten._scaled_dot_product_flash_attention"),
+        (torch.float32, (8, 0), False, "aten._scaled_dot_product_efficient_attention"),
+        (torch.float16, (7, 5), False, "aten._scaled_dot_product_efficient_attention"),
+        (torch.float16, (8, 0), True, "aten._scaled_dot_product_efficient_attention"),
+        (torch.bfloat16, (7, 0), False, "aten.bmm"),
+        (torch.float64, (8, 0), False, "aten.bmm"),
+    ],
+)
+def test_attention_takes_the_kernel_that_cuda_takes(dtype, capability, mask, expected):
+    def body():
+        query = torch.ones(2, 4, 32, 64, dtype=dtype, requires_grad=True)
+        bias = torch.zeros(32, 32, dtype=dtype) if mask else None
+        F.scaled_dot_product_attention(query, query, query, attn_mask=bias).sum().backward()
+        return query.grad.shape
+
+    shape, operators = run(body, capability)
+    assert expected in operators
+    assert shape == (2, 4, 32, 64)
+
+
+def test_flash_attention_pads_heads_to_a_multiple_of_eight_and_cuts_the_result():
+    def body():
+        query = torch.ones(1, 2, 16, 60, dtype=torch.float16)
+        return F.scaled_dot_product_attention(query, query, query).shape
+
+    shape, operators = run(body)
+    assert shape == (1, 2, 16, 60)
+    assert operators.count("aten.constant_pad_nd") == 3
+
+
+def optimizer_temporaries(**settings):
+    def build():
+        model = nn.Linear(256, 256, bias=False)
+        return Workload(
+            model, [torch.ones(1, 256)], lambda m, x: m(x).sum(), lambda p: torch.optim.AdamW(p, **settings), name="linear"
+        )
+
+    trace = simulate(build)
+    in_optimizer = trace.by_category(at=trace.peak_of(1).event)
+    return in_optimizer["temporary"], trace
+
+
+def test_adamw_updates_all_parameters_at_once_and_takes_a_temporary_as_large_as_they_are():
+    temporary, trace = optimizer_temporaries()
+    assert temporary == 256 * 256 * 4
+    assert trace.peak.phase == "optimizer"
+
+
+def test_step_counters_stay_on_the_host_unless_the_optimizer_is_fused():
+    # Two moments of 256 KiB; a fused optimizer keeps its 4-byte counter in a block of 512 bytes on the device.
+    assert optimizer_temporaries()[1].max_by_category(1)["optimizer_state"] == 2 * 256 * 256 * 4
+    assert optimizer_temporaries(fused=True)[1].max_by_category(1)["optimizer_state"] == 2 * 256 * 256 * 4 + 512
+
+
+def test_allocations_take_whole_blocks_of_512_bytes():
+    _, trace = optimizer_temporaries()
+    assert (trace.size % 512 == 0).all()
+    assert (trace.size >= trace.requested).all()
+    assert (trace.size - trace.requested < 512).all()
+
+
+def behaviour():
+    """What a simulation could leave changed, as it is now."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        softmax = torch.ones(4, dtype=torch.bfloat16).softmax(-1).dtype
+    attention = F.scaled_dot_product_attention(torch.ones(1, 1, 4, 8), torch.ones(1, 1, 4, 8), torch.ones(1, 1, 4, 8))
+    with Operators() as operators:
+        F.dropout(torch.ones(4), 0.5)
+    model = nn.Linear(2, 2)
+    model(torch.ones(1, 2)).sum().backward()
+    clip_grad_norm_(model.parameters(), 1.0)
+    return (
+        softmax, tuple(attention.shape), operators.names, torch.autocast.__init__, torch.clear_autocast_cache,
+        torch.amp.GradScaler._maybe_opt_step, torch_optimizer._get_foreach_kernels_supported_devices,
+        list(torch_optimizer._foreach_supported_types), list(_foreach_utils._foreach_supported_types), torch.UntypedStorage.resize_,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_leaks_from_a_simulation_into_what_runs_afterwards(fails):
+    before = behaviour()
+
+    def build():
+        def loss(model, x):
+            if fails:
+                raise ValueError("stop")
+            return model(x).softmax(-1).sum()
+
+        return Workload(nn.Linear(4, 4), [torch.ones(2, 4)], loss, torch.optim.AdamW)
+
+    try:
+        simulate(build, strategies="amp")
+    except TargetError:
+        assert fails
+    assert behaviour() == before

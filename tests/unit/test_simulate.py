@@ -1,0 +1,101 @@
+"""`simulate` on a user's own workload: real models stay as they are, and what cannot be simulated is said."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from memscope import StepPlan, Workload, simulate
+from memscope.errors import TargetError, UsageError
+
+
+def workload(model=None, loss=lambda m, x: m(x).square().mean(), **changes):
+    settings = {"model": model or nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), "batches": [torch.ones(4, 8)],
+                "loss": loss, "optimizer_factory": torch.optim.AdamW, "name": "mine"}  # fmt: skip
+    return Workload(**{**settings, **changes})
+
+
+def test_a_real_model_is_simulated_without_being_changed():
+    real = workload()
+    before = {name: value.clone() for name, value in real.model.state_dict().items()}
+    trace = simulate(real, device="cpu", strategies="lora:r=2,targets=0")
+    assert trace.meta["parameters"]["total"] == 2 * (64 + 8) + 2 * (2 * 8)
+    assert list(real.model.state_dict()) == list(before)
+    assert all(torch.equal(value, before[name]) for name, value in real.model.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in real.model.parameters())
+
+
+def test_tied_weights_are_one_allocation_in_a_copy_as_well():
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    model[1].weight = model[0].weight
+    assert simulate(workload(model), device="cpu").max_by_category(0)["parameter"] == 8 * 8 * 4
+
+
+def test_a_model_too_large_for_any_machine_takes_no_memory():
+    def build():
+        return workload(nn.Linear(2**20, 2**20, bias=False), batches=[torch.ones(1, 8)], loss=lambda m, x: m.weight.sum())
+
+    assert simulate(build).max_by_category()["parameter"] == 2**42
+
+
+def test_two_simulations_of_one_workload_are_identical():
+    one, other = simulate(workload), simulate(workload)
+    assert one.size.tolist() == other.size.tolist()
+    assert one.freed.tolist() == other.freed.tolist()
+
+
+def test_a_value_that_a_simulation_does_not_have_is_named_with_the_users_line():
+    def loss(model, x):
+        value = model(x).square().mean()
+        print(value.item())
+        return value
+
+    with pytest.raises(TargetError, match=r"needs the value of a tensor.*at .*test_simulate.py:\d+, in loss: print\(value.item\(\)\).*--device cpu"):
+        simulate(workload(loss=loss))
+
+
+def test_a_shape_that_depends_on_data_is_named_with_the_users_line():
+    with pytest.raises(TargetError, match=r"nonzero.*in <lambda>"):
+        simulate(workload(loss=lambda m, x: m(x)[x > 0].sum()))
+
+
+def test_an_operator_without_a_fake_implementation_is_named():
+    library = torch.library.Library("memscope_test", "DEF")
+    library.define("opaque(Tensor x) -> Tensor")
+    library.impl("opaque", lambda x: x.clone(), "CPU")
+    try:
+        with pytest.raises(TargetError, match=r"memscope_test.opaque.*no fake implementation.*register_fake"):
+            simulate(workload(loss=lambda m, x: torch.ops.memscope_test.opaque(m(x)).sum()))
+    finally:
+        library._destroy()
+
+
+def test_an_error_while_building_is_the_targets_own():
+    def build():
+        raise KeyError("hidden_size")
+
+    with pytest.raises(TargetError, match="KeyError: 'hidden_size'"):
+        simulate(build)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batches": []}, "no batch"),
+        ({"plan": StepPlan(micro_batches=3)}, "4 samples cannot be split into 3"),
+        ({"model": nn.Identity()}, "no trainable parameter"),
+    ],
+)
+def test_a_workload_that_cannot_be_trained_is_refused_in_words(changes, message):
+    with pytest.raises(UsageError, match=message):
+        simulate(workload(**changes))
+
+
+def test_an_unknown_device_is_refused_with_the_nearest_name():
+    with pytest.raises(UsageError, match="a100-40gb"):
+        simulate(workload(), device="a100-40g")
+
+
+def test_float16_training_steps_although_no_gradient_can_be_checked_for_overflow():
+    trace = simulate(workload(loss=lambda m, x: F.mse_loss(m(x), x)), strategies="amp:dtype=fp16")
+    assert trace.max_by_category(1)["optimizer_state"] > 0
