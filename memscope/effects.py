@@ -1,27 +1,37 @@
-"""Table 1: what each strategy does to parameter, activation, gradient and optimizer memory and to computation, from runs.
+"""Table 1: what each strategy does to parameter, activation, gradient and optimizer memory and to computation.
 
-Memory rows compare each category's largest size over a steady step: the second one, where the optimizer's state is there. An arrow is
-drawn only for a change beyond 1 % and 1 MiB (computation: beyond 1 %).
+Memory rows compare each category's largest size over a steady step: the second one, where the optimizer's state is
+there. An arrow is drawn only for a change beyond 1 % and 1 MiB (computation: beyond 1 %).
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from memscope.trace import CATEGORIES, PHASES, Category, Trace
+from memscope.errors import UsageError
+from memscope.trace import CATEGORIES, PHASES, Category, Ints, Trace
 from memscope.units import format_bytes, format_change
 
-__all__ = ["ROWS", "Column", "Effect", "Run", "Table1", "compare"]
+__all__ = ["ROWS", "Column", "Effect", "Run", "Table1", "compare", "steady_step"]
 
 Row = Literal["parameter", "activation", "gradient", "optimizer_state", "computation"]
 Arrow = Literal["↑", "↓", "–"]
 ROWS: tuple[Row, ...] = ("parameter", "activation", "gradient", "optimizer_state", "computation")
-_COUNTED: dict[str, tuple[Category, ...]] = {"parameter": ("parameter", "weight_copy")}
-_LEAST_SHARE, _LEAST_BYTES = 0.01, 2**20
+_COUNTED: Mapping[Row, tuple[Category, ...]] = {
+    "parameter": ("parameter", "weight_copy"),
+    "activation": ("activation",),
+    "gradient": ("gradient",),
+    "optimizer_state": ("optimizer_state",),
+}
+"""Categories that each memory row counts together."""
+_LEAST_PERCENT, _LEAST_BYTES = 1, 2**20
+_FORWARD = ("forward", "loss", "recompute")
+"""Phases whose allocations can be kept for the backward pass."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +61,15 @@ class Effect:
     @property
     def share(self) -> float:
         """Change as a share of `before`; infinite when that was zero."""
-        return (self.after - self.before) / self.before if self.before else (0.0 if self.after == 0 else float("inf"))
+        if self.before:
+            return (self.after - self.before) / self.before
+        return float("inf") if self.after else 0.0
 
     def __str__(self) -> str:
-        if self.row == "computation":
-            change = f"{self.after - self.before:+.2e} FLOPs"
-        else:
-            change = format_change(self.after - self.before)
+        change = self.after - self.before
+        shown = f"{change:+.2e} FLOPs" if self.row == "computation" else format_change(change)
         share = "new" if self.share == float("inf") else f"{self.share:+.1%}"
-        return f"{self.arrow} {change} ({share})"
+        return f"{self.arrow} {shown} ({share})"
 
 
 @dataclass(frozen=True)
@@ -86,89 +96,117 @@ class Table1:
 
 
 def compare(baseline: Trace, runs: Sequence[Run]) -> Table1:
-    """Each run against the baseline."""
+    """Each run against the baseline.
+
+    Raises:
+        UsageError: when a trace has no training step.
+    """
     return Table1(tuple(_column(baseline, run) for run in runs))
 
 
 def steady_step(trace: Trace) -> int:
-    """The second step, or the only one."""
-    return trace.steps[min(1, len(trace.steps) - 1)]
+    """The second step, or the only one.
+
+    Raises:
+        UsageError: when the trace has no training step.
+    """
+    if not trace.steps:
+        raise UsageError("the trace has no training step: there is nothing to compare; record at least one, better two")
+    return trace.steps[:2][-1]
 
 
 def _column(baseline: Trace, run: Run) -> Column:
-    step = steady_step(run.trace)
     comparison = (
-        f"{run.label}: largest size of each category in step {step} of the run with it, against step {steady_step(baseline)} "
-        "of the baseline; computation: floating-point operations of the same steps"
+        f"{run.label}: largest size of each category in step {steady_step(run.trace)} of the run with it, against "
+        f"step {steady_step(baseline)} of the baseline; computation: floating-point operations of the same steps"
     )
     return Column(run.label, comparison, tuple(_effect(row, baseline, run) for row in ROWS))
 
 
 def _effect(row: Row, baseline: Trace, run: Run) -> Effect:
-    if row == "computation":
-        before, after = _flops(baseline), _flops(run.trace)
-        effect = Effect(row, _arrow(before, after, 0), before, after, seconds=_seconds(baseline, run.trace))
-    else:
-        categories: tuple[Category, ...] = _COUNTED.get(row, (row,))
-        before, after = _largest(baseline, categories), _largest(run.trace, categories)
-        parts = tuple((c, _largest(baseline, (c,)), _largest(run.trace, (c,))) for c in categories) if len(categories) > 1 else ()
-        effect = Effect(row, _arrow(before, after, _LEAST_BYTES), before, after, parts)
-    said = run.textbook.get(row)
-    if said is None or said == effect.arrow:
+    effect = _computation(baseline, run.trace) if row == "computation" else _memory(row, baseline, run.trace)
+    usual = run.textbook.get(row)
+    if not usual or usual == effect.arrow:
         return effect
-    return Effect(row, effect.arrow, before, after, effect.parts, effect.seconds, f"usually {said}, here {_reason(effect, baseline, run)}")
+    reason = _computation_reason(effect) if row == "computation" else _memory_reason(effect, baseline, run.trace)
+    return dataclasses.replace(effect, note=f"usually {usual}, here {effect.arrow}: {reason}")
+
+
+def _computation(baseline: Trace, trace: Trace) -> Effect:
+    before, after = _in_steady_step(baseline, "flops"), _in_steady_step(trace, "flops")
+    seconds = _in_steady_step(baseline, "seconds"), _in_steady_step(trace, "seconds")
+    measured = None if None in seconds else seconds
+    return Effect("computation", _arrow(before, after, 0), before, after, seconds=measured)
+
+
+def _memory(row: Row, baseline: Trace, trace: Trace) -> Effect:
+    categories = _COUNTED[row]
+    before, after = _largest(baseline, *categories), _largest(trace, *categories)
+    parts = tuple((c, _largest(baseline, c), _largest(trace, c)) for c in categories) if len(categories) > 1 else ()
+    return Effect(row, _arrow(before, after, _LEAST_BYTES), before, after, parts)
 
 
 def _arrow(before: int, after: int, least: int) -> Arrow:
     change = after - before
-    if abs(change) <= least or abs(change) <= _LEAST_SHARE * before:
+    if abs(change) <= least or 100 * abs(change) <= _LEAST_PERCENT * before:
         return "–"
     return "↑" if change > 0 else "↓"
 
 
-def _flops(trace: Trace) -> int:
-    return int(trace.meta["flops"][steady_step(trace)])
+def _in_steady_step(trace: Trace, name: str) -> Any:
+    """An entry of a list in `meta` that has one for each step; None when the run has no such list."""
+    values = trace.meta.get(name)
+    return values[steady_step(trace)] if values else None
 
 
-def _seconds(before: Trace, after: Trace) -> tuple[float, float] | None:
-    measured = [trace.meta.get("seconds") for trace in (before, after)]
-    if not all(measured):
-        return None
-    return float(measured[0][steady_step(before)]), float(measured[1][steady_step(after)])
-
-
-def _curve(trace: Trace, categories: tuple[Category, ...]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def _curve(trace: Trace, *categories: Category) -> Ints:
+    """Bytes of several categories together after each event of the steady step: int64 `[events of the step]`."""
     first, last = trace.step_range(steady_step(trace))
-    return np.sum([trace.timeline(c)[first:last] for c in categories], axis=0)  # type: ignore[no-any-return]
+    curve: Ints = np.sum([trace.timeline(category)[first:last] for category in categories], axis=0)
+    return curve
 
 
-def _largest(trace: Trace, categories: tuple[Category, ...]) -> int:
-    return int(_curve(trace, categories).max(initial=0))
+def _largest(trace: Trace, *categories: Category) -> int:
+    return int(_curve(trace, *categories).max(initial=0))
 
 
-def _reason(effect: Effect, baseline: Trace, run: Run) -> str:
+def _computation_reason(effect: Effect) -> str:
+    return _became(f"{effect.before:.3e} FLOPs", f"{effect.after:.3e} FLOPs")
+
+
+def _memory_reason(effect: Effect, baseline: Trace, trace: Trace) -> str:
     """What the two traces differ in most, at the moments where the row is largest."""
-    if effect.row == "computation":
-        return f"{effect.arrow}: {effect.before:.3e} FLOPs became {effect.after:.3e}"
     if effect.arrow == "–":
-        return f"–: {format_bytes(effect.before)} became {format_bytes(effect.after)}"
-    categories: tuple[Category, ...] = _COUNTED.get(effect.row, (effect.row,))
-    before, after = _origins(baseline, categories), _origins(run.trace, categories)
-    changes = {origin: after.get(origin, 0) - before.get(origin, 0) for origin in before.keys() | after.keys()}
-    (category, op, phase), change = max(changes.items(), key=lambda item: abs(item[1]) if item[1] * (effect.after - effect.before) > 0 else -1)
-    return f"{effect.arrow}: {format_change(change)} of {category} made by {op or 'the model'} in {phase}{_kept(run.trace, category, op)}"
+        return _became(format_bytes(effect.before), format_bytes(effect.after))
+    before, after = (_origins(t, _COUNTED[effect.row]) for t in (baseline, trace))
+    changes = {origin: after.get(origin, 0) - before.get(origin, 0) for origin in before | after}
+    sign = 1 if effect.arrow == "↑" else -1
+    category, op, phase = origin = max(changes, key=lambda origin: sign * changes[origin])
+    kept = _kept(trace, *origin) if effect.arrow == "↑" else ""
+    return f"{format_change(changes[origin])} of {category} made by {op or 'the model'} in {phase}{kept}"
 
 
-def _origins(trace: Trace, categories: tuple[Category, ...]) -> dict[tuple[str, str, str], int]:
+def _became(before: str, after: str) -> str:
+    return f"{before}, as before" if before == after else f"{before} became {after}"
+
+
+def _origins(trace: Trace, categories: tuple[Category, ...]) -> dict[tuple[Category, str, str], int]:
+    """Bytes by category, operator and phase, where the categories together are largest in the steady step."""
     first, _ = trace.step_range(steady_step(trace))
-    at = first + int(np.argmax(_curve(trace, categories)))
-    return {origin: size for origin, size in trace.by("category", "op", "phase", at=at).items() if origin[0] in categories}
+    at = first + int(np.argmax(_curve(trace, *categories)))
+    return {
+        origin: size for origin, size in trace.by("category", "op", "phase", at=at).items() if origin[0] in categories
+    }
 
 
-def _kept(trace: Trace, category: str, op: str) -> str:
-    """Whether such allocations outlive the forward pass, in words."""
-    chosen = (trace.category == CATEGORIES.index(category)) & (trace.op == trace.ops.index(op) if op in trace.ops else False)  # type: ignore[arg-type]
-    chosen &= trace.step == steady_step(trace)
-    backward = trace.mark_event[trace.mark_phase == PHASES.index("backward")]
-    kept = [bool(((backward > b) & (backward < f)).any()) for b, f in zip(trace.born[chosen], trace.freed[chosen], strict=True)]
-    return f", {sum(kept)} of {len(kept)} of them kept for the backward pass" if any(kept) else ""
+def _kept(trace: Trace, category: Category, op: str, phase: str) -> str:
+    """How many allocations of one origin are alive when the backward pass after them begins, in words."""
+    if phase not in _FORWARD:
+        return ""
+    chosen = (trace.category == CATEGORIES.index(category)) & (trace.phase == PHASES.index(phase))
+    chosen &= (trace.op == trace.ops.index(op)) & (trace.step == steady_step(trace))
+    backward = np.append(trace.mark_event[trace.mark_phase == PHASES.index("backward")], trace.events)
+    begins = backward[np.searchsorted(backward, trace.born[chosen], side="right")]
+    freed = np.where(trace.freed < 0, trace.events, trace.freed)[chosen]
+    kept = np.count_nonzero((begins <= freed) & (begins < trace.events))
+    return f"; {kept} of {freed.size} kept for the backward pass" if kept else ""

@@ -11,11 +11,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from memscope.errors import TargetError
+from memscope.errors import MemscopeError, TargetError
 
-__all__ = ["RunSpec", "run_all"]
+if TYPE_CHECKING:
+    from memscope.strategies import Plan
+    from memscope.target import Target
+
+__all__ = ["RunSpec", "check_plans", "run_all"]
 
 Report = Callable[[int, int, int], None]
 """`report(index of the run, micro-steps done, in all)`."""
@@ -38,6 +42,25 @@ class RunSpec:
     steps: int
     path: Path
     """Where the trace goes; must not exist yet."""
+
+
+def check_plans(target: Target, config: Any, plans: Sequence[Plan]) -> None:
+    """Find what is wrong with the settings, the data and every plan before anything runs, on a model without memory.
+
+    Raises:
+        UsageError: what is wrong.
+    """
+    import torch
+
+    with torch.device("meta"):
+        try:
+            workload = target.build(config)
+        except MemscopeError:
+            raise
+        except Exception:  # the runs will tell; this model may only be unable to live on the meta device
+            return
+        for plan in plans:
+            plan.check(workload)
 
 
 def run_all(specs: Sequence[RunSpec], report: Report) -> None:
@@ -70,7 +93,9 @@ def _finished(futures: list[Future[None]]) -> bool:
         try:
             future.result()
         except BrokenProcessPool:
-            raise TargetError("a run ended without a word: its process was killed, most likely for want of host memory") from None
+            raise TargetError(
+                "a run ended without a word: its process was killed, most likely for want of host memory"
+            ) from None
     return not left
 
 

@@ -16,57 +16,83 @@ from memscope.errors import UsageError, nearest
 __all__ = ["fill", "format_value", "help_of", "non_defaults"]
 
 T = TypeVar("T")
-_TRUE, _FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
+_BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+_EXPECTED = {int: "a whole number", float: "a number"}
 
 
 def fill(config: type[T] | T, words: Mapping[str, str], *, of: str) -> T:
-    """A settings dataclass with the fields in `words` set from text; the others keep the given instance's or class's values.
+    """A settings dataclass with the fields in `words` set from text; the others keep the values of `config`.
 
-    Lists are joined by `+`; an optional field takes `none`. `of` names the owner in errors, e.g. `strategy "lora"`.
+    Fields may be bool, int, float, str, anything else that is made from one text, a Literal, a list or tuple of these
+    (joined by `+`), or optional (`none`). `of` names the owner in errors, e.g. `strategy "lora"`.
 
     Raises:
-        UsageError: for an unknown key or a value of the wrong kind, with the nearest valid name.
+        UsageError: for an unknown key, with the nearest valid name; for a value of the wrong kind; and for one that the
+            dataclass itself refuses with a ValueError.
     """
     base: Any = config() if isinstance(config, type) else config
     hints = typing.get_type_hints(type(base))
-    names = [field.name for field in dataclasses.fields(base)]
+    names = [field.name for field in dataclasses.fields(base) if field.init]
     changes = {}
     for key, text in words.items():
         if key not in names:
             raise UsageError(f'{of} has no setting "{key}": {nearest(key, names)}')
         changes[key] = _value(text, hints[key], f'{of}: setting "{key}"')
-    filled: T = dataclasses.replace(base, **changes)
+    try:
+        filled: T = dataclasses.replace(base, **changes)
+    except ValueError as error:
+        raise UsageError(f"{of} refuses these settings: {error}") from error
     return filled
 
 
 def _value(text: str, kind: Any, where: str) -> Any:
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
     if origin in (Union, types.UnionType):
-        if text.lower() == "none":
-            return None
-        return _value(text, next(a for a in arguments if a is not type(None)), where)
+        return _one_of(text, arguments, where)
     if origin is Literal:
-        if text not in arguments:
-            raise UsageError(f'{where} cannot be "{text}": {nearest(text, arguments)}')
-        return text
-    if origin is tuple:
-        return tuple(_value(item, arguments[0], where) for item in text.split("+"))
+        choices = {format_value(choice): choice for choice in arguments}
+        if text not in choices:
+            raise UsageError(f'{where} cannot be "{text}": {nearest(text, choices)}')
+        return choices[text]
+    if origin in (tuple, list):
+        return origin(_items(text, arguments, where))
     if kind is bool:
-        if text.lower() not in _TRUE | _FALSE:
+        if text.lower() not in _BOOLEANS:
             raise UsageError(f'{where} cannot be "{text}": expected true or false')
-        return text.lower() in _TRUE
-    if kind in (int, float):
+        return _BOOLEANS[text.lower()]
+    try:
+        return kind(text)
+    except (TypeError, ValueError):
+        expected = _EXPECTED.get(kind) or getattr(kind, "__name__", kind)
+        raise UsageError(f'{where} cannot be "{text}": expected {expected}') from None
+
+
+def _one_of(text: str, kinds: tuple[Any, ...], where: str) -> Any:
+    """The first kind that the text can be; the error of the last when it is none."""
+    if types.NoneType in kinds and text.lower() == "none":
+        return None
+    *first, last = (kind for kind in kinds if kind is not types.NoneType)
+    for kind in first:
         try:
-            return kind(text)
-        except ValueError:
-            expected = "a whole number" if kind is int else "a number"
-            raise UsageError(f'{where} cannot be "{text}": expected {expected}') from None
-    return kind(text)
+            return _value(text, kind, where)
+        except UsageError:
+            continue
+    return _value(text, last, where)
+
+
+def _items(text: str, kinds: tuple[Any, ...], where: str) -> list[Any]:
+    """The items of a list; `kinds` as in `list[kind]`, `tuple[kind, ...]`, `tuple[kind, kind]` or, empty, `tuple`."""
+    items = text.split("+") if text else []
+    any_number = len(kinds) < 2 or kinds[1] is Ellipsis
+    if not any_number and len(items) != len(kinds):
+        raise UsageError(f'{where} cannot be "{text}": expected {len(kinds)} values joined by +')
+    each = [kinds[0] if kinds else str] * len(items) if any_number else kinds
+    return [_value(item, kind, where) for item, kind in zip(items, each, strict=True)]
 
 
 def format_value(value: Any) -> str:
     """A setting as the text that `fill` reads back."""
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | list):
         return "+".join(map(format_value, value))
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
@@ -79,12 +105,16 @@ def non_defaults(config: Any) -> dict[str, str]:
 
 
 def help_of(config: type) -> dict[str, str]:
-    """What each setting means: the docstring under its field, on one line."""
+    """What each setting means: the docstring under its field, on one line; empty when it has none."""
     body = ast.parse(textwrap.dedent(inspect.getsource(config))).body[0]
     assert isinstance(body, ast.ClassDef)
     texts: dict[str, str] = {}
-    for field, after in zip(body.body, [*body.body[1:], None], strict=False):
+    for field, after in zip(body.body, [*body.body[1:], None], strict=True):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-            is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-            texts[field.target.id] = " ".join(str(after.value.value).split()) if is_text else ""  # type: ignore[union-attr]
+            texts[field.target.id] = _docstring(after)
     return texts
+
+
+def _docstring(statement: ast.stmt | None) -> str:
+    value = statement.value if isinstance(statement, ast.Expr) else None
+    return " ".join(value.value.split()) if isinstance(value, ast.Constant) and isinstance(value.value, str) else ""

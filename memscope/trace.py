@@ -1,7 +1,7 @@
 """The Trace: every allocation of a run, as columns. Recorders write it; everything else is a function of it.
 
-An allocation is one row. Time is counted in events: each birth and each death of an allocation is one event, so `allocated`
-is a step function with one value after each event. A trace needs neither torch nor a GPU to be read.
+An allocation is one row. Time is counted in events: each birth and each death of an allocation is one event, so
+`allocated` is a step function with one value after each event. A trace needs neither torch nor a GPU to be read.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import io
 import json
 import os
 import tempfile
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -22,22 +21,24 @@ import numpy.typing as npt
 
 from memscope.errors import TraceFileError, UsageError, nearest
 
-__all__ = ["CATEGORIES", "PHASES", "SCHEMA_VERSION", "Category", "Peak", "Phase", "Trace"]
+__all__ = ["CATEGORIES", "PHASES", "SCHEMA_VERSION", "Category", "Peak", "Phase", "Trace", "write_whole"]
 
 SCHEMA_VERSION = 1
 _FORMAT = "memscope-trace"
 
 Category = Literal[
-    "parameter", "weight_copy", "buffer", "gradient", "optimizer_state", "activation", "input", "temporary", "workspace", "other"
+    "parameter", "weight_copy", "buffer", "gradient", "optimizer_state", "activation", "input", "temporary",
+    "workspace", "other",
 ]  # fmt: skip
 CATEGORIES: tuple[Category, ...] = get_args(Category)
-"""What memory is for. `weight_copy`: a cast of a parameter. `activation`: made by the forward pass (or its recomputation) and
-still alive when the backward pass that needs it begins. `temporary`: freed before that. `workspace`: taken inside a kernel.
-`other`: outlives its step without any known owner."""
+"""What memory is for. `weight_copy`: a cast of a parameter. `activation`: made by the forward pass (or its
+recomputation) and still alive when the backward pass that needs it begins. `temporary`: freed before that.
+`workspace`: taken inside a kernel. `other`: outlives its step without any known owner."""
 
 Phase = Literal["setup", "forward", "loss", "backward", "recompute", "optimizer", "zero_grad", "outside"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
-"""When. `recompute` is forward work done again inside the backward pass by activation checkpointing; `outside` is between steps."""
+"""When. `recompute` is forward work done again inside the backward pass by activation checkpointing; `outside` is
+between steps."""
 
 Ints = npt.NDArray[np.int64]
 Key = Literal["category", "module", "op", "phase", "step", "micro_batch"]
@@ -58,8 +59,8 @@ class Peak(NamedTuple):
 class Trace:
     """All allocations of one run. Column `x[i]` belongs to allocation `i`, in order of birth.
 
-    Columns are int64 arrays `[allocations]`; `category`, `module`, `op` and `phase` index `CATEGORIES`, `modules`, `ops` and
-    `PHASES`. The `mark_*` columns `[marks]` say when (first event) a new phase began, and which.
+    Columns are int64 arrays `[allocations]`; `category`, `module`, `op` and `phase` index `CATEGORIES`, `modules`,
+    `ops` and `PHASES`. The `mark_*` columns `[marks]` say when (first event) a new phase began, and which.
     """
 
     size: Ints
@@ -91,11 +92,10 @@ class Trace:
         return len(self.size)
 
     def __repr__(self) -> str:
-        peak = self.peak
-        return (
-            f"<Trace of {self.meta.get('target', '?')}: {len(self):,} allocations, peak {peak.allocated_bytes:,} bytes "
-            f"in {peak.phase}, step {peak.step}>"
-        )
+        start = f"<Trace of {self.meta.get('target', '?')}: {len(self):,} allocations"
+        if not self.events:
+            return f"{start}>"
+        return f"{start}, peak {self.peak.allocated_bytes:,} bytes in {self.peak.phase}, step {self.peak.step}>"
 
     @cached_property
     def events(self) -> int:
@@ -127,11 +127,13 @@ class Trace:
         """The peak of one step, or of the whole run.
 
         Raises:
-            UsageError: when the trace is empty or has no such step.
+            UsageError: when the trace is empty, or has no such step or no event in it.
         """
-        first, last = (0, self.events) if step is None else self.step_range(step)
-        if first >= last:
+        if not self.events:
             raise UsageError("the trace is empty: it has no allocation, so it has no peak")
+        first, last = (0, self.events) if step is None else self.step_range(step)
+        if first == last:
+            raise UsageError(f"nothing was allocated or freed in step {step}, so it has no peak")
         event = first + int(np.argmax(self.allocated[first:last]))
         mark = self.mark_at(event)
         return Peak(
@@ -171,7 +173,8 @@ class Trace:
             UsageError: when the event is outside the trace.
         """
         if not 0 <= event < self.events:
-            raise UsageError(f"event {event} is outside the trace: it has events 0 to {self.events - 1}")
+            has = f"events 0 to {self.events - 1}" if self.events else "no events"
+            raise UsageError(f"event {event} is outside the trace: it has {has}")
         return np.flatnonzero((self.born <= event) & ((self.freed > event) | (self.freed < 0)))
 
     def by(self, *keys: Key, at: int | Literal["peak"] = "peak") -> dict[Any, int]:
@@ -190,12 +193,12 @@ class Trace:
         groups, index = np.unique(np.stack([getattr(self, key)[alive] for key in keys]), axis=1, return_inverse=True)
         sizes = np.zeros(groups.shape[1], dtype=np.int64)
         np.add.at(sizes, index.reshape(-1), self.size[alive])
-        rows = [
-            (tuple(self._name(key, int(code)) for key, code in zip(keys, column, strict=True)), int(size))
-            for column, size in zip(groups.T, sizes, strict=True)
-        ]
-        rows.sort(key=lambda row: -row[1])
-        return {names if len(keys) > 1 else names[0]: size for names, size in rows}
+        found: dict[Any, int] = {}
+        for codes, size in zip(groups.T, sizes, strict=True):
+            names = tuple(self._name(key, int(code)) for key, code in zip(keys, codes, strict=True))
+            group = names if len(keys) > 1 else names[0]
+            found[group] = found.get(group, 0) + int(size)
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
 
     def _name(self, key: Key, code: int) -> str | int:
         tables: dict[Key, Sequence[str]] = {
@@ -209,7 +212,11 @@ class Trace:
         return {category: found.get(category, 0) for category in CATEGORIES}
 
     def max_by_category(self, step: int | None = None) -> dict[Category, int]:
-        """Largest number of bytes each category reaches, in one step or in the whole run; not all at the same moment."""
+        """Largest number of bytes each category reaches, in one step or in the whole run; not all at the same moment.
+
+        Raises:
+            UsageError: when the trace has no such step.
+        """
         first, last = (0, self.events) if step is None else self.step_range(step)
         return {c: int(self.timeline(c)[first:last].max(initial=0)) for c in CATEGORIES}
 
@@ -217,15 +224,19 @@ class Trace:
         """Write a compressed `.npz`: to a temporary file first, then renamed, so a broken write leaves nothing behind.
 
         Raises:
-            TraceFileError: when the file exists and `overwrite` is False, or cannot be written.
+            TraceFileError: when the file exists and `overwrite` is False, it cannot be written, or `meta` is not JSON.
         """
         path = Path(path)
         if path.exists() and not overwrite:
             raise TraceFileError(f"{path} exists already: choose another name, or overwrite it with -f")
-        header = {"format": _FORMAT, "schema_version": SCHEMA_VERSION, "modules": self.modules, "ops": self.ops}
-        columns = {name: _narrow(getattr(self, name)) for name in _COLUMNS}
+        texts = {"modules": self.modules, "ops": self.ops, "meta": dict(self.meta)}
+        try:
+            header = json.dumps({"format": _FORMAT, "schema_version": SCHEMA_VERSION} | texts)
+        except (TypeError, ValueError) as error:
+            raise TraceFileError(f"{path}: cannot be written: meta holds more than JSON values ({error})") from None
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, header=np.array(json.dumps(header | {"meta": dict(self.meta)})), **columns)
+        columns: dict[str, Any] = {name: _narrow(getattr(self, name)) for name in _COLUMNS}
+        np.savez_compressed(buffer, header=np.array(header), **columns)
         write_whole(path, buffer.getvalue())
         return path
 
@@ -237,21 +248,21 @@ class Trace:
             TraceFileError: when the file is missing, not a trace, truncated, inconsistent, or of a newer schema.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
+                arrays = {name: stored[name] for name in stored.files}
         except FileNotFoundError:
             raise TraceFileError(f"{path}: no such file") from None
         except OSError as error:
             raise TraceFileError(f"{path}: cannot be read ({error.strerror or error})") from None
-        except (ValueError, zipfile.BadZipFile, EOFError, KeyError, zipfile.error) as error:
+        except Exception:  # zipfile, zlib and NumPy raise nearly anything on bytes they did not write
             raise TraceFileError(
-                f"{path}: not a memscope trace, or truncated ({error}); expected a file written by memscope profile"
+                f"{path}: not a memscope trace, or truncated; expected a file written by memscope profile"
             ) from None
         return _from_arrays(path, arrays)
 
 
-_TEXT = {"modules", "ops", "meta"}
-_COLUMNS = tuple(field.name for field in fields(Trace) if field.name not in _TEXT)
+_TEXTS: dict[str, type] = {"modules": list, "ops": list, "meta": dict}
+_COLUMNS = tuple(field.name for field in fields(Trace) if field.name not in _TEXTS)
 
 
 def _from_arrays(path: str | os.PathLike[str], arrays: dict[str, npt.NDArray[Any]]) -> Trace:
@@ -266,12 +277,13 @@ def _from_arrays(path: str | os.PathLike[str], arrays: dict[str, npt.NDArray[Any
         raise TraceFileError(
             f"{path}: written with trace schema {version}, this memscope reads up to {SCHEMA_VERSION}: upgrade memscope"
         )
-    missing = [name for name in _COLUMNS if name not in arrays or arrays[name].dtype.kind != "i"]
-    missing += [name for name in _TEXT if name not in header]
-    if missing:
-        raise TraceFileError(f"{path}: a damaged memscope trace: {', '.join(missing)} missing or of a wrong type")
+    wrong = [n for n in _COLUMNS if n not in arrays or arrays[n].dtype.kind != "i" or arrays[n].ndim != 1]
+    wrong += [name for name, kind in _TEXTS.items() if not isinstance(header.get(name), kind)]
+    if wrong:
+        raise TraceFileError(f"{path}: a damaged memscope trace: {', '.join(wrong)} missing or of a wrong type")
     columns = {name: arrays[name].astype(np.int64) for name in _COLUMNS}
-    trace = Trace(**columns, modules=tuple(header["modules"]), ops=tuple(header["ops"]), meta=header["meta"])
+    modules, ops = (tuple(map(str, header[name])) for name in ("modules", "ops"))
+    trace = Trace(**columns, modules=modules, ops=ops, meta=header["meta"])
     damage = _damage(trace)
     if damage:
         raise TraceFileError(f"{path}: a damaged memscope trace: {damage}")
@@ -284,23 +296,32 @@ def _damage(trace: Trace) -> str:
     marks = {len(getattr(trace, name)) for name in _COLUMNS if name.startswith("mark_")}
     if len(lengths) != 1 or len(marks) != 1:
         return "columns differ in length"
-    for name, table in (("category", CATEGORIES), ("phase", PHASES), ("module", trace.modules), ("op", trace.ops)):
-        column = getattr(trace, name)
-        if column.size and not (0 <= column.min() and column.max() < len(table)):
+    tables = {"category": CATEGORIES, "phase": PHASES, "module": trace.modules, "op": trace.ops, "mark_phase": PHASES}
+    for name, table in tables.items():
+        if not _within(getattr(trace, name), 0, len(table) - 1):
             return f"column {name} points outside its table"
     if len(trace) and not trace.mark_event.size:
         return "it has allocations but no phase"
+    if not (_within(trace.mark_event, 0, trace.events) and bool((np.diff(trace.mark_event) >= 0).all())):
+        return "its phases are not in the order of its events"
+    if bool((trace.size < 0).any()):
+        return "an allocation has a negative size"
     died = trace.freed >= 0
     ends = np.concatenate([trace.born, trace.freed[died]])
-    if not np.array_equal(np.sort(ends), np.arange(ends.size)) or bool((trace.freed <= trace.born)[died].any()):
+    in_order = bool((np.diff(trace.born) > 0).all()) and bool((trace.freed > trace.born)[died].all())
+    if not in_order or not np.array_equal(np.sort(ends), np.arange(ends.size)):
         return "its events are not one unbroken sequence"
     return ""
+
+
+def _within(column: Ints, least: int, most: int) -> bool:
+    return not column.size or bool(least <= column.min() and column.max() <= most)
 
 
 def _narrow(column: Ints) -> npt.NDArray[Any]:
     """The smallest signed type that holds a column: files stay small, values stay exact."""
     for dtype in (np.int8, np.int16, np.int32):
-        if not column.size or (column.min() >= np.iinfo(dtype).min and column.max() <= np.iinfo(dtype).max):
+        if _within(column, np.iinfo(dtype).min, np.iinfo(dtype).max):
             return column.astype(dtype)
     return column
 
@@ -320,14 +341,15 @@ def write_whole(path: Path, data: bytes) -> None:
     temporary = None
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = file.name
+            temporary = Path(file.name)
             file.write(data)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
     except OSError as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
         raise TraceFileError(f"{path}: cannot be written ({error.strerror or error})") from None
+    finally:
+        if temporary:
+            temporary.unlink(missing_ok=True)
 
 
 def _umask() -> int:

@@ -1,8 +1,12 @@
-"""Sizes as people write and read them. GB is 10⁹ bytes, GiB is 2³⁰; both are understood, neither stands for the other."""
+"""Sizes as people write and read them.
+
+GB is 10⁹ bytes, GiB is 2³⁰; both are understood, neither stands for the other.
+"""
 
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 from memscope.errors import UsageError
 
@@ -14,19 +18,19 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([A-Za-z]*)\s*")
 
 
 def format_bytes(size_bytes: int) -> str:
-    """`41.2 GiB`, `512 B`, `-1.5 MiB`: three or four significant digits in binary units."""
+    """`41.2 GiB`, `1.25 MiB`, `512 B`: in binary units, with two decimals below 10 and one from there."""
     sign, rest = ("-", -size_bytes) if size_bytes < 0 else ("", size_bytes)
     if rest < 1024:
         return f"{sign}{rest} B"
     for unit, scale in (("KiB", 2**10), ("MiB", 2**20), ("GiB", 2**30), ("TiB", 2**40)):
         value = rest / scale
         if value < 1023.95 or unit == "TiB":
-            return f"{sign}{value:.{1 if value >= 10 else 2}f} {unit}"
+            return f"{sign}{value:.{1 if value >= 9.995 else 2}f} {unit}"
     raise AssertionError("unreachable: TiB ends the loop")
 
 
 def format_change(change_bytes: int) -> str:
-    """`+1.25 GiB` or `-3.0 MiB`: a difference, always with its sign."""
+    """`+1.25 GiB` or `-3.00 MiB`: a difference, always with its sign."""
     return ("+" if change_bytes >= 0 else "") + format_bytes(change_bytes)
 
 
@@ -43,7 +47,7 @@ def parse_bytes(text: str) -> int:
     scale = _SCALE.get(unit.upper() or "B")
     if scale is None:
         raise UsageError(f'"{text}" has an unknown unit "{unit}": expected B, KB, MB, GB, TB, KiB, MiB, GiB or TiB')
-    size_bytes = round(float(number) * scale)
+    size_bytes = round(Fraction(number) * scale)
     if size_bytes == 0:
         raise UsageError(f'"{text}" is zero bytes: expected a positive size, for example 40GB')
     return size_bytes

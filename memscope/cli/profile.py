@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import click
@@ -14,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from memscope.cli.profile_report import document, print_report, write_page
 from memscope.effects import Run, compare
 from memscope.errors import UsageError
-from memscope.runs import RunSpec, run_all
+from memscope.runs import RunSpec, check_plans, run_all
 from memscope.simulation.devices import get_device
 from memscope.strategies import Plan, Strategy
 from memscope.target import find_target
@@ -30,13 +31,36 @@ __all__ = ["command"]
     "-s", "--strategies", "plans", multiple=True, metavar="PLAN",
     help="Strategies to apply, such as lora:r=8,amp. Once: each of them alone and all together. Repeated: each plan as it is.",
 )  # fmt: skip
-@click.option("--preset", metavar="NAME", help="Preset of the target; the first one if not given. See: memscope targets.")
-@click.option("--set", "changed", multiple=True, metavar="KEY=VALUE", help="Change a setting of the target; more may follow as KEY=VALUE.")
-@click.option("--device", default="gpu", show_default=True, help="What to simulate (see: memscope devices), or cpu for a real run.")
+@click.option(
+    "--preset", metavar="NAME", help="Preset of the target; the first one if not given. See: memscope targets."
+)
+@click.option(
+    "--set",
+    "changed",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change a setting of the target; more may follow as KEY=VALUE.",
+)
+@click.option(
+    "--device",
+    default="gpu",
+    show_default=True,
+    help="What to simulate (see: memscope devices), or cpu for a real run.",
+)
 @click.option("--simulate", is_flag=True, help="Simulate also where the run could be real: with --device cpu.")
-@click.option("--steps", default=2, show_default=True, help="Optimizer steps; effects are read from the second.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FOLDER", help="Where traces and page go; a new folder.")
-@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Where the page goes, if not into that folder.")
+@click.option(
+    "--steps",
+    default=2,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Optimizer steps; effects are read from the second.",
+)
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), metavar="FOLDER", help="Where traces and page go; a new folder."
+)
+@click.option(
+    "--html", type=click.Path(path_type=Path), metavar="FILE", help="Where the page goes, if not into that folder."
+)
 @click.option("-f", "--force", is_flag=True, help="Overwrite files that exist.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of tables.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
@@ -50,10 +74,11 @@ def command(
     steps are simulated: no weights are loaded and nothing is computed, but every allocation is seen.
     """
     words = _words([*changed, *settings])
-    find_target(target).configure(preset, words)
-    simulated = simulate or get_device(device).kind != "cpu"
+    simulated = _is_simulated(device, simulate)
     parsed = [Plan.parse(text) for text in plans]
     labels = _labels(parsed)
+    found = find_target(target)
+    check_plans(found, found.configure(preset, words), parsed)
     folder = _folder(output, target, force)
     html = html or folder / "report.html"
     paths = [folder / f"{_file_name(label)}.npz" for label in labels]
@@ -63,17 +88,14 @@ def command(
                 path.with_suffix(".part.npz"))
         for label, path in zip(labels, paths, strict=True)
     ]  # fmt: skip
-    new_folder = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        _run_with_progress(specs, labels)
-        for spec, path in zip(specs, paths, strict=True):
-            spec.path.replace(path)
-    finally:
-        for spec in specs:
-            spec.path.unlink(missing_ok=True)
-        if new_folder and not any(folder.iterdir()):
-            folder.rmdir()
+    with _kept_if_filled(folder):
+        try:
+            _run_with_progress(specs, labels)
+            for spec, path in zip(specs, paths, strict=True):
+                spec.path.replace(path)
+        finally:
+            for spec in specs:
+                spec.path.unlink(missing_ok=True)
     traces = [Trace.load(path) for path in paths]
     runs = [Run(label, trace, _textbook(label)) for label, trace in zip(labels, traces, strict=True)]
     table = compare(traces[0], runs[1:])
@@ -81,7 +103,14 @@ def command(
     if as_json:
         click.echo(json.dumps(document(target, runs, paths, table), ensure_ascii=False, indent=2))
     else:
-        print_report(Console(highlight=False), runs, table, html)
+        print_report(Console(highlight=False), runs, table, folder, html)
+
+
+def _is_simulated(device: str, simulate: bool) -> bool:
+    if device == "cuda":
+        raise UsageError('cannot record on "cuda": memscope records real runs on the cpu only. Simulate a GPU: --device gpu, or one of '
+                         "memscope devices")  # fmt: skip
+    return simulate or get_device(device).kind != "cpu"
 
 
 def _words(texts: Sequence[str]) -> dict[str, str]:
@@ -89,7 +118,9 @@ def _words(texts: Sequence[str]) -> dict[str, str]:
     for text in texts:
         key, equal, value = text.partition("=")
         if not equal or not key:
-            raise UsageError(f'"{text}" is no setting: expected KEY=VALUE, for example n_layers=1. See: memscope targets')
+            raise UsageError(
+                f'"{text}" is no setting: expected KEY=VALUE, for example n_layers=1. See: memscope targets'
+            )
         if key in words:
             raise UsageError(f'setting "{key}" is given twice: "{words[key]}" and "{value}"')
         words[key] = value
@@ -120,6 +151,19 @@ def _folder(output: Path | None, target: str, force: bool) -> Path:
     return output
 
 
+@contextlib.contextmanager
+def _kept_if_filled(folder: Path) -> Iterator[None]:
+    """Make a folder, and take it away again if nothing came into it."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        for path in new:
+            if not any(path.iterdir()):
+                path.rmdir()
+
+
 def _file_name(label: str) -> str:
     return "".join(c if c.isalnum() or c in "-_.+=" else "_" for c in label.replace(",", "+"))
 
@@ -132,7 +176,12 @@ def _refuse_existing(paths: list[Path], force: bool) -> None:
 
 
 def _run_with_progress(specs: list[RunSpec], labels: list[str]) -> None:
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("step {task.completed:.0f}/{task.total:.0f}"), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         tasks = [bars.add_task(label, total=spec.steps) for spec, label in zip(specs, labels, strict=True)]
         run_all(specs, lambda index, done, total: bars.update(tasks[index], completed=done, total=total))

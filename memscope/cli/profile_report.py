@@ -27,17 +27,23 @@ _TITLES = {
 _COLOR = {"↑": "red", "↓": "green", "–": ""}
 
 
-def print_report(console: Console, runs: Sequence[Run], table: Table1, html: Path) -> None:
+def print_report(console: Console, runs: Sequence[Run], table: Table1, folder: Path, html: Path) -> None:
     """Where the memory is at each run's peak, Table 1 with its notes, and what to do next."""
     device = runs[0].trace.meta["device"]
-    how = "simulated: nothing was computed, sizes are exact for this sequence of allocations" if device["simulated"] else "measured"
+    how = (
+        "simulated: nothing was computed, sizes are exact for this sequence of allocations"
+        if device["simulated"]
+        else "measured"
+    )
     console.print(Text(f"{runs[0].trace.meta['target']} on {device['name']} ({how})", style="bold"))
     console.print(_peaks(runs))
     for run in runs:
         counts = run.trace.meta["parameters"]
         share = counts["trainable"] / counts["total"]
         if counts["trainable"] != counts["total"]:
-            console.print(f"{run.label}: {counts['trainable']:,} of {counts['total']:,} parameters are trained ({share:.2%})")
+            console.print(
+                f"{run.label}: {counts['trainable']:,} of {counts['total']:,} parameters are trained ({share:.2%})"
+            )
     if table.columns:
         console.print(_table1(table))
         for column in table.columns:
@@ -46,7 +52,7 @@ def print_report(console: Console, runs: Sequence[Run], table: Table1, html: Pat
             for effect in column.effects:
                 if effect.note:
                     console.print(Text.assemble((f"{column.label}, {_TITLES[effect.row]}: ", "bold"), effect.note))
-    console.print(f"\nPage: {html}   Traces: {html.parent}")
+    console.print(f"\nPage: {html}   Traces: {folder}")
     console.print("Next: open the page; compare plans with  memscope profile TARGET -s lora -s lora,ckpt")
 
 
@@ -103,7 +109,8 @@ def document(target: str, runs: Sequence[Run], paths: Sequence[Path], table: Tab
         "table1": table.arrows(),
         "effects": {
             column.label: {
-                e.row: {"arrow": e.arrow, "before": e.before, "after": e.after, "note": e.note or None} for e in column.effects
+                e.row: {"arrow": e.arrow, "before": e.before, "after": e.after, "note": e.note or None}
+                for e in column.effects
             }
             for column in table.columns
         },
@@ -138,6 +145,6 @@ def write_page(runs: Sequence[Run], table: Table1, path: Path, *, overwrite: boo
     effects = None
     if table.columns:
         rows = [EffectRow(_TITLES[row], [str(column[row]) for column in table.columns]) for row in ROWS]
-        effects = EffectsTable(["", *(column.label for column in table.columns)], rows)
+        effects = EffectsTable(["", *(column.label for column in table.columns)], rows, table.columns[0].comparison)
     page = render_page([PageRun(run.label, run.trace) for run in runs], effects)
     write_whole(path, page.encode())

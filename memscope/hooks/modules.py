@@ -32,7 +32,9 @@ class ModuleStack:
         current: index of the innermost module at work, 0 (the model itself) when there is none.
     """
 
-    def __init__(self, model: nn.Module, *, on_enter_model: Callable[[], None], on_leave_model: Callable[[], None]) -> None:
+    def __init__(
+        self, model: nn.Module, *, on_enter_model: Callable[[], None], on_leave_model: Callable[[], None]
+    ) -> None:
         self._model = model
         self._on_enter_model, self._on_leave_model = on_enter_model, on_leave_model
         self.names: list[str] = [ROOT]

@@ -45,7 +45,13 @@ class OptimizerNamer:
     """Calls back around every optimizer step in the process, and names the state it leaves."""
 
     def __init__(
-        self, tracker: StorageTracker, modules: ModuleStack, *, before: Callable[[], None], after: Callable[[], None], on_gpu: bool
+        self,
+        tracker: StorageTracker,
+        modules: ModuleStack,
+        *,
+        before: Callable[[], None],
+        after: Callable[[], None],
+        on_gpu: bool,
     ) -> None:
         """`on_gpu`: the optimizer runs as it would on a GPU, where `step` counters may stay on the host."""
         self._tracker, self._modules, self._before, self._after, self._on_gpu = tracker, modules, before, after, on_gpu

@@ -40,7 +40,9 @@ def record(
         UsageError: when strategies, device or data cannot be used.
     """
     if device != "cpu":
-        raise UsageError(f'cannot record on "{device}": expected cpu. To predict a GPU without one, use memscope.simulate')
+        raise UsageError(
+            f'cannot record on "{device}": expected cpu. To predict a GPU without one, use memscope.simulate'
+        )
     plan = Plan.parse(strategies) if isinstance(strategies, str) else strategies
     try:
         built = workload if isinstance(workload, Workload) else workload()

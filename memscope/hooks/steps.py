@@ -31,7 +31,9 @@ def prepare_steps(workload: Workload, steps: int) -> list[list[MicroBatch]]:
         UsageError: when there is no data, no step, or a batch cannot be split as the plan says.
     """
     if steps < 1:
-        raise UsageError(f"{steps} steps were asked for: at least one is needed, and two to see a step with optimizer state")
+        raise UsageError(
+            f"{steps} steps were asked for: at least one is needed, and two to see a step with optimizer state"
+        )
     if not len(workload.batches):
         raise UsageError(f'"{workload.name}" has no batch to train on')
     return [micro_batches(workload, workload.batches[0]) for _ in range(steps)]
@@ -48,7 +50,11 @@ def run_meta(workload: Workload, plan: Plan, device: str, *, simulated: bool) ->
 
 
 def record_steps(
-    workload: Workload, pieces: list[list[MicroBatch]], training: Training, recorder: Recorder, progress: Progress | None
+    workload: Workload,
+    pieces: list[list[MicroBatch]],
+    training: Training,
+    recorder: Recorder,
+    progress: Progress | None,
 ) -> None:
     """Run one step for each item of `pieces` under a recorder.
 

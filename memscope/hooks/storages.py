@@ -173,7 +173,9 @@ class StorageTracker(TorchDispatchMode):
         self._locate()
         out = self._execute(func, args, kwargs or {})
         if op.flops is not None:
-            self.seen.flops[self.step] = self.seen.flops.get(self.step, 0) + op.flops(*args, **(kwargs or {}), out_val=out)
+            self.seen.flops[self.step] = self.seen.flops.get(self.step, 0) + op.flops(
+                *args, **(kwargs or {}), out_val=out
+            )
         if isinstance(out, Tensor):
             if op.makes_host_scalar and out.ndim == 0:
                 self.hide(out)

@@ -59,8 +59,9 @@ class History:
 
     @property
     def segment_addresses(self) -> dict[int, int]:
-        """By event, where the first segment made in it lies: for `replay`, to follow PyTorch 2.11 and older."""
-        return {event.event: event.address for event in reversed(self.segment_events) if event.change_bytes > 0}
+        """By event, where the segment made in it lies: for `replay`, to follow PyTorch 2.11 and older."""
+        # Pages of other segments may have been mapped before, in vain: the last is of the segment made.
+        return {event.event: event.address for event in self.segment_events if event.change_bytes > 0}
 
 
 def read_history(entries: Iterable[Mapping[str, Any]]) -> History:

@@ -57,7 +57,11 @@ def policies() -> dict[str, str]:
 def registered(key: str) -> set[str]:
     """Names of the aten operators that have a kernel for a dispatch key in the PyTorch at hand."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    return {name[6:] for name in torch._C._dispatch_get_all_op_names() if name.startswith("aten::") and has_kernel(name, key)}
+    return {
+        name[6:]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("aten::") and has_kernel(name, key)
+    }
 
 
 @contextlib.contextmanager
@@ -99,7 +103,9 @@ def _kernel(op: Any, policy: str, weights: _CastWeights) -> Kernel:
     if policy == "banned":
         return _banned
     if policy == "widest":
-        return lambda *args, **kwargs: _below_autocast(op, *_cast((args, kwargs), lambda t: t.to(_widest((args, kwargs)))))
+        return lambda *args, **kwargs: _below_autocast(
+            op, *_cast((args, kwargs), lambda t: t.to(_widest((args, kwargs))))
+        )
     if policy == "float32":
         return lambda *args, **kwargs: _below_autocast(op, *_cast((args, kwargs), lambda t: t.to(torch.float32)))
     return lambda *args, **kwargs: _below_autocast(op, *_cast((args, kwargs), weights.lower))
@@ -131,7 +137,9 @@ def _float32_of(first: Tensor) -> tuple[torch.dtype]:
 def _with_float32_output(op: Any, args: Any, kwargs: Any) -> Any:
     position = next(i for i, argument in enumerate(op._schema.arguments) if argument.name == "dtype")
     given = args[position] if len(args) > position else kwargs.get("dtype")
-    return {**kwargs, "dtype": torch.float32} if given is None and _eligible(args[0]) and len(args) <= position else kwargs
+    return (
+        {**kwargs, "dtype": torch.float32} if given is None and _eligible(args[0]) and len(args) <= position else kwargs
+    )
 
 
 def _banned(*args: Any, **kwargs: Any) -> Any:

@@ -30,7 +30,7 @@ from memscope.simulation.allocator_settings import MIN_BLOCK, SMALL_SEGMENT, SMA
 __all__ = ["CachingAllocator"]
 
 _UNLIMITED = 1 << 47  # bytes: all addresses a process has
-_FIRST_ADDRESS = 1 << 40
+_FIRST_ADDRESS = 1 << 60  # above any that a driver gives
 
 
 class CachingAllocator:
@@ -228,11 +228,22 @@ class CachingAllocator:
         return block
 
     def _new_head(self, pool: Pool, size: int, page: int | None) -> Block:
-        address = self._addresses.get(self.events, self._next_address)
-        self._next_address = max(self._next_address, address + size)
+        address = self._next_address
+        self._next_address += size
         within = None if page is None else AddressRange(address, size, page)
         block = self._heads[address] = Block(address, size, pool, within, mapped=page is None)
+        if page is None:
+            self._place(block)
         return block
+
+    def _place(self, head: Block) -> None:
+        """Move a segment, in no pool and all one block, to where the driver put the one that was made in this event."""
+        address = self._addresses.get(self.events)
+        if address is not None:
+            self._heads[address] = self._heads.pop(head.address)
+            head.address = address
+            if head.range is not None:
+                head.range.base = address
 
     def _log(self, action: SegmentAction, address: int, size: int, stream: int) -> None:
         event = SegmentEvent(self.events, action, address, size, stream)
@@ -332,6 +343,8 @@ class CachingAllocator:
         if self.reserved + mapped > self._capacity:
             return None
         block.pool.remove(block)
+        if block.size == block.range.size:
+            self._place(block)
         if mapped < block.size:
             block.pool.add(block.cut(mapped))
         block.mapped = True

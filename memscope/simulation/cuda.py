@@ -122,7 +122,13 @@ def _dense_heads(*tensors: Tensor) -> bool:
 
 
 def _flash_accepts(
-    capability: tuple[int, int], query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, gqa: bool
+    capability: tuple[int, int],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    gqa: bool,
 ) -> bool:
     head = query.shape[-1]
     heads_fit = query.shape[1] == key.shape[1] or (gqa and query.shape[1] % key.shape[1] == 0)
@@ -149,11 +155,15 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, dropout_p: float, is_causa
     scale = head**-0.5 if scale is None else scale
     if missing:
         query, key, value = (F.pad(t, (0, missing)) for t in (query, key, value))
-    output: Tensor = aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
+    output: Tensor = aten._scaled_dot_product_flash_attention(
+        query, key, value, dropout_p, is_causal, False, scale=scale
+    )[0]
     return output[..., :head] if missing else output
 
 
-def _efficient_accepts(capability: tuple[int, int], query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+def _efficient_accepts(
+    capability: tuple[int, int], query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> bool:
     half = query.dtype in (torch.float16, torch.bfloat16)
     tensor_cores = capability >= (8, 0) or (capability >= (7, 0) and half)
     alignment = max(4 if capability >= (8, 0) else 1, (8 if half else 4) if tensor_cores else 1)

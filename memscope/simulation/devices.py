@@ -62,14 +62,14 @@ def all_devices() -> tuple[Device, ...]:
 
 
 def get_device(name: str, added: Mapping[str, Device] | None = None) -> Device:
-    """The device called `name`, in any case, of memscope's and `added`. `cuda` is another name of `gpu`.
+    """The device called `name`, in any case, of memscope's and `added`.
 
     Raises:
         UsageError: when there is none, with the nearest name.
     """
     devices = {**_built_in(), **(added or {})}
     wanted = name.strip().lower()
-    found = devices.get("gpu" if wanted == "cuda" else wanted)
+    found = devices.get(wanted)
     if found is None:
         more = '"memscope devices" says more; a TOML file adds one'
         raise UsageError(f'there is no device "{name}": {nearest(wanted, devices)}. {more}')

@@ -1,23 +1,32 @@
 """Memory that CUDA kernels take inside themselves, through PyTorch's allocator: seen by no dispatch mode.
 
-Each family of operators has one function below, with the source its sizes were read from: file and PyTorch version. "Checked in" names
-versions whose released library was found to have the same constants. What cannot be known exactly is marked `estimate`, or is in
-`NOT_MODELLED` with the reason; nothing else is left out knowingly. Operators without an entry in either take nothing hidden.
-Sizes are bytes as requested: the allocator rounds them.
+Each family of operators has one function below, with the source its sizes were read from: file and PyTorch version.
+"Checked in" names versions whose released library was found to have the same constants. What cannot be known exactly is
+marked `estimate`, or is in `NOT_MODELLED` with the reason; nothing else is left out knowingly. Operators without an
+entry in either take nothing hidden. Sizes are bytes as requested: the allocator rounds them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from memscope.simulation.devices import Device
 from memscope.simulation.workspace_attention import efficient_backward, efficient_forward, flash_backward, flash_forward
 from memscope.simulation.workspace_blas import gemm
-from memscope.simulation.workspace_call import Call, KernelSettings, TensorMeta, Workspace, contiguous_copy, limits
+from memscope.simulation.workspace_call import (
+    Call,
+    KernelSettings,
+    TensorMeta,
+    Workspace,
+    contiguous_copy,
+    describe,
+    limits,
+)
 
-__all__ = ["NOT_MODELLED", "OPERATORS", "KernelSettings", "TensorMeta", "Workspace", "workspaces_for"]
+__all__ = ["NOT_MODELLED", "OPERATORS", "KernelSettings", "TensorMeta", "Workspace", "describe", "workspaces_for"]
 
 
 def workspaces_for(
@@ -31,8 +40,7 @@ def workspaces_for(
 
     Args:
         op: the operator's name with overload, such as `aten.addmm.default`.
-        arguments: its arguments by the names of its schema, defaults included where they matter; tensors as `TensorMeta`, lists of
-            tensors as tuples.
+        arguments: its arguments by the names of its schema, as `describe` gives them; the others have their defaults.
         device: where it runs; a CPU takes nothing.
         torch_version: (major, minor).
         settings: environment variables and modes that change it; None: PyTorch's defaults.
@@ -44,15 +52,20 @@ def workspaces_for(
 
 
 def _embedding_backward(call: Call) -> list[Workspace]:
-    """Gradient of an embedding: up to 3072 indices need no sort; more are sorted and summed in partial segments of 10 rows.
+    """Gradient of an embedding: up to 3072 indices need no sort; more are sorted and summed in segments of 10 rows.
 
-    Sources: embedding_dense_backward_cuda in aten/src/ATen/native/cuda/Embedding.cu and embedding_backward_cuda_kernel in
-    EmbeddingBackwardKernel.cu, 2.6.0; the fused kernel from a later revision of the latter. Checked in 2.9.1 (no fused kernel), 2.11.0,
-    2.13.0 and 2.15.0. The scratch of cub's unique_by_key and exclusive_sum, some KiB, is not modelled.
+    Sources: embedding_dense_backward_cuda in aten/src/ATen/native/cuda/Embedding.cu and embedding_backward_cuda_kernel
+        in EmbeddingBackwardKernel.cu, 2.6.0; the fused kernel from a later revision of the latter. Checked in 2.9.1 (no
+        fused kernel), 2.11.0, 2.13.0 and 2.15.0. The scratch of cub's unique_by_key and exclusive_sum, some KiB, is not
+        modelled.
     """
     grad, indices = call.tensor("grad_output"), call.tensor("indices")
     source = "aten/src/ATen/native/cuda/EmbeddingBackwardKernel.cu"
-    taken = [copy for name, tensor in (("indices", indices), ("grad", grad)) for copy in contiguous_copy(name, tensor, source)]
+    taken = [
+        copy
+        for name, tensor in (("indices", indices), ("grad", grad))
+        for copy in contiguous_copy(name, tensor, source)
+    ]
     count, width, rows = indices.numel, grad.shape[-1], int(call.get("num_weights"))
     by_frequency = bool(call.get("scale_grad_by_freq", False))
     if count <= 3072 and not by_frequency:
@@ -66,9 +79,10 @@ def _embedding_backward(call: Call) -> list[Workspace]:
     index_bytes = indices.item_bytes
     for name in ("sorted indices", "original positions", "range"):
         take(name, count, index_bytes, before_outputs=True)
-    # cub::DeviceRadixSort documents O(N) temporary storage: second buffers of keys and values, and histograms left out here.
+    # cub::DeviceRadixSort documents O(N) temporary storage: second buffers of keys and values, and histograms left
+    # out here.
     take("sort scratch", 2 * count, index_bytes, before_outputs=True, estimate=True)
-    done = ("range", "sort scratch")
+    done: tuple[str, ...] = ("range", "sort scratch")
     if by_frequency:
         take("counts", count, index_bytes, before_outputs=True, frees=done)
         done = ()
@@ -93,11 +107,13 @@ def _embedding_backward(call: Call) -> list[Workspace]:
 def _index_put(call: Call) -> list[Workspace]:
     """Adding values at indices that may repeat (the gradient of indexing) sorts the indices.
 
-    Source: index_put_with_sort_kernel in aten/src/ATen/native/cuda/Indexing.cu, 2.6.0. Deterministic mode sorts without `accumulate` too.
+    Source: index_put_with_sort_kernel in aten/src/ATen/native/cuda/Indexing.cu, 2.6.0. Deterministic mode sorts without
+        `accumulate` too.
     """
     indices = tuple(index for index in call.get("indices") if index is not None)
-    if not (call.get("accumulate", False) or call.settings.deterministic) or not indices:
-        return []
+    sorts = bool(call.get("accumulate", False)) or call.settings.deterministic
+    if not sorts or not indices or any(index.dtype in ("bool", "uint8") for index in indices):
+        return []  # a mask has as many indices as it has true values, which a simulation does not know
     source = "aten/src/ATen/native/cuda/Indexing.cu"
     count = math.prod(_broadcast([index.shape for index in indices]))
     values, target = call.tensor("values"), call.tensor("self")
@@ -111,15 +127,19 @@ def _index_put(call: Call) -> list[Workspace]:
         if values.numel == whole.numel
         else [Workspace("contiguous copy of values", whole.size_bytes, "op", source)]
     )
+    later = [
+        *value_copy,
+        Workspace("sorted indices", 8 * count, "op", source),
+        Workspace("original positions", 8 * count, "op", source),
+        Workspace("range", 8 * count, "op", source),
+        Workspace("sort scratch", 16 * count, "op", source, estimate=True),
+    ]
     taken = [
         *contiguous_copy("self", target, source),
         Workspace("indices in range", 8 * count, "op", source),
         Workspace("linear indices", 8 * count, "op", source),
-        *value_copy,
-        Workspace("sorted indices", 8 * count, "op", source, frees=("indices in range",)),
-        Workspace("original positions", 8 * count, "op", source),
-        Workspace("range", 8 * count, "op", source),
-        Workspace("sort scratch", 16 * count, "op", source, estimate=True),
+        replace(later[0], frees=("indices in range",)),
+        *later[1:],
     ]
     return [workspace.uncertain() for workspace in taken] if apart else taken
 
@@ -131,10 +151,11 @@ def _broadcast(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
 
 
 def _foreach_norm(call: Call) -> list[Workspace]:
-    """Norms of many tensors (gradient clipping): one partial result for each chunk of 65536 elements of the longest tensor.
+    """Norms of many tensors (gradient clipping): a partial result for each 65536 elements of the longest tensor.
 
-    Source: foreach_tensor_norm_cuda in aten/src/ATen/native/cuda/ForeachReduceOp.cu, 2.6.0; kChunkSize in MultiTensorApply.cuh, 2.6.0,
-    2.11.0, 2.13.0 and 2.15.0. Other norms than 1, 2 and infinity, and mixed dtypes, go tensor by tensor and take nothing here.
+    Source: foreach_tensor_norm_cuda in aten/src/ATen/native/cuda/ForeachReduceOp.cu, 2.6.0; kChunkSize in
+        MultiTensorApply.cuh, 2.6.0, 2.11.0, 2.13.0 and 2.15.0. Other norms than 1, 2 and infinity, and mixed dtypes, go
+        tensor by tensor and take nothing here.
     """
     tensors: tuple[TensorMeta, ...] = tuple(call.get("self"))
     order = call.get("ord", 2)
@@ -149,8 +170,8 @@ def _foreach_norm(call: Call) -> list[Workspace]:
 def _norm_backward(call: Call) -> list[Workspace]:
     """Weight gradients of layer and RMS norm over very many short rows go through partial sums of 32 rows.
 
-    Source: LaunchGammaBetaBackwardCUDAKernel in aten/src/ATen/native/cuda/layer_norm_kernel.cu; it is in the libraries of 2.8.0 to 2.15.0,
-    not in 2.6.0 and 2.7.1.
+    Source: LaunchGammaBetaBackwardCUDAKernel in aten/src/ATen/native/cuda/layer_norm_kernel.cu; it is in the libraries
+        of 2.8.0 to 2.15.0, not in 2.6.0 and 2.7.1.
     """
     values, weight = call.tensor("input"), call.get("weight")
     width = math.prod(call.get("normalized_shape"))
@@ -169,23 +190,25 @@ def _norm_backward(call: Call) -> list[Workspace]:
 
 
 def _sum(call: Call) -> list[Workspace]:
-    """Sum or mean of a contiguous tensor over its first, its last or all dimensions: the staging buffer where blocks share a sum.
+    """Sum or mean of a contiguous tensor over its first, its last or all dimensions: where thread blocks share a sum.
 
-    It is there from 256 values a thread on: the gradient of a bias or of a norm's weight over 1024 tokens or more. Its size counts outputs
-    once too often, so that it reaches 64 MiB and more. Other layouts with 256 values or more for an output are not modelled.
+    It is there from 256 values a thread on: the gradient of a bias or of a norm's weight over 1024 tokens or more. Its
+    size counts outputs once too often, so that it reaches 64 MiB and more. Other layouts with 256 values or more for an
+    output are not modelled.
 
-    Source: setReduceConfig, global_memory_size and semaphore_size in aten/src/ATen/native/cuda/Reduce.cuh, 2.6.0, 2.11.0, 2.13.0, 2.15.0.
+    Source: setReduceConfig, global_memory_size and semaphore_size in aten/src/ATen/native/cuda/Reduce.cuh, 2.6.0,
+        2.11.0, 2.13.0, 2.15.0.
     """
-    values = call.tensor("self")
+    values, asked = call.tensor("self"), call.get("dim")
     rank = len(values.shape)
-    asked = call.get("dim")
-    dims = sorted({dim % rank for dim in asked}) if asked and rank else list(range(rank))
-    leading, trailing = dims == list(range(len(dims))), dims == list(range(rank - len(dims), rank))
-    if values.numel == 0 or not values.is_contiguous or not (leading or trailing):
+    dims = {dim % rank for dim in asked} if asked and rank else set(range(rank))
+    summed = [dim in dims for dim in range(rank) if values.shape[dim] != 1]
+    leading, trailing = summed == sorted(summed, reverse=True), summed == sorted(summed)
+    if values.numel == 0 or not (values.is_floating and values.is_contiguous and (leading or trailing)):
         return []
     inputs = math.prod(values.shape[dim] for dim in dims)
     outputs = values.numel // inputs
-    across = trailing or outputs == 1  # threads side by side share a sum, else they make neighbouring outputs
+    across = trailing  # threads side by side share a sum, else they make neighbouring outputs
     vector = 1 if across else next(size for size in (4, 2, 1) if outputs % size == 0)
     first, second = (inputs // 4 if inputs >= 128 else inputs, outputs) if across else (outputs // vector, inputs)
     most = 512 // vector
@@ -205,9 +228,9 @@ def _sum(call: Call) -> list[Workspace]:
     splits = max(min(-(-target // grid), -(-per_thread // 16)), -(-per_thread // 256))
     if splits == 1:
         return []
-    size_bytes = max(4, values.accumulate_bytes) * outputs * splits * (1 if across else width * vector)
+    size_bytes = values.accumulate_bytes * outputs * splits * (1 if across else width * vector)
     source = "aten/src/ATen/native/cuda/Reduce.cuh"
-    estimate = values.numel >= 2**31 or not known.exact  # split into parts of 32-bit indices, each with its own buffer
+    estimate = values.size_bytes >= 2**31 or not known.exact  # from there on in parts, each with buffers of its own
     return [
         Workspace("sums of thread blocks", size_bytes, "op", source, estimate=estimate),
         Workspace("semaphores", 4 * grid, "op", source, estimate=estimate),
@@ -229,21 +252,28 @@ _FAMILIES: dict[str, Callable[[Call], list[Workspace]]] = {
 }
 
 OPERATORS = frozenset(_FAMILIES)
-"""Operators, without overload, that `workspaces_for` has an entry for; all others take nothing or are in `NOT_MODELLED`."""
+"""Operators, without overload, with an entry in `workspaces_for`; others take nothing or are in `NOT_MODELLED`."""
 
 _LIBRARY = "its library chooses an algorithm, and with it the workspace, when it runs"
-_CUB = "the scratch of cub's sorts, scans and selections depends on the build and the device; it is some KiB to twice the input"
-_VARIANCE = "a buffer where blocks share a result, as for sums (Reduce.cuh), with other element sizes; mostly under 1 MiB"
+_CUB = "the scratch of cub's sorts, scans and selections depends on build and device: some KiB to twice the input"
+_PACKED = "buffers of sequences packed by length were not read"
+_SHARED = "a buffer where blocks share a result, as for sums (Reduce.cuh), with other element sizes; mostly under 1 MiB"
 
 NOT_MODELLED: Mapping[str, str] = {
-    **dict.fromkeys(("aten.convolution", "aten.convolution_backward", "aten._cudnn_rnn", "aten._cudnn_rnn_backward"), _LIBRARY),
+    **dict.fromkeys(
+        ("aten.convolution", "aten.convolution_backward", "aten._cudnn_rnn", "aten._cudnn_rnn_backward"), _LIBRARY
+    ),
     "aten._scaled_dot_product_cudnn_attention": _LIBRARY,
     "aten._scaled_dot_product_cudnn_attention_backward": _LIBRARY,
-    **dict.fromkeys(("aten._scaled_mm", "aten._grouped_mm", "aten._int_mm"), "low-precision matrix products were not read"),
-    **dict.fromkeys(("aten._flash_attention_forward", "aten._flash_attention_backward"), "sequences packed by length were not read"),
+    **dict.fromkeys(
+        ("aten._scaled_mm", "aten._grouped_mm", "aten._int_mm"), "low-precision matrix products were not read"
+    ),
+    **dict.fromkeys(("aten._flash_attention_forward", "aten._flash_attention_backward"), _PACKED),
     **dict.fromkeys(("aten.sort", "aten.argsort", "aten.topk", "aten.cumsum", "aten.cumprod", "aten.nonzero"), _CUB),
     **dict.fromkeys(("aten.masked_select", "aten._unique2", "aten.unique_consecutive", "aten.multinomial"), _CUB),
-    **dict.fromkeys(("aten.var", "aten.std", "aten.var_mean", "aten.linalg_vector_norm", "aten.norm"), _VARIANCE),
-    **dict.fromkeys(("aten.amax", "aten.amin", "aten.max", "aten.min", "aten.argmax", "aten.argmin", "aten.prod"), _VARIANCE),
+    **dict.fromkeys(("aten.var", "aten.std", "aten.var_mean", "aten.linalg_vector_norm", "aten.norm"), _SHARED),
+    **dict.fromkeys(
+        ("aten.amax", "aten.amin", "aten.max", "aten.min", "aten.argmax", "aten.argmin", "aten.prod"), _SHARED
+    ),
 }
 """Operator, without overload → why what it takes inside is left out."""

@@ -103,7 +103,9 @@ def available() -> dict[str, type[Strategy]]:
     found: dict[str, type[Strategy]] = {}
     for entry in sorted(entry_points(group=_GROUP), key=lambda entry: entry.name):
         if entry.name in found:
-            raise UsageError(f'two installed packages bring a strategy "{entry.name}" ({entry.value}): uninstall one of them')
+            raise UsageError(
+                f'two installed packages bring a strategy "{entry.name}" ({entry.value}): uninstall one of them'
+            )
         try:
             found[entry.name] = entry.load()
         except (ImportError, AttributeError) as error:
@@ -141,7 +143,11 @@ class Plan:
         """
         ordered = tuple(sorted(strategies, key=lambda s: (s.stage, s.name)))
         names = [s.name for s in ordered]
-        wrong = [f'"{name}" is there {names.count(name)} times: name it once' for name in sorted(set(names)) if names.count(name) > 1]
+        wrong = [
+            f'"{name}" is there {names.count(name)} times: name it once'
+            for name in sorted(set(names))
+            if names.count(name) > 1
+        ]
         wrong += _conflicts(ordered) + _lacks(ordered)
         if wrong:
             raise UsageError(_listed("the plan cannot be used", wrong))
@@ -158,15 +164,23 @@ class Plan:
     def __bool__(self) -> bool:
         return bool(self.strategies)
 
+    def check(self, workload: Workload) -> None:
+        """Look for everything that stands against the plan on this workload; changes nothing.
+
+        Raises:
+            UsageError: with every problem of every strategy.
+        """
+        wrong = [f"{s.name}: {problem}" for s in self.strategies for problem in s.check(workload)]
+        if wrong:
+            raise UsageError(_listed(f'the plan "{self}" cannot be applied to "{workload.name}"', wrong))
+
     def apply(self, workload: Workload) -> None:
         """Check every strategy against the workload, then apply them in order.
 
         Raises:
             UsageError: with every problem of every strategy, before anything is changed.
         """
-        wrong = [f"{s.name}: {problem}" for s in self.strategies for problem in s.check(workload)]
-        if wrong:
-            raise UsageError(_listed(f'the plan "{self}" cannot be applied to "{workload.name}"', wrong))
+        self.check(workload)
         for strategy in self.strategies:
             strategy.apply(workload)
 
@@ -178,18 +192,24 @@ def _words(text: str) -> list[tuple[str, dict[str, str]]]:
         equals, colon = word.find("="), word.find(":")
         if equals >= 0 and (colon < 0 or equals < colon):
             if not found:
-                raise UsageError(f'malformed plan "{text}": "{word}" is a setting before any strategy; write STRATEGY:{word}')
+                raise UsageError(
+                    f'malformed plan "{text}": "{word}" is a setting before any strategy; write STRATEGY:{word}'
+                )
             setting = word
         else:
             name, _, setting = word.partition(":")
             if not name or (colon >= 0 and not setting):
-                raise UsageError(f'malformed plan "{text}": expected STRATEGY or STRATEGY:KEY=VALUE,… but found "{word}"')
+                raise UsageError(
+                    f'malformed plan "{text}": expected STRATEGY or STRATEGY:KEY=VALUE,… but found "{word}"'
+                )
             found.append((name, {}))
             if not setting:
                 continue
         key, equal, value = setting.partition("=")
         if not equal or not key or not value:
-            raise UsageError(f'malformed plan "{text}": expected KEY=VALUE after "{found[-1][0]}" but found "{setting}"')
+            raise UsageError(
+                f'malformed plan "{text}": expected KEY=VALUE after "{found[-1][0]}" but found "{setting}"'
+            )
         if key in found[-1][1]:
             raise UsageError(f'malformed plan "{text}": "{key}" is set twice for "{found[-1][0]}"')
         found[-1][1][key] = value

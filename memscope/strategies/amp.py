@@ -35,7 +35,12 @@ class AMP(Strategy):
         dtype = _DTYPES[self.config.dtype]
         trained = {p.dtype for p in workload.model.parameters() if p.requires_grad}
         if dtype is torch.float16 and torch.float16 in trained:
-            return [Problem("a gradient scaler cannot unscale float16 gradients", "hold the weights in float32, or use dtype=bf16")]
+            return [
+                Problem(
+                    "a gradient scaler cannot unscale float16 gradients",
+                    "hold the weights in float32, or use dtype=bf16",
+                )
+            ]
         return []
 
     def apply(self, workload: Workload) -> None:

@@ -60,10 +60,16 @@ def find_layers(model: nn.Module) -> list[nn.Module]:
     Raises:
         UsageError: when there is no list with two modules of one class.
     """
-    lists = [list(m) for m in model.modules() if isinstance(m, (nn.ModuleList, nn.Sequential)) and len({type(c) for c in m}) == 1]
+    lists = [
+        list(m)
+        for m in model.modules()
+        if isinstance(m, (nn.ModuleList, nn.Sequential)) and len({type(c) for c in m}) == 1
+    ]
     layers = max(lists, key=_weight, default=[])
     if len(layers) < 2:
-        raise UsageError("the model has no list of repeated layers (nn.ModuleList or nn.Sequential of one class) to choose from")
+        raise UsageError(
+            "the model has no list of repeated layers (nn.ModuleList or nn.Sequential of one class) to choose from"
+        )
     return layers
 
 
@@ -90,5 +96,7 @@ def chosen_layers(text: str, count: int) -> list[int]:
                 raise UsageError(f'"{word}" is outside the model: it has layers 0 to {count - 1}')
             chosen |= set(range(first, last + 1))
         else:
-            raise UsageError(f'"{word}" chooses no layers: expected all, every-2, 0-15, or numbers joined by +, such as 3+7+11')
+            raise UsageError(
+                f'"{word}" chooses no layers: expected all, every-2, 0-15, or numbers joined by +, such as 3+7+11'
+            )
     return sorted(chosen)

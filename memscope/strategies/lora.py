@@ -42,12 +42,16 @@ class LoRA(Strategy):
         if config.r < 1:
             problems.append(Problem(f"r={config.r} is no rank", "choose at least 1"))
         if not 0 <= config.dropout < 1:
-            problems.append(Problem(f"dropout={config.dropout} is no probability", "choose 0 up to, but not including, 1"))
+            problems.append(
+                Problem(f"dropout={config.dropout} is no probability", "choose 0 up to, but not including, 1")
+            )
         linear = {name for name, module in workload.model.named_modules() if type(module) is nn.Linear}
         for target in config.targets:
             if not any(_matches(name, target) for name in linear):
                 tails = Counter(name.rpartition(".")[2] for name in linear)
-                problems.append(Problem(f'targets={target} matches no linear layer of "{workload.name}"', nearest(target, tails)))
+                problems.append(
+                    Problem(f'targets={target} matches no linear layer of "{workload.name}"', nearest(target, tails))
+                )
         return problems
 
     def apply(self, workload: Workload) -> None:

@@ -21,7 +21,9 @@ CASES = json.loads((SHARED / "truth" / "published.json").read_text()) if SHARED.
 CUBLAS_WORKSPACES = 2 * 8_519_680
 TARGET = find_target("llama2")
 
-pytestmark = pytest.mark.skipif(not CASES, reason="the published measurements lie beside the project only where it is developed")
+pytestmark = pytest.mark.skipif(
+    not CASES, reason="the published measurements lie beside the project only where it is developed"
+)
 
 
 def published_program(case):

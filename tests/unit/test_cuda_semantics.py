@@ -61,7 +61,7 @@ def test_every_operator_that_cuda_autocast_treats_in_this_pytorch_has_its_policy
         (lambda t: torch.addcmul(t, t.half(), t.half()), torch.float32),
         (lambda t: torch.relu(t.half()), torch.float16),
         (lambda t: torch.cat([t.half(), t.half()]), torch.float16),
-        (lambda t: (t.double() @ t.double()), torch.float64),
+        (lambda t: t.double() @ t.double(), torch.float64),
     ],
 )
 def test_autocast_gives_the_dtype_that_cuda_gives(operation, expected):
@@ -148,7 +148,11 @@ def optimizer_temporaries(**settings):
     def build():
         model = nn.Linear(256, 256, bias=False)
         return Workload(
-            model, [torch.ones(1, 256)], lambda m, x: m(x).sum(), lambda p: torch.optim.AdamW(p, **settings), name="linear"
+            model,
+            [torch.ones(1, 256)],
+            lambda m, x: m(x).sum(),
+            lambda p: torch.optim.AdamW(p, **settings),
+            name="linear",
         )
 
     trace = simulate(build)

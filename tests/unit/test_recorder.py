@@ -64,14 +64,18 @@ def test_parameters_gradients_and_optimizer_state_have_the_sizes_their_shapes_sa
     largest = recorded().max_by_category(step=1)
     assert largest["parameter"] == PARAMETER_BYTES
     assert largest["gradient"] == PARAMETER_BYTES
-    assert largest["optimizer_state"] == 2 * PARAMETER_BYTES + 4 * 4  # two moments, and a 4-byte step counter for each of 4 weights
+    assert (
+        largest["optimizer_state"] == 2 * PARAMETER_BYTES + 4 * 4
+    )  # two moments, and a 4-byte step counter for each of 4 weights
     assert largest["buffer"] == 3 * 4
 
 
 def test_activations_are_what_the_backward_pass_needs():
     trace = recorded()
     first_backward = int(trace.mark_event[(trace.mark_phase == PHASES.index("backward")) & (trace.mark_step == 1)][0])
-    by_module = {m: size for (c, m), size in trace.by("category", "module", at=first_backward - 1).items() if c == "activation"}
+    by_module = {
+        m: size for (c, m), size in trace.by("category", "module", at=first_backward - 1).items() if c == "activation"
+    }
     # relu keeps its own result [16, 32], which `down` keeps as its input: one storage. The block's result [16, 8] is the input of
     # the next block; the last one is kept by square().
     assert by_module["blocks.0"] == (16 * 32 + 16 * 8) * 4
@@ -90,7 +94,11 @@ def test_nothing_is_left_without_an_owner():
 def test_phases_and_steps_are_recognised_in_a_plain_loop():
     trace = recorded(steps=2)
     seen = [(int(s), PHASES[p]) for s, p in zip(trace.mark_step, trace.mark_phase, strict=True)]
-    order = [name for i, name in enumerate(p for s, p in seen if s == 1) if i == 0 or name != [p for s, p in seen if s == 1][i - 1]]
+    order = [
+        name
+        for i, name in enumerate(p for s, p in seen if s == 1)
+        if i == 0 or name != [p for s, p in seen if s == 1][i - 1]
+    ]
     assert order == ["forward", "loss", "backward", "optimizer", "outside"]
     assert trace.steps == (0, 1)
 
@@ -117,9 +125,12 @@ def test_a_gradient_belongs_to_the_module_of_its_parameter():
 def test_recomputation_in_the_backward_pass_is_a_phase_of_its_own_with_its_modules():
     trace = recorded(Net(recompute=True))
     recompute = trace.phase == PHASES.index("recompute")
-    assert {trace.modules[m] for m in trace.module[recompute]} == {"blocks.0", "blocks.0.up", "blocks.1", "blocks.1.up"} or {
-        trace.modules[m] for m in trace.module[recompute]
-    } >= {"blocks.0.up", "blocks.1.up"}
+    assert {trace.modules[m] for m in trace.module[recompute]} == {
+        "blocks.0",
+        "blocks.0.up",
+        "blocks.1",
+        "blocks.1.up",
+    } or {trace.modules[m] for m in trace.module[recompute]} >= {"blocks.0.up", "blocks.1.up"}
     activation = trace.category == CATEGORIES.index("activation")
     assert (recompute & activation).any()
 
@@ -186,7 +197,9 @@ def test_a_failing_forward_is_shown_as_the_targets_own_error_with_its_line():
 
     workload = Workload(Fails(), [torch.ones(2, 3)], lambda m, x: m(x).sum(), torch.optim.SGD, StepPlan(), name="mine")
     before = hook_counts(workload.model)
-    with pytest.raises(TargetError, match=r'"mine" failed: ValueError: no such thing as a seventh head \(at .*test_recorder.py') as caught:
+    with pytest.raises(
+        TargetError, match=r'"mine" failed: ValueError: no such thing as a seventh head \(at .*test_recorder.py'
+    ) as caught:
         record(workload)
     assert isinstance(caught.value.__cause__, ValueError)
     assert hook_counts(workload.model) == before

@@ -33,7 +33,9 @@ def test_tied_weights_are_one_allocation_in_a_copy_as_well():
 
 def test_a_model_too_large_for_any_machine_takes_no_memory():
     def build():
-        return workload(nn.Linear(2**20, 2**20, bias=False), batches=[torch.ones(1, 8)], loss=lambda m, x: m.weight.sum())
+        return workload(
+            nn.Linear(2**20, 2**20, bias=False), batches=[torch.ones(1, 8)], loss=lambda m, x: m.weight.sum()
+        )
 
     assert simulate(build).max_by_category()["parameter"] == 2**42
 
@@ -50,7 +52,10 @@ def test_a_value_that_a_simulation_does_not_have_is_named_with_the_users_line():
         print(value.item())
         return value
 
-    with pytest.raises(TargetError, match=r"needs the value of a tensor.*at .*test_simulate.py:\d+, in loss: print\(value.item\(\)\).*--device cpu"):
+    with pytest.raises(
+        TargetError,
+        match=r"needs the value of a tensor.*at .*test_simulate.py:\d+, in loss: print\(value.item\(\)\).*--device cpu",
+    ):
         simulate(workload(loss=loss))
 
 

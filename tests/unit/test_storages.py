@@ -14,7 +14,9 @@ def sizes(trace):
     """`(bytes, was freed)` of every allocation made after the model was taken in, in order of birth."""
     made = trace.step >= -1
     taken_in = trace.op == 0
-    return [(int(s), bool(f >= 0)) for s, f in zip(trace.size[made & ~taken_in], trace.freed[made & ~taken_in], strict=True)]
+    return [
+        (int(s), bool(f >= 0)) for s, f in zip(trace.size[made & ~taken_in], trace.freed[made & ~taken_in], strict=True)
+    ]
 
 
 @pytest.fixture

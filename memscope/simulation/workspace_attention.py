@@ -1,0 +1,169 @@
+"""Workspaces of scaled dot-product attention: flash and memory-efficient kernels, forward and backward.
+
+Arguments as in aten: query, key, value, out and grad_out are [batch, heads, sequence, head size].
+"""
+
+from __future__ import annotations
+
+import math
+
+from memscope.simulation.workspace_call import Call, TensorMeta, Workspace, contiguous_copy, limits
+
+__all__ = ["efficient_backward", "efficient_forward", "flash_backward", "flash_forward"]
+
+_FLASH = "aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp"
+_BACKWARD = "aten/src/ATen/native/transformers/cuda/attention_backward.cu"
+_EFFICIENT = "aten/src/ATen/native/transformers/cuda/attention.cu"
+
+
+def _up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _head_size_rounded(size: int, torch: tuple[int, int]) -> int:
+    """As the flash kernels lay out fp32 buffers: multiples of 32; from 2.11 on multiples of 64 beyond 128.
+
+    Source: mha_fwd and mha_bwd in flash_api.cpp, 2.6.0. The later rule was read from the libraries of 2.11.0, 2.13.0
+        and 2.15.0, the earlier one from those of 2.6.0 to 2.10.0.
+    """
+    return _up(_up(size, 8), 64 if size > 128 and torch >= (2, 11) else 32)
+
+
+def flash_forward(call: Call) -> list[Workspace]:
+    """Accumulators, where too few thread blocks would run and the keys are split among more.
+
+    Source: set_params_splitkv in flash_api.cpp, 2.6.0; its constants checked in 2.13.0.
+    """
+    query, key = call.tensor("query"), call.tensor("key")
+    (batch, heads, queries, size), (key_heads, keys) = query.shape, key.shape[1:3]
+    if call.get("dropout_p", 0.0) > 0 or not (queries and keys):
+        return []
+    if queries == 1 and heads > key_heads and size % 8 == 0:
+        queries, heads = heads // key_heads, key_heads  # grouped heads of a single query are laid out as queries
+    keys_per_block = 256 if size <= 64 else 128 if size <= 128 else 64
+    blocks = batch * heads * -(-queries // 64)
+    splits = _splits(blocks, 2 * call.device.multiprocessors, -(-keys // keys_per_block))
+    if splits == 1:
+        return []
+    rows = splits * batch * heads * queries
+    return [
+        Workspace("log-sum-exp of each split", 4 * rows, "op", _FLASH),
+        Workspace("output of each split", 4 * rows * _head_size_rounded(size, call.torch), "op", _FLASH),
+    ]
+
+
+def _splits(blocks: int, multiprocessors: int, key_blocks: int) -> int:
+    """The smallest number of splits with 85 % of the best occupancy (num_splits_heuristic, at most 128 splits)."""
+    if blocks >= 0.8 * multiprocessors:
+        return 1
+    efficiency = {}
+    for splits in range(1, min(128, multiprocessors, key_blocks) + 1):
+        if splits == 1 or -(-key_blocks // splits) != -(-key_blocks // (splits - 1)):
+            waves = blocks * splits / multiprocessors
+            efficiency[splits] = waves / math.ceil(waves)
+    best = max(efficiency.values())
+    return next(splits for splits, reached in efficiency.items() if reached >= 0.85 * best)
+
+
+def flash_backward(call: Call) -> list[Workspace]:
+    """fp32 accumulator of dQ, row sums of dO · O, and dK and dV of every query head where heads are grouped.
+
+    Source: mha_bwd in flash_api.cpp and _flash_attention_backward in attention_backward.cu, 2.6.0; allocations and
+        roundings checked in 2.11.0, 2.13.0 and 2.15.0. Deterministic mode has one accumulator of dQ for each group of
+        thread blocks.
+    """
+    query, key = call.tensor("query"), call.tensor("key")
+    (batch, heads, queries, size), (key_heads, keys) = query.shape, key.shape[1:3]
+    accumulators = -(-call.device.multiprocessors // (batch * heads)) if call.settings.deterministic else 1
+    rows = batch * heads * _up(queries, 128)
+    expanded = TensorMeta((batch, keys, heads, size), query.dtype).size_bytes
+    return [
+        *contiguous_copy("grad_out", call.tensor("grad_out").transposed(1, 2), _BACKWARD),
+        *contiguous_copy("out", call.tensor("out").transposed(1, 2), _BACKWARD),
+        Workspace("row sums of dO·O", 4 * rows, "op", _FLASH),
+        Workspace("dQ accumulator", 4 * accumulators * rows * _head_size_rounded(size, call.torch), "op", _FLASH),
+        *(Workspace(f"{name} of every head", expanded, "op", _FLASH) for name in ("dK", "dV") if key_heads != heads),
+    ]
+
+
+def efficient_forward(call: Call) -> list[Workspace]:
+    """An fp32 accumulator of the output, where it is 16-bit and a head is larger than 128.
+
+    Source: _efficient_attention_forward in attention.cu and kNeedsOutputAccumulatorBuffer in
+        mem_eff_attention/kernel_forward.h, 2.6.0.
+    """
+    query, value = call.tensor("query"), call.tensor("value")
+    if query.item_bytes != 2 or max(query.shape[-1], value.shape[-1]) <= 128:
+        return []
+    batch, heads, queries = query.shape[:3]
+    return [Workspace("output accumulator", 4 * batch * queries * heads * value.shape[-1], "op", _EFFICIENT)]
+
+
+def efficient_backward(call: Call) -> list[Workspace]:
+    """Row sums of dO · O and staging memory of the kernel for dQ, and for dK and dV where they do not fit in registers.
+
+    Source: _efficient_attention_backward in attention_backward.cu and workspace_size in
+        mem_eff_attention/kernel_backward.h, 2.6.0. With grouped heads (2.15) what was read holds only in part: an
+        estimate.
+    """
+    query, key, value, grad = (call.tensor(name) for name in ("query", "key", "value", "grad_out_"))
+    (batch, heads, queries, size), (key_heads, keys), value_size = query.shape, key.shape[1:3], value.shape[-1]
+    kernel = _efficient_kernel(call, max(size, value_size))
+    if kernel is None:
+        return []
+    block_i, block_j, no_staged_keys, row_sums_in_kernel = kernel
+    rows = batch * heads * queries
+    taken = contiguous_copy("grad_out", grad.transposed(1, 2), _BACKWARD)
+    passing: dict[str, int] = {}
+    if not row_sums_in_kernel:
+        passing = dict.fromkeys(("fp32 dO", "fp32 O"), 4 * rows * value_size) if query.item_bytes == 2 else {}
+        passing["dO·O"] = 4 * rows * value_size
+        if 1 not in (heads, queries):
+            passing["row sums by query"] = 4 * rows
+    for name, size_bytes in {**passing, "row sums of dO·O": 4 * rows}.items():
+        taken.append(Workspace(name, size_bytes, "op", _BACKWARD))
+    splits = 1
+    if not call.settings.deterministic and call.device.capability >= (7, 0):
+        splits = -(-keys // block_j)
+        if batch * heads >= 256 and keys <= 2 * block_j:
+            splits = 1
+        if not no_staged_keys:
+            splits = max(1, min(splits, 200 // (batch * heads)))
+    staged_keys = 0 if no_staged_keys else splits * block_j * (_up(size, block_i) + _up(value_size, block_i))
+    # An fp32 gradient needs no staging on Pascal, whose kernel does not split the keys.
+    staged = call.device.capability >= (7, 0) or query.item_bytes == 2
+    tiles = -(-queries // block_i) * -(-size // block_j) if staged else 0
+    size_bytes = 4 * batch * heads * _up(staged_keys + tiles * (4 + block_i * block_j), 4)
+    if size_bytes:
+        taken.append(Workspace("staging of dQ, dK and dV", size_bytes, "op", _BACKWARD, frees=tuple(passing)))
+    certain = key_heads == heads and limits(call.device).exact
+    return taken if certain else [workspace.uncertain() for workspace in taken]
+
+
+def _efficient_kernel(call: Call, size: int) -> tuple[int, int, bool, bool] | None:
+    """The first backward kernel that fits: blocks of queries and of keys, dK and dV without staging, own row sums.
+
+    Source: dispatch_cutlassB in mem_eff_attention/kernels/cutlassB.h, kOutputInRF and kKernelComputesDelta in
+        kernel_backward.h, 2.6.0; the kernels' shared memory, compared with the device's, from the library of 2.13.0
+        (2.6.0 for compute capability 8.0 has the same). None where there is none: bfloat16 before Ampere.
+    """
+    query = call.tensor("query")
+    capability, shared = call.device.capability, limits(call.device).shared_bytes_per_block
+    dropout = call.get("dropout_p", 0.0) > 0
+    if query.item_bytes != 2:
+        large = capability >= (8, 0) and size > 64 and shared >= 121_344
+        return (128 if large else 64), 64, True, False
+    if query.dtype == "bfloat16" and capability < (8, 0):
+        return None
+    if size <= 64:
+        return 64, 64, True, True
+    if capability < (7, 0):
+        return 64, 64, False, True
+    if size <= 96 and capability >= (8, 0) and not dropout:
+        return 128, 64, True, True
+    if size <= 128:
+        if capability < (8, 0):
+            return 128, 64, True, True
+        needed = (162_304 if dropout else 154_112) if query.dtype == "float16" else (152_064 if dropout else 133_632)
+        return (128, 128, True, True) if shared >= needed else (64, 64, False, True)
+    return 128, 64, False, capability >= (7, 5)

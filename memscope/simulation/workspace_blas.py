@@ -1,0 +1,122 @@
+"""Workspaces of matrix products: of the cuBLAS handle of each thread and stream, and of cuBLASLt."""
+
+from __future__ import annotations
+
+from memscope.simulation.workspace_call import Call, TensorMeta, Workspace
+
+__all__ = ["gemm"]
+
+_POOL = "aten/src/ATen/cuda/CublasHandlePool.cpp"
+_BLAS = "aten/src/ATen/native/cuda/Blas.cpp"
+_OPERANDS = {
+    "aten.mm": ("self", "mat2"),
+    "aten.addmm": ("mat1", "mat2"),
+    "aten._addmm_activation": ("mat1", "mat2"),
+    "aten.bmm": ("self", "mat2"),
+    "aten.baddbmm": ("batch1", "batch2"),
+    "aten.mv": ("self", "vec"),
+    "aten.addmv": ("mat", "vec"),
+    "aten.dot": ("self", "tensor"),
+    "aten.vdot": ("self", "other"),
+}
+
+
+def gemm(call: Call) -> list[Workspace]:
+    """A matrix or vector product: copies of operands cuBLAS cannot read as they lie, then its workspace.
+
+    Source: prepare_matrix_for_cublas and prepare_batch_matrix_for_cublas in Blas.cpp, 2.6.0. Empty products call no
+        library.
+    """
+    operands = {name: call.tensor(name) for name in _OPERANDS[call.op]}
+    if any(tensor.numel == 0 for tensor in operands.values()):
+        return []
+    copies = [
+        Workspace(f"contiguous copy of {name}", tensor.size_bytes, "op", _BLAS)
+        for name, tensor in operands.items()
+        if not _readable(tensor)
+    ]
+    fused = _bias_in_epilogue(call) if call.op in ("aten.addmm", "aten._addmm_activation") else False
+    return [*copies, *(_cublaslt(call) if fused else [_cublas(call)])]
+
+
+def _readable(tensor: TensorMeta) -> bool:
+    """Whether rows or columns of the last two dimensions lie together, at a distance that holds one of them."""
+    if tensor.strides is None or len(tensor.shape) < 2:
+        return True
+    (rows, columns), (down, right) = tensor.shape[-2:], tensor.strides[-2:]
+    down, right = down if rows > 1 else max(columns, right), right if columns > 1 else max(rows, down)
+    return (down == 1 and right >= rows) or (right == 1 and down >= columns) or rows == columns == 1
+
+
+def _bias_in_epilogue(call: Call) -> bool:
+    """Whether `addmm` goes through cuBLASLt, which adds the bias itself.
+
+    Source: useLtInterface in Blas.cpp, 2.6.0; isInputCompliesAddmmCudaLt in a revision after 2.9, which also asks for
+        more than one row and column of `mat1`. For a `mat1` with one of either the versions between are not known: the
+        later rule is taken from 2.10 on.
+    """
+    bias, left, right = call.tensor("self"), call.tensor("mat1"), call.tensor("mat2")
+    return (
+        call.settings.addmm_lt
+        and call.get("beta", 1) == 1
+        and bias.shape == (right.shape[1],)
+        and bias.is_contiguous
+        and right.is_floating
+        and min(right.shape) > 1
+        and (min(left.shape) > 1 or call.torch < (2, 10))
+    )
+
+
+def _cublas_bytes(call: Call) -> int:
+    """Workspace of a handle: 2 × 4096 KiB + 8 × 16 KiB, or 32 MiB on newer architectures.
+
+    Source: parseChosenWorkspaceSize in CublasHandlePool.cpp, 2.6.0 and later revisions. Checked in 2.6.0, 2.9.1 and
+        2.11.0 (32 MiB for 9.0 only), 2.12.1 and 2.13.0 (9.x, 10.x, 12.x), 2.14.1 and 2.15.0 (9.x to 12.x).
+    """
+    if call.settings.cublas_bytes is not None:
+        return call.settings.cublas_bytes
+    capability = call.device.capability
+    if call.torch < (2, 12):
+        large = capability == (9, 0)
+    elif call.torch < (2, 14):
+        large = capability[0] in (9, 10, 12)
+    else:
+        large = 9 <= capability[0] <= 12
+    return 32 * 2**20 if large else (2 * 4096 + 8 * 16) * 1024
+
+
+def _cublas(call: Call) -> Workspace:
+    """Kept by thread and stream up to 2.14; from 2.15 on each product's own, unless TORCH_CUBLAS_WORKSPACE_CACHE=1.
+
+    Source: setWorkspaceForHandle and getCurrentCUDABlasHandleWithWorkspace in CublasHandlePool.cpp; 2.15.0's library
+        has the latter, those up to 2.14.1 have not.
+    """
+    if call.torch >= (2, 15) and not call.settings.cached:
+        return Workspace("cuBLAS workspace", _cublas_bytes(call), "op", _POOL)
+    return Workspace("cuBLAS workspace", _cublas_bytes(call), "handle", _POOL, key="cublas")
+
+
+def _cublaslt(call: Call) -> list[Workspace]:
+    """The workspace of cuBLASLt: 1 MiB, or a part of cuBLAS's.
+
+    - up to 2.8: taken and freed by each product, beside the handle's, which the call sets up too
+    - 2.9 to 2.11: kept, beside the handle's; TORCH_CUBLASLT_UNIFIED_WORKSPACE=1 makes it a part of the handle's
+    - 2.12 to 2.14: a part of the handle's unless TORCH_CUBLASLT_UNIFIED_WORKSPACE=0
+    - from 2.15: taken and freed by each product, alone; with TORCH_CUBLAS_WORKSPACE_CACHE=1 as 2.14
+
+    Source: gemm_and_bias in aten/src/ATen/cuda/CUDABlas.cpp, 2.6.0; getCUDABlasLtWorkspace in CublasHandlePool.cpp,
+        later revisions. Which release has which was read from the libraries of 2.6.0, 2.7.1, 2.8.0, 2.9.1, 2.10.0,
+        2.11.0, 2.12.1, 2.13.0, 2.14.1 and 2.15.0.
+    """
+    settings, version = call.settings, call.torch
+    size_bytes = 2**20 if settings.cublaslt_bytes is None else settings.cublaslt_bytes
+    single = Workspace("cuBLASLt workspace", size_bytes, "op", _POOL)
+    kept = Workspace("cuBLASLt workspace", size_bytes, "handle", _POOL, key="cublaslt")
+    if version >= (2, 15) and not settings.cached:
+        return [single]
+    unified = settings.unified if settings.unified is not None else version >= (2, 12)
+    if unified and version >= (2, 8):
+        return [_cublas(call)]
+    if version >= (2, 12):
+        return [kept]
+    return [_cublas(call), kept] if version >= (2, 9) else [single, _cublas(call)]

@@ -1,0 +1,248 @@
+"""The conformance kit: what every strategy promises, checked in a test of the package that brings it.
+
+def test_my_strategy_keeps_its_promises():
+    check_strategy(MyStrategy)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Iterator
+from itertools import permutations, zip_longest
+from typing import Any, Literal, Union
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from memscope.errors import UsageError
+from memscope.hooks.record import record
+from memscope.settings import help_of
+from memscope.simulation.fake import simulate
+from memscope.strategies import Plan, Stage, Strategy, available
+from memscope.toy import toy_workload
+from memscope.trace import CATEGORIES, PHASES, Trace
+from memscope.workload import StepPlan, Training, Workload, micro_batches, run_step
+
+__all__ = ["TOLERANCE", "check_strategy", "toy_workload"]
+
+TOLERANCE = 1e-12
+"""Float64 sums in another order may differ by this share of the largest value: some thousand roundings of 2⁻⁵³ each."""
+_Build = Callable[[], Workload]
+_Steps = list[dict[str, Tensor]]
+
+
+def check_strategy(strategy: type[Strategy] | str, *, workload: Callable[[], Workload] = toy_workload) -> None:
+    """Hold a strategy to what every strategy promises, on a small workload on the CPU.
+
+    It is installed and described; its settings can be written in a plan and read back; applying it changes something;
+    alone and with each other installed strategy, a simulation makes the very allocations of a real run, and declared
+    conflicts are refused; where it is `exact`, losses and gradients are the baseline's: bit for bit, or, where the same
+    sums are taken in another order, up to `TOLERANCE` in float64. What it requires is added. Other strategies that
+    cannot be applied to the workload at all are left out.
+
+    Args:
+        strategy: a class, taken with its default settings, or one strategy as a plan writes it, such as `lora:r=4`.
+        workload: builds a new workload at each call, the same one for the same random seed.
+
+    Raises:
+        AssertionError: naming the strategy and the promise that it breaks.
+    """
+    name = strategy if isinstance(strategy, str) else getattr(strategy, "name", strategy.__name__)
+
+    def build() -> Workload:
+        torch.manual_seed(0)
+        return workload()
+
+    with torch.random.fork_rng(devices=[]):
+        with _promise(name, "it is installed under its name, and described"):
+            subject = _find(strategy)
+            _check_description(type(subject))
+        with _promise(name, "its settings can be written in a plan and read back"):
+            _check_settings(subject)
+        with _promise(name, "it can be applied, and changes something"):
+            needed = _with_needs(subject)
+            _check_change(needed, subject, build)
+        with _promise(name, "simulated and really run, it makes the same allocations"):
+            _check_traces(needed, build)
+        if subject.exact:
+            with _promise(name, "losses and gradients stay what they were (exact)"):
+                _check_parity(needed, subject, build)
+        for other in available().values():
+            if other.name not in {s.name for s in needed}:
+                with _promise(name, f'it can be combined with "{other.name}", or one of the two declares the conflict'):
+                    _check_pair(needed, other(), build)
+
+
+@contextlib.contextmanager
+def _promise(name: str, text: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        kind = "" if isinstance(error, (AssertionError, UsageError)) else f"{type(error).__name__}: "
+        raise AssertionError(f'strategy "{name}" breaks a promise: {text}. {kind}{error}') from error
+
+
+def _require(holds: bool, otherwise: str) -> None:
+    if not holds:  # python -O would drop an `assert`, and the check with it
+        raise AssertionError(otherwise)
+
+
+def _find(strategy: type[Strategy] | str) -> Strategy:
+    if isinstance(strategy, str):
+        plan = Plan.parse(strategy).strategies
+        _require(len(plan) == 1, f"Expected one strategy, found {len(plan)}")
+        return plan[0]
+    found = available().get(strategy.name)
+    _require(found is strategy, f'The entry points "memscope.strategies" have {found} there, expected {strategy}')
+    return strategy()
+
+
+def _check_description(kind: type[Strategy]) -> None:
+    _require(isinstance(kind.stage, Stage), f"Its stage is {kind.stage!r}, expected one of memscope.strategies.Stage")
+    _require(isinstance(kind.exact, bool), f"Its exact is {kind.exact!r}, expected True or False")
+    _require(bool(kind.__doc__), "The class has no docstring, which is its help text")
+    silent = [field for field, text in help_of(kind.Config).items() if not text]
+    _require(not silent, f"Config has no docstring, which is the help text, under {', '.join(silent)}")
+
+
+def _check_settings(strategy: Strategy) -> None:
+    kind, hints, configs = type(strategy), typing.get_type_hints(strategy.Config), [strategy.config]
+    for field in dataclasses.fields(kind.Config):
+        with contextlib.suppress(UsageError, ValueError):  # a Config may refuse a value; then no plan can hold it
+            configs.append(kind.Config(**{field.name: _other(hints[field.name], getattr(kind.Config(), field.name))}))
+    for config in configs:
+        spec = kind(config).spec
+        (again,) = Plan.parse(spec).strategies
+        _require(again.config == config, f'"{spec}" reads back as {again.config}, expected {config}')
+
+
+def _other(kind: Any, value: Any = None) -> Any:
+    """A value of a settings field that differs from the given one."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, types.UnionType):
+        return None if value is not None else _other(next(a for a in arguments if a is not type(None)))
+    if origin is Literal:
+        return next((a for a in arguments if a != value), value)
+    if origin is tuple:
+        return (*(value or ()), _other(arguments[0]))
+    _require(kind in (bool, int, float, str), f"A setting of kind {kind} cannot be written in a plan")
+    return not value if kind is bool else f"{value or ''}x" if kind is str else kind((value or 0) + 1)
+
+
+def _with_needs(strategy: Strategy) -> list[Strategy]:
+    """A strategy, and an installed one for each feature that is required and not there yet."""
+    chosen = [strategy]
+    for user in chosen:  # grows on the way
+        for feature in sorted(user.requires):
+            if not any(feature in {s.name, *s.provides} for s in chosen):
+                providers = [kind for kind in available().values() if feature in {kind.name, *kind.provides}]
+                _require(bool(providers), f'"{user.name}" requires "{feature}", which no installed strategy provides')
+                chosen.append(providers[0]())
+    return chosen
+
+
+def _check_change(needed: list[Strategy], subject: Strategy, build: _Build) -> None:
+    workload = build()
+    problems = [str(problem) for strategy in needed for problem in strategy.check(workload)]
+    _require(
+        not problems, f"Its check() refuses the workload: {'; '.join(problems)}. Give check_strategy another workload"
+    )
+    for strategy in Plan.of(*needed).strategies:
+        before = _state(workload)
+        strategy.apply(workload)
+        after = _state(workload)
+        same = before.keys() == after.keys() and all(_is_same(before[key], after[key]) for key in before)
+        _require(strategy is not subject or not same, "Its apply() left plan, model and data as they were")
+
+
+def _state(workload: Workload) -> dict[Any, Any]:
+    """Everything that a strategy may change."""
+    state: dict[Any, Any] = dict(vars(workload))
+    for name, module in workload.model.named_modules():
+        for key, value in vars(module).items():
+            entries = value if isinstance(value, dict) else {None: value}
+            state |= {(name, key, entry): item for entry, item in entries.items()}
+    for name, p in workload.model.named_parameters():
+        state[name, ...] = (p.requires_grad, p.dtype, p.device, p.shape, p.data_ptr(), p._version)
+    return state
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    return one is other or (isinstance(one, (tuple, StepPlan)) and bool(one == other))
+
+
+def _check_traces(strategies: list[Strategy], build: _Build) -> None:
+    plan = str(Plan.of(*strategies))
+    simulated = _allocations(simulate(build, device="cpu", strategies=plan))
+    real = _allocations(record(build, strategies=plan))
+    for index, (one, other) in enumerate(zip_longest(simulated, real)):
+        _require(one == other, f'With "{plan}", allocation {index} is, simulated: {one}; really run: {other}')
+
+
+def _allocations(trace: Trace) -> list[tuple[Any, ...]]:
+    """`(bytes, step, micro-batch, allocations made until it was freed (or 0), category, phase, module)` of each."""
+    made = trace.born.searchsorted(trace.freed)
+    columns = (trace.requested, trace.step, trace.micro_batch, made, trace.category, trace.phase, trace.module)
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    return [(*numbers, CATEGORIES[c], PHASES[p], trace.modules[m]) for *numbers, c, p, m in rows]
+
+
+def _check_parity(needed: list[Strategy], subject: Strategy, build: _Build) -> None:
+    plan, without = Plan.of(*needed), Plan.of(*(s for s in needed if s is not subject))
+    for double, steps, tolerance in ((False, 2, 0.0), (True, 1, TOLERANCE)):
+        expected, found = _train(build, without, steps, double, subject), _train(build, plan, steps, double)
+        wrong = list(_differences(expected, found, tolerance))
+        if not wrong:
+            return
+    raise AssertionError(wrong[0])
+
+
+def _train(build: _Build, plan: Plan, steps: int, double: bool, fair_to: Strategy | None = None) -> _Steps:
+    """Loss and gradients of each step, in float64 if `double`."""
+
+    def move(tensor: Tensor) -> Tensor:
+        return tensor.double() if double and tensor.is_floating_point() else tensor.clone()
+
+    def keep(*_: Any) -> None:
+        gradients = {name: p.grad for name, p in workload.model.named_parameters()}
+        seen.append({f"gradient of {name}": g.clone() for name, g in gradients.items() if g is not None})
+
+    workload, seen = build(), _Steps()
+    if double:
+        workload.model.double()
+    if fair_to:
+        fair_to.baseline(workload)
+    plan.apply(workload)
+    training = Training.start(workload, "cpu", lambda data: pytree.tree_map_only(Tensor, move, data))
+    training.optimizer.register_step_pre_hook(keep)
+    torch.manual_seed(1)
+    losses = [run_step(training, micro_batches(workload, workload.batches[0])) for _ in range(steps)]
+    return [{"loss": loss, **gradients} for loss, gradients in zip(losses, seen, strict=True)]
+
+
+def _differences(expected: _Steps, found: _Steps, tolerance: float) -> Iterator[str]:
+    for step, (one, other) in enumerate(zip(expected, found, strict=True)):
+        if one.keys() != other.keys():
+            yield f"In step {step} only one of baseline and strategy has {', '.join(sorted(one.keys() ^ other.keys()))}"
+            continue
+        largest = max(float(value.abs().max()) for value in one.values())
+        for name in one:
+            difference = float((one[name] - other[name]).abs().max())
+            if not difference <= tolerance * largest:  # also when it is NaN
+                yield f"In step {step} the {name} differs by {difference:.3g}; the largest value is {largest:.3g}"
+
+
+def _check_pair(needed: list[Strategy], other: Strategy, build: _Build) -> None:
+    try:
+        together = list({strategy.name: strategy for strategy in [*_with_needs(other), *needed]}.values())
+    except AssertionError:  # the other one cannot be used at all
+        return
+    if any(one.conflicts & {two.name, *two.provides} for one, two in permutations(together, 2)):
+        with contextlib.suppress(UsageError):
+            _require(not Plan.of(*together), "The conflict is declared, but the plan was accepted")
+    elif not any(strategy.check(build()) for strategy in together):
+        _check_traces(together, build)

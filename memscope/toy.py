@@ -1,0 +1,75 @@
+"""A workload that is small enough to run anywhere in milliseconds, and has what strategies look for."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from memscope.workload import Workload, split_batch
+
+__all__ = ["toy_workload"]
+
+_VOCAB, _DIM = 40, 16
+_IGNORED = -100  # label without a loss: the default `ignore_index` of torch.nn.functional.cross_entropy
+
+
+class _Block(nn.Module):
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(_DIM)
+        self.wq, self.wk, self.wv, self.wo = (nn.Linear(_DIM, _DIM, bias=False) for _ in range(4))
+        self.up, self.down = nn.Linear(_DIM, 2 * _DIM), nn.Linear(2 * _DIM, _DIM)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        scores = (self.wq(h) @ self.wk(h).transpose(1, 2)).masked_fill(later, float("-inf"))
+        x = x + self.wo(scores.softmax(-1) @ self.wv(h))
+        x = x + self.dropout(self.down(F.gelu(self.up(x))))
+        return x
+
+
+class _Toy(nn.Module):
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(_VOCAB, _DIM)
+        self.blocks = nn.ModuleList(_Block(dropout) for _ in range(2))
+        self.head = nn.Linear(_DIM, _VOCAB, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        logits: Tensor = self.head(x)
+        return logits
+
+
+def toy_workload(*, dropout: float = 0.0) -> Workload:
+    """A language model of 5,536 random float32 weights with the parts that strategies look for.
+
+    `embed`, two `blocks` (attention `wq wk wv wo`, MLP `up down`), `head`. A step's batch is 8 samples of 4 to 11
+    tokens, each trained on all but its first one: micro-batches differ in size and weight. The MLPs have `dropout`.
+    """
+    return Workload(
+        model=_Toy(dropout),
+        batches=[[[(7 * sample + 3 * i) % _VOCAB for i in range(4 + sample)] for sample in range(8)]],
+        loss=_loss,
+        optimizer_factory=torch.optim.AdamW,
+        name="toy",
+        split=_split,
+        weight=lambda tokens: float((tokens[:, 1:] != _IGNORED).sum()),
+    )
+
+
+def _loss(model: nn.Module, tokens: Tensor) -> Tensor:
+    logits = model(tokens.clamp(min=0))[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), ignore_index=_IGNORED)
+
+
+def _split(samples: list[list[int]], parts: int) -> list[Tensor]:
+    """Token numbers `[samples, longest]` of each micro-batch."""
+    pieces = [[torch.tensor(sample) for sample in piece] for piece in split_batch(samples, parts)]
+    return [pad_sequence(piece, batch_first=True, padding_value=_IGNORED) for piece in pieces]

@@ -1,0 +1,218 @@
+"""`memscope profile` as a user meets it: what it prints and writes, and what it says when something is wrong."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from memscope.cli.main import main
+from memscope.trace import CATEGORIES, Trace
+
+DEBUG = ["llama2", "--preset", "debug", "--set", "n_layers=2", "accumulation=2", "seq_len=32"]
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path):
+    """Run the command line in an empty folder: `(exit code, stdout, stderr)`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*words):
+        with pytest.raises(SystemExit) as end:
+            main([str(word) for word in words])
+        out, err = capsys.readouterr()
+        return end.value.code or 0, out, err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def profiled(tmp_path_factory):
+    """The JSON document of a baseline, two strategies and both together, and the folder it wrote."""
+    import contextlib
+    import io
+
+    folder = tmp_path_factory.mktemp("profile") / "runs"
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as end:
+        main(["profile", *DEBUG, "-s", "lora,amp", "-o", str(folder), "--json"])
+    assert not end.value.code
+    return json.loads(out.getvalue()), folder
+
+
+def test_the_document_has_the_published_shape(profiled):
+    document, folder = profiled
+    assert document["schema_version"] == 1
+    assert document["target"] == "llama2"
+    assert document["device"] == {"name": "gpu", "simulated": True}
+    assert [run["strategies"] for run in document["runs"]] == [[], ["lora"], ["amp"], ["lora", "amp"]]
+    for run in document["runs"]:
+        assert set(run) == {
+            "strategies",
+            "parameters",
+            "peak",
+            "at_peak",
+            "max_by_category",
+            "flops",
+            "seconds",
+            "trace",
+        }
+        assert set(run["at_peak"]) == set(run["max_by_category"]) == set(CATEGORIES)
+        assert sum(run["at_peak"].values()) == run["peak"]["allocated"]
+        assert run["seconds"] is None
+        assert Path(run["trace"]).parent == folder
+    assert set(document["table1"]) == {"lora", "amp", "lora,amp"}
+    assert set(document["table1"]["lora"]) == {"parameter", "activation", "gradient", "optimizer_state", "computation"}
+
+
+def test_arrows_follow_from_the_bytes_beside_them(profiled):
+    document, _ = profiled
+    for label, rows in document["table1"].items():
+        for row, arrow in rows.items():
+            effect = document["effects"][label][row]
+            change = effect["after"] - effect["before"]
+            beyond = abs(change) > 0.01 * effect["before"] and (row == "computation" or abs(change) > 2**20)
+            assert arrow == ("–" if not beyond else "↑" if change > 0 else "↓"), (label, row)
+
+
+def test_every_run_leaves_its_trace_and_all_share_one_page(profiled):
+    document, folder = profiled
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "amp.npz",
+        "baseline.npz",
+        "lora+amp.npz",
+        "lora.npz",
+        "report.html",
+    ]
+    for run in document["runs"]:
+        trace = Trace.load(run["trace"])
+        assert trace.peak.allocated_bytes == run["peak"]["allocated"]
+        assert trace.meta["strategies"] == run["strategies"]
+    assert "<html" in (folder / "report.html").read_text()
+
+
+def test_existing_files_are_kept_unless_forced(profiled, run):
+    _, folder = profiled
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    code, out, err = run("profile", *DEBUG, "-s", "lora,amp", "-o", folder)
+    assert code == 2
+    assert "exists already" in err
+    assert "-f" in err
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+def test_tables_name_the_peak_the_arrows_and_what_they_rest_on(run, tmp_path):
+    code, out, err = run("profile", *DEBUG, "-s", "ga:steps=2", "-o", "out")
+    assert code == 0
+    for text in ("Allocated at the peak", "Table 1", "ga:steps=2", "↓", "against step 1", "of the baseline", "Next:"):
+        assert text in out
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_accumulation_is_compared_with_the_same_effective_batch_in_one_go(run):
+    code, out, _ = run("profile", *DEBUG, "-s", "ga:steps=2", "--json")
+    effect = json.loads(out)["effects"]["ga:steps=2"]
+    assert code == 0
+    # Two samples of 32 tokens at once, against one after the other: half the activations.
+    assert effect["activation"]["after"] == pytest.approx(effect["activation"]["before"] / 2, rel=0.02)
+    assert effect["computation"]["after"] == effect["computation"]["before"]
+
+
+def test_plans_given_one_by_one_are_compared_as_they_are(run):
+    code, out, _ = run("profile", *DEBUG, "-s", "ckpt", "-s", "ckpt:layers=0,amp:dtype=bf16", "--json")
+    assert code == 0
+    assert list(json.loads(out)["table1"]) == ["ckpt", "ckpt:layers=0,amp:dtype=bf16"]
+
+
+def test_a_real_run_on_the_cpu_has_seconds(run):
+    code, out, _ = run("profile", *DEBUG, "--device", "cpu", "--json")
+    document = json.loads(out)
+    assert code == 0
+    assert document["device"] == {"name": "cpu", "simulated": False}
+    assert document["runs"][0]["seconds"] > 0
+
+
+BAD = {
+    "unknown target": (["profile", "lama2"], 2, 'no target "lama2"', "llama2"),
+    "unknown preset": (["profile", "llama2", "--preset", "7B"], 2, 'no preset "7B"', "7b"),
+    "unknown field": (["profile", "llama2", "--set", "layers=1"], 2, 'no setting "layers"', "n_layers"),
+    "value of the wrong kind": (["profile", "llama2", "--set", "n_layers=two"], 2, '"two"', "whole number"),
+    "no setting": (["profile", "llama2", "--set", "n_layers"], 2, '"n_layers" is no setting', "KEY=VALUE"),
+    "unknown strategy": (["profile", "llama2", "-s", "lor"], 2, 'unknown strategy "lor"', 'did you mean "lora"'),
+    "unknown strategy key": (["profile", "llama2", "-s", "lora:rank=4"], 2, 'no setting "rank"', "targets"),
+    "wrong strategy value": (["profile", "llama2", "-s", "amp:dtype=fp8"], 2, '"fp8"', "fp16"),
+    "malformed plan": (["profile", "llama2", "-s", "r=4,lora"], 2, "malformed plan", "STRATEGY"),
+    "the same strategy twice": (
+        ["profile", "llama2", "-s", "lora,amp,lora:r=4"],
+        2,
+        '"lora" is there 2 times',
+        "name it once",
+    ),
+    "unknown device": (["profile", "llama2", "--device", "a100"], 2, 'no device "a100"', "a100-40gb"),
+    "recording on a GPU": (["profile", "llama2", "--device", "cuda"], 2, '"cuda"', "--device gpu"),
+    "no step": (["profile", *DEBUG, "--steps", "0"], 2, "--steps", "x>=1"),
+    "missing data": (["profile", *DEBUG, "data=nowhere.json"], 2, "nowhere.json", "data"),
+    "missing tokenizer": (["profile", *DEBUG, "tokenizer=nowhere.model"], 2, "nowhere.model", "tokenizer"),
+    "unknown command": (["profil"], 2, 'no command "profil"', "profile"),
+    "unknown option": (["profile", "llama2", "--strategy", "lora"], 2, "--strategy", "--strategies"),
+    "targets that match no module": (["profile", *DEBUG, "-s", "lora:targets=q_proj"], 2, "targets=q_proj", "wq"),
+    "layers that are not there": (["profile", *DEBUG, "-s", "ckpt:layers=0-5"], 2, '"0-5"', "layers 0 to 1"),
+    "a batch that does not divide": (["profile", *DEBUG, "-s", "ga:steps=3"], 2, "2 samples", "divides"),
+}
+
+
+@pytest.mark.parametrize("words, code, what, expected", BAD.values(), ids=BAD)
+def test_bad_input_ends_in_one_message_that_says_what_and_what_was_expected(words, code, what, expected, run, tmp_path):
+    ended, out, err = run(*words)
+    assert ended == code
+    assert what in err
+    assert expected in err
+    assert "Traceback" not in err
+    assert out == ""
+    assert list(tmp_path.iterdir()) == [], "nothing half-written"
+
+
+def test_all_problems_of_a_plan_are_told_at_once(run):
+    code, _, err = run("profile", *DEBUG, "-s", "lora:targets=q_proj,r=0,ckpt:layers=9")
+    assert code == 2
+    for text in ("q_proj", "r=0", '"9"'):
+        assert text in err
+
+
+def test_a_failing_forward_is_shown_as_the_targets_own_error(run, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "target.py").write_text(
+        "import dataclasses, torch\nfrom memscope import Workload\n\n"
+        "@dataclasses.dataclass(frozen=True)\nclass Config:\n    width: int = 4\n\n"
+        "def loss(model, x):\n    raise ValueError('seven heads')\n\n"
+        "def build(config):\n"
+        "    return Workload(torch.nn.Linear(4, 4), [torch.ones(2, config.width)], loss, torch.optim.SGD, name='mine')\n"
+    )
+    code, _, err = run("profile", folder)
+    assert code == 1
+    assert '"mine" failed: ValueError: seven heads' in err
+    assert "target.py:9" in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "memscope-runs").exists() or not list((tmp_path / "memscope-runs").iterdir())
+
+
+def test_a_target_of_ones_own_needs_a_folder_with_target_py_only(run, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "target.py").write_text(
+        "import dataclasses, torch\nfrom memscope import Workload\n\n"
+        "@dataclasses.dataclass(frozen=True)\nclass Config:\n    width: int = 4\n\n"
+        "def build(config):\n"
+        "    model = torch.nn.Linear(config.width, 4, bias=False)\n"
+        "    return Workload(model, [torch.ones(2, config.width)], lambda m, x: m(x).sum(), torch.optim.SGD, name='mine')\n"
+    )
+    code, out, _ = run("profile", folder, "--set", "width=1024", "--json")
+    assert code == 0
+    assert json.loads(out)["runs"][0]["parameters"]["total"] == 4096
+
+
+def test_debug_shows_the_traceback(run):
+    code, _, err = run("profile", "lama2", "--debug")
+    assert code == 2
+    assert "Traceback" in err

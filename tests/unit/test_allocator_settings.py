@@ -1,0 +1,186 @@
+"""Allocator settings: what is read, what is refused and in which words, and the sizes that follow."""
+
+from __future__ import annotations
+
+import pytest
+
+from memscope.errors import UsageError
+from memscope.simulation.allocator_settings import AllocatorSettings
+
+KIB, MIB, GIB = 2**10, 2**20, 2**30
+
+
+def test_every_key_that_places_memory_is_read() -> None:
+    read = AllocatorSettings.parse(
+        "expandable_segments:True,max_split_size_mb:64,max_non_split_rounding_mb:48,roundup_power2_divisions:8,"
+        "garbage_collection_threshold:0.8,large_segment_size_mb:32,per_process_memory_fraction:0.5,"
+        "throw_on_cudamalloc_oom:True"
+    )
+    assert read == AllocatorSettings(
+        expandable_segments=True,
+        max_split_size_bytes=64 * MIB,
+        max_non_split_rounding_bytes=48 * MIB,
+        roundup_power2_divisions=(8,) * 16,
+        garbage_collection_threshold=0.8,
+        large_segment_size_bytes=32 * MIB,
+        per_process_memory_fraction=0.5,
+        throw_on_cudamalloc_oom=True,
+    )
+
+
+@pytest.mark.parametrize(
+    "text", ["", "  ", "backend:native", "pinned_use_background_threads:True,release_lock_on_cudamalloc:True"]
+)
+def test_keys_without_influence_on_device_memory_leave_the_default(text: str) -> None:
+    assert AllocatorSettings.parse(text) == AllocatorSettings()
+
+
+def test_spaces_are_passed_over() -> None:
+    assert AllocatorSettings.parse(" max_split_size_mb : 64 ").max_split_size_bytes == 64 * MIB
+
+
+def test_pytorch_accepts_a_split_limit_with_expandable_segments_and_so_do_we() -> None:
+    both = AllocatorSettings.parse("expandable_segments:True,max_split_size_mb:64")
+    assert both.expandable_segments
+    assert both.max_split_size_bytes == 64 * MIB
+
+
+@pytest.mark.parametrize(
+    ("text", "divisions"),
+    [
+        # AcceleratorAllocatorConfig::roundup_power2_divisions(size) of torch 2.13.0 for 1 MiB, 2 MiB ... 32 GiB.
+        ("[256:1,512:2,>:4]", (1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 4, 4, 4, 4, 4, 4)),
+        ("[64:8,128:2,256:4,512:2,1024:4,>:1]", (8, 8, 8, 8, 8, 8, 8, 2, 4, 2, 4, 1, 1, 1, 1, 1)),
+        ("[>:4]", (0, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4)),
+        ("[256:4,64:2]", (4, 4, 4, 4, 4, 4, 2, 4, 4, 0, 0, 0, 0, 0, 0, 0)),
+        ("[65536:2,32768:4]", (2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 4)),
+        ("[131072:2]", (2,) * 16),
+        ("[]", (0,) * 16),
+        ("4", (4,) * 16),
+    ],
+)
+def test_roundup_lists_mean_what_they_mean_to_pytorch(text: str, divisions: tuple[int, ...]) -> None:
+    assert AllocatorSettings.parse(f"roundup_power2_divisions:{text}").roundup_power2_divisions == divisions
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("max_split_size:64", r'unknown key "max_split_size"; did you mean "max_split_size_mb"\?'),
+        ("max_split_size_mb:19", "max_split_size_mb:19: expected at least 20, the size of a large segment"),
+        ("max_split_size_mb:20,large_segment_size_mb:40", "max_split_size_mb:20: expected at least 40"),
+        ("max_split_size_mb:20.5", "max_split_size_mb:20.5: expected a whole number"),
+        ("max_split_size_mb:-1", "max_split_size_mb:-1: expected a whole number"),
+        ("max_non_split_rounding_mb:8", "max_non_split_rounding_mb:8: expected at least 20"),
+        ("large_segment_size_mb:10", "large_segment_size_mb:10: expected more than 10"),
+        ("garbage_collection_threshold:1.0", "garbage_collection_threshold:1.0: expected a number between 0 and 1"),
+        ("garbage_collection_threshold:0", "expected a number between 0 and 1, both excluded"),
+        ("garbage_collection_threshold:nan", "expected a number between 0 and 1, both excluded"),
+        ("garbage_collection_threshold:much", "garbage_collection_threshold:much: expected a number"),
+        ("per_process_memory_fraction:1.5", "per_process_memory_fraction:1.5: expected a number from 0 to 1"),
+        ("expandable_segments:true", "expandable_segments:true: expected True or False, with a capital letter"),
+        ("roundup_power2_divisions:3", "roundup_power2_divisions:3: expected a power of two"),
+        ("roundup_power2_divisions:0", "roundup_power2_divisions:0: expected a power of two"),
+        ("roundup_power2_divisions:[256:3]", "expected divisions that are a power of two, or 0 for none"),
+        ("roundup_power2_divisions:[100:2]", "expected intervals in MiB that are a power of two"),
+        ("roundup_power2_divisions:[>:2,256:4]", 'expected ">" as the last entry of the list'),
+        ("roundup_power2_divisions:[256]", "roundup_power2_divisions:256:.*expected a whole number"),
+        ("backend:cudaMallocAsync", "cannot be replayed; use backend:native, or measure on a GPU"),
+        ("backend:natve", 'unknown backend; did you mean "native"'),
+        ("max_split_size_mb:40,max_split_size_mb:50", r"max_split_size_mb is given twice \(40, 50\)"),
+        ("max_split_size_mb", "expected key:value pairs with commas between"),
+        ("max_split_size_mb:", 'cannot read "max_split_size_mb:"'),
+        (
+            "max_split_size_mb:40;expandable_segments:True",
+            'cannot read "max_split_size_mb:40;expandable_segments:True"',
+        ),
+        ("expandable_segments:True,", "expected key:value pairs with commas between"),
+        ("roundup_power2_divisions:[256:1,512:2", "expected key:value pairs with commas between"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_with_what_was_expected(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        AllocatorSettings.parse(text)
+
+
+def test_values_given_in_code_are_checked_too() -> None:
+    with pytest.raises(UsageError, match=r"roundup_power2_divisions:\(4, 4\): expected 16 numbers"):
+        AllocatorSettings(roundup_power2_divisions=(4, 4))
+
+
+def test_the_variable_pytorch_looks_at_first_wins() -> None:
+    # Order recorded from torch 2.13.0 with all three set, then without the first.
+    split = {"PYTORCH_ALLOC_CONF": "max_split_size_mb:200", "PYTORCH_HIP_ALLOC_CONF": "max_split_size_mb:300"}
+    assert AllocatorSettings.from_environment(split).max_split_size_bytes == 300 * MIB
+    split["PYTORCH_CUDA_ALLOC_CONF"] = "max_split_size_mb:100"
+    assert AllocatorSettings.from_environment(split).max_split_size_bytes == 100 * MIB
+    split["PYTORCH_CUDA_ALLOC_CONF"] = ""
+    assert AllocatorSettings.from_environment(split) == AllocatorSettings()
+    assert AllocatorSettings.from_environment({"HOME": "max_split_size_mb:100"}) == AllocatorSettings()
+
+
+def test_an_error_in_the_environment_names_the_variable() -> None:
+    with pytest.raises(
+        UsageError, match=r'environment variable PYTORCH_ALLOC_CONF: .*unknown key "expandable_segment"'
+    ):
+        AllocatorSettings.from_environment({"PYTORCH_ALLOC_CONF": "expandable_segment:True"})
+
+
+def test_settings_pytorch_passes_over_in_silence_are_told() -> None:
+    collecting = AllocatorSettings.parse("garbage_collection_threshold:0.8")
+    assert collecting.without_effect == (
+        "garbage_collection_threshold does nothing unless per_process_memory_fraction is below 1",
+    )
+    rounding = AllocatorSettings.parse("max_non_split_rounding_mb:40")
+    assert rounding.without_effect == ("max_non_split_rounding_mb does nothing without max_split_size_mb",)
+    limited = AllocatorSettings.parse("garbage_collection_threshold:0.8,per_process_memory_fraction:0.9")
+    assert limited.without_effect == ()
+
+
+@pytest.mark.parametrize(
+    ("asked", "block"),
+    [(1, 512), (512, 512), (513, 1024), (MIB, MIB), (MIB + 1, MIB + 512), (100_000_000, 100_000_256)],
+)
+def test_sizes_are_rounded_up_to_512_bytes(asked: int, block: int) -> None:
+    # 100,000,000 = 195,312 × 512 + 256.
+    assert AllocatorSettings().block_size(asked) == block
+
+
+def test_roundup_divides_the_way_to_the_next_power_of_two() -> None:
+    # The example of PyTorch's CUDA notes, in KiB: 4 divisions between 1024 and 2048 give 1280, 1536 and 1792, and 1200
+    # becomes 1280. Powers of two stay. Up to 4 × 512 B the steps would be too small: rounded to 512 B, as without.
+    four = AllocatorSettings.parse("roundup_power2_divisions:4")
+    assert four.block_size(1200 * KIB) == 1280 * KIB
+    assert four.block_size(1281 * KIB) == 1536 * KIB
+    assert four.block_size(1793 * KIB) == 2048 * KIB
+    assert four.block_size(1024 * KIB) == 1024 * KIB
+    assert four.block_size(2048) == 2048
+    assert four.block_size(1200) == 1536
+
+
+def test_each_interval_has_its_own_divisions() -> None:
+    lists = AllocatorSettings.parse("roundup_power2_divisions:[256:1,512:2,>:4]")
+    assert lists.block_size(300 * MIB + 1) == 300 * MIB + 512  # 1 division: not rounded up
+    assert lists.block_size(600 * MIB) == 768 * MIB  # 2 between 512 and 1024
+    assert lists.block_size(1100 * MIB) == 1280 * MIB  # 4 between 1024 and 2048
+    assert lists.block_size(100 * GIB) == 112 * GIB  # and 4 between 64 and 128 GiB, beyond the last interval
+
+
+@pytest.mark.parametrize(
+    ("block", "segment"),
+    [
+        (512, 2 * MIB),
+        (MIB, 2 * MIB),
+        (MIB + 512, 20 * MIB),
+        (10 * MIB - 512, 20 * MIB),
+        (10 * MIB, 10 * MIB),
+        (10 * MIB + 512, 12 * MIB),
+        (33 * MIB, 34 * MIB),
+    ],
+)
+def test_segments_are_2_mib_20_mib_or_rounded_up_to_2_mib(block: int, segment: int) -> None:
+    assert AllocatorSettings().segment_size(block) == segment
+
+
+def test_the_size_of_a_large_segment_can_be_set() -> None:
+    assert AllocatorSettings.parse("large_segment_size_mb:12").segment_size(2 * MIB) == 12 * MIB
