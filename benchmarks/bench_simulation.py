@@ -1,7 +1,7 @@
 """Simulating one LLaMA2-7B step, against PyTorch's own MemTracker on the same fake model in the same run.
 
-LLaMA2-7B in bfloat16, batch 1 × 512 tokens, SDPA, AdamW. Each side runs in a process of its own, does one step to warm up and is timed
-on the second; peak resident memory is that of the process.
+LLaMA2-7B in bfloat16, batch 1 × 512 tokens, SDPA, AdamW. Each side runs in a process of its own, does one step to warm
+up and is timed on the second; peak resident memory is that of the process.
 """
 
 import json
@@ -24,7 +24,8 @@ MEMSCOPE = (
     + """
 from memscope import simulate
 marks = []
-simulate(lambda: target.build(config), device="gpu", steps=3, progress=lambda done, total: marks.append(time.perf_counter()))
+mark = lambda done, total: marks.append(time.perf_counter())
+simulate(lambda: target.build(config), device="gpu", steps=3, progress=mark)
 finish(marks[-1] - marks[-2])
 """
 )
@@ -69,7 +70,8 @@ def test_a_simulated_step_is_eight_times_faster_than_under_mem_tracker_and_stays
     peer = measured(MEM_TRACKER)
     benchmark.extra_info |= {"memscope": ours, "mem_tracker": peer, "ratio": peer["seconds"] / ours["seconds"]}
     print(
-        f"\nmemscope {ours['seconds']:.2f} s a step, {ours['resident_bytes'] / 2**30:.2f} GiB; MemTracker {peer['seconds']:.2f} s"
+        f"\nmemscope {ours['seconds']:.2f} s a step, {ours['resident_bytes'] / 2**30:.2f} GiB; "
+        f"MemTracker {peer['seconds']:.2f} s"
     )
     assert peer["seconds"] / ours["seconds"] >= 8
     assert ours["resident_bytes"] <= 1.5 * 2**30

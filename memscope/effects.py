@@ -117,8 +117,8 @@ def steady_step(trace: Trace) -> int:
 
 def _column(baseline: Trace, run: Run) -> Column:
     comparison = (
-        f"{run.label}: largest size of each category in step {steady_step(run.trace)} of the run with it, against "
-        f"step {steady_step(baseline)} of the baseline; computation: floating-point operations of the same steps"
+        f"largest size of each category in step {steady_step(run.trace)} with the strategy, against step "
+        f"{steady_step(baseline)} of the baseline; computation: floating-point operations of the same steps"
     )
     return Column(run.label, comparison, tuple(_effect(row, baseline, run) for row in ROWS))
 

@@ -1,4 +1,7 @@
-"""Run several plans of one target in processes of their own: measured ones each in a fresh one, simulations side by side."""
+"""Run several plans of one target in processes of their own.
+
+Each measured run gets a fresh process; simulations run side by side.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +39,12 @@ class RunSpec:
     plan: str
     """Strategies to apply."""
     compared: tuple[str, ...]
-    """Every plan of the comparison: a strategy that is not applied here may ask for a fair baseline (`Strategy.baseline`)."""
+    """Every plan of the comparison: a strategy not applied here may ask for a fair baseline (`Strategy.baseline`)."""
     device: str
+    device_file: Path | None
+    """TOML file with more devices."""
+    allocator: str | None
+    """Settings of PyTorch's allocator, as PYTORCH_CUDA_ALLOC_CONF has them; None: those of the environment."""
     simulated: bool
     steps: int
     path: Path
@@ -122,6 +129,8 @@ def _run(index: int, spec: RunSpec, messages: Any) -> None:
     import torch
 
     from memscope import record, simulate
+    from memscope.simulation.allocator_settings import AllocatorSettings
+    from memscope.simulation.devices import get_device, load_devices
     from memscope.strategies import Plan
     from memscope.target import find_target
     from memscope.workload import Workload
@@ -138,12 +147,15 @@ def _run(index: int, spec: RunSpec, messages: Any) -> None:
                     strategy.baseline(workload)
         return workload
 
-    run = simulate if spec.simulated else record
-    trace = run(
-        build,
-        device=spec.device,
-        strategies=spec.plan,
-        steps=spec.steps,
-        progress=lambda done, total: messages.put((index, done, total)),
-    )
+    def progress(done: int, total: int) -> None:
+        messages.put((index, done, total))
+
+    if spec.simulated:
+        device = get_device(spec.device, load_devices(spec.device_file) if spec.device_file else None)
+        allocator = None if spec.allocator is None else AllocatorSettings.parse(spec.allocator)
+        trace = simulate(
+            build, device=device, strategies=spec.plan, steps=spec.steps, allocator=allocator, progress=progress
+        )
+    else:
+        trace = record(build, device=spec.device, strategies=spec.plan, steps=spec.steps, progress=progress)
     trace.save(spec.path)

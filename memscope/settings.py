@@ -9,7 +9,7 @@ import textwrap
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar, Union
+from typing import Any, Literal, TypeVar, Union, overload
 
 from memscope.errors import UsageError, nearest
 
@@ -20,6 +20,10 @@ _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "
 _EXPECTED = {int: "a whole number", float: "a number"}
 
 
+@overload
+def fill(config: type[T], words: Mapping[str, str], *, of: str) -> T: ...
+@overload
+def fill(config: T, words: Mapping[str, str], *, of: str) -> T: ...
 def fill(config: type[T] | T, words: Mapping[str, str], *, of: str) -> T:
     """A settings dataclass with the fields in `words` set from text; the others keep the values of `config`.
 
@@ -94,6 +98,8 @@ def format_value(value: Any) -> str:
     """A setting as the text that `fill` reads back."""
     if isinstance(value, tuple | list):
         return "+".join(map(format_value, value))
+    if isinstance(value, float):
+        return str(value).replace("e+", "e")  # 1e+16 would be two items of a list
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 

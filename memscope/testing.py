@@ -1,13 +1,10 @@
-"""The conformance kit: what every strategy promises, checked in a test of the package that brings it.
-
-def test_my_strategy_keeps_its_promises():
-    check_strategy(MyStrategy)
-"""
+"""The conformance kit: a package that brings a strategy has a test that calls `check_strategy(MyStrategy)`."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -35,7 +32,7 @@ _Build = Callable[[], Workload]
 _Steps = list[dict[str, Tensor]]
 
 
-def check_strategy(strategy: type[Strategy] | str, *, workload: Callable[[], Workload] = toy_workload) -> None:
+def check_strategy(strategy: type[Strategy] | str, *, workload: Callable[[], Workload] | None = None) -> None:
     """Hold a strategy to what every strategy promises, on a small workload on the CPU.
 
     It is installed and described; its settings can be written in a plan and read back; applying it changes something;
@@ -46,7 +43,7 @@ def check_strategy(strategy: type[Strategy] | str, *, workload: Callable[[], Wor
 
     Args:
         strategy: a class, taken with its default settings, or one strategy as a plan writes it, such as `lora:r=4`.
-        workload: builds a new workload at each call, the same one for the same random seed.
+        workload: builds a new workload at each call, the same one for the same random seed; none: `toy_workload`.
 
     Raises:
         AssertionError: naming the strategy and the promise that it breaks.
@@ -55,16 +52,16 @@ def check_strategy(strategy: type[Strategy] | str, *, workload: Callable[[], Wor
 
     def build() -> Workload:
         torch.manual_seed(0)
-        return workload()
+        return (workload or toy_workload)()
 
     with torch.random.fork_rng(devices=[]):
-        with _promise(name, "it is installed under its name, and described"):
-            subject = _find(strategy)
+        with _promise(name, "it is installed, described, and has what it requires"):
+            subject = _read(strategy) if isinstance(strategy, str) else _find(strategy)
             _check_description(type(subject))
+            needed = _with_needs(subject)
         with _promise(name, "its settings can be written in a plan and read back"):
             _check_settings(subject)
         with _promise(name, "it can be applied, and changes something"):
-            needed = _with_needs(subject)
             _check_change(needed, subject, build)
         with _promise(name, "simulated and really run, it makes the same allocations"):
             _check_traces(needed, build)
@@ -91,14 +88,19 @@ def _require(holds: bool, otherwise: str) -> None:
         raise AssertionError(otherwise)
 
 
-def _find(strategy: type[Strategy] | str) -> Strategy:
-    if isinstance(strategy, str):
-        plan = Plan.parse(strategy).strategies
-        _require(len(plan) == 1, f"Expected one strategy, found {len(plan)}")
-        return plan[0]
+def _find(strategy: type[Strategy]) -> Strategy:
     found = available().get(strategy.name)
     _require(found is strategy, f'The entry points "memscope.strategies" have {found} there, expected {strategy}')
     return strategy()
+
+
+def _read(text: str) -> Strategy:
+    """The one strategy that a text writes; in a plan it stands beside those that it requires."""
+    kind = available().get(re.split("[:,]", text)[0])
+    others = [other.name for other in _with_needs(kind())[1:]] if kind else []
+    found = [s for s in Plan.parse(",".join([text, *others])).strategies if s.name not in others]
+    _require(len(found) == 1, f"Expected one strategy, found {len(found)}")
+    return found[0]
 
 
 def _check_description(kind: type[Strategy]) -> None:
@@ -115,9 +117,8 @@ def _check_settings(strategy: Strategy) -> None:
         with contextlib.suppress(UsageError, ValueError):  # a Config may refuse a value; then no plan can hold it
             configs.append(kind.Config(**{field.name: _other(hints[field.name], getattr(kind.Config(), field.name))}))
     for config in configs:
-        spec = kind(config).spec
-        (again,) = Plan.parse(spec).strategies
-        _require(again.config == config, f'"{spec}" reads back as {again.config}, expected {config}')
+        again = _read(kind(config).spec).config
+        _require(again == config, f'"{kind(config).spec}" reads back as {again}, expected {config}')
 
 
 def _other(kind: Any, value: Any = None) -> Any:

@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -87,6 +87,8 @@ class Trace:
     ops: tuple[str, ...]
     meta: Mapping[str, Any]
     """Target, strategies, device, versions, parameter counts, FLOPs and seconds of each step (JSON values)."""
+    reserved: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """Bytes the allocator holds from the device after each event: int64 `[events]`; empty where there is none."""
 
     def __len__(self) -> int:
         return len(self.size)
@@ -292,9 +294,9 @@ def _from_arrays(path: str | os.PathLike[str], arrays: dict[str, npt.NDArray[Any
 
 def _damage(trace: Trace) -> str:
     """What is inconsistent about a trace that was read from a file; empty when nothing is."""
-    lengths = {len(getattr(trace, name)) for name in _COLUMNS if not name.startswith("mark_")}
+    lengths = {len(getattr(trace, name)) for name in _COLUMNS if not name.startswith("mark_") and name != "reserved"}
     marks = {len(getattr(trace, name)) for name in _COLUMNS if name.startswith("mark_")}
-    if len(lengths) != 1 or len(marks) != 1:
+    if len(lengths) != 1 or len(marks) != 1 or len(trace.reserved) not in (0, trace.events):
         return "columns differ in length"
     tables = {"category": CATEGORIES, "phase": PHASES, "module": trace.modules, "op": trace.ops, "mark_phase": PHASES}
     for name, table in tables.items():

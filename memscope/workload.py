@@ -1,7 +1,7 @@
 """One training step, described once and run everywhere: simulated, measured, or trained for real.
 
-A `Workload` says what to train and how one optimizer step goes; `run_step` is the only place that carries it out. Whoever
-watches the step passes a `StepObserver`; nothing else differs between a simulation, a measurement and real training.
+A `Workload` says what to train and how one optimizer step goes; `run_step` is the only place that carries it out.
+Whoever watches the step passes a `StepObserver`; nothing else differs between a simulation, a measurement and training.
 """
 
 from __future__ import annotations
@@ -39,30 +39,46 @@ class StepPlan:
 
 
 def split_batch(batch: Any, parts: int) -> list[Any]:
-    """Split every tensor (and list) in a batch along its first dimension into `parts` equal pieces.
+    """Split a batch into `parts` pieces of equally many samples.
+
+    The samples are the first dimension of every tensor, and the items of every list. Only a list that holds tensors,
+    such as the `[inputs, labels]` of a `DataLoader`, is a list of columns, each of them to be split. Everything else
+    goes into each piece as it is.
 
     Raises:
-        UsageError: when the first dimension does not divide into `parts`.
+        UsageError: when the samples do not divide into `parts`, cannot be found, or differ in number.
     """
     if parts == 1:
         return [batch]
-    if isinstance(batch, list):
-        return [batch[i * n : (i + 1) * n] for n in [_piece(len(batch), parts)] for i in range(parts)]
-    leaves, spec = pytree.tree_flatten(batch)
-    columns = [
-        leaf.split(_piece(leaf.shape[0], parts)) if isinstance(leaf, Tensor) and leaf.ndim else [leaf] * parts
-        for leaf in leaves
-    ]
-    return [pytree.tree_unflatten([column[i] for column in columns], spec) for i in range(parts)]
-
-
-def _piece(samples: int, parts: int) -> int:
-    if samples == 0 or samples % parts:
+    leaves, spec = pytree.tree_flatten(batch, is_leaf=_is_list_of_samples)
+    counts = sorted({len(leaf) for leaf in leaves if _has_samples(leaf)})
+    if len(counts) != 1:
+        found = " and ".join(map(str, counts)) or "none"
+        raise UsageError(
+            f"a step's batch of type {type(batch).__name__} cannot be split into {parts} micro-batches: expected one "
+            f"number of samples in its tensors and lists, found {found}; give the workload a `split` of its own"
+        )
+    (samples,) = counts
+    if samples == 0:
+        raise UsageError(f"a step's batch is empty, it cannot be split into {parts} micro-batches: check the data")
+    if samples % parts:
         raise UsageError(
             f"a step's batch of {samples} samples cannot be split into {parts} equal micro-batches: "
             f"choose a number of micro-batches that divides {samples}"
         )
-    return samples // parts
+    pieces = [slice(start, start + samples // parts) for start in range(0, samples, samples // parts)]
+    return [
+        pytree.tree_unflatten([leaf[piece] if _has_samples(leaf) else leaf for leaf in leaves], spec)
+        for piece in pieces
+    ]
+
+
+def _is_list_of_samples(node: Any) -> bool:
+    return isinstance(node, list) and not any(isinstance(item, Tensor) for item in node)
+
+
+def _has_samples(leaf: Any) -> bool:
+    return leaf.ndim > 0 if isinstance(leaf, Tensor) else isinstance(leaf, list)
 
 
 def _samples(micro_batch: Any) -> float:
@@ -79,7 +95,7 @@ class Workload:
     model: nn.Module
     """The model; strategies may change it in place before the first step."""
     batches: Sequence[Any]
-    """One item an optimizer step: the whole effective batch. Recorders repeat the first one: put there what needs the most memory."""
+    """One item an optimizer step: its whole effective batch. Recorders repeat the first: it should need most memory."""
     loss: Callable[[nn.Module, Any], Tensor]
     """`loss(model, micro_batch)`: runs the forward pass and returns the mean loss, a scalar."""
     optimizer_factory: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -108,7 +124,13 @@ class MicroBatch:
 
 
 def micro_batches(workload: Workload, batch: Any) -> list[MicroBatch]:
-    """Split one step's batch as the plan says; each piece is weighted so that accumulation equals the whole batch."""
+    """Split one step's batch as the plan says; each piece is weighted so that accumulation equals the whole batch.
+
+    A piece without any weight is left out: its mean loss would be 0 / 0.
+
+    Raises:
+        UsageError: when the batch cannot be split, or weighs nothing as a whole.
+    """
     pieces = workload.split(batch, workload.plan.micro_batches)
     weights = [workload.weight(piece) for piece in pieces]
     total = sum(weights)
@@ -117,7 +139,7 @@ def micro_batches(workload: Workload, batch: Any) -> list[MicroBatch]:
             "the batch of this step has no target token: nothing to learn from; "
             "check the labels (every one is masked) or leave such samples out"
         )
-    return [MicroBatch(piece, weight / total) for piece, weight in zip(pieces, weights, strict=True)]
+    return [MicroBatch(piece, weight / total) for piece, weight in zip(pieces, weights, strict=True) if weight]
 
 
 class StepObserver(Protocol):
@@ -172,7 +194,7 @@ def run_step(training: Training, pieces: list[MicroBatch], observer: StepObserve
                 scopes.enter_context(scope())
             loss = _forward(training, model, piece, observer)
             mark("backward", index)
-            (training.scaler.scale(loss) if training.scaler else loss).backward()  # type: ignore[no-untyped-call]
+            (training.scaler.scale(loss) if training.scaler else loss).backward()
         total = loss.detach() if total is None else total + loss.detach()
         del loss, piece
         index += 1

@@ -32,8 +32,9 @@ class TraceBuilder:
         _, phase, step, micro_batch = self._marks[-1]
         self._allocations.append({
             "size": size, "requested": size, "category": CATEGORIES.index(category), "phase": phase, "step": step,
-            "module": self._modules.setdefault(module, len(self._modules)), "op": self._ops.setdefault(op, len(self._ops)),
             "micro_batch": micro_batch, "born": self._events, "freed": -1,
+            "module": self._modules.setdefault(module, len(self._modules)),
+            "op": self._ops.setdefault(op, len(self._ops)),
         })  # fmt: skip
         self._events += 1
         return len(self._allocations) - 1

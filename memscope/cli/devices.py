@@ -13,11 +13,15 @@ __all__ = ["command"]
 
 @click.command("devices")
 def command() -> None:
-    """List the devices that can be simulated: memory as PyTorch reports it, architecture, dense peak rates, bandwidth."""
+    """List the devices that can be simulated.
+
+    Memory is what PyTorch reports of it, TFLOP/s are dense peak rates, GB/s is the bandwidth of the memory.
+    """
     table = Table()
-    for heading, side in (("--device", "left"), ("", "left"), ("memory", "right"), ("sm", "right"), ("TFLOP/s fp32", "right"),
-                          ("fp16", "right"), ("bf16", "right"), ("GB/s", "right")):  # fmt: skip
-        table.add_column(heading, justify="right" if side == "right" else "left")
+    for heading in ("--device", ""):
+        table.add_column(heading)
+    for heading in ("memory", "sm", "TFLOP/s fp32", "fp16", "bf16", "GB/s"):
+        table.add_column(heading, justify="right")
     for device in all_devices():
         table.add_row(*_row(device))
     console = Console(highlight=False)

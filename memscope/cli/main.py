@@ -52,8 +52,8 @@ class _LazyGroup(click.Group):
 def cli(debug: bool) -> None:
     """Where the memory of a PyTorch training step goes, what a technique would change, and whether it fits.
 
-    Results go to stdout, progress and errors to stderr. Exit codes: 0 ok, 1 error, 2 usage, 3 gate failed or nothing fits, 4 the
-    target ran out of device memory.
+    Results go to stdout, progress and errors to stderr. Exit codes: 0 ok, 1 error, 2 usage, 3 gate failed or nothing
+    fits, 4 the target ran out of device memory.
     """
 
 

@@ -14,9 +14,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from memscope.cli.profile_report import document, print_report, write_page
 from memscope.effects import Run, compare
-from memscope.errors import UsageError
+from memscope.errors import OutOfDeviceMemory, UsageError
 from memscope.runs import RunSpec, check_plans, run_all
-from memscope.simulation.devices import get_device
+from memscope.simulation.allocator_settings import AllocatorSettings
+from memscope.simulation.devices import get_device, load_devices
 from memscope.strategies import Plan, Strategy
 from memscope.target import find_target
 from memscope.trace import Trace
@@ -28,9 +29,14 @@ __all__ = ["command"]
 @click.argument("target")
 @click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option(
-    "-s", "--strategies", "plans", multiple=True, metavar="PLAN",
-    help="Strategies to apply, such as lora:r=8,amp. Once: each of them alone and all together. Repeated: each plan as it is.",
-)  # fmt: skip
+    "-s",
+    "--strategies",
+    "plans",
+    multiple=True,
+    metavar="PLAN",
+    help="Strategies to apply, such as lora:r=8,amp. Once: each of them alone and all together. "
+    "Repeated: each plan as it is.",
+)
 @click.option(
     "--preset", metavar="NAME", help="Preset of the target; the first one if not given. See: memscope targets."
 )
@@ -46,6 +52,14 @@ __all__ = ["command"]
     default="gpu",
     show_default=True,
     help="What to simulate (see: memscope devices), or cpu for a real run.",
+)
+@click.option(
+    "--device-file", type=click.Path(path_type=Path), metavar="FILE", help="TOML file with devices of your own."
+)
+@click.option(
+    "--allocator",
+    metavar="CONF",
+    help="Settings of PyTorch's allocator, as in PYTORCH_CUDA_ALLOC_CONF, which is the default.",
 )
 @click.option("--simulate", is_flag=True, help="Simulate also where the run could be real: with --device cpu.")
 @click.option(
@@ -65,16 +79,31 @@ __all__ = ["command"]
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of tables.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def command(
-    target: str, settings: tuple[str, ...], plans: tuple[str, ...], preset: str | None, changed: tuple[str, ...], device: str,
-    simulate: bool, steps: int, output: Path | None, html: Path | None, force: bool, as_json: bool, debug: bool,
-) -> None:  # fmt: skip
+    target: str,
+    settings: tuple[str, ...],
+    plans: tuple[str, ...],
+    preset: str | None,
+    changed: tuple[str, ...],
+    device: str,
+    device_file: Path | None,
+    allocator: str | None,
+    simulate: bool,
+    steps: int,
+    output: Path | None,
+    html: Path | None,
+    force: bool,
+    as_json: bool,
+    debug: bool,
+) -> int:
     """Run TARGET plain and with strategies, show where the memory goes and what each strategy changes.
 
-    TARGET is a folder with target.py, a Python file, or a target that comes with memscope (see: memscope targets). Without a GPU the
-    steps are simulated: no weights are loaded and nothing is computed, but every allocation is seen.
+    TARGET is a folder with target.py, a Python file, or a target that comes with memscope (see: memscope targets).
+    Without a GPU the steps are simulated: no weights are loaded and nothing is computed, but every allocation is seen.
+    Exit code 4: the last of the runs does not fit on the device.
     """
     words = _words([*changed, *settings])
-    simulated = _is_simulated(device, simulate)
+    simulated = _is_simulated(device, device_file, simulate)
+    AllocatorSettings.parse(allocator or "")
     parsed = [Plan.parse(text) for text in plans]
     labels = _labels(parsed)
     found = find_target(target)
@@ -84,10 +113,21 @@ def command(
     paths = [folder / f"{_file_name(label)}.npz" for label in labels]
     _refuse_existing([*paths, html], force)
     specs = [
-        RunSpec(target, preset, words, "" if label == "baseline" else label, tuple(map(str, parsed)), device, simulated, steps,
-                path.with_suffix(".part.npz"))
+        RunSpec(
+            target=target,
+            preset=preset,
+            settings=words,
+            plan="" if label == "baseline" else label,
+            compared=tuple(map(str, parsed)),
+            device=device,
+            device_file=device_file,
+            allocator=allocator,
+            simulated=simulated,
+            steps=steps,
+            path=path.with_suffix(".part.npz"),
+        )
         for label, path in zip(labels, paths, strict=True)
-    ]  # fmt: skip
+    ]
     with _kept_if_filled(folder):
         try:
             _run_with_progress(specs, labels)
@@ -99,18 +139,22 @@ def command(
     traces = [Trace.load(path) for path in paths]
     runs = [Run(label, trace, _textbook(label)) for label, trace in zip(labels, traces, strict=True)]
     table = compare(traces[0], runs[1:])
-    write_page(runs, table, html, overwrite=force)
+    baselines = _asked_of_baseline(parsed)
+    write_page(runs, table, baselines, html, overwrite=force)
     if as_json:
         click.echo(json.dumps(document(target, runs, paths, table), ensure_ascii=False, indent=2))
     else:
-        print_report(Console(highlight=False), runs, table, folder, html)
+        print_report(Console(highlight=False), runs, table, baselines, folder, html)
+    return OutOfDeviceMemory.exit_code if traces[-1].meta.get("out_of_memory") else 0
 
 
-def _is_simulated(device: str, simulate: bool) -> bool:
+def _is_simulated(device: str, file: Path | None, simulate: bool) -> bool:
     if device == "cuda":
-        raise UsageError('cannot record on "cuda": memscope records real runs on the cpu only. Simulate a GPU: --device gpu, or one of '
-                         "memscope devices")  # fmt: skip
-    return simulate or get_device(device).kind != "cpu"
+        raise UsageError(
+            'cannot record on "cuda": memscope records real runs on the cpu only. '
+            "Simulate a GPU: --device gpu, or one of memscope devices"
+        )
+    return simulate or get_device(device, load_devices(file) if file else None).kind != "cpu"
 
 
 def _words(texts: Sequence[str]) -> dict[str, str]:
@@ -128,7 +172,7 @@ def _words(texts: Sequence[str]) -> dict[str, str]:
 
 
 def _labels(plans: list[Plan]) -> list[str]:
-    """The runs to make: the baseline; then each strategy of one plan alone and all together, or each of several plans."""
+    """Runs to make: the baseline, then each strategy of one plan alone and all together, or each of several plans."""
     if len(plans) == 1 and len(plans[0].strategies) > 1:
         plans = [*(Plan.of(strategy) for strategy in plans[0].strategies), plans[0]]
     labels = ["baseline", *(str(plan) for plan in plans if plan)]
@@ -136,6 +180,14 @@ def _labels(plans: list[Plan]) -> list[str]:
     if twice:
         raise UsageError(f'plan "{twice[0]}" is given twice: there is nothing to compare')
     return labels
+
+
+def _asked_of_baseline(plans: list[Plan]) -> list[str]:
+    """What strategies ask of the run without them: the docstring of their `baseline`."""
+    asking = {
+        s.name: type(s).baseline for plan in plans for s in plan.strategies if type(s).baseline is not Strategy.baseline
+    }
+    return [f"{(baseline.__doc__ or '').strip().rstrip('.')} ({name})" for name, baseline in sorted(asking.items())]
 
 
 def _textbook(label: str) -> dict[str, str]:

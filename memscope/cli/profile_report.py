@@ -12,7 +12,8 @@ from rich.text import Text
 
 from memscope.effects import ROWS, Effect, Run, Table1
 from memscope.errors import UsageError
-from memscope.trace import CATEGORIES, write_whole
+from memscope.ledger import Ledger, ledger
+from memscope.trace import CATEGORIES, Trace, write_whole
 from memscope.units import format_bytes
 
 __all__ = ["document", "print_report", "write_page"]
@@ -27,8 +28,13 @@ _TITLES = {
 _COLOR = {"↑": "red", "↓": "green", "–": ""}
 
 
-def print_report(console: Console, runs: Sequence[Run], table: Table1, folder: Path, html: Path) -> None:
-    """Where the memory is at each run's peak, Table 1 with its notes, and what to do next."""
+def print_report(
+    console: Console, runs: Sequence[Run], table: Table1, baselines: Sequence[str], folder: Path, html: Path
+) -> None:
+    """Where the memory is at each run's peak, Table 1 with its notes, and what to do next.
+
+    `baselines` says in words what strategies asked of the baseline, for a fair comparison.
+    """
     device = runs[0].trace.meta["device"]
     how = (
         "simulated: nothing was computed, sizes are exact for this sequence of allocations"
@@ -37,6 +43,12 @@ def print_report(console: Console, runs: Sequence[Run], table: Table1, folder: P
     )
     console.print(Text(f"{runs[0].trace.meta['target']} on {device['name']} ({how})", style="bold"))
     console.print(_peaks(runs))
+    ledgers = [ledger(run.trace) for run in runs]
+    if all(ledgers):
+        console.print(_ledger_table(runs, [found for found in ledgers if found]))
+    for run in runs:
+        if run.trace.meta.get("out_of_memory"):
+            console.print(Text.assemble((f"{run.label} does not fit: ", "bold red"), _ran_out(run.trace)))
     for run in runs:
         counts = run.trace.meta["parameters"]
         share = counts["trainable"] / counts["total"]
@@ -46,14 +58,18 @@ def print_report(console: Console, runs: Sequence[Run], table: Table1, folder: P
             )
     if table.columns:
         console.print(_table1(table))
-        for column in table.columns:
-            console.print(Text(column.comparison, style="dim"))
+        console.print(Text(_rests_on(table, baselines), style="dim"))
         for column in table.columns:
             for effect in column.effects:
                 if effect.note:
                     console.print(Text.assemble((f"{column.label}, {_TITLES[effect.row]}: ", "bold"), effect.note))
     console.print(f"\nPage: {html}   Traces: {folder}")
     console.print("Next: open the page; compare plans with  memscope profile TARGET -s lora -s lora,ckpt")
+
+
+def _rests_on(table: Table1, baselines: Sequence[str]) -> str:
+    """The comparison behind every column, in one line; columns of one profile all have the same steps."""
+    return ". ".join([f"Each column: {table.columns[0].comparison}", *(f"Baseline: {text}" for text in baselines)])
 
 
 def _peaks(runs: Sequence[Run]) -> Table:
@@ -69,6 +85,30 @@ def _peaks(runs: Sequence[Run]) -> Table:
         if any(column[category] for column in columns):
             table.add_row(category.replace("_", " "), *(format_bytes(c[category]) for c in columns))
     return table
+
+
+def _ledger_table(runs: Sequence[Run], ledgers: Sequence[Ledger]) -> Table:
+    table = Table(title="What other tools show")
+    table.add_column("")
+    for run in runs:
+        table.add_column(run.label, justify="right")
+    table.add_column("seen in", style="dim")
+    for line in ledgers[0].lines:
+        name = f"{line.name} (estimate)" if line.estimate else line.name
+        table.add_row(name, *(format_bytes(found[line.name].total) for found in ledgers), line.seen_in)
+    return table
+
+
+def _ran_out(trace: Trace) -> str:
+    """Where and by what the device runs out, and what fills it."""
+    oom = trace.meta["out_of_memory"]
+    largest = sorted(oom["by_category"].items(), key=lambda item: -item[1])[:3]
+    filled = ", ".join(f"{category.replace('_', ' ')} {format_bytes(size)}" for category, size in largest if size)
+    return (
+        f"runs out in step {oom['step']}, {oom['phase']}, {oom['module']}, "
+        f"asking {format_bytes(oom['requested'])} with {format_bytes(oom['reserved'])} of {format_bytes(oom['limit'])} "
+        f"taken ({filled}); what is shown is what it would need"
+    )
 
 
 def _table1(table: Table1) -> Table:
@@ -119,11 +159,21 @@ def document(target: str, runs: Sequence[Run], paths: Sequence[Path], table: Tab
 
 def _run(run: Run, path: Path) -> dict[str, Any]:
     trace, peak = run.trace, run.trace.peak
-    seconds = trace.meta["seconds"]
+    seconds, found = trace.meta["seconds"], ledger(run.trace)
+    totals = {name: found[name].total if found else None for name in ("requested", "reserved", "device")}
     return {
         "strategies": trace.meta["strategies"],
         "parameters": trace.meta["parameters"],
-        "peak": {"allocated": peak.allocated_bytes, "phase": peak.phase, "step": peak.step},
+        "peak": {
+            "requested": totals["requested"],
+            "allocated": peak.allocated_bytes,
+            "active": peak.allocated_bytes if found else None,
+            "reserved": totals["reserved"],
+            "device": totals["device"],
+            "phase": peak.phase,
+            "step": peak.step,
+        },
+        "out_of_memory": trace.meta.get("out_of_memory"),
         "at_peak": trace.by_category(),
         "max_by_category": trace.max_by_category(),
         "flops": trace.meta["flops"][-1],
@@ -132,7 +182,7 @@ def _run(run: Run, path: Path) -> dict[str, Any]:
     }
 
 
-def write_page(runs: Sequence[Run], table: Table1, path: Path, *, overwrite: bool) -> None:
+def write_page(runs: Sequence[Run], table: Table1, baselines: Sequence[str], path: Path, *, overwrite: bool) -> None:
     """One HTML page with a timeline for each run and Table 1.
 
     Raises:
@@ -145,6 +195,6 @@ def write_page(runs: Sequence[Run], table: Table1, path: Path, *, overwrite: boo
     effects = None
     if table.columns:
         rows = [EffectRow(_TITLES[row], [str(column[row]) for column in table.columns]) for row in ROWS]
-        effects = EffectsTable(["", *(column.label for column in table.columns)], rows, table.columns[0].comparison)
+        effects = EffectsTable(["", *(column.label for column in table.columns)], rows, _rests_on(table, baselines))
     page = render_page([PageRun(run.label, run.trace) for run in runs], effects)
     write_whole(path, page.encode())

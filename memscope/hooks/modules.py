@@ -1,7 +1,7 @@
 """Which module is at work: in the forward pass from module hooks, in the backward pass from the autograd graph.
 
-Autograd numbers its nodes as the forward pass creates them. Noting that number whenever a module begins or ends tells, later and
-without any hook on a tensor, whose forward a backward node belongs to.
+Autograd numbers its nodes as the forward pass creates them. Noting that number whenever a module begins or ends tells,
+later and without any hook on a tensor, whose forward a backward node belongs to.
 """
 
 from __future__ import annotations
@@ -107,10 +107,10 @@ class ModuleStack:
         return not self._stack
 
     def of_node(self, node: graph.Node | None) -> int:
-        """Index of the module whose forward created a backward node; for a gradient's accumulation, the parameter's module."""
+        """Index of the module whose forward created a backward node; of a gradient's accumulation, the parameter's."""
         if node is None:
             return 0
-        number = node._sequence_nr()  # type: ignore[attr-defined]
+        number = node._sequence_nr()
         if number > self._nodes[-1] and hasattr(node, "variable"):
             return self._of_parameter.get(id(node.variable), 0)
         return self._owners[bisect_right(self._nodes, number) - 1]

@@ -1,11 +1,14 @@
-"""Watch a training loop and come out with its Trace: the one recorder behind simulation, measurement and users' own loops."""
+"""Watch a training loop and come out with its Trace.
+
+The one recorder behind simulation, measurement and users' own loops.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from memscope.errors import MemscopeError
+from memscope.hooks.kernels import Kernels
 from memscope.hooks.modules import ModuleStack
 from memscope.hooks.optimizer import GradientNamer, OptimizerNamer
 from memscope.hooks.storages import Execute, StorageTracker
@@ -25,8 +29,9 @@ __all__ = ["Recorder"]
 class Recorder:
     """Records every allocation made while it is entered, with category, module, phase and operator.
 
-    Phases, steps and micro-batches are recognised by themselves: a forward pass by the model's own call, a backward pass by the
-    autograd engine, the optimizer by its `step`. A step ends after `optimizer.step()`, when the next forward pass begins.
+    Phases, steps and micro-batches are recognised by themselves: a forward pass by the model's own call, a backward
+    pass by the autograd engine, the optimizer by its `step`. A step ends after `optimizer.step()`, when the next
+    forward pass begins.
 
         with Recorder(model, optimizer) as recorder:
             for batch in loader:
@@ -35,8 +40,8 @@ class Recorder:
                 optimizer.zero_grad()
         trace = recorder.trace()
 
-    Also a `StepObserver`: `run_step` tells it the phases that cannot be recognised. Hooks are removed on leaving, also after an
-    exception; the model comes back as it was, but for the training it went through.
+    Also a `StepObserver`: `run_step` tells it the phases that cannot be recognised. Hooks are removed on leaving, also
+    after an exception; the model comes back as it was, but for the training it went through.
     """
 
     def __init__(
@@ -45,23 +50,24 @@ class Recorder:
         optimizer: torch.optim.Optimizer | None = None,
         *,
         meta: Mapping[str, Any] | None = None,
-        round_size: Callable[[int], int] | None = None,
         on_gpu: bool = False,
         execute: Execute | None = None,
+        kernels: Kernels | None = None,
     ) -> None:
-        """
+        """Prepare to record; nothing is watched before the recorder is entered.
+
         Args:
             model: the model whose modules and parameters give the names.
             optimizer: its existing state is taken in; optimizers made later are seen by themselves.
             meta: what to keep in the trace beside versions and parameter counts; JSON values.
-            round_size: bytes the device takes for a request; None: exactly what is asked for.
             on_gpu: whether the tensors are on a GPU or stand for such, so that step counters may be on the host.
             execute: runs an operator in place of PyTorch, `execute(func, args, kwargs)`.
+            kernels: what kernels would take inside themselves, where none really runs.
         """
         self._model, self._optimizer = model, optimizer
-        self._meta, self._round = dict(meta or {}), round_size
+        self._meta = dict(meta or {})
         self._modules = ModuleStack(model, on_enter_model=self._model_begins, on_leave_model=self._model_ends)
-        self._tracker = StorageTracker(self._modules, host_scalars=on_gpu, execute=execute)
+        self._tracker = StorageTracker(self._modules, host_scalars=on_gpu, execute=execute, kernels=kernels)
         self._gradients = GradientNamer(model, self._tracker, self._modules)
         self._optimizers = OptimizerNamer(
             self._tracker, self._modules, before=self._optimizer_begins, after=self._optimizer_ends, on_gpu=on_gpu
@@ -86,8 +92,8 @@ class Recorder:
         self._tracker.settle()
 
     def _take_in(self) -> None:
-        """The memory that is there before anything runs: weights, buffers, and gradients and state of an earlier step."""
-        for name, parameter in self._model.named_parameters():
+        """The memory there before anything runs: weights, buffers, and gradients and state of an earlier step."""
+        for parameter in self._model.parameters():
             self._tracker.own(parameter, "parameter", module=self._modules.of_parameter(parameter))
             if parameter.grad is not None:
                 self._tracker.own(parameter.grad, "gradient", module=self._modules.of_parameter(parameter))
@@ -160,13 +166,25 @@ class Recorder:
         columns = np.array(seen.births, dtype=np.int64).T
         requested, module, op, phase, step, micro_batch, born = (np.ascontiguousarray(column) for column in columns)
         marks = np.array(seen.marks, dtype=np.int64).T
-        size = np.array([self._round(int(s)) for s in requested]) if self._round else requested
         return Trace(
-            size=size, requested=requested, category=np.array(seen.category, dtype=np.int64), module=module, op=op, phase=phase,
-            step=step, micro_batch=micro_batch, born=born, freed=np.array(seen.freed, dtype=np.int64),
-            mark_event=marks[0], mark_phase=marks[1], mark_step=marks[2], mark_micro_batch=marks[3],
-            modules=tuple(self._modules.names), ops=tuple(self._tracker.ops), meta=self._finished_meta(),
-        )  # fmt: skip
+            size=requested,
+            requested=requested,
+            category=np.array(seen.category, dtype=np.int64),
+            module=module,
+            op=op,
+            phase=phase,
+            step=step,
+            micro_batch=micro_batch,
+            born=born,
+            freed=np.array(seen.freed, dtype=np.int64),
+            mark_event=marks[0],
+            mark_phase=marks[1],
+            mark_step=marks[2],
+            mark_micro_batch=marks[3],
+            modules=tuple(self._modules.names),
+            ops=tuple(self._tracker.ops),
+            meta=self._finished_meta(),
+        )
 
     def _finished_meta(self) -> dict[str, Any]:
         parameters = list(self._model.parameters())

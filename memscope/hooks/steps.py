@@ -24,8 +24,10 @@ _TORCH_FOLDER = str(Path(torch.__file__).parent)
 
 
 def prepare_steps(workload: Workload, steps: int) -> list[list[MicroBatch]]:
-    """The micro-batches of each step, on the host. Every step takes the first batch, so that the second one is the first's equal but
-    for the optimizer state that is there by then.
+    """The micro-batches of each step, on the host.
+
+    Every step takes the first batch, so that the second step equals the first but for the optimizer state that is there
+    by then.
 
     Raises:
         UsageError: when there is no data, no step, or a batch cannot be split as the plan says.
@@ -79,7 +81,10 @@ def target_error(name: str, error: Exception) -> TargetError:
 
 
 def where(error: BaseException) -> str:
-    """` (file:line, in function: code)` of the innermost line that is neither PyTorch's nor memscope's own; empty if there is none."""
+    """Where an error came from, as ` (at file:line, in function: code)`.
+
+    The innermost line that is neither PyTorch's nor memscope's own; empty if there is none.
+    """
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)

@@ -1,14 +1,14 @@
 """Every storage born and freed, seen from underneath autograd.
 
-A dispatch mode sees each operator after autograd and autocast have done their part: what comes out is what the device really
-holds. What is followed is the *storage*: views and in-place results share one, a resize replaces one. Only weak references are
-kept, so nothing lives longer for being watched.
+A dispatch mode sees each operator after autograd and autocast have done their part: what comes out is what the device
+really holds. What is followed is the *storage*: views and in-place results share one, a resize replaces one. Only weak
+references are kept, so nothing lives longer for being watched.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,10 +21,11 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from memscope.hooks.kernels import Kernels, Workspace
 from memscope.hooks.modules import ModuleStack
 from memscope.trace import CATEGORIES, PHASES, Category, Phase
 
-__all__ = ["Allocations", "StorageTracker"]
+__all__ = ["Allocations", "Execute", "StorageTracker"]
 
 _current_task: Callable[[], int] = torch._C._current_graph_task_id
 _has_kernel: Callable[[str, str], bool] = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -34,8 +35,8 @@ _device_of = torch.ops.prim.device.default
 _PLAIN = {Tensor, nn.Parameter, FakeTensor}
 _UNKNOWN = -1
 _RESIZE = 1
-_PARAMETER, _WEIGHT_COPY, _ACTIVATION, _TEMPORARY, _OTHER = (
-    CATEGORIES.index(c) for c in ("parameter", "weight_copy", "activation", "temporary", "other")
+_PARAMETER, _WEIGHT_COPY, _ACTIVATION, _TEMPORARY, _WORKSPACE, _OTHER = (
+    CATEGORIES.index(c) for c in ("parameter", "weight_copy", "activation", "temporary", "workspace", "other")
 )
 _BACKWARD, _RECOMPUTE = PHASES.index("backward"), PHASES.index("recompute")
 
@@ -65,6 +66,7 @@ class _Op(NamedTuple):
     is_copy: bool
     is_composite: bool
     makes_host_scalar: bool
+    takes_workspace: bool
 
 
 @dataclass
@@ -77,7 +79,7 @@ class Allocations:
     marks: list[tuple[int, int, int, int]] = field(default_factory=list)
     """`(event, phase, step, micro_batch)` whenever one of the last three changes."""
     flops: dict[int, int] = field(default_factory=dict)
-    """Floating-point operations of matrix products, convolutions and attention, by step (`torch.utils.flop_counter`)."""
+    """Floating-point operations of matrix products, convolutions and attention by step (`torch.utils.flop_counter`)."""
 
 
 class StorageTracker(TorchDispatchMode):
@@ -90,17 +92,28 @@ class StorageTracker(TorchDispatchMode):
         saw_backward: whether a backward pass has run since the last forward phase began.
     """
 
-    def __init__(self, modules: ModuleStack, *, host_scalars: bool, execute: Execute | None = None) -> None:
-        """
+    def __init__(
+        self,
+        modules: ModuleStack,
+        *,
+        host_scalars: bool,
+        execute: Execute | None = None,
+        kernels: Kernels | None = None,
+    ) -> None:
+        """Prepare to follow; nothing is seen before the tracker is entered.
+
         Args:
             modules: who is at work.
             host_scalars: a 0-dimensional `torch.tensor(x)` stays on the host, as it does when the device is a GPU.
             execute: runs an operator, `execute(func, args, kwargs)`; None: `func(*args, **kwargs)`.
+            kernels: what kernels take inside themselves; None: it is not simulated.
         """
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.seen = Allocations()
         self.ops: list[str] = ["", "UntypedStorage.resize_"]
         self._modules, self._host_scalars, self._execute = modules, host_scalars, execute or _run
+        self._kernels = kernels
+        self._kept_workspaces: dict[tuple[bool, str], int] = {}
         self._known_ops: dict[OpOverload, _Op] = {}
         self._live: dict[int, tuple[int, _StorageRef]] = {}
         self._hidden: dict[int, _StorageRef] = {}
@@ -157,7 +170,7 @@ class StorageTracker(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Dispatch straight here: the wrapper that hides a mode from torch.compile costs as much as the tracking itself."""
+        """Dispatch straight here: the wrapper that hides a mode from torch.compile costs as much as the tracking."""
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -171,11 +184,20 @@ class StorageTracker(TorchDispatchMode):
             with self:
                 return func.decompose(*args, **(kwargs or {}))
         self._locate()
-        out = self._execute(func, args, kwargs or {})
+        kwargs = kwargs or {}
+        workspaces = self._kernels(func, args, kwargs) if op.takes_workspace and self._kernels else ()
+        held: dict[str, int] = {}
+        self._take([w for w in workspaces if w.before_outputs], held, op.code)
+        out = self._execute(func, args, kwargs)
         if op.flops is not None:
-            self.seen.flops[self.step] = self.seen.flops.get(self.step, 0) + op.flops(
-                *args, **(kwargs or {}), out_val=out
-            )
+            self.seen.flops[self.step] = self.seen.flops.get(self.step, 0) + op.flops(*args, **kwargs, out_val=out)
+        self._see_outputs(op, args, out)
+        self._take([w for w in workspaces if not w.before_outputs], held, op.code)
+        for index in held.values():
+            self._free(index)
+        return out
+
+    def _see_outputs(self, op: _Op, args: Any, out: Any) -> None:
         if isinstance(out, Tensor):
             if op.makes_host_scalar and out.ndim == 0:
                 self.hide(out)
@@ -185,7 +207,16 @@ class StorageTracker(TorchDispatchMode):
             for item in out:
                 if isinstance(item, Tensor):
                     self._see(item, op.code, _UNKNOWN)
-        return out
+
+    def _take(self, workspaces: Sequence[Workspace], held: dict[str, int], op: int) -> None:
+        """Take a kernel's workspaces: `held` until it ends, or kept for good, once a thread (autograd has its own)."""
+        for workspace in workspaces:
+            for name in workspace.frees:
+                self._free(held.pop(name))
+            if workspace.lifetime == "op":
+                held[workspace.name] = self._enter(workspace.size_bytes, op, _WORKSPACE)
+            elif (owner := (_current_task() >= 0, workspace.key)) not in self._kept_workspaces:
+                self._kept_workspaces[owner] = self._enter(workspace.size_bytes, op, _WORKSPACE)
 
     def _learn(self, func: OpOverload) -> _Op:
         name = str(func)
@@ -196,6 +227,7 @@ class StorageTracker(TorchDispatchMode):
             is_copy=name == "aten._to_copy.default",
             is_composite=func.namespace != "prim" and _has_kernel(func.name(), "CompositeImplicitAutograd"),
             makes_host_scalar=self._host_scalars and name == "aten.lift_fresh.default",
+            takes_workspace=self._kernels is not None and self._kernels.covers(name),
         )
         return op
 
@@ -257,24 +289,26 @@ class StorageTracker(TorchDispatchMode):
 
     # What others know of storages.
 
-    def own(self, tensor: Tensor, category: Category, *, module: int = 0) -> None:
-        """Say what a tensor's storage is for; one not seen so far is taken in as born now."""
-        tensor = tensor.detach() if tensor.requires_grad else tensor
+    def own(self, tensor: Tensor, category: Category, *, module: int | None = None) -> None:
+        """Say what a tensor's storage is for, and whose it is; one not seen so far is taken in as born now."""
         for part in _parts(tensor):
             storage = part.untyped_storage()
             key = storage._cdata
-            if key not in self._live and key not in self._hidden:
-                self._module = module
+            if key in self._live:
+                index = self._live[key][0]
+                self.seen.category[index] = CATEGORIES.index(category)
+                if module is not None:
+                    self.seen.births[index] = self.seen.births[index]._replace(module=module)
+            elif key not in self._hidden:
+                self._module = module or 0
                 self._bear(storage, key, 0, CATEGORIES.index(category))
-            elif key in self._live:
-                self.seen.category[self._live[key][0]] = CATEGORIES.index(category)
 
     def hide(self, tensor: Tensor) -> None:
         """A tensor that is on the host: whatever was seen of it does not count."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._live:
-            ref = _StorageRef(storage, lambda ref: self._hidden.pop(ref.key, None) and None)  # type: ignore[attr-defined]
+            ref = _StorageRef(storage, lambda ref: self._hidden.pop(ref.key, None) and None)
             ref.key = key
             self._hidden[key] = ref
 
@@ -282,18 +316,18 @@ class StorageTracker(TorchDispatchMode):
         tracker, resize = self, self._resize
 
         def resize_(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
-            result = resize(storage, size)
+            result: torch.UntypedStorage = resize(storage, size)
             if storage._cdata in tracker._live:
                 tracker._locate()
                 tracker._replace(storage, storage._cdata, _RESIZE)
             return result
 
         torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign, assignment]
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
 
     def settle(self) -> None:

@@ -1,12 +1,14 @@
 """CUDA's autocast policy, on tensors that stand for CUDA tensors.
 
-A simulation traces CPU tensors, whose autocast casts other operators than CUDA's: on CUDA, softmax, pow, rsqrt, norms, sums and losses
-run in float32, on the CPU most of them do not. For the length of a simulation the differing operators get CUDA's policy, registered on
-the `AutocastCPU` key; operators with the same policy on both keep PyTorch's own kernel and its cache of cast weights.
+A simulation traces CPU tensors, whose autocast casts other operators than CUDA's: on CUDA, softmax, pow, rsqrt, norms,
+sums and losses run in float32, on the CPU most of them do not. For the length of a simulation the differing operators
+get CUDA's policy, registered on the `AutocastCPU` key; operators with the same policy on both keep PyTorch's own kernel
+and its cache of cast weights.
 
 The lists are those of `AT_FORALL_LOWER_PRECISION_FP`, `AT_FORALL_FP32`, `AT_FORALL_FP32_SET_OPT_DTYPE`,
-`AT_FORALL_DIFFERENT_REDISPATCH_SIGNATURE` and `AT_FORALL_PROMOTE` in aten/src/ATen/autocast_mode.h, and of the `Autocast` block in
-aten/src/ATen/autocast_mode.cpp (PyTorch 2.13). A test holds them against the kernels registered in the PyTorch at hand.
+`AT_FORALL_DIFFERENT_REDISPATCH_SIGNATURE` and `AT_FORALL_PROMOTE` in aten/src/ATen/autocast_mode.h, and of the
+`Autocast` block in aten/src/ATen/autocast_mode.cpp (PyTorch 2.13). A test holds them against the kernels registered in
+the PyTorch at hand.
 """
 
 from __future__ import annotations
@@ -23,22 +25,28 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = ["cuda_autocast_policy", "policies"]
 
-_SAME_ON_CPU = """_convolution.deprecated addbmm addmm baddbmm bmm conv1d conv2d conv3d conv_tbc conv_transpose1d conv_transpose2d.input
-    conv_transpose3d.input linalg_vecdot linear matmul mm prelu scaled_dot_product_attention
-    binary_cross_entropy_with_logits cdist cosine_embedding_loss hinge_embedding_loss huber_loss kl_div l1_loss margin_ranking_loss
-    mse_loss multi_margin_loss multilabel_margin_loss nll_loss nll_loss2d poisson_nll_loss smooth_l1_loss soft_margin_loss
-    triplet_margin_loss"""
-_LOWER_PRECISION = """_convolution _scaled_dot_product_flash_attention _thnn_fused_gru_cell _thnn_fused_lstm_cell addmv addr chain_matmul
-    convolution cudnn_convolution cudnn_convolution_transpose einsum gru_cell linalg_multi_dot lstm_cell mv rnn_relu_cell
-    rnn_tanh_cell"""
+_SAME_ON_CPU = """_convolution.deprecated addbmm addmm baddbmm bmm conv1d conv2d conv3d conv_tbc conv_transpose1d
+    conv_transpose2d.input conv_transpose3d.input linalg_vecdot linear matmul mm prelu scaled_dot_product_attention
+    binary_cross_entropy_with_logits cdist cosine_embedding_loss hinge_embedding_loss huber_loss kl_div l1_loss
+    margin_ranking_loss mse_loss multi_margin_loss multilabel_margin_loss nll_loss nll_loss2d poisson_nll_loss
+    smooth_l1_loss soft_margin_loss triplet_margin_loss"""
+_LOWER_PRECISION = """_convolution _cudnn_rnn _scaled_dot_product_flash_attention _thnn_fused_gru_cell
+    _thnn_fused_lstm_cell addmv addr chain_matmul convolution cudnn_convolution cudnn_convolution_transpose einsum
+    gru_cell linalg_multi_dot lstm_cell mv rnn_relu_cell rnn_tanh_cell"""
 _FLOAT32 = """_upsample_bicubic2d_aa _upsample_bilinear2d_aa _upsample_nearest_exact1d _upsample_nearest_exact2d
-    _upsample_nearest_exact3d acos asin cosh cosine_similarity dist erfinv exp expm1 frobenius_norm.dim group_norm layer_norm log
-    log10 log1p log2 logsumexp native_layer_norm nuclear_norm nuclear_norm.dim pdist pow.Scalar pow.Tensor_Scalar pow.Tensor_Tensor
-    reciprocal renorm rms_norm rsqrt sinh softplus tan upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_nearest1d
-    upsample_nearest2d upsample_nearest3d upsample_trilinear3d"""
-_FLOAT32_OUTPUT = """cumprod cumsum linalg_matrix_norm linalg_matrix_norm.str_ord linalg_vector_norm log_softmax.int prod prod.dim_int
-    softmax.int sum sum.dim_IntList"""
-_FLOAT32_APPENDED = {"norm.Scalar": "norm.ScalarOpt_dtype", "norm.ScalarOpt_dim": "norm.ScalarOpt_dim_dtype"}
+    _upsample_nearest_exact3d acos asin cosh cosine_similarity dist erfinv exp expm1 frobenius_norm.dim group_norm
+    layer_norm log log10 log1p log2 logsumexp native_layer_norm nuclear_norm nuclear_norm.dim pdist pow.Scalar
+    pow.Tensor_Scalar pow.Tensor_Tensor reciprocal renorm rms_norm rsqrt sinh softplus tan upsample_bicubic2d
+    upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d upsample_nearest3d
+    upsample_trilinear3d"""
+_FLOAT32_OUTPUT = """cumprod cumprod.dimname cumsum cumsum.dimname linalg_matrix_norm linalg_matrix_norm.str_ord
+    linalg_vector_norm log_softmax.Dimname log_softmax.int prod prod.dim_Dimname prod.dim_int softmax.Dimname
+    softmax.int sum sum.dim_DimnameList sum.dim_IntList"""
+_FLOAT32_APPENDED = {
+    "norm.Scalar": "norm.ScalarOpt_dtype",
+    "norm.ScalarOpt_dim": "norm.ScalarOpt_dim_dtype",
+    "norm.names_ScalarOpt_dim": "norm.names_ScalarOpt_dim_dtype",
+}
 _WIDEST = "addcdiv addcmul atan2 bilinear cross dot grid_sampler index_put scatter_add tensordot vdot"
 _BANNED = "binary_cross_entropy"
 
@@ -46,11 +54,19 @@ Kernel = Callable[..., Any]
 
 
 def policies() -> dict[str, str]:
-    """Policy of each operator that CUDA's autocast treats: `same`, `lower`, `float32`, `output`, `append`, `widest`, `banned`."""
+    """Policy of each operator that CUDA's autocast treats.
+
+    One of `same`, `lower`, `float32`, `output`, `append`, `widest`, `banned`.
+    """
     lists = {
-        "same": _SAME_ON_CPU, "lower": _LOWER_PRECISION, "float32": _FLOAT32, "output": _FLOAT32_OUTPUT,
-        "append": " ".join(_FLOAT32_APPENDED), "widest": _WIDEST, "banned": _BANNED,
-    }  # fmt: skip
+        "same": _SAME_ON_CPU,
+        "lower": _LOWER_PRECISION,
+        "float32": _FLOAT32,
+        "output": _FLOAT32_OUTPUT,
+        "append": " ".join(_FLOAT32_APPENDED),
+        "widest": _WIDEST,
+        "banned": _BANNED,
+    }
     return {name: policy for policy, names in lists.items() for name in names.split()}
 
 
@@ -68,7 +84,7 @@ def registered(key: str) -> set[str]:
 def cuda_autocast_policy() -> Iterator[None]:
     """Autocast on the CPU follows CUDA's policy, and `torch.autocast("cuda")` means it, until the context is left."""
     weights = _CastWeights()
-    library = torch.library.Library("aten", "IMPL")  # noqa: TOR901 (destroyed below)
+    library = torch.library.Library("aten", "IMPL")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that these kernels override others is the purpose
@@ -150,7 +166,10 @@ def _banned(*args: Any, **kwargs: Any) -> Any:
 
 
 class _CastWeights:
-    """Casts of float32 weights, kept until autocast ends, as PyTorch's own cache does (`cached_cast` in autocast_mode.cpp)."""
+    """Casts of float32 weights, kept until autocast ends, as PyTorch's own cache does.
+
+    Source: `cached_cast` in aten/src/ATen/autocast_mode.cpp.
+    """
 
     def __init__(self) -> None:
         self._casts: Any = WeakTensorKeyDictionary()
@@ -190,7 +209,7 @@ def _autocast_cuda_means_cpu() -> Iterator[None]:
             device_type, dtype = "cpu", dtype or torch.get_autocast_dtype("cuda")
         initialize(self, device_type, dtype, *args, **kwargs)
 
-    torch.autocast.__init__ = on_standin  # type: ignore[method-assign, assignment]
+    torch.autocast.__init__ = on_standin  # type: ignore[method-assign]
     try:
         yield
     finally:

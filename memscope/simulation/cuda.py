@@ -1,8 +1,8 @@
 """What PyTorch does differently on CUDA, on tensors that stand for CUDA tensors.
 
-A simulation runs fake CPU tensors (fake CUDA tensors abort a CPU build, and their backward needs a GPU even in a CUDA build). Inside
-`cuda_semantics` those tensors are treated as PyTorch treats CUDA tensors; each difference has its source here. On leaving, also by an
-exception, everything is as it was.
+A simulation runs fake CPU tensors (fake CUDA tensors abort a CPU build, and their backward needs a GPU even in a CUDA
+build). Inside `cuda_semantics` those tensors are treated as PyTorch treats CUDA tensors; each difference has its source
+here. On leaving, also by an exception, everything is as it was.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import optimizer as torch_optimizer
+from torch.overrides import TorchFunctionMode
 from torch.utils import _foreach_utils
 
 from memscope.simulation.autocast import cuda_autocast_policy
@@ -29,8 +30,29 @@ aten = torch.ops.aten
 @contextlib.contextmanager
 def cuda_semantics(capability: tuple[int, int]) -> Iterator[None]:
     """CPU tensors are treated as CUDA tensors of a GPU with the compute capability `(major, minor)`."""
-    with cuda_autocast_policy(), _fused_kernels(capability), _foreach_optimizers():
+    with cuda_autocast_policy(), _fused_kernels(capability), _foreach_optimizers(), _CudaIsHere():
         yield
+
+
+class _CudaIsHere(TorchFunctionMode):
+    """A device named `cuda` in the target's own code is the one the stand-ins are on."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.cuda:
+            return args[0]
+        kwargs = kwargs or {}
+        if func is not torch.device and any(_names_cuda(value) for value in (*args, *kwargs.values())):
+            args = [_CPU if _names_cuda(value) else value for value in args]
+            kwargs = {name: _CPU if _names_cuda(value) else value for name, value in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+_CPU = torch.device("cpu")
+
+
+def _names_cuda(value: Any) -> bool:
+    kind = type(value)
+    return (kind is torch.device and value.type == "cuda") or (kind is str and value.partition(":")[0] == "cuda")
 
 
 @contextlib.contextmanager
@@ -39,7 +61,7 @@ def fake_tensors_use_foreach() -> Iterator[None]:
 
     Source: `_foreach_supported_types` in torch/utils/_foreach_utils.py and torch/optim/optimizer.py (2.6 to 2.13).
     """
-    lists = [_foreach_utils._foreach_supported_types, torch_optimizer._foreach_supported_types]
+    lists: list[list[Any]] = [_foreach_utils._foreach_supported_types, torch_optimizer._foreach_supported_types]
     for supported in lists:
         supported.append(FakeTensor)
     try:
@@ -53,14 +75,16 @@ def fake_tensors_use_foreach() -> Iterator[None]:
 def _foreach_optimizers() -> Iterator[None]:
     """Optimizers take their foreach implementation by default, with temporaries as large as what they update.
 
-    Source: `_default_to_fused_or_foreach` in torch/optim/optimizer.py, which asks whether the device is CUDA (2.6 to 2.13).
+    Source: `_default_to_fused_or_foreach` in torch/optim/optimizer.py, which asks whether the device is CUDA
+    (2.6 to 2.13).
     """
-    supported = torch_optimizer._get_foreach_kernels_supported_devices
-    torch_optimizer._get_foreach_kernels_supported_devices = lambda: [*supported(), "cpu"]
+    asked: Any = torch_optimizer  # it looks this function up among its own names, and does not export it
+    supported = asked._get_foreach_kernels_supported_devices
+    asked._get_foreach_kernels_supported_devices = lambda: [*supported(), "cpu"]
     try:
         yield
     finally:
-        torch_optimizer._get_foreach_kernels_supported_devices = supported
+        asked._get_foreach_kernels_supported_devices = supported
 
 
 @contextlib.contextmanager
@@ -69,7 +93,7 @@ def _fused_kernels(capability: tuple[int, int]) -> Iterator[None]:
         "dropout": _dropout,
         "scaled_dot_product_attention": lambda *args, **kwargs: _attention(capability, *args, **kwargs),
     }
-    library = torch.library.Library("aten", "IMPL")  # noqa: TOR901 (destroyed below)
+    library = torch.library.Library("aten", "IMPL")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that these kernels override others is the purpose
@@ -82,7 +106,10 @@ def _fused_kernels(capability: tuple[int, int]) -> Iterator[None]:
 
 
 def _dropout(tensor: Tensor, p: float, train: bool) -> Tensor:
-    """One kernel that keeps a one-byte mask. Source: `is_fused_kernel_acceptable`, aten/src/ATen/native/Dropout.cpp (2.0 to 2.13)."""
+    """One kernel that keeps a one-byte mask.
+
+    Source: `is_fused_kernel_acceptable`, aten/src/ATen/native/Dropout.cpp (2.0 to 2.13).
+    """
     if train and 0 < p < 1 and tensor.numel() > 0:
         return aten.native_dropout(tensor, p, train)[0]  # type: ignore[no-any-return]
     if p == 0 or not train or tensor.numel() == 0:
@@ -102,8 +129,10 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """The first kernel that accepts the arguments. Source: `sdp_utils.cpp` and `attention.cpp` in
-    aten/src/ATen/native/transformers (2.5 to 2.13): flash, memory-efficient, math."""
+    """The first kernel that accepts the arguments: flash, memory-efficient, math.
+
+    Source: `sdp_utils.cpp` and `attention.cpp` in aten/src/ATen/native/transformers (2.5 to 2.13).
+    """
     if _flash_accepts(capability, query, key, value, attn_mask, is_causal, enable_gqa):
         return _flash(query, key, value, dropout_p, is_causal, scale)
     if _efficient_accepts(capability, query, key, value, attn_mask):
@@ -181,7 +210,10 @@ def _efficient_accepts(
 
 
 def _bias(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
-    """A boolean mask becomes an additive one; its last dimension is padded to a multiple of 16 (`preprocess_mask`, attention.cpp)."""
+    """A boolean mask becomes an additive one, its last dimension padded to a multiple of 16.
+
+    Source: `preprocess_mask` in attention.cpp.
+    """
     if mask is None:
         return None
     if mask.dtype is torch.bool:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import fake_tensor
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from memscope.errors import MemscopeError, TargetError
 from memscope.hooks.recorder import Recorder
 from memscope.hooks.steps import Progress, prepare_steps, record_steps, run_meta, target_error, where
+from memscope.simulation.allocator import AllocatorSettings
 from memscope.simulation.cuda import cuda_semantics, fake_tensors_use_foreach
+from memscope.simulation.device_memory import KernelWorkspaces, on_device
 from memscope.simulation.devices import Device, get_device
 from memscope.simulation.remember import RememberedOperators
 from memscope.strategies import Plan
@@ -33,20 +36,23 @@ def simulate(
     device: str | Device = "gpu",
     strategies: str | Plan = "",
     steps: int = 2,
+    allocator: AllocatorSettings | None = None,
     progress: Progress | None = None,
 ) -> Trace:
     """Trace `steps` training steps without computing anything.
 
     Args:
-        workload: what to train, or a function that builds it. Built by a function, the model's weights take no memory; a workload
-            given as such is copied, and stays as it is.
+        workload: what to train, or a function that builds it. Built by a function, the model's weights take no memory;
+            a workload given as such is copied, and stays as it is.
         device: a name that `memscope devices` lists: `gpu` (an NVIDIA GPU without a limit), a certain GPU, or `cpu`.
         strategies: a plan such as `lora:r=8,amp`, applied before the first step.
         steps: optimizer steps to trace; from the second on, the optimizer's state is there.
+        allocator: settings of PyTorch's caching allocator; None: what `PYTORCH_CUDA_ALLOC_CONF` says.
         progress: called after each step.
 
     Returns:
-        The trace; allocation sizes are rounded as the device's allocator rounds them.
+        The trace. Its sizes are the blocks that PyTorch's allocator would give on the device, workspaces of kernels
+        included; `meta["out_of_memory"]` says where the device would run out, if it would.
 
     Raises:
         TargetError: when the target's code fails, or needs values that a simulation does not have.
@@ -54,6 +60,8 @@ def simulate(
     """
     device = get_device(device) if isinstance(device, str) else device
     plan = Plan.parse(strategies) if isinstance(strategies, str) else strategies
+    settings = AllocatorSettings.from_environment(os.environ) if allocator is None else allocator
+    kernels = KernelWorkspaces(device) if device.kind == "cuda" else None
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with _simulated(device), _explained():
         with mode:
@@ -65,12 +73,16 @@ def simulate(
             recorder = Recorder(
                 built.model,
                 meta={**run_meta(built, plan, device.name, simulated=True), "seconds": None},
-                round_size=device.round_size,
                 on_gpu=device.kind == "cuda",
                 execute=RememberedOperators(mode),
+                kernels=kernels,
             )
             record_steps(built, pieces, training, recorder, progress)
-    return recorder.trace()
+    trace = recorder.trace()
+    if kernels is None:
+        return trace
+    trace = dataclasses.replace(trace, meta={**trace.meta, "estimated_workspaces": sorted(kernels.estimated)})
+    return on_device(trace, device, settings)
 
 
 def _build(workload: Workload | Callable[[], Workload], mode: FakeTensorMode) -> Workload:
@@ -95,6 +107,7 @@ def _simulated(device: Device) -> Iterator[None]:
     with contextlib.ExitStack() as scopes:
         scopes.enter_context(fake_tensors_use_foreach())
         scopes.enter_context(_gradients_are_finite())
+        scopes.enter_context(_modules_convert_fake_weights())
         if device.kind == "cuda":
             scopes.enter_context(cuda_semantics(device.capability))
         yield
@@ -108,11 +121,50 @@ def _gradients_are_finite() -> Iterator[None]:
     def step(scaler: Any, optimizer: torch.optim.Optimizer, state: Any, *args: Any, **kwargs: Any) -> Any:
         return optimizer.step(*args, **kwargs)
 
-    torch.amp.GradScaler._maybe_opt_step = step  # type: ignore[method-assign]
+    torch.amp.GradScaler._maybe_opt_step = step  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
         torch.amp.GradScaler._maybe_opt_step = may_step  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def _modules_convert_fake_weights() -> Iterator[None]:
+    """`module.to(...)` puts new weights in place: PyTorch would swap tensors, which fake ones do not allow.
+
+    Source: `Module._apply` in torch/nn/modules/module.py and `torch.utils.swap_tensors` (2.6 to 2.13).
+    """
+    convert: Callable[..., nn.Module] = nn.Module._apply
+    converted: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        tensors = [*module.parameters(recurse), *module.buffers(recurse)]
+        if not any(isinstance(tensor, FakeTensor) for tensor in tensors):
+            return convert(module, fn, recurse)
+        for part in module.modules() if recurse else [module]:
+            for table in (part._parameters, part._buffers):
+                for name, tensor in table.items():
+                    if tensor is not None:
+                        table[name] = _converted(tensor, fn, converted)
+        return module
+
+    nn.Module._apply = apply  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module._apply = convert  # type: ignore[method-assign]
+
+
+def _converted(tensor: Tensor, fn: Callable[[Tensor], Tensor], known: dict[int, tuple[Tensor, Tensor]]) -> Any:
+    """The tensor after `fn`, the same one for a tensor that several modules share."""
+    if id(tensor) not in known:
+        with torch.no_grad():
+            result = fn(tensor)
+        if result is not tensor and isinstance(tensor, nn.Parameter):
+            result = nn.Parameter(result, requires_grad=tensor.requires_grad)
+        known[id(tensor)] = (tensor, result)
+        known[id(result)] = (result, result)
+    return known[id(tensor)][1]
 
 
 @contextlib.contextmanager
@@ -124,7 +176,8 @@ def _explained() -> Iterator[None]:
         cause = error.__cause__
         if isinstance(cause, (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException)):
             raise TargetError(
-                f"the target needs the value of a tensor, which a simulation does not have: {cause.func}{where(cause)}. "
+                "the target needs the value of a tensor, which a simulation does not have: "
+                f"{cause.func}{where(cause)}. "
                 "Compute it without .item(), boolean masks or nonzero(), or record a real run: --device cpu"
             ) from cause
         if isinstance(cause, fake_tensor.UnsupportedOperatorException):

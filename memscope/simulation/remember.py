@@ -1,9 +1,9 @@
 """Operators on fake tensors, each worked out once for every combination of shapes.
 
-A transformer runs the same few hundred operators on the same shapes over and over. `FakeTensorMode` works each of them out, with a
-cache of its own that still costs most of a simulation. Here the answer to "what comes out, and of whose storage is it a view" is kept
-by operator, dtypes, sizes and strides, and the result is built straight from it. Whatever is unusual (known constants,
-sparse layouts, shapes that depend on data) goes to `FakeTensorMode` each time.
+A transformer runs the same few hundred operators on the same shapes over and over. `FakeTensorMode` works each of them
+out, with a cache of its own that still costs most of a simulation. Here the answer to "what comes out, and of whose
+storage is it a view" is kept by operator, dtypes, sizes and strides, and the result is built straight from it. Whatever
+is unusual (known constants, sparse layouts, shapes that depend on data) goes to `FakeTensorMode` each time.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class RememberedOperators:
             self._attributes = dict(vars(torch.empty(0)))
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What `func(*args, **kwargs)` gives, worked out or remembered."""
         tensors: list[FakeTensor] = []
         parts: list[Any] = [func]
         if not (
@@ -73,7 +74,7 @@ class RememberedOperators:
                 data = torch.empty_strided(result.size, result.stride, dtype=result.dtype, device="meta")
             else:
                 data = torch.empty(0, dtype=result.dtype, device="meta")
-                data.set_(tensors[result.view_of].untyped_storage(), result.offset, result.size, result.stride)  # type: ignore[call-overload]
+                data.set_(tensors[result.view_of].untyped_storage(), result.offset, result.size, result.stride)
             if result.is_conj:
                 torch._C._set_conj(data, True)
             # What FakeTensor's constructor does, less the checks of its arguments: a third of a simulation's time.
@@ -141,4 +142,4 @@ def _result(out: Tensor, tensors: list[FakeTensor]) -> _Result | None:
     fresh_size = 1 + sum((n - 1) * s for n, s in zip(out.size(), out.stride(), strict=True)) if out.numel() else 0
     if view_of < 0 and (out.storage_offset() or storage.nbytes() != fresh_size * out.element_size()):
         return None
-    return _Result(same, view_of, out.dtype, out.size(), out.stride(), out.storage_offset(), out.is_conj())
+    return _Result(same, view_of, out.dtype, out.size(), out.stride(), int(out.storage_offset()), out.is_conj())

@@ -1,8 +1,8 @@
 """Strategies: what can be done to a training step to change its memory, as plugins.
 
-A strategy changes a `Workload` before its first step. It is found through the entry-point group `memscope.strategies`; the built-in
-ones use the same table. A *plan* is text such as `lora:r=16,targets=wq+wv,amp:dtype=bf16,ckpt`: a comma-separated word that has a `=`
-before any `:` belongs to the strategy before it, any other word starts a new strategy.
+A strategy changes a `Workload` before its first step. It is found through the entry-point group `memscope.strategies`;
+the built-in ones use the same table. A *plan* is text such as `lora:r=16,targets=wq+wv,amp:dtype=bf16,ckpt`: a
+comma-separated word that has a `=` before any `:` belongs to the strategy before it, any other word starts a new one.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Problem:
 
 
 class Strategy(Protocol):
-    """One way to change a training step. Subclass it, name it, and write `apply`; the class docstring is its help text."""
+    """One way to change a training step. Subclass it, name it, write `apply`; the class docstring is its help text."""
 
     name: ClassVar[str]
     stage: ClassVar[Stage]
@@ -69,7 +69,7 @@ class Strategy(Protocol):
     conflicts: ClassVar[frozenset[str]] = frozenset()
     """Strategies or features it cannot be combined with."""
     textbook: ClassVar[Mapping[str, str]] = {}
-    """What is usually said of it: row of Table 1 to ↑, ↓ or –. Only ever used to point out where a run says otherwise."""
+    """What is usually said of it: row of Table 1 to ↑, ↓ or –. Only used to point out where a run says otherwise."""
     config: Any
 
     def __init__(self, config: Any = None) -> None:
@@ -81,6 +81,7 @@ class Strategy(Protocol):
 
     def baseline(self, workload: Workload) -> None:
         """Change the workload that runs without this strategy, so that the comparison is fair. Usually nothing."""
+        return None  # a body, or type checkers would take it for abstract
 
     def apply(self, workload: Workload) -> None:
         """Change the workload. Called only when `check` found no problem; changing nothing is an error."""

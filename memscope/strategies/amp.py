@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -17,21 +18,32 @@ _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class AMP(Strategy):
-    """Run matrix products and attention in a lower precision with `torch.autocast`; weights keep their own. float16 adds a
-    `torch.amp.GradScaler`."""
+    """Run matrix products and attention in a lower precision with `torch.autocast`; weights keep their own.
+
+    float16 adds a `torch.amp.GradScaler`.
+    """
 
     name = "amp"
     stage = Stage.STEP
     exact = False
     provides = frozenset({"autocast"})
-    textbook = {"parameter": "↓", "activation": "↓", "gradient": "↓", "optimizer_state": "–", "computation": "↓"}
+    textbook: ClassVar[Mapping[str, str]] = {
+        "parameter": "↓",
+        "activation": "↓",
+        "gradient": "↓",
+        "optimizer_state": "–",
+        "computation": "↓",
+    }
 
     @dataclass(frozen=True)
     class Config:
+        """Which precision."""
+
         dtype: Literal["fp16", "bf16"] = "fp16"
         """The lower precision: fp16 or bf16."""
 
     def check(self, workload: Workload) -> list[Problem]:
+        """Trained weights in float16, whose gradients a scaler refuses."""
         dtype = _DTYPES[self.config.dtype]
         trained = {p.dtype for p in workload.model.parameters() if p.requires_grad}
         if dtype is torch.float16 and torch.float16 in trained:
@@ -44,5 +56,6 @@ class AMP(Strategy):
         return []
 
     def apply(self, workload: Workload) -> None:
+        """Set autocast and gradient scaler."""
         dtype = _DTYPES[self.config.dtype]
         workload.plan = dataclasses.replace(workload.plan, autocast=dtype, grad_scaler=dtype is torch.float16)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -24,14 +24,23 @@ class Checkpoint(Strategy):
     stage = Stage.WRAP
     exact = True
     provides = frozenset({"recomputation"})
-    textbook = {"parameter": "–", "activation": "↓", "gradient": "–", "optimizer_state": "–", "computation": "↑"}
+    textbook: ClassVar[Mapping[str, str]] = {
+        "parameter": "–",
+        "activation": "↓",
+        "gradient": "–",
+        "optimizer_state": "–",
+        "computation": "↑",
+    }
 
     @dataclass(frozen=True)
     class Config:
+        """Which layers are recomputed."""
+
         layers: str = "all"
-        """Which layers: all, every-2 (the first and each second one after it), 0-15, 3+7+11, or several of these joined by +."""
+        """Which layers: all, every-2 (the first and each second one after it), 0-15, 3; or several, joined by +."""
 
     def check(self, workload: Workload) -> list[Problem]:
+        """A model without layers, and a choice that it does not have."""
         try:
             chosen_layers(self.config.layers, len(find_layers(workload.model)))
         except UsageError as error:
@@ -39,13 +48,14 @@ class Checkpoint(Strategy):
         return []
 
     def apply(self, workload: Workload) -> None:
+        """Wrap the forward of each chosen layer; modules, names and weights stay as they are."""
         layers = find_layers(workload.model)
-        for index in chosen_layers(self.config.layers, len(layers)):
-            layers[index].forward = _Checkpointed(layers[index].forward)  # type: ignore[method-assign]
+        for layer in dict.fromkeys(layers[index] for index in chosen_layers(self.config.layers, len(layers))):
+            layer.forward = _Checkpointed(layer.forward)
 
 
 class _Checkpointed:
-    """A forward function whose activations are computed again when the backward pass needs them; random state is preserved."""
+    """A forward function whose activations are computed again in the backward pass; random state is preserved."""
 
     def __init__(self, forward: Callable[..., Any]) -> None:
         self.forward = forward
@@ -55,7 +65,7 @@ class _Checkpointed:
 
 
 def find_layers(model: nn.Module) -> list[nn.Module]:
-    """The model's layers: the largest list of modules of one class (`nn.ModuleList` or `nn.Sequential`), found by structure.
+    """The model's layers: its largest list (`nn.ModuleList` or `nn.Sequential`) of modules of one class.
 
     Raises:
         UsageError: when there is no list with two modules of one class.
@@ -92,7 +102,9 @@ def chosen_layers(text: str, count: int) -> list[int]:
             chosen |= set(range(0, count, int(every[1])))
         elif span:
             first, last = int(span[1]), int(span[2] or span[1])
-            if last < first or last >= count:
+            if last < first:
+                raise UsageError(f'"{word}" runs backwards: write {last}-{first}')
+            if last >= count:
                 raise UsageError(f'"{word}" is outside the model: it has layers 0 to {count - 1}')
             chosen |= set(range(first, last + 1))
         else:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from memscope.errors import UsageError
 from memscope.strategies import Problem, Stage, Strategy
@@ -19,16 +21,27 @@ class GradientAccumulation(Strategy):
     stage = Stage.STEP
     exact = True
     provides = frozenset({"accumulation"})
-    textbook = {"parameter": "–", "activation": "↓", "gradient": "–", "optimizer_state": "–", "computation": "–"}
+    textbook: ClassVar[Mapping[str, str]] = {
+        "parameter": "–",
+        "activation": "↓",
+        "gradient": "–",
+        "optimizer_state": "–",
+        "computation": "–",
+    }
 
     @dataclass(frozen=True)
     class Config:
+        """How many pieces."""
+
         steps: int = 8
         """Micro-batches a step; the step's batch must divide into them."""
 
     def check(self, workload: Workload) -> list[Problem]:
+        """A step's batch that does not divide into the micro-batches."""
         if self.config.steps < 1:
             return [Problem(f"steps={self.config.steps} is no number of micro-batches", "choose at least 1")]
+        if not len(workload.batches):  # refused when the workload is run, with this strategy or without
+            return []
         try:
             workload.split(workload.batches[0], self.config.steps)
         except UsageError as error:
@@ -40,4 +53,5 @@ class GradientAccumulation(Strategy):
         workload.plan = dataclasses.replace(workload.plan, micro_batches=1)
 
     def apply(self, workload: Workload) -> None:
+        """Set the number of micro-batches."""
         workload.plan = dataclasses.replace(workload.plan, micro_batches=self.config.steps)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +24,18 @@ class LoRA(Strategy):
     stage = Stage.ADAPT
     exact = False
     provides = frozenset({"adapters"})
-    textbook = {"parameter": "↑", "activation": "–", "gradient": "↓", "optimizer_state": "↓", "computation": "↓"}
+    textbook: ClassVar[Mapping[str, str]] = {
+        "parameter": "↑",
+        "activation": "–",
+        "gradient": "↓",
+        "optimizer_state": "↓",
+        "computation": "↓",
+    }
 
     @dataclass(frozen=True)
     class Config:
+        """What is adapted, and how much."""
+
         r: int = 16
         """Rank of the update."""
         alpha: float = 32.0
@@ -38,6 +46,7 @@ class LoRA(Strategy):
         """Linear layers to adapt: last parts of module names, joined by +."""
 
     def check(self, workload: Workload) -> list[Problem]:
+        """Settings out of their range, and targets that cannot be adapted."""
         config, problems = self.config, []
         if config.r < 1:
             problems.append(Problem(f"r={config.r} is no rank", "choose at least 1"))
@@ -45,16 +54,21 @@ class LoRA(Strategy):
             problems.append(
                 Problem(f"dropout={config.dropout} is no probability", "choose 0 up to, but not including, 1")
             )
-        linear = {name for name, module in workload.model.named_modules() if type(module) is nn.Linear}
+        linear = [name for name, module in workload.model.named_modules() if type(module) is nn.Linear]
+        tied = _tied(workload.model)
+        fits = {name.rpartition(".")[2] for name in linear if name not in tied}
         for target in config.targets:
-            if not any(_matches(name, target) for name in linear):
-                tails = Counter(name.rpartition(".")[2] for name in linear)
-                problems.append(
-                    Problem(f'targets={target} matches no linear layer of "{workload.name}"', nearest(target, tails))
-                )
+            matched = [name for name in linear if _matches(name, target)]
+            if not matched:
+                what = f'targets={target} matches no linear layer of "{workload.name}"'
+                problems.append(Problem(what, nearest(target, fits)))
+            for name in tied.keys() & matched:
+                what = f'targets={target} matches "{name}", which shares its weight with "{tied[name]}"'
+                problems.append(Problem(what, f"leave it out. {nearest(target, fits)}"))
         return problems
 
     def apply(self, workload: Workload) -> None:
+        """Freeze everything and put a `LoRALinear` in the place of each chosen layer."""
         config, model = self.config, workload.model
         model.requires_grad_(False)
         chosen = [
@@ -75,24 +89,37 @@ def _matches(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
+def _tied(model: nn.Module) -> dict[str, str]:
+    """Modules with a parameter that another place in the model has too, each with the name of such a place.
+
+    An update of one would pass the other by, until it is merged and changes both.
+    """
+    places: dict[int, list[str]] = {}
+    for prefix, parent in model.named_modules():
+        for key, module in parent._modules.items():
+            for parameter in module.parameters(recurse=False) if module else ():
+                places.setdefault(id(parameter), []).append(f"{prefix}.{key}" if prefix else key)
+    return {name: next(o for o in names if o != name) for names in places.values() if len(names) > 1 for name in names}
+
+
 class LoRALinear(nn.Linear):
     """A linear layer with its own weight, frozen, and a trained low-rank update.
 
-    `y = x · Wᵀ + b + (dropout(x) · Aᵀ · Bᵀ) · alpha / r` with x `[..., in]`, W `[out, in]`, A `[r, in]`, B `[out, r]`. A starts
-    Gaussian with standard deviation 1/r and B at zero, so the output starts unchanged.
+    `y = x · Wᵀ + b + (dropout(x) · Aᵀ · Bᵀ) · alpha / r` with x `[..., in]`, W `[out, in]`, A `[r, in]`, B `[out, r]`.
+    A starts Gaussian with standard deviation 1/r and B at zero, so the output starts unchanged.
     """
 
     def __init__(self, layer: nn.Linear, *, r: int, alpha: float, dropout: float) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.weight, self.bias = layer.weight, layer.bias
-        options = {"dtype": layer.weight.dtype, "device": layer.weight.device}
-        self.lora_a = nn.Parameter(torch.empty(r, self.in_features, **options))
-        self.lora_b = nn.Parameter(torch.zeros(self.out_features, r, **options))
+        self.lora_a = nn.Parameter(layer.weight.new_empty(r, self.in_features))
+        self.lora_b = nn.Parameter(layer.weight.new_zeros(self.out_features, r))
         nn.init.normal_(self.lora_a, std=1 / r)
         self.dropout = nn.Dropout(dropout)
         self.scaling = alpha / r
         self.merged = False
+        self.train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]`."""
@@ -102,6 +129,7 @@ class LoRALinear(nn.Linear):
         return result
 
     def extra_repr(self) -> str:
+        """What `print(model)` shows."""
         return f"{super().extra_repr()}, r={self.lora_a.shape[0]}, scaling={self.scaling}"
 
 

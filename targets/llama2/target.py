@@ -204,8 +204,8 @@ def _samples(config: Config) -> list[Sample]:
 def _steps(samples: list[Sample], size: int) -> list[list[Sample]]:
     """One list of `size` samples for each optimizer step; the last one is filled up from the beginning.
 
-    The longest sample, first of all, becomes the last of the first step: there the gradients of the others are held already,
-    as they are for all but one sample of a step.
+    The longest sample, first of all, becomes the last of the first step: there the gradients of the others are held
+    already, as they are for all but one sample of a step.
     """
     count = -(-len(samples) // size)
     first, *others = [[samples[(step * size + i) % len(samples)] for i in range(size)] for step in range(count)]

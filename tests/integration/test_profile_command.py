@@ -56,6 +56,7 @@ def test_the_document_has_the_published_shape(profiled):
             "flops",
             "seconds",
             "trace",
+            "out_of_memory",
         }
         assert set(run["at_peak"]) == set(run["max_by_category"]) == set(CATEGORIES)
         assert sum(run["at_peak"].values()) == run["peak"]["allocated"]
@@ -94,7 +95,7 @@ def test_every_run_leaves_its_trace_and_all_share_one_page(profiled):
 def test_existing_files_are_kept_unless_forced(profiled, run):
     _, folder = profiled
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    code, out, err = run("profile", *DEBUG, "-s", "lora,amp", "-o", folder)
+    code, _, err = run("profile", *DEBUG, "-s", "lora,amp", "-o", folder)
     assert code == 2
     assert "exists already" in err
     assert "-f" in err
@@ -102,10 +103,19 @@ def test_existing_files_are_kept_unless_forced(profiled, run):
 
 
 def test_tables_name_the_peak_the_arrows_and_what_they_rest_on(run, tmp_path):
-    code, out, err = run("profile", *DEBUG, "-s", "ga:steps=2", "-o", "out")
+    code, out, _ = run("profile", *DEBUG, "-s", "ga:steps=2", "-o", "out")
     assert code == 0
-    for text in ("Allocated at the peak", "Table 1", "ga:steps=2", "↓", "against step 1", "of the baseline", "Next:"):
-        assert text in out
+    for text in (
+        "Allocated at the peak",
+        "Table 1",
+        "ga:steps=2",
+        "↓",
+        "against step 1",
+        "of the baseline",
+        "Baseline: The same effective batch in one go (ga)",
+        "Next:",
+    ):
+        assert text in " ".join(out.split())
     assert (tmp_path / "out" / "report.html").exists()
 
 
@@ -161,7 +171,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("words, code, what, expected", BAD.values(), ids=BAD)
+@pytest.mark.parametrize(("words", "code", "what", "expected"), BAD.values(), ids=BAD)
 def test_bad_input_ends_in_one_message_that_says_what_and_what_was_expected(words, code, what, expected, run, tmp_path):
     ended, out, err = run(*words)
     assert ended == code
@@ -187,7 +197,8 @@ def test_a_failing_forward_is_shown_as_the_targets_own_error(run, tmp_path):
         "@dataclasses.dataclass(frozen=True)\nclass Config:\n    width: int = 4\n\n"
         "def loss(model, x):\n    raise ValueError('seven heads')\n\n"
         "def build(config):\n"
-        "    return Workload(torch.nn.Linear(4, 4), [torch.ones(2, config.width)], loss, torch.optim.SGD, name='mine')\n"
+        "    model, batch = torch.nn.Linear(4, 4), torch.ones(2, config.width)\n"
+        "    return Workload(model, [batch], loss, torch.optim.SGD, name='mine')\n"
     )
     code, _, err = run("profile", folder)
     assert code == 1
@@ -205,7 +216,8 @@ def test_a_target_of_ones_own_needs_a_folder_with_target_py_only(run, tmp_path):
         "@dataclasses.dataclass(frozen=True)\nclass Config:\n    width: int = 4\n\n"
         "def build(config):\n"
         "    model = torch.nn.Linear(config.width, 4, bias=False)\n"
-        "    return Workload(model, [torch.ones(2, config.width)], lambda m, x: m(x).sum(), torch.optim.SGD, name='mine')\n"
+        "    batch = torch.ones(2, config.width)\n"
+        "    return Workload(model, [batch], lambda m, x: m(x).sum(), torch.optim.SGD, name='mine')\n"
     )
     code, out, _ = run("profile", folder, "--set", "width=1024", "--json")
     assert code == 0
@@ -216,3 +228,50 @@ def test_debug_shows_the_traceback(run):
     code, _, err = run("profile", "lama2", "--debug")
     assert code == 2
     assert "Traceback" in err
+
+
+SMALL_GPU = """
+[small]
+vendor_name = "a GPU of 512 MiB"
+capability = "8.0"
+capacity_bytes = 536_870_912
+multiprocessors = 108
+context_bytes = 104_857_600
+"""
+
+
+def test_a_target_that_does_not_fit_ends_in_exit_code_4_and_says_where_it_runs_out(run, tmp_path):
+    (tmp_path / "small.toml").write_text(SMALL_GPU)
+    words = ("profile", *DEBUG, "dim=1536", "--device", "small", "--device-file", "small.toml")
+    code, out, err = run(*words)
+    assert code == 4, err
+    text = " ".join(out.split())
+    # The context leaves 412 MiB of 512. Two layers of about 12 x 1536^2 weights of 4 bytes, embedding and head fit once,
+    # not four times.
+    assert "baseline does not fit: runs out in step 0" in text
+    assert "412.0 MiB" in text
+    assert "what is shown is what it would need" in text
+    code, out, _ = run(*words, "-s", "lora:r=1", "--json")
+    document = json.loads(out)
+    assert code == 0, "the plan that was asked for fits"
+    baseline, lora = document["runs"]
+    assert baseline["out_of_memory"]["limit"] == 412 * 2**20
+    assert baseline["out_of_memory"]["phase"] in ("backward", "optimizer")
+    assert lora["out_of_memory"] is None
+    peak = lora["peak"]
+    assert peak["requested"] <= peak["allocated"] == peak["active"] <= peak["reserved"] == peak["device"] - 104_857_600
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--allocator", "expandable_segment:True"], "expandable_segments"),
+        (["--device", "small"], "gpu"),
+        (["--device-file", "nowhere.toml"], "nowhere.toml"),
+    ],
+)
+def test_wrong_devices_and_allocator_settings_are_refused(words, expected, run, tmp_path):
+    code, _out, err = run("profile", *DEBUG, *words)
+    assert code == 2
+    assert expected in err
+    assert list(tmp_path.iterdir()) == []

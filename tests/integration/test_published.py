@@ -1,12 +1,12 @@
 """Predicted peaks against peaks that others measured on an A100 and published (../shared/truth/published.json).
 
-The published programs keep `logits` and `shift_logits` in local variables, so both live until the next forward pass has made new ones;
-their model has a context of 256 tokens. What is predicted here is `torch.cuda.max_memory_allocated` without the memory that cuBLAS takes
-inside its kernels (8,519,680 bytes for each of the two threads), which is added as the constant it is.
+The published programs keep `logits` and `shift_logits` in local variables, so both live until the next forward pass has
+made new ones. Workspaces of kernels and the blocks of the allocator are part of the prediction; no constant is fitted.
 """
 
 import dataclasses
 import json
+import statistics
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,6 @@ from memscope.target import find_target
 
 SHARED = Path(__file__).parents[2].parent / "shared"
 CASES = json.loads((SHARED / "truth" / "published.json").read_text()) if SHARED.is_dir() else []
-CUBLAS_WORKSPACES = 2 * 8_519_680
 TARGET = find_target("llama2")
 
 pytestmark = pytest.mark.skipif(
@@ -58,8 +57,20 @@ def plan_of(case):
     return f"lora:targets={targets}" + (",amp" if "autocast fp16" in case["precision"] else "")
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case["id"])
-def test_predicted_peak_is_within_half_a_percent_of_the_published_one(case):
-    trace = simulate(lambda: published_program(case), strategies=plan_of(case))
-    predicted = trace.peak.allocated_bytes + CUBLAS_WORKSPACES
-    assert abs(predicted / case["bytes"] - 1) <= 0.005, f"{predicted:,} predicted, {case['bytes']:,} published"
+@pytest.fixture(scope="module")
+def errors():
+    """Relative difference of the predicted peak from the published one, by case."""
+    found = {}
+    for case in CASES:
+        trace = simulate(lambda case=case: published_program(case), strategies=plan_of(case), device="a100-80gb")
+        found[case["id"]] = trace.peak.allocated_bytes / case["bytes"] - 1
+    return found
+
+
+@pytest.mark.parametrize("case", [case["id"] for case in CASES])
+def test_a_predicted_peak_is_within_half_a_percent_of_the_published_one(case, errors):
+    assert abs(errors[case]) <= 0.005
+
+
+def test_half_of_the_predicted_peaks_are_within_a_tenth_of_a_percent(errors):
+    assert statistics.median(map(abs, errors.values())) <= 0.001

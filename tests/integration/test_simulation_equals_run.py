@@ -15,7 +15,10 @@ SMALL = TARGET.configure("debug", {"n_layers": "2", "dim": "48", "accumulation":
 
 
 def births_before_death(trace):
-    """How many allocations were made before each one died; the order of deaths between two births is autocast's own affair."""
+    """How many allocations were made before each one died.
+
+    The order of deaths between two births is autocast's own affair.
+    """
     births = np.sort(trace.born)
     return np.where(trace.freed < 0, -1, np.searchsorted(births, trace.freed))
 

@@ -105,7 +105,7 @@ def test_binary_cross_entropy_is_refused_under_autocast_as_on_cuda():
 
 
 def test_dropout_is_one_kernel_with_a_mask_of_one_byte_an_element():
-    output, operators = run(lambda: F.dropout(torch.ones(100), 0.5, training=True))
+    _, operators = run(lambda: F.dropout(torch.ones(100), 0.5, training=True))
     assert "aten.native_dropout" in operators
     assert "aten.bernoulli_" not in operators
 
@@ -190,10 +190,19 @@ def behaviour():
     model(torch.ones(1, 2)).sum().backward()
     clip_grad_norm_(model.parameters(), 1.0)
     return (
-        softmax, tuple(attention.shape), operators.names, torch.autocast.__init__, torch.clear_autocast_cache,
-        torch.amp.GradScaler._maybe_opt_step, torch_optimizer._get_foreach_kernels_supported_devices,
-        list(torch_optimizer._foreach_supported_types), list(_foreach_utils._foreach_supported_types), torch.UntypedStorage.resize_,
-    )  # fmt: skip
+        softmax,
+        tuple(attention.shape),
+        operators.names,
+        torch.autocast.__init__,
+        torch.clear_autocast_cache,
+        torch.amp.GradScaler._maybe_opt_step,
+        torch_optimizer._get_foreach_kernels_supported_devices,
+        list(torch_optimizer._foreach_supported_types),
+        list(_foreach_utils._foreach_supported_types),
+        torch.UntypedStorage.resize_,
+        nn.Module._apply,
+        torch.overrides._get_current_function_mode(),
+    )
 
 
 @pytest.mark.parametrize("fails", [False, True])

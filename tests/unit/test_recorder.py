@@ -76,8 +76,8 @@ def test_activations_are_what_the_backward_pass_needs():
     by_module = {
         m: size for (c, m), size in trace.by("category", "module", at=first_backward - 1).items() if c == "activation"
     }
-    # relu keeps its own result [16, 32], which `down` keeps as its input: one storage. The block's result [16, 8] is the input of
-    # the next block; the last one is kept by square().
+    # relu keeps its own result [16, 32], which `down` keeps as its input: one storage.
+    # The block's result [16, 8] is the input of the next block; the last one is kept by square().
     assert by_module["blocks.0"] == (16 * 32 + 16 * 8) * 4
     assert by_module["blocks.1"] == (16 * 32 + 16 * 8) * 4
 

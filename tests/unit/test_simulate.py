@@ -10,8 +10,13 @@ from memscope.errors import TargetError, UsageError
 
 
 def workload(model=None, loss=lambda m, x: m(x).square().mean(), **changes):
-    settings = {"model": model or nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), "batches": [torch.ones(4, 8)],
-                "loss": loss, "optimizer_factory": torch.optim.AdamW, "name": "mine"}  # fmt: skip
+    settings = {
+        "model": model or nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)),
+        "batches": [torch.ones(4, 8)],
+        "loss": loss,
+        "optimizer_factory": torch.optim.AdamW,
+        "name": "mine",
+    }
     return Workload(**{**settings, **changes})
 
 
@@ -38,6 +43,29 @@ def test_a_model_too_large_for_any_machine_takes_no_memory():
         )
 
     assert simulate(build).max_by_category()["parameter"] == 2**42
+
+
+@pytest.mark.parametrize("move", [lambda m: m.to("cuda"), lambda m: m.cuda(), lambda m: m.to(torch.device("cuda", 0))])
+def test_a_target_that_names_the_gpu_is_simulated_on_the_stand_in(move):
+    def build():
+        def loss(model, x):
+            assert x.to("cuda", non_blocking=True) is x, "it is there already"
+            return (model(x.cuda()) + torch.arange(8, device="cuda")).sum()
+
+        model = nn.Linear(8, 8)
+        return workload(move(model), loss=loss)
+
+    plain = simulate(lambda: workload(nn.Linear(8, 8)))
+    assert simulate(build).max_by_category(1)["parameter"] == plain.max_by_category(1)["parameter"]
+
+
+def test_a_model_can_be_converted_while_it_is_built_and_stays_tied():
+    def build():
+        model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False))
+        model[1].weight = model[0].weight
+        return workload(model.to(torch.bfloat16).half().to(torch.bfloat16), batches=[torch.ones(4, 64).bfloat16()])
+
+    assert simulate(build, device="cpu").max_by_category(0)["parameter"] == 64 * 64 * 2
 
 
 def test_two_simulations_of_one_workload_are_identical():

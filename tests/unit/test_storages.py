@@ -1,4 +1,7 @@
-"""Every storage born and freed is seen, whatever is done to it. Sizes are on the CPU, so bytes are elements times item size."""
+"""Every storage born and freed is seen, whatever is done to it.
+
+Sizes are on the CPU, so bytes are elements times item size.
+"""
 
 import gc
 

@@ -164,7 +164,10 @@ def test_event_outside_the_trace_is_refused(event: int) -> None:
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [
-        (["category"], [("parameter", 100), ("gradient", 60), ("optimizer_state", 50), ("activation", 40), ("input", 8)]),
+        (
+            ["category"],
+            [("parameter", 100), ("gradient", 60), ("optimizer_state", 50), ("activation", 40), ("input", 8)],
+        ),
         (["module"], [("lin", 250), ("", 8)]),
         (["op"], [("", 108), ("mm", 100), ("zeros", 50)]),
         (["phase"], [("setup", 100), ("backward", 60), ("optimizer", 50), ("forward", 48)]),

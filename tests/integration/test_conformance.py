@@ -1,0 +1,299 @@
+"""The conformance kit: the strategies that come with memscope pass it, and it notices every promise that is broken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from types import SimpleNamespace
+from typing import ClassVar
+
+import pytest
+import torch
+
+from memscope import strategies
+from memscope.errors import UsageError
+from memscope.strategies import Plan, Problem, Stage, Strategy, available
+from memscope.target import find_target
+from memscope.testing import check_strategy, toy_workload
+from memscope.workload import Workload
+
+SHIPPED = ("amp", "ckpt", "ga", "lora")
+Install = Callable[..., None]
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """Adds strategies to the installed ones, which are those that come with memscope."""
+
+    def install(*kinds: type[Strategy]) -> None:
+        shipped = [point for point in entry_points(group="memscope.strategies") if point.name in SHIPPED]
+        added = [SimpleNamespace(name=kind.name, value=str(kind), load=lambda kind=kind: kind) for kind in kinds]
+        monkeypatch.setattr(strategies, "entry_points", lambda group: [*shipped, *added])
+        available.cache_clear()
+
+    yield install
+    available.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads cost more than they bring where tensors are small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_strategies_that_come_with_memscope_keep_their_promises(name: str) -> None:
+    check_strategy(available()[name])
+
+
+@pytest.mark.parametrize(
+    "spec", ["amp:dtype=bf16", "ckpt:layers=every-2", "ga:steps=2", "lora:r=2,alpha=4,dropout=0,targets=wk+wo+head"]
+)
+def test_so_they_do_with_other_settings(spec: str) -> None:
+    check_strategy(spec)
+
+
+def test_so_they_do_on_a_workload_of_ones_own() -> None:
+    target = find_target("llama2")
+    small = target.configure(
+        "debug",
+        {"n_layers": "2", "dim": "24", "n_heads": "2", "vocab_size": "1024", "seq_len": "16", "accumulation": "4"},
+    )
+    check_strategy("ga:steps=2", workload=lambda: target.build(small))
+
+
+def test_the_toy_is_small_and_its_batch_splits() -> None:
+    # embed and head 40·16 each; a block: norm 2·16, wq wk wv wo 16·16 each, up 16·32 + 32, down 32·16 + 16
+    block = 2 * 16 + 4 * 16 * 16 + (16 * 32 + 32) + (32 * 16 + 16)
+    toy = toy_workload()
+    assert toy.parameter_counts() == (2 * 40 * 16 + 2 * block,) * 2
+    assert {p.dtype for p in toy.model.parameters()} == {torch.float32}
+    assert {len(toy.split(batch, parts)) for batch in toy.batches for parts in (1, 2, 4, 8)} == {1, 2, 4, 8}
+
+
+def test_the_kit_leaves_the_random_state_alone() -> None:
+    before = torch.get_rng_state()
+    check_strategy("ga")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """No settings."""
+
+
+class Frozen(Strategy):
+    """Freezes the head: sound, and the ground of the broken ones below."""
+
+    name = "frozen"
+    stage = Stage.ADAPT
+    exact = False
+    Config: ClassVar[type] = Nothing
+
+    def apply(self, workload: Workload) -> None:
+        workload.model.get_submodule("head").requires_grad_(False)
+
+
+def test_a_sound_strategy_of_another_package_passes(install: Install) -> None:
+    install(Frozen)
+    check_strategy(Frozen)
+
+
+@dataclass(frozen=True)
+class Unexplained:
+    size: int = 1
+
+
+@dataclass(frozen=True)
+class Unwritable:
+    sizes: dict[str, int] | None = None
+    """A kind of value that a plan has no words for."""
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    separator: str = ","
+    """A text that a plan takes apart."""
+
+
+class Undescribed(Frozen):
+    """Says nothing of its setting."""
+
+    Config = Unexplained
+
+
+class WithoutWords(Frozen):
+    """Its setting cannot be written."""
+
+    Config = Unwritable
+
+
+class OneWay(Frozen):
+    """Its setting cannot be read back."""
+
+    Config = Unreadable
+
+
+class Idle(Frozen):
+    """Changes nothing."""
+
+    def apply(self, workload: Workload) -> None:
+        workload.model.requires_grad_(True)
+
+
+class Picky(Frozen):
+    """Accepts no workload."""
+
+    def check(self, workload: Workload) -> list[Problem]:
+        return [Problem("it is too small", "take a larger one")]
+
+
+class Needy(Frozen):
+    """Requires what nobody provides."""
+
+    requires = frozenset({"eight GPUs"})
+
+
+class Unpredictable(Frozen):
+    """Takes another number of bytes at each run."""
+
+    runs: ClassVar[int] = 0
+
+    def apply(self, workload: Workload) -> None:
+        Unpredictable.runs += 1
+        workload.model.register_buffer("cache", torch.zeros(Unpredictable.runs))
+
+
+class Freezes(Frozen):
+    """Says that gradients stay, but one goes."""
+
+    exact = True
+
+
+class Rounds(Frozen):
+    """Says that losses stay, and changes them by a part in 10⁶."""
+
+    exact = True
+
+    def apply(self, workload: Workload) -> None:
+        loss = workload.loss
+        workload.loss = lambda model, batch: loss(model, batch) * (1 + 1e-6)
+
+
+class Clashing(Frozen):
+    """Cannot do with autocast, and does not say so."""
+
+    stage = Stage.STEP
+    name = "zz"
+
+    def apply(self, workload: Workload) -> None:
+        super().apply(workload)
+        if workload.plan.autocast:
+            raise RuntimeError("no kernel for autocast")
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (
+            Undescribed,
+            r"described, and has what it requires\. Config has no docstring, which is the help text, under size",
+        ),
+        (WithoutWords, r"read back\. A setting of kind dict\[str, int\] cannot be written in a plan"),
+        (OneWay, r'read back\. malformed plan "frozen:separator=,x": expected KEY=VALUE after "frozen"'),
+        (Idle, r"changes something\. Its apply\(\) left plan, model and data as they were"),
+        (Picky, r"applied.*it is too small: take a larger one\. Give check_strategy another workload"),
+        (Needy, r'has what it requires\. "frozen" requires "eight GPUs", which no installed strategy provides'),
+        (
+            Unpredictable,
+            r'same allocations\. With "frozen", allocation \d+ is, simulated: \(\d+, .*; really run: \(\d+, ',
+        ),
+        (Freezes, r"\(exact\)\. In step 0 only one of baseline and strategy has gradient of head\.weight"),
+        (Rounds, r"\(exact\)\. In step 0 the loss differs by \S+e-06; the largest value is"),
+        (Clashing, r'combined with "amp", or one of the two declares the conflict\. .*no kernel for autocast'),
+    ],
+)
+def test_the_kit_names_the_strategy_and_the_promise_that_it_breaks(
+    install: Install, broken: type[Strategy], message: str
+) -> None:
+    install(broken)
+    with pytest.raises(AssertionError, match=rf'^strategy "{broken.name}" breaks a promise: .*{message}'):
+        check_strategy(broken)
+
+
+def test_a_strategy_that_is_not_installed_is_told_so() -> None:
+    with pytest.raises(
+        AssertionError, match=r'^strategy "frozen" breaks a promise: it is installed, .*expected .*Frozen'
+    ):
+        check_strategy(Frozen)
+
+
+def test_several_strategies_are_not_one() -> None:
+    with pytest.raises(AssertionError, match="Expected one strategy, found 2"):
+        check_strategy("ga,amp")
+
+
+class Provider(Frozen):
+    """Brings what `Seeker` requires."""
+
+    name = "provider"
+    provides = frozenset({"a cold head"})
+
+
+class Seeker(Frozen):
+    """Requires it, and is exact beside it."""
+
+    name = "seeker"
+    requires = frozenset({"a cold head"})
+    exact = True
+
+    def apply(self, workload: Workload) -> None:
+        assert not any(p.requires_grad for p in workload.model.get_submodule("head").parameters())
+        workload.model.register_buffer("mark", torch.zeros(3))
+
+
+def test_what_a_strategy_requires_is_added(install: Install) -> None:
+    install(Provider, Seeker)
+    check_strategy(Seeker)
+
+
+class Loner(Clashing):
+    """Cannot do with autocast, and says so."""
+
+    conflicts = frozenset({"autocast"})
+
+
+def test_a_declared_conflict_is_no_clash(install: Install) -> None:
+    install(Loner)
+    check_strategy(Loner)
+
+
+def test_a_declared_conflict_must_be_refused(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(Loner)
+    monkeypatch.setattr(strategies, "_conflicts", lambda ordered: [])
+    with pytest.raises(AssertionError, match=r'combined with "amp".*declared, but the plan was accepted'):
+        check_strategy(Loner)
+    Plan.parse("amp,zz")  # which is what the kit complains of
+
+
+class Demanding(Frozen):
+    """Fits no small model, and nobody asks whether it does."""
+
+    name = "demanding"
+
+    def check(self, workload: Workload) -> list[Problem]:
+        return [Problem("too small", "take a larger one")]
+
+    def apply(self, workload: Workload) -> None:
+        raise RuntimeError("never applied")
+
+
+def test_others_that_cannot_be_applied_at_all_are_left_out(install: Install) -> None:
+    install(Demanding)
+    check_strategy("ckpt")
+    with pytest.raises(UsageError, match="demanding: too small"):
+        Plan.parse("ckpt,demanding").apply(toy_workload())

@@ -1,0 +1,117 @@
+"""From requested to reserved: kernels' workspaces, the allocator's blocks and where a device runs out."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from memscope import Workload, record, simulate
+from memscope.ledger import ledger
+from memscope.simulation.allocator import AllocatorSettings
+from memscope.simulation.devices import get_device
+from memscope.trace import CATEGORIES
+
+MIB = 2**20
+
+
+def workload(width=1024):
+    return Workload(
+        nn.Linear(width, width, bias=False),
+        [torch.ones(8, width)],
+        lambda m, x: m(x).sum(),
+        torch.optim.SGD,
+        name="linear",
+    )
+
+
+def trace_of(width=1024, **how):
+    return simulate(lambda: workload(width), **how)
+
+
+@pytest.fixture(autouse=True)
+def default_cublas(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+
+
+def test_the_forward_and_the_backward_thread_each_keep_one_cublas_workspace():
+    # 2 x 4096 KiB + 8 x 16 KiB: PyTorch's default up to 2.14 on this architecture.
+    trace = trace_of()
+    kept = (trace.category == CATEGORIES.index("workspace")) & (trace.freed < 0)
+    assert trace.requested[kept].tolist() == [8_519_680, 8_519_680]
+    assert {trace.ops[op] for op in trace.op[kept]} == {"aten.mm.default"}
+
+
+def test_an_expanded_gradient_is_copied_inside_the_matrix_product_that_reads_it():
+    # The gradient of sum() is one number expanded to [8, 1024]; cuBLAS needs it in memory, 4 bytes an element.
+    trace = trace_of()
+    passing = (trace.category == CATEGORIES.index("workspace")) & (trace.freed >= 0)
+    assert set(trace.requested[passing].tolist()) == {8 * 1024 * 4}
+
+
+def test_what_takes_less_than_a_mebibyte_comes_from_segments_of_two_mebibytes():
+    trace = trace_of(width=256)
+    small = trace.requested <= MIB
+    assert small.any()
+    weight = trace.size[trace.requested == 256 * 256 * 4]
+    assert set(weight.tolist()) == {256 * 256 * 4}
+    # Everything small fits into one segment. A cuBLAS workspace of 8.125 MiB gets a segment of 20 MiB, and what that
+    # leaves has room for the other one.
+    assert trace.meta["peak_reserved"] == 2 * MIB + 20 * MIB
+
+
+def test_reserved_is_never_less_than_allocated():
+    trace = trace_of()
+    assert (trace.reserved >= trace.allocated).all()
+    assert trace.reserved.size == trace.events
+
+
+def test_the_ledger_leads_from_the_tensors_to_the_device():
+    trace = trace_of(device="a100-40gb")
+    found = ledger(trace)
+    names = [line.name for line in found.lines]
+    assert names == ["requested", "allocated", "reserved", "device"]
+    totals = [line.total for line in found.lines]
+    assert totals == sorted(totals)
+    assert all(
+        later.total - line.total == later.added for line, later in zip(found.lines, found.lines[1:], strict=False)
+    )
+    assert found["allocated"].total == trace.peak.allocated_bytes
+    assert found["device"].added == get_device("a100-40gb").context_bytes
+    assert [line.name for line in found.lines if line.estimate] == ["device"]
+
+
+def test_a_run_on_the_cpu_has_no_ledger():
+    assert ledger(record(workload())) is None
+
+
+def limited(capacity_bytes):
+    return dataclasses.replace(get_device("gpu"), name="limited", capacity_bytes=capacity_bytes)
+
+
+def test_a_device_that_is_too_small_is_told_with_the_request_that_failed_and_the_rest_of_the_step():
+    # The weight takes 64 MiB and its gradient as much again: 100 MiB hold one of them.
+    trace = trace_of(width=4096, device=limited(100 * MIB))
+    oom = trace.meta["out_of_memory"]
+    assert (oom["step"], oom["phase"], oom["requested"]) == (0, "backward", 64 * MIB)
+    assert oom["limit"] == 100 * MIB
+    assert oom["by_category"]["parameter"] == 64 * MIB
+    assert oom["allocated"] + oom["requested"] > oom["limit"]
+    assert trace.peak.allocated_bytes > 128 * MIB, "the trace shows what would be needed"
+
+
+def test_a_device_that_is_large_enough_is_no_limit():
+    assert trace_of(width=4096, device=limited(256 * MIB)).meta["out_of_memory"] is None
+
+
+def test_settings_of_the_allocator_decide_what_a_block_takes(monkeypatch):
+    def weight_block(**how):
+        trace = trace_of(width=1000, **how)
+        return set(trace.size[trace.requested == 1000 * 1000 * 4].tolist())
+
+    # 3.8 MiB: in whole blocks of 512 bytes, or up to the next half of the way from 2 to 4 MiB.
+    rounded = 1000 * 1000 * 4 // 512 * 512 + 512
+    assert weight_block() == {rounded}
+    assert weight_block(allocator=AllocatorSettings.parse("roundup_power2_divisions:2")) == {4 * MIB}
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "roundup_power2_divisions:2")
+    assert weight_block() == {4 * MIB}

@@ -1,0 +1,226 @@
+"""LoRA: what is trained, what stays, and what the update computes."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from memscope.errors import UsageError
+from memscope.strategies import Plan
+from memscope.strategies.lora import LoRALinear, merge, unmerge
+from memscope.testing import toy_workload
+from memscope.workload import Training, Workload, micro_batches, run_step
+
+DIM = 16  # of the toy: wq, wk, wv, wo are [16, 16], up is [32, 16], down is [16, 32], head is [40, 16]
+
+
+def toy(plan: str = "", *, dtype: torch.dtype = torch.float32) -> Workload:
+    torch.manual_seed(0)
+    workload = toy_workload()
+    workload.model.to(dtype)
+    Plan.parse(plan).apply(workload)
+    return workload
+
+
+def tokens(workload: Workload) -> Tensor:
+    (piece,) = workload.split(workload.batches[0], 1)
+    assert isinstance(piece, Tensor)
+    return piece.clamp(min=0)
+
+
+def adapters(workload: Workload) -> list[LoRALinear]:
+    return [module for module in workload.model.modules() if isinstance(module, LoRALinear)]
+
+
+def with_updates(plan: str) -> Workload:
+    """A float64 toy whose updates are not zero, as after some training."""
+    workload = toy(plan, dtype=torch.float64)
+    for layer in adapters(workload):
+        nn.init.normal_(layer.lora_b, std=0.1)
+    return workload
+
+
+@pytest.mark.parametrize(
+    ("plan", "trainable"),
+    [
+        ("lora:r=4", 2 * 2 * 4 * (DIM + DIM)),  # wq and wv in two blocks; A [4, 16] and B [16, 4] each
+        ("lora:r=2,targets=up+head", 2 * 2 * (DIM + 32) + 2 * (DIM + 40)),
+        ("lora:r=3,targets=blocks.1.wo", 3 * (DIM + DIM)),
+    ],
+)
+def test_trained_are_two_small_matrices_for_each_chosen_layer(plan: str, trainable: int) -> None:
+    total = toy().parameter_counts()[0]
+    assert toy(plan).parameter_counts() == (total + trainable, trainable)
+
+
+def test_everything_else_is_frozen() -> None:
+    trained = {name for name, parameter in toy("lora:r=4").model.named_parameters() if parameter.requires_grad}
+    assert trained == {
+        f"blocks.{block}.{layer}.{part}" for block in (0, 1) for layer in ("wq", "wv") for part in ("lora_a", "lora_b")
+    }
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_update_is_b_a_x_times_alpha_over_r(bias: bool) -> None:
+    torch.manual_seed(0)
+    base = nn.Linear(6, 5, bias=bias, dtype=torch.float64)
+    layer = LoRALinear(base, r=3, alpha=12.0, dropout=0.0)
+    nn.init.normal_(layer.lora_b)
+    x = torch.randn(7, 6, dtype=torch.float64)
+    by_hand = torch.stack([base(row) + (12 / 3) * (layer.lora_b @ (layer.lora_a @ row)) for row in x])
+    torch.testing.assert_close(layer(x), by_hand, rtol=1e-12, atol=1e-12)
+
+
+def test_a_starts_gaussian_with_deviation_one_over_r_and_b_at_zero() -> None:
+    torch.manual_seed(0)
+    layer = LoRALinear(nn.Linear(4096, 8), r=4, alpha=8.0, dropout=0.0)
+    # 4·4096 samples: the mean deviates by 0.25/√16384 ≈ 0.002, the deviation by 0.25/√32768 ≈ 0.0014; five times that.
+    assert abs(layer.lora_a.mean().item()) < 0.01
+    assert abs(layer.lora_a.std().item() - 1 / 4) < 0.007
+    assert not layer.lora_b.any()
+
+
+def test_the_output_is_unchanged_at_the_start() -> None:
+    base, adapted = toy(), toy("lora:r=4,dropout=0.5,targets=wq+wv+up+down+head")
+    assert len(adapters(adapted)) == 2 * 4 + 1
+    assert torch.equal(adapted.model(tokens(adapted)), base.model(tokens(base)))
+
+
+def first_loss(workload: Workload) -> Tensor:
+    training = Training.start(workload, "cpu", lambda data: data)
+    return run_step(training, micro_batches(workload, workload.batches[0]))
+
+
+def test_the_first_loss_is_the_baselines_and_the_second_is_not() -> None:
+    workload = toy("lora:r=4")
+    assert torch.equal(first_loss(workload), first_loss(toy()))
+    assert not torch.equal(first_loss(workload), first_loss(toy()))
+
+
+def test_lora_leaves_the_embedding_gradient_absent() -> None:
+    workload = toy("lora:r=4")
+    (piece,) = micro_batches(workload, workload.batches[0])
+    workload.loss(workload.model, piece.data).backward()
+    assert workload.model.get_submodule("embed").weight.grad is None
+    with_gradient = {name for name, parameter in workload.model.named_parameters() if parameter.grad is not None}
+    assert with_gradient == {name for name, parameter in workload.model.named_parameters() if parameter.requires_grad}
+
+
+def test_names_values_and_memory_of_the_base_weights_stay() -> None:
+    workload = toy()
+    before = {name: (value.data_ptr(), value.clone()) for name, value in workload.model.state_dict().items()}
+    Plan.parse("lora:r=4,targets=wq+up").apply(workload)
+    after = workload.model.state_dict()
+    added = {f"blocks.{i}.{layer}.lora_{part}" for i in (0, 1) for layer in ("wq", "up") for part in "ab"}
+    assert set(after) == set(before) | added
+    for name, (address, value) in before.items():
+        assert after[name].data_ptr() == address
+        assert torch.equal(after[name], value)
+
+
+def test_merging_computes_the_same_and_changes_the_weights() -> None:
+    workload = with_updates("lora:r=4,dropout=0,targets=wq+up")
+    x = tokens(workload)
+    unmerged, weights = workload.model(x), [layer.weight.clone() for layer in adapters(workload)]
+    merge(workload.model)
+    torch.testing.assert_close(workload.model(x), unmerged, rtol=1e-12, atol=1e-12)
+    for layer, weight in zip(adapters(workload), weights, strict=True):
+        torch.testing.assert_close(layer.weight, weight + 32 / 4 * layer.lora_b @ layer.lora_a, rtol=1e-12, atol=1e-12)
+    assert (unmerged - toy(dtype=torch.float64).model(x)).abs().max().item() > 0.01  # the updates do something
+
+
+def test_merging_twice_changes_nothing_more() -> None:
+    workload = with_updates("lora:r=4")
+    merge(workload.model)
+    once = [layer.weight.clone() for layer in adapters(workload)]
+    merge(workload.model)
+    assert all(torch.equal(layer.weight, weight) for layer, weight in zip(adapters(workload), once, strict=True))
+
+
+def test_unmerging_restores_the_weights_and_the_update() -> None:
+    workload = with_updates("lora:r=4,dropout=0")
+    x, weights = tokens(workload), [layer.weight.clone() for layer in adapters(workload)]
+    unmerged = workload.model(x)
+    unmerge(workload.model)  # not merged yet: nothing to take out
+    assert all(torch.equal(layer.weight, weight) for layer, weight in zip(adapters(workload), weights, strict=True))
+    merge(workload.model)
+    unmerge(workload.model)
+    for layer, weight in zip(adapters(workload), weights, strict=True):
+        torch.testing.assert_close(layer.weight, weight, rtol=0, atol=1e-15 * 8 * DIM)
+    torch.testing.assert_close(workload.model(x), unmerged, rtol=1e-12, atol=1e-12)
+
+
+def test_dropout_acts_on_the_update_alone_and_only_in_training() -> None:
+    workload = with_updates("lora:r=4,dropout=0.5")
+    x = tokens(workload)
+    workload.model.train()
+    assert not torch.equal(workload.model(x), workload.model(x))
+    workload.model.eval()
+    evaluated = workload.model(x)
+    assert torch.equal(evaluated, workload.model(x))
+    merge(workload.model)
+    workload.model.train()
+    torch.testing.assert_close(workload.model(x), evaluated, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_in_evaluation_stays_so(training: bool) -> None:
+    workload = toy()
+    workload.model.train(training)
+    Plan.parse("lora").apply(workload)
+    assert {module.training for module in workload.model.modules()} == {training}
+
+
+def refused(plan: str, workload: Workload) -> str:
+    with pytest.raises(UsageError) as caught:
+        Plan.parse(plan).apply(workload)
+    assert not adapters(workload)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("target", ["wqq", "blocks.0.wqq"])
+def test_a_target_that_matches_nothing_is_refused_with_the_nearest_name(target: str) -> None:
+    message = refused(f"lora:targets=wv+{target}", toy())
+    assert re.search(
+        rf'lora: targets={target} matches no linear layer of "toy": .*Valid: down, head, up, wk, wo, wq, wv$', message
+    )
+    assert 'did you mean "wq"?' in message or target.startswith("blocks")
+
+
+def test_only_whole_names_match_and_only_linear_layers() -> None:
+    assert "targets=q matches no linear layer" in refused("lora:targets=q", toy())
+    assert "targets=embed matches no linear layer" in refused("lora:targets=embed", toy())
+
+
+def test_a_layer_that_shares_its_weight_is_refused_with_the_other_place() -> None:
+    workload = toy()
+    workload.model.get_submodule("head").weight = workload.model.get_submodule("embed").weight
+    message = refused("lora:targets=head", workload)
+    assert 'targets=head matches "head", which shares its weight with "embed": leave it out.' in message
+    assert message.endswith("Valid: down, up, wk, wo, wq, wv")
+
+
+def test_a_layer_that_is_there_under_two_names_is_refused() -> None:
+    workload = toy()
+    first, second = (workload.model.get_submodule(f"blocks.{i}") for i in (0, 1))
+    second.wq = first.wq
+    message = refused("lora:targets=wq", workload)
+    assert 'targets=wq matches "blocks.0.wq", which shares its weight with "blocks.1.wq": leave it out.' in message
+
+
+def test_layers_of_a_block_that_is_used_twice_can_be_adapted() -> None:
+    workload = toy()
+    blocks = workload.model.get_submodule("blocks")
+    assert isinstance(blocks, nn.ModuleList)
+    blocks[1] = blocks[0]
+    Plan.parse("lora:r=4").apply(workload)
+    assert workload.parameter_counts()[1] == 2 * 4 * (DIM + DIM)
+
+
+def test_settings_out_of_their_range_are_refused_all_at_once() -> None:
+    message = refused("lora:r=0,dropout=1", toy())
+    assert "lora: r=0 is no rank: choose at least 1" in message
+    assert "lora: dropout=1.0 is no probability: choose 0 up to, but not including, 1" in message

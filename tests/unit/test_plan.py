@@ -1,0 +1,250 @@
+"""Plans as text: the grammar, the order of strategies, and what is refused in which words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memscope import strategies
+from memscope.errors import UsageError
+from memscope.strategies import Plan, Stage, Strategy, available
+from memscope.strategies.amp import AMP
+from memscope.strategies.ckpt import Checkpoint
+from memscope.strategies.ga import GradientAccumulation
+from memscope.strategies.lora import LoRA
+from memscope.testing import toy_workload
+from memscope.workload import Workload
+
+Install = Callable[..., None]
+
+
+def contents(plan: Plan) -> list[tuple[type[Strategy], Any]]:
+    return [(type(strategy), strategy.config) for strategy in plan.strategies]
+
+
+def test_a_word_with_equals_before_any_colon_belongs_to_the_strategy_before_it() -> None:
+    assert contents(Plan.parse("lora:r=4,targets=wq+wv+wo,amp:dtype=bf16,ckpt")) == [
+        (LoRA, LoRA.Config(r=4, targets=("wq", "wv", "wo"))),
+        (Checkpoint, Checkpoint.Config()),
+        (AMP, AMP.Config(dtype="bf16")),
+    ]
+
+
+@pytest.mark.parametrize("text", ["lora:r=4,alpha=8", "lora,r=4,alpha=8", " lora:r=4 , alpha=8 ", "lora:alpha=8.0,r=4"])
+def test_the_same_plan_can_be_written_in_several_ways(text: str) -> None:
+    assert contents(Plan.parse(text)) == [(LoRA, LoRA.Config(r=4, alpha=8.0))]
+    assert str(Plan.parse(text)) == "lora:r=4,alpha=8.0"
+
+
+def test_a_value_may_hold_a_colon_and_a_list_may_hold_dots() -> None:
+    (strategy,) = Plan.parse("lora:targets=blocks.0.wq+a:b").strategies
+    assert strategy.config.targets == ("blocks.0.wq", "a:b")
+
+
+def test_settings_at_their_defaults_are_left_out() -> None:
+    assert Plan.parse("lora:r=16,dropout=0.05,ga:steps=8").specs == ["lora", "ga"]
+
+
+@pytest.mark.parametrize("text", ["", "  "])
+def test_an_empty_text_is_the_empty_plan(text: str) -> None:
+    assert Plan.parse(text) == Plan()
+    assert not Plan.parse(text)
+    assert str(Plan()) == ""
+
+
+NAMES = st.from_regex(r"[a-z][a-z0-9_.]{0,8}", fullmatch=True)
+FINITE = st.floats(allow_nan=False, allow_infinity=False)
+CONFIGURED: dict[type[Strategy], st.SearchStrategy[Any]] = {
+    LoRA: st.builds(
+        LoRA.Config,
+        r=st.integers(),
+        alpha=FINITE,
+        dropout=FINITE,
+        targets=st.lists(NAMES, min_size=1, max_size=3).map(tuple),
+    ),
+    Checkpoint: st.builds(Checkpoint.Config, layers=st.sampled_from(["all", "every-2", "0-15", "3+7+11", "0-3+9"])),
+    AMP: st.builds(AMP.Config, dtype=st.sampled_from(["fp16", "bf16"])),
+    GradientAccumulation: st.builds(GradientAccumulation.Config, steps=st.integers()),
+}
+
+
+@st.composite
+def some_strategies(draw: st.DrawFn) -> list[Strategy]:
+    kinds = draw(st.lists(st.sampled_from(list(CONFIGURED)), unique=True))
+    return [kind(draw(CONFIGURED[kind])) for kind in kinds]
+
+
+@given(some_strategies())
+def test_a_plan_reads_back_as_it_was_written(chosen: list[Strategy]) -> None:
+    plan = Plan.of(*chosen)
+    assert contents(Plan.parse(str(plan))) == contents(plan)
+    assert str(Plan.parse(str(plan))) == str(plan)
+
+
+@given(st.permutations(["lora", "ckpt", "amp", "ga"]))
+def test_strategies_are_ordered_by_stage_then_by_name_however_they_are_given(words: list[str]) -> None:
+    # lora changes what is trained, ckpt wraps modules, amp and ga change the step.
+    assert Plan.parse(",".join(words)).specs == ["lora", "ckpt", "amp", "ga"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("r=4", '"r=4" is a setting before any strategy; write STRATEGY:r=4'),
+        ("lora,,amp", 'expected STRATEGY or STRATEGY:KEY=VALUE,… but found ""'),
+        ("lora,", 'expected STRATEGY or STRATEGY:KEY=VALUE,… but found ""'),
+        (",", 'expected STRATEGY or STRATEGY:KEY=VALUE,… but found ""'),
+        (":r=4", 'expected STRATEGY or STRATEGY:KEY=VALUE,… but found ":r=4"'),
+        ("lora:", 'expected STRATEGY or STRATEGY:KEY=VALUE,… but found "lora:"'),
+        ("lora:r", 'expected KEY=VALUE after "lora" but found "r"'),
+        ("lora:r=", 'expected KEY=VALUE after "lora" but found "r="'),
+        ("lora:=4", 'expected KEY=VALUE after "lora" but found "=4"'),
+        ("lora,=4", 'expected KEY=VALUE after "lora" but found "=4"'),
+        ("lora:r=4,r=8", '"r" is set twice for "lora"'),
+    ],
+)
+def test_a_malformed_plan_is_refused_with_the_words_that_are_wrong(text: str, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Plan.parse(text)
+    assert str(caught.value) == f'malformed plan "{text}": {message}'
+
+
+def test_an_unknown_strategy_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(
+        UsageError, match=r'^unknown strategy "lorra" in plan "amp,lorra:r=4": did you mean "lora"\? Valid: .*\bckpt\b'
+    ):
+        Plan.parse("amp,lorra:r=4")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "lora:alpah=3",
+            'strategy "lora" has no setting "alpah": did you mean "alpha"? Valid: alpha, dropout, r, targets',
+        ),
+        ("amp:dtype=f16", 'strategy "amp": setting "dtype" cannot be "f16": did you mean "fp16"? Valid: bf16, fp16'),
+        ("amp:dtype=int4", 'strategy "amp": setting "dtype" cannot be "int4": Valid: bf16, fp16'),
+        ("ga:steps=1.5", 'strategy "ga": setting "steps" cannot be "1.5": expected a whole number'),
+        ("lora:r=4=8", 'strategy "lora": setting "r" cannot be "4=8": expected a whole number'),
+        ("lora:alpha=much", 'strategy "lora": setting "alpha" cannot be "much": expected a number'),
+    ],
+)
+def test_an_unknown_key_or_value_is_refused_with_what_is_valid(text: str, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Plan.parse(text)
+    assert str(caught.value) == message
+
+
+@dataclass(frozen=True)
+class Nothing:
+    pass
+
+
+def made(called: str, *, stage_: Stage = Stage.STEP, **features: set[str]) -> Strategy:
+    """A strategy to throw away; `requires`, `provides` and `conflicts` by keyword."""
+
+    class Made(Strategy):
+        name, stage, exact, Config = called, stage_, False, Nothing
+
+        def apply(self, workload: Workload) -> None:
+            raise AssertionError("never applied")
+
+    for feature, values in features.items():
+        setattr(Made, feature, frozenset(values))
+    return Made()
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (made("a", conflicts={"b"}), made("b")),
+        (made("a"), made("b", conflicts={"a"})),
+        (made("a", conflicts={"sharding"}), made("b", provides={"sharding"})),
+        (made("a", provides={"sharding"}), made("b", conflicts={"sharding"})),
+    ],
+    ids=["by name", "by name, of the other", "by feature", "by feature, of the other"],
+)
+def test_a_conflict_is_refused_whoever_declares_it(one: Strategy, other: Strategy) -> None:
+    for given_order in [(one, other), (other, one)]:
+        with pytest.raises(UsageError) as caught:
+            Plan.of(*given_order)
+        assert str(caught.value) == 'the plan cannot be used: "a" and "b" cannot be combined: leave one out'
+
+
+def test_a_requirement_is_met_by_a_feature_or_a_name_and_refused_otherwise() -> None:
+    needy = made("a", requires={"adapters", "c"})
+    assert Plan.of(needy, made("b", provides={"adapters"}), made("c")).specs == ["a", "b", "c"]
+    with pytest.raises(UsageError) as caught:
+        Plan.of(needy, made("b", provides={"adapters"}))
+    assert str(caught.value) == 'the plan cannot be used: "a" requires "c": add a strategy that provides it'
+
+
+def test_everything_wrong_with_a_plan_is_said_at_once() -> None:
+    with pytest.raises(UsageError) as caught:
+        Plan.of(made("d"), made("c", requires={"y", "x"}), made("a", conflicts={"b"}), made("d"), made("b"))
+    assert str(caught.value).splitlines() == [
+        "the plan cannot be used:",
+        '  - "d" is there 2 times: name it once',
+        '  - "a" and "b" cannot be combined: leave one out',
+        '  - "c" requires "x": add a strategy that provides it',
+        '  - "c" requires "y": add a strategy that provides it',
+    ]
+
+
+def test_every_problem_of_every_strategy_is_said_before_anything_is_changed() -> None:
+    workload = toy_workload()
+    step, modules = workload.plan, [type(module) for module in workload.model.modules()]
+    with pytest.raises(UsageError) as caught:
+        Plan.parse("amp,lora:r=0,targets=wq+nowhere,ckpt:layers=5,ga:steps=3").apply(workload)
+    title, *problems = str(caught.value).splitlines()
+    assert title.endswith('cannot be applied to "toy":')
+    assert [problem.split()[1] for problem in problems] == ["lora:", "lora:", "ckpt:", "ga:"]
+    assert workload.plan is step
+    assert [type(module) for module in workload.model.modules()] == modules
+    assert all(parameter.requires_grad for parameter in workload.model.parameters())
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """Puts a table of its own in the place of the installed strategies: `install((name, value), …)`."""
+
+    def install(*points: tuple[str, str]) -> None:
+        table = [EntryPoint(name, value, "memscope.strategies") for name, value in points]
+        monkeypatch.setattr(strategies, "entry_points", lambda group: table)
+        available.cache_clear()
+
+    yield install
+    available.cache_clear()
+
+
+def test_a_strategy_of_another_package_is_found_by_its_entry_point(install: Install) -> None:
+    install(("lora", "memscope.strategies.lora:LoRA"))
+    assert available() == {"lora": LoRA}
+
+
+def test_a_name_that_two_packages_bring_is_refused(install: Install) -> None:
+    install(("lora", "memscope.strategies.lora:LoRA"), ("amp", "memscope.strategies.amp:AMP"), ("lora", "mine:LoRA"))
+    with pytest.raises(UsageError) as caught:
+        Plan.parse("amp")
+    assert str(caught.value) == ('two installed packages bring a strategy "lora" (mine:LoRA): uninstall one of them')
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("no_such_package:Strategy", "No module named 'no_such_package'"),
+        ("memscope.units:Strategy", "module 'memscope.units' has no attribute 'Strategy'"),
+    ],
+)
+def test_a_strategy_that_cannot_be_imported_is_named(install: Install, value: str, reason: str) -> None:
+    install(("mine", value))
+    with pytest.raises(UsageError) as caught:
+        available()
+    assert str(caught.value) == f'strategy "mine" ({value}) cannot be imported: {reason}'

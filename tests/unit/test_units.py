@@ -1,0 +1,114 @@
+"""Sizes as text, both ways."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memscope.errors import UsageError
+from memscope.units import format_bytes, format_change, parse_bytes
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "text"),
+    [
+        (0, "0 B"),
+        (1, "1 B"),
+        (1023, "1023 B"),
+        (1024, "1.00 KiB"),
+        (1536, "1.50 KiB"),
+        (10 * 2**10, "10.0 KiB"),
+        # 9.996 KiB: two decimals would round to 10.00.
+        (10236, "10.0 KiB"),
+        (10230, "9.99 KiB"),
+        # 1023.9 KiB is shown as such; one byte less than a MiB would round to 1024.0 KiB.
+        (1_048_474, "1023.9 KiB"),
+        (2**20 - 1, "1.00 MiB"),
+        (2**20, "1.00 MiB"),
+        # 6,738,415,616 parameters of LLaMA2-7B in 4 bytes: 26,953,662,464 / 2³⁰ = 25.1026.
+        (26_953_662_464, "25.1 GiB"),
+        (3 * 2**40 // 2, "1.50 TiB"),
+        (2**50, "1024.0 TiB"),
+        (-1, "-1 B"),
+        (-1536, "-1.50 KiB"),
+    ],
+)
+def test_bytes_are_shown_in_binary_units(size_bytes: int, text: str) -> None:
+    assert format_bytes(size_bytes) == text
+
+
+@pytest.mark.parametrize(
+    ("change_bytes", "text"), [(0, "+0 B"), (5 * 2**28, "+1.25 GiB"), (-3 * 2**20, "-3.00 MiB"), (-1, "-1 B")]
+)
+def test_change_always_has_its_sign(change_bytes: int, text: str) -> None:
+    assert format_change(change_bytes) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "size_bytes"),
+    [
+        ("512", 512),
+        ("512B", 512),
+        ("1KB", 1000),
+        ("1KiB", 1024),
+        ("64 MiB", 67_108_864),
+        ("3MB", 3_000_000),
+        ("40GB", 40_000_000_000),
+        # 37.3 · 1,073,741,824 = 40,050,570,035.2
+        ("37.3GiB", 40_050_570_035),
+        (" 2 tib ", 2_199_023_255_552),
+        ("2tb", 2_000_000_000_000),
+        (".5KiB", 512),
+        ("0.0006KB", 1),
+    ],
+)
+def test_size_is_read_with_its_unit(text: str, size_bytes: int) -> None:
+    assert parse_bytes(text) == size_bytes
+
+
+@pytest.mark.parametrize(
+    "text", ["", "forty", "-1GB", "+1GB", "1,5GB", "1e9", "nan", "inf", "GB", "1.GB", "4 0GB", "40GB!"]
+)
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_bytes(text)
+    assert str(caught.value) == (
+        f'"{text}" is not a size: expected a positive number with a unit, for example 40GB or 37.3GiB'
+    )
+
+
+@pytest.mark.parametrize(("text", "unit"), [("40G", "G"), ("40 XB", "XB"), ("1gigabyte", "gigabyte")])
+def test_unknown_unit_is_refused_with_those_there_are(text: str, unit: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_bytes(text)
+    assert str(caught.value) == (
+        f'"{text}" has an unknown unit "{unit}": expected B, KB, MB, GB, TB, KiB, MiB, GiB or TiB'
+    )
+
+
+@pytest.mark.parametrize("text", ["0", "0GB", "0.4B", "0.0004KB"])
+def test_zero_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match=f'"{text}" is zero bytes: expected a positive size, for example 40GB'):
+        parse_bytes(text)
+
+
+def test_size_of_hundreds_of_digits_is_read_exactly() -> None:
+    # Beyond the largest float.
+    assert parse_bytes("9" * 400 + "KB") == (10**400 - 1) * 1000
+
+
+@given(st.integers(1, 2**70))
+def test_plain_number_comes_back_exactly(size_bytes: int) -> None:
+    assert parse_bytes(str(size_bytes)) == size_bytes
+
+
+@given(st.integers(1, 2**49))
+def test_shown_size_reads_back_within_half_of_its_last_digit(size_bytes: int) -> None:
+    # The coarsest is 1.00 for 0.995 to 1.005.
+    assert abs(parse_bytes(format_bytes(size_bytes)) - size_bytes) <= 0.005 * size_bytes + 1
+
+
+@given(st.integers(1, 2**60))
+def test_negative_size_is_the_positive_one_with_a_sign(size_bytes: int) -> None:
+    assert format_bytes(-size_bytes) == "-" + format_bytes(size_bytes)
