@@ -246,8 +246,8 @@ def test_a_target_that_does_not_fit_ends_in_exit_code_4_and_says_where_it_runs_o
     code, out, err = run(*words)
     assert code == 4, err
     text = " ".join(out.split())
-    # The context leaves 412 MiB of 512. Two layers of about 12 x 1536^2 weights of 4 bytes, embedding and head fit once,
-    # not four times.
+    # The context leaves 412 MiB of 512. Two layers of about 12 x 1536^2 weights of 4 bytes, embedding and head fit
+    # once, not four times.
     assert "baseline does not fit: runs out in step 0" in text
     assert "412.0 MiB" in text
     assert "what is shown is what it would need" in text
