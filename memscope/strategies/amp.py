@@ -28,11 +28,10 @@ class AMP(Strategy):
     exact = False
     provides = frozenset({"autocast"})
     textbook: ClassVar[Mapping[str, str]] = {
-        "parameter": "↓",
+        "parameter": "–",
         "activation": "↓",
-        "gradient": "↓",
+        "gradient": "–",
         "optimizer_state": "–",
-        "computation": "↓",
     }
 
     @dataclass(frozen=True)

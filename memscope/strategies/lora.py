@@ -25,11 +25,10 @@ class LoRA(Strategy):
     exact = False
     provides = frozenset({"adapters"})
     textbook: ClassVar[Mapping[str, str]] = {
-        "parameter": "↑",
+        "parameter": "–",
         "activation": "–",
         "gradient": "↓",
         "optimizer_state": "↓",
-        "computation": "↓",
     }
 
     @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def test_the_same_plan_can_be_written_in_several_ways(text: str) -> None:
 
 
 def test_a_value_may_hold_a_colon_and_a_list_may_hold_dots() -> None:
-    (strategy,) = Plan.parse("lora:targets=blocks.0.wq+a:b").strategies
+    (strategy,) = Plan.parse("lora:r=4,targets=blocks.0.wq+a:b").strategies
     assert strategy.config.targets == ("blocks.0.wq", "a:b")
 
 
