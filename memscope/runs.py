@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["RunSpec", "check_plans", "run_all"]
 
 Report = Callable[[int, int, int], None]
-"""`report(index of the run, micro-steps done, in all)`."""
+"""`report(index of the run, micro-batches done, in all)`."""
 _POLL_SECONDS = 0.1
 
 

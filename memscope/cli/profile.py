@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from memscope.cli.profile_report import document, print_report, write_page
 from memscope.effects import Run, compare
@@ -231,9 +231,10 @@ def _run_with_progress(specs: list[RunSpec], labels: list[str]) -> None:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+        MofNCompleteColumn(),
+        TextColumn("micro-batches"),
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        tasks = [bars.add_task(label, total=spec.steps) for spec, label in zip(specs, labels, strict=True)]
+        tasks = [bars.add_task(label, total=None) for label in labels]
         run_all(specs, lambda index, done, total: bars.update(tasks[index], completed=done, total=total))

@@ -33,7 +33,7 @@ def record(
         device: `cpu`.
         strategies: a plan such as `lora:r=8,amp`, applied to the workload itself before the first step.
         steps: optimizer steps to run; from the second on, the optimizer's state is there.
-        progress: called after each step.
+        progress: called after each micro-batch, `progress(done, in all)`.
 
     Raises:
         TargetError: when the target's code fails.

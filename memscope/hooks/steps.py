@@ -12,14 +12,15 @@ import torch
 from memscope.errors import MemscopeError, TargetError, UsageError
 from memscope.hooks.recorder import Recorder
 from memscope.strategies import Plan
-from memscope.workload import MicroBatch, Training, Workload, micro_batches, run_step
+from memscope.workload import MicroBatch, StepObserver, Training, Workload, micro_batches, run_step
 
 __all__ = ["Progress", "prepare_steps", "record_steps", "run_meta", "target_error", "where"]
 
 Progress = Callable[[int, int], None]
-"""`progress(steps done, steps in all)`."""
+"""`progress(micro-batches done, micro-batches in all)`, over all steps."""
 
 _OWN_FOLDER = str(Path(__file__).parents[1])
+_SHIPPED_TARGETS = str(Path(_OWN_FOLDER) / "targets")
 _TORCH_FOLDER = str(Path(torch.__file__).parent)
 
 
@@ -63,16 +64,38 @@ def record_steps(
     Raises:
         TargetError: when the target's own code fails; its error is the cause.
     """
+    observer: StepObserver = _Counted(recorder, sum(map(len, pieces)), progress) if progress else recorder
     try:
         with recorder:
-            for done, step in enumerate(pieces, start=1):
-                run_step(training, step, recorder)
-                if progress:
-                    progress(done, len(pieces))
+            for step in pieces:
+                run_step(training, step, observer)
+        if isinstance(observer, _Counted):
+            observer.finished()
     except MemscopeError:
         raise
     except Exception as error:
         raise target_error(workload.name, error) from error
+
+
+class _Counted:
+    """A recorder that reports each micro-batch when the next one begins."""
+
+    def __init__(self, recorder: Recorder, total: int, progress: Progress) -> None:
+        self._recorder, self._total, self._progress = recorder, total, progress
+        self._begun = 0
+
+    def phase(self, name: str, micro_batch: int) -> None:
+        if name == "forward":
+            if self._begun:
+                self._progress(self._begun, self._total)
+            self._begun += 1
+        self._recorder.phase(name, micro_batch)
+
+    def inputs(self, data: Any) -> None:
+        self._recorder.inputs(data)
+
+    def finished(self) -> None:
+        self._progress(self._total, self._total)
 
 
 def target_error(name: str, error: Exception) -> TargetError:
@@ -88,7 +111,8 @@ def where(error: BaseException) -> str:
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith((_OWN_FOLDER, _TORCH_FOLDER, "<"))
+        if frame.filename.startswith(_SHIPPED_TARGETS)
+        or not frame.filename.startswith((_OWN_FOLDER, _TORCH_FOLDER, "<"))
     ]
     return f" (at {frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name}: {frames[-1].line})" if frames else ""
 

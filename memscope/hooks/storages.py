@@ -115,6 +115,7 @@ class StorageTracker(TorchDispatchMode):
         self._kernels = kernels
         self._kept_workspaces: dict[tuple[bool, str], int] = {}
         self._known_ops: dict[OpOverload, _Op] = {}
+        self._known_flops: dict[Any, int] = {}
         self._live: dict[int, tuple[int, _StorageRef]] = {}
         self._hidden: dict[int, _StorageRef] = {}
         self._clock = 0
@@ -190,12 +191,24 @@ class StorageTracker(TorchDispatchMode):
         self._take([w for w in workspaces if w.before_outputs], held, op.code)
         out = self._execute(func, args, kwargs)
         if op.flops is not None:
-            self.seen.flops[self.step] = self.seen.flops.get(self.step, 0) + op.flops(*args, **kwargs, out_val=out)
+            self.seen.flops[self.step] = self.seen.flops.get(self.step, 0) + self._count_flops(op, args, kwargs, out)
         self._see_outputs(op, args, out)
         self._take([w for w in workspaces if not w.before_outputs], held, op.code)
         for index in held.values():
             self._free(index)
         return out
+
+    def _count_flops(self, op: _Op, args: Any, kwargs: dict[str, Any], out: Any) -> int:
+        """Worked out once for every combination of shapes: PyTorch's formulas are slow to call."""
+        assert op.flops is not None, "only asked of operators that have a formula"
+        key = (op.code, *(a.size() if isinstance(a, Tensor) else a for a in args))
+        try:
+            known = self._known_flops.get(key)
+        except TypeError:  # a list among the arguments, such as the strides of a convolution
+            return op.flops(*args, **kwargs, out_val=out)
+        if known is None:
+            known = self._known_flops[key] = op.flops(*args, **kwargs, out_val=out)
+        return known
 
     def _see_outputs(self, op: _Op, args: Any, out: Any) -> None:
         if isinstance(out, Tensor):

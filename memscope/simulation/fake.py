@@ -48,7 +48,7 @@ def simulate(
         strategies: a plan such as `lora:r=8,amp`, applied before the first step.
         steps: optimizer steps to trace; from the second on, the optimizer's state is there.
         allocator: settings of PyTorch's caching allocator; None: what `PYTORCH_CUDA_ALLOC_CONF` says.
-        progress: called after each step.
+        progress: called after each micro-batch, `progress(done, in all)`.
 
     Returns:
         The trace. Its sizes are the blocks that PyTorch's allocator would give on the device, workspaces of kernels

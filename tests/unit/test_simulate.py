@@ -68,6 +68,17 @@ def test_a_model_can_be_converted_while_it_is_built_and_stays_tied():
     assert simulate(build, device="cpu").max_by_category(0)["parameter"] == 64 * 64 * 2
 
 
+def test_progress_counts_the_micro_batches_of_all_steps():
+    seen = []
+    simulate(
+        workload(plan=StepPlan(micro_batches=2)),
+        steps=2,
+        device="cpu",
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
 def test_two_simulations_of_one_workload_are_identical():
     one, other = simulate(workload), simulate(workload)
     assert one.size.tolist() == other.size.tolist()
