@@ -49,9 +49,9 @@ def ledger(trace: Trace) -> Ledger | None:
     allocated, reserved = peak.allocated_bytes, int(trace.meta["peak_reserved"])
     context = int(trace.meta["context"])
     lines = [
-        Line("requested", requested, requested, "the sizes of the tensors"),
-        Line("allocated", allocated - requested, allocated, "torch.cuda.max_memory_allocated"),
-        Line("reserved", reserved - allocated, reserved, "torch.cuda.max_memory_reserved"),
-        Line("device", context, reserved + context, "nvidia-smi, of this process", estimate=True),
+        Line("requested", requested, requested, "sizes of tensors"),
+        Line("allocated", allocated - requested, allocated, "max_memory_allocated"),
+        Line("reserved", reserved - allocated, reserved, "max_memory_reserved"),
+        Line("device", context, reserved + context, "nvidia-smi", estimate=True),
     ]
     return Ledger(tuple(lines))

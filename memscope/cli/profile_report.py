@@ -102,10 +102,11 @@ def _ledger_table(runs: Sequence[Run], ledgers: Sequence[Ledger]) -> Table:
 def _ran_out(trace: Trace) -> str:
     """Where and by what the device runs out, and what fills it."""
     oom = trace.meta["out_of_memory"]
+    when = f"step {oom['step']}, {oom['phase']}" if oom["step"] >= 0 else "setup, before the first step"
     largest = sorted(oom["by_category"].items(), key=lambda item: -item[1])[:3]
     filled = ", ".join(f"{category.replace('_', ' ')} {format_bytes(size)}" for category, size in largest if size)
     return (
-        f"runs out in step {oom['step']}, {oom['phase']}, {oom['module']}, "
+        f"runs out in {when}, {oom['module']}, "
         f"asking {format_bytes(oom['requested'])} with {format_bytes(oom['reserved'])} of {format_bytes(oom['limit'])} "
         f"taken ({filled}); what is shown is what it would need"
     )
