@@ -66,7 +66,10 @@ def simulate(
     with _simulated(device), _explained():
         with mode:
             built = _build(workload, mode)
-            plan.apply(built)
+        plan.check(built)  # on the host, where a strategy may look at the data
+        with mode:
+            for strategy in plan.strategies:
+                strategy.apply(built)
         pieces = prepare_steps(built, steps)
         with mode:
             training = Training.start(built, "cpu", lambda data: pytree.tree_map_only(Tensor, _on_device, data))
