@@ -1,125 +1,24 @@
-"""What `make gpu` measures, in which order, and how measured and predicted allocations are told apart.
+"""Measured and predicted allocations side by side, and the table that `make gpu` prints.
 
 Needs neither torch nor a GPU.
 """
 
 from __future__ import annotations
 
-import itertools
-import time
+import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 
-from memscope.simulation.allocator import Ints, Replay
+from memscope.simulation.allocator import Ints, Replay, replay
 from memscope.simulation.allocator_history import History
 from memscope.trace import CATEGORIES, PHASES, Trace
 from memscope.units import format_bytes, format_change
-
-AXES: dict[str, tuple[Any, ...]] = {
-    "weights": ("fp32", "bf16"),
-    "amp": ("none", "fp16", "bf16"),
-    "training": ("full", "lora"),
-    "ckpt": ("none", "all"),
-    "accumulation": (8, 1),
-    "attention": ("eager", "sdpa"),
-}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One way to train; a step's 8 samples go through the model in `accumulation` micro-batches."""
-
-    weights: str
-    amp: str
-    training: str
-    ckpt: str
-    accumulation: int
-    attention: str
-
-    @property
-    def name(self) -> str:
-        """The cell as part of a file's name."""
-        amp = "noamp" if self.amp == "none" else f"amp{self.amp}"
-        ckpt = "nockpt" if self.ckpt == "none" else "ckpt"
-        return f"{self.weights}-{amp}-{self.training}-{ckpt}-ga{self.accumulation}-{self.attention}"
-
-    @property
-    def plan(self) -> str:
-        """The cell's strategies; weights and attention are settings of the target."""
-        words = ["lora"] * (self.training == "lora") + [f"amp:dtype={self.amp}"] * (self.amp != "none")
-        return ",".join([*words, *["ckpt"] * (self.ckpt == "all"), f"ga:steps={self.accumulation}"])
-
-    @property
-    def possible(self) -> bool:
-        """Whether PyTorch can run it: a gradient scaler cannot unscale bfloat16 gradients on CUDA.
-
-        Source: `_amp_foreach_non_finite_check_and_unscale_cuda_` in aten/src/ATen/native/cuda/AmpKernels.cu is not
-        implemented for bfloat16; pytorch/pytorch issue 127176, open in August 2026.
-        """
-        return not (self.weights == "bf16" and self.amp == "fp16")
-
-
-FIRST = (
-    Cell("fp32", "none", "full", "none", 8, "eager"),  # the largest: nearly all of an H200
-    Cell("fp32", "fp16", "lora", "none", 8, "eager"),  # as published for an A100, but for wk's update and the biases
-    Cell("bf16", "none", "lora", "none", 8, "sdpa"),
-    Cell("bf16", "bf16", "full", "all", 1, "sdpa"),
-)
-
-
-def covering(count: int, first: Sequence[Cell] = FIRST) -> list[Cell]:
-    """`count` cells, or all: each next one brings most pairs of values not seen together yet, then most triples."""
-    left = [cell for cell in map(Cell._make, itertools.product(*AXES.values())) if cell.possible] if False else []
-    left = [cell for values in itertools.product(*AXES.values()) if (cell := Cell(*values)).possible]
-    chosen: list[Cell] = []
-    seen: set[tuple[tuple[str, Any], ...]] = set()
-
-    def gain(cell: Cell) -> tuple[int, int]:
-        new = [tuple_ for tuple_ in combinations(cell) if tuple_ not in seen]
-        return sum(len(tuple_) == 2 for tuple_ in new), len(new)
-
-    for wanted in itertools.chain(first, itertools.repeat(None)):
-        if len(chosen) == count or not left:
-            return chosen
-        cell = wanted or max(left, key=gain)
-        left.remove(cell)
-        chosen.append(cell)
-        seen.update(combinations(cell))
-    raise AssertionError("unreachable: the loop has no end of its own")
-
-
-def combinations(cell: Cell) -> Iterator[tuple[tuple[str, Any], ...]]:
-    """Each pair and each triple of a cell's values."""
-    values = list(asdict(cell).items())
-    return itertools.chain(itertools.combinations(values, 2), itertools.combinations(values, 3))
-
-
-class Budget:
-    """The time there is, and whether it is enough for one thing more."""
-
-    def __init__(self, limit_seconds: float, *, reserve_seconds: float, clock: Callable[[], float] = time.monotonic):
-        self._clock, self._reserve_seconds = clock, reserve_seconds
-        self._began = clock()
-        self._limit_seconds = limit_seconds
-
-    @property
-    def spent(self) -> float:
-        """Seconds since the beginning."""
-        return self._clock() - self._began
-
-    @property
-    def left(self) -> float:
-        """Seconds until only what is reserved for the end is left; never below 0."""
-        return max(0.0, self._limit_seconds - self._reserve_seconds - self.spent)
-
-    def allows(self, taken: Sequence[float], guess: float) -> bool:
-        """Whether one thing more fits, if it takes a quarter longer than the slowest so far, or else `guess`."""
-        return self.left >= (1.25 * max(taken) if taken else guess)
 
 
 @dataclass(frozen=True)
@@ -139,7 +38,7 @@ def align(ours: Ints, theirs: Ints, *, window: int = 200, confirm: int = 8) -> A
     together. Without one, the rest is one difference.
     """
     partner = np.full(len(ours), -1, dtype=np.int64)
-    places = []
+    places: list[tuple[slice, slice]] = []
     i = j = 0
     while True:
         length = min(len(ours) - i, len(theirs) - j)
@@ -165,7 +64,7 @@ def _resume(ours: Ints, theirs: Ints, window: int, confirm: int) -> tuple[int, i
     return len(ours), len(theirs)
 
 
-def compare(history: History, replayed: Replay, trace: Trace) -> dict[str, Any]:
+def compare_sequences(history: History, replayed: Replay, trace: Trace) -> dict[str, Any]:
     """A GPU's allocations against the simulated ones, as JSON values; `replayed` is the replay of `history`."""
     aligned = align(history.sizes, trace.requested)
     at = int(replayed.allocated.argmax())
@@ -199,11 +98,13 @@ def _first(history: History, trace: Trace, aligned: Aligned) -> dict[str, Any]:
 
 
 def _first_free(history: History, trace: Trace) -> dict[str, Any] | None:
-    """The first allocation, by birth, that is freed at another event."""
+    """The allocation with which the two first free in another order."""
     unequal = np.flatnonzero(history.freed != trace.freed)
     if not unequal.size:
         return None
-    index = int(unequal[0])
+    never = np.iinfo(np.int64).max
+    ends = [np.where(freed < 0, never, freed)[unequal] for freed in (history.freed, trace.freed)]
+    index = int(unequal[np.minimum(*ends).argmin()])
     events = {"measured": int(history.freed[index]), "predicted": int(trace.freed[index])}
     return {"index": index, "size": int(trace.requested[index]), **events, **_located(trace, index)}
 
@@ -234,6 +135,35 @@ def _grouped(history: History, trace: Trace, aligned: Aligned, most: int = 20) -
     ]
 
 
+ACTIONS = ("alloc", "free_completed", "segment_alloc", "segment_free", "segment_map", "segment_unmap")
+"""What a replay needs of a history; the limit at which memory ran out is not known to it, so that is left out."""
+
+
+def write_history(path: Path, entries: Sequence[dict[str, Any]], about: dict[str, Any]) -> None:
+    """Write a history in the format of `tests/golden`; column by column, which packs to a third."""
+    codes = {action: code for code, action in enumerate(ACTIONS)}
+    rows = [[codes[e["action"]], e["addr"], e["size"], e["stream"]] for e in entries if e["action"] in codes]
+    about = about | {"actions": ACTIONS, "trace": "rows of action, addr, size, stream"}
+    columns = np.asfortranarray(np.array(rows, dtype=np.int64).reshape(-1, 4))
+    np.savez_compressed(path, about=np.array(json.dumps(about)), trace_0=columns)
+
+
+def imitated(trace: Trace) -> tuple[dict[str, int], list[dict[str, Any]]]:
+    """The peaks, and the history that a GPU's allocator would have written for a run: to try things out without one."""
+    done = replay(trace.requested, trace.born, trace.freed)
+    moves: list[tuple[int, int, str, int, int]] = [
+        (event.event, 0, event.action, event.address, event.size_bytes) for event in done.segment_events
+    ]
+    columns = (trace.born, trace.freed, done.addresses, trace.requested)
+    for born, freed, address, size in zip(*(column.tolist() for column in columns), strict=True):
+        moves.append((born, 1, "alloc", address, size))
+        if freed >= 0:
+            moves.append((freed, 1, "free_completed", address, size))
+    moves.sort(key=lambda move: move[:2])
+    peaks = {"allocated": done.peak_allocated, "reserved": done.peak_reserved, "requested": int(done.requested.max())}
+    return peaks, [{"action": action, "addr": addr, "size": size, "stream": 0} for _, _, action, addr, size in moves]
+
+
 def off(measured: int, predicted: int) -> float:
     """How far a prediction is from what was measured, as a fraction of it."""
     return (predicted - measured) / measured
@@ -255,3 +185,91 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         **{f"{name}_worst": values[-1] for name, values in errors.items() if values},
         **{f"{name}_median": median(values) for name, values in errors.items() if values},
     }
+
+
+def table(results: dict[str, Any]) -> str:
+    """Everything in short, as Markdown: what `cells.json` holds."""
+    rows, total = results["cells"], results["summary"]
+    device, versions = results["device"], results["versions"]
+    lines = [
+        f"# {'Dry run, nothing here is a measurement: ' if results['dry_run'] else ''}LLaMA2 {results['preset']}, "
+        f"measured on {device['name']} and predicted for {results['predicted_for']}",
+        "",
+        f"{results['date']}, commit {results['commit']}, driver {device['driver']}, PyTorch {versions['torch']}, "
+        f"CUDA {versions['cuda']}. A step: 8 samples of {', '.join(map(str, results['lengths']))} tokens. "
+        "Sizes in MiB: the most of two steps; seconds: the third step, nothing recorded.",
+        "",
+        "| cell | allocated | predicted | off | reserved | predicted | off | s | replay | largest category off | "
+        "first difference |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|---|---|---|",
+        *(_line(row) for row in rows),
+        "",
+        f"{total['measured']} of {total['cells']} cells measured, {total['compared']} compared, in "
+        f"{results['seconds']:.0f} s; allocation sequences identical in {total['identical']}; replays of the real "
+        f"history identical to the byte in {total['replayed']}.",
+    ]
+    for name in ("allocated", "reserved", "requested"):
+        if f"{name}_worst" in total:
+            lines.append(f"{name}: worst {total[f'{name}_worst']:.4%}, median {total[f'{name}_median']:.4%}.")
+    if results["overhead"]:
+        lines += ["", "A steady step, its median in seconds:", "", "| cell | recorded by | s | against none |"]
+        lines += ["|---|---|--:|--:|", *(_overhead(run, results["overhead"]) for run in results["overhead"])]
+    return "\n".join(lines) + "\n"
+
+
+def _line(row: dict[str, Any]) -> str:
+    if row["status"] != "measured":
+        return f"| {row['name']} | {row['status'].replace('|', '/')} |" + " |" * 9
+    real, guess = row["measured"], row.get("predicted")
+    words = [row["name"]]
+    for name in ("allocated", "reserved"):
+        words.append(_mib(real[name]))
+        words += [_mib(guess[name]), f"{off(real[name], guess[name]):+.3%}"] if guess else ["", ""]
+    words.append(f"{real['seconds']:.3f}" if real.get("seconds") else "")
+    words.append(_replay(row.get("replay")))
+    words += [_category(row), _difference(row)]
+    return "| " + " | ".join(word.replace("|", "/") for word in words) + " |"
+
+
+def _mib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**20:.2f}"
+
+
+def _replay(replay: dict[str, Any] | None) -> str:
+    if replay is None:
+        return ""
+    return "identical" if replay["exact"] else f"differs: {replay['first_difference']}"
+
+
+def _category(row: dict[str, Any]) -> str:
+    if "comparison" not in row or "error" in row["comparison"]:
+        return ""
+    real, guess = row["comparison"]["measured_by_category"], row["predicted"]["by_category"]
+    change = {name: guess.get(name, 0) - real.get(name, 0) for name in {*real, *guess}}
+    worst = max(sorted(change), key=lambda name: abs(change[name]))
+    return f"{worst} {format_change(change[worst])}" if change[worst] else "none"
+
+
+def _difference(row: dict[str, Any]) -> str:
+    if row["measured"].get("out_of_memory"):
+        told = row.get("predicted", {}).get("out_of_memory")
+        return "ran out of memory, as predicted" if told else "ran out of memory, not predicted"
+    comparison = row.get("comparison", {"error": row.get("problem", "not compared")})
+    if "error" in comparison:
+        return str(comparison["error"])
+    first = comparison["first_difference"]
+    if first is None:
+        return "none" if comparison["identical_with_frees"] else "none (frees in another order)"
+    sizes = [format_bytes(first[side][0]) if first[side] else "none" for side in ("measured", "predicted")]
+    where = f"{first['op']} in {first['module'] or 'no module'}, step {first['step']} {first['phase']}"
+    return f"#{first['index']}: {sizes[0]}, predicted {sizes[1]}, {where}; {comparison['places']} places"
+
+
+def _overhead(run: dict[str, Any], runs: Sequence[dict[str, Any]]) -> str:
+    words = f"| {run['cell']} | {run['by']} | "
+    if "median" not in run:
+        return f"{words}{str(run['unavailable']).replace('|', '/')} | |"
+    same = [other for other in runs if (other["cell"], other["by"]) == (run["cell"], "nothing")]
+    bare = [other["median"] for other in same if "median" in other]
+    seconds = run["median"]
+    return f"{words}{seconds:.4f} | {f'{off(min(bare), seconds):+.1%}' if bare else ''} |"

@@ -1,0 +1,279 @@
+"""Measure LLaMA2-7B training on this machine's GPU and hold memscope's predictions against it: `make gpu`.
+
+Each cell, one way to train, runs in a fresh process; its prediction is simulated on the CPU meanwhile. What does not
+fit into the time is left out, and the table says so. `--dry-run` tries the script out without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+from gpu_plan import STEP, TIMED, Budget, Cell, covering
+from gpu_report import summary, table
+
+HERE = Path(__file__).resolve().parent
+GOLDEN_CELLS = 4
+GOLDEN_BYTES = 2 * 2**20
+"""A history larger than this is not for a repository."""
+AT_THE_END_SECONDS = 20.0
+"""Kept for the comparisons still under way when the last measurement ends."""
+JOB_SECONDS = 120.0
+"""When a job is given up, so that one that hangs does not keep the others from running."""
+GUESS_SECONDS = 45.0
+"""How long a cell may take while none has been measured."""
+
+
+class Processes:
+    """Runs jobs of `gpu_cells.py`; the next process for the GPU is started, and has imported PyTorch, ahead of time."""
+
+    def __init__(self, scratch: Path, log: IO[str], budget: Budget) -> None:
+        self._scratch, self._log, self._budget = scratch, log, budget
+        self._numbers = itertools.count()
+        self._ready = self._start()
+
+    def _start(self) -> subprocess.Popen[str]:
+        # Not in the checkout, where ./memscope would be found before the installed package.
+        command = [sys.executable, str(HERE / "gpu_cells.py")]
+        streams = {"stdin": subprocess.PIPE, "stdout": self._log, "stderr": self._log}
+        return subprocess.Popen(command, cwd=self._scratch, text=True, **streams)  # type: ignore[call-overload, no-any-return]
+
+    def do(self, kind: str, **job: Any) -> dict[str, Any]:
+        """Do a job in a process of its own, beside whatever else runs."""
+        return self._finish(self._start(), kind, job)
+
+    def do_next(self, kind: str, **job: Any) -> dict[str, Any]:
+        """Do a job in the process that is ready, and get another one ready."""
+        process, self._ready = self._ready, self._start()
+        return self._finish(process, kind, job)
+
+    def _finish(self, process: subprocess.Popen[str], kind: str, job: dict[str, Any]) -> dict[str, Any]:
+        result = self._scratch / f"result-{next(self._numbers)}.json"
+        try:
+            # Comparisons may use the time that is kept for the end.
+            limit = min(JOB_SECONDS, self._budget.left + (AT_THE_END_SECONDS - 3.0) * (kind == "compare"))
+            process.communicate(json.dumps({"kind": kind, "result": str(result), **job}) + "\n", timeout=limit)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            return {"error": f"stopped after {limit:.0f} s"}
+        if result.exists():
+            return json.loads(result.read_text())  # type: ignore[no-any-return]
+        return {"error": f"the process ended without a result, exit status {process.returncode}"}
+
+    def close(self) -> None:
+        """End the process that no job came for."""
+        self._ready.kill()
+        self._ready.communicate()
+
+
+class Session:
+    """All cells of one run, and what is known of each so far."""
+
+    def __init__(self, options: argparse.Namespace, processes: Processes, scratch: Path, budget: Budget) -> None:
+        self.options, self._processes, self._scratch, self._budget = options, processes, scratch, budget
+        self._pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 3))
+        self.cells = covering(options.cells)
+        self._common = {"preset": options.preset, "device": "cpu" if options.dry_run else "cuda"}
+        self._predictions: dict[Cell, Future[dict[str, Any]]] = {}
+        self._comparisons: dict[Cell, Future[dict[str, Any]]] = {}
+        self._measured: dict[Cell, dict[str, Any]] = {}
+        self._status = dict.fromkeys(self.cells, "left out: no time")
+        self._taken: list[float] = []
+        self.overhead: list[dict[str, Any]] = []
+        self.about: dict[str, Any] = {}
+
+    def _files(self, cell: Cell) -> dict[str, str]:
+        return {"trace": str(self._scratch / f"{cell.name}.npz"), "history": str(self.history(cell))}
+
+    def history(self, cell: Cell) -> Path:
+        """Where a cell's allocator history is, once it was measured."""
+        return self._scratch / f"golden-{cell.name}.npz"
+
+    def predict(self) -> None:
+        """Begin to simulate every cell, in their order."""
+        for cell in self.cells:
+            job = {"cell": asdict(cell), "predicted_for": self.options.predict_for, **self._common, **self._files(cell)}
+            self._predictions[cell] = self._pool.submit(self._processes.do, "predict", **job)
+
+    def measure(self, cell: Cell) -> None:
+        """Measure a cell, if there is time, and begin to compare it."""
+        if not self._budget.allows(self._taken, GUESS_SECONDS):
+            return
+        began = self._budget.spent
+        job = {"cell": asdict(cell), "about": self.about, **self._common, **self._files(cell)}
+        done = self._processes.do_next("measure", **job)
+        self._taken.append(self._budget.spent - began)
+        self._status[cell] = f"failed: {done['error']}" if "error" in done else "measured"
+        if "error" not in done:
+            self._measured[cell] = done | {"process_seconds": self._taken[-1]}
+            self._comparisons[cell] = self._pool.submit(self._compare, cell)
+
+    def _compare(self, cell: Cell) -> dict[str, Any]:
+        self._predictions[cell].exception()
+        return self._processes.do("compare", **self._files(cell))
+
+    def time_recorders(self) -> None:
+        """Time a step under each recorder, alone on the machine: simulations are waited for."""
+        for future in self._predictions.values():
+            future.exception()
+        for cell, by in TIMED[: self.options.timed]:
+            known = {"cell": cell.name, "by": by}
+            if not self._budget.allows(self._taken, GUESS_SECONDS):
+                self.overhead.append(known | {"unavailable": "left out: no time"})
+                continue
+            job = {"cell": asdict(cell), "by": by, "steps": self.options.steps, **self._common}
+            done = self._processes.do_next("overhead", **job)
+            self.overhead.append(known | done | {"unavailable": done.get("unavailable", done.get("error"))})
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Each cell with what is known of it; nothing is waited for."""
+        for cell in self.cells:
+            row: dict[str, Any] = {"name": cell.name, "cell": asdict(cell), "plan": cell.plan}
+            row |= {"status": self._status[cell], "measured": self._measured.get(cell)}
+            predicted, compared = _known(self._predictions.get(cell)), _known(self._comparisons.get(cell))
+            if "error" in predicted:
+                row["problem"] = f"prediction {predicted['error']}"
+            elif predicted:
+                row["predicted"] = predicted
+            yield row | ({"comparison": compared} if "error" in compared else compared)
+
+    def finish(self) -> None:
+        """Wait for the comparisons; each job ends by itself when its time is over."""
+        for future in self._comparisons.values():
+            future.exception()
+        self._pool.shutdown(cancel_futures=True)
+
+
+def _known(future: Future[dict[str, Any]] | None) -> dict[str, Any]:
+    return future.result() if future and future.done() and not future.cancelled() else {}
+
+
+def written(out: Path, session: Session, machine: dict[str, Any], budget: Budget) -> str:
+    """Write `cells.json` and `table.md` of what is known so far; returns the table."""
+    options, rows = session.options, list(session.rows())
+    settings = {
+        name: os.environ[name] for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF") if name in os.environ
+    }
+    results = {
+        "schema_version": 1,
+        "dry_run": options.dry_run,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": _commit(),
+        "preset": options.preset,
+        "lengths": [tokens for tokens, _ in STEP],
+        "predicted_for": options.predict_for,
+        "allocator_settings": settings,
+        **machine,
+        "seconds": budget.spent,
+        "cells": rows,
+        "overhead": session.overhead,
+        "summary": summary(rows),
+    }
+    (out / "cells.json").write_text(json.dumps(results, indent=1) + "\n")
+    text = table(results)
+    (out / "table.md").write_text(text)
+    return text
+
+
+def _commit() -> str:
+    return os.environ.get("MEMSCOPE_COMMIT") or _output("git", "-C", str(HERE), "rev-parse", "HEAD") or "unknown"
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def keep_histories(out: Path, session: Session) -> None:
+    """The first small histories as golden files, all others in one archive."""
+    paths = [path for path in map(session.history, session.cells) if path.exists()]
+    golden = [path for path in paths if path.stat().st_size < GOLDEN_BYTES][:GOLDEN_CELLS]
+    for path in golden:
+        shutil.copy(path, out / path.name)
+    with zipfile.ZipFile(out / "histories.zip", "w") as archive:
+        for path in paths:
+            if path not in golden:
+                archive.write(path, path.name)
+
+
+def about_histories(machine: dict[str, Any]) -> dict[str, Any]:
+    """What a history file says of where it comes from."""
+    torch, device = machine["versions"]["torch"], machine["device"]
+    settings = os.environ.get("PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""))
+    return {
+        "source": f"torch.cuda.memory._record_memory_history of PyTorch {torch} on {device['name']}: two steps",
+        "device": device["name"],
+        "torch": torch,
+        "commit": _commit(),
+        "driver_addresses": tuple(map(int, torch.split(".")[:2])) < (2, 12),
+        "cases": [{"settings": settings, "capacity_bytes": None, "device_bytes": device.get("total_memory", 0)}],
+    }
+
+
+def parsed(words: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = os.environ.get("OUT") or HERE / "results" / datetime.date.today().isoformat()
+    parser.add_argument("--out", type=Path, default=Path(default), help="folder for the results (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=420.0, help="time for everything (default: %(default)s)")
+    parser.add_argument("--cells", type=int, default=24, help="how many cells (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=10, help="steps under each recorder (default: %(default)s)")
+    parser.add_argument("--timed", type=int, default=len(TIMED), help="how many timings (default: %(default)s)")
+    parser.add_argument("--preset", help="of targets/llama2 (default: 7b; debug in a dry run)")
+    parser.add_argument("--predict-for", default="h200-141gb", help="device of the predictions (default: %(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="try the script out on the CPU; measures nothing")
+    options = parser.parse_args(words)
+    options.preset = options.preset or ("debug" if options.dry_run else "7b")
+    return options
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    options = parsed(words)
+    budget = Budget(options.seconds, reserve_seconds=AT_THE_END_SECONDS)
+    options.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder, open(options.out / "gpu.log", "w") as log:
+        scratch = Path(folder)
+        processes = Processes(scratch, log, budget)
+        try:
+            machine = processes.do_next("probe")
+            if "error" in machine or (machine["device"]["name"] == "CPU" and not options.dry_run):
+                print(
+                    f"make gpu: PyTorch finds no CUDA device here {machine}: --dry-run tries it without",
+                    file=sys.stderr,
+                )
+                return 1
+            driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+            machine["device"]["driver"] = driver or "unknown"
+            session = Session(options, processes, scratch, budget)
+            session.about = about_histories(machine)
+            session.predict()
+            for number, cell in enumerate(session.cells):
+                if number == min(8, len(session.cells) - 1):
+                    session.time_recorders()
+                session.measure(cell)
+                written(options.out, session, machine, budget)
+            session.finish()
+            keep_histories(options.out, session)
+            print(written(options.out, session, machine, budget), flush=True)
+        finally:
+            processes.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

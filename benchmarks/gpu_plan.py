@@ -1,0 +1,133 @@
+"""What `make gpu` measures: the cells, in which order, and for how long.
+
+Needs neither torch nor a GPU.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+STEP = ((98, 45), (55, 42), (117, 43), (136, 43), (208, 48), (71, 67), (118, 69), (405, 68))
+"""Tokens and prompt tokens of the first step's samples: Stanford Alpaca's first 200 rows with LLaMA2's tokenizer.
+
+The longest of the 200 comes last, as in the target's own steps.
+"""
+
+AXES: dict[str, tuple[Any, ...]] = {
+    "weights": ("fp32", "bf16"),
+    "amp": ("none", "fp16", "bf16"),
+    "training": ("full", "lora"),
+    "ckpt": ("none", "all"),
+    "accumulation": (8, 1),
+    "attention": ("eager", "sdpa"),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way to train; a step's 8 samples go through the model in `accumulation` micro-batches."""
+
+    weights: str
+    amp: str
+    training: str
+    ckpt: str
+    accumulation: int
+    attention: str
+
+    @property
+    def name(self) -> str:
+        """The cell as part of a file's name."""
+        amp = "noamp" if self.amp == "none" else f"amp{self.amp}"
+        ckpt = "nockpt" if self.ckpt == "none" else "ckpt"
+        return f"{self.weights}-{amp}-{self.training}-{ckpt}-ga{self.accumulation}-{self.attention}"
+
+    @property
+    def plan(self) -> str:
+        """The cell's strategies; weights and attention are settings of the target."""
+        words = ["lora"] * (self.training == "lora") + [f"amp:dtype={self.amp}"] * (self.amp != "none")
+        return ",".join([*words, *["ckpt"] * (self.ckpt == "all"), f"ga:steps={self.accumulation}"])
+
+    @property
+    def possible(self) -> bool:
+        """Whether PyTorch can run it: a gradient scaler cannot unscale bfloat16 gradients on CUDA.
+
+        Source: `_amp_foreach_non_finite_check_and_unscale_cuda_` in aten/src/ATen/native/cuda/AmpKernels.cu is not
+        implemented for bfloat16; pytorch/pytorch issue 127176, open in August 2026.
+        """
+        return not (self.weights == "bf16" and self.amp == "fp16")
+
+
+FIRST = (
+    Cell("fp32", "none", "full", "none", 8, "eager"),  # the largest: nearly all of an H200
+    Cell("fp32", "fp16", "lora", "none", 8, "eager"),  # as published for an A100, but for wk's update and the biases
+    Cell("bf16", "none", "lora", "none", 8, "sdpa"),
+    Cell("bf16", "bf16", "full", "all", 1, "sdpa"),
+)
+
+
+TIMED = tuple(
+    (cell, by)
+    for cell, recorders in (
+        (FIRST[2], ("nothing", "memscope", "_record_memory_history", "nothing")),
+        # MemTracker cannot follow a model with frozen weights: it wants a gradient of each.
+        (
+            Cell("bf16", "none", "full", "none", 8, "sdpa"),
+            ("nothing", "memscope", "_record_memory_history", "MemTracker"),
+        ),
+    )
+    for by in recorders
+)
+"""A step of which cell is timed under which recorder."""
+
+
+def covering(count: int, first: Sequence[Cell] = FIRST) -> list[Cell]:
+    """`count` cells, or all: each next one brings most pairs of values not seen together yet, then most triples."""
+    left = [cell for values in itertools.product(*AXES.values()) if (cell := Cell(*values)).possible]
+    chosen: list[Cell] = []
+    seen: set[tuple[tuple[str, Any], ...]] = set()
+
+    def gain(cell: Cell) -> tuple[int, int]:
+        new = [tuple_ for tuple_ in combinations(cell) if tuple_ not in seen]
+        return sum(len(tuple_) == 2 for tuple_ in new), len(new)
+
+    for wanted in itertools.chain(first, itertools.repeat(None)):
+        if len(chosen) == count or not left:
+            return chosen
+        cell = wanted or max(left, key=gain)
+        left.remove(cell)
+        chosen.append(cell)
+        seen.update(combinations(cell))
+    raise AssertionError("unreachable: the loop has no end of its own")
+
+
+def combinations(cell: Cell) -> Iterator[tuple[tuple[str, Any], ...]]:
+    """Each pair and each triple of a cell's values."""
+    values = list(asdict(cell).items())
+    return itertools.chain(itertools.combinations(values, 2), itertools.combinations(values, 3))
+
+
+class Budget:
+    """The time there is, and whether it is enough for one thing more."""
+
+    def __init__(self, limit_seconds: float, *, reserve_seconds: float, clock: Callable[[], float] = time.monotonic):
+        self._clock, self._reserve_seconds = clock, reserve_seconds
+        self._began = clock()
+        self._limit_seconds = limit_seconds
+
+    @property
+    def spent(self) -> float:
+        """Seconds since the beginning."""
+        return self._clock() - self._began
+
+    @property
+    def left(self) -> float:
+        """Seconds until only what is reserved for the end is left; never below 0."""
+        return max(0.0, self._limit_seconds - self._reserve_seconds - self.spent)
+
+    def allows(self, taken: Sequence[float], guess: float) -> bool:
+        """Whether one thing more fits, if it takes a quarter longer than the slowest so far, or else `guess`."""
+        return self.left >= (1.25 * max(taken) if taken else guess)

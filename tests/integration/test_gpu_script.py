@@ -1,0 +1,99 @@
+"""`make gpu` from end to end without a GPU: the debug model on the CPU in the place of each measurement."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
+Run = tuple[Path, str, dict[str, Any]]
+
+
+def run(out: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OUT": str(out), **variables}
+    command = [sys.executable, str(SCRIPT), *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    out = tmp_path_factory.mktemp("out")
+    # Without PATH there is neither git nor nvidia-smi.
+    done = run(out, "--dry-run", "--cells", "2", "--steps", "3", "--timed", "2", PATH="", MEMSCOPE_COMMIT="abc123")
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout, json.loads((out / "cells.json").read_text())
+
+
+def test_the_table_is_printed_and_written(dry_run: Run) -> None:
+    out, printed, _ = dry_run
+    assert (out / "table.md").read_text().strip() == printed.strip()
+    assert "Dry run, nothing here is a measurement" in printed
+
+
+def test_every_cell_is_measured_predicted_and_compared(dry_run: Run) -> None:
+    _, _, results = dry_run
+    assert [row["status"] for row in results["cells"]] == ["measured", "measured"]
+    for row in results["cells"]:
+        assert row["replay"]["exact"], row["replay"]
+        assert row["measured"]["seconds"] > 0
+        for side in ("measured", "predicted"):
+            assert row[side]["requested"] <= row[side]["allocated"] <= row[side]["reserved"]
+        # the weights come first and in one order, so they are matched on both sides
+        parameters = row["comparison"]["measured_by_category"]["parameter"]
+        assert parameters == row["predicted"]["by_category"]["parameter"]
+        # a CPU has no cuBLAS, so the sequences must differ, and the first place is a matrix product
+        assert row["comparison"]["first_difference"]["op"] == "aten.mm.default"
+    assert [(run["by"], "median" in run) for run in results["overhead"]] == [("nothing", True), ("memscope", True)]
+
+
+def test_commit_and_driver_are_there_without_git_and_nvidia_smi(dry_run: Run) -> None:
+    _, _, results = dry_run
+    assert results["commit"] == "abc123"
+    assert results["device"] == {"name": "CPU", "driver": "unknown"}
+
+
+def test_files_are_few_and_small_and_histories_can_be_golden(dry_run: Run) -> None:
+    out, _, results = dry_run
+    files = sorted(out.iterdir())
+    assert len(files) <= 8
+    golden = [file for file in files if file.suffix == ".npz"]
+    assert [file.name for file in golden] == sorted(f"golden-{row['name']}.npz" for row in results["cells"])
+    for file in golden:
+        assert file.stat().st_size < 2 * 2**20
+        with np.load(file, allow_pickle=False) as stored:
+            about = json.loads(str(stored["about"]))
+            assert about["measured"]["allocated"] > 0
+            assert stored["trace_0"].shape[1] == 4
+
+
+def test_what_does_not_fit_into_the_time_is_left_out_and_said(tmp_path: Path) -> None:
+    # Of 50 seconds 20 are kept for the end, and the first cell may take 45.
+    done = run(tmp_path, "--dry-run", "--cells", "1", "--seconds", "50")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "cells.json").read_text())
+    assert [row["status"] for row in results["cells"]] == ["left out: no time"]
+    assert {run["unavailable"] for run in results["overhead"]} == {"left out: no time"}
+    assert "left out: no time" in done.stdout
+
+
+def test_a_cell_that_fails_is_said_and_stops_nothing(tmp_path: Path) -> None:
+    done = run(tmp_path, "--dry-run", "--cells", "2", "--timed", "0", "--preset", "absent")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "cells.json").read_text())
+    assert len(results["cells"]) == 2
+    for row in results["cells"]:
+        assert row["status"].startswith('failed: UsageError: target "llama2" has no preset "absent"')
+        assert row["problem"].startswith("prediction UsageError")
+
+
+def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+    done = run(tmp_path, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 1
+    assert "no CUDA device here" in done.stderr

@@ -1,0 +1,69 @@
+"""Histories recorded on a GPU by `make gpu`, replayed to the byte: every block, every segment, every peak."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from memscope.simulation.allocator import AllocatorSettings, Replay, replay
+from memscope.simulation.allocator_history import History, first_difference, read_history
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def about(path: Path) -> dict[str, Any]:
+    with np.load(path, allow_pickle=False) as file:
+        return json.loads(str(file["about"]))  # type: ignore[no-any-return]
+
+
+FROM_A_GPU = [path for path in sorted(GOLDEN.rglob("*.npz")) if about(path).get("device", "CPU") != "CPU"]
+
+
+def replayed(path: Path) -> tuple[History, Replay, dict[str, Any]]:
+    known = about(path)
+    with np.load(path, allow_pickle=False) as file:
+        rows = file["trace_0"].tolist()
+    entries = [
+        {"action": known["actions"][action], "addr": address, "size": size, "stream": stream}
+        for action, address, size, stream in rows
+    ]
+    history = read_history(entries)
+    done = replay(
+        history.sizes,
+        history.born,
+        history.freed,
+        streams=history.streams,
+        settings=AllocatorSettings.parse(known["cases"][0]["settings"]),
+        cache_emptied=history.given_back,
+        segment_addresses=history.segment_addresses if known["driver_addresses"] else None,
+    )
+    return history, done, known["measured"]
+
+
+@pytest.mark.skipif(not FROM_A_GPU, reason="no history from a GPU in tests/golden yet: make gpu writes them")
+@pytest.mark.parametrize("path", FROM_A_GPU, ids=lambda path: path.stem)
+def test_a_replay_does_what_the_gpu_did(path: Path) -> None:
+    history, done, measured = replayed(path)
+    assert first_difference(history, done) is None
+    peaks = done.peak_allocated, done.peak_reserved, int(done.requested.max())
+    assert peaks == (measured["allocated"], measured["reserved"], measured["requested"])
+
+
+def test_a_history_that_was_changed_is_found_out(tmp_path: Path) -> None:
+    # Two blocks in one segment by the rules, then the second one moved: what the test above would say of it.
+    rows = [[1, 0x7000000, 20 * 2**20, 0], [0, 0x7000000, 3 * 2**20, 0], [0, 0x7400000, 2 * 2**20, 0]]
+    known = {
+        "actions": ["alloc", "segment_alloc"],
+        "device": "a GPU",
+        "driver_addresses": True,
+        "measured": {},
+        "cases": [{"settings": ""}],
+    }
+    path = tmp_path / "golden.npz"
+    np.savez_compressed(path, about=np.array(json.dumps(known)), trace_0=np.array(rows, dtype=np.int64))
+    history, done, _ = replayed(path)
+    assert str(first_difference(history, done)).startswith("event 1: PyTorch took the block at 0x7400000")
