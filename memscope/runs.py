@@ -126,6 +126,8 @@ def _waiting(messages: Any) -> Iterator[tuple[int, int, int]]:
 
 
 def _run(index: int, spec: RunSpec, messages: Any) -> None:
+    if spec.allocator is not None and not spec.simulated:  # PyTorch reads it once, when it is loaded
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = spec.allocator
     import torch
 
     from memscope import record, simulate

@@ -49,9 +49,8 @@ __all__ = ["command"]
 )
 @click.option(
     "--device",
-    default="gpu",
-    show_default=True,
-    help="What to simulate (see: memscope devices), or cpu for a real run.",
+    help="cuda or cpu for a real run, or what to simulate (see: memscope devices). "
+    "Default: cuda where PyTorch has a GPU, else gpu.",
 )
 @click.option(
     "--device-file", type=click.Path(path_type=Path), metavar="FILE", help="TOML file with devices of your own."
@@ -84,7 +83,7 @@ def command(
     plans: tuple[str, ...],
     preset: str | None,
     changed: tuple[str, ...],
-    device: str,
+    device: str | None,
     device_file: Path | None,
     allocator: str | None,
     simulate: bool,
@@ -102,6 +101,7 @@ def command(
     Exit code 4: the last of the runs does not fit on the device.
     """
     words = _words([*changed, *settings])
+    device = device or _default_device(simulate)
     simulated = _is_simulated(device, device_file, simulate)
     AllocatorSettings.parse(allocator or "")
     parsed = [Plan.parse(text) for text in plans]
@@ -148,12 +148,23 @@ def command(
     return OutOfDeviceMemory.exit_code if traces[-1].meta.get("out_of_memory") else 0
 
 
+def _default_device(simulate: bool) -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() and not simulate else "gpu"
+
+
 def _is_simulated(device: str, file: Path | None, simulate: bool) -> bool:
     if device == "cuda":
-        raise UsageError(
-            'cannot record on "cuda": memscope records real runs on the cpu only. '
-            "Simulate a GPU: --device gpu, or one of memscope devices"
-        )
+        if simulate:
+            raise UsageError(
+                '"cuda" is the GPU of this machine and cannot be simulated: '
+                "name what to simulate, --device gpu or one of memscope devices"
+            )
+        from memscope.hooks.snapshot import require_gpu
+
+        require_gpu()
+        return False
     return simulate or get_device(device, load_devices(file) if file else None).kind != "cpu"
 
 

@@ -14,7 +14,7 @@ from memscope.effects import ROWS, Effect, Run, Table1
 from memscope.errors import UsageError
 from memscope.ledger import Ledger, ledger
 from memscope.trace import CATEGORIES, Trace, write_whole
-from memscope.units import format_bytes
+from memscope.units import format_bytes, format_change
 
 __all__ = ["document", "print_report", "write_page"]
 
@@ -25,6 +25,8 @@ _TITLES = {
     "optimizer_state": "optimizer state",
     "computation": "computation (FLOPs)",
 }
+_ONLY_ADDED = ("context", "unexplained", "others")
+"""Lines of the ledger whose total no tool shows."""
 _COLOR = {"↑": "red", "↓": "green", "–": ""}
 
 
@@ -46,6 +48,8 @@ def print_report(
     ledgers = [ledger(run.trace) for run in runs]
     if all(ledgers):
         console.print(_ledger_table(runs, [found for found in ledgers if found]))
+        for note in sorted({found.note for found in ledgers if found and found.note}):
+            console.print(Text(note, style="dim"))
     for run in runs:
         if run.trace.meta.get("out_of_memory"):
             console.print(Text.assemble((f"{run.label} does not fit: ", "bold red"), _ran_out(run.trace)))
@@ -93,10 +97,18 @@ def _ledger_table(runs: Sequence[Run], ledgers: Sequence[Ledger]) -> Table:
     for run in runs:
         table.add_column(run.label, justify="right")
     table.add_column("seen in", style="dim")
-    for line in ledgers[0].lines:
+    longest = max(ledgers, key=lambda found: len(found.lines))
+    for line in longest.lines:
         name = f"{line.name} (estimate)" if line.estimate else line.name
-        table.add_row(name, *(format_bytes(found[line.name].total) for found in ledgers), line.seen_in)
+        table.add_row(name, *(_ledger_cell(found, line.name) for found in ledgers), line.seen_in)
     return table
+
+
+def _ledger_cell(found: Ledger, name: str) -> str:
+    total = found.total(name)
+    if total is None:
+        return ""
+    return format_change(found[name].added) if name in _ONLY_ADDED else format_bytes(total)
 
 
 def _ran_out(trace: Trace) -> str:
@@ -105,10 +117,12 @@ def _ran_out(trace: Trace) -> str:
     when = f"step {oom['step']}, {oom['phase']}" if oom["step"] >= 0 else "setup, before the first step"
     largest = sorted(oom["by_category"].items(), key=lambda item: -item[1])[:3]
     filled = ", ".join(f"{category.replace('_', ' ')} {format_bytes(size)}" for category, size in largest if size)
+    simulated = trace.meta["device"]["simulated"]
+    shown = "what is shown is what it would need" if simulated else "what is shown ends there"
     return (
         f"runs out in {when}, {oom['module']}, "
         f"asking {format_bytes(oom['requested'])} with {format_bytes(oom['reserved'])} of {format_bytes(oom['limit'])} "
-        f"taken ({filled}); what is shown is what it would need"
+        f"taken ({filled}); {shown}"
     )
 
 
@@ -161,14 +175,14 @@ def document(target: str, runs: Sequence[Run], paths: Sequence[Path], table: Tab
 def _run(run: Run, path: Path) -> dict[str, Any]:
     trace, peak = run.trace, run.trace.peak
     seconds, found = trace.meta["seconds"], ledger(run.trace)
-    totals = {name: found[name].total if found else None for name in ("requested", "reserved", "device")}
+    totals = {name: found.total(name) if found else None for name in ("requested", "reserved", "device")}
     return {
         "strategies": trace.meta["strategies"],
         "parameters": trace.meta["parameters"],
         "peak": {
             "requested": totals["requested"],
             "allocated": peak.allocated_bytes,
-            "active": peak.allocated_bytes if found else None,
+            "active": trace.meta.get("peak_active", peak.allocated_bytes) if found else None,
             "reserved": totals["reserved"],
             "device": totals["device"],
             "phase": peak.phase,

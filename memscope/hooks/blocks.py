@@ -3,9 +3,9 @@
 A history tells where a block begins and how much was asked for, not how large the block is: that follows from what lay
 free behind it and from PyTorch's rule for splitting. Needs neither CUDA nor torch.
 
-Sources: `alloc_found_block`, `should_split`, `free` and `free_block` in c10/cuda/CUDACachingAllocator.cpp, `TraceEntry` in
-c10/core/CachingDeviceAllocator.h, PyTorch 2.11 and 2.13. `alloc`, `free_requested` and `free_completed` carry the bytes
-asked for; `oom` carries the bytes that were not to be had, and `device_free` in place of an address.
+Sources: `alloc_found_block`, `should_split`, `free` and `free_block` in c10/cuda/CUDACachingAllocator.cpp and
+`TraceEntry` in c10/core/CachingDeviceAllocator.h, PyTorch 2.11 and 2.13. `alloc`, `free_requested` and `free_completed`
+carry the bytes asked for; `oom` carries the bytes that were not to be had, and `device_free` in place of an address.
 """
 
 from __future__ import annotations
@@ -70,26 +70,29 @@ class Blocks:
     refusals: tuple[Refusal, ...]
 
     def size_differences(self, segments: Sequence[Entry]) -> int:
-        """Bytes by which the blocks alive at the end differ from those in a snapshot of that moment; 0 when all agree."""
+        """Bytes by which the blocks alive at the end differ from those in a snapshot of then: 0 when all agree."""
         alive = self.freed < 0
         ours = dict(zip(self.address[alive].tolist(), self.size[alive].tolist(), strict=True))
         theirs = {address: block["size"] for address, block in _blocks_of(segments) if block["state"] == _ALLOCATED}
         return sum(abs(ours.get(address, 0) - theirs.get(address, 0)) for address in ours.keys() | theirs.keys())
 
 
-def read_blocks(before: Sequence[Entry], entries: Sequence[Entry], settings: AllocatorSettings) -> Blocks:
+def read_blocks(
+    before: Sequence[Entry], entries: Sequence[Entry], settings: AllocatorSettings, first: Sequence[int] = ()
+) -> Blocks:
     """Follow a history from a snapshot's segments on.
 
     Args:
         before: `segments` of one device when the history began.
         entries: the device's `device_traces` since then, none of them dropped.
         settings: what the allocator was told; they decide how blocks are rounded and split.
+        first: addresses, in the order in which the blocks there before are taken in; the others follow by address.
 
     Raises:
         MemscopeError: when the history contradicts itself or the snapshot.
     """
     reader = _Reader(settings)
-    reader.take_in(before)
+    reader.take_in(before, {address: place for place, address in reversed([*enumerate(first)])})
     for place, entry in enumerate(entries):
         reader.read(place, entry)
     return reader.blocks()
@@ -187,11 +190,12 @@ class _Reader:
         self._reserved = self._peak_reserved = self._allocated = self._active = self._peak_active = 0
         self._refusals: list[Refusal] = []
 
-    def take_in(self, segments: Sequence[Entry]) -> None:
+    def take_in(self, segments: Sequence[Entry], places: Mapping[int, int]) -> None:
         for segment in segments:
             self._memory.hold(segment["address"], segment["total_size"], grows=bool(segment.get("is_expandable")))
             self._hold(segment["total_size"])
-        for address, block in sorted(_blocks_of(segments), key=lambda item: item[0]):
+        last = len(places)
+        for address, block in sorted(_blocks_of(segments), key=lambda item: (places.get(item[0], last), item[0])):
             if block["state"] == _ALLOCATED:
                 self._bear(-1, address, block["size"], block["requested_size"])
             elif block["state"].startswith("active"):

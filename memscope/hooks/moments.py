@@ -16,7 +16,7 @@ import numpy as np
 
 from memscope.trace import Ints
 
-__all__ = ["Birth", "Moment", "Moments"]
+__all__ = ["Moment", "Moments", "Sighting"]
 
 
 class Moment(NamedTuple):
@@ -29,7 +29,7 @@ class Moment(NamedTuple):
     micro_batch: int
 
 
-class Birth(NamedTuple):
+class Sighting(NamedTuple):
     """Where a storage was first seen."""
 
     moment: int
@@ -42,13 +42,13 @@ class Moments:
     Attributes:
         rows: what each number stands for.
         marks: the numbers that began a phase.
-        births: of each allocation the tracker has seen, in its order.
+        sightings: of each allocation the tracker has seen, in its order.
     """
 
     def __init__(self, clock: Callable[[], int] = time.time_ns) -> None:
         self.rows: list[Moment] = []
         self.marks: list[int] = []
-        self.births: list[Birth] = []
+        self.sightings: list[Sighting] = []
         self._clock = clock
         self._annotate: Callable[[str], None] | None = None
         self._began: list[int] = []
@@ -80,36 +80,32 @@ class Moments:
 
     def born(self, address: int) -> None:
         """A storage was seen for the first time."""
-        self.births.append(Birth(len(self.rows) - 1, address))
+        self.sightings.append(Sighting(len(self.rows) - 1, address))
 
     def of_entries(self, entries: Sequence[Mapping[str, Any]]) -> tuple[Ints, Ints]:
         """For each entry of a history: the number of the operator it was made in, and the last number that had begun.
 
         The first is -1 outside any operator. The second never decreases: int64 `[entries]`, both.
         """
-        annotated = any(entry.get("user_metadata") for entry in entries)
-        found = [self._by_metadata(entry) if annotated else self._by_time(entry) for entry in entries]
-        numbers = np.array(found, dtype=np.int64)
-        ops = np.array([row.op for row in self.rows], dtype=np.int64)
-        within = np.where((numbers >= 0) & (ops[numbers] > 0), numbers, -1)
-        if annotated:
-            return within, np.maximum(np.maximum.accumulate(numbers), 0) if numbers.size else numbers
-        begun = [bisect_right(self._began, _last_nanosecond(entry)) - 1 for entry in entries]
-        return within, np.maximum.accumulate(np.maximum(np.array(begun, dtype=np.int64), 0)) if begun else numbers
+        annotated = self._annotate is not None
+        numbers = _column([self._by_metadata(entry) if annotated else self._by_time(entry) for entry in entries])
+        begun = numbers if annotated else _column([self._begun_by(entry) for entry in entries])
+        is_op = _column([row.op for row in self.rows])[numbers] > 0
+        return np.where((numbers >= 0) & is_op, numbers, -1), np.maximum.accumulate(np.maximum(begun, 0))
 
     def _by_metadata(self, entry: Mapping[str, Any]) -> int:
         text = entry.get("user_metadata") or ""
         return int(text) if text.isdigit() and int(text) < len(self.rows) else -1
 
     def _by_time(self, entry: Mapping[str, Any]) -> int:
-        number = bisect_right(self._began, _last_nanosecond(entry)) - 1
-        if number < 0:
-            return -1
-        ended = self._ended[number]
-        return number if not ended or entry["time_us"] * 1000 <= ended else -1
+        number = self._begun_by(entry)
+        ended = self._ended[number] if number >= 0 else 0
+        return -1 if ended and entry["time_us"] * 1000 > ended else number
+
+    def _begun_by(self, entry: Mapping[str, Any]) -> int:
+        last_nanosecond = entry["time_us"] * 1000 + 999
+        return bisect_right(self._began, last_nanosecond) - 1
 
 
-def _last_nanosecond(entry: Mapping[str, Any]) -> int:
-    """Entries tell whole microseconds."""
-    microseconds: int = entry["time_us"]
-    return microseconds * 1000 + 999
+def _column(values: list[int]) -> Ints:
+    return np.array(values, dtype=np.int64)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from memscope.errors import MemscopeError, UsageError
+from memscope.errors import MemscopeError, OutOfDeviceMemory, TargetError, UsageError
 from memscope.hooks.recorder import Recorder
+from memscope.hooks.snapshot import require_gpu
 from memscope.hooks.steps import Progress, prepare_steps, record_steps, run_meta, target_error
 from memscope.strategies import Plan
 from memscope.trace import Trace
+from memscope.units import format_bytes
 from memscope.workload import Training, Workload
 
 __all__ = ["record"]
@@ -29,8 +32,9 @@ def record(
     """Run `steps` real training steps and trace them. The model is really trained: its weights change.
 
     Args:
-        workload: what to train, or a function that builds it; its model is on the device already.
-        device: `cpu`.
+        workload: what to train, or a function that builds it; on the host, or on the device already.
+        device: `cpu` or `cuda`, PyTorch's current GPU, on which every block of its allocator is recorded. If the GPU
+            runs out of memory, the trace ends there, and `meta["out_of_memory"]` says what could not be had.
         strategies: a plan such as `lora:r=8,amp`, applied to the workload itself before the first step.
         steps: optimizer steps to run; from the second on, the optimizer's state is there.
         progress: called after each micro-batch, `progress(done, in all)`.
@@ -39,10 +43,12 @@ def record(
         TargetError: when the target's code fails.
         UsageError: when strategies, device or data cannot be used.
     """
-    if device != "cpu":
+    if device not in ("cpu", "cuda"):
         raise UsageError(
-            f'cannot record on "{device}": expected cpu. To predict a GPU without one, use memscope.simulate'
+            f'cannot record on "{device}": expected cpu or cuda. To predict a GPU without one, use memscope.simulate'
         )
+    if device == "cuda":
+        require_gpu()
     plan = Plan.parse(strategies) if isinstance(strategies, str) else strategies
     try:
         built = workload if isinstance(workload, Workload) else workload()
@@ -52,7 +58,34 @@ def record(
         raise target_error("the target", error) from error
     plan.apply(built)
     pieces = prepare_steps(built, steps)
-    training = Training.start(built, device, lambda data: pytree.tree_map_only(Tensor, torch.clone, data))
+    if device == "cuda":
+        try:
+            built.model.to(device)
+        except torch.OutOfMemoryError as error:
+            raise _no_room(built, error) from error
+    training = Training.start(built, device, partial(pytree.tree_map_only, Tensor, _MOVES[device]))
     recorder = Recorder(built.model, meta=run_meta(built, plan, device, simulated=False))
-    record_steps(built, pieces, training, recorder, progress)
+    try:
+        record_steps(built, pieces, training, recorder, progress)
+    except TargetError as error:
+        if not isinstance(error.__cause__, torch.OutOfMemoryError):
+            raise
     return recorder.trace()
+
+
+_MOVES: dict[str, Callable[[Tensor], Tensor]] = {
+    "cpu": torch.clone,
+    "cuda": lambda tensor: tensor.to("cuda", non_blocking=True),
+}
+
+
+def _no_room(workload: Workload, error: torch.OutOfMemoryError) -> OutOfDeviceMemory:
+    """The weights alone do not fit: there is no step to trace."""
+    size_bytes = sum(parameter.nbytes for parameter in workload.model.parameters())
+    free_bytes, total_bytes = torch.cuda.mem_get_info()
+    what = ". ".join(str(error).split(". ")[:2])
+    return OutOfDeviceMemory(
+        f'"{workload.name}" does not fit: its weights take {format_bytes(size_bytes)}, and of the '
+        f"{format_bytes(total_bytes)} of the GPU {format_bytes(free_bytes)} are free. "
+        f"To see what a step would need: --device gpu ({what})"
+    )

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from memscope.errors import MemscopeError
+from memscope.hooks.joined import joined
 from memscope.hooks.kernels import Kernels
 from memscope.hooks.modules import ModuleStack
 from memscope.hooks.optimizer import GradientNamer, OptimizerNamer
+from memscope.hooks.snapshot import AllocatorWatch
 from memscope.hooks.storages import Execute, StorageTracker
 from memscope.trace import Phase, Trace
 
@@ -28,6 +30,10 @@ __all__ = ["Recorder"]
 
 class Recorder:
     """Records every allocation made while it is entered, with category, module, phase and operator.
+
+    Where the model's parameters are on a CUDA device when the recorder is made, it is that device which is recorded:
+    every block of PyTorch's allocator there, be it of a tensor or taken inside a kernel. Running out of memory ends the
+    recording, not the trace: `meta["out_of_memory"]` says what could not be had.
 
     Phases, steps and micro-batches are recognised by themselves: a forward pass by the model's own call, a backward
     pass by the autograd engine, the optimizer by its `step`. A step ends after `optimizer.step()`, when the next
@@ -60,14 +66,24 @@ class Recorder:
             model: the model whose modules and parameters give the names.
             optimizer: its existing state is taken in; optimizers made later are seen by themselves.
             meta: what to keep in the trace beside versions and parameter counts; JSON values.
-            on_gpu: whether the tensors are on a GPU or stand for such, so that step counters may be on the host.
+            on_gpu: whether the tensors stand for tensors on a GPU, so that step counters may be on the host.
             execute: runs an operator in place of PyTorch, `execute(func, args, kwargs)`.
             kernels: what kernels would take inside themselves, where none really runs.
         """
         self._model, self._optimizer = model, optimizer
         self._meta = dict(meta or {})
         self._modules = ModuleStack(model, on_enter_model=self._model_begins, on_leave_model=self._model_ends)
-        self._tracker = StorageTracker(self._modules, host_scalars=on_gpu, execute=execute, kernels=kernels)
+        device = next((parameter.device for parameter in model.parameters()), None)
+        on_cuda = device is not None and device.type == "cuda"
+        self._watch = AllocatorWatch(device) if device is not None and on_cuda else None
+        self._ran_out = False
+        self._tracker = StorageTracker(
+            self._modules,
+            host_scalars=on_gpu,
+            execute=execute,
+            kernels=kernels,
+            moments=self._watch.moments if self._watch else None,
+        )
         self._gradients = GradientNamer(model, self._tracker, self._modules)
         self._optimizers = OptimizerNamer(
             self._tracker, self._modules, before=self._optimizer_begins, after=self._optimizer_ends, on_gpu=on_gpu
@@ -80,6 +96,8 @@ class Recorder:
     def __enter__(self) -> Recorder:
         self._take_in()
         with contextlib.ExitStack() as scopes:
+            if self._watch:
+                scopes.enter_context(self._watch)
             for part in (self._modules, self._gradients, self._optimizers, self._tracker):
                 scopes.enter_context(part)
             self._scopes = scopes.pop_all()
@@ -87,9 +105,10 @@ class Recorder:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self._end_step()
+        self._ran_out = isinstance(exception[1], torch.OutOfMemoryError)
+        self._end_step(wait=exception[1] is None)
         self._scopes.__exit__(*exception)
-        self._tracker.settle()
+        self._tracker.settle(cut_short=self._ran_out)
 
     def _take_in(self) -> None:
         """The memory there before anything runs: weights, buffers, and gradients and state of an earlier step."""
@@ -150,7 +169,9 @@ class Recorder:
         self._tracker.step, self._tracker.micro_batch = self._tracker.step + 1, 0
         self._began = time.perf_counter()
 
-    def _end_step(self) -> None:
+    def _end_step(self, *, wait: bool = True) -> None:
+        if self._watch and wait:  # a device works on after it was asked; after an error it may not answer any more
+            self._watch.synchronize()
         if self._tracker.step >= 0 and len(self._seconds) <= self._tracker.step:
             self._seconds.append(time.perf_counter() - self._began)
 
@@ -161,6 +182,16 @@ class Recorder:
             MemscopeError: when nothing was recorded.
         """
         seen = self._tracker.seen
+        if self._watch:
+            return joined(
+                self._watch.history,
+                self._watch.moments,
+                seen,
+                modules=self._modules.names,
+                ops=self._tracker.ops,
+                meta={**self._finished_meta(), **self._watch.meta()},
+                ran_out=self._ran_out,
+            )
         if not seen.births:
             raise MemscopeError("nothing was recorded: no tensor was made between entering and leaving the recorder")
         columns = np.array(seen.births, dtype=np.int64).T

@@ -23,9 +23,10 @@ from torch.utils.flop_counter import flop_registry
 
 from memscope.hooks.kernels import Kernels, Workspace
 from memscope.hooks.modules import ModuleStack
+from memscope.hooks.moments import Moments
 from memscope.trace import CATEGORIES, PHASES, Category, Phase
 
-__all__ = ["Allocations", "Execute", "StorageTracker"]
+__all__ = ["Allocations", "Birth", "Execute", "StorageTracker"]
 
 _current_task: Callable[[], int] = torch._C._current_graph_task_id
 _has_kernel: Callable[[str, str], bool] = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -48,7 +49,9 @@ class _StorageRef(weakref.ref[torch.UntypedStorage]):
     key: int
 
 
-class _Birth(NamedTuple):
+class Birth(NamedTuple):
+    """An allocation when it was made; names are given as indices."""
+
     size_bytes: int
     module: int
     op: int
@@ -73,7 +76,7 @@ class _Op(NamedTuple):
 class Allocations:
     """What was seen, in order of birth; `category` and `freed` are filled in later than the rest."""
 
-    births: list[_Birth] = field(default_factory=list)
+    births: list[Birth] = field(default_factory=list)
     category: list[int] = field(default_factory=list)
     freed: list[int] = field(default_factory=list)
     marks: list[tuple[int, int, int, int]] = field(default_factory=list)
@@ -99,6 +102,7 @@ class StorageTracker(TorchDispatchMode):
         host_scalars: bool,
         execute: Execute | None = None,
         kernels: Kernels | None = None,
+        moments: Moments | None = None,
     ) -> None:
         """Prepare to follow; nothing is seen before the tracker is entered.
 
@@ -107,12 +111,13 @@ class StorageTracker(TorchDispatchMode):
             host_scalars: a 0-dimensional `torch.tensor(x)` stays on the host, as it does when the device is a GPU.
             execute: runs an operator, `execute(func, args, kwargs)`; None: `func(*args, **kwargs)`.
             kernels: what kernels take inside themselves; None: it is not simulated.
+            moments: is told what is seen, for a run on a GPU: then only what is on one is followed.
         """
         super().__init__()  # type: ignore[no-untyped-call]
         self.seen = Allocations()
         self.ops: list[str] = ["", "UntypedStorage.resize_"]
         self._modules, self._host_scalars, self._execute = modules, host_scalars, execute or _run
-        self._kernels = kernels
+        self._kernels, self._moments = kernels, moments
         self._kept_workspaces: dict[tuple[bool, str], int] = {}
         self._known_ops: dict[OpOverload, _Op] = {}
         self._known_flops: dict[Any, int] = {}
@@ -143,6 +148,8 @@ class StorageTracker(TorchDispatchMode):
         elif not marks or marks[-1][1:] != mark[1:]:
             marks.append(mark)
         self._phase = phase
+        if self._moments is not None:
+            self._moments.mark(self._module, phase, self.step, self.micro_batch)
 
     def _locate(self) -> None:
         """Find module and phase of what runs now, and notice where a forward pass or a recomputation has ended."""
@@ -189,10 +196,12 @@ class StorageTracker(TorchDispatchMode):
         workspaces = self._kernels(func, args, kwargs) if op.takes_workspace and self._kernels else ()
         held: dict[str, int] = {}
         self._take([w for w in workspaces if w.before_outputs], held, op.code)
+        self._begin(op.code)
         out = self._execute(func, args, kwargs)
         if op.flops is not None:
             self.seen.flops[self.step] = self.seen.flops.get(self.step, 0) + self._count_flops(op, args, kwargs, out)
         self._see_outputs(op, args, out)
+        self._end()
         self._take([w for w in workspaces if not w.before_outputs], held, op.code)
         for index in held.values():
             self._free(index)
@@ -209,6 +218,14 @@ class StorageTracker(TorchDispatchMode):
         if known is None:
             known = self._known_flops[key] = op.flops(*args, **kwargs, out_val=out)
         return known
+
+    def _begin(self, op: int) -> None:
+        if self._moments is not None:
+            self._moments.begin(op, self._module, self._phase, self.step, self.micro_batch)
+
+    def _end(self) -> None:
+        if self._moments is not None:
+            self._moments.end()
 
     def _see_outputs(self, op: _Op, args: Any, out: Any) -> None:
         if isinstance(out, Tensor):
@@ -268,17 +285,19 @@ class StorageTracker(TorchDispatchMode):
 
     def _bear(self, storage: torch.UntypedStorage, key: int, op: int, category: int) -> None:
         size = storage.nbytes()
-        if size == 0:
+        if size == 0 or (self._moments is not None and not storage.is_cuda):
             return
         ref = _StorageRef(storage, self._die)
         ref.key = key
-        self._live[key] = (self._enter(size, op, category), ref)
+        self._live[key] = (self._enter(size, op, category, storage), ref)
 
-    def _enter(self, size_bytes: int, op: int, category: int) -> int:
+    def _enter(self, size_bytes: int, op: int, category: int, storage: torch.UntypedStorage | None = None) -> int:
         seen, index = self.seen, len(self.seen.births)
-        seen.births.append(_Birth(size_bytes, self._module, op, self._phase, self.step, self.micro_batch, self._clock))
+        seen.births.append(Birth(size_bytes, self._module, op, self._phase, self.step, self.micro_batch, self._clock))
         seen.category.append(category)
         seen.freed.append(-1)
+        if self._moments is not None and storage is not None:
+            self._moments.born(storage.data_ptr())
         self._clock += 1
         if category == _UNKNOWN and self._phase != _BACKWARD:
             self._pending.append(index)
@@ -297,7 +316,7 @@ class StorageTracker(TorchDispatchMode):
         """A resized storage: new memory is taken before the old is given back."""
         index, ref = self._live[key]
         if storage.nbytes():
-            self._live[key] = (self._enter(storage.nbytes(), op, self.seen.category[index]), ref)
+            self._live[key] = (self._enter(storage.nbytes(), op, self.seen.category[index], storage), ref)
         self._free(index)
 
     # What others know of storages.
@@ -329,10 +348,12 @@ class StorageTracker(TorchDispatchMode):
         tracker, resize = self, self._resize
 
         def resize_(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+            tracker._locate()
+            tracker._begin(_RESIZE)
             result: torch.UntypedStorage = resize(storage, size)
             if storage._cdata in tracker._live:
-                tracker._locate()
                 tracker._replace(storage, storage._cdata, _RESIZE)
+            tracker._end()
             return result
 
         torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign, assignment]
@@ -343,15 +364,16 @@ class StorageTracker(TorchDispatchMode):
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
 
-    def settle(self) -> None:
-        """Name the rest, at the end: what was freed within its step is temporary, what outlived it is `other`."""
+    def settle(self, *, cut_short: bool = False) -> None:
+        """Name the rest: temporary if freed within its step, or in it when it was cut short; else it is `other`."""
+        never = self.step if cut_short else None
         ends = np.array([mark[0] for mark in self.seen.marks])
         steps = [mark[2] for mark in self.seen.marks]
         for index, category in enumerate(self.seen.category):
             if category != _UNKNOWN:
                 continue
             birth, freed = self.seen.births[index], self.seen.freed[index]
-            died_in = steps[int(np.searchsorted(ends, freed, side="right")) - 1] if freed >= 0 else None
+            died_in = steps[int(np.searchsorted(ends, freed, side="right")) - 1] if freed >= 0 else never
             self.seen.category[index] = _TEMPORARY if died_in == birth.step else _OTHER
         self._live.clear()
         self._hidden.clear()

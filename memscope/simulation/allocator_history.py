@@ -79,7 +79,8 @@ def read_history(entries: Iterable[Mapping[str, Any]]) -> History:
     alive: dict[int, int] = {}
     events = 0
     for entry in entries:
-        action, address, size, stream = entry["action"], entry["addr"], entry["size"], entry["stream"]
+        action, size, stream = entry["action"], entry["size"], entry["stream"]
+        address = -1 if action == "oom" else entry["addr"]  # PyTorch gives `device_free` in its place
         if action in _SEGMENT_ACTIONS:
             segment_events.append(SegmentEvent(events, action, address, size, stream))
         elif action in ("alloc", "oom"):
@@ -90,7 +91,7 @@ def read_history(entries: Iterable[Mapping[str, Any]]) -> History:
             born.append(events)
             freed.append(-1)
             streams.append(stream)
-            addresses.append(address if action == "alloc" else -1)
+            addresses.append(address)
             if action == "oom":
                 break
             events += 1

@@ -1,0 +1,202 @@
+"""The allocator's blocks and the tracker's storages, joined into one Trace: every byte has an owner."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from memscope.hooks.blocks import Blocks, Entry, Refusal, read_blocks
+from memscope.hooks.moments import Moments
+from memscope.hooks.storages import Allocations
+from memscope.simulation.allocator_settings import AllocatorSettings
+from memscope.trace import CATEGORIES, PHASES, Ints, Trace
+
+__all__ = ["History", "joined"]
+
+_WORKSPACE, _OTHER = CATEGORIES.index("workspace"), CATEGORIES.index("other")
+
+
+@dataclass(frozen=True)
+class History:
+    """What the allocator of one device did while it was recorded, as `torch.cuda.memory._snapshot()` tells it."""
+
+    before: Sequence[Entry]
+    """The device's segments when recording began."""
+    entries: Sequence[Entry]
+    """What it did since then, nothing dropped."""
+    after: Sequence[Entry]
+    """Its segments when recording ended."""
+    settings: AllocatorSettings
+    capacity_bytes: int
+    """`torch.cuda.get_device_properties().total_memory`."""
+    limit_bytes: int | None = None
+    """What the process may take of it, if less: `torch.cuda.set_per_process_memory_fraction`."""
+
+
+def joined(
+    history: History,
+    moments: Moments,
+    seen: Allocations,
+    *,
+    modules: Sequence[str],
+    ops: Sequence[str],
+    meta: Mapping[str, Any],
+    ran_out: bool = False,
+) -> Trace:
+    """A trace with a row for every block of the history.
+
+    A block belongs to the storage that was first seen at its address, in the operator it was taken in. A block without
+    a storage is a `workspace` of the operator that took it; one that no operator took, or that was there before and has
+    no known owner, is `other`. A block is dead when its memory is given back to the allocator (`free_requested`), as
+    `torch.cuda.memory_allocated` has it, even while another stream still uses it.
+
+    Args:
+        history: what the allocator did.
+        moments: what the host did; its sightings are of the births in `seen`, in the same order.
+        seen: the storages the tracker saw, every one with its category.
+        modules: names of the modules; `seen` indexes them.
+        ops: names of the operators; `seen` and `moments` index them.
+        meta: what the trace keeps beside what the allocator says.
+        ran_out: the last request of the history that was not met ended the recording. `meta["out_of_memory"]` says
+            which, as in a simulation; the trace ends there.
+
+    Raises:
+        MemscopeError: when the history contradicts itself.
+    """
+    taken_in = [address for moment, address in moments.sightings if moment == 0]
+    blocks = read_blocks(history.before, history.entries, history.settings, taken_in)
+    within, begun = moments.of_entries(history.entries)
+    owners, strange_bytes = _owners(blocks, within, begun, moments, seen)
+    rows = [
+        _of_storage(seen, owner) if owner >= 0 else _of_block(moments, within, begun, entry)
+        for owner, entry in zip(owners, blocks.entry.tolist(), strict=True)
+    ]
+    category, module, op, phase, step, micro_batch = _columns(rows, 6)
+    marks = _columns(_marks(moments, blocks, begun), 4)
+    about: dict[str, Any] = {
+        **meta,
+        "capacity": history.capacity_bytes,
+        "peak_reserved": blocks.peak_reserved,
+        "peak_active": blocks.peak_active,
+        "reserved_at_end": sum(segment["total_size"] for segment in history.after),
+        "size_differences": blocks.size_differences(history.after),
+        "outside_allocator": strange_bytes,
+        "out_of_memory": None,
+    }
+    trace = Trace(
+        size=blocks.size,
+        requested=blocks.requested,
+        category=category,
+        module=module,
+        op=op,
+        phase=phase,
+        step=step,
+        micro_batch=micro_batch,
+        born=blocks.born,
+        freed=blocks.freed,
+        mark_event=marks[0],
+        mark_phase=marks[1],
+        mark_step=marks[2],
+        mark_micro_batch=marks[3],
+        modules=tuple(modules),
+        ops=tuple(ops),
+        meta=about,
+        reserved=blocks.reserved,
+    )
+    if ran_out and blocks.refusals:
+        refusal = blocks.refusals[-1]
+        place = _of_block(moments, within, begun, refusal.entry)
+        about["out_of_memory"] = _described(trace, refusal, place, history.limit_bytes)
+    return trace
+
+
+def _owners(blocks: Blocks, within: Ints, begun: Ints, moments: Moments, seen: Allocations) -> tuple[list[int], int]:
+    """The storage of each block, -1 for none; and the bytes of storages that lie in no block of the allocator."""
+    last: dict[tuple[int, int], int] = {}  # the last block an operator took at an address: its output lies there
+    by_address: dict[int, tuple[list[int], list[int]]] = {}
+    for row, (address, entry) in enumerate(zip(blocks.address.tolist(), blocks.entry.tolist(), strict=True)):
+        if entry >= 0:
+            last[int(within[entry]), address] = row
+        since, rows = by_address.setdefault(address, ([], []))
+        since.append(int(begun[entry]) if entry >= 0 else -1)
+        rows.append(row)
+    owners, strange_bytes = [-1] * len(blocks.size), 0
+    for storage, (moment, address) in enumerate(moments.sightings):
+        row = last.get((moment, address), -1)
+        if row < 0 and address in by_address:  # seen by another operator than the one that took it
+            since, rows = by_address[address]
+            at = bisect_right(since, moment) - 1
+            row = rows[at] if at >= 0 else -1
+        if row < 0:
+            strange_bytes += seen.births[storage].size_bytes
+        elif owners[row] < 0:
+            owners[row] = storage
+    return owners, strange_bytes
+
+
+def _of_storage(seen: Allocations, storage: int) -> tuple[int, int, int, int, int, int]:
+    """Category, module, op, phase, step and micro-batch."""
+    birth = seen.births[storage]
+    return seen.category[storage], birth.module, birth.op, birth.phase, birth.step, birth.micro_batch
+
+
+def _of_block(moments: Moments, within: Ints, begun: Ints, entry: int) -> tuple[int, int, int, int, int, int]:
+    """The same of a block that has no storage; `entry` is -1 for one that was there before."""
+    number = int(within[entry]) if entry >= 0 else -1
+    if number >= 0:
+        return _WORKSPACE, *_whereabouts(moments, number)
+    module, _, phase, step, micro_batch = _whereabouts(moments, int(begun[entry]) if entry >= 0 else 0)
+    return _OTHER, module, 0, phase, step, micro_batch
+
+
+def _whereabouts(moments: Moments, number: int) -> tuple[int, int, int, int, int]:
+    row = moments.rows[number]
+    return row.module, row.op, row.phase, row.step, row.micro_batch
+
+
+def _marks(moments: Moments, blocks: Blocks, begun: Ints) -> list[tuple[int, ...]]:
+    """Event, phase, step and micro-batch of each change of phase."""
+    of_event = np.where(blocks.event_entry >= 0, np.append(begun, 0)[blocks.event_entry], -1)
+    events = np.searchsorted(of_event, moments.marks, side="left").tolist()
+    events[0] = 0  # what was there before belongs to the setup
+    marks: list[tuple[int, ...]] = []
+    for number, event in zip(moments.marks, events, strict=True):
+        row = moments.rows[number]
+        if marks and marks[-1][0] == event:
+            marks.pop()
+        if not marks or marks[-1][1:] != (row.phase, row.step, row.micro_batch):
+            marks.append((event, row.phase, row.step, row.micro_batch))
+    return marks
+
+
+def _columns(rows: Sequence[tuple[int, ...]], count: int) -> list[Ints]:
+    return [np.ascontiguousarray(column) for column in np.array(rows, dtype=np.int64).reshape(-1, count).T]
+
+
+def _described(
+    trace: Trace, refusal: Refusal, place: tuple[int, int, int, int, int, int], limit_bytes: int | None
+) -> dict[str, Any]:
+    """The request that failed and what there was, as JSON values."""
+    _, module, op, phase, step, micro_batch = place
+    alive = (trace.born < refusal.event) & ((trace.freed < 0) | (trace.freed >= refusal.event))
+    sizes = np.bincount(trace.category[alive], weights=trace.size[alive], minlength=len(CATEGORIES))
+    offered = refusal.reserved_bytes + refusal.device_free_bytes
+    return {
+        "event": refusal.event,
+        "step": step,
+        "micro_batch": micro_batch,
+        "phase": PHASES[phase],
+        "module": trace.modules[module],
+        "op": trace.ops[op],
+        "category": None,
+        "requested": refusal.requested_bytes,
+        "allocated": refusal.allocated_bytes,
+        "reserved": refusal.reserved_bytes,
+        "largest_free": refusal.largest_free_bytes,
+        "limit": offered if limit_bytes is None else min(offered, limit_bytes),
+        "by_category": {category: int(size) for category, size in zip(CATEGORIES, sizes, strict=True)},
+    }

@@ -1,0 +1,149 @@
+"""Recording of what PyTorch's CUDA allocator does, for as long as a recorder is entered.
+
+Sources: torch/cuda/memory.py and torch/csrc/cuda/Module.cpp, PyTorch 2.6 to 2.13. Recording is switched on and off for
+every device of the process; the history read is that of one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from memscope.errors import MemscopeError, UsageError
+from memscope.hooks.joined import History
+from memscope.hooks.moments import Moments
+from memscope.hooks.nvml import DriverMemory, driver_memory
+from memscope.simulation.allocator_settings import AllocatorSettings
+
+__all__ = ["AllocatorWatch", "require_gpu"]
+
+
+def require_gpu() -> None:
+    """Refuse to go on where PyTorch has no CUDA device.
+
+    Raises:
+        UsageError: when there is none; says how to simulate one.
+    """
+    if not torch.cuda.is_available():
+        raise UsageError(
+            'cannot record on "cuda": PyTorch finds no CUDA device on this machine. '
+            "Simulate a GPU: --device gpu, or one of memscope devices (in Python: memscope.simulate)"
+        )
+
+
+class AllocatorWatch:
+    """Records one device's allocator while it is entered.
+
+    Attributes:
+        moments: for a `StorageTracker`, which tells it what the host does.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = torch.cuda.current_device() if device.index is None else device.index
+        self.moments = Moments()
+        self._before: dict[str, Any] = {}
+        self._history: History | None = None
+        self._driver: list[DriverMemory] = []
+
+    def __enter__(self) -> AllocatorWatch:
+        if torch.cuda.get_allocator_backend() != "native":
+            raise UsageError(
+                f'the allocator "{torch.cuda.get_allocator_backend()}" keeps no history: '
+                "record with PyTorch's own, backend:native in PYTORCH_CUDA_ALLOC_CONF"
+            )
+        if torch._C._cuda_isHistoryEnabled():
+            raise UsageError(
+                "the history of CUDA allocations is being recorded already, and there is only one: "
+                "stop that first, with torch.cuda.memory._record_memory_history(enabled=None)"
+            )
+        self._history = None
+        self._driver = [self._asked_driver()]
+        # Kept by PyTorch from one matrix product to the next: given back here, they are recorded where they are taken.
+        torch._C._cuda_clearCublasWorkspaces()
+        _start_history()
+        try:
+            self._before = torch.cuda.memory._snapshot()
+            _settings(self._before)
+            self.moments.annotate_with(_annotation())
+        except BaseException:
+            torch.cuda.memory._record_memory_history(enabled=None)
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        try:
+            self._history = self._read(torch.cuda.memory._snapshot())
+            self._driver.append(self._asked_driver())
+        finally:
+            torch.cuda.memory._record_memory_history(enabled=None)
+
+    @property
+    def history(self) -> History:
+        """What was recorded; there after leaving.
+
+        Raises:
+            MemscopeError: when nothing was recorded.
+        """
+        if self._history is None:
+            raise MemscopeError("nothing was recorded: the recorder was not entered and left")
+        return self._history
+
+    def meta(self) -> dict[str, Any]:
+        """What the trace keeps of the device and the driver, JSON values."""
+        before, after = self._driver
+        return {
+            "device": {"name": torch.cuda.get_device_name(self._device), "simulated": False},
+            "driver": {"before": dataclasses.asdict(before), "after": dataclasses.asdict(after)},
+            "reserved_before": sum(segment["total_size"] for segment in self.history.before),
+        }
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all it was asked to."""
+        torch.cuda.synchronize(self._device)
+
+    def _read(self, snapshot: dict[str, Any]) -> History:
+        capacity = torch.cuda.get_device_properties(self._device).total_memory
+        fraction = _memory_fraction(self._device)
+        return History(
+            before=self._segments(self._before),
+            entries=snapshot["device_traces"][self._device],
+            after=self._segments(snapshot),
+            settings=_settings(self._before),
+            capacity_bytes=capacity,
+            limit_bytes=None if fraction is None else int(fraction * capacity),
+        )
+
+    def _segments(self, snapshot: dict[str, Any]) -> list[dict[str, Any]]:
+        return [segment for segment in snapshot["segments"] if segment["device"] == self._device]
+
+    def _asked_driver(self) -> DriverMemory:
+        uuid = getattr(torch.cuda.get_device_properties(self._device), "uuid", None)
+        if uuid is None:
+            return DriverMemory(reason="this PyTorch does not tell which device the driver is to be asked for")
+        return driver_memory(str(uuid))
+
+
+def _start_history() -> None:
+    """Begin with an empty history, without stacks and without a limit."""
+    options: dict[str, Any] = {"context": None, "stacks": "python"}
+    if "clear_history" in inspect.signature(torch.cuda.memory._record_memory_history).parameters:
+        options["clear_history"] = True  # before there was this, it was always so
+    torch.cuda.memory._record_memory_history(enabled="all", **options)
+
+
+def _annotation() -> Callable[[str], None] | None:
+    """Attaches a text to the thread's next allocations, where this PyTorch can."""
+    return getattr(torch._C, "_cuda_setMemoryMetadata", None)
+
+
+def _settings(snapshot: dict[str, Any]) -> AllocatorSettings:
+    return AllocatorSettings.parse(snapshot["allocator_settings"]["PYTORCH_CUDA_ALLOC_CONF"])
+
+
+def _memory_fraction(device: int) -> float | None:
+    read = getattr(torch.cuda, "get_per_process_memory_fraction", None)
+    return None if read is None else float(read(device))
