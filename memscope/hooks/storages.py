@@ -188,7 +188,7 @@ class StorageTracker(TorchDispatchMode):
             if kind not in _PLAIN:  # a wrapper subclass first turns into operators on plain tensors
                 return NotImplemented
         op = self._known_ops.get(func) or self._learn(func)
-        if op.is_composite:
+        if op.is_composite and torch.is_inference_mode_enabled():  # else autograd has taken it apart, or has a formula
             with self:
                 return func.decompose(*args, **(kwargs or {}))
         self._locate()

@@ -91,7 +91,6 @@ def _foreach_optimizers() -> Iterator[None]:
 def _fused_kernels(capability: tuple[int, int]) -> Iterator[None]:
     kernels: dict[str, Callable[..., Any]] = {
         "dropout": _dropout,
-        "rms_norm": _rms_norm,
         "scaled_dot_product_attention": lambda *args, **kwargs: _attention(capability, *args, **kwargs),
     }
     library = torch.library.Library("aten", "IMPL")
@@ -116,21 +115,6 @@ def _dropout(tensor: Tensor, p: float, train: bool) -> Tensor:
     if p == 0 or not train or tensor.numel() == 0:
         return tensor
     return tensor * torch.zeros_like(tensor)  # p == 1
-
-
-def _rms_norm(tensor: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
-    """One kernel that keeps its input and one number a row, since PyTorch has `_fused_rms_norm_backward` (2.9).
-
-    Source: `rms_norm_symint` in aten/src/ATen/native/layer_norm.cpp. A weight of another dtype takes the composite,
-    which is written out here.
-    """
-    if hasattr(aten, "_fused_rms_norm_backward") and (weight is None or weight.dtype == tensor.dtype):
-        return aten._fused_rms_norm(tensor, normalized_shape, weight, eps)[0]  # type: ignore[no-any-return]
-    wide = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-    dims = tuple(range(-len(normalized_shape), 0))
-    eps = torch.finfo(wide.dtype).eps if eps is None else eps
-    normalized = (wide * torch.rsqrt(wide.pow(2).mean(dims, keepdim=True).add_(eps))).type_as(tensor)
-    return normalized if weight is None else normalized * weight
 
 
 def _attention(

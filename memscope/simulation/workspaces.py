@@ -104,6 +104,16 @@ def _embedding_backward(call: Call) -> list[Workspace]:
     return taken
 
 
+def _softmax_backward(call: Call) -> list[Workspace]:
+    """The product of gradient and output, as large as the gradient.
+
+    Source: softmax_backward_cuda_out in aten/src/ATen/native/cuda/SoftMax.cu, a revision before 2.6; 2.11.0 still takes
+        it. The backward of log_softmax has no such product.
+    """
+    size_bytes = call.tensor("grad_output").size_bytes
+    return [Workspace("gradient times output", size_bytes, "op", "aten/src/ATen/native/cuda/SoftMax.cu")]
+
+
 def _index_put(call: Call) -> list[Workspace]:
     """Adding values at indices that may repeat (the gradient of indexing) sorts the indices.
 
@@ -246,6 +256,7 @@ _FAMILIES: dict[str, Callable[[Call], list[Workspace]]] = {
     "aten._scaled_dot_product_efficient_attention_backward": efficient_backward,
     "aten.embedding_dense_backward": _embedding_backward,
     **dict.fromkeys(("aten.index_put", "aten.index_put_", "aten._index_put_impl_"), _index_put),
+    "aten._softmax_backward_data": _softmax_backward,
     "aten._foreach_norm": _foreach_norm,
     **dict.fromkeys(("aten.native_layer_norm_backward", "aten._fused_rms_norm_backward"), _norm_backward),
     **dict.fromkeys(("aten.sum", "aten.mean"), _sum),

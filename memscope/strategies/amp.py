@@ -42,14 +42,14 @@ class AMP(Strategy):
         """The lower precision: fp16 or bf16."""
 
     def check(self, workload: Workload) -> list[Problem]:
-        """Trained weights in float16, whose gradients a scaler refuses."""
-        dtype = _DTYPES[self.config.dtype]
-        trained = {p.dtype for p in workload.model.parameters() if p.requires_grad}
-        if dtype is torch.float16 and torch.float16 in trained:
+        """Trained weights in 16 bits, whose gradients a scaler cannot unscale on CUDA (PyTorch issue 127176 for bfloat16)."""
+        low = {p.dtype for p in workload.model.parameters() if p.requires_grad} & {torch.float16, torch.bfloat16}
+        if _DTYPES[self.config.dtype] is torch.float16 and low:
+            names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in low))
             return [
                 Problem(
-                    "a gradient scaler cannot unscale float16 gradients",
-                    "hold the weights in float32, or use dtype=bf16",
+                    f"a gradient scaler, which dtype=fp16 needs, cannot unscale {names} gradients on a GPU",
+                    "hold the trained weights in float32, or use dtype=bf16",
                 )
             ]
         return []

@@ -49,6 +49,19 @@ def test_an_expanded_gradient_is_copied_inside_the_matrix_product_that_reads_it(
     assert set(trace.requested[passing].tolist()) == {8 * 1024 * 4}
 
 
+def test_the_backward_of_a_softmax_takes_a_product_as_large_as_its_gradient():
+    weight_free = Workload(
+        nn.Linear(64, 64, bias=False),
+        [torch.ones(32, 64)],
+        lambda m, x: m(x).softmax(-1).square().sum(),
+        torch.optim.SGD,
+    )
+    trace = simulate(weight_free)
+    softmax = [i for i, op in enumerate(trace.op) if trace.ops[op] == "aten._softmax_backward_data.default"]
+    per_step = [(CATEGORIES[trace.category[i]], int(trace.requested[i])) for i in softmax[:2]]
+    assert per_step == [("temporary", 32 * 64 * 4), ("workspace", 32 * 64 * 4)]
+
+
 def test_what_takes_less_than_a_mebibyte_comes_from_segments_of_two_mebibytes():
     trace = trace_of(width=256)
     small = trace.requested <= MIB

@@ -291,6 +291,7 @@ def test_arguments_are_named_as_in_pytorchs_schemas() -> None:
         (aten._index_put_impl_.default, (x, [None, indices], x, True)), (aten._foreach_norm.Scalar, ([x, w],)),
         (aten.native_layer_norm_backward.default, (x, x, [16], i, i, w, w, every * 3)),
         (aten._fused_rms_norm_backward.default, (x, x, [16], i, w, every * 2)),
+        (aten._softmax_backward_data.default, (x, x, -1, torch.float32)),
     ]  # fmt: skip
     assert {str(func).rpartition(".")[0] for func, _ in calls} == OPERATORS
     for func, args in calls:
