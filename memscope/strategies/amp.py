@@ -42,7 +42,7 @@ class AMP(Strategy):
         """The lower precision: fp16 or bf16."""
 
     def check(self, workload: Workload) -> list[Problem]:
-        """Trained weights in 16 bits: a scaler cannot unscale their gradients on CUDA (bfloat16: PyTorch issue 127176)."""
+        """Trained 16-bit weights: a scaler cannot unscale their gradients on CUDA (bfloat16: PyTorch issue 127176)."""
         low = {p.dtype for p in workload.model.parameters() if p.requires_grad} & {torch.float16, torch.bfloat16}
         if _DTYPES[self.config.dtype] is torch.float16 and low:
             names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in low))
