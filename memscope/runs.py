@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from memscope.errors import MemscopeError, TargetError
 
@@ -26,6 +27,7 @@ __all__ = ["RunSpec", "check_plans", "run_all"]
 
 Report = Callable[[int, int, int], None]
 """`report(index of the run, micro-batches done, in all)`."""
+Messages: TypeAlias = "multiprocessing.Queue[tuple[int, int, int]]"
 _POLL_SECONDS = 0.1
 
 
@@ -79,9 +81,11 @@ def run_all(specs: Sequence[RunSpec], report: Report) -> None:
     context = multiprocessing.get_context("spawn")
     simulated = all(spec.simulated for spec in specs)
     workers, runs_each = (min(len(specs), _cores()), None) if simulated else (1, 1)
-    messages = context.Manager().Queue()
-    with ProcessPoolExecutor(workers, context, max_tasks_per_child=runs_each) as pool:
-        futures = [pool.submit(_run, index, spec, messages) for index, spec in enumerate(specs)]
+    messages: Messages = context.Queue()
+    with ProcessPoolExecutor(
+        workers, context, initializer=_begin_process, initargs=(messages,), max_tasks_per_child=runs_each
+    ) as pool:
+        futures = [pool.submit(_run, index, spec) for index, spec in enumerate(specs)]
         with _cancelled_on_error(pool):
             while not _finished(futures):
                 for message in _waiting(messages):
@@ -117,7 +121,7 @@ def _cancelled_on_error(pool: ProcessPoolExecutor) -> Iterator[None]:
         raise
 
 
-def _waiting(messages: Any) -> Iterator[tuple[int, int, int]]:
+def _waiting(messages: Messages) -> Iterator[tuple[int, int, int]]:
     while True:
         try:
             yield messages.get_nowait()
@@ -125,7 +129,25 @@ def _waiting(messages: Any) -> Iterator[tuple[int, int, int]]:
             return
 
 
-def _run(index: int, spec: RunSpec, messages: Any) -> None:
+_progress: Messages | None = None
+"""Where a process of a run reports to; set once in each."""
+
+
+def _begin_process(messages: Messages) -> None:
+    """Know where to report, and end with the parent, however that ends."""
+    global _progress
+    _progress = messages
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "only a child process waits for its parent"
+    parent.join()
+    os._exit(1)
+
+
+def _run(index: int, spec: RunSpec) -> None:
     if spec.allocator is not None and not spec.simulated:  # PyTorch reads it once, when it is loaded
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = spec.allocator
     import torch
@@ -150,7 +172,8 @@ def _run(index: int, spec: RunSpec, messages: Any) -> None:
         return workload
 
     def progress(done: int, total: int) -> None:
-        messages.put((index, done, total))
+        assert _progress is not None, "_begin_process comes first"
+        _progress.put((index, done, total))
 
     if spec.simulated:
         device = get_device(spec.device, load_devices(spec.device_file) if spec.device_file else None)

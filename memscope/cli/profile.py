@@ -218,7 +218,12 @@ def _folder(output: Path | None, target: str, force: bool) -> Path:
 def _kept_if_filled(folder: Path) -> Iterator[None]:
     """Make a folder, and take it away again if nothing came into it."""
     new = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"{folder}: the folder cannot be made ({error.strerror}): choose another one with -o"
+        ) from error
     try:
         yield
     finally:

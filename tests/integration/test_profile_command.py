@@ -182,6 +182,14 @@ def test_bad_input_ends_in_one_message_that_says_what_and_what_was_expected(word
     assert list(tmp_path.iterdir()) == [], "nothing half-written"
 
 
+def test_an_output_folder_that_cannot_be_made_is_refused(run, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    code, _, err = run("profile", *DEBUG, "-o", tmp_path / "file" / "runs")
+    assert code == 2
+    assert "file/runs: the folder cannot be made (Not a directory)" in err
+    assert "Traceback" not in err
+
+
 def test_all_problems_of_a_plan_are_told_at_once(run):
     code, _, err = run("profile", *DEBUG, "-s", "lora:targets=q_proj,r=0,ckpt:layers=9")
     assert code == 2
