@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from memscope.errors import MemscopeError, TargetError
@@ -91,7 +92,8 @@ def simulate(
 def _build(workload: Workload | Callable[[], Workload], mode: FakeTensorMode) -> Workload:
     if not isinstance(workload, Workload):
         try:
-            return workload()
+            with _FakeCopies():
+                return workload()
         except MemscopeError:
             raise
         except Exception as error:
@@ -138,17 +140,20 @@ def _modules_convert_fake_weights() -> Iterator[None]:
     Source: `Module._apply` in torch/nn/modules/module.py and `torch.utils.swap_tensors` (2.6 to 2.13).
     """
     convert: Callable[..., nn.Module] = nn.Module._apply
-    converted: dict[int, tuple[Tensor, Tensor]] = {}
+    replaced: dict[
+        int, tuple[Tensor, Tensor]
+    ] = {}  # by id of the old tensor, which is kept so that no other takes its id
 
     def apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         tensors = [*module.parameters(recurse), *module.buffers(recurse)]
         if not any(isinstance(tensor, FakeTensor) for tensor in tensors):
             return convert(module, fn, recurse)
+        done: dict[int, Tensor] = {}
         for part in module.modules() if recurse else [module]:
             for table in (part._parameters, part._buffers):
                 for name, tensor in table.items():
                     if tensor is not None:
-                        table[name] = _converted(tensor, fn, converted)
+                        table[name] = _converted(tensor, fn, replaced, done)
         return module
 
     nn.Module._apply = apply  # type: ignore[method-assign]
@@ -158,16 +163,36 @@ def _modules_convert_fake_weights() -> Iterator[None]:
         nn.Module._apply = convert  # type: ignore[method-assign]
 
 
-def _converted(tensor: Tensor, fn: Callable[[Tensor], Tensor], known: dict[int, tuple[Tensor, Tensor]]) -> Any:
-    """The tensor after `fn`, the same one for a tensor that several modules share."""
-    if id(tensor) not in known:
+def _converted(
+    tensor: Tensor, fn: Callable[[Tensor], Tensor], replaced: dict[int, tuple[Tensor, Tensor]], done: dict[int, Tensor]
+) -> Any:
+    """The tensor after `fn`, once a call; one that another module shares is found by what it was replaced with."""
+    while id(tensor) in replaced:
+        tensor = replaced[id(tensor)][1]
+    if id(tensor) not in done:
         with torch.no_grad():
             result = fn(tensor)
-        if result is not tensor and isinstance(tensor, nn.Parameter):
-            result = nn.Parameter(result, requires_grad=tensor.requires_grad)
-        known[id(tensor)] = (tensor, result)
-        known[id(result)] = (result, result)
-    return known[id(tensor)][1]
+        if result is not tensor:
+            if isinstance(tensor, nn.Parameter):
+                result = nn.Parameter(result, requires_grad=tensor.requires_grad)
+            replaced[id(tensor)] = (tensor, result)
+        done[id(tensor)] = done[id(result)] = result
+    return done[id(tensor)]
+
+
+class _FakeCopies(TorchFunctionMode):
+    """`copy.deepcopy` of a fake tensor: PyTorch's gives a tensor that does not share the storage of its own views."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not Tensor.__deepcopy__ or not isinstance(args[0], FakeTensor):
+            return func(*args, **(kwargs or {}))
+        tensor, memo = args
+        if id(tensor) not in memo:
+            data = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            copied = nn.Parameter(data, requires_grad=False) if is_parameter else data
+            memo[id(tensor)] = copied.requires_grad_(tensor.requires_grad)
+        return memo[id(tensor)]
 
 
 @contextlib.contextmanager

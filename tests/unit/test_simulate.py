@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from memscope import StepPlan, Workload, simulate
+from memscope import StepPlan, Workload, record, simulate
 from memscope.errors import TargetError, UsageError
 
 
@@ -66,6 +66,38 @@ def test_a_model_can_be_converted_while_it_is_built_and_stays_tied():
         return workload(model.to(torch.bfloat16).half().to(torch.bfloat16), batches=[torch.ones(4, 64).bfloat16()])
 
     assert simulate(build, device="cpu").max_by_category(0)["parameter"] == 64 * 64 * 2
+
+
+@pytest.mark.parametrize(
+    ("convert", "item_bytes"),
+    [
+        (lambda m: m.cuda().bfloat16(), 2),
+        (lambda m: m.to("cpu").bfloat16(), 2),
+        (lambda m: m.bfloat16().float(), 4),
+        (lambda m: m.double().half(), 2),
+    ],
+)
+def test_every_conversion_of_a_model_counts(convert, item_bytes):
+    def build():
+        dtype = {2: torch.bfloat16, 4: torch.float32}[item_bytes]
+        model = convert(nn.Linear(64, 64, bias=False))
+        return workload(model, batches=[torch.ones(4, 64)], loss=lambda m, x: m.weight.sum().to(dtype))
+
+    assert simulate(build).max_by_category(0)["parameter"] == 64 * 64 * item_bytes
+
+
+def test_a_model_that_is_built_by_copying_layers_is_simulated_as_it_runs():
+    # nn.TransformerEncoder deep-copies its layer.
+    def build():
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+        return workload(encoder, batches=[torch.ones(2, 5, 16)], loss=lambda m, x: m(x).sum())
+
+    simulated, run = simulate(build, device="cpu"), record(build)
+    assert simulated.max_by_category(1)["parameter"] == run.max_by_category(1)["parameter"]
+    assert simulated.max_by_category(1)["optimizer_state"] == run.max_by_category(1)["optimizer_state"]
+    assert simulated.peak.allocated_bytes == run.peak.allocated_bytes
 
 
 def test_progress_counts_the_micro_batches_of_all_steps():
