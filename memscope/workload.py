@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from memscope.errors import UsageError
+from memscope.errors import TargetError, UsageError
 
 __all__ = ["MicroBatch", "StepObserver", "StepPlan", "Training", "Workload", "micro_batches", "run_step", "split_batch"]
 
@@ -174,7 +174,23 @@ class Training:
             raise UsageError(f'"{workload.name}" has no trainable parameter: nothing can be optimized')
         scaler = torch.amp.GradScaler(device_type) if workload.plan.grad_scaler else None
         workload.model.train()
-        return cls(workload, workload.optimizer_factory(trainable), scaler, device_type, to_device)
+        return cls(workload, _optimizer(workload, trainable), scaler, device_type, to_device)
+
+
+def _optimizer(workload: Workload, trainable: list[nn.Parameter]) -> torch.optim.Optimizer:
+    try:
+        optimizer = workload.optimizer_factory(trainable)
+    except Exception as error:
+        raise TargetError(
+            f'"{workload.name}" failed: its optimizer cannot be built: {type(error).__name__}: {error}'
+        ) from error
+    given = {id(parameter) for parameter in trainable}
+    if not any(id(parameter) in given for group in optimizer.param_groups for parameter in group["params"]):
+        raise UsageError(
+            f'the optimizer of "{workload.name}" has none of the model\'s parameters: '
+            "build it from those that optimizer_factory is given"
+        )
+    return optimizer
 
 
 def run_step(training: Training, pieces: list[MicroBatch], observer: StepObserver | None = None) -> Tensor:

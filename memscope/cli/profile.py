@@ -112,6 +112,8 @@ def command(
     html = html or folder / "report.html"
     paths = [folder / f"{_file_name(label)}.npz" for label in labels]
     _refuse_existing([*paths, html], force)
+    if html.parent != folder and not html.parent.is_dir():
+        raise UsageError(f"{html}: there is no folder {html.parent}: make it, or choose another file with --html")
     specs = [
         RunSpec(
             target=target,

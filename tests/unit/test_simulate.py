@@ -167,6 +167,17 @@ def test_a_workload_that_cannot_be_trained_is_refused_in_words(changes, message)
         simulate(workload(**changes))
 
 
+def test_an_optimizer_that_cannot_be_built_is_the_targets_own_error():
+    with pytest.raises(TargetError, match="optimizer cannot be built: ValueError: Invalid learning rate: -1"):
+        simulate(workload(optimizer_factory=lambda p: torch.optim.AdamW(p, lr=-1)))
+
+
+def test_an_optimizer_of_other_parameters_is_refused():
+    other = nn.Linear(2, 2)
+    with pytest.raises(UsageError, match="none of the model's parameters"):
+        simulate(workload(optimizer_factory=lambda p: torch.optim.AdamW(other.parameters())))
+
+
 def test_an_unknown_device_is_refused_with_the_nearest_name():
     with pytest.raises(UsageError, match="a100-40gb"):
         simulate(workload(), device="a100-40g")
