@@ -37,6 +37,11 @@ def prepare_steps(workload: Workload, steps: int) -> list[list[MicroBatch]]:
         raise UsageError(
             f"{steps} steps were asked for: at least one is needed, and two to see a step with optimizer state"
         )
+    if not (hasattr(workload.batches, "__len__") and hasattr(workload.batches, "__getitem__")):
+        raise UsageError(
+            f'the batches of "{workload.name}" are a {type(workload.batches).__name__}, not a sequence: '
+            "give a list, for example [next(iter(loader))]"
+        )
     if not len(workload.batches):
         raise UsageError(f'"{workload.name}" has no batch to train on')
     return [micro_batches(workload, workload.batches[0]) for _ in range(steps)]

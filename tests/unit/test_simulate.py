@@ -158,6 +158,7 @@ def test_an_error_while_building_is_the_targets_own():
     ("changes", "message"),
     [
         ({"batches": []}, "no batch"),
+        ({"batches": iter([torch.ones(4, 8)])}, "not a sequence: give a list"),
         ({"plan": StepPlan(micro_batches=3)}, "4 samples cannot be split into 3"),
         ({"model": nn.Identity()}, "no trainable parameter"),
     ],
