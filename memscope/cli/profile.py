@@ -108,7 +108,7 @@ def command(
     labels = _labels(parsed)
     found = find_target(target)
     check_plans(found, found.configure(preset, words), parsed)
-    folder = _folder(output, target, force)
+    folder = _folder(output, target)
     html = html or folder / "report.html"
     paths = [folder / f"{_file_name(label)}.npz" for label in labels]
     _refuse_existing([*paths, html], force)
@@ -208,7 +208,7 @@ def _textbook(label: str) -> dict[str, str]:
     return dict(strategies[0].textbook) if len(strategies) == 1 else {}
 
 
-def _folder(output: Path | None, target: str, force: bool) -> Path:
+def _folder(output: Path | None, target: str) -> Path:
     if output is None:
         return Path("memscope-runs") / f"{Path(target).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     if output.exists() and not output.is_dir():

@@ -137,6 +137,8 @@ def test_float16_weights_that_are_trained_are_refused_with_a_scaler() -> None:
 
 
 def test_float16_weights_are_accepted_where_no_gradient_of_theirs_is_scaled() -> None:
-    Plan.parse("amp:dtype=bf16").apply(probe_workload(Probe(torch.float16)))
+    workload = probe_workload(Probe(torch.float16))
+    Plan.parse("amp:dtype=bf16").apply(workload)
+    assert workload.plan.autocast is torch.bfloat16
     frozen = nn.Sequential(Probe(torch.float16).requires_grad_(False), nn.Linear(4, 4))
     Plan.parse("amp:dtype=fp16").apply(probe_workload(frozen))
