@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from memscope.errors import TraceFileError, UsageError, nearest
 
-__all__ = ["CATEGORIES", "PHASES", "SCHEMA_VERSION", "Category", "Peak", "Phase", "Trace", "write_whole"]
+__all__ = ["CATEGORIES", "PHASES", "SCHEMA_VERSION", "Category", "Peak", "Phase", "Trace", "damage_of", "write_whole"]
 
 SCHEMA_VERSION = 1
 _FORMAT = "memscope-trace"
@@ -38,7 +38,7 @@ recomputation) and still alive when the backward pass that needs it begins. `tem
 Phase = Literal["setup", "forward", "loss", "backward", "recompute", "optimizer", "zero_grad", "outside"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 """When. `recompute` is forward work done again inside the backward pass by activation checkpointing; `outside` is
-between steps."""
+between steps and, in a loop that does not say its phases, between forward, backward and optimizer."""
 
 Ints = npt.NDArray[np.int64]
 Key = Literal["category", "module", "op", "phase", "step", "micro_batch"]
@@ -286,13 +286,13 @@ def _from_arrays(path: str | os.PathLike[str], arrays: dict[str, npt.NDArray[Any
     columns = {name: arrays[name].astype(np.int64) for name in _COLUMNS}
     modules, ops = (tuple(map(str, header[name])) for name in ("modules", "ops"))
     trace = Trace(**columns, modules=modules, ops=ops, meta=header["meta"])
-    damage = _damage(trace)
+    damage = damage_of(trace)
     if damage:
         raise TraceFileError(f"{path}: a damaged memscope trace: {damage}")
     return trace
 
 
-def _damage(trace: Trace) -> str:
+def damage_of(trace: Trace) -> str:
     """What is inconsistent about a trace that was read from a file; empty when nothing is."""
     lengths = {len(getattr(trace, name)) for name in _COLUMNS if not name.startswith("mark_") and name != "reserved"}
     marks = {len(getattr(trace, name)) for name in _COLUMNS if name.startswith("mark_")}

@@ -21,7 +21,7 @@ from memscope.errors import MemscopeError
 from memscope.simulation.allocator_settings import MIN_BLOCK, SMALL_SIZE, AllocatorSettings
 from memscope.trace import Ints
 
-__all__ = ["Blocks", "Refusal", "read_blocks"]
+__all__ = ["Blocks", "Memory", "Refusal", "read_blocks"]
 
 Entry = Mapping[str, Any]
 """An entry of `device_traces`, or a segment of `segments`, of `torch.cuda.memory._snapshot()`."""
@@ -98,7 +98,7 @@ def read_blocks(
     return reader.blocks()
 
 
-class _Memory:
+class Memory:
     """What is held from the driver, as ranges of addresses, and which parts of it are taken."""
 
     def __init__(self) -> None:
@@ -107,6 +107,10 @@ class _Memory:
         self._grows: dict[int, bool] = {}
         self._taken: list[int] = []
         self.sizes: dict[int, int] = {}
+
+    def ranges(self) -> list[tuple[int, int, bool]]:
+        """Start, end and whether it can grow, of each range, by address."""
+        return [(start, self._ends[start], self._grows[start]) for start in self._starts]
 
     def hold(self, start: int, size: int, *, grows: bool) -> None:
         """Memory from the driver; pages of a growing segment join those beside them."""
@@ -181,7 +185,7 @@ class _Reader:
 
     def __init__(self, settings: AllocatorSettings) -> None:
         self._settings = settings
-        self._memory = _Memory()
+        self._memory = Memory()
         self._rows: list[tuple[int, int, int, int, int]] = []  # address, size, requested, born, entry
         self._freed: list[int] = []
         self._alive: dict[int, int] = {}

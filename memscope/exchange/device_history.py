@@ -1,0 +1,278 @@
+"""What one device's allocator did, made whole: a snapshot shows the end, and the history how it came to it.
+
+The history may begin in the middle of a run (recording was switched on then, or its oldest entries were dropped) and
+may lack actions (`skip_actions`, PyTorch 2.11). What was there when it began follows from the end, backwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from memscope.errors import MemscopeError, UsageError
+from memscope.exchange.layout import Annotation, Entry, Frames, Snapshot, bytes_of, damaged
+from memscope.exchange.plain_pickle import Progress
+from memscope.hooks.blocks import Blocks, Memory, read_blocks
+from memscope.simulation.allocator_settings import AllocatorSettings
+from memscope.units import format_bytes
+
+__all__ = ["DeviceHistory", "read_device"]
+
+_CHANGES = {"segment_alloc": 1, "segment_map": 1, "segment_free": -1, "segment_unmap": -1}
+"""Whether memory is taken from the driver or given back to it."""
+_FREES = ("free_requested", "free_completed")
+_OF_BLOCKS = frozenset({"alloc", *_FREES})
+_KNOWN = frozenset({*_OF_BLOCKS, *_CHANGES, "oom"})
+_SAYING_NOTHING = frozenset({"snapshot", "user_defined"})
+_FREE, _ALLOCATED, _PENDING = range(3)
+_STATES = ("inactive", "active_allocated", "active_pending_free")
+_TELL_EVERY = 100_000
+
+
+@dataclass(frozen=True)
+class DeviceHistory:
+    """The blocks of one device, and the stacks of what happened to them."""
+
+    device: int
+    blocks: Blocks
+    entries: Sequence[Entry]
+    """What the allocator did, with what was missing put in; `blocks` indexes it."""
+    frames_at_end: dict[int, Frames]
+    """By address, the stack in which a block that is alive at the end was taken."""
+    annotations: Sequence[Annotation]
+    reserved_at_end: int
+    size_differences: int
+    """Bytes by which the blocks alive at the end differ from the snapshot's own: 0 when all agree."""
+    notes: tuple[str, ...]
+    """What is not exact, and why, as sentences."""
+
+
+@dataclass
+class _Lifetimes:
+    """The entries of a history, mended, and what they tell of the time before."""
+
+    entries: list[Entry] = field(default_factory=list)
+    state: dict[int, int] = field(default_factory=dict)
+    """At the end, of every address that the entries name."""
+    freed_first: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """By address whose first entry is a free: state before, bytes asked for."""
+    missing_frees: int = 0
+    missing_allocations: int = 0
+    unknown: int = 0
+
+    def notes(self) -> list[str]:
+        """What was missing, as sentences."""
+        found = []
+        if self.missing_frees:
+            found.append(
+                f"{self.missing_frees:,} frees are missing from the history: each is taken to have been made right "
+                "before its memory was given out again"
+            )
+        if self.missing_allocations:
+            found.append(f"{self.missing_allocations:,} frees are of nothing that was allocated, and were passed over")
+        if self.unknown:
+            found.append(f"{self.unknown:,} entries are of kinds that this memscope does not know: passed over")
+        return found
+
+
+def read_device(snapshot: Snapshot, device: int, progress: Progress) -> DeviceHistory:
+    """Follow a device's allocator through a snapshot.
+
+    Raises:
+        TraceFileError: when an entry is damaged; without the name of the file.
+    """
+    trace = snapshot.traces[device] if device < len(snapshot.traces) else []
+    after = [segment for segment in snapshot.segments if segment["device"] == device]
+    lived = _lifetimes(trace, progress)
+    settings, notes = _settings(snapshot.settings)
+    blocks, more = _blocks(after, lived, settings)
+    return DeviceHistory(
+        device=device,
+        blocks=blocks,
+        entries=lived.entries,
+        frames_at_end={block["address"]: block["frames"] for block in _all_blocks(after) if block["frames"]},
+        annotations=snapshot.annotations.get(device, ()),
+        reserved_at_end=sum(segment["total_size"] for segment in after),
+        size_differences=blocks.size_differences(after),
+        notes=(*notes, *lived.notes(), *more),
+    )
+
+
+def _settings(text: str) -> tuple[AllocatorSettings, list[str]]:
+    try:
+        return AllocatorSettings.parse(text), []
+    except UsageError as error:
+        return AllocatorSettings(), [f"{error}; taken as if nothing was set"]
+
+
+def _lifetimes(trace: Sequence[Any], progress: Progress) -> _Lifetimes:
+    """Check every entry, put in the frees that are missing, and note what was there before."""
+    lived = _Lifetimes()
+    for place, entry in enumerate(trace):
+        if place % _TELL_EVERY == 0:
+            progress("following", place, len(trace))
+        action = entry.get("action") if isinstance(entry, dict) else None
+        if not isinstance(action, str):
+            damaged(f"entry {place} of device_traces has no action")
+        if action not in _KNOWN:
+            lived.unknown += action not in _SAYING_NOTHING
+            continue
+        bytes_of(entry, "size", place)
+        bytes_of(entry, "device_free" if action == "oom" else "addr", place)
+        if action in _OF_BLOCKS:
+            _follow(lived, action, entry)
+        else:
+            lived.entries.append(entry)
+    return lived
+
+
+def _follow(lived: _Lifetimes, action: str, entry: Entry) -> None:
+    address = entry["addr"]
+    state = lived.state.get(address)
+    if action == "alloc":
+        if state:
+            lived.missing_frees += state == _ALLOCATED
+            lived.entries.extend({**entry, "action": free, "frames": []} for free in _FREES[state - 1 :])
+        lived.state[address] = _ALLOCATED
+    else:
+        if state is None:
+            state = _ALLOCATED if action == "free_requested" else _PENDING
+            lived.freed_first[address] = state, entry["size"]
+        requested = action == "free_requested"
+        if state == _FREE or (requested and state == _PENDING):
+            lived.missing_allocations += 1
+            return
+        if not requested and state == _ALLOCATED:
+            lived.entries.append({**entry, "action": "free_requested"})
+        lived.state[address] = _PENDING if requested else _FREE
+    lived.entries.append(entry)
+
+
+def _blocks(after: list[dict[str, Any]], lived: _Lifetimes, settings: AllocatorSettings) -> tuple[Blocks, list[str]]:
+    """The blocks, and what is not exact about them."""
+    before, guessed = _blocks_before(after, lived, settings)
+    notes = []
+    if guessed:
+        size = sum(before[address]["size"] for address in guessed)
+        notes.append(
+            f"{len(guessed):,} blocks ({format_bytes(size)}) were there before the history began and freed in it: "
+            "their sizes are what was asked for, rounded up, and may be up to 1 MiB too small each"
+        )
+    try:
+        segments = _segments_before(after, lived.entries, before)
+        return read_blocks(segments, lived.entries, settings), notes
+    except MemscopeError:
+        notes.append(
+            "the history does not fit the segments (actions may have been skipped when it was recorded): the size of "
+            "every block is what was asked for, rounded up, and may be up to 1 MiB too small"
+        )
+        return _rounded_blocks(after, lived.entries, before, settings), notes
+
+
+def _blocks_before(
+    after: list[dict[str, Any]], lived: _Lifetimes, settings: AllocatorSettings
+) -> tuple[dict[int, dict[str, Any]], list[int]]:
+    """By address, what was there when the history began, and the addresses of blocks whose size is a guess."""
+    before = {}
+    for block in _all_blocks(after):
+        address = block["address"]
+        state = lived.state.get(address)
+        waits = state == _PENDING and block["state"] == "active_pending_free" and address in lived.freed_first
+        if block["state"] != "inactive" and (state is None or waits):
+            before[address] = {**block, "state": _STATES[lived.freed_first[address][0]]} if waits else block
+    guessed = [address for address in lived.freed_first if address not in before]
+    for address in guessed:
+        state, requested = lived.freed_first[address]
+        before[address] = {
+            "address": address,
+            "size": settings.block_size(requested),
+            "requested_size": requested,
+            "state": _STATES[state],
+        }
+    return dict(sorted(before.items())), guessed
+
+
+def _segments_before(
+    after: list[dict[str, Any]], entries: Sequence[Entry], before: dict[int, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The segments when the history began, filled with blocks: those at the end, less what happened since.
+
+    Raises:
+        MemscopeError: when the history contradicts the end.
+    """
+    memory = Memory()
+    for segment in after:
+        memory.hold(segment["address"], segment["total_size"], grows=segment["is_expandable"])
+    for entry in reversed(entries):
+        action = entry["action"]
+        if action in ("segment_alloc", "segment_map"):
+            memory.give_back(entry["addr"], entry["size"])
+        elif action in ("segment_free", "segment_unmap"):
+            memory.hold(entry["addr"], entry["size"], grows=action == "segment_unmap")
+    segments, waiting = [], list(reversed(before.values()))
+    for start, end, grows in memory.ranges():
+        blocks, address = [], start
+        while waiting and waiting[-1]["address"] < end:
+            block = waiting.pop()
+            if block["address"] < address:
+                raise MemscopeError("blocks lie over each other, or outside of all segments")
+            blocks += [{"size": block["address"] - address, "state": "inactive"}, block]
+            address = block["address"] + block["size"]
+        if address > end:
+            raise MemscopeError("a block is larger than its segment")
+        blocks.append({"size": end - address, "state": "inactive"})
+        segments.append({"address": start, "total_size": end - start, "is_expandable": grows, "blocks": blocks})
+    if waiting:
+        raise MemscopeError("blocks lie outside of all segments")
+    return segments
+
+
+def _rounded_blocks(
+    after: list[dict[str, Any]],
+    entries: Sequence[Entry],
+    before: dict[int, dict[str, Any]],
+    settings: AllocatorSettings,
+) -> Blocks:
+    """The blocks of a history whose segments cannot be followed."""
+    changes = [_CHANGES.get(entry["action"], 0) * entry["size"] for entry in entries]
+    held = np.cumsum([0, *changes], dtype=np.int64)
+    held += sum(segment["total_size"] for segment in after) - held[-1]
+    rows = [
+        (address, block["size"], block["requested_size"], born, -1)
+        for born, (address, block) in enumerate(before.items())
+        if block["state"] == _STATES[_ALLOCATED]
+    ]
+    events, freed = [-1] * len(rows), [-1] * len(rows)
+    alive = {row[0]: place for place, row in enumerate(rows)}
+    for place, entry in enumerate(entries):
+        if entry["action"] == "alloc":
+            alive[entry["addr"]] = len(rows)
+            rows.append((entry["addr"], settings.block_size(entry["size"]), entry["size"], len(events), place))
+            freed.append(-1)
+            events.append(place)
+        elif entry["action"] == "free_requested":
+            freed[alive.pop(entry["addr"])] = len(events)
+            events.append(place)
+    address, size, requested, born, entry_of = np.array(rows, dtype=np.int64).reshape(-1, 5).T.copy()
+    event_entry = np.array(events, dtype=np.int64)
+    return Blocks(
+        address=address,
+        size=size,
+        requested=requested,
+        born=born,
+        freed=np.array(freed, dtype=np.int64),
+        entry=entry_of,
+        event_entry=event_entry,
+        reserved=np.maximum(held[event_entry + 1], 0),
+        peak_reserved=int(held.max(initial=0)),
+        peak_active=0,
+        refusals=(),
+    )
+
+
+def _all_blocks(segments: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for segment in segments:
+        yield from segment["blocks"]

@@ -1,0 +1,180 @@
+"""The layouts of PyTorch's memory snapshots, old and new, brought into one.
+
+Sources: `memorySnapshot` in torch/csrc/cuda/Module.cpp, `_snapshot` in torch/cuda/memory.py and `_block_extra_legacy`
+in torch/cuda/_memory_viz.py; PyTorch 1.13 to 2.13.
+
+    1.10  a list of segments, as torch.cuda.memory_snapshot() returns it
+    1.13  {"segments": ..., "device_traces": ...}; a block's stack is in its "history"
+    2.1   a block has "frames", "requested_size", "address"; entries have "time_us"; segments may be "is_expandable"
+    2.4   "allocator_settings", "external_annotations" (between, annotations are entries "user_defined")
+    2.11  entries have "compile_context" and "user_metadata"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from memscope.errors import TraceFileError
+
+__all__ = ["Annotation", "Entry", "Frames", "Snapshot", "bytes_of", "damaged", "read_layout"]
+
+Entry = Mapping[str, Any]
+"""An entry of `device_traces`, a segment of `segments`, or a block of a segment."""
+Frames = Sequence[Mapping[str, Any]]
+"""A stack, innermost frame first: name, filename, line of each."""
+_MOST_BYTES = 2**62
+"""Sizes and addresses from here on are none: what a trace holds are 64-bit integers, and sums of them."""
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """Beginning or end of a `torch.profiler.record_function` block."""
+
+    name: str
+    begins: bool
+    time_us: int
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a snapshot holds, whatever layout it was written in."""
+
+    segments: list[dict[str, Any]]
+    """`device, address, total_size, stream, is_expandable, blocks`; blocks with `address, size, requested_size, state,
+    frames`. Without gaps; states are `active_allocated`, `active_pending_free`, `inactive`."""
+    traces: list[list[Entry]]
+    """By device, what the allocator did, oldest first. Entries are checked when they are read."""
+    settings: str
+    """Of the allocator, as in PYTORCH_CUDA_ALLOC_CONF."""
+    annotations: dict[int, list[Annotation]]
+    """By device, in order."""
+
+    @property
+    def devices(self) -> list[int]:
+        """Devices that have segments or a history."""
+        with_trace = [device for device, trace in enumerate(self.traces) if trace]
+        return sorted({*with_trace, *(segment["device"] for segment in self.segments)})
+
+
+def read_layout(data: Any) -> Snapshot:
+    """A snapshot out of the plain data of its file.
+
+    Raises:
+        TraceFileError: when the data is something else, or damaged; without the name of the file.
+    """
+    if isinstance(data, list):  # as torch.cuda._memory_viz reads it
+        data = {"segments": data}
+    if not isinstance(data, dict) or not isinstance(data.get("segments"), list):
+        raise TraceFileError(
+            "plain data, but no memory snapshot of PyTorch: expected a dict with a list of segments, "
+            "such as torch.cuda.memory._dump_snapshot writes"
+        )
+    traces = data.get("device_traces", [])
+    if not isinstance(traces, list) or not all(isinstance(trace, list) for trace in traces):
+        damaged("device_traces is not a list of lists")
+    segments = [_segment(place, segment) for place, segment in enumerate(data["segments"])]
+    return Snapshot(segments, traces, _settings(data), _annotations(data, traces))
+
+
+def bytes_of(about: Entry, key: str, where: str | int) -> int:
+    """A size or address; `where` it stands, or the number of its entry in the history.
+
+    Raises:
+        TraceFileError: when it is missing, or none that a device has.
+    """
+    value = about.get(key)
+    if type(value) is not int or not 0 <= value < _MOST_BYTES:
+        where = f"entry {where} of device_traces" if isinstance(where, int) else where
+        damaged(f"{key} of {where} is not a number of bytes" if key in about else f"{where} has no {key}")
+    return value
+
+
+def _segment(place: int, about: Any) -> dict[str, Any]:
+    where = f"segment {place}"
+    if not isinstance(about, dict) or not isinstance(about.get("blocks"), list):
+        damaged(f"{where} has no list of blocks")
+    device = about.get("device", 0)
+    if type(device) is not int or not 0 <= device < 1024:
+        damaged(f"{where} is of no device")
+    start = address = bytes_of(about, "address", where)
+    blocks = []
+    for number, block in enumerate(about["blocks"]):
+        blocks.append(_block(f"block {number} of {where}", block, address))
+        address += blocks[-1]["size"]
+    size = bytes_of(about, "total_size", where)
+    if address - start != size:
+        damaged(f"{where} has {size} bytes, its blocks {address - start}")
+    expandable = bool(about.get("is_expandable"))
+    return {
+        "device": device,
+        "address": start,
+        "total_size": size,
+        "is_expandable": expandable,
+        "blocks": blocks,
+    }
+
+
+def _block(where: str, about: Any, address: int) -> dict[str, Any]:
+    if not isinstance(about, dict):
+        damaged(f"{where} is no dict")
+    size, state = bytes_of(about, "size", where), about.get("state")
+    if state == "active_awaiting_free":  # as documented; what is written is active_pending_free
+        state = "active_pending_free"
+    if state not in ("active_allocated", "active_pending_free", "inactive"):
+        damaged(f"{where} is in no state that is known")
+    frames, requested = about.get("frames", []), about.get("requested_size", size)
+    history = about.get("history")
+    if "frames" not in about and isinstance(history, list) and history and isinstance(history[0], dict):
+        frames, requested = history[0].get("frames", []), history[0].get("real_size", requested)
+    if state == "inactive":
+        requested = 0  # what is written is of the last time it was used
+    if type(requested) is not int or not 0 <= requested <= size:
+        damaged(f"{where} was not asked for 0 to {size} bytes")
+    if not isinstance(frames, list):
+        damaged(f"the stack of {where} is no list")
+    return {"address": address, "size": size, "requested_size": requested, "state": state, "frames": frames}
+
+
+def _settings(data: Entry) -> str:
+    settings = data.get("allocator_settings", {})
+    text = settings.get("PYTORCH_CUDA_ALLOC_CONF", "") if isinstance(settings, dict) else None
+    if not isinstance(text, str):
+        damaged("its allocator_settings are no settings")
+    return text
+
+
+def _annotations(data: Entry, traces: list[list[Any]]) -> dict[int, list[Annotation]]:
+    found: dict[int, list[Annotation]] = {}
+    if "external_annotations" in data:
+        if not isinstance(data["external_annotations"], list):
+            damaged("external_annotations is no list")
+        for about in data["external_annotations"]:
+            _annotate(found, about.get("device") if isinstance(about, dict) else None, about, "name", "stage")
+        return found
+    for device, trace in enumerate(traces):
+        for entry in trace:
+            if isinstance(entry, dict) and entry.get("action") == "user_defined":
+                frame = next(iter(entry.get("frames") or ()), None)
+                about = {**frame, "time_us": entry.get("time_us")} if isinstance(frame, dict) else None
+                _annotate(found, device, about, "name", "filename")
+    return found
+
+
+def _annotate(found: dict[int, list[Annotation]], device: Any, about: Any, name: str, stage: str) -> None:
+    try:
+        annotation = Annotation(str(about[name]), {"START": True, "END": False}[about[stage]], int(about["time_us"]))
+    except (KeyError, TypeError, ValueError):  # of a kind that says nothing here
+        return
+    if type(device) is int:
+        found.setdefault(device, []).append(annotation)
+
+
+def damaged(what: str) -> NoReturn:
+    """Refuse a snapshot that contradicts its own layout.
+
+    Raises:
+        TraceFileError: always.
+    """
+    raise TraceFileError(f"a damaged memory snapshot: {what}")

@@ -1,0 +1,215 @@
+"""What memscope puts into the snapshots it writes, and how it gets it out again.
+
+Every allocation carries what the trace knows of it as frames of its stack, where PyTorch's viewer shows them:
+
+    memscope/op:0:aten.mm.default
+    memscope/module:0:layers.3.attention.wq
+    memscope/category:0:activation
+    memscope/phase:0:forward
+    memscope/step:1:step
+    memscope/micro_batch:0:micro-batch
+    memscope/size:4096:bytes of its block
+
+Changes of phase, and allocations of no bytes, which PyTorch's allocator does not see, are entries of the kind
+"snapshot", which has no effect in a viewer. What belongs to the whole run stands under the key "memscope".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from memscope.exchange.layout import damaged
+from memscope.trace import CATEGORIES, PHASES, Ints, Trace, damage_of
+
+__all__ = ["OwnFrames", "about_run", "decode", "is_own"]
+
+_KEY, _SCHEMA_VERSION = "memscope", 1
+Frame: TypeAlias = dict[str, Any]
+
+
+class OwnFrames:
+    """Makes the stacks of a trace; each frame and each stack is one object, however often it is used."""
+
+    def __init__(self, trace: Trace) -> None:
+        self._trace = trace
+        self._frames: dict[tuple[str, int, str], Frame] = {}
+        self._stacks: dict[tuple[int, ...], list[Frame]] = {}
+
+    def of_allocation(self, row: int) -> list[Frame]:
+        """The stack of an allocation."""
+        trace = self._trace
+        columns = (trace.op, trace.module, trace.category, trace.phase, trace.step, trace.micro_batch, trace.size)
+        key = tuple(int(column[row]) for column in columns)
+        if key not in self._stacks:
+            op, module, category, phase, step, micro_batch, size = key
+            self._stacks[key] = [
+                self._frame("op", 0, trace.ops[op]),
+                self._frame("module", 0, trace.modules[module]),
+                self._frame("category", 0, CATEGORIES[category]),
+                *self._when(phase, step, micro_batch),
+                self._frame("size", size, "bytes of its block"),
+            ]
+        return self._stacks[key]
+
+    def of_mark(self, mark: int) -> list[Frame]:
+        """The stack of a change of phase."""
+        trace = self._trace
+        return self._when(*(int(c[mark]) for c in (trace.mark_phase, trace.mark_step, trace.mark_micro_batch)))
+
+    def of_empty(self, row: int, *, freed: bool) -> list[Frame]:
+        """The stack of an allocation of no bytes, or of its end."""
+        if freed:
+            return [{"filename": "memscope/freed", "line": row, "name": "of no bytes"}]
+        return [*self.of_allocation(row), {"filename": "memscope/empty", "line": row, "name": "of no bytes"}]
+
+    def _when(self, phase: int, step: int, micro_batch: int) -> list[Frame]:
+        return [
+            self._frame("phase", 0, PHASES[phase]),
+            self._frame("step", step, "step"),
+            self._frame("micro_batch", micro_batch, "micro-batch"),
+        ]
+
+    def _frame(self, what: str, line: int, name: str) -> Frame:
+        key = (what, line, name)
+        return self._frames.setdefault(key, {"filename": f"memscope/{what}", "line": line, "name": name})
+
+
+def about_run(trace: Trace, replayed: Ints) -> dict[str, Any]:
+    """What belongs to the whole run, and the reserved memory where the snapshot's own segments say otherwise."""
+    plain = json.loads(json.dumps(dict(trace.meta)))  # a trace fresh from a recorder has subclasses of str in it
+    about: dict[str, Any] = {"schema_version": _SCHEMA_VERSION, "meta": plain, "reserved": None}
+    if not np.array_equal(trace.reserved, replayed):
+        changes = np.flatnonzero(np.diff(trace.reserved, prepend=0))
+        about["reserved"] = [[event, int(trace.reserved[event])] for event in changes.tolist()]
+    return {_KEY: about}
+
+
+def is_own(data: Any) -> bool:
+    """Whether memscope wrote a snapshot."""
+    return isinstance(data, dict) and isinstance(data.get(_KEY), dict)
+
+
+def decode(data: Mapping[str, Any]) -> Trace:
+    """The trace a snapshot was written from.
+
+    Raises:
+        TraceFileError: when it was changed since, or written by a newer memscope; without the name of the file.
+    """
+    about = data[_KEY]
+    version = about.get("schema_version")
+    if version != _SCHEMA_VERSION:
+        damaged(f"memscope wrote it with schema {version}, this memscope reads {_SCHEMA_VERSION}: upgrade memscope")
+    reader = _Reader()
+    try:
+        for entry in data["device_traces"][0]:
+            reader.read(entry)
+        trace = reader.trace(about)
+        changed = damage_of(trace)
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
+        changed = f"{type(error).__name__}: {error}"
+    if changed:
+        damaged(f"memscope wrote it, and it was changed since ({changed})")
+    return trace
+
+
+class _Reader:
+    """Rows and marks as the entries tell them."""
+
+    def __init__(self) -> None:
+        self._rows: list[list[int]] = []
+        self._freed: list[int] = []
+        self._marks: list[list[int]] = []
+        self._alive: dict[int, int] = {}
+        self._empty: dict[int, int] = {}
+        self._modules: dict[str, int] = {}
+        self._ops: dict[str, int] = {}
+        self._reserved: list[int] = []
+        self._held = 0
+
+    def read(self, entry: Mapping[str, Any]) -> None:
+        action = entry["action"]
+        if action == "alloc":
+            self._alive[entry["addr"]] = self._bear(entry)
+        elif action == "free_requested":
+            self._end(self._alive.pop(entry["addr"]))
+        elif action == "snapshot":
+            self._note(entry)
+        elif action in ("segment_alloc", "segment_map"):
+            self._held += entry["size"]
+        elif action in ("segment_free", "segment_unmap"):
+            self._held -= entry["size"]
+
+    def _note(self, entry: Mapping[str, Any]) -> None:
+        known = _known(entry)
+        if "empty" in known:
+            self._empty[known["empty"]["line"]] = self._bear(entry)
+        elif "freed" in known:
+            self._end(self._empty.pop(known["freed"]["line"]))
+        elif "phase" in known:
+            self._marks.append([len(self._reserved), *_when(known)])
+
+    def _bear(self, entry: Mapping[str, Any]) -> int:
+        known = _known(entry)
+        module, op = (known[key]["name"] for key in ("module", "op"))
+        self._rows.append([
+            known["size"]["line"], entry["size"], CATEGORIES.index(known["category"]["name"]),
+            self._modules.setdefault(module, len(self._modules)), self._ops.setdefault(op, len(self._ops)),
+            *_when(known), len(self._reserved),
+        ])  # fmt: skip
+        self._freed.append(-1)
+        self._reserved.append(self._held)
+        return len(self._rows) - 1
+
+    def _end(self, row: int) -> None:
+        self._freed[row] = len(self._reserved)
+        self._reserved.append(self._held)
+
+    def trace(self, about: Mapping[str, Any]) -> Trace:
+        size, requested, category, module, op, phase, step, micro_batch, born = _columns(self._rows, 9)
+        marks = _columns(self._marks, 4)
+        return Trace(
+            size=size,
+            requested=requested,
+            category=category,
+            module=module,
+            op=op,
+            phase=phase,
+            step=step,
+            micro_batch=micro_batch,
+            born=born,
+            freed=np.array(self._freed, dtype=np.int64),
+            mark_event=marks[0],
+            mark_phase=marks[1],
+            mark_step=marks[2],
+            mark_micro_batch=marks[3],
+            modules=tuple(self._modules),
+            ops=tuple(self._ops),
+            meta=dict(about["meta"]),
+            reserved=self._reserved_as(about["reserved"]),
+        )
+
+    def _reserved_as(self, changes: list[list[int]] | None) -> Ints:
+        if changes is None:
+            return np.array(self._reserved, dtype=np.int64)
+        if not changes:
+            return np.zeros(0, dtype=np.int64)
+        column = np.zeros(len(self._reserved), dtype=np.int64)
+        for event, size in changes:
+            column[event:] = size
+        return column
+
+
+def _known(entry: Mapping[str, Any]) -> dict[str, Frame]:
+    return {frame["filename"].removeprefix("memscope/"): frame for frame in entry.get("frames", ())}
+
+
+def _when(known: Mapping[str, Frame]) -> list[int]:
+    return [PHASES.index(known["phase"]["name"]), known["step"]["line"], known["micro_batch"]["line"]]
+
+
+def _columns(rows: list[list[int]], count: int) -> list[Ints]:
+    return [np.ascontiguousarray(column) for column in np.array(rows, dtype=np.int64).reshape(-1, count).T]

@@ -1,0 +1,77 @@
+"""Traces as tables, one row an allocation: `memscope export --to csv` or `parquet`."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import io
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from memscope.errors import UsageError
+from memscope.exchange.plain_pickle import Progress
+from memscope.trace import CATEGORIES, PHASES, Ints, Trace
+
+__all__ = ["csv_bytes", "parquet_bytes"]
+
+_NUMBERS: Mapping[str, str] = {
+    "size_bytes": "size",
+    "requested_bytes": "requested",
+    "step": "step",
+    "micro_batch": "micro_batch",
+    "born_event": "born",
+    "freed_event": "freed",
+}
+"""Columns of numbers, and those of the trace; `freed_event` is empty where an allocation is alive at the end."""
+
+
+def csv_bytes(trace: Trace, progress: Progress = lambda *_: None) -> bytes:
+    """The file, in UTF-8 with a heading."""
+    progress("writing", 0, 1)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*_NUMBERS, *_names(trace)])
+    numbers = [getattr(trace, column).tolist() for column in _NUMBERS.values()]
+    numbers[-1] = [event if event >= 0 else "" for event in numbers[-1]]
+    names = [[table[code] for code in codes.tolist()] for codes, table in _names(trace).values()]
+    writer.writerows(zip(*numbers, *names, strict=True))
+    return text.getvalue().encode("utf-8", "replace")
+
+
+def parquet_bytes(trace: Trace, progress: Progress = lambda *_: None) -> bytes:
+    """The file; names are dictionary-encoded, and the schema's metadata holds the trace's as JSON under "memscope".
+
+    Raises:
+        UsageError: when pyarrow is not installed.
+    """
+    arrow, parquet = _pyarrow()
+    progress("writing", 0, 1)
+    columns: dict[str, Any] = {name: arrow.array(getattr(trace, column)) for name, column in _NUMBERS.items()}
+    columns["freed_event"] = arrow.array(trace.freed, mask=trace.freed < 0)
+    for name, (codes, table) in _names(trace).items():
+        columns[name] = arrow.DictionaryArray.from_arrays(codes.astype(np.int32), arrow.array(table, arrow.string()))
+    file = io.BytesIO()
+    parquet.write_table(arrow.table(columns).replace_schema_metadata({"memscope": json.dumps(dict(trace.meta))}), file)
+    return file.getvalue()
+
+
+def _names(trace: Trace) -> dict[str, tuple[Ints, tuple[str, ...]]]:
+    """Columns of names: codes, and what they stand for."""
+    return {
+        "category": (trace.category, CATEGORIES),
+        "module": (trace.module, trace.modules),
+        "op": (trace.op, trace.ops),
+        "phase": (trace.phase, PHASES),
+    }
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    try:
+        return importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
+    except ImportError:
+        raise UsageError(
+            "Parquet needs pyarrow, which is not installed: pip install pyarrow, or export with --to csv"
+        ) from None

@@ -1,0 +1,209 @@
+"""PyTorch's memory snapshots as traces: `memscope import`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from memscope.errors import TraceFileError, UsageError
+from memscope.exchange import own_snapshot
+from memscope.exchange.annotations import annotated
+from memscope.exchange.device_history import DeviceHistory, read_device
+from memscope.exchange.inference import Course, categories_of, course_of
+from memscope.exchange.layout import Entry, Snapshot, damaged, read_layout
+from memscope.exchange.plain_pickle import Progress, read_plain_pickle
+from memscope.exchange.stacks import NO_STACK, Place, StackReader
+from memscope.trace import CATEGORIES, PHASES, Ints, Trace
+from memscope.units import format_bytes
+
+__all__ = ["INFERRED", "import_snapshot"]
+
+INFERRED = ("category", "module", "op", "phase", "step", "micro_batch")
+"""Columns that a snapshot does not hold; `meta["inferred"]` of a trace names them."""
+_NO_REGION = ("", "N/A")
+"""`compile_context` of what is made outside compiled code (c10/cuda/CUDACachingAllocator.cpp, PyTorch 2.11)."""
+_TELL_EVERY = 100_000
+
+
+def import_snapshot(
+    path: str | os.PathLike[str], *, device: int | None = None, progress: Progress = lambda *_: None
+) -> Trace:
+    """A trace of what `torch.cuda.memory._dump_snapshot` wrote; nothing in the file is ever executed.
+
+    A snapshot that memscope wrote gives the trace it was written from. Of any other, sizes, order and lifetimes are the
+    allocator's own; category, phase, step, module and operator are inferred (`meta["inferred"]`), and what is not exact
+    for want of history is told in `meta["imported"]["notes"]`.
+
+    Args:
+        path: pickle of protocol 2 to 5, in any layout since PyTorch 1.10.
+        device: index of the GPU; None: the only one in the file.
+        progress: is told what is being done.
+
+    Raises:
+        TraceFileError: when the file is missing, no snapshot, damaged, or holds more than plain data.
+        UsageError: when the device is not in the file, or has to be named.
+    """
+    path = Path(path)
+    data = read_plain_pickle(path, progress)
+    try:
+        if own_snapshot.is_own(data):
+            return own_snapshot.decode(data)
+        snapshot = read_layout(data)
+        del data
+        return _inferred(read_device(snapshot, _device(path, snapshot, device), progress), path, progress)
+    except TraceFileError as error:
+        raise TraceFileError(f"{path}: {error}") from None
+
+
+def _device(path: Path, snapshot: Snapshot, device: int | None) -> int:
+    there = snapshot.devices
+    if not there:
+        damaged("it has neither segments nor a history")
+    if device is None and len(there) == 1:
+        return there[0]
+    if device is None or device not in there:
+        has = "holds several GPUs" if device is None else f"does not hold GPU {device}"
+        raise UsageError(f"{path} {has}: choose one with --device, of {', '.join(map(str, there))}")
+    return device
+
+
+def _inferred(history: DeviceHistory, path: Path, progress: Progress) -> Trace:
+    blocks, entries = history.blocks, history.entries
+    stacks = StackReader()
+    stack = _stacks(history, stacks, progress)
+    of_block = stack[blocks.born]
+    course = _course(history, stacks.places, stack)
+    modules, module = _table(*_modules(history, stacks.places, of_block))
+    ops, op = _table([place.op for place in stacks.places], of_block)
+    mark_event, mark_phase, mark_step, mark_micro_batch = course.marks()
+    meta = _meta(history, path, has_stacks=bool(of_block.any()))
+    trace = Trace(
+        size=blocks.size,
+        requested=blocks.requested,
+        category=categories_of(course, blocks.born, blocks.freed, stacks.places, of_block),
+        module=module,
+        op=op,
+        phase=course.phase[blocks.born],
+        step=course.step[blocks.born],
+        micro_batch=course.micro_batch[blocks.born],
+        born=blocks.born,
+        freed=blocks.freed,
+        mark_event=mark_event,
+        mark_phase=mark_phase,
+        mark_step=mark_step,
+        mark_micro_batch=mark_micro_batch,
+        modules=modules,
+        ops=ops,
+        meta=meta,
+        reserved=blocks.reserved,
+    )
+    refusal = blocks.refusals[-1] if blocks.refusals else None
+    if refusal and not (blocks.entry > refusal.entry).any():  # nothing was allocated after it: the run ended there
+        place = stacks.places[stacks.read(_frames(entries[refusal.entry]))]
+        about = (refusal.requested_bytes, refusal.allocated_bytes, refusal.reserved_bytes, refusal.largest_free_bytes)
+        meta["out_of_memory"] = {
+            **_when_it_ran_out(trace, refusal.event, place),
+            **dict(zip(("requested", "allocated", "reserved", "largest_free"), about, strict=True)),
+            "limit": refusal.reserved_bytes + refusal.device_free_bytes,
+        }
+    return trace
+
+
+def _stacks(history: DeviceHistory, stacks: StackReader, progress: Progress) -> Ints:
+    """What the stack of each event tells, as an index of `stacks.places`: int64 `[events]`."""
+    blocks, entries = history.blocks, history.entries
+    found = np.zeros(len(blocks.event_entry), dtype=np.int64)
+    for event, entry in enumerate(blocks.event_entry.tolist()):
+        if event % _TELL_EVERY == 0:
+            progress("reading stacks", event, len(found))
+        if entry >= 0:
+            found[event] = stacks.read(_frames(entries[entry]))
+    alive = np.flatnonzero(blocks.freed < 0)  # where stacks are kept of what is alive only (context="state"): these
+    for born, address in zip(blocks.born[alive].tolist(), blocks.address[alive].tolist(), strict=True):
+        if found[born] == 0:
+            found[born] = stacks.read(history.frames_at_end.get(address, ()))
+    return found
+
+
+def _frames(entry: Entry) -> list[Mapping[str, Any]]:
+    frames = entry.get("frames", [])
+    if not isinstance(frames, list):
+        damaged("the stack of an entry of device_traces is no list")
+    return frames
+
+
+def _course(history: DeviceHistory, places: Sequence[Place], stack: Ints) -> Course:
+    event_entry = history.blocks.event_entry
+    phases = np.array([-1 if place.phase is None else PHASES.index(place.phase) for place in places])
+    told, ended = phases[stack], np.zeros(len(stack), dtype=bool)
+    if history.annotations:
+        times = [history.entries[entry].get("time_us") if entry >= 0 else 0 for entry in event_entry.tolist()]
+        clock = np.array([time if type(time) is int else 0 for time in times], dtype=np.int64)
+        annotation, ended = annotated(history.annotations, clock)
+        told = np.where(told < 0, annotation, told)
+    is_born = np.zeros(len(stack), dtype=bool)
+    is_born[history.blocks.born] = True
+    without_stack = (stack == 0) & bool(stack.any())
+    return course_of(told, is_born, without_stack, int(np.count_nonzero(event_entry < 0)), ended)
+
+
+def _modules(history: DeviceHistory, places: Sequence[Place], of_block: Ints) -> tuple[list[str], Ints]:
+    """The module of each block; where its stack tells of none, the compiled region it was made in, if any."""
+    names, index = [place.module for place in places], of_block.copy()
+    regions: dict[str, int] = {}
+    for row, entry in enumerate(history.blocks.entry.tolist()):
+        region = history.entries[entry].get("compile_context") if entry >= 0 else None
+        if isinstance(region, str) and region not in _NO_REGION and names[index[row]] == NO_STACK.module:
+            index[row] = regions.setdefault(region, len(names) + len(regions))
+    return [*names, *regions], index
+
+
+def _table(names: Sequence[str], index: Ints) -> tuple[tuple[str, ...], Ints]:
+    """The names in use, each once, and an index of these."""
+    codes: dict[str, int] = {}
+    new = np.zeros(len(names), dtype=np.int64)
+    for place in np.unique(index).tolist():
+        new[place] = codes.setdefault(names[place], len(codes))
+    return tuple(codes), new[index]
+
+
+def _meta(history: DeviceHistory, path: Path, *, has_stacks: bool) -> dict[str, Any]:
+    notes, differences = list(history.notes), history.size_differences
+    if differences:
+        notes.append(f"the blocks alive at the end differ from the snapshot's own by {format_bytes(differences)}")
+    if not has_stacks:
+        notes.append("no stacks were recorded (context), so nothing tells what the memory was for")
+    unknown = {"process_bytes": None, "used_bytes": None, "others_bytes": None, "reason": "a snapshot does not tell"}
+    return {
+        "target": path.stem,
+        "strategies": [],
+        "device": {"name": f"GPU {history.device}", "simulated": False},
+        "driver": {"before": unknown, "after": unknown},
+        "peak_reserved": history.blocks.peak_reserved,
+        "reserved_at_end": history.reserved_at_end,
+        "size_differences": differences,
+        "out_of_memory": None,
+        "imported": {"file": path.name, "notes": notes},
+        "inferred": list(INFERRED),
+    }
+
+
+def _when_it_ran_out(trace: Trace, event: int, place: Place) -> dict[str, Any]:
+    """Where a request failed, and what there was, as JSON values."""
+    mark = trace.mark_at(event)
+    alive = (trace.born < event) & ((trace.freed < 0) | (trace.freed >= event))
+    sizes = np.bincount(trace.category[alive], weights=trace.size[alive], minlength=len(CATEGORIES))
+    return {
+        "event": event,
+        "step": int(trace.mark_step[mark]),
+        "micro_batch": int(trace.mark_micro_batch[mark]),
+        "phase": place.phase or PHASES[int(trace.mark_phase[mark])],
+        "module": place.module,
+        "op": place.op,
+        "category": None,
+        "by_category": {category: int(size) for category, size in zip(CATEGORIES, sizes, strict=True)},
+    }

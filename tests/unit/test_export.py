@@ -1,0 +1,276 @@
+"""Traces for other tools: what is written can be read by them, and says what the trace says."""
+
+import csv
+import dataclasses
+import io
+import json
+import pickle
+import pickletools
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from snapshots import dumped
+from traces import TraceBuilder, random_traces
+
+from memscope import simulate
+from memscope.errors import TraceFileError, UsageError
+from memscope.exchange import chrome_trace
+from memscope.exchange.chrome_trace import chrome_trace_bytes
+from memscope.exchange.tables import csv_bytes, parquet_bytes
+from memscope.exchange.torch_reader import import_snapshot
+from memscope.exchange.torch_writer import torch_snapshot, torch_snapshot_bytes
+from memscope.toy import toy_workload
+from memscope.trace import CATEGORIES, PHASES
+
+MIB = 2**20
+NUMBERS = (
+    "size", "requested", "category", "phase", "step", "micro_batch", "born", "freed", "reserved",
+    "mark_event", "mark_phase", "mark_step", "mark_micro_batch",
+)  # fmt: skip
+
+
+def small():
+    """A weight for good, an activation from forward to backward, a temporary that begins and ends with it."""
+    builder = TraceBuilder()
+    builder.phase("setup")
+    builder.new("parameter", 4 * MIB, module="head", op="aten.empty")
+    builder.phase("forward", 0)
+    activation = builder.new("activation", 3 * MIB, module="head", op="aten.mm")
+    builder.phase("backward", 0, 1)
+    builder.free(activation)
+    return builder.trace({"target": "small"})
+
+
+@pytest.fixture(scope="module")
+def simulated():
+    return simulate(lambda: toy_workload())
+
+
+def same(ours, theirs):
+    assert [name for name in NUMBERS if not np.array_equal(getattr(ours, name), getattr(theirs, name))] == []
+    for column, table in (("module", "modules"), ("op", "ops")):
+        names = [[getattr(t, table)[code] for code in getattr(t, column)] for t in (ours, theirs)]
+        assert names[0] == names[1]
+    assert dict(ours.meta) == dict(theirs.meta)
+
+
+# PyTorch's snapshots.
+
+
+@given(random_traces())
+@settings(deadline=None, max_examples=50)
+def test_any_trace_comes_back_from_a_torch_snapshot_as_it_was(tmp_path_factory, trace):
+    path = tmp_path_factory.mktemp("export") / "snapshot.pickle"
+    path.write_bytes(torch_snapshot_bytes(trace))
+    same(import_snapshot(path), trace)
+
+
+def test_a_simulated_trace_comes_back_with_its_reserved_memory(simulated, tmp_path):
+    same(import_snapshot(dumped(torch_snapshot(simulated), tmp_path)), simulated)
+
+
+def test_reserved_memory_that_a_replay_does_not_give_is_kept(simulated, tmp_path):
+    other = dataclasses.replace(simulated, reserved=simulated.reserved + 2 * MIB)
+    same(import_snapshot(dumped(torch_snapshot(other), tmp_path)), other)
+
+
+def test_without_what_memscope_put_in_it_is_a_snapshot_with_the_same_sizes(simulated, tmp_path):
+    data = torch_snapshot(simulated)
+    del data["memscope"]
+    trace = import_snapshot(dumped(data, tmp_path))
+    assert np.array_equal(trace.size, simulated.size)
+    assert np.array_equal(trace.requested, simulated.requested)
+    assert np.array_equal(trace.reserved, simulated.reserved)
+    assert np.array_equal(trace.freed, simulated.freed)
+    assert trace.meta["size_differences"] == 0
+
+
+def test_pytorchs_viewer_accepts_it_and_finds_the_same_memory(simulated):
+    from torch.cuda import _memory_viz
+
+    data = pickle.loads(torch_snapshot_bytes(simulated))
+    for page in (_memory_viz.trace_plot(data), _memory_viz.segment_plot(data)):
+        assert "MemoryViz.js" in page
+    # A line of a flame graph: what, and after the last space its bytes; <gaps> are what blocks have beyond the request.
+    flames = _memory_viz.memory(data, format_flamegraph=lambda lines: lines).splitlines()
+    alive = [int(line.rpartition(" ")[2]) for line in flames if "active_allocated" in line and "<gaps>" not in line]
+    assert sum(alive) == simulated.requested[simulated.freed < 0].sum()
+    assert _memory_viz.trace(data).count("\ndel ") == (simulated.freed >= 0).sum()
+
+
+def test_the_official_viewers_check_of_all_memory_holds(simulated):
+    from torch.cuda import _memory_viz
+
+    reserved = int(simulated.reserved[-1])
+    assert f"total_reserved: {_memory_viz.Bytes(reserved)}" in _memory_viz.segsum(torch_snapshot(simulated))
+
+
+def test_it_uses_only_instructions_that_the_page_of_the_viewer_knows(simulated):
+    # The constants of `unpickle` in torch/utils/viz/MemoryViz.js (PyTorch 2.6): it has no others, and protocols 2 to 4.
+    known = """
+        APPEND APPENDS BINFLOAT BINGET BININT BININT1 BININT2 BINPUT BINUNICODE DICT EMPTY_DICT EMPTY_LIST EMPTY_TUPLE
+        FRAME LIST LONG1 LONG_BINGET LONG_BINPUT MARK MEMOIZE NEWFALSE NEWTRUE NONE PROTO SETITEM SETITEMS
+        SHORT_BINUNICODE STOP TUPLE TUPLE1 TUPLE2 TUPLE3
+    """
+    data = torch_snapshot_bytes(simulated)
+    assert {op.name for op, _, _ in pickletools.genops(data)} <= set(known.split())
+    assert data[:2] == b"\x80\x04"
+
+
+def test_the_viewer_colours_by_category_and_finds_the_one_it_would_add_in_vain(simulated):
+    # `annotate_snapshot` in MemoryViz.js pushes "unknown" to a misspelt list where no entry is of it.
+    told = {entry["category"] for entry in torch_snapshot(simulated)["device_traces"][0] if "category" in entry}
+    assert told == {CATEGORIES[code] for code in np.unique(simulated.category)} | {"unknown"}
+
+
+def test_the_stack_of_an_allocation_says_what_the_trace_knows():
+    alloc = [entry for entry in torch_snapshot(small())["device_traces"][0] if entry["action"] == "alloc"][1]
+    assert [(frame["filename"], frame["line"], frame["name"]) for frame in alloc["frames"]] == [
+        ("memscope/op", 0, "aten.mm"),
+        ("memscope/module", 0, "head"),
+        ("memscope/category", 0, "activation"),
+        ("memscope/phase", 0, "forward"),
+        ("memscope/step", 0, "step"),
+        ("memscope/micro_batch", 0, "micro-batch"),
+        ("memscope/size", 3 * MIB, "bytes of its block"),
+    ]
+
+
+def test_allocations_of_no_bytes_keep_their_place(tmp_path):
+    builder = TraceBuilder()
+    builder.phase("setup")
+    empty = builder.new("other", 0, module="m", op="o")
+    builder.new("other", 512)
+    builder.free(empty)
+    trace = builder.trace()
+    same(import_snapshot(dumped(torch_snapshot(trace), tmp_path)), trace)
+
+
+def changed(change):
+    data = torch_snapshot(small())
+    change(data, data["device_traces"][0])
+    return data
+
+
+def first(entries, action):
+    return next(place for place, entry in enumerate(entries) if entry["action"] == action)
+
+
+CHANGED = {
+    "schema to come": lambda data, _: data["memscope"].update(schema_version=2),
+    "what is freed was never there": lambda _, entries: entries.pop(first(entries[::-1], "alloc") * -1 - 1),
+    "a category that is none": lambda _, entries: entries[first(entries, "alloc")]["frames"][2].update(name="weights"),
+    "frames that are none": lambda _, entries: [e.update(frames=7) for e in entries],
+    "a step that is no number": lambda _, entries: [f.update(line="x") for e in entries for f in e["frames"]],
+    "marks out of order": lambda _, entries: entries.reverse(),
+    "history that is none": lambda data, _: data.update(device_traces=[]),
+    "reserved that is none": lambda data, _: data["memscope"].update(reserved=[["x"]]),
+    "meta that is none": lambda data, _: data["memscope"].update(meta=7),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_an_own_snapshot_that_was_changed_is_refused(tmp_path, name):
+    with pytest.raises(TraceFileError, match=r"snapshot\.pickle: .*memscope wrote it"):
+        import_snapshot(dumped(changed(CHANGED[name]), tmp_path))
+
+
+# Perfetto and Chrome.
+
+
+def events(trace, kind):
+    return [event for event in json.loads(chrome_trace_bytes(trace))["traceEvents"] if event["ph"] == kind]
+
+
+def test_counters_follow_each_category_and_the_whole():
+    found = {}
+    for event in events(small(), "C"):
+        found.setdefault(event["name"], []).append((event["ts"], event["args"]["bytes"]))
+    assert found == {
+        "allocated": [(0, 4 * MIB), (1, 7 * MIB), (2, 4 * MIB)],
+        "parameter": [(0, 4 * MIB), (2, 4 * MIB)],
+        "activation": [(1, 3 * MIB), (2, 0)],
+    }
+
+
+def test_steps_hold_their_phases():
+    assert [(e["name"], e["ts"], e["dur"]) for e in events(small(), "X")] == [
+        ("step 0", 1, 2),
+        ("setup", 0, 1),
+        ("forward", 1, 1),
+        ("backward", 2, 1),
+    ]
+
+
+def test_allocations_are_slices_from_birth_to_death():
+    begins, ends = events(small(), "b"), events(small(), "e")
+    assert [(e["name"], e["cat"], e["ts"], e["args"]["module"], e["args"]["bytes"]) for e in begins] == [
+        ("aten.empty", "parameter", 0, "head", 4 * MIB),
+        ("aten.mm", "activation", 1, "head", 3 * MIB),
+    ]
+    assert [(e["id"], e["name"], e["cat"], e["ts"]) for e in ends] == [
+        (0, "aten.empty", "parameter", 3),
+        (1, "aten.mm", "activation", 2),
+    ]
+
+
+def test_of_very_many_allocations_the_largest_are_slices_and_the_counters_have_all(monkeypatch):
+    monkeypatch.setattr(chrome_trace, "MOST_SLICES", 1)
+    assert [event["id"] for event in events(small(), "b")] == [0]
+    assert len([event for event in events(small(), "C") if event["name"] == "allocated"]) == 3
+
+
+@given(random_traces())
+@settings(deadline=None, max_examples=50)
+def test_any_trace_is_valid_for_chrome_and_ends_at_what_is_alive(trace):
+    counters = {event["name"]: event["args"]["bytes"] for event in events(trace, "C")}
+    assert counters.get("allocated", 0) == (trace.allocated[-1] if trace.events else 0)
+    assert len(events(trace, "b")) == len(events(trace, "e")) == len(trace)
+
+
+# Tables.
+
+
+@given(random_traces())
+@settings(deadline=None, max_examples=50)
+def test_csv_has_one_row_an_allocation_with_names_and_bytes(trace):
+    rows = list(csv.DictReader(io.StringIO(csv_bytes(trace).decode(), newline="")))
+    assert [int(row["size_bytes"]) for row in rows] == trace.size.tolist()
+    assert [row["category"] for row in rows] == [CATEGORIES[code] for code in trace.category]
+    assert [row["phase"] for row in rows] == [PHASES[code] for code in trace.phase]
+    assert [row["module"] for row in rows] == [trace.modules[code] for code in trace.module]
+    assert [int(row["freed_event"] or -1) for row in rows] == trace.freed.tolist()
+
+
+def test_parquet_has_the_same_columns_and_the_traces_own_meta(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    table = parquet.read_table(io.BytesIO(parquet_bytes(small())))
+    assert table.column_names == next(csv.reader(io.StringIO(csv_bytes(small()).decode())))
+    assert table.to_pydict() == {
+        "size_bytes": [4 * MIB, 3 * MIB],
+        "requested_bytes": [4 * MIB, 3 * MIB],
+        "step": [-1, 0],
+        "micro_batch": [0, 0],
+        "born_event": [0, 1],
+        "freed_event": [None, 2],
+        "category": ["parameter", "activation"],
+        "module": ["head", "head"],
+        "op": ["aten.empty", "aten.mm"],
+        "phase": ["setup", "forward"],
+    }
+    assert json.loads(table.schema.metadata[b"memscope"]) == {"target": "small"}
+
+
+def test_without_pyarrow_parquet_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UsageError, match="pip install pyarrow"):
+        parquet_bytes(small())
+
+
+@pytest.mark.parametrize("write", [torch_snapshot_bytes, chrome_trace_bytes, csv_bytes])
+def test_a_trace_without_allocations_is_written_too(write):
+    builder = TraceBuilder()
+    builder.phase("setup")
+    assert write(builder.trace())

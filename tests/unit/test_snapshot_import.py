@@ -1,0 +1,328 @@
+"""Memory snapshots of PyTorch become traces: in every layout, whole or begun late, with what is not exact told."""
+
+import json
+
+import numpy as np
+import pytest
+from histories import BASE, MIB, block, segment
+from snapshots import GOLDEN, Golden, dumped, entry, frame, segments_at_end, snapshot
+
+from memscope.errors import TraceFileError, UsageError
+from memscope.exchange.torch_reader import INFERRED, import_snapshot
+from memscope.trace import CATEGORIES, PHASES, Trace
+
+
+@pytest.fixture
+def imported(tmp_path):
+    """The trace of a snapshot."""
+
+    def imported(data, protocol=4, **options):
+        return import_snapshot(dumped(data, tmp_path, protocol), **options)
+
+    return imported
+
+
+def notes(trace):
+    return trace.meta["imported"]["notes"]
+
+
+def categories(trace):
+    return [CATEGORIES[code] for code in trace.category]
+
+
+# Sizes, lifetimes and reserved memory: those of PyTorch's allocator.
+
+
+def counted(known):
+    """Allocated, reserved and requested bytes that PyTorch counted after each birth and free."""
+    return known.totals[:, [0, 2, 3]]
+
+
+@pytest.mark.parametrize(("path", "number"), GOLDEN, ids=lambda value: getattr(value, "stem", value))
+def test_a_whole_history_gives_every_byte_as_pytorch_counted_it(imported, path, number):
+    known = Golden(path, number)
+    trace = imported(snapshot(segments_at_end(known), known.entries, conf=known.conf))
+    change = np.zeros(trace.events, dtype=np.int64)
+    freed = trace.freed >= 0
+    change[trace.born], change[trace.freed[freed]] = trace.requested, -trace.requested[freed]
+    ours = np.stack([trace.allocated, trace.reserved, change.cumsum()], axis=1)
+    assert np.array_equal(ours[: len(known.totals)], counted(known))
+    assert trace.meta["size_differences"] == 0
+    assert trace.meta["peak_reserved"] == known.blocks.peak_reserved
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize(("path", "number"), GOLDEN, ids=lambda value: getattr(value, "stem", value))
+def test_a_history_begun_late_goes_on_as_the_whole_one(imported, path, number, share):
+    known = Golden(path, number)
+    cut = int(share * len(known.entries))
+    trace = imported(snapshot(segments_at_end(known), known.entries[cut:], conf=known.conf))
+    whole = imported(snapshot(segments_at_end(known), known.entries, conf=known.conf))
+    events = sum(about["action"] in ("alloc", "free_requested") for about in known.entries[cut:])
+    assert np.array_equal(trace.reserved[-events:], whole.reserved[-events:])
+    less = whole.allocated[-events:] - trace.allocated[-events:]
+    guessed = sum("were there before the history began" in note for note in notes(trace))
+    assert not any("does not fit" in note for note in notes(trace))
+    assert (less == 0).all() or guessed, "all sizes are known, so all are exact"
+    assert less[-1] == 0, "what is alive at the end has the size that the snapshot says"
+    assert (less >= 0).all()
+
+
+def test_a_block_that_was_there_before_is_born_at_the_start_with_its_size(imported):
+    here = segment(block(2 * MIB, requested=2 * MIB - 100), block(18 * MIB, "inactive"))
+    trace = imported(snapshot([here], [entry(a, BASE + 2 * MIB, 512) for a in ("alloc", "free_requested")]))
+    assert trace.size.tolist() == [2 * MIB, 512]
+    assert trace.requested.tolist() == [2 * MIB - 100, 512]
+    assert trace.born.tolist() == [0, 1]
+    assert trace.freed.tolist() == [-1, 2]
+    assert PHASES[trace.phase[0]] == "setup"
+    assert trace.step[0] == -1
+
+
+def test_the_size_of_a_block_from_before_that_was_freed_since_is_a_guess_and_said_to_be(imported):
+    empty = segment(block(20 * MIB, "inactive"))
+    freed = [entry("free_requested", BASE, 2 * MIB - 100), entry("free_completed", BASE, 2 * MIB - 100)]
+    trace = imported(snapshot([empty], freed))
+    assert trace.size.tolist() == [2 * MIB]
+    assert trace.allocated.tolist() == [2 * MIB, 0]
+    assert [note for note in notes(trace) if "1 blocks (2.00 MiB) were there before" in note]
+
+
+def test_segments_that_came_and_went_are_followed_backwards(imported):
+    # At the end one segment of 20 MiB; before, one of 2 MiB as well, given back, while the large one was taken.
+    end = segment(block(20 * MIB, "inactive"), address=BASE + 64 * MIB)
+    history = [
+        entry("segment_alloc", BASE + 64 * MIB, 20 * MIB),
+        entry("alloc", BASE + 64 * MIB, 3 * MIB),
+        entry("segment_free", BASE, 2 * MIB),
+        entry("free_requested", BASE + 64 * MIB, 3 * MIB),
+        entry("free_completed", BASE + 64 * MIB, 3 * MIB),
+    ]
+    trace = imported(snapshot([end], history))
+    assert trace.reserved.tolist() == [22 * MIB, 20 * MIB]
+    assert trace.meta["peak_reserved"] == 22 * MIB
+
+
+def test_pages_of_an_expandable_segment_are_followed_backwards(imported):
+    end = segment(block(2 * MIB), block(38 * MIB, "inactive"), expandable=True)
+    history = [
+        entry("segment_map", BASE + 20 * MIB, 20 * MIB),
+        entry("segment_unmap", BASE + 40 * MIB, 20 * MIB),
+        entry("alloc", BASE, 2 * MIB),
+    ]
+    trace = imported(snapshot([end], history, conf="expandable_segments:True"))
+    assert trace.reserved.tolist() == [40 * MIB]
+    assert trace.meta["peak_reserved"] == 60 * MIB
+
+
+def test_a_block_that_another_stream_still_uses_is_dead(imported):
+    waits = segment(block(2 * MIB, "active_awaiting_free"), block(18 * MIB, "inactive"))
+    trace = imported(snapshot([waits], [entry("alloc", BASE, 2 * MIB), entry("free_requested", BASE, 2 * MIB)]))
+    assert trace.allocated.tolist() == [2 * MIB, 0]
+    assert notes(trace) == ["no stacks were recorded (context), so nothing tells what the memory was for"]
+
+
+@pytest.mark.parametrize("skipped", ["free_requested", "free_completed"])
+def test_a_free_of_which_one_half_was_skipped_is_a_free(imported, skipped):
+    history = [entry(a, BASE, 2 * MIB) for a in ("alloc", "free_requested", "free_completed") * 2 if a != skipped]
+    trace = imported(snapshot([segment(block(20 * MIB, "inactive"))], history))
+    assert trace.allocated.tolist() == [2 * MIB, 0, 2 * MIB, 0]
+
+
+def test_memory_that_is_given_out_twice_was_freed_between_and_that_is_said(imported):
+    history = [entry("alloc", BASE, 2 * MIB), entry("alloc", BASE, 2 * MIB)]
+    trace = imported(snapshot([segment(block(2 * MIB), block(18 * MIB, "inactive"))], history))
+    assert trace.allocated.tolist() == [2 * MIB, 0, 2 * MIB]
+    assert notes(trace)[0].startswith("1 frees are missing")
+
+
+def test_where_segments_were_skipped_sizes_are_rounded_requests_and_that_is_said(imported):
+    history = [entry("alloc", BASE, 1000), entry("free_requested", BASE, 1000)]
+    trace = imported(snapshot([], history))
+    assert trace.size.tolist() == [1024]
+    assert notes(trace)[0].startswith("the history does not fit the segments")
+
+
+def test_the_settings_of_the_allocator_decide_how_blocks_are_split(imported):
+    # With expandable segments every rest of 512 bytes is split off, else only what exceeds 1 MiB.
+    history = [entry("alloc", BASE, 19 * MIB + MIB // 2)]
+    sizes = {}
+    for conf in ("", "expandable_segments:True"):
+        end = segment(block(20 * MIB), expandable=bool(conf))
+        sizes[conf] = imported(snapshot([end], history, conf=conf)).size.tolist()
+    assert sizes == {"": [20 * MIB], "expandable_segments:True": [19 * MIB + MIB // 2]}
+
+
+def test_settings_that_are_not_understood_are_told(imported):
+    trace = imported(snapshot([segment(block(20 * MIB, "inactive"))], [entry("alloc", BASE, 512)], conf="new_key:1"))
+    assert 'unknown key "new_key"' in notes(trace)[0]
+
+
+# Layouts.
+
+
+def test_a_list_of_segments_alone_is_a_trace_of_what_is_alive(imported):
+    # torch.cuda.memory_snapshot(), PyTorch 1.10: blocks have a size and a state.
+    blocks = [{"size": 2 * MIB, "state": "active_allocated"}, {"size": 18 * MIB, "state": "inactive"}]
+    about = {"device": 0, "address": BASE, "total_size": 20 * MIB, "segment_type": "large", "blocks": blocks}
+    trace = imported([about])
+    assert trace.size.tolist() == [2 * MIB]
+    assert trace.reserved.tolist() == [20 * MIB]
+
+
+def test_stacks_in_the_history_of_a_block_are_read(imported):
+    # PyTorch 1.13 and 2.0: `_block_extra_legacy` in torch/cuda/_memory_viz.py.
+    history = [{"addr": BASE, "real_size": 1000, "frames": [frame("__init__", "/x/torch/nn/modules/linear.py", 96)]}]
+    blocks = [{"size": 1024, "state": "active_allocated", "history": history}, {"size": 1024, "state": "inactive"}]
+    about = {"device": 0, "address": BASE, "total_size": 2048, "stream": 0, "blocks": blocks}
+    trace = imported({"segments": [about], "device_traces": [[]]}, protocol=3)
+    assert trace.requested.tolist() == [1000]
+    assert categories(trace) == ["parameter"]
+    assert trace.ops == ("linear.py:96 __init__",)
+
+
+def test_entries_without_stacks_clocks_and_settings_are_read(imported):
+    # PyTorch 2.0: `frames` only where recorded, neither `time_us` nor `allocator_settings`.
+    actions = ("alloc", "free_requested", "free_completed")
+    history = [{"action": action, "addr": BASE, "size": 512, "stream": 0} for action in actions]
+    trace = imported({"segments": [segment(block(2 * MIB, "inactive"))], "device_traces": [history]}, protocol=2)
+    assert trace.allocated.tolist() == [512, 0]
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_every_protocol_gives_the_same_trace(imported, protocol):
+    known = Golden(*GOLDEN[0])
+    trace = imported(snapshot(segments_at_end(known), known.entries, conf=known.conf), protocol)
+    assert np.array_equal(trace.allocated[: len(known.totals)], known.totals[:, 0])
+
+
+def test_entries_of_kinds_to_come_are_passed_over_and_told(imported):
+    history = [entry("alloc", BASE, 512), entry("snapshot", 0, 0), entry("segment_swap", BASE, 2 * MIB)]
+    trace = imported(snapshot([segment(block(512), block(2 * MIB - 512, "inactive"))], history))
+    assert trace.events == 1
+    assert any(note.startswith("1 entries are of kinds") for note in notes(trace))
+
+
+# Several GPUs.
+
+
+def two_gpus():
+    other = {**segment(block(4 * MIB)), "device": 1}
+    return snapshot([segment(block(2 * MIB)), other], [], [entry("snapshot", 0, 0)])
+
+
+def test_of_several_gpus_one_has_to_be_chosen(imported):
+    with pytest.raises(UsageError, match=r"several GPUs: choose one with --device, of 0, 1"):
+        imported(two_gpus())
+    assert imported(two_gpus(), device=1).size.tolist() == [4 * MIB]
+
+
+def test_a_gpu_that_is_not_there_is_refused(imported):
+    with pytest.raises(UsageError, match=r"does not hold GPU 7.*of 0, 1"):
+        imported(two_gpus(), device=7)
+
+
+def test_the_only_gpu_is_found_whatever_its_number(imported):
+    trace = imported(snapshot([{**segment(block(4 * MIB)), "device": 3}], [], [], [], []))
+    assert trace.meta["device"] == {"name": "GPU 3", "simulated": False}
+
+
+# Out of memory.
+
+
+def ran_out(*after):
+    inside = [frame("forward", "/m/model.py", 7), frame("_call_impl", "/x/torch/nn/modules/module.py", 9)]
+    history = [entry("alloc", BASE, 4 * MIB, *inside), entry("oom", 5 * MIB, 30 * MIB, *inside), *after]
+    return snapshot([segment(block(4 * MIB), block(16 * MIB, "inactive"))], history)
+
+
+def test_a_request_that_failed_is_told_with_what_there_was(imported):
+    oom = imported(ran_out()).meta["out_of_memory"]
+    assert oom == {
+        "event": 1,
+        "step": 0,
+        "micro_batch": 0,
+        "phase": "forward",
+        "module": "model",
+        "op": "model.py:7 forward",
+        "category": None,
+        "requested": 30 * MIB,
+        "allocated": 4 * MIB,
+        "reserved": 20 * MIB,
+        "largest_free": 16 * MIB,
+        "limit": 25 * MIB,
+        "by_category": {category: 4 * MIB * (category == "activation") for category in CATEGORIES},
+    }
+
+
+def test_a_failure_that_the_run_got_over_is_none(imported):
+    assert imported(ran_out(entry("alloc", BASE + 4 * MIB, 512))).meta["out_of_memory"] is None
+
+
+# Damage.
+
+
+def damaged(**changes):
+    return {**snapshot([segment(block(2 * MIB))], [entry("alloc", BASE, 512)]), **changes}
+
+
+DAMAGED = {
+    "plain data of another kind": ({"epoch": 1}, "no memory snapshot of PyTorch"),
+    "a number": (7, "no memory snapshot of PyTorch"),
+    "nothing in it": (snapshot([]), "neither segments nor a history"),
+    "history of no lists": (damaged(device_traces={}), "device_traces is not a list of lists"),
+    "entry that is no dict": (damaged(device_traces=[[7]]), "entry 0 of device_traces has no action"),
+    "action that is no word": (damaged(device_traces=[[{"action": 1}]]), "entry 0 of device_traces has no action"),
+    "entry without address": (damaged(device_traces=[[{"action": "alloc", "size": 1}]]), "has no addr"),
+    "size that is no number": (damaged(device_traces=[[entry("alloc", BASE, "1")]]), "size of entry 0"),
+    "size below zero": (damaged(device_traces=[[entry("alloc", BASE, -1)]]), "is not a number of bytes"),
+    "address past 64 bits": (damaged(device_traces=[[entry("alloc", 2**70, 1)]]), "addr of entry 0"),
+    "truth for a size": (damaged(device_traces=[[entry("alloc", BASE, True)]]), "size of entry 0"),
+    "stack that is no list": (damaged(device_traces=[[{**entry("alloc", BASE, 1), "frames": {}}]]), "is no list"),
+    "frame that is no dict": (
+        damaged(device_traces=[[{**entry("alloc", BASE, 1), "frames": [7]}]]),
+        "frame of a stack",
+    ),
+    "segment without blocks": (damaged(segments=[{"device": 0, "address": 0, "total_size": 1}]), "no list of blocks"),
+    "segment larger than its blocks": (
+        damaged(segments=[{**segment(block(MIB)), "total_size": 2 * MIB}]),
+        "has 2097152 bytes, its blocks 1048576",
+    ),
+    "block in an unknown state": (damaged(segments=[segment(block(MIB, "gone"))]), "in no state that is known"),
+    "block asked for more than it has": (damaged(segments=[segment(block(1, requested=2))]), "was not asked for"),
+    "segment of no device": (damaged(segments=[{**segment(block(MIB)), "device": "cuda"}]), "is of no device"),
+    "settings that are none": (damaged(allocator_settings=[1]), "allocator_settings"),
+    "annotations that are none": (damaged(external_annotations=7), "external_annotations is no list"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_snapshot_is_refused_in_words_that_name_the_file(imported, tmp_path, name):
+    data, expected = DAMAGED[name]
+    with pytest.raises(TraceFileError, match=expected) as error:
+        imported(data)
+    assert str(tmp_path / "snapshot.pickle") in str(error.value)
+
+
+# What the trace says of itself.
+
+
+def test_what_is_inferred_is_marked_and_the_trace_is_one_like_any_other(imported, tmp_path):
+    known = Golden(*GOLDEN[0])
+    trace = imported(snapshot(segments_at_end(known), known.entries, conf=known.conf))
+    assert trace.meta["inferred"] == list(INFERRED) == ["category", "module", "op", "phase", "step", "micro_batch"]
+    again = Trace.load(trace.save(tmp_path / "trace.npz"))
+    assert again.by_category() == trace.by_category()
+    assert json.loads(json.dumps(trace.meta)) == trace.meta
+
+
+def test_an_imported_trace_has_a_ledger_up_to_reserved_and_says_why_no_further(imported):
+    from memscope.ledger import ledger
+
+    found = ledger(imported(snapshot([segment(block(2 * MIB, requested=MIB), block(18 * MIB, "inactive"))])))
+    assert [(line.name, line.total) for line in found.lines] == [
+        ("requested", MIB),
+        ("allocated", 2 * MIB),
+        ("reserved", 20 * MIB),
+    ]
+    assert "a snapshot does not tell" in found.note

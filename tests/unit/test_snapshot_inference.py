@@ -1,0 +1,374 @@
+"""What is inferred from stacks, held against training steps whose memory is known byte for byte."""
+
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from histories import BASE, MIB, block, segment
+from recorded_stacks import StackRecorder
+from snapshots import dumped, entry, frame, snapshot
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from memscope.exchange.stacks import NO_STACK, StackReader
+from memscope.exchange.torch_reader import import_snapshot
+from memscope.trace import CATEGORIES, PHASES
+
+VOCAB, DIM, LAYERS, TOKENS, STEPS = 512, 64, 3, 96, 3
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(DIM), nn.Linear(DIM, 4 * DIM), nn.Linear(4 * DIM, DIM)
+
+    def forward(self, x):
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+class Model(nn.Module):
+    def __init__(self, checkpointed=False):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(VOCAB, DIM), nn.Linear(DIM, VOCAB)
+        self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
+        self.checkpointed = checkpointed
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        for part in self.blocks:
+            x = checkpoint(part, x, use_reentrant=False) if self.checkpointed else part(x)
+        return self.head(x)
+
+
+def loss_of(model, tokens):
+    return F.cross_entropy(model(tokens), tokens)
+
+
+def plain(model, optimizer, tokens):
+    optimizer.zero_grad()
+    loss_of(model, tokens).backward()
+    optimizer.step()
+
+
+def zero_grad_between(model, optimizer, tokens):
+    loss = loss_of(model, tokens)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def zero_grad_last(model, optimizer, tokens):
+    loss_of(model, tokens).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def clipped(model, optimizer, tokens):
+    loss_of(model, tokens).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def accumulated(model, optimizer, tokens):
+    for part in tokens.clone().chunk(2):
+        loss_of(model, part).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def by_closure(model, optimizer, tokens):
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(model, tokens)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+
+
+@cache
+def trained(train_step, optimizer=torch.optim.AdamW, checkpointed=False):
+    """The trace imported from the snapshot of three steps, and the model and optimizer they left."""
+    with StackRecorder() as recorder:
+        model = Model(checkpointed)
+        updater = optimizer(model.parameters(), lr=0.1)
+        for _ in range(STEPS):
+            train_step(model, updater, torch.randint(0, VOCAB, (TOKENS,)))
+    with tempfile.TemporaryDirectory() as folder:
+        return import_snapshot(dumped(recorder.snapshot(), Path(folder))), model, updater
+
+
+def rounded(*tensors):
+    """Bytes of the blocks of tensors: multiples of 512. None here is in a segment's last, unsplit block."""
+    return sum(-(-tensor.nbytes // 512) * 512 for tensor in tensors)
+
+
+STEPS_OF_ALL_KINDS = [plain, zero_grad_between, zero_grad_last, clipped, accumulated, by_closure]
+
+
+@pytest.mark.parametrize("train_step", STEPS_OF_ALL_KINDS, ids=lambda step: step.__name__)
+def test_parameters_gradients_and_optimizer_state_are_found_to_the_byte(train_step):
+    trace, model, optimizer = trained(train_step)
+    parameters = list(model.parameters())
+    state = [value for values in optimizer.state.values() for value in values.values()]
+    most = trace.max_by_category()
+    assert most["parameter"] == rounded(*parameters)
+    assert most["gradient"] == rounded(*parameters), "every parameter has a gradient of its own size"
+    assert most["optimizer_state"] == rounded(*state)
+
+
+@pytest.mark.parametrize("train_step", STEPS_OF_ALL_KINDS, ids=lambda step: step.__name__)
+def test_steps_are_counted_wherever_gradients_are_zeroed(train_step):
+    trace, _, _ = trained(train_step)
+    assert trace.steps == (0, 1, 2)
+    micro_batches = {int(n) for n, step in zip(trace.mark_micro_batch, trace.mark_step, strict=True) if step == 1}
+    assert micro_batches == ({0, 1} if train_step is accumulated else {0})
+
+
+def test_steps_of_an_optimizer_that_allocates_nothing_are_counted_by_zero_grad():
+    trace, model, _ = trained(zero_grad_last, torch.optim.SGD)
+    assert trace.steps == (0, 1, 2)
+    assert trace.max_by_category()["gradient"] == rounded(*model.parameters())
+
+
+def test_activations_are_what_the_forward_pass_left_when_the_backward_pass_begins():
+    known = []
+
+    def watched(model, optimizer, tokens):
+        kept = {}
+
+        def pack(tensor):
+            kept.setdefault(tensor.untyped_storage()._cdata, tensor.untyped_storage().nbytes())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            logits = model(tokens)
+            loss = F.cross_entropy(logits, tokens)
+        for held in (logits, loss):  # by these names
+            pack(held)
+        for owned in (*model.parameters(), tokens):
+            kept.pop(owned.untyped_storage()._cdata, None)
+        known.append(sum(-(-size // 512) * 512 for size in kept.values()))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    trace, _, _ = trained(watched)
+    begins = next(
+        int(event)
+        for event, phase, step in zip(trace.mark_event, trace.mark_phase, trace.mark_step, strict=True)
+        if PHASES[phase] == "backward" and step == 1
+    )
+    assert trace.timeline("activation")[begins - 1] == known[1]
+
+
+def test_a_checkpointed_forward_pass_is_recomputed_within_the_backward_pass():
+    whole, _, _ = trained(plain)
+    trace, _, _ = trained(plain, checkpointed=True)
+    phases = [PHASES[phase] for phase, step in zip(trace.mark_phase, trace.mark_step, strict=True) if step == 1]
+    assert phases.count("recompute") == LAYERS
+    assert phases.index("recompute") > phases.index("backward")
+    assert trace.max_by_category()["activation"] < whole.max_by_category()["activation"]
+
+
+def test_modules_are_named_for_the_calls_that_lead_to_them():
+    trace, _, _ = trained(plain)
+    here = f"{__name__.rpartition('.')[2]}"
+    for module in trace.modules:
+        assert module == "(unknown)" or module.split(":")[0].split(".")[0] in (
+            here,
+            "linear",
+            "normalization",
+            "sparse",
+        )
+    assert any(module.endswith(".linear") and module.startswith(here) for module in trace.modules)
+
+
+# Stacks, frame by frame. Innermost first, as in a snapshot.
+
+MODULE_CALL = frame("_call_impl", "/x/torch/nn/modules/module.py", 1751)
+CHECKPOINT = (
+    frame("recompute_fn", "/x/torch/utils/checkpoint.py"),
+    frame("unpack_hook", "/x/torch/utils/checkpoint.py"),
+)
+FORWARD = (frame("forward", "/m/model.py", 12), MODULE_CALL, frame("<module>", "/m/train.py", 40))
+SAID = {
+    "forward": (FORWARD, "forward", None),
+    "loss of functional": ((frame("cross_entropy", "/x/torch/nn/functional.py"),), "loss", None),
+    "loss inside the model": ((frame("cross_entropy", "/x/torch/nn/functional.py"), *FORWARD), "forward", None),
+    "backward seen from C++": ((frame("torch::autograd::Engine::evaluate_function(...)", "??", 0),), "backward", None),
+    "custom backward": (
+        (frame("backward", "/m/kernels.py"), frame("apply", "/x/torch/autograd/function.py")),
+        "backward",
+        None,
+    ),
+    "recomputation": ((*FORWARD[:2], *CHECKPOINT), "recompute", None),
+    "recomputation of a custom backward": ((*FORWARD[:2], frame("backward", "/m/offload.py")), "recompute", None),
+    "forward in the closure of an optimizer": ((*FORWARD, frame("step", "/x/torch/optim/lbfgs.py")), "forward", None),
+    "optimizer": ((frame("_multi_tensor_adamw", "/x/torch/optim/adamw.py"),), "optimizer", None),
+    "optimizer of another package": ((frame("step", "/x/bitsandbytes/optim/optimizer.py"),), "optimizer", None),
+    "state": (
+        (frame("_init_group", "/x/torch/optim/adam.py"), frame("step", "/x/torch/optim/adam.py")),
+        "optimizer",
+        "optimizer_state",
+    ),
+    "scheduler": ((frame("step", "/x/torch/optim/lr_scheduler.py"),), None, None),
+    "zero_grad": ((frame("zero_grad", "/x/torch/optim/optimizer.py"),), "zero_grad", None),
+    "model to the GPU": (
+        (frame("convert", "/x/torch/nn/modules/module.py"), frame("_apply", "/x/torch/nn/modules/module.py")),
+        None,
+        "parameter",
+    ),
+    "weights loaded": ((frame("from_pretrained", "/x/transformers/modeling_utils.py"),), None, "parameter"),
+    "batch to the GPU": ((frame("send_to_device", "/x/accelerate/utils/operations.py"),), None, "input"),
+    "workspace": (
+        (frame("at::cuda::(anonymous namespace)::getNewWorkspace()", "??", 0), *FORWARD),
+        "forward",
+        "workspace",
+    ),
+    "gradient": ((frame("torch::autograd::AccumulateGrad::apply(...)", "??", 0),), None, "gradient"),
+    "one's own code": ((frame("main", "/m/train.py"),), None, None),
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_a_stack_says(name):
+    frames, phase, category = SAID[name]
+    reader = StackReader()
+    place = reader.places[reader.read(list(frames))]
+    assert (place.phase, place.category) == (phase, category)
+
+
+@pytest.mark.parametrize(
+    ("frames", "op"),
+    [
+        (FORWARD, "model.py:12 forward"),
+        (
+            (
+                frame("at::_ops::empty_strided::call(...)", "??", 0),
+                frame("at::_ops::addmm::redispatch(...)", "??", 0),
+                *FORWARD,
+            ),
+            "aten.addmm",
+        ),
+        ((frame("c10::cuda::malloc", "??", 0),), ""),
+    ],
+)
+def test_the_operator_is_that_of_cpp_or_the_innermost_line_of_python(frames, op):
+    reader = StackReader()
+    assert reader.places[reader.read(list(frames))].op == op
+
+
+def test_the_chain_of_modules_follows_their_calls():
+    frames = [
+        frame("forward", "/x/torch/nn/modules/linear.py", 134),
+        MODULE_CALL,
+        frame("forward", "/m/mlp.py", 9),
+        MODULE_CALL,
+    ]
+    frames += [
+        frame("forward", "/x/torch/nn/modules/container.py", 250),
+        MODULE_CALL,
+        frame("forward", "/m/model.py", 31),
+    ]
+    reader = StackReader()
+    assert reader.places[reader.read(frames)].module == "model:31.mlp:9.linear"
+
+
+def test_stacks_that_are_equal_are_looked_at_once_and_others_never_taken_for_each_other():
+    inner = [frame(f"f{n}", "/m/model.py", n) for n in range(40)]
+    other = [*inner[:20], frame("forward", "/m/model.py"), *inner[21:]]  # between the frames that tell stacks apart
+    reader = StackReader()
+    assert reader.read(inner) == reader.read(list(inner)) != reader.read(other)
+    assert len(reader.places) == 3
+    assert reader.places[0] is NO_STACK
+
+
+# A history of the rest: what the file alone can tell.
+
+
+def trace_of(tmp_path, *history, **more):
+    return import_snapshot(dumped(snapshot([segment(block(20 * MIB, "inactive"))], list(history), **more), tmp_path))
+
+
+def pair(address, *frames, **more):
+    return [entry(action, address, 512, *frames, **more) for action in ("alloc", "free_requested", "free_completed")]
+
+
+def test_a_history_without_stacks_says_nothing_of_what_memory_is_for(tmp_path):
+    trace = trace_of(tmp_path, *pair(BASE))
+    assert [CATEGORIES[code] for code in trace.category] == ["other"]
+    assert "no stacks were recorded" in trace.meta["imported"]["notes"][-1]
+
+
+def test_an_allocation_without_a_stack_after_the_forward_pass_is_of_the_backward_pass(tmp_path):
+    held = entry("alloc", BASE + 4096, 512)
+    trace = trace_of(tmp_path, entry("alloc", BASE, 512, *FORWARD), held)
+    assert [PHASES[phase] for phase in trace.phase] == ["forward", "backward"]
+    assert [CATEGORIES[code] for code in trace.category] == ["activation", "gradient"]
+
+
+def test_an_allocation_without_a_stack_before_any_forward_pass_is_of_the_setup(tmp_path):
+    trace = trace_of(tmp_path, entry("alloc", BASE, 512), entry("alloc", BASE + 4096, 512, *FORWARD))
+    assert [PHASES[phase] for phase in trace.phase] == ["setup", "forward"]
+
+
+ANNOTATED = [("## forward ##", 0, 15), ("Optimizer.step#AdamW.step", 25, 35), ("## forward ##", 40, 55)]
+
+
+def annotations(layout):
+    """Blocks of `record_function` as PyTorch 2.4 and later note them, and before (memory_snapshot.cpp)."""
+    noted = [
+        (name, stage, time) for name, *times in ANNOTATED for stage, time in zip(("START", "END"), times, strict=True)
+    ]
+    if layout == "external":
+        return {"external_annotations": [{"name": n, "stage": s, "device": 0, "time_us": t} for n, s, t in noted]}, []
+    return {}, [entry("user_defined", 0, 0, frame(name, stage, 0), time_us=time) for name, stage, time in noted]
+
+
+@pytest.mark.parametrize("layout", ["external", "user_defined"])
+def test_annotations_give_phases_and_steps_where_stacks_do_not(tmp_path, layout):
+    more, entries = annotations(layout)
+    own_code = frame("main", "/m/train.py")
+    history = [*pair(BASE, own_code, time_us=10), *pair(BASE, own_code, time_us=30), *pair(BASE, own_code, time_us=50)]
+    data = snapshot([segment(block(20 * MIB, "inactive"))], sorted([*history, *entries], key=lambda e: e["time_us"]))
+    if layout == "user_defined":
+        del data["external_annotations"]
+    trace = import_snapshot(dumped({**data, **more}, tmp_path))
+    assert [PHASES[phase] for phase in trace.phase] == ["forward", "optimizer", "forward"]
+    assert trace.step.tolist() == [0, 0, 1]
+
+
+def test_an_optimizer_step_without_any_allocation_still_ends_the_step_where_it_is_annotated(tmp_path):
+    more, _ = annotations("external")
+    history = [*pair(BASE, *FORWARD, time_us=10), *pair(BASE, *FORWARD, time_us=50)]
+    trace = import_snapshot(dumped({**snapshot([segment(block(20 * MIB, "inactive"))], history), **more}, tmp_path))
+    assert trace.step.tolist() == [0, 1]
+
+
+def test_a_history_that_begins_within_a_backward_pass_is_in_step_zero(tmp_path):
+    backward = frame("backward", "/m/kernels.py")
+    trace = trace_of(tmp_path, *pair(BASE, backward), *pair(BASE, frame("step", "/m/optim.py")), *pair(BASE, *FORWARD))
+    assert trace.step.tolist() == [0, 0, 1]
+
+
+def test_the_phases_of_a_trace_are_those_of_its_allocations():
+    trace, _, _ = trained(plain)
+    marks = np.array([trace.mark_at(int(event)) for event in trace.born])
+    assert np.array_equal(trace.mark_phase[marks], trace.phase)
+    assert np.array_equal(trace.mark_step[marks], trace.step)
+
+
+def test_memory_of_compiled_code_is_of_its_region_where_no_module_is_known(tmp_path):
+    backward, region = (
+        frame("backward", "/x/torch/_functorch/_aot_autograd/runtime_wrappers.py"),
+        "Torch-Compiled Region: 0/0",
+    )
+    history = [*pair(BASE, backward, compile_context=region), *pair(BASE, *FORWARD, compile_context=region)]
+    trace = trace_of(tmp_path, *history, *pair(BASE, backward, compile_context="N/A"))
+    assert [trace.modules[code] for code in trace.module] == [region, "model", "(unknown)"]

@@ -1,0 +1,259 @@
+"""What is read from a pickle is plain data; whatever else a pickle can do, this one does not."""
+
+import contextlib
+import copyreg
+import datetime
+import io
+import os
+import pickle
+import struct
+import tracemalloc
+import zipfile
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memscope.errors import TraceFileError
+from memscope.exchange.plain_pickle import _PlainUnpickler, _Refused, read_plain_pickle
+
+PROTOCOLS = (2, 3, 4, 5)
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.integers(-(2**700), 2**700) | st.floats(allow_nan=False) | st.text(),
+    lambda values: (
+        st.lists(values)
+        | st.tuples(values, values)
+        | st.dictionaries(st.text() | st.integers() | st.tuples(st.integers(), st.integers()), values)
+    ),
+    max_leaves=20,
+)
+
+
+@pytest.fixture
+def read(tmp_path):
+    """What is read of a pickle's bytes."""
+
+    def read(data):
+        path = tmp_path / "snapshot.pickle"
+        path.write_bytes(data)
+        return read_plain_pickle(path)
+
+    return read
+
+
+# What is plain.
+
+
+@given(PLAIN, st.sampled_from(PROTOCOLS))
+@settings(deadline=None)
+def test_plain_data_is_read_as_python_reads_it(tmp_path_factory, value, protocol):
+    path = tmp_path_factory.mktemp("plain") / "snapshot.pickle"
+    path.write_bytes(pickle.dumps(value, protocol))
+    assert read_plain_pickle(path) == value
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_large_and_shared_data_is_read(read, protocol):
+    shared = {"name": "f" * 300, "line": 2**40, "é": -1.5, "id": (0, 0)}
+    data = {"frames": [[shared] * 2000, [shared, *range(70_000)]], "bytes": b"x" * 300 if protocol > 2 else None}
+    found = read(pickle.dumps(data, protocol))
+    assert found == data
+    assert found["frames"][0][0] is found["frames"][1][0]
+
+
+def test_a_deeply_nested_list_is_read_without_recursion(read):
+    depth = 300_000
+    found, levels = read(b"\x80\x04" + b"]" * depth + b"a" * (depth - 1) + b"."), 1
+    while found:
+        (found,), levels = found, levels + 1
+    assert levels == depth
+
+
+# What is not: nothing of it is executed.
+
+
+class Calls:
+    """Calls a function when it is unpickled, as `pickle` documents (`object.__reduce__`)."""
+
+    def __init__(self, function, *arguments):
+        self.called = (function, arguments)
+
+    def __reduce__(self):
+        return self.called
+
+
+def exploits(mark):
+    """Pickles that make the file `mark` when Python reads them, or try to, each by another way."""
+    word = struct.pack("<I", len(mark)) + mark.encode()
+    mkdir = b"\x80\x02cos\nmkdir\n"
+    return {
+        **{f"REDUCE os.mkdir, protocol {n}": pickle.dumps(Calls(os.mkdir, mark), n) for n in PROTOCOLS},
+        "REDUCE builtins.eval": pickle.dumps(Calls(eval, f"__import__('os').mkdir({mark!r})"), 4),
+        "REDUCE builtins.exec, deep in a snapshot": pickle.dumps(
+            {"segments": [{"blocks": [Calls(exec, f"import os; os.mkdir({mark!r})")]}], "device_traces": []}, 4
+        ),
+        "a snapshot whose key is code": pickle.dumps({"segments": [], Calls(os.mkdir, mark): 1}, 4),
+        "GLOBAL and REDUCE": mkdir + b"X" + word + b"\x85R.",
+        "OBJ": b"\x80\x02(cos\nmkdir\nX" + word + b"o.",
+        "INST": b"\x80\x02(X" + word + b"ios\nmkdir\n.",
+        "NEWOBJ": b"\x80\x02ctypes\nFunctionType\n)\x81.",
+        "NEWOBJ_EX": b"\x80\x04\x8c\x05types\x8c\x08CodeType\x93)}\x92.",
+        "GLOBAL and BUILD": b"\x80\x02cos\n_Environ\n)\x81}X\x04\x00\x00\x00nameX" + word + b"sb.",
+        "STACK_GLOBAL": b"\x80\x04\x8c\x02os\x8c\x05mkdir\x93X" + word + b"\x85R.",
+        "STACK_GLOBAL of the memo": b"\x80\x04\x8c\x02os\x94\x8c\x05mkdir\x94h\x00h\x01\x93X" + word + b"\x85R.",
+        "STACK_GLOBAL of a dotted name": b"\x80\x04\x8c\x06memscope\x8c\x0derrors.difflib\x93.",
+        "code after plain data": pickle.dumps({"segments": []}, 2)[:-1] + b"cos\nmkdir\nX" + word + b"\x85R.",
+        "persistent id": b"\x80\x02X" + word + b"Q.",
+        "persistent id in text": b"\x80\x02P" + mark.encode() + b"\n.",
+        "a function of a module that runs when it is imported": b"\x80\x02cthis\ns\n.",
+    }
+
+
+@pytest.mark.parametrize("name", exploits(""))
+def test_code_in_a_pickle_is_refused_and_never_executed(read, tmp_path, name):
+    mark = tmp_path / "executed"
+    with pytest.raises(TraceFileError, match=r"refused: it asks .* Nothing in it was executed"):
+        read(exploits(str(mark))[name])
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("name", [name for name in exploits("") if name.startswith("REDUCE os.mkdir")])
+def test_these_exploits_work_on_a_reader_that_is_not_restricted(tmp_path, name):
+    mark = tmp_path / "executed"
+    pickle.loads(exploits(str(mark))[name])
+    assert mark.exists()
+
+
+def test_the_refusal_names_what_was_asked_for(read):
+    with pytest.raises(TraceFileError, match=rf"{os.mkdir.__module__}\.mkdir"):
+        read(pickle.dumps({"segments": [Calls(os.mkdir, "x")]}, 4))
+    with pytest.raises(TraceFileError, match=r"datetime\.date"):
+        read(pickle.dumps(datetime.date(2025, 1, 1), 2))
+
+
+def test_an_extension_code_is_refused_even_where_this_process_knows_it(read):
+    # Once it was read, Python gives the class for the code out of a cache, past find_class.
+    copyreg.add_extension("os", "mkdir", 0x7654)
+    try:
+        known = b"\x80\x02\x83" + struct.pack("<H", 0x7654)
+        assert pickle.loads(known + b".") is os.mkdir
+        with pytest.raises(TraceFileError, match="EXT2"):
+            read(known + b"X\x01\x00\x00\x00x\x85R.")
+    finally:
+        copyreg.remove_extension("os", "mkdir", 0x7654)
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [({1, 2}, "EMPTY_SET"), (frozenset([1]), "FROZENSET"), (bytearray(b"x"), "BYTEARRAY8")],
+    ids=lambda value: type(value).__name__,
+)
+def test_even_harmless_objects_beyond_plain_data_are_refused(read, value, name):
+    with pytest.raises(TraceFileError, match=name):
+        read(pickle.dumps({"segments": value}, 5))
+
+
+def test_buffers_from_outside_are_refused(read):
+    with pytest.raises(TraceFileError, match="outside the file"):
+        read(pickle.dumps(pickle.PickleBuffer(b"x"), 5, buffer_callback=lambda _: False))
+
+
+@pytest.mark.parametrize("code", [b"cos\nmkdir\n", b"X\x01\x00\x00\x00xQ"], ids=["class", "persistent id"])
+def test_the_second_lock_holds_without_the_first(code):
+    with pytest.raises(_Refused):
+        _PlainUnpickler(io.BytesIO(b"\x80\x02" + code + b".")).load()
+
+
+# What is broken.
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_pickle_cut_anywhere_is_refused(read, protocol):
+    whole = pickle.dumps(
+        {"segments": [{"size": 2**40, "name": "f" * 300, "x": 1.5, "y": [True, None, (1, 2)]}]}, protocol
+    )
+    for length in range(len(whole)):
+        with pytest.raises(TraceFileError, match=r"truncated|empty"):
+            read(whole[:length])
+
+
+@given(st.binary(max_size=200), st.sampled_from(PROTOCOLS))
+@settings(deadline=None, max_examples=300)
+def test_any_bytes_are_plain_data_or_refused(tmp_path_factory, data, protocol):
+    path = tmp_path_factory.mktemp("garbage") / "snapshot.pickle"
+    path.write_bytes(bytes([0x80, protocol]) + data)
+    with contextlib.suppress(TraceFileError):
+        read_plain_pickle(path)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x80\x04]r\xff\xff\xff\x3f.",  # remembers a list as number 2^30
+        b"\x80\x02]r\x00\x01\x00\x00r\xff\xff\xff\x00.",
+        b"\x80\x04\x8d" + struct.pack("<Q", 2**40) + b"x.",  # BINUNICODE8
+        b"\x80\x04\x8e" + struct.pack("<Q", 2**40) + b"x.",  # BINBYTES8
+        b"\x80\x04X\xff\xff\xff\x7fx.",  # BINUNICODE
+        b"\x80\x04\x8b\xff\xff\xff\x7fx.",  # LONG4
+        b"\x80\x04\x95" + struct.pack("<Q", 2**40) + b"N.",  # FRAME
+    ],
+)
+def test_a_small_file_cannot_ask_for_all_memory(read, data):
+    tracemalloc.start()
+    try:
+        with pytest.raises(TraceFileError, match=r"truncated|damaged"):
+            read(data)
+        assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("nest", [b"\x85", b"K\x00\x86", b"h\x00\x86"], ids=["alone", "with numbers", "with others"])
+def test_tuples_nested_too_deep_to_be_hashed_are_refused(read, nest):
+    # Python hashes a key of a dict by recursion in C, without a limit: at this depth it would crash.
+    with pytest.raises(TraceFileError, match="tuples"):
+        read(b"\x80\x04})\x94" + nest * 1_000_000 + b"K\x00s.")
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"", "empty"),
+        (b"{'segments': []}", "not a pickle of protocol 2 to 5"),
+        (pickle.dumps([], 0), "not a pickle of protocol 2 to 5"),
+        (b"\x80\x07N.", "protocol 7"),
+        (b"\x1f\x8b\x08\x00", "gunzip"),
+        (b"\x80\x04\xff.", "no instruction"),
+        (b"\x80\x04}]K\x00s.", "damaged pickle"),  # a list as a key
+        (b"\x80\x04a.", "damaged pickle"),  # appends to nothing
+        (b"\x80\x04h\x07.", "damaged pickle"),  # recalls what was never remembered
+        (b"\x80\x04.", "damaged pickle"),
+    ],
+)
+def test_what_is_no_such_pickle_is_told_in_words(read, data, expected):
+    with pytest.raises(TraceFileError, match=expected):
+        read(data)
+
+
+def test_an_archive_of_torch_save_is_not_opened(read):
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("archive/data.pkl", pickle.dumps(Calls(os.mkdir, "x"), 2))
+    with pytest.raises(TraceFileError, match=r"zip archive, as torch\.save"):
+        read(archive.getvalue())
+
+
+def test_a_missing_file_and_a_folder_are_told_apart(tmp_path):
+    with pytest.raises(TraceFileError, match="no such file"):
+        read_plain_pickle(tmp_path / "snapshot.pickle")
+    with pytest.raises(TraceFileError, match="cannot be read"):
+        read_plain_pickle(tmp_path)
+
+
+def test_progress_reaches_the_end_of_the_file(tmp_path):
+    path, told = tmp_path / "snapshot.pickle", []
+    path.write_bytes(pickle.dumps(list(range(2_000_000)), 4))
+    read_plain_pickle(path, lambda *what: told.append(what))
+    size = path.stat().st_size
+    assert ("reading", size, size) in told
+    assert {name for name, _, _ in told} == {"checking", "reading"}
