@@ -1,19 +1,22 @@
-"""Find a target: a folder with target.py, or a file, that has `Config`, `build` and, if it likes, `PRESETS`."""
+"""Find a target: a folder with target.py, or a file, that has `Config` and `build`.
+
+If it likes, it also has `PRESETS`, and `read_preset(path)` for a preset that is read from a file or folder.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from memscope.errors import MemscopeError, TargetError, UsageError, nearest
-from memscope.hooks.steps import where
+from memscope.errors import MemscopeError, TargetError, UsageError, nearest, where
 from memscope.settings import fill
 from memscope.workload import Workload
 
@@ -27,17 +30,25 @@ class Target:
     name: str
     presets: Mapping[str, Any]
     build: Callable[[Any], Workload]
+    read_preset: Callable[[Path], Any] | None = None
+    """Settings from a file or folder that is given in place of a preset's name; None: only names will do."""
 
     def configure(self, preset: str | None = None, words: Mapping[str, str] | None = None) -> Any:
-        """The settings of a preset, with the fields in `words` changed.
+        """The settings of a preset, a name or a path that the target can read, with the fields in `words` changed.
 
         Raises:
             UsageError: for an unknown preset or field, or a value that cannot be used.
         """
         preset = next(iter(self.presets)) if preset is None else preset
-        if preset not in self.presets:
-            raise UsageError(f'target "{self.name}" has no preset "{preset}": {nearest(preset, self.presets)}')
-        return fill(self.presets[preset], words or {}, of=f'target "{self.name}"')
+        return fill(self._preset(preset), words or {}, of=f'target "{self.name}"')
+
+    def _preset(self, preset: str) -> Any:
+        if preset in self.presets:
+            return self.presets[preset]
+        if self.read_preset and Path(preset).exists():
+            return self.read_preset(Path(preset))
+        path = ", or a path to read one from" if self.read_preset else ""
+        raise UsageError(f'target "{self.name}" has no preset "{preset}": {nearest(preset, self.presets)}{path}')
 
 
 def shipped_targets() -> list[str]:
@@ -70,13 +81,17 @@ def find_target(text: str) -> Target:
         module = importlib.import_module(f"memscope.targets.{shipped}.target") if shipped else _load(file)
         wrong = _wrong(module)
         if wrong:
-            raise TargetError(f'target "{text}" {wrong}: expected a Config dataclass and build(config) -> Workload')
+            raise TargetError(f'target "{text}" {wrong}')
         presets = getattr(module, "PRESETS", None) or {"default": module.Config()}
     except MemscopeError:
         raise
     except (Exception, SystemExit) as error:
         raise TargetError(f'target "{text}" cannot be loaded: {type(error).__name__}: {error}{where(error)}') from error
-    return Target(shipped or _own_name(file.resolve()), presets, module.build)
+    read_preset = getattr(module, "read_preset", None)
+    if shipped:
+        return Target(shipped, presets, module.build, read_preset)
+    file = file.resolve()
+    return Target(_own_name(file), presets, _with_neighbours(file.parent, module.build), read_preset)
 
 
 def _shipped_name(path: Path, file: Path) -> str | None:
@@ -89,10 +104,22 @@ def _shipped_name(path: Path, file: Path) -> str | None:
 
 def _wrong(module: ModuleType) -> str:
     """What keeps a module from being a target; empty when nothing does."""
+    expected = "expected a Config dataclass and build(config) -> Workload"
     lacks = [name for name in ("Config", "build") if not hasattr(module, name)]
     if lacks:
-        return f"lacks {' and '.join(lacks)}"
-    return "" if dataclasses.is_dataclass(module.Config) else "has a Config that is no dataclass"
+        return f"lacks {' and '.join(lacks)}: {expected}"
+    if not (isinstance(module.Config, type) and dataclasses.is_dataclass(module.Config)):
+        return f"has a Config that is no dataclass: {expected}"
+    if not callable(module.build):
+        return f"has a build that is no function: {expected}"
+    presets = getattr(module, "PRESETS", None) or {}
+    expected = 'expected a dict of settings by name, such as {"small": Config(), "large": Config(...)}'
+    if not isinstance(presets, Mapping):
+        return f"has PRESETS that are a {type(presets).__name__}: {expected}"
+    for name, preset in presets.items():
+        if not (isinstance(name, str) and isinstance(preset, module.Config)):
+            return f"has PRESETS in which {name!r} is {preset!r}: {expected}"
+    return ""
 
 
 def _own_name(file: Path) -> str:
@@ -106,12 +133,30 @@ def _load(file: Path) -> ModuleType:
     assert spec is not None, "a .py file always has a loader"
     assert spec.loader is not None, "a .py file always has a loader"
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(folder))
     try:
-        spec.loader.exec_module(module)
+        with _importable(folder):
+            spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
         raise
-    finally:
-        sys.path.remove(str(folder))
     return module
+
+
+def _with_neighbours(folder: Path, build: Callable[[Any], Workload]) -> Callable[[Any], Workload]:
+    """`build`, which may import the files beside the target also when it is called."""
+
+    def with_neighbours(config: Any) -> Workload:
+        with _importable(folder):
+            return build(config)
+
+    return with_neighbours
+
+
+@contextlib.contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # the target took it away itself
+            sys.path.remove(str(folder))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,7 +15,10 @@ from memscope.errors import nearest
 from memscope.strategies import Problem, Stage, Strategy
 from memscope.workload import Workload
 
-__all__ = ["LoRA", "LoRALinear", "merge", "unmerge"]
+__all__ = ["LoRA", "LoRALinear", "adapt", "merge", "unmerge"]
+
+_QUERY_AND_VALUE = (("wq", "wv"), ("q_proj", "v_proj"), ("query", "value"))
+"""What Hu et al. adapt, as it is called in Meta's LLaMA, and in transformers' LLaMA and BERT."""
 
 
 class LoRA(Strategy):
@@ -23,6 +27,7 @@ class LoRA(Strategy):
     name = "lora"
     stage = Stage.ADAPT
     exact = False
+    changes = "what is trained"
     provides = frozenset({"adapters"})
     textbook: ClassVar[Mapping[str, str]] = {
         "parameter": "–",
@@ -44,6 +49,18 @@ class LoRA(Strategy):
         targets: tuple[str, ...] = ("wq", "wv")
         """Linear layers to adapt: last parts of module names, joined by +."""
 
+    @classmethod
+    def candidates(cls, workload: Workload) -> Sequence[Config]:
+        """Three ranks at the default's scale alpha / r, for query and value projections.
+
+        Where those are not found by their names, for every linear layer whose name is there more than once.
+        """
+        fitting = Counter(name.rpartition(".")[2] for name in _adaptable(workload.model))
+        repeated = tuple(name for name, count in fitting.items() if count > 1)
+        targets = next((names for names in _QUERY_AND_VALUE if fitting.keys() >= {*names}), repeated)
+        scale = cls.Config().alpha / cls.Config().r
+        return [cls.Config(r=rank, alpha=scale * rank, targets=targets) for rank in (8, 16, 64) if targets]
+
     def check(self, workload: Workload) -> list[Problem]:
         """Settings out of their range, and targets that cannot be adapted."""
         config, problems = self.config, []
@@ -53,9 +70,8 @@ class LoRA(Strategy):
             problems.append(
                 Problem(f"dropout={config.dropout} is no probability", "choose 0 up to, but not including, 1")
             )
-        linear = [name for name, module in workload.model.named_modules() if type(module) is nn.Linear]
-        tied = _tied(workload.model)
-        fits = {name.rpartition(".")[2] for name in linear if name not in tied}
+        linear, tied = _linear(workload.model), _tied(workload.model)
+        fits = {name.rpartition(".")[2] for name in _adaptable(workload.model)}
         for target in config.targets:
             matched = [name for name in linear if _matches(name, target)]
             if not matched:
@@ -69,23 +85,23 @@ class LoRA(Strategy):
     def apply(self, workload: Workload) -> None:
         """Freeze everything and put a `LoRALinear` in the place of each chosen layer."""
         config, model = self.config, workload.model
-        model.requires_grad_(False)
-        chosen = [
-            name
-            for name, module in model.named_modules()
-            if type(module) is nn.Linear and any(_matches(name, target) for target in config.targets)
-        ]
+        chosen = [name for name in _linear(model) if any(_matches(name, target) for target in config.targets)]
         assert chosen, "check() lets only plans through that match a layer"
-        for name in chosen:
-            parent = model.get_submodule(name.rpartition(".")[0])
-            layer = model.get_submodule(name)
-            assert isinstance(layer, nn.Linear)
-            adapted = LoRALinear(layer, r=config.r, alpha=config.alpha, dropout=config.dropout)
-            setattr(parent, name.rpartition(".")[2], adapted)
+        adapt(model, chosen, r=config.r, alpha=config.alpha, dropout=config.dropout)
 
 
 def _matches(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
+
+
+def _linear(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if type(module) is nn.Linear]
+
+
+def _adaptable(model: nn.Module) -> list[str]:
+    """Linear layers that share their weight with no other module."""
+    tied = _tied(model)
+    return [name for name in _linear(model) if name not in tied]
 
 
 def _tied(model: nn.Module) -> dict[str, str]:
@@ -130,6 +146,16 @@ class LoRALinear(nn.Linear):
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         return f"{super().extra_repr()}, r={self.lora_a.shape[0]}, scaling={self.scaling}"
+
+
+def adapt(model: nn.Module, names: Iterable[str], *, r: int, alpha: float, dropout: float) -> None:
+    """Freeze the model and put a `LoRALinear` in the place of each linear layer in `names`, which are full names."""
+    model.requires_grad_(False)
+    for name in names:
+        parent = model.get_submodule(name.rpartition(".")[0])
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        setattr(parent, name.rpartition(".")[2], LoRALinear(layer, r=r, alpha=alpha, dropout=dropout))
 
 
 def _adapted(model: nn.Module) -> Iterator[LoRALinear]:

@@ -1,7 +1,8 @@
 """LLaMA2 as in Meta's reference code, with KV cache and model parallelism removed: the plain training forward pass.
 
 Module names, the order of operations and their precision are Meta's (facebookresearch/llama, llama/model.py), so the
-weights load by name and every tensor that the forward pass allocates has the size that it has there.
+weights load by name and every tensor that the forward pass allocates has the size that it has there. Its successors
+differ in three places: a stretched rotary embedding and a tied head (LLaMA 3), and a sliding window (Mistral).
 """
 
 from __future__ import annotations
@@ -30,6 +31,12 @@ class Architecture:
     ffn_dim_multiplier: float | None
     norm_eps: float
     rope_theta: float
+    rope_scaling: tuple[float, float, float, int] | None
+    """LLaMA 3.1's: factor, low and high frequency factor, original context; see `stretched`."""
+    sliding_window: int | None
+    """Tokens that a token sees, itself included; None: all before it."""
+    tied_head: bool
+    """Embedding and output head are one parameter."""
     max_seq_len: int
     attention: str
     """`eager`: scores, mask and softmax as single operations; `sdpa`: `F.scaled_dot_product_attention`."""
@@ -86,8 +93,22 @@ def rotations(arch: Architecture) -> Tensor:
     Twice the context, as in Meta's code.
     """
     freqs = 1.0 / (arch.rope_theta ** (torch.arange(0, arch.head_dim, 2).float() / arch.head_dim))
+    if arch.rope_scaling is not None:
+        freqs = stretched(freqs, *arch.rope_scaling)
     angles = torch.outer(torch.arange(2 * arch.max_seq_len), freqs).float()
     return torch.polar(torch.ones_like(angles), angles)
+
+
+def stretched(freqs: Tensor, factor: float, low: float, high: float, original_context: int) -> Tensor:
+    """Frequencies `[head_dim / 2]` for a context `factor` times as long as the original one.
+
+    Those with fewer than `low` turns in the original context are divided by `factor`, those with more than `high` stay
+    as they are, and in between the two are mixed. Source: `apply_scaling` in meta-llama/llama-models,
+    models/llama3/model.py, where the constants are 8, 1, 4 and 8192.
+    """
+    turns = original_context * freqs / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return freqs * (kept + (1 - kept) / factor)
 
 
 def rotate(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,11 +129,16 @@ def repeat_kv(x: Tensor, repeats: int) -> Tensor:
     return x[:, :, :, None, :].expand(batch, seq, kv_heads, repeats, head_dim).reshape(batch, seq, -1, head_dim)
 
 
-def causal_mask(h: Tensor) -> Tensor:
-    """What is added to the scores so that no token sees a later one: `[seq, seq]`, −∞ above the diagonal."""
+def causal_mask(h: Tensor, window: int | None) -> Tensor:
+    """What is added to the scores so that no token sees a later one: `[seq, seq]`, −∞ above the diagonal.
+
+    With a window, also −∞ for tokens that are `window` or more places back.
+    """
     seq = h.shape[1]
     mask = torch.full((seq, seq), float("-inf"), device=h.device)
     mask = torch.triu(mask, diagonal=1)
+    if window is not None:
+        mask += torch.full_like(mask, float("-inf")).tril_(diagonal=-window)
     return mask.type_as(h)
 
 
@@ -121,6 +147,7 @@ class Attention(nn.Module):
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
+        self.sdpa = arch.attention == "sdpa"
         self.n_heads = arch.n_heads
         self.kv_heads = arch.kv_heads
         self.head_dim = arch.head_dim
@@ -130,7 +157,7 @@ class Attention(nn.Module):
         self.wo = arch.linear(self.n_heads * self.head_dim, arch.dim)
 
     def forward(self, x: Tensor, freqs_cis: Tensor, mask: Tensor | None) -> Tensor:
-        """`[batch, seq, dim]` to the same; no mask means `F.scaled_dot_product_attention`, causal by itself."""
+        """`[batch, seq, dim]` to the same; without a mask, `F.scaled_dot_product_attention` is causal by itself."""
         batch, seq, _ = x.shape
         xq, xk, xv = self.wq(x), self.wk(x), self.wv(x)
         xq = xq.view(batch, seq, self.n_heads, self.head_dim)
@@ -141,8 +168,8 @@ class Attention(nn.Module):
         xq = xq.transpose(1, 2)  # [batch, heads, seq, head_dim]
         keys = repeat_kv(xk, self.n_heads // self.kv_heads).transpose(1, 2)
         values = repeat_kv(xv, self.n_heads // self.kv_heads).transpose(1, 2)
-        if mask is None:
-            output = F.scaled_dot_product_attention(xq, keys, values, is_causal=True)
+        if self.sdpa or mask is None:
+            output = F.scaled_dot_product_attention(xq, keys, values, attn_mask=mask, is_causal=mask is None)
         else:
             scores = torch.matmul(xq, keys.transpose(2, 3)) / math.sqrt(self.head_dim)
             scores = scores + mask  # [batch, heads, seq, seq]
@@ -194,15 +221,29 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(arch) for _ in range(arch.n_layers))
         self.norm = RMSNorm(arch)
         self.output = arch.linear(arch.dim, arch.vocab_size)
+        if arch.tied_head:
+            self.tok_embeddings.weight = self.output.weight
         # A buffer, so that it moves with the model; not persistent, so that the state dict holds Meta's weights only.
         self.register_buffer("freqs_cis", rotations(arch), persistent=False)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Token ids `[batch, seq]` to logits `[batch, seq, vocab_size]` in float32; `seq` up to `2 * max_seq_len`."""
+    def forward(self, tokens: Tensor, places: Tensor | None = None) -> Tensor:
+        """Token ids `[batch, seq]` to logits `[batch, seq, vocab_size]` in float32; `seq` up to `2 * max_seq_len`.
+
+        With `places` `[batch]`, to the logits at that place of each row alone: `[batch, vocab_size]`.
+        """
         h = self.tok_embeddings(tokens)
         freqs_cis = self.freqs_cis[: tokens.shape[1]]
-        mask = causal_mask(h) if self.arch.attention == "eager" else None
+        mask = self._mask(h)
         for layer in self.layers:
             h = layer(h, freqs_cis, mask)
+        if places is not None:
+            h = h[torch.arange(len(h), device=h.device), places]
         h = self.norm(h)
         return _at_least_float32(self.output(h))
+
+    def _mask(self, h: Tensor) -> Tensor | None:
+        """None where `F.scaled_dot_product_attention` needs none: a window as long as the sequence hides nothing."""
+        window = self.arch.sliding_window
+        if window is not None and window >= h.shape[1]:
+            window = None
+        return causal_mask(h, window) if self.arch.attention == "eager" or window is not None else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,13 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memscope.errors import UsageError, nearest
+from memscope.settings import format_value
 from memscope.targets.llama2 import alpaca
 from memscope.targets.llama2.alpaca import IGNORED, Batch, Sample
 from memscope.targets.llama2.model import Architecture, Llama
 from memscope.targets.llama2.tokenizer import Tokenizer
+from memscope.targets.llama2.weights import load_weights, read_shape, without_initialization
 from memscope.workload import StepPlan, Workload, split_batch
 
-__all__ = ["PRESETS", "SHIPPED_DATA", "SHIPPED_TOKENIZER", "Config", "build"]
+__all__ = ["PRESETS", "SHIPPED_DATA", "SHIPPED_TOKENIZER", "Config", "build", "build_on", "read_preset", "read_samples"]
 
 SHIPPED_DATA = Path(__file__).parent / "data" / "instructions.json"
 SHIPPED_TOKENIZER = Path(__file__).parent / "data" / "tokenizer.model"
@@ -53,12 +55,20 @@ class Config:
     """Added to the mean square in RMSNorm."""
     rope_theta: float = 10_000.0
     """Base of the rotary embedding's wavelengths."""
+    rope_scaling: tuple[float, float, float, int] | None = None
+    """LLaMA 3.1's longer wavelengths: factor, low and high frequency factor, original context, joined by +."""
+    sliding_window: int | None = None
+    """Tokens that a token sees, itself included, as in Mistral; none: all before it."""
+    tied_head: bool = False
+    """Use the embedding as output head too."""
     max_seq_len: int = 4096
     """Context: the longest sample allowed, in tokens."""
     attention: str = "eager"
     """eager: scores, mask and softmax as single operations, as in Meta's code; sdpa: scaled_dot_product_attention."""
     dtype: str = "fp32"
     """Weights: fp32 or bf16; fp64 is there for exact comparisons."""
+    weights: str | None = None
+    """Folder with weights of Meta's or Hugging Face's format, converted to dtype; none: random ones."""
     data: str | None = None
     """Instruction data, a JSON file in Alpaca's format; none: the small set that is shipped."""
     tokenizer: str | None = None
@@ -76,7 +86,7 @@ class Config:
     weight_decay: float = 0.01
     """Weight decay of AdamW."""
     seed: int = 0
-    """Seed of the random weights."""
+    """Seed of random weights."""
 
     def __post_init__(self) -> None:
         problems = list(_problems(self))
@@ -91,8 +101,8 @@ class Config:
 
 
 _COUNTS = (
-    "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "max_seq_len", "samples", "micro_batch",
-    "accumulation",
+    "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "sliding_window", "max_seq_len", "samples",
+    "micro_batch", "accumulation",
 )  # fmt: skip
 
 
@@ -114,6 +124,10 @@ def _problems(config: Config) -> Iterator[str]:
         )
     if config.n_kv_heads and not bad.keys() & {"n_heads", "n_kv_heads"} and config.n_heads % config.n_kv_heads:
         yield f"n_kv_heads={config.n_kv_heads}: expected a divisor of n_heads={config.n_heads}"
+    if config.rope_scaling is not None:
+        factor, low, high, original_context = config.rope_scaling
+        if factor < 1 or not 0 < low < high or original_context < 1:
+            yield f"rope_scaling={format_value(config.rope_scaling)}: expected factor ≥ 1, 0 < low < high, context ≥ 1"
     if config.seq_len is not None and not 2 <= config.seq_len <= config.max_seq_len:
         yield f"seq_len={config.seq_len}: expected 2 to max_seq_len={config.max_seq_len}"
     if config.attention not in _ATTENTION:
@@ -122,33 +136,72 @@ def _problems(config: Config) -> Iterator[str]:
         yield f'dtype="{config.dtype}": {nearest(config.dtype, ("fp32", "bf16"))}'
 
 
-# Shapes: Meta's params.json of Llama-2-7b, -13b and -70b.
+_MISTRAL_7B = Config(n_kv_heads=8, multiple_of=1024, ffn_dim_multiplier=1.3, max_seq_len=32_768, sliding_window=4096)
+_LLAMA3_8B = Config(
+    n_kv_heads=8, vocab_size=128_256, multiple_of=1024, ffn_dim_multiplier=1.3, rope_theta=500_000.0, max_seq_len=8192
+)
+_LLAMA31_8B = replace(_LLAMA3_8B, rope_scaling=(8.0, 1.0, 4.0, 8192), max_seq_len=131_072)
+_LLAMA32_3B = replace(
+    _LLAMA31_8B,
+    dim=3072,
+    n_layers=28,
+    n_heads=24,
+    multiple_of=256,
+    ffn_dim_multiplier=1.0,
+    rope_scaling=(32.0, 1.0, 4.0, 8192),
+    tied_head=True,
+)
+_LLAMA32_1B = replace(_LLAMA32_3B, dim=2048, n_layers=16, n_heads=32, ffn_dim_multiplier=1.5)
+
+# Shapes: Meta's params.json of Llama-2-7b, -13b, -70b, Meta-Llama-3-8B, Llama-3.1-8B, Llama-3.2-1B and -3B. Context,
+# rope_scaling and tied_head of the last four, and Mistral: config.json of these and of mistralai/Mistral-7B-v0.1.
 PRESETS = {
     "7b": Config(),
     "13b": Config(dim=5120, n_layers=40, n_heads=40),
     "70b": Config(dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, multiple_of=4096, ffn_dim_multiplier=1.3),
+    "mistral-7b": _MISTRAL_7B,
+    "llama3-8b": _LLAMA3_8B,
+    "llama3.1-8b": _LLAMA31_8B,
+    "llama3.2-1b": _LLAMA32_1B,
+    "llama3.2-3b": _LLAMA32_3B,
     "debug": Config(dim=192, n_layers=4, n_heads=6, vocab_size=1024, multiple_of=32, max_seq_len=512),
 }
 """The first is the default. `debug` has 2.2 million parameters and the shipped tokenizer's vocabulary."""
 
 
-def build(config: Config) -> Workload:
-    """Model with random weights, instruction data in steps of `micro_batch * accumulation` samples, and AdamW.
+def read_preset(path: Path) -> Config:
+    """The default settings with the shape of a published model: its config.json or params.json, or a folder with one.
 
     Raises:
-        UsageError: when data or tokenizer cannot be used, do not fit the model, or a sample is longer than the context.
+        UsageError: when there is none, or it is of another family.
     """
-    samples = _samples(config)
+    return Config(**read_shape(path))
+
+
+def build(config: Config) -> Workload:
+    """The model, instruction data in steps of `micro_batch * accumulation` samples, and AdamW.
+
+    Raises:
+        UsageError: when weights, data or tokenizer cannot be used, do not fit the model, or a sample is longer than the
+            context.
+    """
+    return build_on(alpaca.longest_first(read_samples(config)), config)
+
+
+def build_on(samples: list[Sample], config: Config) -> Workload:
+    """The workload on samples that are at hand, in steps of `micro_batch * accumulation`.
+
+    They stay in order, but for the first: it comes last in the first step.
+
+    Raises:
+        UsageError: when the weights cannot be used or do not fit the model.
+    """
 
     def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
 
-    # Only the weights depend on the seed; the host's random state is handed back as it was.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model = Llama(config.architecture)
     return Workload(
-        model=model,
+        model=_model(config),
         batches=_steps(samples, config.micro_batch * config.accumulation),
         loss=loss,
         optimizer_factory=adamw,
@@ -158,6 +211,18 @@ def build(config: Config) -> Workload:
         weight=target_tokens,
         settings=dataclasses.asdict(config),
     )
+
+
+def _model(config: Config) -> Llama:
+    if config.weights is not None:
+        with without_initialization():
+            model = Llama(config.architecture)
+        load_weights(model, config.weights)
+        return model
+    # Only the weights depend on the seed; the host's random state is handed back as it was.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return Llama(config.architecture)
 
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -179,7 +244,12 @@ def target_tokens(batch: Batch) -> float:
     return float((batch["labels"][:, 1:] != IGNORED).sum())
 
 
-def _samples(config: Config) -> list[Sample]:
+def read_samples(config: Config) -> list[Sample]:
+    """The first `samples` rows of the data as token ids, in the order of the file.
+
+    Raises:
+        UsageError: when data or tokenizer cannot be used, or a sample is longer than the context; names the row.
+    """
     path = config.tokenizer or SHIPPED_TOKENIZER
     tokenizer = Tokenizer.load(path)
     if tokenizer.vocab_size > config.vocab_size:
@@ -198,7 +268,7 @@ def _samples(config: Config) -> list[Sample]:
                 f"{config.max_seq_len}: shorten the sample or leave it out, cut every sample with --set "
                 f"seq_len={config.max_seq_len}, or make the context larger with --set max_seq_len={len(sample.tokens)}"
             )
-    return alpaca.longest_first(samples)
+    return samples
 
 
 def _steps(samples: list[Sample], size: int) -> list[list[Sample]]:

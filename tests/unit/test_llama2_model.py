@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import weakref
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from memscope.targets.llama2 import alpaca
 from memscope.targets.llama2.alpaca import Sample
-from memscope.targets.llama2.model import Architecture, Llama, RMSNorm, repeat_kv, rotate, rotations
+from memscope.targets.llama2.model import Architecture, Llama, RMSNorm, repeat_kv, rotate, rotations, stretched
 from memscope.targets.llama2.target import PRESETS, Config, build
 from memscope.workload import Training, micro_batches, run_step
 
@@ -43,6 +44,11 @@ def on_meta(config: Config) -> Llama:
         ("7b", 32, 4096, 4096, 11008, 32000, 6_738_415_616),
         ("13b", 40, 5120, 5120, 13824, 32000, 13_015_864_320),
         ("70b", 80, 8192, 8 * 128, 28672, 32000, 68_976_648_192),
+        ("mistral-7b", 32, 4096, 8 * 128, 14336, 32000, 7_241_732_096),
+        ("llama3-8b", 32, 4096, 8 * 128, 14336, 128256, 8_030_261_248),
+        ("llama3.1-8b", 32, 4096, 8 * 128, 14336, 128256, 8_030_261_248),
+        ("llama3.2-1b", 16, 2048, 8 * 64, 8192, 128256, 1_235_814_400),
+        ("llama3.2-3b", 28, 3072, 8 * 128, 8192, 128256, 3_212_749_824),
         ("debug", 4, 192, 192, 512, 1024, 2_164_416),
     ],
 )
@@ -52,9 +58,11 @@ def test_presets_have_the_published_numbers_of_parameters(
     attention = 2 * dim * dim + 2 * dim * kv_dim  # wq, wo; wk, wv
     feed_forward = 3 * dim * hidden  # w1, w2, w3
     norms = 2 * dim
-    by_hand = 2 * vocab * dim + layers * (attention + feed_forward + norms) + dim  # embedding, head; blocks; last norm
+    tables = 1 if preset.startswith("llama3.2") else 2  # embedding and head, tied in LLaMA 3.2
+    by_hand = tables * vocab * dim + layers * (attention + feed_forward + norms) + dim  # tables; blocks; last norm
     assert by_hand == total
-    assert sum(parameter.numel() for parameter in on_meta(PRESETS[preset]).parameters()) == total
+    config = dataclasses.replace(PRESETS[preset], max_seq_len=64)  # the rotary table decides no parameter
+    assert sum(parameter.numel() for parameter in on_meta(config).parameters()) == total
 
 
 def test_the_first_preset_is_the_default_one() -> None:
@@ -93,6 +101,39 @@ def test_a_later_token_does_not_change_earlier_logits(attention: str) -> None:
     before, after = model(tokens), model(changed)
     torch.testing.assert_close(before[:, :7], after[:, :7], rtol=0, atol=1e-12)
     assert (before[:, 7:] - after[:, 7:]).abs().amax(-1).min() > 1e-6
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_sliding_window_hides_what_lies_further_back(attention: str) -> None:
+    model = small_model(attention=attention, sliding_window=3, n_layers=1)
+    tokens = token_ids(1, 12)
+    changed = tokens.clone()
+    changed[0, 4] = (changed[0, 4] + 1) % SMALL.vocab_size
+    difference = (model(tokens) - model(changed)).abs().amax((0, 2))
+    sees_it = [4, 5, 6]  # itself and the two after it; with one block there is no way around
+    assert difference[sees_it].min() > 1e-6
+    difference[sees_it] = 0
+    assert difference.max() < 1e-12
+
+
+def test_a_window_as_long_as_the_sequence_adds_no_mask_to_sdpa() -> None:
+    with Operations() as operations:
+        small_model(attention="sdpa", sliding_window=5)(token_ids(1, 5))
+    assert "aten::triu" not in {name for name, _ in operations.seen}
+
+
+def test_a_tied_head_is_the_embedding() -> None:
+    model = small_model(tied_head=True)
+    assert model.output.weight is model.tok_embeddings.weight
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in small_model().parameters()) - 1024 * 32
+
+
+def test_stretched_wavelengths_follow_their_turns_in_the_original_context() -> None:
+    # 8192 · f / 2π turns: 16 stay as they are, half a turn is divided by 8, and 2.5 lie halfway between 1 and 4.
+    turns = torch.tensor([16.0, 2.5, 0.5])
+    freqs = turns * (2 * math.pi) / 8192
+    expected = freqs * torch.tensor([1.0, 0.5 + 0.5 / 8, 1 / 8])
+    torch.testing.assert_close(stretched(freqs, 8.0, 1.0, 4.0, 8192), expected)
 
 
 def test_grouped_heads_equal_full_heads_that_are_repeated() -> None:
