@@ -44,11 +44,26 @@ class Device:
     """Estimate: what the driver counts for the CUDA context and libraries of a process, outside PyTorch's allocator."""
     sources: Mapping[str, str] = field(hash=False)
     """Field name → where its figure comes from."""
+    measured_bandwidth_bytes_per_second: float | None = None
+    """What programs that only move data reached of `bandwidth_bytes_per_second`; None: no figure."""
+    measured_flops_per_second: Mapping[str, float] = field(default_factory=dict, hash=False)
+    """What large matrix products reached in PyTorch, by kind of arithmetic; no entry: no figure."""
+    host_bytes_per_second: float | None = None
+    """What copies between the device and pinned host memory reached, in one direction; None: no figure."""
 
     @property
     def allocatable_bytes(self) -> int | None:
         """What is left for PyTorch's allocator when nobody else uses the device: an estimate, as `context_bytes` is."""
         return None if self.capacity_bytes is None else self.capacity_bytes - self.context_bytes
+
+    @property
+    def memory_bytes_per_second(self) -> float | None:
+        """What to expect of the device's memory: the measured rate, or the peak where there is none; None: unknown."""
+        return self.measured_bandwidth_bytes_per_second or self.bandwidth_bytes_per_second
+
+    def flops_per_second(self, kind: str) -> float | None:
+        """What to expect of a kind of arithmetic: the measured rate, or the peak where there is none; None: unknown."""
+        return self.measured_flops_per_second.get(kind) or self.peak_flops_per_second.get(kind)
 
     @property
     def round_size(self) -> Callable[[int], int] | None:
@@ -80,7 +95,7 @@ def load_devices(path: Path) -> dict[str, Device]:
     """Devices of a user's TOML file, by name: one table each, with the keys of `devices.toml`.
 
     `vendor_name`, `capability`, `capacity_bytes` and `multiprocessors` must be there. Without `context_bytes` it counts
-    as 0; without peak rates there is no estimate of time.
+    as 0; without the rates of its memory and of fp32 there is no estimate of time.
 
     Raises:
         UsageError: when the file cannot be read, is not TOML, holds no device, names one that memscope has, or a value
@@ -152,9 +167,12 @@ class _Table:
             capacity_bytes=capacity_bytes,
             multiprocessors=self.whole("multiprocessors", 1, 1024) or 0,
             bandwidth_bytes_per_second=self.rate("bandwidth_bytes_per_second", self.table, 1e9, 1e14),
-            peak_flops_per_second=MappingProxyType(self.peaks()),
+            peak_flops_per_second=MappingProxyType(self.flops("peak_flops_per_second")),
             context_bytes=context_bytes,
             sources=MappingProxyType(self.sources(known)),
+            measured_bandwidth_bytes_per_second=self.rate("measured_bandwidth_bytes_per_second", self.table, 1e9, 1e14),
+            measured_flops_per_second=MappingProxyType(self.flops("measured_flops_per_second")),
+            host_bytes_per_second=self.rate("host_bytes_per_second", self.table, 1e8, 1e13),
         )
 
     def text(self, key: str) -> str:
@@ -182,13 +200,13 @@ class _Table:
             raise self.wrong("capability", value, _EXPECTED["capability"])
         return int(match[1]), int(match[2])
 
-    def peaks(self) -> dict[str, float]:
-        table = self.table.get("peak_flops_per_second", {})
+    def flops(self, field_name: str) -> dict[str, float]:
+        table = self.table.get(field_name, {})
         if not isinstance(table, dict):
-            raise self.wrong("peak_flops_per_second", table, f"a table with some of {', '.join(DTYPES)}")
+            raise self.wrong(field_name, table, f"a table with some of {', '.join(DTYPES)}")
         for key in table:
             if key not in DTYPES:
-                raise self.wrong(f"peak_flops_per_second.{key}", table[key], f"one of {', '.join(DTYPES)}")
+                raise self.wrong(f"{field_name}.{key}", table[key], f"one of {', '.join(DTYPES)}")
         rates = {key: self.rate(key, table, 1e9, 1e17) for key in table}
         return {key: value for key, value in rates.items() if value is not None}
 

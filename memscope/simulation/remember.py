@@ -2,17 +2,21 @@
 
 A transformer runs the same few hundred operators on the same shapes over and over. `FakeTensorMode` works each of them
 out, with a cache of its own that still costs most of a simulation. Here the answer to "what comes out, and of whose
-storage is it a view" is kept by operator, dtypes, sizes and strides, and the result is built straight from it. Whatever
-is unusual (known constants, sparse layouts, shapes that depend on data) goes to `FakeTensorMode` each time.
+storage is it a view" is kept by operator, dtypes, sizes and strides, and the result is built straight from it; so is
+what the call costs. Whatever is unusual (known constants, sparse layouts, shapes that depend on data) goes to
+`FakeTensorMode` each time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from memscope.hooks.work import Work
 
 __all__ = ["RememberedOperators"]
 
@@ -33,32 +37,52 @@ class _Result(NamedTuple):
     is_conj: bool
 
 
-class RememberedOperators:
-    """Calls operators on fake tensors: `remembered(func, args, kwargs)` gives what `func(*args, **kwargs)` gives."""
+WorkOf = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], Work]
 
-    def __init__(self, mode: FakeTensorMode) -> None:
-        self._known: dict[Any, Any] = {}
+
+class RememberedOperators:
+    """Calls operators on fake tensors.
+
+    `remembered(func, args, kwargs)` gives what `func(*args, **kwargs)` gives, and the work that it is.
+    """
+
+    def __init__(self, mode: FakeTensorMode, work_of: WorkOf, results: Mapping[Any, Callable[..., Any]]) -> None:
+        """Nothing is known yet.
+
+        Args:
+            mode: the mode of the fake tensors.
+            work_of: `work_of(func, args, kwargs, out)` says what a call costs.
+            results: by operator, what to call in its place.
+        """
+        self._known: dict[Any, tuple[Any, Work]] = {}
+        self._work_of, self._results = work_of, results
         with mode:
             self._attributes = dict(vars(torch.empty(0)))
 
-    def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What `func(*args, **kwargs)` gives, worked out or remembered."""
+    def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Work]:
+        """What `func(*args, **kwargs)` gives and costs, worked out or remembered."""
         tensors: list[FakeTensor] = []
         parts: list[Any] = [func]
-        if not (
-            _describe(args, parts, tensors) and (not kwargs or _describe_named(kwargs, parts, tensors)) and tensors
-        ):
-            return func(*args, **kwargs)
-        key = tuple(parts)
-        recipe = self._known.get(key, _NEW)
-        if recipe is _NEW:
-            before = [_layout(t) for t in tensors]
-            out = func(*args, **kwargs)
+        with torch._C.DisableTorchFunction():  # a mode would be asked for every size and stride
+            described = (
+                _describe(args, parts, tensors) and (not kwargs or _describe_named(kwargs, parts, tensors)) and tensors
+            )
+            key = tuple(parts) if described else None
+            known = self._known.get(key) if described else None
+            if known is not None and known[0] is not _UNUSUAL:
+                return self._rebuilt(known[0], tensors), known[1]
+        call = self._results.get(func, func)
+        if known is not None:
+            return call(*args, **kwargs), known[1]
+        before = [_layout(t) for t in tensors]
+        out = call(*args, **kwargs)
+        work = self._work_of(func, args, kwargs, out)
+        if described:
             unchanged = [_layout(t) for t in tensors] == before
-            self._known[key] = _recipe(func, out, tensors) if unchanged else _UNUSUAL
-            return out
-        if recipe is _UNUSUAL:
-            return func(*args, **kwargs)
+            self._known[key] = _recipe(func, out, tensors) if unchanged else _UNUSUAL, work
+        return out, work
+
+    def _rebuilt(self, recipe: Any, tensors: list[FakeTensor]) -> Any:
         if type(recipe) is _Result:
             return self._build(recipe, tensors)
         if recipe is None:
@@ -84,7 +108,7 @@ class RememberedOperators:
         return fake
 
 
-_NEW, _UNUSUAL = object(), object()
+_UNUSUAL = object()
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:

@@ -70,7 +70,8 @@ def test_capacity_is_what_pytorch_prints_when_memory_runs_out(name: str, printed
 
 def test_every_figure_of_every_gpu_names_its_source() -> None:
     figures = {"capacity_bytes", "capability", "multiprocessors", "context_bytes"}
-    figures |= {"bandwidth_bytes_per_second", "peak_flops_per_second"}
+    figures |= {"bandwidth_bytes_per_second", "peak_flops_per_second", "host_bytes_per_second"}
+    figures |= {"measured_bandwidth_bytes_per_second", "measured_flops_per_second"}
     gpus = [device for device in all_devices() if device.capacity_bytes is not None]
     assert len(gpus) == 11
     for device in gpus:

@@ -1,0 +1,92 @@
+"""What operators do, summed by where the run is: floating-point operations and, in a simulation, bytes and seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+from torch import Tensor
+from torch.utils.flop_counter import flop_registry
+
+__all__ = ["NOTHING", "CountedOperators", "Execute", "Place", "Work", "WorkDone", "flops_of"]
+
+Place: TypeAlias = tuple[int, int, int, int, int]
+"""Step, micro-batch, and indices of phase, module and operator."""
+
+
+class Work(NamedTuple):
+    """What one call of an operator does."""
+
+    flops: int
+    """Floating-point operations of matrix products, convolutions and attention (`torch.utils.flop_counter`)."""
+    moved_bytes: int
+    """Read from and written to the device's memory; 0 where it is not estimated."""
+    seconds: float
+    """Estimate; 0 where there is none."""
+
+
+NOTHING = Work(0, 0, 0.0)
+"""The work of a call that runs no kernel, or of which nothing is counted."""
+
+Execute = Callable[[Any, tuple[Any, ...], dict[str, Any]], tuple[Any, Work]]
+"""Runs an operator, `execute(func, args, kwargs)`: what it gives, and its work."""
+
+
+class WorkDone:
+    """The work of a run.
+
+    Attributes:
+        sums: by place: calls that did any work, their floating-point operations, bytes and seconds.
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[Place, list[Any]] = {}
+
+    def add(self, place: Place, work: Work) -> None:
+        """One more call."""
+        total = self.sums.get(place)
+        if total is None:
+            self.sums[place] = [1, *work]
+            return
+        total[0] += 1
+        total[1] += work.flops
+        total[2] += work.moved_bytes
+        total[3] += work.seconds
+
+    def flops_of_step(self, step: int) -> int:
+        """Floating-point operations of one step."""
+        return sum(flops for (place_step, *_), (_, flops, *_) in self.sums.items() if place_step == step)
+
+
+def flops_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
+    """Floating-point operations of one call by PyTorch's formula; 0 for an operator without one."""
+    formula = flop_registry.get(func._overloadpacket)
+    return formula(*args, **kwargs, out_val=out) if formula else 0
+
+
+class CountedOperators:
+    """Runs operators as they are and counts their floating-point operations.
+
+    Those are worked out once for every combination of shapes: PyTorch's formulas are slow to call.
+    """
+
+    def __init__(self) -> None:
+        self._has_formula: dict[Any, bool] = {}
+        self._known: dict[Any, Work] = {}
+
+    def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Work]:
+        """See `Execute`."""
+        out = func(*args, **kwargs)
+        if func not in self._has_formula:
+            self._has_formula[func] = func._overloadpacket in flop_registry
+        return out, self._count(func, args, kwargs, out) if self._has_formula[func] else NOTHING
+
+    def _count(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Work:
+        key = (func, *(a.size() if isinstance(a, Tensor) else a for a in args))
+        try:
+            known = self._known.get(key)
+        except TypeError:  # a list among the arguments, such as the strides of a convolution
+            return Work(flops_of(func, args, kwargs, out), 0, 0.0)
+        if known is None:
+            known = self._known[key] = Work(flops_of(func, args, kwargs, out), 0, 0.0)
+        return known

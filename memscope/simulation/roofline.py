@@ -1,0 +1,88 @@
+"""How long an operator takes on a device: an estimate from what it computes and what it moves.
+
+The roofline model (Williams, Waterman, Patterson, Communications of the ACM 52(4), 2009), with a third roof for the
+host: a call takes as long as its arithmetic, its memory traffic or its launch takes alone, whichever is longest.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memscope.hooks.work import NOTHING, Work, flops_of
+from memscope.simulation.devices import Device
+from memscope.simulation.traffic import moved_bytes
+
+__all__ = ["LAUNCH_SECONDS", "Roofline"]
+
+LAUNCH_SECONDS = 7e-6
+"""What the host needs to ask for one operator; a shorter kernel makes the device wait.
+
+Source: `kernel_launch_overhead` in autoparallel/cost_models/compute_estimation.py of meta-pytorch/autoparallel, found
+there by fitting measured operators on an H100 (pull request 146); 6.8 µs in pytorch/pytorch issue 41383.
+"""
+
+_KINDS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_EFFICIENT_ATTENTION = "_scaled_dot_product_efficient_attention"
+_CONVOLUTIONS = ("convolution", "_convolution", "cudnn_convolution", "convolution_backward")
+
+
+class Roofline:
+    """Estimates calls on one device: `roofline(func, args, kwargs, out)` is the work of the call that gave `out`.
+
+    Attributes:
+        is_known: whether the device's rates are known; if not, only floating-point operations are counted.
+        assumed: what was taken for want of a figure, in words.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._bandwidth = device.memory_bytes_per_second
+        self.is_known = self._bandwidth is not None and device.flops_per_second("fp32") is not None
+        self.assumed: set[str] = set()
+
+    def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Work:
+        """The work of one call; `NOTHING` when it runs no kernel."""
+        flops = flops_of(func, args, kwargs, out)
+        if not self.is_known:
+            return Work(flops, 0, 0.0) if flops else NOTHING
+        moved = moved_bytes(func, args, kwargs, out)
+        if not moved:
+            return NOTHING
+        assert self._bandwidth is not None, "is_known says so"
+        arithmetic = flops / self._rate(func, (*args, *kwargs.values())) if flops else 0.0
+        return Work(flops, moved, max(arithmetic, moved / self._bandwidth, LAUNCH_SECONDS))
+
+    def _rate(self, func: Any, values: tuple[Any, ...]) -> float:
+        """Floating-point operations a second for what an operator really multiplies."""
+        op = func._overloadpacket.__name__
+        dtype = next(value.dtype for value in values if isinstance(value, Tensor))
+        kind = _KINDS.get(dtype, str(dtype).removeprefix("torch."))
+        tf32 = self._device.flops_per_second("tf32")
+        if kind == "fp32" and tf32 is not None:
+            if op.startswith(_EFFICIENT_ATTENTION):
+                # Three TF32 products for one of fp32: OpMultiplyAddFastF32, for compute capability 8.0 and later, in
+                # aten/src/ATen/native/transformers/cuda/mem_eff_attention/gemm_kernel_utils.h (2.0 to 2.13).
+                return tf32 / 3
+            if _allows_tf32(op):
+                return tf32
+        rate, fp32 = self._device.flops_per_second(kind), self._device.flops_per_second("fp32")
+        if rate is None:
+            self.assumed.add(f"{kind} products take as long as those of fp32")
+            rate = fp32
+        assert rate is not None, "is_known says so"
+        return rate
+
+
+def _allows_tf32(op: str) -> bool:
+    """Whether PyTorch lets this operator round fp32 to TensorFloat-32: by default convolutions, not matrix products.
+
+    Source: torch/backends/cuda/__init__.py and torch/backends/cudnn/__init__.py; `fp32_precision` since 2.9.
+    """
+    backend: Any = torch.backends.cuda.matmul
+    if op in _CONVOLUTIONS:
+        backend = getattr(torch.backends.cudnn, "conv", torch.backends.cudnn)
+    precision = getattr(backend, "fp32_precision", None)
+    return bool(backend.allow_tf32) if precision is None else precision == "tf32"

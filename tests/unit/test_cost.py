@@ -1,0 +1,290 @@
+"""The estimate of step time: what one operator costs, by hand, and what a trace keeps of it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import set_checkpoint_early_stop
+
+from memscope import Trace, Workload, simulate
+from memscope.errors import UsageError
+from memscope.simulation.cost import Cost, module_seconds, operator_costs, step_seconds, transfer_seconds
+from memscope.simulation.devices import Device, get_device
+from memscope.simulation.roofline import LAUNCH_SECONDS, Roofline
+from memscope.simulation.traffic import moved_bytes
+from memscope.testing import toy_workload
+from memscope.trace import Phase
+
+aten = torch.ops.aten
+FP32, TF32, BF16, BANDWIDTH = 1e12, 8e12, 16e12, 1e11
+"""Rates of a made-up device, so slow that launches do not hide them."""
+
+
+def device(**changes: Any) -> Device:
+    figures: dict[str, Any] = {
+        "name": "slow", "vendor_name": "A slow GPU", "kind": "cuda", "capability": (8, 0), "capacity_bytes": 2**40,
+        "multiprocessors": 108, "bandwidth_bytes_per_second": BANDWIDTH,
+        "peak_flops_per_second": {"fp32": FP32, "tf32": TF32, "bf16": BF16}, "context_bytes": 0, "sources": {},
+    }  # fmt: skip
+    return Device(**(figures | changes))
+
+
+def simulated(model: nn.Module, x: Tensor, on: Device | str = "", **changes: Any) -> Trace:
+    """One step of `sum(model(x))`."""
+    workload = Workload(
+        model=model, batches=[x], loss=lambda m, data: m(data).sum(), optimizer_factory=torch.optim.AdamW, name="mine",
+        **changes,
+    )  # fmt: skip
+    return simulate(workload, device=on or device(), steps=1)
+
+
+def forward(trace: Trace) -> dict[tuple[str, str], Cost]:
+    return operator_costs(trace, step=0, phase="forward")
+
+
+# One operator.
+
+
+def test_a_linear_layer_takes_as_long_as_its_arithmetic() -> None:
+    # 2 · 64 · 256 · 512 operations; input, weight and result are moved once: (64·256 + 512·256 + 64·512) · 4 bytes
+    flops, moved = 16_777_216, 720_896
+    found = forward(simulated(nn.Linear(256, 512, bias=False), torch.ones(64, 256)))
+    assert found == {("(model)", "aten.mm.default"): Cost(1, flops, moved, pytest.approx(flops / FP32, abs=1e-9))}
+    assert flops / FP32 > moved / BANDWIDTH > LAUNCH_SECONDS
+
+
+def test_its_backward_is_one_product_for_the_weight_and_one_for_the_input() -> None:
+    model = nn.Sequential(nn.Linear(256, 256, bias=False), nn.Linear(256, 512, bias=False))
+    trace = simulated(model, torch.ones(64, 256))
+    products = {
+        module: cost.calls
+        for (module, op), cost in operator_costs(trace, step=0, phase="backward").items()
+        if op == "aten.mm.default"
+    }
+    assert products == {"0": 1, "1": 2}, "the batch needs no gradient"
+
+
+def test_an_elementwise_operation_takes_as_long_as_its_memory_traffic() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.weight + x
+
+    found = forward(simulated(Doubled(1024, 1024, bias=False), torch.ones(1024, 1024)))
+    moved = 3 * 4 * 1024 * 1024
+    assert found["(model)", "aten.add.Tensor"] == Cost(1, 0, moved, pytest.approx(moved / BANDWIDTH, abs=1e-9))
+
+
+def test_a_tiny_operation_takes_as_long_as_its_launch() -> None:
+    found = forward(simulated(nn.Linear(2, 2, bias=False), torch.ones(2, 2)))
+    assert [cost.seconds for cost in found.values()] == [LAUNCH_SECONDS]
+
+
+def test_views_metadata_and_memory_that_is_only_taken_cost_nothing() -> None:
+    class Viewed(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            x.detach().t_().unsqueeze_(0)
+            assert x.is_same_size(x)
+            torch.empty_like(x)
+            return super().forward(x.view(4, -1).t().transpose(0, 1).expand(4, -1)[:, :16].unflatten(1, (2, 8)))
+
+    assert {op for _, op in forward(simulated(Viewed(8, 8, bias=False), torch.ones(8, 8)))} == {"aten.mm.default"}
+
+
+X, Y = torch.ones(10, 10), torch.ones(10, 10)
+HALF = torch.ones(10, 10, dtype=torch.bfloat16)
+TABLE, FEW = torch.ones(1000, 10), torch.tensor([1, 2, 3])
+LOGITS, TARGETS = torch.ones(3, 1000), torch.tensor([1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("func", "args", "expected"),
+    [
+        (aten.add.Tensor, (X, Y), 3 * 400),
+        (aten.add.Tensor, (X, torch.ones(10)), 2 * 400 + 40),
+        (aten.add.Tensor, (X, torch.ones(1).expand(10, 10)), 2 * 400 + 4),
+        (aten._to_copy.default, (HALF,), 2 * 200),
+        (aten.add_.Tensor, (X, Y), 3 * 400),
+        (aten.mul_.Tensor, (X, 2.0), 2 * 400),
+        (aten.copy_.default, (X, HALF), 400 + 200),
+        (aten.zero_.default, (X,), 400),
+        (aten.zeros_like.default, (X,), 400),
+        (aten.new_zeros.default, (X, [5]), 20),
+        (aten.ones.default, ([10],), 40),
+        (aten.cat.default, ([X, Y],), 4 * 400),
+        (aten.view.default, (X, [100]), 0),
+        (aten._unsafe_view.default, (X, [100]), 0),
+        (aten.empty.memory_format, ([10],), 0),
+        (aten._foreach_mul_.Scalar, ([X, torch.ones(5)], 2.0), 2 * (400 + 20)),
+        (aten._foreach_addcdiv_.Scalar, ([X], [Y], [Y + 1]), 4 * 400),
+        (aten._foreach_norm.Scalar, ([X, Y],), 2 * 400 + 2 * 4),
+        (aten.embedding.default, (TABLE, FEW), 3 * 8 + 2 * 3 * 40),
+        (aten.index_select.default, (TABLE, 0, FEW), 3 * 8 + 2 * 3 * 40),
+        (aten.nll_loss_forward.default, (LOGITS, TARGETS, None, 1, -100), 3 * 4 + 3 * 8 + 4 + 4),
+        (aten.index_add_.default, (TABLE, 0, FEW, torch.ones(3, 10)), 3 * 8 + 3 * 120),
+        (aten.nll_loss_backward.default, (X.sum(), LOGITS, TARGETS, None, 1, -100, X.sum()), 4 + 3 * 8 + 4 + 12_000),
+    ],
+    ids=lambda value: str(value) if isinstance(value, torch._ops.OpOverload) else None,
+)
+def test_bytes_moved(func: Any, args: tuple[Any, ...], expected: int) -> None:
+    assert moved_bytes(func, args, {}, func(*args)) == expected
+
+
+@pytest.mark.parametrize(("scaled", "times"), [(False, 7), (True, 8)])
+def test_fused_adamw_reads_four_tensors_and_writes_three_and_gradients_only_if_scaled(scaled: bool, times: int) -> None:
+    parameter, gradient, first, second = (torch.ones(100) for _ in range(4))
+    lists = [[parameter], [gradient], [first], [second], [], [torch.tensor(1.0)]]
+    options: dict[str, Any] = dict(
+        lr=0.1, beta1=0.9, beta2=0.9, weight_decay=0.1, eps=0.1, amsgrad=False, maximize=False
+    )
+    scaler = {"grad_scale": torch.tensor(2.0), "found_inf": torch.tensor(0.0)} if scaled else {}
+    options |= scaler
+    aten._fused_adamw_.default(*lists, **options)
+    scalars = 4 * (1 + len(scaler))
+    assert moved_bytes(aten._fused_adamw_.default, tuple(lists), options, None) == times * 400 + scalars
+
+
+# What is multiplied.
+
+MATRIX = torch.ones(512, 512)
+PRODUCT = 2 * 512**3
+
+
+def seconds_of(func: Any, *args: Any, on: Device | None = None) -> float:
+    return Roofline(on or device())(func, args, {}, func(*args)).seconds
+
+
+@pytest.fixture
+def _fp32_as_it_was() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.usefixtures("_fp32_as_it_was")
+def test_fp32_products_use_tensor_cores_only_where_pytorch_is_told_so() -> None:
+    assert seconds_of(aten.mm.default, MATRIX, MATRIX) == PRODUCT / FP32
+    torch.set_float32_matmul_precision("high")
+    assert seconds_of(aten.mm.default, MATRIX, MATRIX) == PRODUCT / TF32
+
+
+def test_16_bit_products_use_tensor_cores() -> None:
+    half = MATRIX.bfloat16()
+    assert seconds_of(aten.mm.default, half, half, on=device(bandwidth_bytes_per_second=1e13)) == PRODUCT / BF16
+
+
+def test_convolutions_use_tf32_unless_it_is_switched_off() -> None:
+    call = aten.convolution.default, torch.ones(8, 64, 32, 32), torch.ones(64, 64, 3, 3), None, [1, 1], [1, 1], [1, 1]
+    flops = 2 * 8 * 64 * 32 * 32 * 64 * 9
+    arguments = (*call, False, [0, 0], 1)
+    assert seconds_of(*arguments) == flops / TF32
+    with torch.backends.cudnn.flags(allow_tf32=False, fp32_precision="ieee"):
+        assert seconds_of(*arguments) == flops / FP32
+
+
+def test_memory_efficient_attention_multiplies_fp32_in_three_tf32_products() -> None:
+    query = torch.ones(1, 1, 1024, 64, device="meta")
+    flops = 2 * 2 * 1024 * 1024 * 64
+    args = (query, query, query, None, False)
+    assert seconds_of(aten._scaled_dot_product_efficient_attention.default, *args) == pytest.approx(3 * flops / TF32)
+
+
+def test_what_was_measured_of_a_device_comes_before_its_peaks() -> None:
+    on = device(measured_flops_per_second={"fp32": 5e11}, measured_bandwidth_bytes_per_second=5e10)
+    assert seconds_of(aten.mm.default, MATRIX, MATRIX, on=on) == PRODUCT / 5e11
+    assert seconds_of(aten.neg.default, MATRIX, on=on) == 2 * 4 * 512 * 512 / 5e10
+
+
+def test_a_dtype_without_a_rate_is_taken_as_fp32_and_named() -> None:
+    trace = simulated(nn.Linear(256, 512, bias=False, dtype=torch.float64), torch.ones(64, 256, dtype=torch.float64))
+    assert trace.meta["cost"]["assumed"] == ["float64 products take as long as those of fp32"]
+    assert sum(cost.seconds for cost in forward(trace).values()) == pytest.approx(2 * 64 * 256 * 512 / FP32, abs=1e-9)
+
+
+# A step.
+
+
+def test_phases_modules_and_operators_sum_to_the_same() -> None:
+    trace = simulate(toy_workload, device="a100-40gb")
+    by_phase = step_seconds(trace, 1)
+    assert by_phase is not None
+    assert list(by_phase) == ["forward", "loss", "backward", "optimizer"]
+    assert sum(by_phase.values()) == pytest.approx(sum(cost.seconds for cost in operator_costs(trace, step=1).values()))
+    blocks = sum(module_seconds(trace, f"blocks.{i}", step=1, phase="forward") for i in (0, 1))
+    assert module_seconds(trace, "blocks", step=1, phase="forward") == pytest.approx(blocks)
+    assert 0 < blocks < by_phase["forward"]
+
+
+def test_each_micro_batch_has_its_own_cost() -> None:
+    trace = simulate(toy_workload, device="a100-40gb", strategies="ga:steps=2")
+    parts = [operator_costs(trace, step=1, micro_batch=i, phase="forward") for i in (0, 1)]
+    whole = operator_costs(trace, step=1, phase="forward")
+    assert {key: cost.calls for key, cost in whole.items()} == {
+        key: sum(part[key].calls for part in parts if key in part) for key in whole
+    }
+    assert all(parts)
+
+
+def by_operator(trace: Trace, phase: Phase) -> dict[str, tuple[int, float]]:
+    """Calls and seconds in the layers of the toy model."""
+    found: dict[str, tuple[int, float]] = {}
+    for (module, op), cost in operator_costs(trace, step=1, phase=phase).items():
+        if module.startswith("blocks."):
+            calls, seconds = found.get(op, (0, 0.0))
+            found[op] = calls + cost.calls, round(seconds + cost.seconds, 9)
+    return found
+
+
+def test_checkpointing_adds_exactly_the_forward_of_the_layers_again() -> None:
+    plain = simulate(toy_workload, device="a100-40gb")
+    with set_checkpoint_early_stop(False):
+        trace = simulate(toy_workload, device="a100-40gb", strategies="ckpt")
+    assert by_operator(trace, "recompute") == by_operator(trace, "forward") == by_operator(plain, "forward")
+    assert by_operator(trace, "backward") == by_operator(plain, "backward")
+
+
+def test_checkpointing_stops_when_the_last_tensor_needed_is_there_again() -> None:
+    trace = simulate(toy_workload, device="a100-40gb", strategies="ckpt")
+    done, again = by_operator(trace, "forward"), by_operator(trace, "recompute")
+    # the product in `down` is begun, but it and the residual sum after it are not needed: one of each less in 2 layers
+    assert {op: done[op][0] - again[op][0] for op in done if done[op][0] != again[op][0]} == {
+        "aten.addmm.default": 2,
+        "aten.add.Tensor": 2,
+    }
+
+
+def test_the_estimate_survives_a_trace_file(tmp_path: Path) -> None:
+    trace = simulate(toy_workload, device="a100-40gb")
+    assert step_seconds(Trace.load(trace.save(tmp_path / "toy.npz")), 1) == step_seconds(trace, 1)
+
+
+def test_a_trace_with_an_estimate_is_read_without_torch() -> None:
+    code = "import sys, memscope.simulation.cost; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["gpu", "cpu"])
+def test_without_rates_there_is_no_estimate_but_operations_are_counted(name: str) -> None:
+    trace = simulated(nn.Linear(256, 512, bias=False), torch.ones(64, 256), on=name)
+    assert trace.meta["flops"] == [2 * 2 * 64 * 256 * 512]
+    assert step_seconds(trace, 0) is None
+    ask: Callable[[], object]
+    for ask in (lambda: operator_costs(trace, step=0), lambda: module_seconds(trace, "blocks", step=0)):
+        with pytest.raises(UsageError, match=f'"{name}" are not known.*--device a100-40gb'):
+            ask()
+
+
+# The host.
+
+
+def test_a_copy_to_the_host_takes_as_long_as_the_link() -> None:
+    assert transfer_seconds(device(host_bytes_per_second=25e9), 10**9) == 0.04
+    assert 32e9 > 1e9 / transfer_seconds(get_device("a100-40gb"), 10**9) > 16e9, "PCIe 4.0 x16, and more than 3.0"
+    with pytest.raises(UsageError, match='"gpu" copies to the host is not known'):
+        transfer_seconds(get_device("gpu"), 1)
