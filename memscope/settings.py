@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar, Union, overload
 
 from memscope.errors import UsageError, nearest
 
-__all__ = ["fill", "format_value", "help_of", "non_defaults"]
+__all__ = ["fill", "format_value", "help_of", "is_switch", "non_defaults"]
 
 T = TypeVar("T")
 _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
@@ -21,11 +21,13 @@ _EXPECTED = {int: "a whole number", float: "a number"}
 
 
 @overload
-def fill(config: type[T], words: Mapping[str, str], *, of: str) -> T: ...
+def fill(config: type[T], words: Mapping[str, str | None], *, of: str) -> T: ...
 @overload
-def fill(config: T, words: Mapping[str, str], *, of: str) -> T: ...
-def fill(config: type[T] | T, words: Mapping[str, str], *, of: str) -> T:
+def fill(config: T, words: Mapping[str, str | None], *, of: str) -> T: ...
+def fill(config: type[T] | T, words: Mapping[str, str | None], *, of: str) -> T:
     """A settings dataclass with the fields in `words` set from text; the others keep the values of `config`.
+
+    A switch, which is a bool, may be named alone, with None in the place of its text: then it is true.
 
     Fields may be bool, int, float, str, anything else that is made from one text, a Literal, a list or tuple of these
     (joined by `+`), or optional (`none`). `of` names the owner in errors, e.g. `strategy "lora"`.
@@ -41,12 +43,21 @@ def fill(config: type[T] | T, words: Mapping[str, str], *, of: str) -> T:
     for key, text in words.items():
         if key not in names:
             raise UsageError(f'{of} has no setting "{key}": {nearest(key, names)}')
-        changes[key] = _value(text, hints[key], f'{of}: setting "{key}"')
+        where = f'{of}: setting "{key}"'
+        if text is None and not is_switch(base, key):
+            raise UsageError(f"{where} is no switch: write {key}=VALUE")
+        changes[key] = _value("true" if text is None else text, hints[key], where)
     try:
         filled: T = dataclasses.replace(base, **changes)
     except ValueError as error:
         raise UsageError(f"{of} refuses these settings: {error}") from error
     return filled
+
+
+def is_switch(config: Any, key: str) -> bool:
+    """Whether a settings dataclass, or an instance of one, has such a field that is a bool or an optional one."""
+    kind = typing.get_type_hints(config if isinstance(config, type) else type(config)).get(key)
+    return kind is bool or (typing.get_origin(kind) in (Union, types.UnionType) and bool in typing.get_args(kind))
 
 
 def _value(text: str, kind: Any, where: str) -> Any:

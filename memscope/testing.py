@@ -35,11 +35,12 @@ _Steps = list[dict[str, Tensor]]
 def check_strategy(strategy: type[Strategy] | str, *, workload: Callable[[], Workload] | None = None) -> None:
     """Hold a strategy to what every strategy promises, on a small workload on the CPU.
 
-    It is installed and described; its settings can be written in a plan and read back; applying it changes something;
-    alone and with each other installed strategy, a simulation makes the very allocations of a real run, and declared
-    conflicts are refused; where it is `exact`, losses and gradients are the baseline's: bit for bit, or, where the same
-    sums are taken in another order, up to `TOLERANCE` in float64. What it requires is added. Other strategies that
-    cannot be applied to the workload at all are left out.
+    It is installed and described; its settings, and those of its candidates, can be written in a plan and read back;
+    applying it changes something; alone and with each other installed strategy, a simulation makes the very allocations
+    of a real run, and declared conflicts are refused; where it is `exact`, losses and gradients are the baseline's, and
+    the weights after the step where it changes the optimizer: bit for bit, or, where the same sums are taken in another
+    order, up to `TOLERANCE` in float64. What it requires is added. Other strategies that cannot be applied to the
+    workload at all are left out.
 
     Args:
         strategy: a class, taken with its default settings, or one strategy as a plan writes it, such as `lora:r=4`.
@@ -61,6 +62,8 @@ def check_strategy(strategy: type[Strategy] | str, *, workload: Callable[[], Wor
             needed = _with_needs(subject)
         with _promise(name, "its settings can be written in a plan and read back"):
             _check_settings(subject)
+        with _promise(name, "its candidates are settings that a plan can hold, and finding them changes nothing"):
+            _check_candidates(type(subject), build)
         with _promise(name, "it can be applied, and changes something"):
             _check_change(needed, subject, build)
         with _promise(name, "simulated and really run, it makes the same allocations"):
@@ -106,6 +109,7 @@ def _read(text: str) -> Strategy:
 def _check_description(kind: type[Strategy]) -> None:
     _require(isinstance(kind.stage, Stage), f"Its stage is {kind.stage!r}, expected one of memscope.strategies.Stage")
     _require(isinstance(kind.exact, bool), f"Its exact is {kind.exact!r}, expected True or False")
+    _require(kind.exact or bool(kind.changes), "It is not exact, and its changes does not say what it changes")
     _require(bool(kind.__doc__), "The class has no docstring, which is its help text")
     silent = [field for field, text in help_of(kind.Config).items() if not text]
     _require(not silent, f"Config has no docstring, which is the help text, under {', '.join(silent)}")
@@ -117,8 +121,22 @@ def _check_settings(strategy: Strategy) -> None:
         with contextlib.suppress(UsageError, ValueError):  # a Config may refuse a value; then no plan can hold it
             configs.append(kind.Config(**{field.name: _other(hints[field.name], getattr(kind.Config(), field.name))}))
     for config in configs:
-        again = _read(kind(config).spec).config
-        _require(again == config, f'"{kind(config).spec}" reads back as {again}, expected {config}')
+        _check_reads_back(kind(config))
+
+
+def _check_reads_back(strategy: Strategy) -> None:
+    again = _read(strategy.spec).config
+    _require(again == strategy.config, f'"{strategy.spec}" reads back as {again}, expected {strategy.config}')
+
+
+def _check_candidates(kind: type[Strategy], build: _Build) -> None:
+    workload = build()
+    before = _state(workload)
+    for config in kind.candidates(workload):
+        _require(type(config) is kind.Config, f"Its candidate {config!r} is no {kind.__name__}.Config")
+        _check_reads_back(kind(config))
+        kind(config).check(workload)
+    _require(_are_same(before, _state(workload)), "candidates() or check() changed plan, model or data")
 
 
 def _other(kind: Any, value: Any = None) -> Any:
@@ -156,8 +174,8 @@ def _check_change(needed: list[Strategy], subject: Strategy, build: _Build) -> N
         before = _state(workload)
         strategy.apply(workload)
         after = _state(workload)
-        same = before.keys() == after.keys() and all(_is_same(before[key], after[key]) for key in before)
-        _require(strategy is not subject or not same, "Its apply() left plan, model and data as they were")
+        changed = strategy is not subject or not _are_same(before, after)
+        _require(changed, "Its apply() left plan, model and data as they were")
 
 
 def _state(workload: Workload) -> dict[Any, Any]:
@@ -170,6 +188,10 @@ def _state(workload: Workload) -> dict[Any, Any]:
     for name, p in workload.model.named_parameters():
         state[name, ...] = (p.requires_grad, p.dtype, p.device, p.shape, p.data_ptr(), p._version)
     return state
+
+
+def _are_same(before: dict[Any, Any], after: dict[Any, Any]) -> bool:
+    return before.keys() == after.keys() and all(_is_same(before[key], after[key]) for key in before)
 
 
 def _is_same(one: Any, other: Any) -> bool:
@@ -195,15 +217,16 @@ def _allocations(trace: Trace) -> list[tuple[Any, ...]]:
 def _check_parity(needed: list[Strategy], subject: Strategy, build: _Build) -> None:
     plan, without = Plan.of(*needed), Plan.of(*(s for s in needed if s is not subject))
     for double, steps, tolerance in ((False, 2, 0.0), (True, 1, TOLERANCE)):
-        expected, found = _train(build, without, steps, double, subject), _train(build, plan, steps, double)
+        expected = _train(build, without, steps, double, subject, baseline=True)
+        found = _train(build, plan, steps, double, subject, baseline=False)
         wrong = list(_differences(expected, found, tolerance))
         if not wrong:
             return
     raise AssertionError(wrong[0])
 
 
-def _train(build: _Build, plan: Plan, steps: int, double: bool, fair_to: Strategy | None = None) -> _Steps:
-    """Loss and gradients of each step, in float64 if `double`."""
+def _train(build: _Build, plan: Plan, steps: int, double: bool, subject: Strategy, *, baseline: bool) -> _Steps:
+    """Loss, gradients and, where the optimizer is changed, weights of each step; in float64 if `double`."""
 
     def move(tensor: Tensor) -> Tensor:
         return tensor.double() if double and tensor.is_floating_point() else tensor.clone()
@@ -215,14 +238,20 @@ def _train(build: _Build, plan: Plan, steps: int, double: bool, fair_to: Strateg
     workload, seen = build(), _Steps()
     if double:
         workload.model.double()
-    if fair_to:
-        fair_to.baseline(workload)
+    if baseline:
+        subject.baseline(workload)
     plan.apply(workload)
     training = Training.start(workload, "cpu", lambda data: pytree.tree_map_only(Tensor, move, data))
     training.optimizer.register_step_pre_hook(keep)
     torch.manual_seed(1)
-    losses = [run_step(training, micro_batches(workload, workload.batches[0])) for _ in range(steps)]
-    return [{"loss": loss, **gradients} for loss, gradients in zip(losses, seen, strict=True)]
+    results = _Steps()
+    for _ in range(steps):
+        loss = run_step(training, micro_batches(workload, workload.batches[0]))
+        weights = workload.model.named_parameters() if subject.stage is Stage.OPTIM else ()
+        results.append(
+            {"loss": loss, **seen.pop(), **{f"{name} afterwards": p.detach().clone() for name, p in weights}}
+        )
+    return results
 
 
 def _differences(expected: _Steps, found: _Steps, tolerance: float) -> Iterator[str]:

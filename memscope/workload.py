@@ -9,15 +9,26 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from memscope.batch import leaves_of, map_leaves, tensors_in
 from memscope.errors import TargetError, UsageError
 
-__all__ = ["MicroBatch", "StepObserver", "StepPlan", "Training", "Workload", "micro_batches", "run_step", "split_batch"]
+__all__ = [
+    "MicroBatch",
+    "StepObserver",
+    "StepPlan",
+    "Training",
+    "Workload",
+    "micro_batches",
+    "run_step",
+    "sample_counts",
+    "split_batch",
+]
 
 Scope = Callable[[], contextlib.AbstractContextManager[Any]]
 
@@ -50,8 +61,7 @@ def split_batch(batch: Any, parts: int) -> list[Any]:
     """
     if parts == 1:
         return [batch]
-    leaves, spec = pytree.tree_flatten(batch, is_leaf=_is_list_of_samples)
-    counts = sorted({len(leaf) for leaf in leaves if _has_samples(leaf)})
+    counts = sample_counts(batch)
     if len(counts) != 1:
         found = " and ".join(map(str, counts)) or "none"
         raise UsageError(
@@ -67,10 +77,16 @@ def split_batch(batch: Any, parts: int) -> list[Any]:
             f"choose a number of micro-batches that divides {samples}"
         )
     pieces = [slice(start, start + samples // parts) for start in range(0, samples, samples // parts)]
-    return [
-        pytree.tree_unflatten([leaf[piece] if _has_samples(leaf) else leaf for leaf in leaves], spec)
-        for piece in pieces
-    ]
+    return [map_leaves(partial(_part, piece), batch, _is_list_of_samples) for piece in pieces]
+
+
+def sample_counts(batch: Any) -> list[int]:
+    """Each number of samples that a tensor or list of a batch has, as `split_batch` counts them; normally just one."""
+    return sorted({len(leaf) for leaf in leaves_of(batch, _is_list_of_samples) if _has_samples(leaf)})
+
+
+def _part(piece: slice, leaf: Any) -> Any:
+    return leaf[piece] if _has_samples(leaf) else leaf
 
 
 def _is_list_of_samples(node: Any) -> bool:
@@ -82,10 +98,7 @@ def _has_samples(leaf: Any) -> bool:
 
 
 def _samples(micro_batch: Any) -> float:
-    for leaf in pytree.tree_leaves(micro_batch):
-        if isinstance(leaf, Tensor) and leaf.ndim:
-            return float(leaf.shape[0])
-    return 1.0
+    return next((float(tensor.shape[0]) for tensor in tensors_in(micro_batch) if tensor.ndim), 1.0)
 
 
 @dataclass

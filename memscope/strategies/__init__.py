@@ -1,21 +1,23 @@
 """Strategies: what can be done to a training step to change its memory, as plugins.
 
 A strategy changes a `Workload` before its first step. It is found through the entry-point group `memscope.strategies`;
-the built-in ones use the same table. A *plan* is text such as `lora:r=16,targets=wq+wv,amp:dtype=bf16,ckpt`: a
+the built-in ones use the same table. A *plan* is text such as `lora:r=16,targets=wq+wv,adamw:fused,ckpt`: a
 comma-separated word that has a `=` before any `:` belongs to the strategy before it, any other word starts a new one.
+A bare word straight after the colon is a switch: `adamw:fused` is `adamw:fused=true`.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from memscope.errors import UsageError, nearest
-from memscope.settings import fill, non_defaults
+from memscope.settings import fill, is_switch, non_defaults
+from memscope.strategies.plugins import called, loaded
 
 if TYPE_CHECKING:
     from memscope.workload import Workload
@@ -59,13 +61,15 @@ class Strategy(Protocol):
     name: ClassVar[str]
     stage: ClassVar[Stage]
     exact: ClassVar[bool]
-    """True: losses and gradients stay what they were; `memscope.testing.check_strategy` holds it to that."""
+    """True: losses and gradients stay what they were, up to rounding; `memscope.testing.check_strategy` tests it."""
+    changes: ClassVar[str] = ""
+    """What it changes, in a few words, where it is not `exact`: "what is trained". Only used where that is allowed."""
     Config: ClassVar[type]
     """Frozen dataclass of its settings, all with defaults; the docstring under each field is its help text."""
     requires: ClassVar[frozenset[str]] = frozenset()
     """Features that another strategy of the plan must provide."""
-    provides: ClassVar[frozenset[str]] = frozenset()
-    """Features it brings."""
+    provides: frozenset[str] = frozenset()
+    """Features it brings; an instance may add those that its settings bring."""
     conflicts: ClassVar[frozenset[str]] = frozenset()
     """Strategies or features it cannot be combined with."""
     textbook: ClassVar[Mapping[str, str]] = {}
@@ -74,6 +78,14 @@ class Strategy(Protocol):
 
     def __init__(self, config: Any = None) -> None:
         self.config = self.Config() if config is None else config
+
+    @classmethod
+    def candidates(cls, workload: Workload) -> Sequence[Any]:
+        """The settings worth trying on a workload that no strategy has changed: what `memscope advise` searches.
+
+        Those that `check` refuses are left out by whoever asks. Here: the default settings alone.
+        """
+        return [cls.Config()]
 
     def check(self, workload: Workload) -> list[Problem]:
         """Everything that stands against applying it to a workload, at once; empty when nothing does."""
@@ -90,7 +102,10 @@ class Strategy(Protocol):
     @property
     def spec(self) -> str:
         """The strategy and its settings, as a plan writes them; settings at their defaults are left out."""
-        words = [f"{key}={value}" for key, value in non_defaults(self.config).items()]
+        settings = non_defaults(self.config)
+        switch = next((key for key in settings if getattr(self.config, key) is True), None)
+        words = [switch] if switch else []
+        words += [f"{key}={value}" for key, value in settings.items() if key != switch]
         return f"{self.name}:{','.join(words)}" if words else self.name
 
 
@@ -99,7 +114,7 @@ def available() -> dict[str, type[Strategy]]:
     """Every strategy installed, by name.
 
     Raises:
-        UsageError: when two packages bring a strategy of the same name, or one cannot be imported.
+        UsageError: when two packages bring a strategy of the same name, or one cannot be imported or is none.
     """
     found: dict[str, type[Strategy]] = {}
     for entry in sorted(entry_points(group=_GROUP), key=lambda entry: entry.name):
@@ -107,10 +122,7 @@ def available() -> dict[str, type[Strategy]]:
             raise UsageError(
                 f'two installed packages bring a strategy "{entry.name}" ({entry.value}): uninstall one of them'
             )
-        try:
-            found[entry.name] = entry.load()
-        except (ImportError, AttributeError) as error:
-            raise UsageError(f'strategy "{entry.name}" ({entry.value}) cannot be imported: {error}') from error
+        found[entry.name] = loaded(entry)
     return found
 
 
@@ -127,10 +139,13 @@ class Plan:
         Raises:
             UsageError: when it is malformed, or names an unknown strategy, key or value.
         """
-        strategies = []
+        strategies: list[Strategy] = []
         for name, words in _words(text):
             if name not in available():
-                raise UsageError(f'unknown strategy "{name}" in plan "{text}": {nearest(name, available())}')
+                hint = nearest(name, available())
+                if strategies and is_switch(strategies[-1].Config, name):
+                    hint = f'after a comma, the setting of "{strategies[-1].name}" is written {name}=true'
+                raise UsageError(f'unknown strategy "{name}" in plan "{text}": {hint}')
             kind = available()[name]
             strategies.append(kind(fill(kind.Config, words, of=f'strategy "{name}"')))
         return cls.of(*strategies)
@@ -171,7 +186,7 @@ class Plan:
         Raises:
             UsageError: with every problem of every strategy.
         """
-        wrong = [f"{s.name}: {problem}" for s in self.strategies for problem in s.check(workload)]
+        wrong = [f"{s.name}: {problem}" for s in self.strategies for problem in called(s, "check", workload)]
         if wrong:
             raise UsageError(_listed(f'the plan "{self}" cannot be applied to "{workload.name}"', wrong))
 
@@ -182,13 +197,23 @@ class Plan:
             UsageError: with every problem of every strategy, before anything is changed.
         """
         self.check(workload)
+        self.carry_out(workload)
+
+    def carry_out(self, workload: Workload) -> None:
+        """Apply the strategies in order; for a workload that `check` has let through."""
         for strategy in self.strategies:
-            strategy.apply(workload)
+            called(strategy, "apply", workload)
+
+    def prepare_baseline(self, workload: Workload, applied: Collection[str]) -> None:
+        """Let each strategy whose name is not in `applied` make the run without it comparable."""
+        for strategy in self.strategies:
+            if strategy.name not in applied:
+                called(strategy, "baseline", workload)
 
 
-def _words(text: str) -> list[tuple[str, dict[str, str]]]:
-    """The strategies of a plan with their settings, still as text."""
-    found: list[tuple[str, dict[str, str]]] = []
+def _words(text: str) -> list[tuple[str, dict[str, str | None]]]:
+    """The strategies of a plan with their settings, still as text; None for a switch."""
+    found: list[tuple[str, dict[str, str | None]]] = []
     for word in [w.strip() for w in text.split(",")] if text.strip() else []:
         equals, colon = word.find("="), word.find(":")
         if equals >= 0 and (colon < 0 or equals < colon):
@@ -203,9 +228,10 @@ def _words(text: str) -> list[tuple[str, dict[str, str]]]:
                 raise UsageError(
                     f'malformed plan "{text}": expected STRATEGY or STRATEGY:KEY=VALUE,… but found "{word}"'
                 )
-            found.append((name, {}))
-            if not setting:
+            if "=" not in setting:
+                found.append((name, {setting: None} if setting else {}))
                 continue
+            found.append((name, {}))
         key, equal, value = setting.partition("=")
         if not equal or not key or not value:
             raise UsageError(
@@ -218,12 +244,18 @@ def _words(text: str) -> list[tuple[str, dict[str, str]]]:
 
 
 def _conflicts(strategies: tuple[Strategy, ...]) -> list[str]:
-    return [
-        f'"{one.name}" and "{other.name}" cannot be combined: leave one out'
-        for i, one in enumerate(strategies)
-        for other in strategies[i + 1 :]
-        if one.conflicts & {other.name, *other.provides} or other.conflicts & {one.name, *one.provides}
-    ]
+    found = []
+    for i, one in enumerate(strategies):
+        for other in strategies[i + 1 :]:
+            features = sorted((one.conflicts & other.provides) | (other.conflicts & one.provides))
+            if other.name in one.conflicts or one.name in other.conflicts:
+                found.append(f'"{one.name}" and "{other.name}" cannot be combined: leave one out')
+            elif features:
+                found.append(
+                    f'"{one.name}" and "{other.name}" cannot be combined, because of "{features[0]}": '
+                    "leave one out, or change the setting that brings it"
+                )
+    return found
 
 
 def _lacks(strategies: tuple[Strategy, ...]) -> list[str]:

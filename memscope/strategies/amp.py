@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -26,6 +26,7 @@ class AMP(Strategy):
     name = "amp"
     stage = Stage.STEP
     exact = False
+    changes = "the precision of matrix products and attention"
     provides = frozenset({"autocast"})
     textbook: ClassVar[Mapping[str, str]] = {
         "parameter": "–",
@@ -39,7 +40,18 @@ class AMP(Strategy):
         """Which precision."""
 
         dtype: Literal["fp16", "bf16"] = "fp16"
-        """The lower precision: fp16 or bf16."""
+        """The lower precision: fp16, with a gradient scaler, or bf16."""
+
+    def __init__(self, config: Any = None) -> None:
+        super().__init__(config)
+        if self.config.dtype == "fp16":
+            self.provides = self.provides | {"gradient scaler"}
+
+    @classmethod
+    def candidates(cls, workload: Workload) -> Sequence[Config]:
+        """Both precisions, bf16 first; not the one that the workload has already."""
+        offered = [cls.Config("bf16"), cls.Config("fp16")]
+        return [config for config in offered if _DTYPES[config.dtype] is not workload.plan.autocast]
 
     def check(self, workload: Workload) -> list[Problem]:
         """Trained 16-bit weights: a scaler cannot unscale their gradients on CUDA (bfloat16: PyTorch issue 127176)."""

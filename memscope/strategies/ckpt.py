@@ -1,24 +1,31 @@
-"""Activation checkpointing of chosen layers."""
+"""Activation checkpointing of chosen layers: by number, or each with an option of its own from a plan."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from memscope.errors import UsageError
 from memscope.strategies import Problem, Stage, Strategy
+from memscope.strategies.ckpt_apply import apply_options
+from memscope.strategies.ckpt_layers import chosen_layers, find_layers, named_layers, planned_layers
+from memscope.strategies.ckpt_options import Option
+from memscope.strategies.layer_plan import LayerPlan
 from memscope.workload import Workload
 
 __all__ = ["Checkpoint", "chosen_layers", "find_layers"]
 
 
 class Checkpoint(Strategy):
-    """Drop the activations of chosen layers in the forward pass and compute them again in the backward pass."""
+    """Drop the activations of chosen layers in the forward pass and compute them again in the backward pass.
+
+    A plan file chooses an option for each layer: to recompute nothing, all, or parts of it, or to keep what it saves on
+    the host. `memscope advise` makes one for a budget.
+    """
 
     name = "ckpt"
     stage = Stage.WRAP
@@ -34,81 +41,77 @@ class Checkpoint(Strategy):
 
     @dataclass(frozen=True)
     class Config:
-        """Which layers are recomputed."""
+        """Which layers are recomputed: `layers`, `plan` or `auto`."""
 
         layers: str = "all"
         """Which layers: all, every-2 (the first and each second one after it), 0-15, 3; or several, joined by +."""
+        blocks: str = ""
+        """Name of the list of modules that are the layers, such as transformer.h; empty: the largest in the model."""
+        plan: str = ""
+        """File with an option for each layer, as memscope advise writes it."""
+        auto: bool = False
+        """Let memscope find the cheapest plan that fits into budget."""
+        budget: str = ""
+        """With auto: what the device may hold, such as 40GB, 37.3GiB or 90%."""
+
+        def __post_init__(self) -> None:
+            if self.plan and (self.layers != "all" or self.blocks):
+                raise ValueError("plan names layers and their options: leave layers and blocks out")
+            if self.auto and (self.plan or self.layers != "all"):
+                raise ValueError("auto chooses layers and their options: leave layers and plan out")
+            if self.budget and not self.auto:
+                raise ValueError("budget goes with auto: write ckpt:auto,budget=40GB")
+
+    _plan: LayerPlan | None = None
+    """Read from the file when it is needed, or given."""
+
+    @classmethod
+    def of(cls, plan: LayerPlan) -> Checkpoint:
+        """The strategy that applies a plan which is in no file."""
+        strategy = cls(cls.Config(plan="(not in a file)"))
+        strategy._plan = plan
+        return strategy
 
     def check(self, workload: Workload) -> list[Problem]:
-        """A model without layers, and a choice that it does not have."""
+        """A model without layers, a choice that it does not have, and a plan that is for another model."""
+        if self.config.auto:
+            return [Problem("auto chooses nothing by itself", _HOW_TO_RESOLVE)]
         try:
-            chosen_layers(self.config.layers, len(find_layers(workload.model)))
+            layers, _ = self._chosen(workload.model)
         except UsageError as error:
-            return [Problem(f"layers={self.config.layers}", str(error))]
-        return []
+            config = self.config
+            given = f"plan={config.plan}" if config.plan else f"layers={config.layers}"
+            return [Problem(f"{given},blocks={config.blocks}" if config.blocks else given, str(error))]
+        return self._plan.check(workload.model, layers) if self._plan else []
 
     def apply(self, workload: Workload) -> None:
-        """Wrap the forward of each chosen layer; modules, names and weights stay as they are."""
-        layers = find_layers(workload.model)
-        for layer in dict.fromkeys(layers[index] for index in chosen_layers(self.config.layers, len(layers))):
-            layer.forward = _Checkpointed(layer.forward)
+        """Wrap the forwards of the chosen layers, or of parts of them; modules, names and weights stay as they are.
 
-
-class _Checkpointed:
-    """A forward function whose activations are computed again in the backward pass; random state is preserved."""
-
-    def __init__(self, forward: Callable[..., Any]) -> None:
-        self.forward = forward
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return checkpoint(self.forward, *args, use_reentrant=False, preserve_rng_state=True, **kwargs)
-
-
-def find_layers(model: nn.Module) -> list[nn.Module]:
-    """The model's layers: its largest list (`nn.ModuleList` or `nn.Sequential`) of modules of one class.
-
-    Raises:
-        UsageError: when there is no list with two modules of one class.
-    """
-    lists = [
-        list(m)
-        for m in model.modules()
-        if isinstance(m, (nn.ModuleList, nn.Sequential)) and len({type(c) for c in m}) == 1
-    ]
-    layers = max(lists, key=_weight, default=[])
-    if len(layers) < 2:
-        raise UsageError(
-            "the model has no list of repeated layers (nn.ModuleList or nn.Sequential of one class) to choose from"
-        )
-    return layers
-
-
-def _weight(layers: list[nn.Module]) -> tuple[int, int]:
-    return len(layers) > 1, sum(p.numel() for layer in layers for p in layer.parameters())
-
-
-def chosen_layers(text: str, count: int) -> list[int]:
-    """Indices that `all`, `every-2`, `0-15`, `3+7+11` choose out of `count` layers, in order.
-
-    Raises:
-        UsageError: when the text is malformed, or names a layer that is not there.
-    """
-    chosen: set[int] = set()
-    for word in text.split("+"):
-        every, span = re.fullmatch(r"every-([1-9]\d*)", word), re.fullmatch(r"(\d+)(?:-(\d+))?", word)
-        if word == "all":
-            chosen |= set(range(count))
-        elif every:
-            chosen |= set(range(0, count, int(every[1])))
-        elif span:
-            first, last = int(span[1]), int(span[2] or span[1])
-            if last < first:
-                raise UsageError(f'"{word}" runs backwards: write {last}-{first}')
-            if last >= count:
-                raise UsageError(f'"{word}" is outside the model: it has layers 0 to {count - 1}')
-            chosen |= set(range(first, last + 1))
-        else:
-            raise UsageError(
-                f'"{word}" chooses no layers: expected all, every-2, 0-15, or numbers joined by +, such as 3+7+11'
+        Raises:
+            UsageError: when an option names what its layer does not have, or `auto` is not resolved.
+        """
+        if self.config.auto:
+            raise UsageError(f"ckpt: auto chooses nothing by itself: {_HOW_TO_RESOLVE}")
+        layers, options = self._chosen(workload.model)
+        apply_options(layers, options)
+        others = self._plan.other_settings(workload.settings) if self._plan else []
+        if others:
+            warnings.warn(
+                f"the checkpoint plan {self.config.plan} was made for other settings, so memory and time are not as "
+                f"promised: {'; '.join(others)}",
+                stacklevel=2,
             )
-    return sorted(chosen)
+
+    def _chosen(self, model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, Option]]:
+        """The model's layers and the option of each, by name and in order."""
+        if self.config.plan and self._plan is None:
+            self._plan = LayerPlan.load(self.config.plan)
+        if self._plan is not None:
+            return planned_layers(model, self._plan.layers), self._plan.options
+        layers = named_layers(model, self.config.blocks)
+        modules = list(layers.values())
+        chosen = {id(modules[index]) for index in chosen_layers(self.config.layers, len(layers))}
+        return layers, {name: Option("full" if id(layer) in chosen else "none") for name, layer in layers.items()}
+
+
+_HOW_TO_RESOLVE = "memscope advise and memscope profile replace it by the plan for a budget; or give plan=FILE"

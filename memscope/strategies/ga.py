@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from memscope.errors import UsageError
 from memscope.strategies import Problem, Stage, Strategy
-from memscope.workload import Workload
+from memscope.workload import Workload, sample_counts
 
 __all__ = ["GradientAccumulation"]
 
@@ -35,6 +35,16 @@ class GradientAccumulation(Strategy):
 
         steps: int = 8
         """Micro-batches a step; the step's batch must divide into them."""
+
+    @classmethod
+    def candidates(cls, workload: Workload) -> Sequence[Config]:
+        """Every other number of micro-batches that the samples of a step divide into; none where they cannot be found.
+
+        The effective batch stays: more micro-batches are smaller ones, fewer are faster.
+        """
+        samples = max(sample_counts(workload.batches[0]), default=0) if len(workload.batches) else 0
+        now = workload.plan.micro_batches
+        return [cls.Config(steps) for steps in range(1, samples + 1) if samples % steps == 0 and steps != now]
 
     def check(self, workload: Workload) -> list[Problem]:
         """A step's batch that does not divide into the micro-batches."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from memscope.errors import UsageError
 from memscope.strategies import Plan
+from memscope.strategies.amp import AMP
 from memscope.testing import toy_workload
 from memscope.workload import StepPlan, Training, Workload, micro_batches, run_step
 
@@ -125,6 +126,18 @@ def test_a_step_whose_gradients_overflow_is_left_out() -> None:
     assert model.weight.item() == before
     assert training.scaler is not None
     assert training.scaler.get_scale() == 65536.0 / 2
+
+
+def test_a_gradient_scaler_is_a_feature_of_float16_alone() -> None:
+    assert AMP(AMP.Config("fp16")).provides == {"autocast", "gradient scaler"}
+    assert AMP(AMP.Config("bf16")).provides == AMP.provides == {"autocast"}
+
+
+def test_candidates_are_the_precisions_that_the_workload_does_not_have() -> None:
+    workload = probe_workload()
+    assert AMP.candidates(workload) == [AMP.Config("bf16"), AMP.Config("fp16")]
+    workload.plan = StepPlan(autocast=torch.bfloat16)
+    assert AMP.candidates(workload) == [AMP.Config("fp16")]
 
 
 def test_float16_weights_that_are_trained_are_refused_with_a_scaler() -> None:

@@ -132,3 +132,31 @@ def test_a_workload_without_a_batch_is_left_to_whoever_runs_it() -> None:
     workload = toy()
     workload.batches = []
     assert GradientAccumulation().check(workload) == []
+
+
+@pytest.mark.parametrize(("micro_batches", "candidates"), [(1, [2, 4, 8]), (2, [1, 4, 8]), (8, [1, 2, 4])])
+def test_candidates_are_the_other_numbers_that_the_samples_divide_into(
+    micro_batches: int, candidates: list[int]
+) -> None:
+    workload = toy()  # 8 samples
+    workload.plan = StepPlan(micro_batches=micro_batches)
+    assert [config.steps for config in GradientAccumulation.candidates(workload)] == candidates
+
+
+@pytest.mark.parametrize(
+    ("batch", "candidates"),
+    [
+        ({"x": torch.ones(12, 3), "y": torch.ones(12)}, [2, 3, 4, 6, 12]),
+        (torch.tensor(1.0), []),
+        (object(), []),
+    ],
+)
+def test_samples_are_counted_in_tensors_of_any_batch(batch: object, candidates: list[int]) -> None:
+    workload = Workload(nn.Linear(3, 1), [batch], lambda m, x: m(x).sum(), torch.optim.SGD)
+    assert [config.steps for config in GradientAccumulation.candidates(workload)] == candidates
+
+
+def test_without_a_batch_there_is_no_candidate() -> None:
+    workload = toy()
+    workload.batches = []
+    assert GradientAccumulation.candidates(workload) == []

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from memscope.errors import UsageError
 from memscope.strategies import Plan
-from memscope.strategies.lora import LoRALinear, merge, unmerge
+from memscope.strategies.lora import LoRA, LoRALinear, merge, unmerge
 from memscope.testing import toy_workload
 from memscope.workload import Training, Workload, micro_batches, run_step
 
@@ -224,3 +224,38 @@ def test_settings_out_of_their_range_are_refused_all_at_once() -> None:
     message = refused("lora:r=0,dropout=1", toy())
     assert "lora: r=0 is no rank: choose at least 1" in message
     assert "lora: dropout=1.0 is no probability: choose 0 up to, but not including, 1" in message
+
+
+def named(names: list[str]) -> Workload:
+    """Two blocks with linear layers of these names, and a head."""
+    blocks = [nn.ModuleDict({name: nn.Linear(4, 4) for name in names}) for _ in range(2)]
+    model = nn.ModuleDict({"blocks": nn.ModuleList(blocks), "head": nn.Linear(4, 8)})
+    return Workload(model, [], lambda m, x: x.sum(), torch.optim.AdamW)
+
+
+@pytest.mark.parametrize(
+    ("names", "targets"),
+    [
+        (["wq", "wk", "wv"], ("wq", "wv")),
+        (["q_proj", "k_proj", "v_proj", "up_proj"], ("q_proj", "v_proj")),
+        (["query", "key", "value"], ("query", "value")),
+        (["qkv", "out"], ("qkv", "out")),
+    ],
+)
+def test_candidates_are_three_ranks_of_one_scale_for_query_and_value_or_every_repeated_layer(
+    names: list[str], targets: tuple[str, ...]
+) -> None:
+    # The defaults' scale is alpha / r = 32 / 16.
+    assert LoRA.candidates(named(names)) == [
+        LoRA.Config(r=8, alpha=16.0, targets=targets),
+        LoRA.Config(r=16, alpha=32.0, targets=targets),
+        LoRA.Config(r=64, alpha=128.0, targets=targets),
+    ]
+
+
+def test_a_model_without_linear_layers_to_adapt_has_no_candidate() -> None:
+    tied = named(["qkv"])
+    one, other = (tied.model.get_submodule(f"blocks.{i}.qkv") for i in (0, 1))
+    one.weight = other.weight
+    assert LoRA.candidates(tied) == []
+    assert LoRA.candidates(Workload(nn.Conv1d(2, 2, 1), [], lambda m, x: x.sum(), torch.optim.AdamW)) == []

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from memscope import strategies
 from memscope.errors import UsageError
 from memscope.strategies import Plan, Stage, Strategy, available
+from memscope.strategies.adamw import OptimizerStep
 from memscope.strategies.amp import AMP
+from memscope.strategies.bf16 import BF16
 from memscope.strategies.ckpt import Checkpoint
 from memscope.strategies.ga import GradientAccumulation
 from memscope.strategies.lora import LoRA
@@ -47,6 +49,55 @@ def test_a_value_may_hold_a_colon_and_a_list_may_hold_dots() -> None:
     assert strategy.config.targets == ("blocks.0.wq", "a:b")
 
 
+@pytest.mark.parametrize("text", ["adamw:fused", "adamw:fused=true", "adamw,fused=yes", " adamw:fused "])
+def test_a_bare_word_straight_after_the_colon_is_a_switch(text: str) -> None:
+    assert contents(Plan.parse(text)) == [(OptimizerStep, OptimizerStep.Config(fused=True))]
+    assert str(Plan.parse(text)) == "adamw:fused"
+
+
+def test_settings_may_follow_a_switch_and_a_bare_word_after_a_comma_is_a_strategy() -> None:
+    assert contents(Plan.parse("adamw:fused,foreach=false,ckpt,amp")) == [
+        (Checkpoint, Checkpoint.Config()),
+        (OptimizerStep, OptimizerStep.Config(fused=True, foreach=False)),
+        (AMP, AMP.Config()),
+    ]
+
+
+class Switches(Strategy):
+    """A strategy to throw away, with several switches."""
+
+    name, stage, exact = "switches", Stage.STEP, True
+
+    @dataclass(frozen=True)
+    class Config:
+        pieces: int = 1
+        one: bool = False
+        other: bool | None = None
+        usual: bool = True
+
+    def apply(self, workload: Workload) -> None:
+        raise AssertionError("never applied")
+
+
+@pytest.mark.parametrize(
+    ("spec", "settings"),
+    [
+        ("switches:one", {"one": True}),
+        ("switches:other,pieces=2", {"other": True, "pieces": 2}),
+        ("switches:one,pieces=2,other=true,usual=false", {"one": True, "other": True, "usual": False, "pieces": 2}),
+        ("switches:usual=false", {"usual": False}),
+        ("switches:other=false", {"other": False}),
+    ],
+)
+def test_the_first_switch_that_is_on_is_written_bare_and_first(
+    monkeypatch: pytest.MonkeyPatch, spec: str, settings: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(strategies, "available", lambda: {"switches": Switches})
+    config = Switches.Config(**settings)
+    assert Switches(config).spec == spec
+    assert contents(Plan.parse(spec)) == [(Switches, config)]
+
+
 def test_settings_at_their_defaults_are_left_out() -> None:
     assert Plan.parse("lora:r=16,dropout=0.05,ga:steps=8").specs == ["lora", "ga"]
 
@@ -71,12 +122,14 @@ CONFIGURED: dict[type[Strategy], st.SearchStrategy[Any]] = {
     Checkpoint: st.builds(Checkpoint.Config, layers=st.sampled_from(["all", "every-2", "0-15", "3+7+11", "0-3+9"])),
     AMP: st.builds(AMP.Config, dtype=st.sampled_from(["fp16", "bf16"])),
     GradientAccumulation: st.builds(GradientAccumulation.Config, steps=st.integers()),
+    OptimizerStep: st.builds(OptimizerStep.Config, fused=st.booleans(), foreach=st.booleans()),
+    BF16: st.builds(BF16.Config),
 }
 
 
 @st.composite
 def some_strategies(draw: st.DrawFn) -> list[Strategy]:
-    kinds = draw(st.lists(st.sampled_from(list(CONFIGURED)), unique=True))
+    kinds = draw(st.lists(st.sampled_from(list(CONFIGURED)), unique=True).filter(lambda k: not {AMP, BF16} <= {*k}))
     return [kind(draw(CONFIGURED[kind])) for kind in kinds]
 
 
@@ -87,10 +140,10 @@ def test_a_plan_reads_back_as_it_was_written(chosen: list[Strategy]) -> None:
     assert str(Plan.parse(str(plan))) == str(plan)
 
 
-@given(st.permutations(["lora", "ckpt", "amp", "ga"]))
+@given(st.permutations(["lora", "ckpt", "adamw", "amp", "ga"]))
 def test_strategies_are_ordered_by_stage_then_by_name_however_they_are_given(words: list[str]) -> None:
-    # lora changes what is trained, ckpt wraps modules, amp and ga change the step.
-    assert Plan.parse(",".join(words)).specs == ["lora", "ckpt", "amp", "ga"]
+    # lora changes what is trained, ckpt wraps modules, adamw changes the optimizer, amp and ga change the step.
+    assert Plan.parse(",".join(words)).specs == ["lora", "ckpt", "adamw", "amp", "ga"]
 
 
 @pytest.mark.parametrize(
@@ -102,11 +155,11 @@ def test_strategies_are_ordered_by_stage_then_by_name_however_they_are_given(wor
         (",", 'expected STRATEGY or STRATEGY:KEY=VALUE,… but found ""'),
         (":r=4", 'expected STRATEGY or STRATEGY:KEY=VALUE,… but found ":r=4"'),
         ("lora:", 'expected STRATEGY or STRATEGY:KEY=VALUE,… but found "lora:"'),
-        ("lora:r", 'expected KEY=VALUE after "lora" but found "r"'),
         ("lora:r=", 'expected KEY=VALUE after "lora" but found "r="'),
         ("lora:=4", 'expected KEY=VALUE after "lora" but found "=4"'),
         ("lora,=4", 'expected KEY=VALUE after "lora" but found "=4"'),
         ("lora:r=4,r=8", '"r" is set twice for "lora"'),
+        ("adamw:fused,fused=false", '"fused" is set twice for "adamw"'),
     ],
 )
 def test_a_malformed_plan_is_refused_with_the_words_that_are_wrong(text: str, message: str) -> None:
@@ -134,6 +187,18 @@ def test_an_unknown_strategy_is_refused_with_the_nearest_name() -> None:
         ("ga:steps=1.5", 'strategy "ga": setting "steps" cannot be "1.5": expected a whole number'),
         ("lora:r=4=8", 'strategy "lora": setting "r" cannot be "4=8": expected a whole number'),
         ("lora:alpha=much", 'strategy "lora": setting "alpha" cannot be "much": expected a number'),
+        ("lora:r", 'strategy "lora": setting "r" is no switch: write r=VALUE'),
+        ("lora:targets,r=4", 'strategy "lora": setting "targets" is no switch: write targets=VALUE'),
+        (
+            "adamw:fuse",
+            'strategy "adamw" has no setting "fuse": did you mean "fused"? Valid: foreach, fused',
+        ),
+        ("adamw:fused=maybe", 'strategy "adamw": setting "fused" cannot be "maybe": expected true or false'),
+        (
+            "adamw,fused",
+            'unknown strategy "fused" in plan "adamw,fused": '
+            'after a comma, the setting of "adamw" is written fused=true',
+        ),
     ],
 )
 def test_an_unknown_key_or_value_is_refused_with_what_is_valid(text: str, message: str) -> None:
@@ -161,21 +226,24 @@ def made(called: str, *, stage_: Stage = Stage.STEP, **features: set[str]) -> St
     return Made()
 
 
+OF_FEATURE = ', because of "sharding": leave one out, or change the setting that brings it'
+
+
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("one", "other", "why"),
     [
-        (made("a", conflicts={"b"}), made("b")),
-        (made("a"), made("b", conflicts={"a"})),
-        (made("a", conflicts={"sharding"}), made("b", provides={"sharding"})),
-        (made("a", provides={"sharding"}), made("b", conflicts={"sharding"})),
+        (made("a", conflicts={"b"}), made("b"), ": leave one out"),
+        (made("a"), made("b", conflicts={"a"}), ": leave one out"),
+        (made("a", conflicts={"sharding"}), made("b", provides={"sharding"}), OF_FEATURE),
+        (made("a", provides={"sharding"}), made("b", conflicts={"sharding"}), OF_FEATURE),
     ],
     ids=["by name", "by name, of the other", "by feature", "by feature, of the other"],
 )
-def test_a_conflict_is_refused_whoever_declares_it(one: Strategy, other: Strategy) -> None:
+def test_a_conflict_is_refused_whoever_declares_it(one: Strategy, other: Strategy, why: str) -> None:
     for given_order in [(one, other), (other, one)]:
         with pytest.raises(UsageError) as caught:
             Plan.of(*given_order)
-        assert str(caught.value) == 'the plan cannot be used: "a" and "b" cannot be combined: leave one out'
+        assert str(caught.value) == f'the plan cannot be used: "a" and "b" cannot be combined{why}'
 
 
 def test_a_requirement_is_met_by_a_feature_or_a_name_and_refused_otherwise() -> None:
@@ -209,6 +277,10 @@ def test_every_problem_of_every_strategy_is_said_before_anything_is_changed() ->
     assert workload.plan is step
     assert [type(module) for module in workload.model.modules()] == modules
     assert all(parameter.requires_grad for parameter in workload.model.parameters())
+
+
+def test_a_strategy_is_tried_with_its_default_settings_unless_it_says_otherwise() -> None:
+    assert type(made("a")).candidates(toy_workload()) == [Nothing()]
 
 
 @pytest.fixture

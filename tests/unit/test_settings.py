@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memscope.errors import UsageError
-from memscope.settings import fill, format_value, help_of, non_defaults
+from memscope.settings import fill, format_value, help_of, is_switch, non_defaults
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,30 @@ def test_wrong_value_is_refused_with_what_was_expected(key: str, text: str, expe
     message = refusal(**{key: text})
     assert message.startswith(f'target "mine": setting "{key}" cannot be "{text}": ')
     assert message.endswith(expected)
+
+
+@dataclass(frozen=True)
+class Switches:
+    one: bool = False
+    other: bool | None = None
+    text: str = ""
+    optional: int | None = None
+
+
+def test_a_switch_may_be_named_alone() -> None:
+    assert fill(Switches, {"one": None, "other": None}, of="it") == Switches(one=True, other=True)
+    assert fill(Switches(one=True), {"other": None}, of="it") == Switches(one=True, other=True)
+
+
+def test_only_bools_are_switches() -> None:
+    assert [is_switch(Switches, key) for key in ("one", "other", "text", "optional", "absent")] == [True, True] + [
+        False
+    ] * 3
+    assert is_switch(Switches(), "one")
+    for key in ("text", "optional"):
+        with pytest.raises(UsageError) as caught:
+            fill(Switches, {key: None}, of='target "mine"')
+        assert str(caught.value) == f'target "mine": setting "{key}" is no switch: write {key}=VALUE'
 
 
 def test_wrong_item_of_a_list_is_named() -> None:

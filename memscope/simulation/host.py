@@ -1,0 +1,74 @@
+"""Copies to the host and back: between stand-ins PyTorch would copy nothing, since all of them are on the CPU.
+
+A copy on the host takes no memory of the device. `x.cpu()` makes one, whoever calls it: PyTorch's own code does so in
+`save_on_cpu`. `x.to("cpu")` does when a target says it; elsewhere `"cpu"` is also the name of the stand-ins' device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from memscope.hooks.storages import StorageTracker
+from memscope.simulation.stand_in import is_target
+
+__all__ = ["host_copies"]
+
+
+@contextlib.contextmanager
+def host_copies(tracker: StorageTracker) -> Iterator[None]:
+    """`x.cpu()` and a target's `x.to("cpu")` give a copy on the host; `x.to(device)` and `x.cuda()` bring it back.
+
+    The methods themselves are replaced: a mode of PyTorch's does not see calls from autograd's hooks.
+    """
+    copy: Any = Tensor.cpu
+    move: Any = Tensor.to
+
+    def is_on_host(tensor: Any) -> bool:
+        return isinstance(tensor, FakeTensor) and tracker.is_hidden(tensor)
+
+    def to_host(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        tracker.hides = True
+        try:
+            moved = move(tensor, *args, **kwargs)
+            return move(tensor, tensor.device, copy=True) if moved is tensor and not is_on_host(tensor) else moved
+        finally:
+            tracker.hides = False
+
+    def to_device(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        moved = move(tensor, *args, **kwargs)
+        return move(tensor, tensor.device, copy=True) if moved is tensor and is_on_host(tensor) else moved
+
+    def cpu(tensor: Tensor, **kwargs: Any) -> Any:
+        if not isinstance(tensor, FakeTensor):
+            return copy(tensor, **kwargs)
+        return tensor if is_on_host(tensor) else to_host(tensor, tensor.device, **kwargs)
+
+    def cuda(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return to_device(tensor, tensor.device) if isinstance(tensor, FakeTensor) else tensor
+
+    def to(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        places = [value for value in (*args, *kwargs.values()) if isinstance(value, (str, torch.device, Tensor))]
+        if not isinstance(tensor, FakeTensor) or not (places or is_on_host(tensor)):
+            return move(tensor, *args, **kwargs)
+        is_to_host = _names_host(places) and is_target(sys._getframe(1)) if places else True
+        return (to_host if is_to_host or any(map(is_on_host, places)) else to_device)(tensor, *args, **kwargs)
+
+    methods = {"cpu": cpu, "cuda": cuda, "to": to}
+    for name, method in methods.items():
+        setattr(Tensor, name, method)
+    try:
+        yield
+    finally:
+        for name in methods:
+            delattr(Tensor, name)
+
+
+def _names_host(places: list[Any]) -> bool:
+    return any(torch.device(place).type == "cpu" for place in places if not isinstance(place, Tensor))

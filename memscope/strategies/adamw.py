@@ -1,0 +1,113 @@
+"""How the optimizer's step is carried out."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch.optim import Optimizer
+
+from memscope.strategies import Problem, Stage, Strategy
+from memscope.workload import Workload
+
+__all__ = ["OptimizerStep"]
+
+
+class OptimizerStep(Strategy):
+    """Update all parameters at once (foreach), one after the other, or in a fused kernel: AdamW and its like.
+
+    The optimizer is the workload's own, built anew with the flags that `torch.optim` has for it.
+    """
+
+    name = "adamw"
+    stage = Stage.OPTIM
+    exact = True
+    textbook: ClassVar[Mapping[str, str]] = {
+        "parameter": "–",
+        "activation": "–",
+        "gradient": "–",
+        "optimizer_state": "–",
+    }
+
+    @dataclass(frozen=True)
+    class Config:
+        """Which implementation."""
+
+        fused: bool = False
+        """One kernel updates all parameters, without temporaries; its step counters are on the device."""
+        foreach: bool = True
+        """Unless fused: all at once, PyTorch's own choice on a GPU; false: one by one, with the temporaries of one."""
+
+    @classmethod
+    def candidates(cls, workload: Workload) -> Sequence[Config]:
+        """Fused, and one by one; not the one that the optimizer is already set to."""
+        optimizer = _built(workload)
+        groups = optimizer.param_groups if optimizer else []
+        offered = [cls.Config(fused=True), cls.Config(foreach=False)]
+        return [config for config in offered if not all(_is_set_to(config, group) for group in groups)]
+
+    def check(self, workload: Workload) -> list[Problem]:
+        """An optimizer that has no such implementation, or cannot be built anew."""
+        optimizer = _built(workload)
+        if optimizer is None:
+            return []
+        name, flag, taken = type(optimizer).__name__, self._flag, _parameters_of(optimizer)
+        if flag not in taken:
+            return [Problem(f'the constructor of {name}, the optimizer, takes no "{flag}"', _instead(flag, taken))]
+        lost = [key for key in taken if key not in {"params", "fused", "foreach", *optimizer.defaults}]
+        if lost:
+            what = f'{name}, the optimizer, cannot be built anew: its defaults do not hold "{lost[0]}"'
+            return [Problem(what, f"leave it out, and give the optimizer {flag} where it is made")]
+        try:
+            self._rebuilt(optimizer)
+        except Exception as error:  # whatever its constructor has against it, it says so itself
+            return [Problem(f"{name}, the optimizer, refuses {flag}: {error}", _instead(flag, taken))]
+        return []
+
+    def apply(self, workload: Workload) -> None:
+        """Wrap the optimizer's factory."""
+        build = workload.optimizer_factory
+        workload.optimizer_factory = lambda parameters: self._rebuilt(build(parameters))
+
+    @property
+    def _flag(self) -> str:
+        return "fused" if self.config.fused else "foreach"
+
+    def _rebuilt(self, optimizer: Optimizer) -> Optimizer:
+        kind: Any = type(optimizer)
+        taken = _parameters_of(optimizer)
+        flags = {"fused": self.config.fused, "foreach": self.config.foreach and not self.config.fused}
+        flags = {key: value for key, value in flags.items() if key in taken}
+        arguments = {key: value for key, value in optimizer.defaults.items() if key in taken}
+        rebuilt: Optimizer = kind([group | flags for group in optimizer.param_groups], **arguments | flags)
+        if optimizer.state:
+            rebuilt.load_state_dict({**rebuilt.state_dict(), "state": optimizer.state_dict()["state"]})
+        return rebuilt
+
+
+def _built(workload: Workload) -> Optimizer | None:
+    """The workload's optimizer; None where it cannot be built, which whoever runs the workload says."""
+    trainable = [parameter for parameter in workload.model.parameters() if parameter.requires_grad]
+    try:
+        return workload.optimizer_factory(trainable) if trainable else None
+    except Exception:
+        return None
+
+
+def _parameters_of(optimizer: Optimizer) -> Sequence[str]:
+    return list(inspect.signature(type(optimizer)).parameters)
+
+
+def _is_set_to(config: OptimizerStep.Config, group: Mapping[str, Any]) -> bool:
+    """Whether a parameter group is; without any flag PyTorch chooses (torch/optim/adam.py, `adam`, 2.13)."""
+    fused, foreach = group.get("fused"), group.get("foreach")
+    if config.fused:
+        return bool(fused)
+    return not fused and not foreach and (fused, foreach) != (None, None)
+
+
+def _instead(flag: str, taken: Sequence[str]) -> str:
+    other = "choose foreach=false, or " if flag == "fused" and "foreach" in taken else "leave it out, or "
+    return f"{other}train with an optimizer that has it, such as torch.optim.AdamW"

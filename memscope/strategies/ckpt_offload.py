@@ -1,0 +1,105 @@
+"""What a layer's forward saves for its backward lives on the host in between.
+
+As `torch.autograd.graph.save_on_cpu(pin_memory=True)` does it, but that a piece of memory goes and comes back once,
+however many saved tensors show it, and that what the device holds anyway stays: the layer's parameters and buffers, and
+arguments that need no gradient, which the layers share (masks, rotary tables). A weight that autocast has cast is a
+tensor of its own, and goes. The copies run on the stream of the computation: no work hides them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils import _pytree as pytree
+
+__all__ = ["Offloaded"]
+
+
+class Offloaded:
+    """A forward function whose saved tensors live on the host. On the CPU they stay where they are."""
+
+    def __init__(self, layer: nn.Module, forward: Callable[..., Any]) -> None:
+        self.layer, self.forward = layer, forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the forward function gives."""
+        given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        shared = [tensor for tensor in given if not tensor.requires_grad]
+        held = [*self.layer.parameters(), *self.layer.buffers(), *shared]
+        trip = _Trip(frozenset(tensor.untyped_storage()._cdata for tensor in held if tensor.layout is torch.strided))
+        try:
+            with saved_tensors_hooks(trip.pack, _unpack):
+                return self.forward(*args, **kwargs)
+        finally:  # autograd keeps the hook with every tensor it packed, and with it the memory of all of them
+            trip.moved.clear()
+
+
+@dataclass(eq=False)
+class _OnHost:
+    """A piece of device memory that is on the host."""
+
+    storage: weakref.ref[torch.UntypedStorage]
+    """What it was on the device, to be told from a later one at the same address."""
+    copy: Tensor
+    device: torch.device
+    back: Tensor | None = None
+    """The copy on the device, from the first use in the backward pass until autograd lets go of the last one."""
+
+    def restored(self) -> Tensor:
+        """All of it, on the device again."""
+        if self.back is None:
+            self.back = self.copy.to(self.device, non_blocking=True)
+        return self.back
+
+
+@dataclass(frozen=True, eq=False)
+class _Packed:
+    """A saved tensor: a view of a piece of memory."""
+
+    memory: _OnHost
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+@dataclass(eq=False)
+class _Trip:
+    """One forward pass of one layer."""
+
+    held: frozenset[int]
+    """Storages that stay on the device."""
+    moved: dict[tuple[Any, ...], _OnHost] = field(default_factory=dict)
+
+    def pack(self, tensor: Tensor) -> Tensor | _Packed:
+        """Called by autograd when it saves a tensor, which is detached by then."""
+        if tensor.layout is not torch.strided or not tensor.numel() or tensor.untyped_storage()._cdata in self.held:
+            return tensor
+        storage = tensor.untyped_storage()
+        key = (storage._cdata, tensor._version, tensor.dtype, tensor.is_conj(), tensor.is_neg())
+        memory = self.moved.get(key)
+        if memory is None or memory.storage() is not storage:
+            whole = tensor.as_strided((storage.nbytes() // tensor.itemsize,), (1,), 0)
+            copy = _on_host(whole)
+            if copy is whole:
+                return tensor
+            memory = self.moved[key] = _OnHost(weakref.ref(storage), copy, tensor.device)
+        return _Packed(memory, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """A copy in pinned memory, which a GPU reads and writes at full speed; the tensor itself if it is on the host."""
+    if not tensor.is_cuda:
+        return tensor.cpu()
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+def _unpack(packed: Tensor | _Packed) -> Tensor:
+    if isinstance(packed, Tensor):
+        return packed
+    return packed.memory.restored().as_strided(packed.size, packed.stride, packed.offset)

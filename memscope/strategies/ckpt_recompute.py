@@ -1,0 +1,57 @@
+"""A forward function whose activations are computed again in the backward pass, through `torch.utils.checkpoint`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint, noop_context_fn
+
+__all__ = ["Arguments", "Recomputed", "flatten", "run_checkpointed"]
+
+Contexts = Callable[[], tuple[Any, Any]]
+"""Gives the context managers of the forward pass and of the recomputation, new ones at each call."""
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Recomputed:
+    """A forward function that is checkpointed as a whole; random state is preserved."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.forward = forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the forward function gives."""
+        return run_checkpointed(self.forward, (args, kwargs))
+
+
+def run_checkpointed(function: Callable[..., Any], arguments: Arguments, contexts: Contexts = noop_context_fn) -> Any:
+    """`function(*args, **kwargs)`, to be called again when its backward needs what it saved.
+
+    Keyword arguments and tuples go to PyTorch one tensor at a time: it looks for devices whose random state it must
+    preserve, and for tensors it must save, among positional arguments only (torch/utils/checkpoint.py of 2.13,
+    `_checkpoint_without_reentrant_generator` and `_CheckpointFrame.save_inputs`).
+    """
+    leaves, rebuild = flatten(arguments)
+
+    def call(*leaves: Any) -> Any:
+        args, kwargs = rebuild(leaves)
+        return function(*args, **kwargs)
+
+    return checkpoint(call, *leaves, use_reentrant=False, preserve_rng_state=True, context_fn=contexts)
+
+
+def flatten(arguments: Arguments) -> tuple[list[Any], Callable[[Any], Arguments]]:
+    """The arguments one by one, those in tuples too, and what puts them together again.
+
+    Lists, dictionaries and other containers stay whole: a function may change them in place.
+    """
+    args, kwargs = arguments
+    leaves, spec = pytree.tree_flatten((args, tuple(kwargs.values())), is_leaf=lambda node: type(node) is not tuple)
+
+    def rebuild(leaves: Any) -> Arguments:
+        args, values = pytree.tree_unflatten(list(leaves), spec)
+        return args, dict(zip(kwargs, values, strict=True))
+
+    return leaves, rebuild

@@ -1,0 +1,185 @@
+"""Which option each layer of a model takes, as a value and as a file that can be read and written by hand.
+
+The file is JSON: `{"format": "memscope-checkpoint-plan", "schema_version": 1, "layers": {"layers.0": "none", …},
+"made_for": {…}}`. The options are those of `memscope.strategies.ckpt_options`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from memscope.errors import UsageError
+from memscope.strategies import Problem
+from memscope.strategies.ckpt_options import Option, check_segments
+from memscope.trace import write_whole
+
+__all__ = ["SCHEMA_VERSION", "LayerPlan", "described"]
+
+SCHEMA_VERSION = 1
+_FORMAT = "memscope-checkpoint-plan"
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Options of a model's layers.
+
+    Raises:
+        UsageError: when there is no layer, an option is unknown, or checkpoints over several layers do not add up.
+    """
+
+    layers: Mapping[str, str]
+    """Option of each layer, by its name in the model, in order."""
+    made_for: Mapping[str, Any] = field(default_factory=dict)
+    """What the plan was made for: `target`, `settings`, `strategies`, `device`, and `model` as `described` gives it."""
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise UsageError("a checkpoint plan needs layers, and this one has none")
+        parents = {name.rpartition(".")[0] for name in self.layers}
+        if len(parents) > 1:
+            raise UsageError(
+                f"the layers of a checkpoint plan are those of one module, not of {_listed(sorted(parents))}"
+            )
+        check_segments(self.options)
+
+    @property
+    def options(self) -> dict[str, Option]:
+        """The options, read."""
+        options = {}
+        for name, text in self.layers.items():
+            try:
+                options[name] = Option.parse(text)
+            except UsageError as error:
+                raise UsageError(f"{name}: {error}") from None
+        return options
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write the plan as a JSON file, completely or not at all.
+
+        Raises:
+            UsageError: when the file exists and `overwrite` is False, or `made_for` holds more than JSON values.
+            TraceFileError: when it cannot be written.
+        """
+        path = Path(path)
+        if path.exists() and not overwrite:
+            raise UsageError(f"{path} exists already: choose another name, or overwrite it with -f")
+        content = {"format": _FORMAT, "schema_version": SCHEMA_VERSION}
+        content |= {"layers": dict(self.layers), "made_for": dict(self.made_for)}
+        try:
+            text = json.dumps(content, indent=2)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"{path}: cannot be written: made_for holds more than JSON values ({error})") from None
+        write_whole(path, f"{text}\n".encode())
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> LayerPlan:
+        """Read a plan file.
+
+        Raises:
+            UsageError: when the file is missing, no plan, truncated, of a newer version, or has an unknown option.
+        """
+        try:
+            text = Path(path).read_bytes().decode()
+            content = json.loads(text)
+        except FileNotFoundError:
+            raise UsageError(f"{path}: no such file") from None
+        except OSError as error:
+            raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from None
+        except UnicodeDecodeError:
+            raise UsageError(f"{path}: not a checkpoint plan: {_EXPECTED}") from None
+        except (ValueError, RecursionError) as error:
+            what = "a truncated or damaged checkpoint plan" if _FORMAT in text else "not a checkpoint plan"
+            raise UsageError(f"{path}: {what}: no JSON ({error}); {_EXPECTED}") from None
+        try:
+            return cls(*_parts(content))
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from None
+
+    def check(self, model: nn.Module, layers: Iterable[str]) -> list[Problem]:
+        """Everything that says the plan is for another model.
+
+        Args:
+            model: the model, which no strategy has changed yet.
+            layers: names of its layers, in order.
+        """
+        found = list(layers)
+        missing = [name for name in self.layers if name not in found]
+        more = [name for name in found if name not in self.layers]
+        made_for, model_has = self.made_for.get("model", {}), described(model, found)
+        differences = [f"has no {_listed(missing)}"] if missing else []
+        differences += [f"also has {_listed(more)}, for which it has no option"] if more else []
+        if not differences and list(self.layers) != found:
+            differences.append("has the same layers in another order")
+        differences += [
+            f"{what} {model_has[key]}, not {made_for[key]}"
+            for key, what in (("class", "is a"), ("parameters", "has parameters in number:"))
+            if key in made_for and made_for[key] != model_has[key]
+        ]
+        if "blocks" in made_for and not missing and not more and made_for["blocks"] != model_has["blocks"]:
+            differences.append(f"has layers of the classes {_classes(model_has)}, not {_classes(made_for)}")
+        fix = "make one for this model with memscope advise"
+        return [Problem(f"the checkpoint plan is for another model: this one {text}", fix) for text in differences]
+
+    def other_settings(self, settings: Mapping[str, Any]) -> list[str]:
+        """Settings that are not what the plan was made for, each as `seq_len is 1024, not 2048`."""
+        made_for = self.made_for.get("settings", {})
+        return [
+            f"{key} is {settings[key]}, not {value}"
+            for key, value in made_for.items()
+            if key in settings and settings[key] != value
+        ]
+
+
+_EXPECTED = "expected a file written by memscope advise"
+
+
+def described(model: nn.Module, layers: Iterable[str]) -> dict[str, Any]:
+    """What tells a model from another: its class, its number of parameters and the classes of its layers."""
+    return {
+        "class": type(model).__name__,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "blocks": [type(model.get_submodule(name)).__name__ for name in layers],
+    }
+
+
+def _parts(content: Any) -> tuple[dict[str, str], dict[str, Any]]:
+    """Layers and made_for of a file's content."""
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise UsageError(f'not a checkpoint plan: it does not say "format": "{_FORMAT}"; {_EXPECTED}')
+    version = content.get("schema_version")
+    if type(version) is int and version > SCHEMA_VERSION:
+        raise UsageError(
+            f"written with checkpoint plan schema {version}, this memscope reads up to {SCHEMA_VERSION}: "
+            "upgrade memscope"
+        )
+    layers: Any = content.get("layers")
+    made_for: Any = content.get("made_for", {})
+    wrong = [] if type(version) is int and version > 0 else ["schema_version"]
+    wrong += [] if isinstance(layers, dict) and all(isinstance(v, str) for v in layers.values()) else ["layers"]
+    wrong += [] if isinstance(made_for, dict) else ["made_for"]
+    wrong += [
+        f"made_for.{key}"
+        for key in ("settings", "model")
+        if isinstance(made_for, dict) and not isinstance(made_for.get(key, {}), dict)
+    ]
+    if wrong:
+        raise UsageError(f"a damaged checkpoint plan: {', '.join(wrong)} missing or of a wrong type")
+    return layers, made_for
+
+
+def _listed(names: Iterable[str]) -> str:
+    """`"a", "b" and 3 more`."""
+    quoted = [f'"{name}"' for name in names]
+    return ", ".join(quoted) if len(quoted) <= 4 else f"{', '.join(quoted[:3])} and {len(quoted) - 3} more"
+
+
+def _classes(model: Mapping[str, Any]) -> str:
+    return " and ".join(dict.fromkeys(map(str, model["blocks"])))

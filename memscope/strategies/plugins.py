@@ -1,0 +1,77 @@
+"""Strategies come from other packages too: what is wrong with one is told in words, with its name and its line."""
+
+from __future__ import annotations
+
+import dataclasses
+from importlib.metadata import EntryPoint
+from typing import TYPE_CHECKING, Any, Literal
+
+from memscope.errors import MemscopeError, UsageError, where
+
+if TYPE_CHECKING:
+    from memscope.strategies import Strategy
+    from memscope.workload import Workload
+
+__all__ = ["called", "loaded"]
+
+
+def loaded(entry: EntryPoint) -> type[Strategy]:
+    """The strategy that an entry point names.
+
+    Raises:
+        UsageError: when it cannot be imported, or is none.
+    """
+    named = f'strategy "{entry.name}" ({entry.value})'
+    try:
+        kind = entry.load()
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"{named} cannot be imported: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise UsageError(f"{named} cannot be imported: {type(error).__name__}: {error}{where(error)}") from error
+    wrong = _wrong(kind, entry.name)
+    if wrong:
+        raise UsageError(f"{named} cannot be used: {wrong}. Mend it, or uninstall its package")
+    strategy: type[Strategy] = kind
+    return strategy
+
+
+def _wrong(kind: Any, name: str) -> str:
+    from memscope.strategies import Stage, Strategy
+
+    if Strategy not in getattr(kind, "__mro__", ()):
+        return "it is no subclass of memscope.Strategy"
+    found: Any = {key: getattr(kind, key, None) for key in ("name", "stage", "exact", "Config")}
+    if found["name"] != name:
+        return f"its entry point calls it {name!r}, the class calls itself name = {found['name']!r}"
+    if not isinstance(found["stage"], Stage):
+        return f"its stage is {found['stage']!r}, expected one of memscope.strategies.Stage"
+    if not isinstance(found["exact"], bool):
+        return f"its exact is {found['exact']!r}, expected True or False"
+    if not (isinstance(found["Config"], type) and dataclasses.is_dataclass(found["Config"])):
+        return f"its Config is {found['Config']!r}, expected a frozen dataclass of its settings"
+    try:
+        found["Config"]()
+    except Exception as error:
+        return f"its Config cannot be made without arguments: {error}"
+    return ""
+
+
+def called(strategy: Strategy, what: Literal["candidates", "check", "baseline", "apply"], workload: Workload) -> Any:
+    """What a method of a strategy gives for a workload.
+
+    Raises:
+        MemscopeError: when it fails; an error of memscope's own goes through as it is.
+    """
+    try:
+        found = getattr(strategy, what)(workload)
+    except MemscopeError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise MemscopeError(
+            f'strategy "{strategy.name}" failed in {what}(): {type(error).__name__}: {error}{where(error)}'
+        ) from error
+    if what == "check" and not isinstance(found, list | tuple):
+        raise MemscopeError(
+            f'strategy "{strategy.name}": check() returned {found!r}, expected a list of Problem, empty if none'
+        )
+    return found

@@ -1,0 +1,259 @@
+"""How the optimizer's step is carried out: what becomes of the optimizer, and which temporaries each way takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from memscope import simulate
+from memscope.errors import UsageError
+from memscope.strategies import Plan
+from memscope.strategies.adamw import OptimizerStep
+from memscope.testing import toy_workload
+from memscope.trace import PHASES, Trace
+from memscope.workload import Training, Workload, micro_batches, run_step
+
+PLANS = ("adamw", "adamw:foreach=false", "adamw:fused")
+FLAGS = {
+    "adamw": {"fused": False, "foreach": True},
+    "adamw:foreach=false": {"fused": False, "foreach": False},
+    "adamw:fused": {"fused": True, "foreach": False},
+}
+Factory = Callable[[Iterable[nn.Parameter]], Optimizer]
+
+
+def workload_with(factory: Factory) -> Workload:
+    torch.manual_seed(0)
+    workload = toy_workload()
+    workload.optimizer_factory = factory
+    return workload
+
+
+def started(workload: Workload, plan: str) -> Training:
+    Plan.parse(plan).apply(workload)
+    return Training.start(workload, "cpu", lambda data: data)
+
+
+def step(training: Training) -> Tensor:
+    return run_step(training, micro_batches(training.workload, training.workload.batches[0]))
+
+
+def refusal(factory: Factory, plan: str) -> str:
+    with pytest.raises(UsageError) as caught:
+        Plan.parse(plan).apply(workload_with(factory))
+    return str(caught.value).partition("adamw: ")[2]
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("name", ["AdamW", "Adam", "Adagrad", "SGD"])
+def test_the_flags_reach_every_parameter_group_and_the_rest_stays(name: str, plan: str) -> None:
+    def two_groups(parameters: Iterable[nn.Parameter]) -> Optimizer:
+        first, *others = parameters
+        optimizer: Optimizer = getattr(torch.optim, name)(
+            [{"params": [first], "lr": 0.5, "layer": "first"}, {"params": others}], lr=0.25, weight_decay=0.125
+        )
+        return optimizer
+
+    workload = workload_with(two_groups)
+    before = two_groups(workload.model.parameters())
+    after = started(workload, plan).optimizer
+    assert type(after) is type(before)
+    expected = [group | FLAGS[plan] for group in before.param_groups]
+    assert [{**group, "params": None} for group in after.param_groups] == [{**g, "params": None} for g in expected]
+    assert after.defaults == before.defaults | FLAGS[plan]
+    for group, same in zip(after.param_groups, before.param_groups, strict=True):
+        assert [id(parameter) for parameter in group["params"]] == [id(parameter) for parameter in same["params"]]
+
+
+@pytest.mark.parametrize(
+    "name", ["NAdam", "RAdam", "Adamax", "RMSprop", "Adadelta", "Rprop", "ASGD", "AdamW", "Adam", "Adagrad", "SGD"]
+)
+def test_every_optimizer_of_pytorch_that_has_a_foreach_implementation_can_do_without(name: str) -> None:
+    kind = getattr(torch.optim, name)
+    training = started(workload_with(kind), "adamw:foreach=false")
+    assert [group["foreach"] for group in training.optimizer.param_groups] == [False]
+    step(training)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_after_three_steps_the_weights_differ_in_rounding_alone(plan: str) -> None:
+    def weights(plan: str) -> list[Tensor]:
+        workload = workload_with(lambda p: torch.optim.AdamW(p, lr=0.01))
+        workload.model.double()
+        training = started(workload, plan)
+        for _ in range(3):
+            step(training)
+        return [parameter.detach() for parameter in workload.model.parameters()]
+
+    for one, other in zip(weights(plan), weights(""), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-13)  # after moving by 0.03; rounding is 2e-16 a time
+
+
+def test_state_that_the_factory_has_loaded_is_kept() -> None:
+    trained = started(workload_with(torch.optim.AdamW), "")
+    step(trained)
+    saved = trained.optimizer.state_dict()
+
+    def resumed(parameters: Iterable[nn.Parameter]) -> Optimizer:
+        optimizer = torch.optim.AdamW(parameters)
+        optimizer.load_state_dict(saved)
+        return optimizer
+
+    optimizer = started(workload_with(resumed), "adamw:fused").optimizer
+    assert optimizer.param_groups[0]["fused"] is True
+    for index, state in enumerate(optimizer.state.values()):
+        assert {key: value.tolist() for key, value in state.items()} == {
+            key: value.tolist() for key, value in saved["state"][index].items()
+        }
+
+
+def test_a_fused_step_whose_gradients_overflow_is_left_out() -> None:
+    # The kernel is given the scale and whether a gradient overflowed; an infinite loss makes infinite gradients.
+    model = nn.Linear(1, 1, bias=False)
+    workload = Workload(model, [torch.ones(2, 1)], lambda m, x: (model.weight * 3e38).sum(), torch.optim.AdamW)
+    training = started(workload, "adamw:fused,amp:dtype=fp16")
+    before = model.weight.item()
+    step(training)
+    assert model.weight.item() == before
+    assert training.optimizer.state[model.weight]["step"].item() == 0
+    assert training.scaler is not None
+    assert training.scaler.get_scale() == 65536.0 / 2  # torch.amp.GradScaler starts with 65536 and halves it
+
+
+def test_a_fused_step_unscales_the_gradients() -> None:
+    # Adam's first step moves by lr against the sign of the gradient, whatever its size; SGD's shows the size itself.
+    model = nn.Linear(1, 1, bias=False)
+    workload = Workload(model, [torch.ones(2, 1)], lambda m, x: model.weight.sum(), lambda p: torch.optim.SGD(p, lr=1))
+    training = started(workload, "adamw:fused,amp:dtype=fp16")
+    before = model.weight.item()
+    step(training)
+    assert model.weight.item() == pytest.approx(before - 1, abs=1e-6)
+
+
+class Warm(torch.optim.AdamW):
+    """Keeps an argument of its constructor for itself."""
+
+    def __init__(self, params: Any, warmup: int = 10, fused: bool | None = None, foreach: bool | None = None) -> None:
+        super().__init__(params, fused=fused, foreach=foreach)
+        self.warmup = warmup
+
+
+@pytest.mark.parametrize(
+    ("factory", "plan", "message"),
+    [
+        (torch.optim.NAdam, "adamw:fused",
+         'the constructor of NAdam, the optimizer, takes no "fused": choose foreach=false, or train with an optimizer '
+         "that has it, such as torch.optim.AdamW"),
+        (torch.optim.LBFGS, "adamw:fused",
+         'the constructor of LBFGS, the optimizer, takes no "fused": leave it out, or train with an optimizer that has '
+         "it, such as torch.optim.AdamW"),
+        (torch.optim.SparseAdam, "adamw:foreach=false",
+         'the constructor of SparseAdam, the optimizer, takes no "foreach": leave it out, or train with an optimizer '
+         "that has it, such as torch.optim.AdamW"),
+        (Warm, "adamw:fused",
+         'Warm, the optimizer, cannot be built anew: its defaults do not hold "warmup": leave it out, and give the '
+         "optimizer fused where it is made"),
+        (lambda p: torch.optim.Adam(p, differentiable=True), "adamw:fused",
+         "Adam, the optimizer, refuses fused: `fused` does not support `differentiable`: choose foreach=false, or "
+         "train with an optimizer that has it, such as torch.optim.AdamW"),
+        (lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.1)), "adamw",
+         "AdamW, the optimizer, refuses foreach: lr as a Tensor is not supported for capturable=False and "
+         "foreach=True: leave it out, or train with an optimizer that has it, such as torch.optim.AdamW"),
+    ],
+    ids=["NAdam", "LBFGS", "SparseAdam", "an argument is lost", "differentiable", "lr is a tensor"],
+)  # fmt: skip
+def test_an_optimizer_that_cannot_is_refused_in_words(factory: Factory, plan: str, message: str) -> None:
+    assert refusal(factory, plan) == message
+
+
+def test_an_optimizer_that_cannot_be_built_at_all_is_left_to_whoever_runs_it() -> None:
+    def broken(parameters: Iterable[nn.Parameter]) -> Optimizer:
+        raise RuntimeError("no optimizer today")
+
+    workload = workload_with(broken)
+    assert OptimizerStep().check(workload) == []
+    assert OptimizerStep.candidates(workload) == []
+    workload.model.requires_grad_(False)
+    assert OptimizerStep().check(workload) == []
+
+
+FUSED, ONE_BY_ONE = OptimizerStep.Config(fused=True), OptimizerStep.Config(foreach=False)
+
+
+@pytest.mark.parametrize(
+    ("flags", "candidates"),
+    [
+        ({}, [FUSED, ONE_BY_ONE]),
+        ({"foreach": True}, [FUSED, ONE_BY_ONE]),
+        ({"fused": True}, [ONE_BY_ONE]),
+        ({"foreach": False}, [FUSED]),
+        ({"fused": False}, [FUSED]),  # PyTorch chooses foreach only where neither is given
+    ],
+)
+def test_candidates_are_the_ways_that_the_optimizer_does_not_go_yet(
+    flags: dict[str, Any], candidates: list[Any]
+) -> None:
+    assert OptimizerStep.candidates(workload_with(lambda p: torch.optim.AdamW(p, **flags))) == candidates
+
+
+LAYERS = 5
+WEIGHT = 4 * 128 * 128  # bytes of each of the layers' weights: whole blocks of 512 on a GPU
+
+
+def simulated_on_a_gpu(plan: str, factory: Factory = torch.optim.AdamW) -> Trace:
+    def build() -> Workload:
+        model = nn.Sequential(*(nn.Linear(128, 128, bias=False) for _ in range(LAYERS)))
+        return Workload(model, [torch.ones(1, 128)], lambda m, x: m(x).sum(), factory)
+
+    return simulate(build, strategies=plan)
+
+
+def temporaries(trace: Trace) -> list[tuple[int, int, int]]:
+    """`(born, freed, bytes)` of what the optimizer allocates in the second step, where its state is there already."""
+    chosen = (trace.step == 1) & (trace.phase == PHASES.index("optimizer"))
+    rows = zip(trace.born[chosen].tolist(), trace.freed[chosen].tolist(), trace.size[chosen].tolist(), strict=True)
+    return list(rows)
+
+
+def most_at_once(trace: Trace) -> int:
+    taken = temporaries(trace)
+    return max((sum(size for born, freed, size in taken if born <= now < freed) for now, _, _ in taken), default=0)
+
+
+def test_foreach_takes_a_temporary_as_large_as_all_parameters() -> None:
+    # The root of the second moment, of all of them at once (`_multi_tensor_adam`, torch/optim/adam.py, 2.13).
+    assert most_at_once(simulated_on_a_gpu("adamw")) == LAYERS * WEIGHT
+    assert most_at_once(simulated_on_a_gpu("")) == LAYERS * WEIGHT  # which is PyTorch's own choice on a GPU
+
+
+def test_one_by_one_takes_the_temporaries_of_one_parameter() -> None:
+    # `denom = (exp_avg_sq.sqrt() / bias_correction2_sqrt).add_(eps)`: the root and the quotient, while `denom` still
+    # names the one before (`_single_tensor_adam`, torch/optim/adam.py, 2.13).
+    assert most_at_once(simulated_on_a_gpu("adamw:foreach=false")) == 3 * WEIGHT
+
+
+def test_fused_takes_no_temporary_and_keeps_a_counter_for_each_parameter_on_the_device() -> None:
+    trace = simulated_on_a_gpu("adamw:fused")
+    assert temporaries(trace) == []
+    two_moments = 2 * LAYERS * WEIGHT
+    assert trace.max_by_category(1)["optimizer_state"] == two_moments + LAYERS * 512  # 4 bytes in a block of 512
+    for plan in ("adamw", "adamw:foreach=false"):
+        assert simulated_on_a_gpu(plan).max_by_category(1)["optimizer_state"] == two_moments
+
+
+def test_fused_with_a_gradient_scaler_takes_scalars_alone() -> None:
+    # A factor of 1, whether there was an overflow, a copy of each for the device, the sum over devices, the scale
+    # (`step`, `_check_inf_per_device` and `_MultiDeviceReplicator.get`, torch/amp/grad_scaler.py, 2.13).
+    assert [size for _, _, size in temporaries(simulated_on_a_gpu("adamw:fused,amp:dtype=fp16"))] == [512] * 6
+
+
+@pytest.mark.parametrize("flags", [{"fused": True}, {"foreach": False}, {}])
+def test_the_workloads_own_flags_do_what_the_strategy_does(flags: dict[str, Any]) -> None:
+    plan = {(): "adamw", ("fused",): "adamw:fused", ("foreach",): "adamw:foreach=false"}[tuple(flags)]
+    own = simulated_on_a_gpu("", lambda p: torch.optim.AdamW(p, **flags))
+    assert own.size.tolist() == simulated_on_a_gpu(plan).size.tolist()

@@ -1,0 +1,101 @@
+"""Tensors that a simulated GPU's program moves to the host take no memory of the device, and moved back they do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
+
+from memscope import Trace, simulate
+from memscope.errors import TargetError
+from memscope.trace import CATEGORIES, PHASES
+from memscope.workload import Workload
+
+ROWS, DIM = 32, 64
+U = ROWS * DIM * 4
+"""Bytes of a batch in float32."""
+
+
+def kept_bytes(move: Callable[[Tensor], Tensor | None], device: str = "gpu") -> int:
+    """Bytes that are left at the end of a step which keeps what `move` gives of an activation."""
+    kept: list[Tensor | None] = []
+
+    def build() -> Workload:
+        def loss(model: nn.Module, x: Tensor) -> Tensor:
+            y = model(x)
+            kept.append(move(y.detach()))
+            return y.square().mean()
+
+        return Workload(nn.Linear(DIM, DIM, bias=False), [torch.randn(ROWS, DIM)], loss, torch.optim.SGD)
+
+    trace = simulate(build, device=device, steps=1)
+    return int(trace.requested[trace.freed < 0].sum())
+
+
+MOVES: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
+    "to the host": (lambda y: y.cpu(), 0),
+    "to the host by name": (lambda y: y.to("cpu"), 0),
+    "to the host, converted": (lambda y: y.to(device="cpu", dtype=torch.float64), 0),
+    "to where another one is": (lambda y: y.to(y[0].cpu()), 0),
+    "a part of it": (lambda y: y[:3].cpu(), 0),
+    "twice": (lambda y: y.cpu().cpu(), 0),
+    "converted there": (lambda y: y.cpu().to(torch.float64), 0),
+    "and back": (lambda y: y.cpu().to(y.device), U),
+    "and back by name": (lambda y: y.cpu().cuda(), U),
+    "and back by another name": (lambda y: y.to("cpu").to("cuda:0"), U),
+    "and back, converted": (lambda y: y.cpu().to(y.device, torch.float64), 2 * U),
+    "a part of it back": (lambda y: y.cpu()[: ROWS // 2].to(y.device), U // 2),
+    "to where it is": (lambda y: y.to(y.device), U),  # the activation itself is kept
+}
+
+
+@pytest.mark.parametrize(("move", "expected"), MOVES.values(), ids=MOVES)
+def test_what_is_kept_takes_device_memory_unless_it_is_on_the_host(
+    move: Callable[[Tensor], Tensor], expected: int
+) -> None:
+    assert kept_bytes(move) - kept_bytes(lambda y: None) == expected
+
+
+def test_on_the_cpu_nothing_is_copied() -> None:
+    assert kept_bytes(lambda y: y.cpu(), "cpu") - kept_bytes(lambda y: None, "cpu") == U
+
+
+def test_the_methods_are_put_back() -> None:
+    kept_bytes(lambda y: y.cpu())
+    with pytest.raises(TargetError):
+        kept_bytes(lambda y: 1 / 0)
+    assert not {"cpu", "cuda", "to"} & vars(Tensor).keys()
+
+
+class Saved(nn.Module):
+    """A layer under PyTorch's own offloading."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(DIM, DIM, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with save_on_cpu():
+            return torch.sin(self.linear(x))
+
+
+def copies_back(trace: Trace) -> list[int]:
+    made = (trace.phase == PHASES.index("backward")) & (trace.op == trace.ops.index("aten._to_copy.default"))
+    assert bool((trace.freed[made] >= 0).all())
+    return sorted(trace.requested[made].tolist())
+
+
+def test_pytorchs_own_offloading_is_seen() -> None:
+    def build() -> Workload:
+        model = nn.Sequential(Saved(), Saved())
+        return Workload(model, [torch.randn(ROWS, DIM)], lambda model, x: model(x).sum(), torch.optim.SGD)
+
+    trace = simulate(build, device="gpu", steps=1)
+    # Each linear layer saves its input, the second one its weight too (the batch needs no gradient), each sine its own.
+    assert copies_back(trace) == sorted([U, U, U, U, DIM * DIM * 4])
+    backward = trace.mark_event[[PHASES[phase] for phase in trace.mark_phase].index("backward")]
+    alive = (trace.born < backward) & ((trace.freed < 0) | (trace.freed >= backward))
+    assert trace.requested[alive & (trace.category == CATEGORIES.index("activation"))].tolist() == [4]  # the loss
