@@ -10,7 +10,7 @@ from fractions import Fraction
 
 from memscope.errors import UsageError
 
-__all__ = ["format_bytes", "format_change", "parse_bytes"]
+__all__ = ["format_bytes", "format_change", "format_gb", "parse_bytes"]
 
 _SCALE = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _SCALE |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -32,6 +32,11 @@ def format_bytes(size_bytes: int) -> str:
 def format_change(change_bytes: int) -> str:
     """`+1.25 GiB` or `-3.00 MiB`: a difference, always with its sign."""
     return ("+" if change_bytes >= 0 else "") + format_bytes(change_bytes)
+
+
+def format_gb(size_bytes: int) -> str:
+    """`40 GB`, `37.25 GB`: in decimal gigabytes, as budgets and clouds have them, with at most two decimals."""
+    return f"{size_bytes / 1e9:.2f}".rstrip("0").rstrip(".") + " GB"
 
 
 def parse_bytes(text: str) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,14 @@ import torch
 
 from memscope.simulation.allocator import AllocatorSettings, OutOfMemory, Replay, replay
 from memscope.simulation.devices import Device
+from memscope.simulation.kernel_results import OWN_ORDER
 from memscope.simulation.workspaces import OPERATORS, KernelSettings, Workspace, describe, workspaces_for
 from memscope.trace import CATEGORIES, PHASES, Trace
 
-__all__ = ["KernelWorkspaces", "on_device"]
+__all__ = ["KernelWorkspaces", "least_reserved", "on_device"]
+
+
+_SMALL_SEGMENT = 2 * 2**20  # kSmallBuffer of c10/cuda/CUDACachingAllocator.cpp
 
 
 class KernelWorkspaces:
@@ -45,34 +50,83 @@ class KernelWorkspaces:
         self.estimated.update(workspace.name for workspace in found if workspace.estimate)
         return found
 
+    def has_own_order(self, name: str) -> bool:
+        """Whether an operator, named with its overload, may make its results in another order, or some on the host."""
+        return name in OWN_ORDER
+
+    def born(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...] | None:
+        """Which results of one call are made on the device, in which order; None: all, as they are given back."""
+        return OWN_ORDER[str(func)](describe(func, args, kwargs), self._version)
+
 
 def _torch_version() -> tuple[int, int]:
     major, minor = torch.__version__.split(".")[:2]
     return int(major), int(minor)
 
 
-def on_device(trace: Trace, device: Device, settings: AllocatorSettings) -> Trace:
+def on_device(trace: Trace, device: Device, settings: AllocatorSettings, cache_emptied: Sequence[int] = ()) -> Trace:
     """The trace with the blocks and the reserved memory that a device's allocator would give it.
 
     Where the device is too small, `meta["out_of_memory"]` says when and by what it runs out, and the trace goes on as
-    if it were not: so it still shows what would be needed.
+    if it were not: so it still shows what would be needed. `cache_emptied`: the events before which the target calls
+    `torch.cuda.empty_cache()`.
     """
-    capped = _replayed(trace, device, settings, device.allocatable_bytes)
-    given = _replayed(trace, device, settings, None) if capped.oom else capped
+    capped = _replayed(trace, device, settings, device.allocatable_bytes, cache_emptied)
+    given = _replayed(trace, device, settings, None, cache_emptied) if capped.oom else capped
     meta = {
         **trace.meta,
         "capacity": device.capacity_bytes,
         "context": device.context_bytes,
+        "allocator": {"settings": _values(settings), "cache_emptied": list(cache_emptied)},
         "peak_reserved": given.peak_reserved,
         "out_of_memory": _described(trace, capped, capped.oom) if capped.oom else None,
     }
     return dataclasses.replace(trace, size=given.block_sizes, reserved=given.reserved, meta=meta)
 
 
-def _replayed(trace: Trace, device: Device, settings: AllocatorSettings, capacity_bytes: int | None) -> Replay:
-    total = device.capacity_bytes if capacity_bytes is not None else None
+def _values(settings: AllocatorSettings) -> dict[str, Any]:
+    """As JSON values."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(settings).items()
+    }
+
+
+def least_reserved(trace: Trace, settings: AllocatorSettings) -> int:
+    """Bytes that the allocator must be able to reserve for a run to get through: less than it reserves if it may.
+
+    Before it gives up, the allocator hands cached segments back to the driver and tries again. Found by halving the
+    range down to the size of a small segment, each time with the whole run replayed.
+    """
+
+    def fits(reserved_bytes: int) -> bool:
+        return (
+            replay(trace.requested, trace.born, trace.freed, settings=settings, capacity_bytes=reserved_bytes).oom
+            is None
+        )
+
+    free = replay(trace.requested, trace.born, trace.freed, settings=settings)
+    least, most = free.peak_allocated - 1, free.peak_reserved
+    while most - least > _SMALL_SEGMENT:
+        middle = (least + most) // 2
+        least, most = (least, middle) if fits(middle) else (middle, most)
+    return most
+
+
+def _replayed(
+    trace: Trace,
+    device: Device,
+    settings: AllocatorSettings,
+    capacity_bytes: int | None,
+    cache_emptied: Sequence[int],
+) -> Replay:
     return replay(
-        trace.requested, trace.born, trace.freed, settings=settings, capacity_bytes=capacity_bytes, device_bytes=total
+        trace.requested,
+        trace.born,
+        trace.freed,
+        settings=settings,
+        capacity_bytes=capacity_bytes,
+        device_bytes=device.capacity_bytes if capacity_bytes is not None else None,
+        cache_emptied=cache_emptied,
     )
 
 

@@ -1,0 +1,86 @@
+"""What planned checkpoints cost, against other ways to choose them, and how long advice takes.
+
+Costs of the blocks come from simulations of the model whose memory is planned, LLaMA2-7B at 2048 tokens as the target
+has it. Times of steps are estimates (memscope.simulation.cost), the same for all that is compared.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from memscope.advisor.blocks import measure
+from memscope.advisor.planner import Chain, Choice, evaluate, plan
+from memscope.advisor.reference import Blocks, Reference, full_probe, none_probe
+from memscope.advisor.runner import InProcess, Seen
+from memscope.simulation.devices import get_device
+from memscope.target import find_target
+
+SHARE = 0.6
+SETTINGS = {"seq_len": "2048", "accumulation": "2"}
+CASES = {"full": "adamw:fused", "lora": "lora:r=16"}
+
+
+@cache
+def measured(case: str) -> tuple[Chain, int]:
+    """The chain of the model's blocks, and the budget at which `SHARE` of their activations may be kept."""
+    target, device = find_target("targets/llama2"), get_device("a100-80gb")
+    config = target.configure("7b", SETTINGS)
+    runner = InProcess(lambda: target.build(config), device)
+    import torch
+
+    with torch.device("meta"):
+        blocks = Blocks.of(target.build(config).model)
+    unlimited = 10**13
+    none, full = runner.run([probe(CASES[case], blocks, unlimited) for probe in (none_probe, full_probe)])
+    assert isinstance(none, Seen)
+    assert isinstance(full, Seen)
+    chain = measure(runner.run, Reference(CASES[case], blocks, none, full), device).chain()
+    plain = [only(chain, block, "none") for block in range(len(chain.choices))]
+    kept = sum(choice.kept_bytes for choice in plain)
+    return chain, evaluate(chain, plain).peak_bytes - int((1 - SHARE) * kept)
+
+
+def only(chain: Chain, block: int, option: str) -> Choice:
+    return chain.choice(block, option, 1)
+
+
+def every_nth(chain: Chain, n: int, offset: int) -> list[Choice]:
+    blocks = range(len(chain.choices))
+    return [only(chain, block, "full" if block % n == offset else "none") for block in blocks]
+
+
+def best_every_nth(chain: Chain, budget_bytes: int) -> int:
+    """Least time of all ways to checkpoint every n-th block that fit."""
+    tried = [evaluate(chain, every_nth(chain, n, offset)) for n in range(1, 17) for offset in range(n)]
+    return min(found.nanoseconds for found in tried if found.peak_bytes <= budget_bytes)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_recomputation_costs_a_third_of_checkpointing_all_layers(benchmark: BenchmarkFixture, case: str) -> None:
+    """Auto-SAC's formulation is compared in bench_planner.py."""
+    chain, budget_bytes = measured(case)
+    found = benchmark.pedantic(lambda: plan(chain, budget_bytes), rounds=3)  # type: ignore[no-untyped-call]
+    every = evaluate(chain, every_nth(chain, 1, 0)).nanoseconds
+    nth = best_every_nth(chain, budget_bytes)
+    benchmark.extra_info.update(
+        milliseconds=found.nanoseconds / 1e6, all_layers=every / 1e6, best_every_nth=nth / 1e6, gap=found.gap
+    )
+    assert found.gap == 0
+    assert found.nanoseconds <= every / 3
+    assert found.nanoseconds <= nth / 2
+    assert benchmark.stats is not None
+    assert benchmark.stats.stats.median <= 2
+
+
+def test_advice_on_7b_takes_less_than_45_seconds(benchmark: BenchmarkFixture, tmp_path: Path) -> None:
+    command = [Path(sys.executable).with_name("memscope"), "advise", "targets/llama2", "--budget", "28GiB"]
+    command += ["--device", "a100-40gb", "--allow", "lora", "-o", tmp_path / "plan.json"]
+    benchmark.pedantic(lambda: subprocess.run(command, check=True, capture_output=True), rounds=1)  # type: ignore[no-untyped-call]
+    assert benchmark.stats is not None
+    assert benchmark.stats.stats.median <= 45

@@ -1,0 +1,1 @@
+"""Which strategies to switch on, and which blocks to checkpoint, so that a training step fits a budget."""

@@ -1,0 +1,196 @@
+"""What the advisor says: the plan, what it takes, why nothing cheaper was found, and what else there is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from memscope.trace import PHASES, Trace
+
+__all__ = ["Advice", "Binding", "Certificate", "FrontPoint", "Peak", "binding_of", "in_words"]
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Most memory of a plan, in bytes."""
+
+    allocated: int
+    """As `torch.cuda.max_memory_allocated` shows it."""
+    reserved: int
+    """Least that PyTorch's allocator must be able to reserve for the plan to run."""
+    device: int
+    """The same with the CUDA context: what the device must hold. The context is an estimate."""
+
+    def document(self) -> dict[str, int]:
+        """As JSON values."""
+        return {"allocated": self.allocated, "reserved": self.reserved, "device": self.device}
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Why no cheaper plan is to be had: among checkpoint plans, for the strategies chosen."""
+
+    lower_bound_seconds: float
+    """No plan of the options considered that fits the budget makes a step shorter than this (estimated time)."""
+    gap: float
+    """How far above it the plan is, as a share of the step."""
+
+
+@dataclass(frozen=True)
+class Binding:
+    """The event at which a plan needs most."""
+
+    step: int
+    phase: str
+    module: str
+    op: str
+    allocated: int
+    by_category: Mapping[str, int]
+    helps: str = ""
+    """What would lower it."""
+
+    def document(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {**vars(self), "by_category": dict(self.by_category)}
+
+
+@dataclass(frozen=True)
+class FrontPoint:
+    """One plan on the Pareto front of memory against time; simulated as such."""
+
+    strategies: tuple[str, ...]
+    recomputed: str
+    """What is checkpointed, in words."""
+    peak: Peak
+    step_seconds: float
+
+    def document(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "strategies": list(self.strategies),
+            "recomputed": self.recomputed,
+            "peak": self.peak.document(),
+            "step_seconds": self.step_seconds,
+        }
+
+
+@dataclass(frozen=True)
+class Advice:
+    """The cheapest plan found that fits a budget, or why none does. Times are estimates."""
+
+    target: str
+    device: str
+    budget_bytes: int
+    feasible: bool
+    strategies: tuple[str, ...]
+    """Strategies and settings, without checkpointing."""
+    layers: Mapping[str, str]
+    """Option of each block; empty where nothing is checkpointed."""
+    peak: Peak
+    """Of the plan; where nothing fits, of the one that needs least."""
+    step_seconds: float
+    overhead_vs_none: float
+    """Longer than without any checkpointing, as a share: 0.12 is 12 %."""
+    overhead_vs_all: float
+    """Longer than with every block checkpointed whole; below 0 if shorter."""
+    certificate: Certificate | None
+    minimum_bytes: int
+    """Smallest budget that any plan found here fits."""
+    binding: Binding
+    front: tuple[FrontPoint, ...]
+    simulated: int
+    """Combinations of strategies that were simulated."""
+    combinations: int
+    """Combinations there are."""
+    notes: tuple[str, ...] = ()
+    """What the user should know besides, as sentences."""
+    made_for: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """What the plan was made for, as a plan file keeps it."""
+    file: Path | None = None
+    """Plan file, once saved."""
+    trace: Trace | None = field(default=None, repr=False)
+    """The whole step with the plan, simulated."""
+
+    @property
+    def plan(self) -> str:
+        """The plan as `memscope profile -s` takes it."""
+        words = [*self.strategies, *([f"ckpt:plan={self.file}"] if self.file else [])]
+        return ",".join(words)
+
+    def document(self) -> dict[str, Any]:
+        """As one JSON document with integer bytes."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "target": self.target,
+            "device": self.device,
+            "budget": self.budget_bytes,
+            "feasible": self.feasible,
+            "plan": {
+                "strategies": list(self.strategies),
+                "layers": dict(self.layers),
+                "file": str(self.file) if self.file else None,
+            },
+            "peak": self.peak.document(),
+            "time": {
+                "estimate": True,
+                "step_seconds": self.step_seconds,
+                "overhead_vs_none": self.overhead_vs_none,
+                "overhead_vs_all": self.overhead_vs_all,
+            },
+            "certificate": vars(self.certificate) if self.certificate else None,
+            "minimum_budget": self.minimum_bytes,
+            "binding": self.binding.document(),
+            "front": [point.document() for point in self.front],
+            "combinations": {"simulated": self.simulated, "all": self.combinations},
+            "notes": list(self.notes),
+        }
+
+
+def binding_of(trace: Trace, helps: str = "") -> Binding:
+    """The event of a trace's peak: who asked for memory then, and what was there."""
+    peak = trace.peak
+    index = int(np.flatnonzero(trace.born == peak.event)[0])
+    return Binding(
+        step=peak.step,
+        phase=PHASES[int(trace.phase[index])],
+        module=trace.modules[int(trace.module[index])],
+        op=trace.ops[int(trace.op[index])],
+        allocated=peak.allocated_bytes,
+        by_category={category: size for category, size in trace.by_category().items() if size},
+        helps=helps,
+    )
+
+
+def in_words(layers: Mapping[str, str]) -> str:
+    """The options of the blocks, alike neighbours as ranges: `layers.0-15 full, layers.16-31 none`."""
+    spans: list[tuple[str, str, str]] = []
+    for name, option in layers.items():
+        if option.startswith("within:"):
+            option = spans[-1][2]
+        if spans and spans[-1][2] == option:
+            spans[-1] = (spans[-1][0], name, option)
+        else:
+            spans.append((name, name, option))
+    if not spans or {option for _, _, option in spans} == {"none"}:
+        return "nothing"
+    words = (f"{_range(first, last)} {_short(option)}" for first, last, option in spans)
+    return ", ".join(words)
+
+
+def _short(option: str) -> str:
+    """`save:attention.wq/aten.mm+attention.wk/aten.mm` as `save wq+wk`: the modules whose results are kept."""
+    kind, _, rest = option.partition(":")
+    if kind != "save":
+        return option.replace(":", " ")
+    calls = [call.partition("/") for call in rest.split("+")]
+    return f"{kind} {'+'.join(module.rpartition('.')[2] or op.rpartition('.')[2] for module, _, op in calls)}"
+
+
+def _range(first: str, last: str) -> str:
+    return first if first == last else f"{first}-{last.rpartition('.')[2]}"

@@ -1,0 +1,223 @@
+"""Ask the advisor: what to switch on, and which blocks to checkpoint, so that a step fits a budget at least cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Collection, Mapping
+
+import torch
+
+from memscope.advisor.advice import Advice, Certificate, FrontPoint, Peak, binding_of, in_words
+from memscope.advisor.combinations import combinations, forbidden, require_known
+from memscope.advisor.planning import Found, device_bytes
+from memscope.advisor.reference import Blocks, full_probe, layer_plan, seconds_of
+from memscope.advisor.runner import Asker, InProcess, Progress, Runner, Seen
+from memscope.advisor.search import Search
+from memscope.errors import UsageError
+from memscope.simulation.allocator import AllocatorSettings
+from memscope.simulation.device_memory import least_reserved
+from memscope.simulation.devices import Device, get_device
+from memscope.strategies import Plan
+from memscope.strategies.layer_plan import described
+from memscope.trace import Trace
+from memscope.units import format_bytes, parse_bytes
+from memscope.workload import Workload
+
+__all__ = ["DEFAULT_DEVICE", "advise", "budget_of"]
+
+DEFAULT_DEVICE = "a100-80gb"
+"""Whose kernels and rates are assumed where no device is named."""
+_FRONT_PLANS = 4
+_WORTH_SAYING = 0.01
+"""Share of the reserved memory that a saving must reach to be pointed out."""
+
+
+def budget_of(text: str, device: Device, *, named: bool) -> int:
+    """Bytes of a budget such as `40GB`, `37.3GiB`, or `90%` of a device that was named.
+
+    Raises:
+        UsageError: when it cannot be read, is nothing, or a percentage of an unknown device or outside 0 to 100.
+    """
+    words = text.strip()
+    if not words.endswith("%"):
+        return parse_bytes(words)
+    if not named or device.capacity_bytes is None:
+        raise UsageError(f'budget "{text}" is a share of a device: name one, for example --device a100-40gb')
+    try:
+        share = float(words[:-1])
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 100:
+        raise UsageError(f'budget "{text}": expected a share above 0% and up to 100%, for example 90%')
+    return int(device.capacity_bytes * share / 100)
+
+
+def advise(
+    workload: Workload | Callable[[], Workload],
+    *,
+    budget: int | str,
+    device: str | Device = DEFAULT_DEVICE,
+    strategies: str | Plan = "",
+    allow: Collection[str] = (),
+    blocks: str = "",
+    allocator: AllocatorSettings | None = None,
+    runner: Runner | None = None,
+    progress: Progress | None = None,
+) -> Advice:
+    """Find the plan that makes a training step fit a budget at the least estimated time.
+
+    Args:
+        workload: what to train, or a function that builds it.
+        budget: what the device must hold, CUDA context included: bytes, or text such as `40GB` or `90%`.
+        device: the device whose kernels and rates are assumed; a name that `memscope devices` lists.
+        strategies: a plan that is applied in any case.
+        allow: names of strategies that change the mathematics and may be used; all others are.
+        blocks: name of the list of modules to choose from; empty: the largest list of modules of one class.
+        allocator: settings of PyTorch's caching allocator; None: what `PYTORCH_CUDA_ALLOC_CONF` says.
+        runner: carries out the simulations; None: one after the other in this process.
+        progress: told what is going on, `progress(what, simulations done, known to be needed)`.
+
+    Raises:
+        UsageError: when budget, device or strategies cannot be used, or the model's blocks form no chain.
+        TargetError: when the target's code fails, or cannot be simulated.
+    """
+    named = isinstance(device, Device) or device != DEFAULT_DEVICE
+    device = get_device(device) if isinstance(device, str) else device
+    budget_bytes = budget_of(budget, device, named=named) if isinstance(budget, str) else budget
+    if budget_bytes <= 0:
+        raise UsageError(f"a budget of {budget_bytes} bytes: expected a positive size, for example 40GB")
+    if not device.peak_flops_per_second:
+        raise UsageError(
+            f'the rates of device "{device.name}" are not known, and plans are compared by their time: '
+            "choose a certain GPU (memscope devices)"
+        )
+    require_known(allow)
+    settings = AllocatorSettings.from_environment(os.environ) if allocator is None else allocator
+    always = Plan.parse(strategies) if isinstance(strategies, str) else strategies
+    if isinstance(workload, Workload):
+        built = workload
+    else:
+        with torch.device("meta"):
+            built = workload()
+    always.check(built)
+    chain = Blocks.of(built.model, blocks)
+    asker = Asker(runner or InProcess(workload, device, settings), progress or (lambda what, done, needed: None))
+    search = Search(asker, chain, device, settings, budget_bytes)
+    plans = combinations(built, always, allow)
+    notes = [chain.note] if chain.note else []
+    try:
+        search.run(plans)
+    except KeyboardInterrupt:
+        if search.best is None:
+            raise
+        notes.append("interrupted: this is the best plan found so far, a better one may exist")
+    return _advice(search, built, always, allow, device, settings, len(plans), notes)
+
+
+def _advice(
+    search: Search,
+    built: Workload,
+    always: Plan,
+    allow: Collection[str],
+    device: Device,
+    settings: AllocatorSettings,
+    combinations_in_all: int,
+    notes: list[str],
+) -> Advice:
+    """Put into words and figures what a search has found."""
+    least = search.least()
+    found = search.best
+    helps = "" if found else _would_help(search, forbidden(built, always, allow))
+    shown = found or least
+    reference = search.reference(shown.strategies)
+    layers = dict(shown.layers.layers) if shown.layers else {}
+    peak = _peak(shown.seen.trace, device, settings)
+    least_bytes = peak.device if shown is least else _peak(least.seen.trace, device, settings).device
+    return Advice(
+        target=built.name,
+        device=device.name,
+        budget_bytes=search.budget_bytes,
+        feasible=found is not None,
+        strategies=tuple(Plan.parse(reference.strategies).specs),
+        layers=layers if set(layers.values()) - {"none"} else {},
+        peak=peak,
+        step_seconds=shown.seconds,
+        overhead_vs_none=shown.seconds / reference.none_seconds - 1,
+        overhead_vs_all=shown.seconds / reference.full_seconds - 1,
+        certificate=Certificate(found.lower_bound_seconds, 1 - found.lower_bound_seconds / found.seconds)
+        if found
+        else None,
+        minimum_bytes=min(least_bytes, peak.device),
+        binding=binding_of(shown.seen.trace, helps),
+        front=_front(search, shown),
+        simulated=len(search.plain),
+        combinations=combinations_in_all,
+        notes=(*notes, *_scattered(shown.seen.trace, peak, settings)),
+        made_for={
+            "target": built.name,
+            "settings": built.settings,
+            "strategies": Plan.parse(reference.strategies).specs,
+            "device": device.name,
+            "model": described(built.model, search.blocks.names),
+        },
+        trace=shown.seen.trace,
+    )
+
+
+def _peak(trace: Trace, device: Device, settings: AllocatorSettings) -> Peak:
+    reserved = least_reserved(trace, settings)
+    return Peak(trace.peak.allocated_bytes, reserved, reserved + device.context_bytes)
+
+
+def _scattered(trace: Trace, peak: Peak, settings: AllocatorSettings) -> list[str]:
+    """What expandable segments would save, where memory is scattered over segments that cannot grow."""
+    if settings.expandable_segments:
+        return []
+    reserved = least_reserved(trace, dataclasses.replace(settings, expandable_segments=True))
+    saved = peak.reserved - reserved
+    if saved < _WORTH_SAYING * peak.reserved:
+        return []
+    return [
+        f"PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True would save {format_bytes(saved)} that are reserved but "
+        "cannot be used; simulate it with --allocator expandable_segments:True"
+    ]
+
+
+def _would_help(search: Search, plans: Mapping[str, Plan]) -> str:
+    """Which strategies that were not allowed would make the step fit, or come nearest."""
+    found = search.simulated(plans.values())
+    lines = []
+    for name, text in ((name, str(plan)) for name, plan in plans.items() if str(plan) in found):
+        needed = device_bytes(found[text])
+        if needed > search.budget_bytes:
+            (full,) = search.ask("every block checkpointed", [full_probe(text, search.blocks, search.budget_bytes)])
+            needed = min(needed, device_bytes(full)) if isinstance(full, Seen) else needed
+        fitting = "fits" if needed <= search.budget_bytes else "does not fit either"
+        lines.append(f"--allow {name}: {format_bytes(needed)}, {fitting}")
+    return "; ".join(lines)
+
+
+def _front(search: Search, shown: Found) -> tuple[FrontPoint, ...]:
+    """The plans that were simulated and that no other beats in memory and time, least memory first."""
+    points = [_point(shown)]
+    if search.planning.knows(shown.strategies):
+        points += map(_point, search.planning.between(search.references[shown.strategies], _FRONT_PLANS))
+    for text, seen in search.plain.items():
+        points.append(_point(Found(text, None, seen, *[seconds_of(seen)] * 3)))
+    for text, reference in search.references.items():
+        every = layer_plan(search.blocks.names, {})
+        points.append(_point(Found(text, every, reference.full, *[reference.full_seconds] * 3)))
+    points.sort(key=lambda point: (point.peak.device, point.step_seconds))
+    kept: list[FrontPoint] = []
+    for point in points:
+        if not kept or point.step_seconds < kept[-1].step_seconds:
+            kept.append(point)
+    return tuple(kept)
+
+
+def _point(found: Found) -> FrontPoint:
+    trace = found.seen.trace
+    peak = Peak(trace.peak.allocated_bytes, int(trace.meta["peak_reserved"]), device_bytes(found.seen))
+    layers = found.layers.layers if found.layers else {}
+    return FrontPoint(tuple(Plan.parse(found.strategies).specs), in_words(layers), peak, found.seconds)

@@ -1,0 +1,288 @@
+"""What every option costs on every block: bytes and time, from simulated steps of the whole model.
+
+A block is measured where it lives, with the strategies applied that change what it saves, between neighbours that are
+checkpointed as a whole: these keep their input and nothing else, so that what is alive besides is the block's own. One
+simulation holds many options at once, on blocks that are alike.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from memscope.advisor.chain import Chain, Choice
+from memscope.advisor.options import Call, saving_options
+from memscope.advisor.probe import BlockSeen, ChainSeen, look, rounded
+from memscope.advisor.reference import Reference, groups_of, layer_plan
+from memscope.advisor.runner import Answer, Probe, Seen
+from memscope.errors import MemscopeError
+from memscope.simulation.cost import operator_costs, transfer_seconds
+from memscope.simulation.devices import Device
+from memscope.strategies.layer_plan import LayerPlan
+from memscope.trace import PHASES, Trace
+
+__all__ = ["BlockCosts", "measure"]
+
+_SEGMENTS = (2, 4)
+"""Blocks that one checkpoint may cover."""
+Kind = tuple[int, ...]
+"""Classes of alike blocks that an option covers, one a block."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One option on one kind of block, in each of the micro-batches that decide."""
+
+    seen: tuple[BlockSeen, ...]
+    seconds: float
+    """Of one step: forward, recomputation and backward of the block, over all its micro-batches. An estimate."""
+
+
+@dataclass(frozen=True)
+class _Around:
+    """What a step takes outside its blocks, in bytes; fields as in `Chain`."""
+
+    head_forward_bytes: int
+    head_backward_bytes: int
+    head_saves_input: bool
+    fixed_bytes: int
+
+    @classmethod
+    def of(cls, seen: Seen, plan: LayerPlan, chains: Sequence[ChainSeen]) -> _Around:
+        """Read from the chains of a probe, and from the whole of its trace."""
+        return cls(
+            head_forward_bytes=max(chain.head_forward_bytes for chain in chains),
+            head_backward_bytes=max(chain.head_backward_bytes for chain in chains),
+            head_saves_input=any(chain.head_keeps_input for chain in chains),
+            fixed_bytes=_outside(seen.trace, groups_of(plan)),
+        )
+
+
+@dataclass(frozen=True)
+class BlockCosts:
+    """Every option measured, by the kind of blocks it covers."""
+
+    reference: Reference
+    measured: Mapping[tuple[Kind, str], Measured]
+    settled: Mapping[tuple[int, str], Choice] = field(default_factory=dict)
+    """Choices read from a plan that was simulated as a whole: they are exact where it is that plan."""
+    around: _Around | None = None
+    """What lies around the blocks, read from such a plan."""
+
+    def chain(self) -> Chain:
+        """The choices as the planner takes them; the most of the micro-batches that decide."""
+        reference, classes = self.reference, self.reference.classes
+        full = reference.full_chains
+        around = self.around or _Around.of(reference.full, layer_plan(reference.blocks.names, {}), full)
+        by_kind: dict[Kind, list[str]] = defaultdict(list)
+        for kind, option in self.measured:
+            by_kind[kind].append(option)
+        choices = [
+            tuple(
+                self.settled.get((start, option)) or self._choice(start, kind, option)
+                for length in (1, *_SEGMENTS)
+                if start + length <= len(classes)
+                for kind in [tuple(classes[start : start + length])]
+                for option in by_kind.get(kind, ())
+            )
+            for start in range(len(classes))
+        ]
+        inputs = [[block.input_bytes for block in chain.blocks] + [chain.output_bytes] for chain in full]
+        return Chain(
+            choices=tuple(choices),
+            boundary_bytes=tuple(map(max, zip(*inputs, strict=True))),
+            head_forward_bytes=around.head_forward_bytes,
+            head_backward_bytes=around.head_backward_bytes,
+            head_saves_input=around.head_saves_input,
+            fixed_bytes=around.fixed_bytes,
+        )
+
+    def _choice(self, start: int, kind: Kind, option: str) -> Choice:
+        found = self.measured[kind, option]
+        full = self.reference.full_chains
+        pairs = list(zip(found.seen, full, strict=True))
+        plain = sum(self.measured[(one,), "none"].seconds for one in kind)
+        return Choice(
+            option=option,
+            length=len(kind),
+            kept_bytes=max(seen.kept_bytes for seen in found.seen),
+            held_bytes=max(seen.held_bytes for seen in found.seen),
+            forward_bytes=max(c.blocks[start].forward_base_bytes + seen.forward_rise_bytes for seen, c in pairs),
+            backward_bytes=max(
+                c.blocks[start + len(kind) - 1].backward_base_bytes + seen.backward_rise_bytes for seen, c in pairs
+            ),
+            nanoseconds=max(0, round(1e9 * (found.seconds - plain))),
+            saves_input=any(seen.keeps_input for seen in found.seen),
+            saves_output=self._saves_output(kind, option),
+        )
+
+    def _saves_output(self, kind: Kind, option: str) -> bool:
+        """Whether its graph holds its output: seen where it meets a neighbour that does not keep its own input.
+
+        A checkpoint around a whole block keeps no output. Where only some of a block is recomputed, its end is as it
+        was without.
+        """
+        if option.startswith(("full", "save:", "offload")):
+            return False
+        classes = self.reference.classes
+        for block in range(len(classes) - 1):
+            if (classes[block],) == kind:
+                after = self.measured[(classes[block + 1],), "none"]
+                if not any(seen.keeps_input for seen in after.seen):
+                    return any(chain.blocks[block + 1].keeps_input for chain in self.reference.none_chains)
+        return False
+
+    def settle(self, plan: LayerPlan, seen: Seen) -> BlockCosts:
+        """The costs corrected by a plan that was simulated whole: what it shows replaces what was put together."""
+        reference, names = self.reference, self.reference.blocks.names
+        chains = reference.look(seen, plan, 1)
+        settled = dict(self.settled)
+        previous_saves_output = False
+        for index, group in enumerate(groups_of(plan)):
+            start, option = names.index(group[0]), plan.layers[group[0]]
+            kind = tuple(reference.classes[start : start + len(group)])
+            blocks = [chain.blocks[index] for chain in chains]
+            choice = self._choice(start, kind, option)
+            lent = previous_saves_output and not choice.saves_input  # the planner counts it for the block before
+            settled[start, option] = replace(
+                choice,
+                kept_bytes=max(block.kept_bytes for block in blocks),
+                held_bytes=max(block.held_bytes for block in blocks),
+                forward_bytes=max(block.forward_base_bytes + block.forward_rise_bytes for block in blocks),
+                backward_bytes=max(
+                    block.backward_base_bytes + block.backward_rise_bytes - (block.input_bytes if lent else 0)
+                    for block in blocks
+                ),
+            )
+            previous_saves_output = choice.saves_output
+        return replace(self, settled=settled, around=_Around.of(seen, plan, chains))
+
+
+def measure(ask: Callable[[Sequence[Probe]], list[Answer]], found: Reference, device: Device) -> BlockCosts:
+    """Measure every option on every kind of block, with what `ask` answers to probes.
+
+    Offloading is an option where it is known how fast the device copies to the host.
+
+    Raises:
+        MemscopeError: when the model cannot be checkpointed.
+    """
+    tasks = list(_tasks(found, offload=device.host_bytes_per_second is not None))
+    batches = _packed(tasks, found.classes)
+    names = found.blocks.names
+    plans = [_probe_plan(names, batch) for batch in batches]
+    probes = [Probe(found.strategies, plan, calls_of=names, steps=found.steps, whole=False) for plan in plans]
+    measured: dict[tuple[Kind, str], Measured] = {}
+    for plan, batch, answer in zip(plans, batches, ask(probes), strict=True):
+        if isinstance(answer, MemscopeError):
+            raise answer
+        chains = found.look(answer, plan, found.steps - 1)
+        groups = groups_of(plan)
+        heads = {group[0]: index for index, group in enumerate(groups)}
+        for start, (kind, option) in batch.items():
+            index = heads[names[start]]
+            measured[kind, option] = Measured(
+                tuple(chain.blocks[index] for chain in chains),
+                found.seconds(answer, groups[index], found.steps - 1),
+            )
+    for (kind, option), one in measured.items():
+        if option == "offload":
+            copied = _copied_bytes(found, measured[kind, "none"], one)
+            seconds = one.seconds + transfer_seconds(device, copied)
+            measured[kind, option] = replace(one, seconds=seconds)
+    return BlockCosts(found, measured)
+
+
+def _copied_bytes(found: Reference, plain: Measured, offloaded: Measured) -> int:
+    """Bytes that offloading one block moves in a step, to the host and back; the copies hide behind no work."""
+    before, after = plain.seen[-1], offloaded.seen[-1]
+    gone = before.kept_bytes - after.kept_bytes
+    gone += before.input_bytes * (before.keeps_input - after.keeps_input)
+    return round(2 * gone * found.none.elements_of_step / found.none.elements[found.deciding[-1]])
+
+
+def _tasks(found: Reference, *, offload: bool) -> Iterable[tuple[Kind, str]]:
+    """Everything to measure: options of single blocks, and segments that cover blocks next to each other."""
+    classes = found.classes
+    for number in dict.fromkeys(classes):
+        block = classes.index(number)
+        options = ["none", "full", *found.blocks.children[block], *_saving(found, block)]
+        options += ["offload"] if offload else []
+        for option in options:
+            yield (number,), option
+    for length in _SEGMENTS:
+        kinds = (tuple(classes[start : start + length]) for start in range(len(classes) - length + 1))
+        for kind in dict.fromkeys(kinds):
+            if len(set(kind)) == 1:
+                yield kind, f"full:{length}"
+
+
+def _saving(found: Reference, block: int) -> list[str]:
+    """Subsets of a block's operators whose results to keep: of its forward, what a checkpoint of it all runs again.
+
+    Recomputation stops when all is there that the backward pass needs, so the last operators are not among it.
+    """
+    name, step, piece = found.blocks.names[block], 1, found.deciding[-1]
+    forward = operator_costs(found.none.trace, step=step, phase="forward", micro_batch=piece)
+    again = operator_costs(found.full.trace, step=step, phase="recompute", micro_batch=piece)
+    seconds: dict[Call, float] = defaultdict(float)
+    for module, op in forward.keys() & again.keys():
+        if module == name or module.startswith(f"{name}."):
+            seconds[_inside(name, module), _packet(op)] += forward[module, op].seconds
+    trace = found.none.trace
+    size_bytes: dict[Call, int] = defaultdict(int)
+    sizes = rounded(trace)
+    here = (trace.step == step) & (trace.micro_batch == piece) & (trace.phase == PHASES.index("forward"))
+    for index in here.nonzero()[0]:
+        module, op = trace.modules[int(trace.module[index])], trace.ops[int(trace.op[index])]
+        if module == name or module.startswith(f"{name}."):
+            size_bytes[_inside(name, module), _packet(op)] += int(sizes[index])
+    kept = found.none_chains[-1].blocks[block]
+    return saving_options(seconds, size_bytes, kept.kept_bytes + kept.input_bytes * kept.keeps_input)
+
+
+def _inside(block: str, module: str) -> str:
+    return module[len(block) + 1 :] or "."
+
+
+def _packet(op: str) -> str:
+    return op.rpartition(".")[0]
+
+
+def _packed(tasks: Sequence[tuple[Kind, str]], classes: Sequence[int]) -> list[dict[int, tuple[Kind, str]]]:
+    """Put the tasks into as few simulations as will do: `{first block: task}`, with a block between two tasks."""
+    batches: list[dict[int, tuple[Kind, str]]] = []
+    for kind, option in tasks:
+        places = [s for s in range(len(classes) - len(kind) + 1) if tuple(classes[s : s + len(kind)]) == kind]
+        for batch in batches:
+            place = next((s for s in places if _is_free(batch, s, len(kind))), None)
+            if place is not None:
+                batch[place] = (kind, option)
+                break
+        else:
+            batches.append({places[0]: (kind, option)})
+    return batches
+
+
+def _is_free(batch: Mapping[int, tuple[Kind, str]], start: int, length: int) -> bool:
+    """Whether neither the blocks from `start` nor their neighbours are taken by another task."""
+    return all(start > other + len(kind) or start + length < other for other, (kind, _) in batch.items())
+
+
+def _probe_plan(names: Sequence[str], batch: Mapping[int, tuple[Kind, str]]) -> LayerPlan:
+    options: list[tuple[str, int]] = []
+    block = 0
+    while block < len(names):
+        kind, option = batch.get(block, ((0,), "full"))
+        options.append((option, len(kind)))
+        block += len(kind)
+    return layer_plan(names, options)
+
+
+def _outside(trace: Trace, groups: Sequence[Sequence[str]]) -> int:
+    """Most allocated where no option changes anything: before and after the blocks, and in the optimizer."""
+    allocated = replace(trace, size=rounded(trace)).allocated.copy()
+    for step, micro_batch in {(row["step"], row["micro_batch"]) for row in trace.meta["calls"]}:
+        first, last = look(trace, groups, step=step, micro_batch=micro_batch).span
+        allocated[first:last] = 0
+    return int(allocated.max(initial=0))

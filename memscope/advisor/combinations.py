@@ -1,0 +1,71 @@
+"""The combinations of strategies that may be used, from what the strategies declare of themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from itertools import product
+
+from memscope.errors import UsageError, nearest
+from memscope.strategies import Plan, Strategy, available
+from memscope.strategies.plugins import called
+from memscope.workload import Workload
+
+__all__ = ["combinations", "forbidden", "require_known"]
+
+CHECKPOINTING = "ckpt"
+"""Planned block by block, not searched."""
+
+
+def require_known(allowed: Collection[str]) -> None:
+    """Refuse names that no strategy has.
+
+    Raises:
+        UsageError: naming the first, and the nearest name there is.
+    """
+    for name in allowed:
+        if name not in available():
+            raise UsageError(f'--allow {name}: there is no strategy "{name}": {nearest(name, available())}')
+
+
+def combinations(workload: Workload, always: Plan, allowed: Collection[str]) -> list[Plan]:
+    """Every combination of `always` with strategies that leave the mathematics alone, or are allowed.
+
+    Each strategy is left out or used with one of its candidates for this workload; what conflicts, or does not apply,
+    is left out. `always` alone comes first, then those with one strategy more, and so on.
+    """
+    choices = [
+        [None, *found]
+        for kind in _others(always)
+        if kind.exact or kind.name in allowed
+        if (found := _candidates(kind, workload))
+    ]
+    plans = []
+    for picked in product(*choices):
+        try:
+            plans.append(Plan.of(*always.strategies, *(strategy for strategy in picked if strategy)))
+        except UsageError:  # strategies that conflict
+            continue
+    return sorted(plans, key=lambda plan: len(plan.strategies))
+
+
+def forbidden(workload: Workload, always: Plan, allowed: Collection[str]) -> dict[str, Plan]:
+    """`always` with one strategy more that could be used, were it allowed; by that strategy's name."""
+    plans = {}
+    for kind in _others(always):
+        if not kind.exact and kind.name not in allowed:
+            for strategy in _candidates(kind, workload)[:1]:
+                try:
+                    plans[kind.name] = Plan.of(*always.strategies, strategy)
+                except UsageError:  # it conflicts with what is always there
+                    continue
+    return plans
+
+
+def _others(always: Plan) -> list[type[Strategy]]:
+    used = {CHECKPOINTING, *(strategy.name for strategy in always.strategies)}
+    return [kind for name, kind in available().items() if name not in used]
+
+
+def _candidates(kind: type[Strategy], workload: Workload) -> list[Strategy]:
+    found = [kind(config) for config in called(kind(), "candidates", workload)]
+    return [strategy for strategy in found if not called(strategy, "check", workload)]

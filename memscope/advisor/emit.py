@@ -1,0 +1,127 @@
+"""A plan in the words of other training tools, as far as they have words for it.
+
+Names of settings: transformers 4.57 (`TrainingArguments`), PEFT 0.18 (`LoraConfig`), axolotl 0.12 (its YAML), torchtune
+0.6 (its recipes' YAML). What a tool cannot say is said in a comment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from memscope.advisor.advice import Advice, in_words
+from memscope.strategies import Plan, Strategy
+
+__all__ = ["TOOLS", "emit"]
+
+
+def emit(advice: Advice, tool: str) -> list[str]:
+    """Lines to paste into a training tool, one of `TOOLS`."""
+    strategies = {strategy.name: strategy for strategy in Plan.parse(",".join(advice.strategies)).strategies}
+    return list(_TOOLS[tool](advice, strategies))
+
+
+Strategies = Mapping[str, Strategy]
+_KNOWN = {"lora", "amp", "bf16", "ga", "adamw"}
+_ELSEWHERE = {
+    "wq": "q_proj",
+    "wk": "k_proj",
+    "wv": "v_proj",
+    "wo": "o_proj",
+    "w1": "gate_proj",
+    "w2": "down_proj",
+    "w3": "up_proj",
+}
+"""Linear layers of Meta's LLaMA, as transformers calls them (models/llama/convert_llama_weights_to_hf.py)."""
+
+
+def _hf(advice: Advice, strategies: Strategies) -> Iterator[str]:
+    yield "# transformers.TrainingArguments(...)"
+    if "ga" in strategies:
+        yield f"gradient_accumulation_steps={strategies['ga'].config.steps},"
+    if "amp" in strategies:
+        yield f"{_short(strategies['amp'].config.dtype)}=True,"
+    if "adamw" in strategies:
+        yield f'optim="{"adamw_torch_fused" if strategies["adamw"].config.fused else "adamw_torch"}",'
+    if _whole(advice):
+        yield 'gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False},'
+    if "bf16" in strategies:
+        yield "# and load the model with from_pretrained(..., dtype=torch.bfloat16)"
+    yield from _unsaid(advice, strategies, {"lora": "a LoRA adapter: see --emit peft"}, whole_only=True)
+    if "adamw" in strategies and not strategies["adamw"].config.fused and not strategies["adamw"].config.foreach:
+        yield "# not expressible: the optimizer's step one parameter at a time (foreach=False)"
+
+
+def _peft(advice: Advice, strategies: Strategies) -> Iterator[str]:
+    yield "# peft.LoraConfig(...)"
+    if "lora" in strategies:
+        config = strategies["lora"].config
+        targets = ", ".join(f'"{_ELSEWHERE.get(name, name)}"' for name in config.targets)
+        yield f'r={config.r}, lora_alpha={config.alpha:g}, lora_dropout={config.dropout:g}, bias="none",'
+        yield f"target_modules=[{targets}],"
+    else:
+        yield "# no adapter in this plan"
+    others = {name: "belongs to the trainer: see --emit hf" for name in strategies if name != "lora"}
+    yield from _unsaid(advice, strategies, others, whole_only=False)
+
+
+def _axolotl(advice: Advice, strategies: Strategies) -> Iterator[str]:
+    yield "# axolotl YAML"
+    if "lora" in strategies:
+        config = strategies["lora"].config
+        yield from ("adapter: lora", f"lora_r: {config.r}", f"lora_alpha: {config.alpha:g}")
+        yield f"lora_dropout: {config.dropout:g}"
+        yield f"lora_target_modules: [{', '.join(_ELSEWHERE.get(name, name) for name in config.targets)}]"
+    if "ga" in strategies:
+        yield f"gradient_accumulation_steps: {strategies['ga'].config.steps}"
+    if "amp" in strategies:
+        yield f"{_short(strategies['amp'].config.dtype)}: true"
+    if "bf16" in strategies:
+        yield from ("bf16: true", "bfloat16: true")
+    if "adamw" in strategies:
+        yield f"optimizer: {'adamw_torch_fused' if strategies['adamw'].config.fused else 'adamw_torch'}"
+    if _whole(advice):
+        yield from ("gradient_checkpointing: true", "gradient_checkpointing_kwargs: {use_reentrant: false}")
+    yield from _unsaid(advice, strategies, {}, whole_only=True)
+
+
+def _torchtune(advice: Advice, strategies: Strategies) -> Iterator[str]:
+    yield "# torchtune YAML"
+    if "lora" in strategies:
+        config = strategies["lora"].config
+        yield f"model: {{lora_attn_modules: [{', '.join(_ELSEWHERE.get(name, name) for name in config.targets)}], "
+        yield f"        lora_rank: {config.r}, lora_alpha: {config.alpha:g}, lora_dropout: {config.dropout:g}}}"
+    if "ga" in strategies:
+        yield f"gradient_accumulation_steps: {strategies['ga'].config.steps}"
+    if "bf16" in strategies:
+        yield "dtype: bf16"
+    if "adamw" in strategies:
+        yield f"optimizer: {{_component_: torch.optim.AdamW, fused: {str(strategies['adamw'].config.fused).lower()}}}"
+    if _whole(advice):
+        yield "enable_activation_checkpointing: True"
+    yield from _unsaid(
+        advice, strategies, {"amp": "mixed precision by autocast: torchtune trains in one dtype"}, whole_only=True
+    )
+
+
+_TOOLS: dict[str, Callable[[Advice, Strategies], Iterator[str]]] = {
+    "peft": _peft, "axolotl": _axolotl, "hf": _hf, "torchtune": _torchtune
+}  # fmt: skip
+TOOLS = tuple(_TOOLS)
+
+
+def _short(dtype: Any) -> str:
+    return str(dtype)
+
+
+def _whole(advice: Advice) -> bool:
+    return bool(advice.layers) and set(advice.layers.values()) == {"full"}
+
+
+def _unsaid(advice: Advice, strategies: Strategies, reasons: Mapping[str, str], *, whole_only: bool) -> Iterator[str]:
+    for name, strategy in strategies.items():
+        if name in reasons or name not in _KNOWN:
+            yield f"# not expressible here: {strategy.spec}: {reasons.get(name, 'a strategy of another package')}"
+    if advice.layers and not (whole_only and _whole(advice)):
+        yield f"# not expressible: checkpointing of {in_words(advice.layers)}"
+        yield f"#   these tools checkpoint every layer or none; memscope applies it: ckpt:plan={advice.file or 'FILE'}"

@@ -1,0 +1,196 @@
+"""Search for the fastest plan: partial plans, less all that cannot become the best.
+
+A label-setting algorithm (Irnich and Desaulniers, "Shortest path problems with resource constraints", in Column
+Generation, Springer 2005), with bounds on what completes a label.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from memscope.advisor.bounds import TimeBound
+from memscope.advisor.moves import Graph, Ints, Moves, Node
+from memscope.advisor.needs import Needs
+
+__all__ = ["Labels", "Outcome", "TooManyLabels", "search", "undominated"]
+
+_AT_ONCE = 2**20
+"""Labels tried at once: a matter of memory, not of the result."""
+_MOST_CANDIDATES = 8
+"""Candidates for each label that may be kept: a matter of memory too."""
+
+
+class TooManyLabels(Exception):
+    """More partial plans are left than there is room for: many are nearly as good as the best."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a search has found."""
+
+    path: tuple[tuple[int, int], ...] | None
+    """Block, and place among its choices, of every choice; None: nothing was found."""
+    is_complete: bool
+    """Nothing was left out that could be better: the path is the fastest, or there is none within the limit."""
+
+
+@dataclass(frozen=True, eq=False)
+class Labels:
+    """Partial plans that lead to the same state `[labels]`."""
+
+    kept: Ints
+    alive: Ints
+    nanoseconds: Ints
+    before: Ints
+    """Number of the label that each continues; labels are numbered in the order in which they were settled."""
+    index: Ints
+    """Place of the last choice among those of its block."""
+
+    def at(self, chosen: Ints | npt.NDArray[np.bool_] | slice) -> Labels:
+        """Some of them."""
+        return Labels(*(column[chosen] for column in vars(self).values()))
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+
+@dataclass(frozen=True, eq=False)
+class _Settled:
+    """What is left of the labels of a state once they are continued: the way back."""
+
+    block: int
+    first: int
+    """Number of the first of them."""
+    before: Ints
+    index: Ints
+
+
+def search(
+    graph: Graph,
+    needs: Mapping[Node, Needs],
+    bound: TimeBound,
+    budget_bytes: int,
+    *,
+    limit_nanoseconds: float,
+    width: int | None,
+    most_labels: int,
+) -> Outcome:
+    """Look for the fastest plan that fits a budget and takes no longer than a limit.
+
+    Args:
+        graph: the choices.
+        needs: bytes needed from each state on.
+        bound: time needed from each state on, for this budget.
+        budget_bytes: what no left side of a constraint may exceed.
+        limit_nanoseconds: longer plans are of no interest.
+        width: labels of a state to go on with, those that promise most; None: all.
+        most_labels: labels that a state may have, when all are kept.
+
+    Raises:
+        TooManyLabels: when a state has more.
+    """
+    waiting: dict[Node, list[Labels]] = defaultdict(list)
+    waiting[graph.start].append(Labels(*np.zeros((5, 1), dtype=np.int64)))
+    settled: list[_Settled] = []
+    count, is_complete = 0, True
+    for node, groups in graph.moves.items():
+        labels = undominated(waiting.pop(node, []), most_labels)
+        if width is not None and len(labels) > width:
+            promise = labels.nanoseconds + bound.at(node, labels.kept, labels.alive)
+            labels, is_complete = labels.at(np.sort(np.argsort(promise, kind="stable")[:width])), False
+        elif len(labels) > most_labels:
+            raise TooManyLabels
+        for moves in groups:
+            for longer in _continued(labels, count, moves, budget_bytes):
+                found = longer.at(needs[moves.end].are_met(longer.kept, longer.alive, budget_bytes))
+                promise = found.nanoseconds + bound.at(moves.end, found.kept, found.alive)
+                waiting[moves.end].append(found.at(promise <= limit_nanoseconds + bound.error))
+        settled.append(_Settled(node[0], count, labels.before, labels.index))
+        count += len(labels)
+    last = undominated(waiting[graph.end], most_labels)
+    if not len(last):
+        return Outcome(None, is_complete)
+    return Outcome(_path(settled, int(last.before[np.argmin(last.nanoseconds)])), is_complete)
+
+
+def _continued(labels: Labels, first: int, moves: Moves, budget_bytes: int) -> Iterator[Labels]:
+    """Every label with every choice that fits, some at a time."""
+    step = max(1, _AT_ONCE // len(moves.index))
+    for start in range(0, len(labels), step):
+        part = labels.at(slice(start, start + step))
+        fits = part.kept[:, None] + moves.backward <= budget_bytes
+        fits &= part.alive[:, None] + moves.forward <= budget_bytes
+        label, choice = np.nonzero(fits)
+        yield Labels(
+            part.kept[label] + moves.kept[choice],
+            part.alive[label] + moves.alive[choice],
+            part.nanoseconds[label] + moves.nanoseconds[choice],
+            first + start + label,
+            moves.index[choice],
+        )
+
+
+def _path(settled: list[_Settled], number: int) -> tuple[tuple[int, int], ...]:
+    """The choices of a label in front of the head: back from it to the start."""
+    path: list[tuple[int, int]] = []
+    index = -1
+    for state in reversed(settled):
+        row = number - state.first
+        if 0 <= row < len(state.before):
+            path.append((state.block, index))
+            number, index = int(state.before[row]), int(state.index[row])
+            if state.block == 0:
+                break
+    return tuple(reversed(path[1:]))
+
+
+def undominated(parts: list[Labels], most_labels: int) -> Labels:
+    """The labels that no other beats in what is kept, what is alive and time; one of those that are equal.
+
+    Raises:
+        TooManyLabels: when there are many times `most_labels` to begin with.
+    """
+    if not parts:
+        return Labels(*np.zeros((5, 0), dtype=np.int64))
+    labels = Labels(*map(np.concatenate, zip(*(vars(part).values() for part in parts), strict=True)))
+    if len(labels) > _MOST_CANDIDATES * most_labels:
+        raise TooManyLabels
+    for first, second in (("kept", "alive"), ("alive", "kept"), ("kept", "alive")):
+        order = np.lexsort((labels.nanoseconds, getattr(labels, second), getattr(labels, first)))
+        labels = labels.at(order)
+        fastest = np.minimum.accumulate(labels.nanoseconds)
+        is_faster = np.ones(len(labels), dtype=np.bool_)
+        is_faster[1:] = labels.nanoseconds[1:] < fastest[:-1]
+        if is_faster.all():
+            return labels
+        holder = np.maximum.accumulate(np.where(is_faster, np.arange(len(labels)), 0))
+        size = getattr(labels, second)
+        labels = labels.at(is_faster | (size[holder] > size))
+    return labels.at(~_dominated(labels))
+
+
+def _dominated(labels: Labels) -> npt.NDArray[np.bool_]:
+    """Which labels an earlier one equals or beats, if they are sorted by what is kept, then by what is alive.
+
+    One in the upper half of a range can be beaten from its lower half in the two other columns. So pairs, fours, eights
+    and so on are gone through, all ranges of a size at once.
+    """
+    count = len(labels)
+    by_alive = np.argsort(labels.alive, kind="stable")
+    time = np.unique(labels.nanoseconds, return_inverse=True)[1]
+    dominated = np.zeros(count, dtype=np.bool_)
+    half = 1
+    while half < count:
+        order = by_alive[np.argsort(by_alive // (2 * half), kind="stable")]
+        is_upper = order // half % 2 == 1
+        # Times of later ranges lie below those of earlier ones, so that the running minimum starts anew in each.
+        shift = order // (2 * half) * (count + 2)
+        fastest = np.minimum.accumulate(np.where(is_upper, count + 1, time[order]) - shift) + shift
+        dominated[order[is_upper & (fastest <= time[order])]] = True
+        half *= 2
+    return dominated

@@ -1,0 +1,182 @@
+"""Plans for one combination of strategies: which blocks to checkpoint, each plan simulated before it is believed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from memscope.advisor.blocks import BlockCosts, measure
+from memscope.advisor.planner import CheckpointPlan, NothingFits, evaluate, front, minimum_budget, plan
+from memscope.advisor.probe import rounded
+from memscope.advisor.reference import Reference, layer_plan
+from memscope.advisor.runner import Answer, Probe, Seen
+from memscope.errors import MemscopeError
+from memscope.simulation.allocator import AllocatorSettings
+from memscope.simulation.device_memory import least_reserved
+from memscope.simulation.devices import Device
+from memscope.strategies.layer_plan import LayerPlan
+
+__all__ = ["Ask", "Found", "Planning", "device_bytes", "fits"]
+
+Ask = Callable[[str, Sequence[Probe]], list[Answer]]
+"""`ask(what for, probes)` gives their answers."""
+
+_MOST_ROUNDS = 6
+_LEAST_CUT = 2 * 2**20
+"""By what the planner's budget is cut if a plan's memory is too scattered: a small segment of the allocator."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A plan that was simulated."""
+
+    strategies: str
+    layers: LayerPlan | None
+    """None: nothing is checkpointed."""
+    seen: Seen
+    seconds: float
+    """Estimated time of a step."""
+    none_seconds: float
+    """The same without checkpointing."""
+    lower_bound_seconds: float
+    """No plan for the same strategies that fits makes the step shorter."""
+
+
+def fits(seen: Seen) -> bool:
+    """Whether a simulated run got through with the memory it was given."""
+    return seen.trace.meta["out_of_memory"] is None
+
+
+def device_bytes(seen: Seen) -> int:
+    """What the device must hold for a simulated run: what the allocator reserved, and the context."""
+    return int(seen.trace.meta["peak_reserved"] + seen.trace.meta["context"])
+
+
+@dataclass
+class Planning:
+    """Plans checkpoints; what was measured of the blocks is kept, and shared by strategies that leave them alone."""
+
+    ask: Ask
+    device: Device
+    allocator: AllocatorSettings
+    budget_bytes: int
+    _costs: dict[str, BlockCosts] = field(default_factory=dict)
+
+    def knows(self, strategies: str) -> bool:
+        """Whether the blocks were measured with these strategies."""
+        return strategies in self._costs
+
+    def within(self, reference: Reference) -> Found | None:
+        """The cheapest plan that fits the budget; None where none does.
+
+        A plan is believed when its simulation shows the peak that was predicted, to the byte. If it shows another one,
+        it corrects the costs, and the planner is asked again. If the memory fits but is too scattered, the planner gets
+        less of it.
+        """
+        costs = self._measured(reference)
+        allowed = limit = self.budget_bytes - self.device.context_bytes
+        whole = False
+        for _ in range(_MOST_ROUNDS):
+            try:
+                chosen = plan(costs.chain(), allowed)
+            except NothingFits:
+                return None
+            layers, seen = self._simulated(reference, chosen, whole=whole)
+            peak = _rounded_peak(seen)
+            if peak != chosen.peak_bytes:
+                costs = self._costs[reference.strategies] = costs.settle(layers, seen)
+                if evaluate(costs.chain(), chosen.choices).peak_bytes != peak:
+                    return None
+            elif not fits(seen):
+                lacks = least_reserved(seen.trace, self.allocator) - limit
+                allowed = min(allowed, peak) - max(lacks, _LEAST_CUT)
+            elif not whole:
+                whole = True  # the telling micro-batches say yes: now all of them
+            else:
+                bound = plan(costs.chain(), limit).lower_bound_nanoseconds
+                return _found(reference, chosen, layers, seen, bound)
+        return None
+
+    def least(self, reference: Reference) -> Found:
+        """The plan that needs least memory, as far as known.
+
+        Least allocated need not be least reserved: a plan of one option for all blocks scatters its memory less. So it
+        is the better of the planner's and of every block checkpointed.
+        """
+        costs = self._measured(reference)
+        for _ in range(_MOST_ROUNDS):
+            chosen = plan(costs.chain(), minimum_budget(costs.chain()))
+            layers, seen = self._simulated(reference, chosen, whole=False)
+            if _rounded_peak(seen) == chosen.peak_bytes:
+                break
+            costs = self._costs[reference.strategies] = costs.settle(layers, seen)
+        planned = _found(reference, chosen, layers, seen, chosen.nanoseconds)
+        seconds = reference.full_seconds
+        every = layer_plan(reference.blocks.names, {})
+        full = Found(reference.strategies, every, reference.full, seconds, reference.none_seconds, seconds)
+        return min(planned, full, key=lambda found: least_reserved(found.seen.trace, self.allocator))
+
+    def whole(self, reference: Reference, found: Found) -> Found:
+        """A plan simulated with every micro-batch."""
+        assert found.layers is not None, "a plan of the planner has layers"
+        (answer,) = self.ask("the plan", [self._probe(reference, found.layers, whole=True)])
+        if isinstance(answer, MemscopeError):
+            raise answer
+        return replace(found, seen=answer)
+
+    def between(self, reference: Reference, count: int) -> list[Found]:
+        """Plans for budgets from the least that will do to what no checkpointing takes."""
+        plans = front(self._measured(reference).chain(), count)
+        layers = [_layers_of(reference, chosen) for chosen in plans]
+        answers = self.ask("plans for other budgets", [self._probe(reference, one, whole=False) for one in layers])
+        return [
+            _found(reference, chosen, one, seen, chosen.nanoseconds)
+            for chosen, one, seen in zip(plans, layers, answers, strict=True)
+            if isinstance(seen, Seen)
+        ]
+
+    def _measured(self, reference: Reference) -> BlockCosts:
+        if reference.strategies not in self._costs:
+            alike = next((c for c in self._costs.values() if c.reference.is_alike(reference)), None)
+            self._costs[reference.strategies] = (
+                BlockCosts(reference, alike.measured)
+                if alike
+                else measure(lambda probes: self.ask("options of the blocks", probes), reference, self.device)
+            )
+        return self._costs[reference.strategies]
+
+    def _simulated(self, reference: Reference, chosen: CheckpointPlan, *, whole: bool) -> tuple[LayerPlan, Seen]:
+        layers = _layers_of(reference, chosen)
+        (answer,) = self.ask("the plan", [self._probe(reference, layers, whole=whole)])
+        if isinstance(answer, MemscopeError):
+            raise answer
+        return layers, answer
+
+    def _probe(self, reference: Reference, layers: LayerPlan, *, whole: bool) -> Probe:
+        return Probe(
+            reference.strategies,
+            layers,
+            calls_of=reference.blocks.names,
+            whole=whole,
+            capacity_bytes=self.budget_bytes,
+        )
+
+
+def _layers_of(reference: Reference, chosen: CheckpointPlan) -> LayerPlan:
+    return layer_plan(reference.blocks.names, [(choice.option, choice.length) for choice in chosen.choices])
+
+
+def _found(reference: Reference, chosen: CheckpointPlan, layers: LayerPlan, seen: Seen, bound: int) -> Found:
+    return Found(
+        strategies=reference.strategies,
+        layers=layers,
+        seen=seen,
+        seconds=reference.none_seconds + chosen.nanoseconds / 1e9,
+        none_seconds=reference.none_seconds,
+        lower_bound_seconds=reference.none_seconds + bound / 1e9,
+    )
+
+
+def _rounded_peak(seen: Seen) -> int:
+    """Most allocated, without what blocks have to spare: as the planner counts."""
+    return replace(seen.trace, size=rounded(seen.trace)).peak.allocated_bytes

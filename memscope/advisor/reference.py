@@ -1,0 +1,179 @@
+"""The chain of a model's blocks: how they are named, and the steps in which nothing and everything is checkpointed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from torch import nn
+
+from memscope.advisor.options import child_options
+from memscope.advisor.probe import BlockSeen, ChainSeen, look
+from memscope.advisor.runner import Probe, Seen
+from memscope.errors import UsageError
+from memscope.simulation.cost import module_seconds, step_seconds
+from memscope.strategies.ckpt_layers import named_layers
+from memscope.strategies.layer_plan import LayerPlan
+from memscope.trace import Phase
+
+__all__ = ["Blocks", "Reference", "full_probe", "groups_of", "layer_plan", "none_probe", "seconds_of"]
+
+_ONCE: tuple[Phase, ...] = ("optimizer", "zero_grad", "outside")
+"""Phases that come once a step, however many micro-batches it has."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The blocks of a model, in the order in which they are called."""
+
+    names: tuple[str, ...]
+    children: tuple[tuple[str, ...], ...]
+    """Options of each block that its structure offers."""
+
+    note: str = ""
+    """What the user should know about them, as a sentence."""
+
+    @classmethod
+    def of(cls, model: nn.Module, pointed_at: str = "") -> Blocks:
+        """Find them: the modules of the list `pointed_at`, or the largest list of modules of one class.
+
+        A model without any is taken apart into the modules it has directly.
+
+        Raises:
+            UsageError: when the model has no such list, or fewer than two modules.
+        """
+        note = ""
+        try:
+            layers = named_layers(model, pointed_at)
+        except UsageError:
+            if pointed_at:
+                raise
+            layers = {name: child for name, child in model.named_children() if any(True for _ in child.parameters())}
+            note = "the model has no list of repeated blocks: each of its modules is one choice"
+            if len(layers) < 2:
+                raise UsageError(
+                    f"{type(model).__name__} has no repeated blocks and fewer than two modules of its own: "
+                    "there is nothing to choose from; point at a list of modules with --blocks NAME"
+                ) from None
+        return cls(tuple(layers), tuple(tuple(child_options(layer)) for layer in layers.values()), note)
+
+
+def layer_plan(names: Sequence[str], options: Mapping[str, str] | Sequence[tuple[str, int]]) -> LayerPlan:
+    """A plan from `{name: option}`, others `full`; or from options in order, with the number of blocks each covers."""
+    if isinstance(options, Mapping):
+        return LayerPlan({name: options.get(name, "full") for name in names}, {})
+    layers: dict[str, str] = {}
+    for option, length in options:
+        head = names[len(layers)]
+        layers[head] = option
+        for _ in range(length - 1):
+            layers[names[len(layers)]] = f"within:{head}"
+    return LayerPlan(layers, {})
+
+
+def groups_of(plan: LayerPlan) -> list[list[str]]:
+    """The blocks of a plan; those that one checkpoint covers are together."""
+    groups: list[list[str]] = []
+    for name, option in plan.layers.items():
+        if option.startswith("within:"):
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    return groups
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The step without any checkpointing, and with every block checkpointed as a whole."""
+
+    strategies: str
+    blocks: Blocks
+    none: Seen
+    full: Seen
+
+    @cached_property
+    def steps(self) -> int:
+        """Steps that a probe needs: in the first micro-batch of all, kernels take workspaces that stay."""
+        return 2 if 0 in self.deciding else 1
+
+    @cached_property
+    def deciding(self) -> list[int]:
+        """Micro-batches, as run, that may hold the peak: the last, and the first if it is larger."""
+        last = len(self.none.elements) - 1
+        return [last] if last and self.none.elements[last] >= self.none.elements[0] else sorted({0, last})
+
+    def look(self, seen: Seen, plan: LayerPlan, step: int) -> list[ChainSeen]:
+        """What the blocks took in a probe, in each deciding micro-batch."""
+        groups = groups_of(plan)
+        pieces = [seen.indices.index(self.none.indices[piece]) for piece in self.deciding]
+        return [look(seen.trace, groups, step=step, micro_batch=piece) for piece in pieces]
+
+    def seconds(self, seen: Seen, names: Iterable[str], step: int) -> float:
+        """Estimated time of blocks in one step, all its micro-batches: in proportion to their elements."""
+        return seen.scale * sum(module_seconds(seen.trace, name, step=step) for name in names)
+
+    @property
+    def none_seconds(self) -> float:
+        """Estimated time of a whole step without checkpointing."""
+        return seconds_of(self.none)
+
+    @property
+    def full_seconds(self) -> float:
+        """Estimated time of a whole step in which every block is checkpointed."""
+        return seconds_of(self.full)
+
+    @cached_property
+    def none_chains(self) -> list[ChainSeen]:
+        """The blocks without checkpointing, in each deciding micro-batch."""
+        return self.look(self.none, layer_plan(self.blocks.names, dict.fromkeys(self.blocks.names, "none")), 1)
+
+    @cached_property
+    def full_chains(self) -> list[ChainSeen]:
+        """The blocks, each checkpointed as a whole, in each deciding micro-batch."""
+        return self.look(self.full, layer_plan(self.blocks.names, {}), 1)
+
+    def is_alike(self, other: Reference) -> bool:
+        """Whether the blocks take the same with other strategies: these only change what lies around them."""
+        return self.deciding == other.deciding and all(
+            _alike(one) == _alike(two)
+            for mine, theirs in ((self.none_chains, other.none_chains), (self.full_chains, other.full_chains))
+            for a, b in zip(mine, theirs, strict=True)
+            for one, two in zip(a.blocks, b.blocks, strict=True)
+        )
+
+    @cached_property
+    def classes(self) -> list[int]:
+        """A number for each block; blocks with the same one are alike."""
+        known: dict[object, int] = {}
+        return [
+            known.setdefault(
+                (self.blocks.children[block], tuple(_alike(chain.blocks[block]) for chain in self.none_chains)),
+                len(known),
+            )
+            for block in range(len(self.blocks.names))
+        ]
+
+
+def seconds_of(seen: Seen) -> float:
+    """Estimated time of a whole step: what comes once for each micro-batch in proportion to their elements."""
+    phases = step_seconds(seen.trace, 1) or {}
+    once = sum(phases.get(phase, 0.0) for phase in _ONCE)
+    return once + seen.scale * (sum(phases.values()) - once)
+
+
+def _alike(seen: BlockSeen) -> tuple[object, ...]:
+    return (
+        seen.signature, seen.kept_bytes, seen.held_bytes, seen.input_bytes, seen.keeps_input, seen.forward_rise_bytes,
+        seen.backward_rise_bytes,
+    )  # fmt: skip
+
+
+def none_probe(strategies: str, blocks: Blocks, capacity_bytes: int) -> Probe:
+    """The simulation of a step without checkpointing."""
+    return Probe(strategies, calls_of=blocks.names, whole=False, capacity_bytes=capacity_bytes)
+
+
+def full_probe(strategies: str, blocks: Blocks, capacity_bytes: int) -> Probe:
+    """The simulation of a step in which every block is checkpointed as a whole."""
+    return replace(none_probe(strategies, blocks, capacity_bytes), layers=layer_plan(blocks.names, {}))

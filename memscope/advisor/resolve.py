@@ -1,0 +1,86 @@
+"""`ckpt:auto,budget=40GB` in a plan: replaced by the cheapest checkpoints that fit, other strategies as they are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from memscope.advisor.advise import budget_of
+from memscope.advisor.planning import Planning
+from memscope.advisor.reference import Blocks, Reference, full_probe, none_probe
+from memscope.advisor.runner import Answer, Asker, Progress, Scene, Seen, side_by_side
+from memscope.errors import GateFailed, MemscopeError, UsageError
+from memscope.simulation.allocator import AllocatorSettings
+from memscope.simulation.devices import Device
+from memscope.strategies import Plan, Strategy
+from memscope.strategies.ckpt import Checkpoint
+from memscope.strategies.layer_plan import LayerPlan, described
+from memscope.units import format_bytes
+
+__all__ = ["is_auto", "resolve"]
+
+
+def is_auto(plan: Plan) -> bool:
+    """Whether a plan leaves it to memscope which layers to checkpoint."""
+    return any(_auto(strategy) for strategy in plan.strategies)
+
+
+def resolve(plan: Plan, scene: Scene, device: Device, path: Path, progress: Progress, *, overwrite: bool) -> Plan:
+    """The plan with a checkpoint plan for its budget, which is written to `path`.
+
+    Raises:
+        UsageError: when there is no budget, or the device's rates are not known.
+        GateFailed: when no checkpoint plan fits.
+    """
+    (auto,) = (strategy for strategy in plan.strategies if _auto(strategy))
+    others = Plan.of(*(strategy for strategy in plan.strategies if strategy is not auto))
+    if not auto.config.budget:
+        raise UsageError("ckpt:auto needs a budget to fit: write ckpt:auto,budget=40GB")
+    if not device.peak_flops_per_second:
+        raise UsageError(
+            f'ckpt:auto compares plans by their time, and the rates of device "{device.name}" are not known: '
+            "choose a certain GPU to simulate (memscope devices)"
+        )
+    budget_bytes = budget_of(auto.config.budget, device, named=True)
+    with torch.device("meta"):
+        workload = scene.build()
+    blocks = Blocks.of(workload.model, auto.config.blocks)
+    text = str(others)
+    with side_by_side(scene) as runner:
+        ask = Asker(runner, progress)
+        none, full = ask("checkpoints", [probe(text, blocks, budget_bytes) for probe in (none_probe, full_probe)])
+        reference = Reference(text, blocks, _seen(none), _seen(full))
+        settings = AllocatorSettings.from_environment(os.environ)
+        if scene.allocator is not None:
+            settings = AllocatorSettings.parse(scene.allocator)
+        planning = Planning(ask, device, settings, budget_bytes)
+        found = planning.within(reference)
+        if found is None:
+            least = planning.least(reference).seen.trace.meta
+            raise GateFailed(
+                f"no checkpoints make {scene.target} with {text or 'no other strategy'} fit "
+                f"{format_bytes(budget_bytes)}: about {format_bytes(least['peak_reserved'] + least['context'])} are "
+                "needed; memscope advise also looks for other strategies"
+            )
+    assert found.layers is not None, "a plan of the planner has layers"
+    made_for = {
+        "target": workload.name,
+        "settings": workload.settings,
+        "strategies": others.specs,
+        "device": device.name,
+        "model": described(workload.model, blocks.names),
+    }
+    LayerPlan(found.layers.layers, made_for).save(path, overwrite=overwrite)
+    return Plan.of(*others.strategies, Checkpoint(Checkpoint.Config(plan=str(path))))
+
+
+def _auto(strategy: Strategy) -> bool:
+    return isinstance(strategy, Checkpoint) and strategy.config.auto
+
+
+def _seen(answer: Answer) -> Seen:
+    if isinstance(answer, MemscopeError):
+        raise answer
+    return answer

@@ -1,0 +1,243 @@
+"""Simulations that the advisor asks for, one after the other or side by side."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from memscope.errors import MemscopeError, TargetError
+from memscope.simulation.allocator import AllocatorSettings
+from memscope.simulation.devices import Device, get_device, load_devices
+from memscope.strategies.layer_plan import LayerPlan
+from memscope.trace import Trace
+
+if TYPE_CHECKING:
+    from memscope.workload import MicroBatch, Workload
+
+__all__ = ["Answer", "Asker", "InProcess", "Probe", "Progress", "Runner", "Scene", "Seen", "side_by_side", "telling"]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One simulation."""
+
+    strategies: str = ""
+    """Plan to apply, without checkpointing."""
+    layers: LayerPlan | None = None
+    """Which blocks to checkpoint, and how."""
+    calls_of: tuple[str, ...] = ()
+    """Modules whose calls are noted."""
+    steps: int = 2
+    whole: bool = True
+    """Run every micro-batch of a step; otherwise only the telling ones: see `telling`."""
+    capacity_bytes: int | None = None
+    """Memory of the device, where it is not to be the scene's."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A probe's trace, and what its micro-batches stand for."""
+
+    trace: Trace
+    indices: tuple[int, ...]
+    """Which of the step's micro-batches were run."""
+    elements: tuple[int, ...]
+    """Elements of the tensors of each of them."""
+    elements_of_step: int
+    """The same of the whole step."""
+
+    @property
+    def scale(self) -> float:
+        """How much more work the whole step is than the micro-batches that were run."""
+        return self.elements_of_step / sum(self.elements)
+
+
+Answer = Seen | MemscopeError
+"""An error of a probe is an answer: a strategy may not apply to the workload, and the search goes on."""
+
+
+class Runner(Protocol):
+    """Carries out probes."""
+
+    def run(self, probes: Sequence[Probe], done: Callable[[], None] = lambda: None) -> list[Answer]:
+        """The answers, in order of the probes; `done` is called after each."""
+        ...
+
+
+Progress = Callable[[str, int, int], None]
+"""`progress(what is going on, simulations done, simulations known to be needed)`."""
+
+
+@dataclass
+class Asker:
+    """Asks a runner, and tells how far it is."""
+
+    runner: Runner
+    progress: Progress
+    done: int = 0
+    needed: int = 0
+
+    def __call__(self, what: str, probes: Sequence[Probe]) -> list[Answer]:
+        """The answers to probes that are run for `what`."""
+        self.needed += len(probes)
+        self.progress(what, self.done, self.needed)
+
+        def one_more() -> None:
+            self.done += 1
+            self.progress(what, self.done, self.needed)
+
+        return self.runner.run(probes, one_more)
+
+
+@dataclass(frozen=True)
+class InProcess:
+    """Probes one after the other, of any workload."""
+
+    workload: Workload | Callable[[], Workload]
+    """What is simulated, as `memscope.simulate` takes it."""
+    device: Device
+    allocator: AllocatorSettings | None = None
+
+    def run(self, probes: Sequence[Probe], done: Callable[[], None] = lambda: None) -> list[Answer]:
+        """The answers, in order of the probes."""
+        answers: list[Answer] = []
+        for probe in probes:
+            answers.append(_answer(self.workload, self.device, self.allocator, probe))
+            done()
+        return answers
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What is advised on, as text that a fresh process can start from."""
+
+    target: str
+    preset: str | None
+    settings: Mapping[str, str]
+    device: str
+    device_file: Path | None = None
+    allocator: str | None = None
+    """Settings of PyTorch's allocator, as PYTORCH_CUDA_ALLOC_CONF has them; None: those of the environment."""
+
+    def build(self) -> Workload:
+        """The target's workload."""
+        from memscope.target import find_target
+
+        target = find_target(self.target)
+        return target.build(target.configure(self.preset, self.settings))
+
+    def in_process(self) -> InProcess:
+        """A runner in this process."""
+        device = get_device(self.device, load_devices(self.device_file) if self.device_file else None)
+        return InProcess(
+            self.build, device, None if self.allocator is None else AllocatorSettings.parse(self.allocator)
+        )
+
+
+@contextlib.contextmanager
+def side_by_side(scene: Scene) -> Iterator[Runner]:
+    """A runner with a process for every core; they end with the context, also after an exception."""
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(_cores(), context, initializer=_begin, initargs=(scene,))
+    try:
+        yield _Pool(pool)
+    except BaseException:
+        for process in list((pool._processes or {}).values()):
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class _Pool:
+    pool: ProcessPoolExecutor
+
+    def run(self, probes: Sequence[Probe], done: Callable[[], None] = lambda: None) -> list[Answer]:
+        futures: list[Future[Answer]] = [self.pool.submit(_in_child, probe) for probe in probes]
+        try:
+            for _ in as_completed(futures):
+                done()
+            return [future.result() for future in futures]
+        except BrokenProcessPool:
+            raise TargetError(
+                "a simulation ended without a word: its process was killed, most likely for want of host memory"
+            ) from None
+
+
+def telling(elements: Sequence[int]) -> list[int]:
+    """Indices of the micro-batches that decide a step's peak, by the elements of their tensors.
+
+    They are the first one, the largest, and the largest of those that meet the gradients of others.
+    """
+    largest = max(range(len(elements)), key=lambda index: (elements[index], index))
+    later = max(range(1, len(elements)), key=lambda index: (elements[index], index), default=0)
+    return sorted({0, largest, later})
+
+
+def _elements(piece: MicroBatch) -> int:
+    from torch import Tensor
+    from torch.utils import _pytree as pytree
+
+    return sum(leaf.numel() for leaf in pytree.tree_leaves(piece.data) if isinstance(leaf, Tensor))
+
+
+def _answer(
+    workload: Workload | Callable[[], Workload], device: Device, allocator: AllocatorSettings | None, probe: Probe
+) -> Answer:
+    from memscope.simulation.fake import simulate
+    from memscope.strategies import Plan
+    from memscope.strategies.ckpt import Checkpoint
+
+    elements: list[int] = []
+    indices: list[int] = []
+
+    def chosen(pieces: list[MicroBatch]) -> list[MicroBatch]:
+        elements[:] = [_elements(piece) for piece in pieces]
+        indices[:] = range(len(pieces)) if probe.whole else telling(elements)
+        return [pieces[index] for index in indices]
+
+    try:
+        plan = Plan.parse(probe.strategies)
+        if probe.layers is not None:
+            plan = Plan.of(*plan.strategies, Checkpoint.of(probe.layers))
+        trace = simulate(
+            workload,
+            device=device if probe.capacity_bytes is None else replace(device, capacity_bytes=probe.capacity_bytes),
+            strategies=plan,
+            steps=probe.steps,
+            allocator=allocator,
+            micro_batches=chosen,
+            calls_of=probe.calls_of,
+        )
+    except MemscopeError as error:
+        return error
+    return Seen(trace, tuple(indices), tuple(elements[index] for index in indices), sum(elements))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+_in_process: InProcess | None = None
+"""What a process of a pool works on; set once in each."""
+
+
+def _begin(scene: Scene) -> None:
+    import torch
+
+    global _in_process
+    torch.set_num_threads(1)
+    _in_process = scene.in_process()
+
+
+def _in_child(probe: Probe) -> Answer:
+    assert _in_process is not None, "_begin comes first"
+    return _in_process.run([probe])[0]

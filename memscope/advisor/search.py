@@ -1,0 +1,143 @@
+"""The cheapest plan that fits a budget: which strategies, and which blocks to checkpoint.
+
+Combinations of strategies are simulated, never added up. One that fits as it is needs no checkpointing; for those that
+do not, the planner chooses the blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from memscope.advisor.planning import Found, Planning, device_bytes, fits
+from memscope.advisor.reference import Blocks, Reference, full_probe, none_probe, seconds_of
+from memscope.advisor.runner import Asker, Probe, Seen
+from memscope.errors import MemscopeError
+from memscope.simulation.allocator import AllocatorSettings
+from memscope.simulation.devices import Device
+from memscope.strategies import Plan, Strategy
+
+__all__ = ["Search"]
+
+_MOST_COMBINATIONS = 16
+_MOST_FULL = 8
+_MOST_PLANNED = 3
+
+
+@dataclass
+class Search:
+    """One search; what it has found so far stays in it if it is interrupted."""
+
+    ask: Asker
+    blocks: Blocks
+    device: Device
+    allocator: AllocatorSettings
+    budget_bytes: int
+    plain: dict[str, Seen] = field(default_factory=dict)
+    """By strategies: every combination simulated, without checkpointing."""
+    references: dict[str, Reference] = field(default_factory=dict)
+    """Those that were simulated with every block checkpointed too."""
+    refused: dict[str, MemscopeError] = field(default_factory=dict)
+    """Combinations that cannot be run, and why."""
+    best: Found | None = None
+
+    def __post_init__(self) -> None:
+        self.planning = Planning(self.ask, self.device, self.allocator, self.budget_bytes)
+
+    def run(self, plans: Sequence[Plan]) -> None:
+        """Look for the cheapest plan among combinations, the first of which changes nothing.
+
+        Raises:
+            MemscopeError: when none of them can be run.
+        """
+        base, single = plans[0], [plan for plan in plans if len(plan.strategies) <= len(plans[0].strategies) + 1]
+        self.plain.update(self.simulated(single))
+        if not self.plain:
+            raise next(iter(self.refused.values()))
+        others = [plan for plan in plans if plan not in single]
+        room = max(0, _MOST_COMBINATIONS - len(single))
+        self.plain.update(self.simulated(self._by_promise(others, base)[:room]))
+        by_time = sorted(self.plain, key=lambda text: seconds_of(self.plain[text]))
+        fitting = [text for text in by_time if fits(self.plain[text])]
+        for text in fitting:
+            if self._take_plain(text):
+                break
+        faster = [text for text in by_time if self.best is None or seconds_of(self.plain[text]) < self.best.seconds]
+        self._checkpoint([text for text in faster if text not in fitting][:_MOST_FULL])
+        planned = [text for text in faster if text in self.references and fits(self.references[text].full)]
+        for text in planned[:_MOST_PLANNED]:
+            if self.best is None or seconds_of(self.plain[text]) < self.best.seconds:
+                self._take(self.planning.within(self.references[text]))
+
+    def least(self) -> Found:
+        """The plan that needs least memory, of the combination that does; if nothing better fits, it is the best."""
+        leanest = min(self.plain, key=lambda text: device_bytes(self.plain[text]))
+        self._checkpoint([leanest])
+        reference = min(self.references.values(), key=lambda found: device_bytes(found.full))
+        if self.best is None:
+            self._take(self.planning.within(reference))
+        least = self.planning.least(reference)
+        if self.best is None and fits(least.seen):
+            self._take(self.planning.whole(reference, least))
+        return least
+
+    def reference(self, text: str) -> Reference:
+        """A combination with and without checkpointing."""
+        self._checkpoint([text])
+        return self.references[text]
+
+    def simulated(self, plans: Iterable[Plan]) -> dict[str, Seen]:
+        """Each combination without checkpointing, by its text; those that cannot be run are left out."""
+        texts = [str(plan) for plan in plans]
+        answers = self.ask(
+            "combinations of strategies", [none_probe(text, self.blocks, self.budget_bytes) for text in texts]
+        )
+        found = {}
+        for text, answer in zip(texts, answers, strict=True):
+            if isinstance(answer, MemscopeError):
+                self.refused[text] = answer
+            else:
+                found[text] = answer
+        return found
+
+    def _checkpoint(self, texts: Sequence[str]) -> None:
+        """Simulate combinations with every block checkpointed."""
+        new = [text for text in texts if text not in self.references]
+        probes = [full_probe(text, self.blocks, self.budget_bytes) for text in new]
+        for text, answer in zip(new, self.ask("every block checkpointed", probes), strict=True):
+            if isinstance(answer, MemscopeError):
+                raise answer
+            self.references[text] = Reference(text, self.blocks, self.plain[text], answer)
+
+    def _by_promise(self, plans: Sequence[Plan], base: Plan) -> list[Plan]:
+        """Those first that promise less memory than others of the same time: only an order to try them in."""
+        start = self.plain.get(str(base)) or next(iter(self.plain.values()))
+
+        def promise(plan: Plan) -> tuple[bool, float]:
+            seconds, size_bytes = seconds_of(start), device_bytes(start)
+            for strategy in plan.strategies:
+                alone = self._alone(strategy, base)
+                if alone:
+                    seconds *= seconds_of(alone) / seconds_of(start)
+                    size_bytes += device_bytes(alone) - device_bytes(start)
+            return size_bytes > self.budget_bytes, seconds
+
+        return sorted(plans, key=promise)
+
+    def _alone(self, strategy: Strategy, base: Plan) -> Seen | None:
+        """What was seen of a strategy without others; None of one that is always there."""
+        return None if strategy in base.strategies else self.plain.get(str(Plan.of(*base.strategies, strategy)))
+
+    def _take(self, found: Found | None) -> bool:
+        if found and fits(found.seen) and (self.best is None or found.seconds < self.best.seconds):
+            self.best = found
+        return self.best is found and found is not None
+
+    def _take_plain(self, text: str) -> bool:
+        """Take a combination as it is, if it also fits with every micro-batch run."""
+        probe = Probe(text, calls_of=self.blocks.names, capacity_bytes=self.budget_bytes)
+        (answer,) = self.ask("the plan", [probe])
+        if isinstance(answer, MemscopeError):
+            raise answer
+        seconds = seconds_of(self.plain[text])
+        return self._take(Found(text, None, answer, seconds, seconds, seconds))

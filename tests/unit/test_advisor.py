@@ -1,0 +1,320 @@
+"""The advisor as a whole, on a model small enough to be simulated in no time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from memscope import Strategy, Workload, simulate
+from memscope.advisor.advice import Advice, in_words
+from memscope.advisor.advise import advise, budget_of
+from memscope.advisor.emit import TOOLS, emit
+from memscope.advisor.probe import rounded
+from memscope.advisor.runner import telling
+from memscope.errors import UsageError
+from memscope.simulation.allocator import AllocatorSettings, replay
+from memscope.simulation.devices import get_device
+from memscope.strategies import Plan, Stage
+from memscope.strategies.layer_plan import LayerPlan
+from memscope.toy import toy_workload
+
+DEVICE = get_device("a100-40gb")
+CONTEXT = DEVICE.context_bytes
+ROWS, WIDTH, BLOCKS = 2048, 128, 6
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH, bias=False), nn.Linear(2 * WIDTH, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.down(torch.relu(self.up(x)))
+        return h
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = Attention(), Attention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.one(x)
+        return x + self.two(x)
+
+
+class Model(nn.Module):
+    def __init__(self, blocks: int = BLOCKS) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block() for _ in range(blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def build() -> Workload:
+    return Workload(Model(), [torch.ones(ROWS, WIDTH)], lambda m, x: m(x).square().mean(), torch.optim.AdamW, name="m")
+
+
+@cache
+def advice(budget_bytes: int, allow: tuple[str, ...] = (), strategies: str = "adamw:fused,ga:steps=1") -> Advice:
+    return advise(build, budget=budget_bytes + CONTEXT, device=DEVICE, strategies=strategies, allow=allow)
+
+
+@cache
+def plain_bytes() -> int:
+    """What the allocator reserves without checkpointing."""
+    trace = simulate(build, device=DEVICE, strategies="adamw:fused,ga:steps=1")
+    return int(trace.meta["peak_reserved"])
+
+
+BUDGETS = [plain_bytes() - saved * 2**20 for saved in (4, 12, 20)]
+
+
+def test_a_step_that_fits_needs_nothing() -> None:
+    found = advice(plain_bytes())
+    assert found.feasible
+    assert not found.layers
+    assert found.overhead_vs_none == 0
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_the_plan_holds_the_budget_when_it_is_run_as_any_user_would(budget: int, tmp_path: Path) -> None:
+    found = advice(budget)
+    assert found.feasible
+    file = LayerPlan(found.layers, found.made_for).save(tmp_path / "plan.json")
+    plan = ",".join([*found.strategies, f"ckpt:plan={file}"])
+    small = dataclasses.replace(DEVICE, capacity_bytes=budget + CONTEXT)
+    trace = simulate(build, device=small, strategies=plan)
+    assert trace.meta["out_of_memory"] is None
+    assert trace.peak.allocated_bytes == found.peak.allocated
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_less_memory_costs_time_but_less_than_checkpointing_everything(budget: int) -> None:
+    found = advice(budget)
+    assert found.overhead_vs_none > 0
+    assert found.overhead_vs_all < 0
+
+
+def test_a_smaller_budget_never_gives_a_larger_peak() -> None:
+    peaks = [advice(budget).peak.allocated for budget in BUDGETS]
+    assert peaks == sorted(peaks, reverse=True)
+
+
+def test_the_certificate_bounds_the_plan_from_below() -> None:
+    certificate = advice(BUDGETS[1]).certificate
+    assert certificate is not None
+    assert 0 <= certificate.gap < 1
+    assert certificate.lower_bound_seconds <= advice(BUDGETS[1]).step_seconds
+
+
+def test_too_small_a_budget_is_refused_with_the_smallest_that_will_do() -> None:
+    found = advice(2**20)
+    assert not found.feasible
+    assert found.certificate is None
+    assert found.minimum_bytes == found.peak.device
+    enough = advise(build, budget=found.minimum_bytes, device=DEVICE, strategies="adamw:fused,ga:steps=1")
+    assert enough.feasible
+
+
+def test_the_smallest_reservation_is_enough_and_less_is_not() -> None:
+    found = advice(BUDGETS[0])
+    assert found.trace is not None
+    trace, settings = found.trace, AllocatorSettings()
+
+    def runs_within(capacity: int) -> bool:
+        return replay(trace.requested, trace.born, trace.freed, settings=settings, capacity_bytes=capacity).oom is None
+
+    assert runs_within(found.peak.reserved)
+    assert not runs_within(found.peak.reserved - 2 * 2**20)
+    assert found.peak.reserved >= int(dataclasses.replace(trace, size=rounded(trace)).allocated.max())
+
+
+def test_the_binding_event_is_the_peak_of_the_plan() -> None:
+    found = advice(2**20)
+    assert found.trace is not None
+    assert found.binding.allocated == found.trace.peak.allocated_bytes == sum(found.binding.by_category.values())
+
+
+def test_no_point_of_the_front_is_beaten_by_another() -> None:
+    front = advice(BUDGETS[1]).front
+    assert len(front) >= 3
+    sizes, times = [point.peak.device for point in front], [point.step_seconds for point in front]
+    assert sizes == sorted(set(sizes))
+    assert times == sorted(set(times), reverse=True)
+
+
+def test_what_changes_the_mathematics_is_used_only_when_allowed() -> None:
+    refused, allowed = advice(BUDGETS[2], strategies=""), advice(BUDGETS[2], ("bf16",), strategies="")
+    assert not any(spec.startswith(("bf16", "amp", "lora")) for spec in refused.strategies)
+    assert "bf16" in allowed.strategies
+
+
+def test_where_nothing_fits_it_is_said_what_would_help() -> None:
+    helps = advice(2**20).binding.helps
+    assert "--allow bf16: " in helps
+    assert "--allow amp: " in helps
+
+
+def test_a_plugin_takes_part_through_what_it_declares(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Half(Strategy):
+        """Train on half of each batch."""
+
+        name, stage, exact, changes = "half", Stage.STEP, False, "the data"
+
+        @dataclass(frozen=True)
+        class Config:
+            """Nothing to set."""
+
+        def apply(self, workload: Workload) -> None:
+            whole = workload.split
+            workload.split = lambda batch, parts: whole(batch[: len(batch) // 2], parts)
+
+    from memscope import strategies
+    from memscope.advisor import combinations
+
+    everything: Callable[[], dict[str, Any]] = lambda: {**available, "half": Half}  # noqa: E731
+    available = dict(strategies.available())
+    monkeypatch.setattr(strategies, "available", everything)
+    monkeypatch.setattr(combinations, "available", everything)
+    found = advise(build, budget=BUDGETS[2] + CONTEXT, device=DEVICE, strategies="adamw:fused", allow=["half"])
+    assert "half" in found.strategies
+
+
+def test_the_document_has_the_promised_keys() -> None:
+    document = advice(BUDGETS[0]).document()
+    assert document["schema_version"] == 1
+    assert {"budget", "feasible", "plan", "peak", "time", "certificate", "minimum_budget", "binding", "front"} <= {
+        *document
+    }
+    assert set(document["plan"]) == {"strategies", "layers", "file"}
+    assert list(document["plan"]["layers"]) == [f"layers.{i}" for i in range(BLOCKS)]
+    assert all(isinstance(size, int) for size in document["peak"].values())
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("0GB", "zero bytes"),
+        ("-4GB", "is not a size"),
+        ("many", "is not a size"),
+        ("40XB", 'unknown unit "XB"'),
+        ("0%", "above 0%"),
+        ("120%", "up to 100%"),
+        ("x%", "up to 100%"),
+    ],
+)
+def test_a_budget_that_cannot_be_read_is_refused_in_words(text: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        budget_of(text, DEVICE, named=True)
+
+
+def test_a_share_needs_a_device() -> None:
+    assert DEVICE.capacity_bytes is not None
+    assert budget_of("50%", DEVICE, named=True) == DEVICE.capacity_bytes // 2
+    with pytest.raises(UsageError, match="share of a device"):
+        budget_of("50%", DEVICE, named=False)
+
+
+def test_an_unknown_strategy_in_allow_is_refused_with_the_nearest() -> None:
+    with pytest.raises(UsageError, match=r'--allow loro: there is no strategy "loro": did you mean "lora"'):
+        advise(build, budget="40GB", device=DEVICE, allow=["loro"])
+
+
+def test_a_device_without_rates_is_refused() -> None:
+    with pytest.raises(UsageError, match='rates of device "gpu" are not known'):
+        advise(build, budget="40GB", device="gpu")
+
+
+def test_a_model_without_repeated_blocks_is_taken_apart_into_its_modules() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.last = nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.norm(self.first(x)))  # type: ignore[no-any-return]
+
+    def mixed() -> Workload:
+        return Workload(Mixed(), [torch.ones(ROWS, WIDTH)], lambda m, x: m(x).sum(), torch.optim.SGD, name="mixed")
+
+    found = advise(mixed, budget="1GB", device=DEVICE)
+    assert found.feasible
+    assert any("no list of repeated blocks" in note for note in found.notes)
+
+
+def test_a_workload_of_the_user_is_left_as_it_is() -> None:
+    workload = toy_workload()
+    before = [parameter.clone() for parameter in workload.model.parameters()]
+    found = advise(workload, budget="2GB", device=DEVICE)
+    assert found.feasible
+    after = list(workload.model.parameters())
+    assert all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("elements", "indices"),
+    [([5], [0]), ([5, 5, 5], [0, 2]), ([9, 5, 7], [0, 2]), ([1, 9, 7], [0, 1]), ([9, 9, 1], [0, 1])],
+)
+def test_the_telling_micro_batches_are_the_first_the_largest_and_the_largest_after_the_first(
+    elements: Sequence[int], indices: list[int]
+) -> None:
+    assert telling(elements) == indices
+
+
+def test_alike_neighbours_are_told_as_a_range() -> None:
+    layers = {
+        "l.0": "none",
+        "l.1": "full",
+        "l.2": "full",
+        "l.3": "full:2",
+        "l.4": "within:l.3",
+        "l.5": "save:a.b/aten.mm",
+    }
+    assert in_words(layers) == "l.0 none, l.1-2 full, l.3-4 full 2, l.5 save b"
+    assert in_words(dict.fromkeys(layers, "none")) == "nothing"
+
+
+@pytest.fixture
+def lora_everywhere() -> Advice:
+    return dataclasses.replace(
+        advice(plain_bytes()),
+        strategies=("lora:r=8", "amp:dtype=bf16", "adamw:fused"),
+        layers={f"layers.{i}": "full" for i in range(BLOCKS)},
+    )
+
+
+@pytest.mark.parametrize(
+    ("tool", "lines"),
+    [
+        ("hf", ["bf16=True,", 'optim="adamw_torch_fused",']),
+        ("axolotl", ["adapter: lora", "lora_r: 8", "gradient_checkpointing: true"]),
+        ("torchtune", ["enable_activation_checkpointing: True"]),
+        ("peft", ['target_modules=["q_proj", "v_proj"],']),
+    ],
+)
+def test_other_tools_are_told_what_they_have_words_for(tool: str, lines: list[str], lora_everywhere: Advice) -> None:
+    assert set(lines) <= set(emit(lora_everywhere, tool))
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_other_tools_are_told_what_they_cannot_say(tool: str, lora_everywhere: Advice) -> None:
+    some = {**lora_everywhere.layers, "layers.0": "none"}
+    lines = emit(dataclasses.replace(lora_everywhere, layers=some), tool)
+    assert any(line.startswith("# not expressible: checkpointing of layers.0 none") for line in lines)
+
+
+def test_the_plan_reads_back_as_the_profile_command_takes_it() -> None:
+    found = advice(BUDGETS[0])
+    assert Plan.parse(dataclasses.replace(found, file=None).plan).specs == list(found.strategies)

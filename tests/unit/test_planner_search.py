@@ -1,0 +1,63 @@
+"""What the planner's search consists of: labels that are dropped must not be missed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from checkpoint_chains import every_plan, random_chains, takes, varied
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memscope.advisor.bounds import TimeBound
+from memscope.advisor.labels import Labels, undominated
+from memscope.advisor.moves import Graph
+from memscope.advisor.needs import needs_of
+from memscope.advisor.planner import Chain, front, minimum_budget, plan
+
+Row = tuple[int, int, int]
+
+
+def beats(one: Row, other: Row) -> bool:
+    return one != other and all(a <= b for a, b in zip(one, other, strict=True))
+
+
+@given(st.lists(st.tuples(*[st.integers(0, 9)] * 3), min_size=1, max_size=120), st.integers(1, 3))
+@settings(deadline=None)
+def test_of_partial_plans_those_stay_that_no_other_beats_and_one_of_equals(rows: list[Row], parts: int) -> None:
+    columns = np.array([(*row, number, 0) for number, row in enumerate(rows)], dtype=np.int64).T
+    left = undominated([Labels(*part) for part in np.array_split(columns, parts, axis=1)], most_labels=1000)
+    found = list(zip(left.kept.tolist(), left.alive.tolist(), left.nanoseconds.tolist(), strict=True))
+    assert sorted(found) == sorted({row for row in rows if not any(beats(other, row) for other in rows)})
+    assert [rows[number] for number in left.before] == found
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3, 4])
+def test_where_both_sums_decide_a_price_on_one_brings_the_bound_closer(seed: int) -> None:
+    chain = varied(seed, blocks=8, options=5)
+    graph = Graph.of(chain)
+    budget = (minimum_budget(chain) + front(chain, 2)[-1].peak_bytes) // 2
+    plain = TimeBound.of(graph, budget)
+    assert plain.nanoseconds < plain.sharpened().nanoseconds <= plan(chain, budget).nanoseconds
+
+
+@given(random_chains(most_blocks=4), st.data())
+@settings(max_examples=50, deadline=None)
+def test_every_part_of_a_plan_that_fits_can_be_completed_and_in_no_less_than_its_bound(
+    chain: Chain, data: st.DataObject
+) -> None:
+    every = [(*takes(chain, choices), choices) for choices in every_plan(chain)]
+    _, budget, chosen = data.draw(st.sampled_from(every))
+    start = chosen[: data.draw(st.integers(0, len(chosen)))]
+    block = kept = held = time = 0
+    saved = False
+    for choice in start:
+        kept += choice.kept_bytes + (chain.boundary_bytes[block] if choice.saves_input or saved else 0)
+        held += choice.held_bytes
+        time += choice.nanoseconds
+        block, saved = block + choice.length, choice.saves_output
+    least = min(t for t, peak, choices in every if choices[: len(start)] == start and peak <= budget) - time
+    graph = Graph.of(chain)
+    sums = np.array([kept]), np.array([kept + held])
+    assert needs_of(graph)[block, saved].are_met(*sums, budget).all()
+    for bound in (TimeBound.of(graph, budget), TimeBound.of(graph, budget).sharpened()):
+        assert bound.at((block, saved), *sums)[0] <= least + bound.error
