@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from memscope.advisor.advise import advise
     from memscope.hooks.record import record
     from memscope.hooks.recorder import Recorder
     from memscope.simulation.fake import simulate
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from memscope.trace import Trace
     from memscope.workload import StepPlan, Workload
 
-__all__ = ["Plan", "Recorder", "StepPlan", "Strategy", "Trace", "Workload", "record", "simulate"]
+__all__ = ["Plan", "Recorder", "StepPlan", "Strategy", "Trace", "Workload", "advise", "record", "simulate"]
 __version__ = "0.1.0"
 
 _HOME = {
@@ -22,6 +23,7 @@ _HOME = {
     "Strategy": "memscope.strategies",
     "Trace": "memscope.trace",
     "Workload": "memscope.workload",
+    "advise": "memscope.advisor.advise",
     "record": "memscope.hooks.record",
     "simulate": "memscope.simulation.fake",
 }

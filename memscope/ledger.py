@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rich.table import Table
+
+from memscope.summary import ledger_table, notebook_html
 from memscope.trace import Trace
 
 __all__ = ["Ledger", "Line", "ledger"]
@@ -35,6 +38,12 @@ class Ledger:
 
     def __getitem__(self, name: str) -> Line:
         return next(line for line in self.lines if line.name == name)
+
+    def __rich__(self) -> Table:
+        return ledger_table(self)
+
+    def _repr_html_(self) -> str:
+        return notebook_html(ledger_table(self))
 
     def total(self, name: str) -> int | None:
         """The total of a line; None where the ledger has no such line."""
@@ -64,6 +73,8 @@ def ledger(trace: Trace) -> Ledger | None:
         seen, note = _seen_by_driver(trace, reserved)
         return Ledger((*lines, *seen), note)
     context = int(trace.meta["context"])
+    if not context:  # `gpu` is no certain device
+        return Ledger(tuple(lines), "what the driver would count beyond reserved memory is not known of this device")
     lines.append(Line("device", context, reserved + context, "nvidia-smi, of this process", estimate=True))
     return Ledger(tuple(lines))
 

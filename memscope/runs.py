@@ -5,25 +5,28 @@ Each measured run gets a fresh process; simulations run side by side.
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures import Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
-from memscope.errors import MemscopeError, TargetError
+from memscope.errors import MemscopeError, OutOfDeviceMemory, TargetError
+from memscope.processes import cores, interrupts_held, pool
 
 if TYPE_CHECKING:
     from memscope.strategies import Plan
     from memscope.target import Target
 
-__all__ = ["RunSpec", "check_plans", "run_all"]
+__all__ = ["Report", "RunSpec", "check_plans", "run_all", "run_where_there_is_room", "try_all"]
+
+T = TypeVar("T")
 
 Report = Callable[[int, int, int], None]
 """`report(index of the run, micro-batches done, in all)`."""
@@ -51,23 +54,28 @@ class RunSpec:
     steps: int
     path: Path
     """Where the trace goes; must not exist yet."""
+    memory_bytes: int | None = None
+    """Most that PyTorch may take of a real GPU; None: all of it."""
 
 
 def check_plans(target: Target, config: Any, plans: Sequence[Plan]) -> None:
     """Find what is wrong with the settings, the data and every plan before anything runs, on a model without memory.
 
     Raises:
-        UsageError: what is wrong.
+        MemscopeError: what is wrong.
     """
     import torch
 
+    from memscope.hooks.steps import usable
+
     with torch.device("meta"):
         try:
-            workload = target.build(config)
+            built: object = target.build(config)
         except MemscopeError:
             raise
-        except Exception:  # the runs will tell; this model may only be unable to live on the meta device
+        except (Exception, SystemExit):  # the runs will tell; this model may only be unable to live on the meta device
             return
+        workload = usable(built)
         for plan in plans:
             plan.check(workload)
 
@@ -78,27 +86,48 @@ def run_all(specs: Sequence[RunSpec], report: Report) -> None:
     Raises:
         MemscopeError: what a run failed with.
     """
-    context = multiprocessing.get_context("spawn")
-    simulated = all(spec.simulated for spec in specs)
-    workers, runs_each = (min(len(specs), _cores()), None) if simulated else (1, 1)
-    messages: Messages = context.Queue()
-    with ProcessPoolExecutor(
-        workers, context, initializer=_begin_process, initargs=(messages,), max_tasks_per_child=runs_each
-    ) as pool:
-        futures = [pool.submit(_run, index, spec) for index, spec in enumerate(specs)]
-        with _cancelled_on_error(pool):
-            while not _finished(futures):
-                for message in _waiting(messages):
-                    report(*message)
+    _carry_out(_run, specs, report)
+
+
+def try_all(specs: Sequence[RunSpec], report: Report) -> list[str]:
+    """Carry out every run: what each failed with, empty where it left its trace file.
+
+    Raises:
+        TargetError: when a process was killed.
+    """
+    return _carry_out(_attempt, specs, report)
+
+
+def run_where_there_is_room(specs: Sequence[RunSpec], report: Report) -> None:
+    """Carry out every run. One whose weights alone do not fit leaves no trace file; any other failure ends all.
+
+    Raises:
+        MemscopeError: what a run failed with.
+    """
+    _carry_out(_run_if_there_is_room, specs, report)
+
+
+def _carry_out(work: Callable[[int, RunSpec], T], specs: Sequence[RunSpec], report: Report) -> list[T]:
+    runs = list(enumerate(specs))
+    if all(spec.simulated for spec in specs):
+        return _side_by_side(work, runs, report)
+    return [answer for run in runs for answer in _side_by_side(work, [run], report)]
+
+
+def _side_by_side(work: Callable[[int, RunSpec], T], runs: Sequence[tuple[int, RunSpec]], report: Report) -> list[T]:
+    messages: Messages = multiprocessing.get_context("spawn").Queue()
+    with pool(min(len(runs), cores()), _report_to, messages) as workers:
+        with interrupts_held():
+            futures = [workers.submit(work, index, spec) for index, spec in runs]
+        while not _finished(futures):
             for message in _waiting(messages):
                 report(*message)
+        for message in _waiting(messages):
+            report(*message)
+        return [future.result() for future in futures]
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _finished(futures: list[Future[None]]) -> bool:
+def _finished(futures: Sequence[Future[Any]]) -> bool:
     done, left = wait(futures, timeout=_POLL_SECONDS)
     for future in done:
         try:
@@ -108,17 +137,6 @@ def _finished(futures: list[Future[None]]) -> bool:
                 "a run ended without a word: its process was killed, most likely for want of host memory"
             ) from None
     return not left
-
-
-@contextmanager
-def _cancelled_on_error(pool: ProcessPoolExecutor) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        for process in list((pool._processes or {}).values()):
-            process.terminate()
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
 
 
 def _waiting(messages: Messages) -> Iterator[tuple[int, int, int]]:
@@ -133,18 +151,22 @@ _progress: Messages | None = None
 """Where a process of a run reports to; set once in each."""
 
 
-def _begin_process(messages: Messages) -> None:
-    """Know where to report, and end with the parent, however that ends."""
+def _report_to(messages: Messages) -> None:
     global _progress
     _progress = messages
-    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "only a child process waits for its parent"
-    parent.join()
-    os._exit(1)
+def _attempt(index: int, spec: RunSpec) -> str:
+    try:
+        _run(index, spec)
+    except MemscopeError as error:
+        return str(error)
+    return ""
+
+
+def _run_if_there_is_room(index: int, spec: RunSpec) -> None:
+    with suppress(OutOfDeviceMemory):
+        _run(index, spec)
 
 
 def _run(index: int, spec: RunSpec) -> None:
@@ -153,26 +175,27 @@ def _run(index: int, spec: RunSpec) -> None:
     import torch
 
     from memscope import record, simulate
+    from memscope.hooks.steps import usable
     from memscope.simulation.allocator_settings import AllocatorSettings
     from memscope.simulation.devices import get_device, load_devices
     from memscope.strategies import Plan
     from memscope.target import find_target
     from memscope.workload import Workload
 
-    torch.set_num_threads(1 if spec.simulated else _cores())
+    torch.set_num_threads(1 if spec.simulated else cores())
+    if spec.memory_bytes is not None:
+        torch.cuda.set_per_process_memory_fraction(spec.memory_bytes / torch.cuda.mem_get_info()[1])
 
     def build() -> Workload:
         target = find_target(spec.target)
-        workload = target.build(target.configure(spec.preset, spec.settings))
+        workload = usable(target.build(target.configure(spec.preset, spec.settings)))
         applied = {strategy.name for strategy in Plan.parse(spec.plan).strategies}
         for other in spec.compared:
-            for strategy in Plan.parse(other).strategies:
-                if strategy.name not in applied:
-                    strategy.baseline(workload)
+            Plan.parse(other).prepare_baseline(workload, applied)
         return workload
 
     def progress(done: int, total: int) -> None:
-        assert _progress is not None, "_begin_process comes first"
+        assert _progress is not None, "_report_to comes first"
         _progress.put((index, done, total))
 
     if spec.simulated:
@@ -183,4 +206,5 @@ def _run(index: int, spec: RunSpec) -> None:
         )
     else:
         trace = record(build, device=spec.device, strategies=spec.plan, steps=spec.steps, progress=progress)
-    trace.save(spec.path)
+    command = {"target": spec.target, "preset": spec.preset, "settings": dict(spec.settings)}
+    dataclasses.replace(trace, meta={**trace.meta, "command": command}).save(spec.path)

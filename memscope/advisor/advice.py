@@ -11,7 +11,7 @@ import numpy as np
 
 from memscope.trace import PHASES, Trace
 
-__all__ = ["Advice", "Binding", "Certificate", "FrontPoint", "Peak", "binding_of", "in_words"]
+__all__ = ["Advice", "Binding", "Certificate", "FrontPoint", "Peak", "binding_of", "in_words", "short_option"]
 
 SCHEMA_VERSION = 1
 
@@ -179,11 +179,11 @@ def in_words(layers: Mapping[str, str]) -> str:
             spans.append((name, name, option))
     if not spans or {option for _, _, option in spans} == {"none"}:
         return "nothing"
-    words = (f"{_range(first, last)} {_short(option)}" for first, last, option in spans)
+    words = (f"{_range(first, last)} {short_option(option)}" for first, last, option in spans)
     return ", ".join(words)
 
 
-def _short(option: str) -> str:
+def short_option(option: str) -> str:
     """`save:attention.wq/aten.mm+attention.wk/aten.mm` as `save wq+wk`: the modules whose results are kept."""
     kind, _, rest = option.partition(":")
     if kind != "save":

@@ -106,29 +106,24 @@ def advise(
     search = Search(asker, chain, device, settings, budget_bytes)
     plans = combinations(built, always, allow)
     notes = [chain.note] if chain.note else []
+    interrupted = False
     try:
         search.run(plans)
     except KeyboardInterrupt:
         if search.best is None:
             raise
-        notes.append("interrupted: this is the best plan found so far, a better one may exist")
-    return _advice(search, built, always, allow, device, settings, len(plans), notes)
+        interrupted = True
+        notes.append("interrupted: this is the best plan found so far; a better one, and a smaller budget, may exist")
+    helps = {} if search.best else forbidden(built, always, allow)
+    advice = _advice(search, built, helps, interrupted=interrupted)
+    return dataclasses.replace(advice, combinations=len(plans), notes=(*notes, *advice.notes))
 
 
-def _advice(
-    search: Search,
-    built: Workload,
-    always: Plan,
-    allow: Collection[str],
-    device: Device,
-    settings: AllocatorSettings,
-    combinations_in_all: int,
-    notes: list[str],
-) -> Advice:
-    """Put into words and figures what a search has found."""
-    least = search.least()
+def _advice(search: Search, built: Workload, helps: Mapping[str, Plan], *, interrupted: bool) -> Advice:
+    """Put into words and figures what a search has found; `helps` are plans that would be tried, were they allowed."""
+    device, settings = search.device, search.allocator
+    least = search.best if interrupted and search.best else search.least()
     found = search.best
-    helps = "" if found else _would_help(search, forbidden(built, always, allow))
     shown = found or least
     reference = search.reference(shown.strategies)
     layers = dict(shown.layers.layers) if shown.layers else {}
@@ -149,11 +144,11 @@ def _advice(
         if found
         else None,
         minimum_bytes=min(least_bytes, peak.device),
-        binding=binding_of(shown.seen.trace, helps),
-        front=_front(search, shown),
+        binding=binding_of(shown.seen.trace, "" if found else _would_help(search, helps)),
+        front=_front(search, shown, more=not interrupted),
         simulated=len(search.plain),
-        combinations=combinations_in_all,
-        notes=(*notes, *_scattered(shown.seen.trace, peak, settings)),
+        combinations=len(search.plain),
+        notes=tuple(_scattered(shown.seen.trace, peak, settings)),
         made_for={
             "target": built.name,
             "settings": built.settings,
@@ -198,10 +193,10 @@ def _would_help(search: Search, plans: Mapping[str, Plan]) -> str:
     return "; ".join(lines)
 
 
-def _front(search: Search, shown: Found) -> tuple[FrontPoint, ...]:
+def _front(search: Search, shown: Found, *, more: bool) -> tuple[FrontPoint, ...]:
     """The plans that were simulated and that no other beats in memory and time, least memory first."""
     points = [_point(shown)]
-    if search.planning.knows(shown.strategies):
+    if more and search.planning.knows(shown.strategies):
         points += map(_point, search.planning.between(search.references[shown.strategies], _FRONT_PLANS))
     for text, seen in search.plain.items():
         points.append(_point(Found(text, None, seen, *[seconds_of(seen)] * 3)))

@@ -1,7 +1,7 @@
 """A plan in the words of other training tools, as far as they have words for it.
 
-Names of settings: transformers 4.57 (`TrainingArguments`), PEFT 0.18 (`LoraConfig`), axolotl 0.12 (its YAML), torchtune
-0.6 (its recipes' YAML). What a tool cannot say is said in a comment.
+Names of settings: transformers 5.23 (`TrainingArguments`), PEFT 0.21 (`LoraConfig`), axolotl 0.8 (its YAML), and
+torchtune's recipe configurations (`llama3_2/1B_lora_single_device`). What a tool cannot say is said in a comment.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ _ELSEWHERE = {
     "w3": "up_proj",
 }
 """Linear layers of Meta's LLaMA, as transformers calls them (models/llama/convert_llama_weights_to_hf.py)."""
+
+
+_MLP = {"gate_proj", "up_proj", "down_proj"}
 
 
 def _hf(advice: Advice, strategies: Strategies) -> Iterator[str]:
@@ -89,8 +92,16 @@ def _torchtune(advice: Advice, strategies: Strategies) -> Iterator[str]:
     yield "# torchtune YAML"
     if "lora" in strategies:
         config = strategies["lora"].config
-        yield f"model: {{lora_attn_modules: [{', '.join(_ELSEWHERE.get(name, name) for name in config.targets)}], "
-        yield f"        lora_rank: {config.r}, lora_alpha: {config.alpha:g}, lora_dropout: {config.dropout:g}}}"
+        names = [_ELSEWHERE.get(name, name) for name in config.targets]
+        attention = [name.replace("o_proj", "output_proj") for name in names if name not in _MLP]
+        yield "model:"
+        yield f"  lora_attn_modules: [{', '.join(attention)}]"
+        yield f"  apply_lora_to_mlp: {bool(_MLP & {*names})}"
+        yield from (
+            f"  lora_rank: {config.r}",
+            f"  lora_alpha: {config.alpha:g}",
+            f"  lora_dropout: {config.dropout:g}",
+        )
     if "ga" in strategies:
         yield f"gradient_accumulation_steps: {strategies['ga'].config.steps}"
     if "bf16" in strategies:

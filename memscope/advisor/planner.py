@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from itertools import accumulate, count
+from itertools import accumulate
 
 from memscope.advisor.chain import Chain, Choice, Evaluation, evaluate
 from memscope.advisor.labels import TooManyLabels
-from memscope.advisor.problem import Problem, Solution
+from memscope.advisor.problem import Problem
 from memscope.errors import GateFailed, MemscopeError
 from memscope.units import format_bytes
 
@@ -27,10 +27,6 @@ __all__ = [
     "minimum_budget",
     "plan",
 ]
-
-_RUNG = 0.0002
-"""By how much each time on the ladder is above the one before: a fifth of the gap that is promised."""
-_RUNG_WIDTH = 1000
 
 
 class NothingFits(GateFailed):
@@ -81,14 +77,14 @@ def plan(chain: Chain, budget_bytes: int) -> CheckpointPlan:
     """Find the plan that fits a budget in the least time; of those as fast, one with the least peak.
 
     It is exact (`gap` 0), unless very many plans are nearly as fast as the best: that takes dozens of blocks that all
-    differ, with costs in proportion to sizes. Then the gap is certified. Either way, a smaller budget never yields a
-    larger peak.
+    differ, with times in proportion to sizes. Then times are rounded to some bits, and the gap is certified. Either way,
+    a smaller budget never yields a larger peak.
 
     Raises:
         NothingFits: with the least budget that will do.
         MemscopeError: when the search outgrows its memory at this very budget.
     """
-    return _planned(Problem(chain), budget_bytes)
+    return _planned(Problem.easy(chain), budget_bytes)
 
 
 def front(chain: Chain, points: int = 6) -> tuple[CheckpointPlan, ...]:
@@ -101,7 +97,7 @@ def front(chain: Chain, points: int = 6) -> tuple[CheckpointPlan, ...]:
     """
     if points < 2:
         raise ValueError(f"a front of {points} points: expected 2 or more")
-    problem = Problem(chain)
+    problem = Problem.easy(chain)
     low, high = problem.least_bytes, _planned(problem, chain.most_bytes).peak_bytes
     budgets = [low + (high - low) * point // (points - 1) for point in range(points)]
     plans = {found.peak_bytes: found for found in (_planned(problem, budget_bytes) for budget_bytes in budgets)}
@@ -120,37 +116,13 @@ def _planned(problem: Problem, budget_bytes: int) -> CheckpointPlan:
         raise NothingFits(budget_bytes, problem.least_bytes, least.takes.binding)
     enough = min(budget_bytes, problem.chain.most_bytes)
     try:
-        found, bound = _fastest(problem, enough) if problem.is_easy else _first_on_ladder(problem, enough)
+        fastest = problem.fastest(enough)
+        assert fastest is not None
+        leanest = problem.leanest(fastest)
     except TooManyLabels:
         raise MemscopeError(
             f"too many plans for a budget of {format_bytes(budget_bytes)} ({budget_bytes} bytes) are nearly as fast as "
             "each other: try another budget, or round the times of the choices to fewer digits"
         ) from None
-    takes = found.takes
-    return CheckpointPlan(found.choices, takes.nanoseconds, takes.peak_bytes, takes.binding, budget_bytes, bound)
-
-
-def _fastest(problem: Problem, budget_bytes: int) -> tuple[Solution, int]:
-    """The first plan that fits of all plans, ordered by time, then peak; and its time, which is the bound."""
-    found = problem.fastest(budget_bytes)
-    assert found is not None
-    return problem.leanest(found, found.takes.nanoseconds), found.takes.nanoseconds
-
-
-def _first_on_ladder(problem: Problem, budget_bytes: int) -> tuple[Solution, int]:
-    """The first plan that fits of one plan for each time on a ladder, and a lower bound.
-
-    Plans on the ladder do not depend on the budget. Those below the bound do not fit, and need not be looked at.
-    """
-    narrow = replace(problem, widths=(_RUNG_WIDTH,))
-    bound = problem.lower_bound(budget_bytes)
-    start = narrow.fastest(problem.chain.most_bytes)
-    assert start is not None
-    tried = max(bound, start.takes.nanoseconds) - 1
-    for rung in count(math.floor(math.log1p(bound) / math.log1p(_RUNG))):
-        limit = math.floor((1 + _RUNG) ** rung) - 1
-        if limit > tried:
-            tried, found = limit, narrow.leanest(start, limit)
-            if found.takes.peak_bytes <= budget_bytes:
-                return found, bound
-    raise AssertionError("unreachable: with time enough, the least peak is found")
+    takes, bound = leanest.takes, problem.lower_bound(enough, fastest)
+    return CheckpointPlan(leanest.choices, takes.nanoseconds, takes.peak_bytes, takes.binding, budget_bytes, bound)

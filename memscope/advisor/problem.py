@@ -16,8 +16,10 @@ from memscope.advisor.needs import Needs, needs_of
 __all__ = ["Problem", "Solution"]
 
 _WIDTHS = (100, 3000, None)
-_MOST_LABELS, _MOST_TO_BE_EXACT = 500_000, 50_000
+_MOST_LABELS, _MOST_TO_BE_EASY = 500_000, 10_000
 _PROBES = 4
+_MOST_BITS = 11
+"""So that times are rounded by less than a 2000th at first, and plans are less than a thousandth slower for it."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class Solution:
 
     choices: tuple[Choice, ...]
     takes: Evaluation
+    rounded_nanoseconds: int
+    """Its time, as searches see it."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +37,29 @@ class Problem:
     """A chain, and how its plans are searched."""
 
     chain: Chain
+    bits: int | None = None
+    """Significant bits to which searches see the time of each choice rounded; None: not at all."""
     widths: tuple[int | None, ...] = _WIDTHS
     """Labels a state of the searches made one after the other, each for something faster. None: all, to be exact."""
     most_labels: int = _MOST_LABELS
 
+    @classmethod
+    def easy(cls, chain: Chain) -> Problem:
+        """The chain with its times rounded as little as keeps searches small; this depends on the chain alone."""
+        problems = (cls(chain, bits) for bits in (None, *range(_MOST_BITS, 1, -1)))
+        return next((problem for problem in problems if problem._is_easy), cls(chain, 1))
+
+    @cached_property
+    def rounded(self) -> Chain:
+        """The chain as searches see it."""
+        if self.bits is None:
+            return self.chain
+        return replace(self.chain, choices=tuple(tuple(map(self._round, choices)) for choices in self.chain.choices))
+
     @cached_property
     def graph(self) -> Graph:
         """The choices as a graph."""
-        return Graph.of(self.chain)
+        return Graph.of(self.rounded)
 
     @cached_property
     def needs(self) -> dict[Node, Needs]:
@@ -52,32 +71,8 @@ class Problem:
         """The least peak of all plans."""
         return max(self.chain.fixed_bytes, self.needs[self.graph.start].least_bytes)
 
-    @cached_property
-    def is_easy(self) -> bool:
-        """Whether exact searches stay small: tried at some budgets, so that it depends on the chain alone."""
-        unlimited = self.fastest(self.chain.most_bytes)
-        assert unlimited is not None
-        span = max(0, unlimited.takes.peak_bytes - self.least_bytes)
-        probe = replace(self, most_labels=_MOST_TO_BE_EXACT)
-        try:
-            for part in range(1, _PROBES):
-                probe.fastest(self.least_bytes + span * part // _PROBES)
-        except TooManyLabels:
-            return False
-        return True
-
-    def lower_bound(self, budget_bytes: int) -> int:
-        """Nanoseconds that every plan takes which fits a budget: the least, where that can be told, or a relaxation."""
-        try:
-            fastest = replace(self, most_labels=_MOST_TO_BE_EXACT).fastest(budget_bytes)
-        except TooManyLabels:
-            bound = TimeBound.of(self.graph, budget_bytes).sharpened()
-            return max(0, math.ceil(bound.nanoseconds - bound.error))
-        assert fastest is not None
-        return fastest.takes.nanoseconds
-
     def fastest(self, budget_bytes: int, limit: float = math.inf) -> Solution | None:
-        """The fastest plan that fits a budget and takes no more than `limit` nanoseconds; None if there is none.
+        """The fastest plan that fits a budget and takes no more than `limit` nanoseconds, rounded; None if there is none.
 
         Raises:
             TooManyLabels: when too many plans are nearly as fast.
@@ -92,13 +87,13 @@ class Problem:
             )  # fmt: skip
             if outcome.path is not None:
                 best = self._solution(outcome.path)
-                limit = best.takes.nanoseconds - 1
+                limit = best.rounded_nanoseconds - 1
             if outcome.is_complete:
                 break
         return best
 
-    def leanest(self, start: Solution, limit: int) -> Solution:
-        """The plan with the least peak of those that take no more than `limit` nanoseconds, as `start` does.
+    def leanest(self, start: Solution) -> Solution:
+        """The plan with the least peak of those that take no longer than `start`.
 
         The peak is sought downwards, in strides that double until there is no such plan, then by bisection.
 
@@ -108,7 +103,7 @@ class Problem:
         best, low, stride, is_found = start, self.least_bytes, 1, True
         while low < best.takes.peak_bytes:
             budget_bytes = max(low, best.takes.peak_bytes - stride)
-            found = self.fastest(budget_bytes, limit)
+            found = self.fastest(budget_bytes, start.rounded_nanoseconds)
             if found is None:
                 low, is_found = budget_bytes + 1, False
             else:
@@ -116,6 +111,35 @@ class Problem:
             stride = 2 * stride if is_found else max(1, (best.takes.peak_bytes - low) // 2)
         return best
 
+    def lower_bound(self, budget_bytes: int, fastest: Solution) -> int:
+        """Nanoseconds, not rounded, that every plan takes which fits the budget for which one is the fastest."""
+        if self.bits is None:
+            return fastest.takes.nanoseconds
+        # Rounding makes no time longer than by a part of 2**-bits, so the fastest of all is at least this slow.
+        by_rounding = -(-fastest.rounded_nanoseconds * 2**self.bits // (2**self.bits + 1))
+        relaxed = TimeBound.of(Graph.of(self.chain), budget_bytes).sharpened()
+        return max(by_rounding, math.ceil(relaxed.nanoseconds - relaxed.error))
+
+    @cached_property
+    def _is_easy(self) -> bool:
+        """Whether searches stay small, tried at budgets from the least peak to that of the fastest plan of all."""
+        probe = replace(self, most_labels=_MOST_TO_BE_EASY)
+        try:
+            highest = probe.fastest(self.chain.most_bytes)
+            assert highest is not None
+            span = max(0, highest.takes.peak_bytes - self.least_bytes)
+            for part in range(1, _PROBES):
+                probe.fastest(self.least_bytes + span * part // _PROBES)
+        except TooManyLabels:
+            return False
+        return True
+
+    def _round(self, choice: Choice) -> Choice:
+        assert self.bits is not None
+        unit = 2 ** max(0, choice.nanoseconds.bit_length() - self.bits)
+        return replace(choice, nanoseconds=(choice.nanoseconds + unit // 2) // unit * unit)
+
     def _solution(self, path: Sequence[tuple[int, int]]) -> Solution:
         choices = tuple(self.chain.choices[block][index] for block, index in path)
-        return Solution(choices, evaluate(self.chain, choices))
+        rounded = sum(self.rounded.choices[block][index].nanoseconds for block, index in path)
+        return Solution(choices, evaluate(self.chain, choices), rounded)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from memscope.errors import MemscopeError, TargetError
+from memscope.processes import cores, interrupts_held, pool
 from memscope.simulation.allocator import AllocatorSettings
 from memscope.simulation.devices import Device, get_device, load_devices
 from memscope.strategies.layer_plan import LayerPlan
@@ -143,25 +142,18 @@ class Scene:
 
 @contextlib.contextmanager
 def side_by_side(scene: Scene) -> Iterator[Runner]:
-    """A runner with a process for every core; they end with the context, also after an exception."""
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(_cores(), context, initializer=_begin, initargs=(scene,))
-    try:
-        yield _Pool(pool)
-    except BaseException:
-        for process in list((pool._processes or {}).values()):
-            process.terminate()
-        raise
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    """A runner with a process for every core; they end with the context."""
+    with pool(cores(), _begin, scene) as workers:
+        yield _Pool(workers)
 
 
 @dataclass(frozen=True)
 class _Pool:
-    pool: ProcessPoolExecutor
+    workers: ProcessPoolExecutor
 
     def run(self, probes: Sequence[Probe], done: Callable[[], None] = lambda: None) -> list[Answer]:
-        futures: list[Future[Answer]] = [self.pool.submit(_in_child, probe) for probe in probes]
+        with interrupts_held():
+            futures: list[Future[Answer]] = [self.workers.submit(_in_child, probe) for probe in probes]
         try:
             for _ in as_completed(futures):
                 done()
@@ -220,10 +212,6 @@ def _answer(
     except MemscopeError as error:
         return error
     return Seen(trace, tuple(indices), tuple(elements[index] for index in indices), sum(elements))
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 _in_process: InProcess | None = None

@@ -7,20 +7,27 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from memscope.cli.profile_report import document, print_report, write_page
+from memscope.advisor.resolve import is_auto, resolve
+from memscope.advisor.runner import Scene
+from memscope.cli.grid import asked_grid, show_grid
+from memscope.cli.profile_report import document, print_advice, print_next, print_report, write_page
+from memscope.cli.progress import shown_progress
+from memscope.cli.target_words import RUNS, settings_of
 from memscope.effects import Run, compare
-from memscope.errors import OutOfDeviceMemory, UsageError
-from memscope.runs import RunSpec, check_plans, run_all
+from memscope.errors import MemscopeError, OutOfDeviceMemory, UsageError
+from memscope.runs import Report, RunSpec, check_plans, run_all, run_where_there_is_room, try_all
 from memscope.simulation.allocator_settings import AllocatorSettings
 from memscope.simulation.devices import get_device, load_devices
 from memscope.strategies import Plan, Strategy
-from memscope.target import find_target
+from memscope.target import Target, find_target
 from memscope.trace import Trace
+from memscope.would_free import Remedies, would_free
 
 __all__ = ["command"]
 
@@ -38,7 +45,20 @@ __all__ = ["command"]
     "Repeated: each plan as it is.",
 )
 @click.option(
-    "--preset", metavar="NAME", help="Preset of the target; the first one if not given. See: memscope targets."
+    "--grid",
+    metavar="PLAN",
+    help="Table 2: every combination of the strategies of PLAN, each on or off, such as ga:steps=8,amp,lora.",
+)
+@click.option("--samples", type=click.IntRange(1), help="With --grid: samples of the run that is timed. [default: 200]")
+@click.option("--memory", metavar="SIZE", help="With --grid on cuda: let PyTorch take no more than SIZE, such as 40GB.")
+@click.option(
+    "--table", type=click.Path(path_type=Path), metavar="FILE", help="With --grid: write Table 2 to a .csv or .md file."
+)
+@click.option(
+    "--preset",
+    metavar="NAME|PATH",
+    help="Preset of the target, or a file or folder it reads one from; the first one if not given. "
+    "See: memscope targets.",
 )
 @click.option(
     "--set",
@@ -81,6 +101,10 @@ def command(
     target: str,
     settings: tuple[str, ...],
     plans: tuple[str, ...],
+    grid: str | None,
+    samples: int | None,
+    memory: str | None,
+    table: Path | None,
     preset: str | None,
     changed: tuple[str, ...],
     device: str | None,
@@ -98,17 +122,21 @@ def command(
 
     TARGET is a folder with target.py, a Python file, or a target that comes with memscope (see: memscope targets).
     Without a GPU the steps are simulated: no weights are loaded and nothing is computed, but every allocation is seen.
-    Exit code 4: the last of the runs does not fit on the device.
+    Exit code 4: the last of the runs does not fit on the device. What each strategy it lacks would free is simulated.
+    With --grid a combination that does not fit is a result like any other.
     """
-    words = _words([*changed, *settings])
+    words = settings_of([*changed, *settings])
     device = device or _default_device(simulate)
     simulated = _is_simulated(device, device_file, simulate)
     AllocatorSettings.parse(allocator or "")
-    parsed = [Plan.parse(text) for text in plans]
-    labels = _labels(parsed)
-    found = find_target(target)
-    check_plans(found, found.configure(preset, words), parsed)
     folder = _folder(output, target)
+    scene = Scene(target, preset, words, device, device_file, allocator)
+    asked = asked_grid(grid, plans, samples, memory, table, device, force)
+    parsed = [asked.plans[-1]] if asked else [_resolved(Plan.parse(text), scene, folder, force) for text in plans]
+    labels = asked.labels if asked else _labels(parsed)
+    found = find_target(target)
+    config = found.configure(preset, words)
+    check_plans(found, config, asked.plans if asked else parsed)
     html = html or folder / "report.html"
     paths = [folder / f"{_file_name(label)}.npz" for label in labels]
     _refuse_existing([*paths, html], force)
@@ -127,27 +155,54 @@ def command(
             simulated=simulated,
             steps=steps,
             path=path.with_suffix(".part.npz"),
+            memory_bytes=asked.memory_bytes if asked else None,
         )
         for label, path in zip(labels, paths, strict=True)
     ]
     with _kept_if_filled(folder):
         try:
-            _run_with_progress(specs, labels)
+            with _progress(labels) as report:
+                (run_where_there_is_room if asked else run_all)(specs, report)
             for spec, path in zip(specs, paths, strict=True):
-                spec.path.replace(path)
+                path.unlink(missing_ok=True)  # what is there is of an earlier run
+                if spec.path.exists():
+                    spec.path.replace(path)
         finally:
             for spec in specs:
                 spec.path.unlink(missing_ok=True)
+    baselines = _asked_of_baseline(parsed)
+    if asked:
+        show_grid(asked, paths, html, baselines, overwrite=force, as_json=as_json)
+        return 0
     traces = [Trace.load(path) for path in paths]
     runs = [Run(label, trace, _textbook(label)) for label, trace in zip(labels, traces, strict=True)]
-    table = compare(traces[0], runs[1:])
-    baselines = _asked_of_baseline(parsed)
-    write_page(runs, table, baselines, html, overwrite=force)
+    table1 = compare(traces[0], runs[1:])
+    write_page(runs, table1, baselines, html, overwrite=force)
+    does_not_fit = bool(traces[-1].meta.get("out_of_memory"))
+    console = Console(highlight=False)
+    if not as_json:
+        print_report(console, runs, table1, baselines)
+    advice = _advice(found, config, specs[-1], traces[-1]) if does_not_fit else None
     if as_json:
-        click.echo(json.dumps(document(target, runs, paths, table), ensure_ascii=False, indent=2))
+        click.echo(json.dumps(document(target, runs, paths, table1, advice), ensure_ascii=False, indent=2))
     else:
-        print_report(Console(highlight=False), runs, table, baselines, folder, html)
-    return OutOfDeviceMemory.exit_code if traces[-1].meta.get("out_of_memory") else 0
+        if advice:
+            print_advice(console, labels[-1], advice)
+        print_next(console, folder, html)
+    return OutOfDeviceMemory.exit_code if does_not_fit else 0
+
+
+def _resolved(plan: Plan, scene: Scene, folder: Path, force: bool) -> Plan:
+    """The plan with `ckpt:auto` replaced by a checkpoint plan, which is written into the folder."""
+    if not is_auto(plan):
+        return plan
+    if scene.device == "cuda":
+        raise UsageError(
+            "ckpt:auto is planned for a simulated GPU: plan with memscope advise, then give ckpt:plan=FILE"
+        )
+    device = get_device(scene.device, load_devices(scene.device_file) if scene.device_file else None)
+    with _kept_if_filled(folder), shown_progress() as progress:
+        return resolve(plan, scene, device, folder / "checkpoints.json", progress, overwrite=force)
 
 
 def _default_device(simulate: bool) -> str:
@@ -168,20 +223,6 @@ def _is_simulated(device: str, file: Path | None, simulate: bool) -> bool:
         require_gpu()
         return False
     return simulate or get_device(device, load_devices(file) if file else None).kind != "cpu"
-
-
-def _words(texts: Sequence[str]) -> dict[str, str]:
-    words: dict[str, str] = {}
-    for text in texts:
-        key, equal, value = text.partition("=")
-        if not equal or not key:
-            raise UsageError(
-                f'"{text}" is no setting: expected KEY=VALUE, for example n_layers=1. See: memscope targets'
-            )
-        if key in words:
-            raise UsageError(f'setting "{key}" is given twice: "{words[key]}" and "{value}"')
-        words[key] = value
-    return words
 
 
 def _labels(plans: list[Plan]) -> list[str]:
@@ -210,7 +251,7 @@ def _textbook(label: str) -> dict[str, str]:
 
 def _folder(output: Path | None, target: str) -> Path:
     if output is None:
-        return Path("memscope-runs") / f"{Path(target).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+        return RUNS / f"{Path(target).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     if output.exists() and not output.is_dir():
         raise UsageError(f"{output} is a file: -o takes a folder, for example -o runs/first")
     return output
@@ -245,7 +286,22 @@ def _refuse_existing(paths: list[Path], force: bool) -> None:
         raise UsageError(f"{existing[0]}{more} exists already: choose another folder with -o, or overwrite with -f")
 
 
-def _run_with_progress(specs: list[RunSpec], labels: list[str]) -> None:
+def _advice(target: Target, config: Any, spec: RunSpec, trace: Trace) -> Remedies:
+    """What would help a run that does not fit; a failure to find out does not take away the runs."""
+    try:
+        return would_free(target, config, spec, trace, _try_all)
+    except MemscopeError as error:
+        return Remedies(failed={"what would help": str(error)})
+
+
+def _try_all(specs: Sequence[RunSpec], labels: Sequence[str]) -> list[str]:
+    with _progress(labels) as report:
+        return try_all(specs, report)
+
+
+@contextlib.contextmanager
+def _progress(labels: Sequence[str]) -> Iterator[Report]:
+    """A bar for each run, on stderr."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -255,4 +311,4 @@ def _run_with_progress(specs: list[RunSpec], labels: list[str]) -> None:
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         tasks = [bars.add_task(label, total=None) for label in labels]
-        run_all(specs, lambda index, done, total: bars.update(tasks[index], completed=done, total=total))
+        yield lambda index, done, total: bars.update(tasks[index], completed=done, total=total)

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from memscope.hooks.allocations import Allocations
 from memscope.hooks.blocks import Blocks, Entry, Refusal, read_blocks
 from memscope.hooks.moments import Moments
-from memscope.hooks.storages import Allocations
 from memscope.simulation.allocator_settings import AllocatorSettings
 from memscope.trace import CATEGORIES, PHASES, Ints, Trace
 

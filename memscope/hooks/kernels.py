@@ -44,3 +44,9 @@ class Kernels(Protocol):
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Workspace]:
         """What one call takes, in order."""
+
+    def has_own_order(self, name: str) -> bool:
+        """Whether `born` may say something of an operator, named with its overload."""
+
+    def born(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...] | None:
+        """Which results of one call are made on the device, in which order; None: all, as they are given back."""

@@ -33,16 +33,28 @@ class ModuleStack:
     """
 
     def __init__(
-        self, model: nn.Module, *, on_enter_model: Callable[[], None], on_leave_model: Callable[[], None]
+        self,
+        model: nn.Module,
+        *,
+        on_call: Callable[[bool], None],
+        on_return: Callable[[bool], None],
     ) -> None:
+        """Prepare to follow; the callbacks are for calls that the training loop itself makes.
+
+        Args:
+            model: whose modules to follow.
+            on_call: the model (True) or a module of it (False) is called, be it by a module that wraps the model.
+            on_return: its call has ended.
+        """
         self._model = model
-        self._on_enter_model, self._on_leave_model = on_enter_model, on_leave_model
+        self._on_call, self._on_return = on_call, on_return
         self.names: list[str] = [ROOT]
         self._index: dict[str, int] = {ROOT: 0}
         self._of_module: dict[int, int] = {}
         self._of_parameter: dict[int, int] = {}
         self.refresh()
         self._stack: list[int] = []
+        self._of_model_at_work = 0
         self.current = 0
         self._nodes: list[int] = [0]
         self._owners: list[int] = [0]
@@ -72,14 +84,16 @@ class ModuleStack:
     def __exit__(self, *exception: object) -> None:
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._stack, self.current = [], [], 0
+        self._hooks, self._stack, self._of_model_at_work, self.current = [], [], 0, 0
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         code = self._of_module.get(id(module))
         if code is None:
             code = self.code(type(module).__name__)
-        if not self._stack and _current_task() < 0 and module is self._model:
-            self._on_enter_model()
+        else:
+            if not self._of_model_at_work and _current_task() < 0:
+                self._on_call(module is self._model)
+            self._of_model_at_work += 1
         self._stack.append(code)
         self._switch(code)
 
@@ -89,10 +103,12 @@ class ModuleStack:
             self._switch(self._stack[-1])
         elif _current_task() < 0:
             self._switch(0)
-            if module is self._model:
-                self._on_leave_model()
         else:  # recomputation of a checkpointed region: what follows belongs to the region's own module
             self._switch(self.code(self.names[left].rpartition(".")[0] or ROOT))
+        if id(module) in self._of_module:
+            self._of_model_at_work -= 1
+            if not self._of_model_at_work and _current_task() < 0:
+                self._on_return(module is self._model)
 
     def _switch(self, code: int) -> None:
         self.current = code

@@ -21,20 +21,23 @@ class GradientNamer:
 
     def __init__(self, model: nn.Module, tracker: StorageTracker, modules: ModuleStack) -> None:
         self._model, self._tracker, self._modules = model, tracker, modules
-        self._hooks: list[Any] = []
+        self._hooks: dict[int, tuple[Tensor, Any]] = {}  # by id of the parameter, which is kept so that it stays its
 
     def __enter__(self) -> GradientNamer:
-        self._hooks = [
-            parameter.register_post_accumulate_grad_hook(self._name)
-            for parameter in self._model.parameters()
-            if parameter.requires_grad
-        ]
+        self.refresh()
         return self
 
+    def refresh(self) -> None:
+        """Follow the parameters that have come to require a gradient."""
+        for parameter in self._model.parameters():
+            if parameter.requires_grad and id(parameter) not in self._hooks:
+                hook = parameter.register_post_accumulate_grad_hook(self._name)
+                self._hooks[id(parameter)] = parameter, hook
+
     def __exit__(self, *exception: object) -> None:
-        for hook in self._hooks:
+        for _, hook in self._hooks.values():
             hook.remove()
-        self._hooks = []
+        self._hooks = {}
 
     def _name(self, parameter: Tensor) -> None:
         if parameter.grad is not None:
@@ -49,8 +52,8 @@ class OptimizerNamer:
         tracker: StorageTracker,
         modules: ModuleStack,
         *,
-        before: Callable[[], None],
-        after: Callable[[], None],
+        before: Callable[[torch.optim.Optimizer], None],
+        after: Callable[[torch.optim.Optimizer], None],
         on_gpu: bool,
     ) -> None:
         """`on_gpu`: the optimizer runs as it would on a GPU, where `step` counters may stay on the host."""
@@ -59,7 +62,7 @@ class OptimizerNamer:
 
     def __enter__(self) -> OptimizerNamer:
         self._hooks = [
-            register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: self._before()),
+            register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: self._before(optimizer)),
             register_optimizer_step_post_hook(self._stepped),
         ]
         return self
@@ -71,7 +74,7 @@ class OptimizerNamer:
 
     def _stepped(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self.name_state(optimizer)
-        self._after()
+        self._after(optimizer)
 
     def name_state(self, optimizer: torch.optim.Optimizer) -> None:
         """Name every tensor in the optimizer's state; a step counter on the host does not count."""

@@ -7,12 +7,12 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from memscope.errors import MemscopeError, OutOfDeviceMemory, TargetError, UsageError
+from memscope.batch import map_tensors
+from memscope.errors import OutOfDeviceMemory, TargetError, UsageError
 from memscope.hooks.recorder import Recorder
 from memscope.hooks.snapshot import require_gpu
-from memscope.hooks.steps import Progress, prepare_steps, record_steps, run_meta, target_error
+from memscope.hooks.steps import Progress, build_workload, prepare_steps, record_steps, run_meta
 from memscope.strategies import Plan
 from memscope.trace import Trace
 from memscope.units import format_bytes
@@ -50,12 +50,7 @@ def record(
     if device == "cuda":
         require_gpu()
     plan = Plan.parse(strategies) if isinstance(strategies, str) else strategies
-    try:
-        built = workload if isinstance(workload, Workload) else workload()
-    except MemscopeError:
-        raise
-    except Exception as error:
-        raise target_error("the target", error) from error
+    built = workload if isinstance(workload, Workload) else build_workload(workload)
     plan.apply(built)
     pieces = prepare_steps(built, steps)
     if device == "cuda":
@@ -63,7 +58,7 @@ def record(
             built.model.to(device)
         except torch.OutOfMemoryError as error:
             raise _no_room(built, error) from error
-    training = Training.start(built, device, partial(pytree.tree_map_only, Tensor, _MOVES[device]))
+    training = Training.start(built, device, partial(map_tensors, _MOVES[device]))
     recorder = Recorder(built.model, meta=run_meta(built, plan, device, simulated=False))
     try:
         record_steps(built, pieces, training, recorder, progress)

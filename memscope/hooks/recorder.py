@@ -8,21 +8,23 @@ from __future__ import annotations
 import contextlib
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from memscope.batch import tensors_in
 from memscope.errors import MemscopeError
+from memscope.hooks.calls import ModuleCalls
 from memscope.hooks.joined import joined
 from memscope.hooks.kernels import Kernels
 from memscope.hooks.modules import ModuleStack
 from memscope.hooks.optimizer import GradientNamer, OptimizerNamer
 from memscope.hooks.snapshot import AllocatorWatch
-from memscope.hooks.storages import Execute, StorageTracker
+from memscope.hooks.storages import StorageTracker
+from memscope.hooks.work import Execute, WorkDone
 from memscope.trace import Phase, Trace
 
 __all__ = ["Recorder"]
@@ -35,9 +37,9 @@ class Recorder:
     every block of PyTorch's allocator there, be it of a tensor or taken inside a kernel. Running out of memory ends the
     recording, not the trace: `meta["out_of_memory"]` says what could not be had.
 
-    Phases, steps and micro-batches are recognised by themselves: a forward pass by the model's own call, a backward
-    pass by the autograd engine, the optimizer by its `step`. A step ends after `optimizer.step()`, when the next
-    forward pass begins.
+    Phases, steps and micro-batches are recognised by themselves: a forward pass by a call of the model, or of a module
+    of it, with gradients on; a backward pass by the autograd engine; the optimizer by its `step`. What comes between
+    them is `outside`. A step ends after `optimizer.step()`, when the next forward pass begins.
 
         with Recorder(model, optimizer) as recorder:
             for batch in loader:
@@ -59,6 +61,7 @@ class Recorder:
         on_gpu: bool = False,
         execute: Execute | None = None,
         kernels: Kernels | None = None,
+        calls_of: Collection[str] = (),
     ) -> None:
         """Prepare to record; nothing is watched before the recorder is entered.
 
@@ -67,12 +70,13 @@ class Recorder:
             optimizer: its existing state is taken in; optimizers made later are seen by themselves.
             meta: what to keep in the trace beside versions and parameter counts; JSON values.
             on_gpu: whether the tensors stand for tensors on a GPU, so that step counters may be on the host.
-            execute: runs an operator in place of PyTorch, `execute(func, args, kwargs)`.
+            execute: runs an operator in place of PyTorch, and says what that took.
             kernels: what kernels would take inside themselves, where none really runs.
+            calls_of: names of modules whose calls are noted in `meta["calls"]`, as `hooks.calls.ModuleCalls` has them.
         """
         self._model, self._optimizer = model, optimizer
         self._meta = dict(meta or {})
-        self._modules = ModuleStack(model, on_enter_model=self._model_begins, on_leave_model=self._model_ends)
+        self._modules = ModuleStack(model, on_call=self._call_begins, on_return=self._call_ends)
         device = next((parameter.device for parameter in model.parameters()), None)
         on_cuda = device is not None and device.type == "cuda"
         self._watch = AllocatorWatch(device) if device is not None and on_cuda else None
@@ -83,13 +87,18 @@ class Recorder:
             execute=execute,
             kernels=kernels,
             moments=self._watch.moments if self._watch else None,
+            on_backward=self._backward_begins,
+            after_backward=self._backward_ended,
         )
         self._gradients = GradientNamer(model, self._tracker, self._modules)
         self._optimizers = OptimizerNamer(
             self._tracker, self._modules, before=self._optimizer_begins, after=self._optimizer_ends, on_gpu=on_gpu
         )
+        self._calls = ModuleCalls(model, calls_of, self._tracker)
         self._scopes = contextlib.ExitStack()
-        self._step_done, self._backward_seen, self._told = True, False, False
+        self._step_done, self._model_returned = True, False
+        self._in_optimizer = False
+        self._stepped: set[int] = set()
         self._seconds: list[float] = []
         self._began = 0.0
 
@@ -98,7 +107,7 @@ class Recorder:
         with contextlib.ExitStack() as scopes:
             if self._watch:
                 scopes.enter_context(self._watch)
-            for part in (self._modules, self._gradients, self._optimizers, self._tracker):
+            for part in (self._modules, self._gradients, self._optimizers, self._calls, self._tracker):
                 scopes.enter_context(part)
             self._scopes = scopes.pop_all()
         self._tracker.move_to("outside", -1, 0)
@@ -112,8 +121,8 @@ class Recorder:
 
     def _take_in(self) -> None:
         """The memory there before anything runs: weights, buffers, and gradients and state of an earlier step."""
+        self._take_in_parameters()
         for parameter in self._model.parameters():
-            self._tracker.own(parameter, "parameter", module=self._modules.of_parameter(parameter))
             if parameter.grad is not None:
                 self._tracker.own(parameter.grad, "gradient", module=self._modules.of_parameter(parameter))
         for name, buffer in self._model.named_buffers():
@@ -125,11 +134,15 @@ class Recorder:
         if self._optimizer is not None:
             self._optimizers.name_state(self._optimizer)
 
+    def _take_in_parameters(self) -> None:
+        for parameter in self._model.parameters():
+            self._tracker.own(parameter, "parameter", module=self._modules.of_parameter(parameter))
+
     # What run_step says.
 
     def phase(self, name: str, micro_batch: int) -> None:
         """Begin a phase of `run_step`."""
-        self._told = True
+        self._tracker.told = True
         if name == "forward" and micro_batch == 0:
             self._begin_step()
         phase: Phase = name  # type: ignore[assignment]
@@ -137,43 +150,80 @@ class Recorder:
 
     def inputs(self, data: Any) -> None:
         """Name the tensors of a micro-batch."""
-        for leaf in pytree.tree_leaves(data):
-            if isinstance(leaf, Tensor):
-                self._tracker.own(leaf, "input")
+        for tensor in tensors_in(data):
+            self._tracker.own(tensor, "input")
 
     # What is recognised.
 
-    def _model_begins(self) -> None:
+    def _call_begins(self, whole: bool) -> None:
         tracker = self._tracker
-        if not self._told:
+        if tracker.told:
+            if whole:
+                self._move_to("forward")
+        elif torch.is_grad_enabled():  # else it is validation: no backward pass can follow
             if self._step_done:
                 self._begin_step()
             elif tracker.saw_backward:
                 tracker.micro_batch += 1
-        tracker.move_to("forward", tracker.step, tracker.micro_batch)
+            self._move_to("forward")
 
-    def _model_ends(self) -> None:
-        self._tracker.move_to("loss", self._tracker.step, self._tracker.micro_batch)
+    def _call_ends(self, whole: bool) -> None:
+        if self._tracker.told or torch.is_grad_enabled():
+            self._model_returned |= whole
+            if self._model_returned and (whole or not self._tracker.told):
+                self._move_to("loss")
 
-    def _optimizer_begins(self) -> None:
-        self._tracker.move_to("optimizer", self._tracker.step, self._tracker.micro_batch)
+    def _backward_begins(self) -> None:
+        if self._step_done and not self._tracker.told:  # after a forward pass that called no module
+            self._begin_step()
 
-    def _optimizer_ends(self) -> None:
-        self._step_done = True
-        if not self._told:
-            self._tracker.move_to("outside", self._tracker.step, self._tracker.micro_batch)
+    def _backward_ended(self) -> None:
+        if not self._tracker.told:
+            self._model_returned = False
+            self._move_to("optimizer" if self._in_optimizer else "outside")
+
+    def _optimizer_begins(self, optimizer: torch.optim.Optimizer) -> None:
+        of_unseen_gradients = self._tracker.step < 0 or id(optimizer) in self._stepped
+        if of_unseen_gradients and not self._tracker.told:
+            self._begin_step()
+        self._in_optimizer = True
+        self._move_to("optimizer")
+
+    def _optimizer_ends(self, optimizer: torch.optim.Optimizer) -> None:
+        self._stepped.add(id(optimizer))
+        self._in_optimizer, self._step_done = False, True
+        if not self._tracker.told:
+            self._move_to("outside")
+
+    def _move_to(self, phase: Phase) -> None:
+        self._tracker.move_to(phase, self._tracker.step, self._tracker.micro_batch)
 
     def _begin_step(self) -> None:
         self._end_step()
         self._step_done = False
+        self._stepped.clear()
         self._tracker.step, self._tracker.micro_batch = self._tracker.step + 1, 0
         self._began = time.perf_counter()
+        if not self._tracker.told:  # weights may have been unfrozen, added or converted since
+            self._modules.refresh()
+            self._take_in_parameters()
+            self._gradients.refresh()
 
     def _end_step(self, *, wait: bool = True) -> None:
         if self._watch and wait:  # a device works on after it was asked; after an error it may not answer any more
             self._watch.synchronize()
         if self._tracker.step >= 0 and len(self._seconds) <= self._tracker.step:
             self._seconds.append(time.perf_counter() - self._began)
+
+    @property
+    def tracker(self) -> StorageTracker:
+        """What follows the storages."""
+        return self._tracker
+
+    @property
+    def work(self) -> WorkDone:
+        """What the operators did so far."""
+        return self._tracker.seen.work
 
     def trace(self) -> Trace:
         """The trace of everything recorded; called after leaving the recorder.
@@ -226,7 +276,8 @@ class Recorder:
                 "total": sum(p.numel() for p in parameters),
                 "trainable": sum(p.numel() for p in parameters if p.requires_grad),
             },
-            "flops": [self._tracker.seen.flops.get(step, 0) for step in steps],
+            "flops": [self.work.flops_of_step(step) for step in steps],
             "seconds": self._seconds,
+            **({"calls": self._calls.rows} if self._calls.rows else {}),
             **self._meta,
         }

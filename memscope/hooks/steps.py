@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from memscope.errors import MemscopeError, TargetError, UsageError
+from memscope.errors import MemscopeError, TargetError, UsageError, where
 from memscope.hooks.recorder import Recorder
 from memscope.strategies import Plan
-from memscope.workload import MicroBatch, StepObserver, Training, Workload, micro_batches, run_step
+from memscope.workload import MicroBatch, StepObserver, Training, Workload, micro_batches, run_step, sample_counts
 
-__all__ = ["Progress", "prepare_steps", "record_steps", "run_meta", "target_error", "where"]
+__all__ = [
+    "Choose",
+    "Progress",
+    "build_workload",
+    "prepare_steps",
+    "record_steps",
+    "run_meta",
+    "target_error",
+    "usable",
+]
 
 Progress = Callable[[int, int], None]
 """`progress(micro-batches done, micro-batches in all)`, over all steps."""
 
-_OWN_FOLDER = str(Path(__file__).parents[1])
-_SHIPPED_TARGETS = str(Path(_OWN_FOLDER) / "targets")
-_TORCH_FOLDER = str(Path(torch.__file__).parent)
+
+Choose = Callable[[list[MicroBatch]], list[MicroBatch]]
+"""Which micro-batches of a step to run, out of all of them."""
 
 
-def prepare_steps(workload: Workload, steps: int) -> list[list[MicroBatch]]:
-    """The micro-batches of each step, on the host.
+def prepare_steps(workload: Workload, steps: int, choose: Choose = list) -> list[list[MicroBatch]]:
+    """The micro-batches of each step, on the host: those that `choose` leaves of them.
 
     Every step takes the first batch, so that the second step equals the first but for the optimizer state that is there
     by then.
@@ -37,21 +44,19 @@ def prepare_steps(workload: Workload, steps: int) -> list[list[MicroBatch]]:
         raise UsageError(
             f"{steps} steps were asked for: at least one is needed, and two to see a step with optimizer state"
         )
-    if not (hasattr(workload.batches, "__len__") and hasattr(workload.batches, "__getitem__")):
-        raise UsageError(
-            f'the batches of "{workload.name}" are a {type(workload.batches).__name__}, not a sequence: '
-            "give a list, for example [next(iter(loader))]"
-        )
+    usable(workload)
     if not len(workload.batches):
         raise UsageError(f'"{workload.name}" has no batch to train on')
-    return [micro_batches(workload, workload.batches[0]) for _ in range(steps)]
+    return [choose(micro_batches(workload, workload.batches[0])) for _ in range(steps)]
 
 
 def run_meta(workload: Workload, plan: Plan, device: str, *, simulated: bool) -> dict[str, Any]:
     """What a trace keeps of the run it came from."""
+    samples = sample_counts(workload.batches[0])
     return {
         "target": workload.name,
         "settings": workload.settings,
+        "samples_per_step": samples[0] if len(samples) == 1 else None,
         "strategies": plan.specs,
         "device": {"name": device, "simulated": simulated},
     }
@@ -78,7 +83,7 @@ def record_steps(
             observer.finished()
     except MemscopeError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise target_error(workload.name, error) from error
 
 
@@ -103,23 +108,44 @@ class _Counted:
         self._progress(self._total, self._total)
 
 
-def target_error(name: str, error: Exception) -> TargetError:
+def build_workload(build: Callable[[], Workload]) -> Workload:
+    """What a target's `build` gives.
+
+    Raises:
+        TargetError: when it fails, or gives something else than a workload.
+    """
+    try:
+        built: object = build()
+    except MemscopeError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise target_error("the target", error) from error
+    return usable(built)
+
+
+def usable(built: object) -> Workload:
+    """What `build` gave, when it is a workload that can be run.
+
+    Raises:
+        TargetError: when it is something else, or has no model.
+        UsageError: when its batches are no sequence.
+    """
+    if not isinstance(built, Workload):
+        what = "nothing" if built is None else f"a {type(built).__name__}"
+        raise TargetError(f"build gave {what}, not a Workload: end it with  return Workload(model=..., ...)")
+    if not isinstance(built.model, torch.nn.Module):
+        raise TargetError(f'the model of "{built.name}" is a {type(built.model).__name__}: expected an nn.Module')
+    if not (hasattr(built.batches, "__len__") and hasattr(built.batches, "__getitem__")):
+        raise UsageError(
+            f'the batches of "{built.name}" are a {type(built.batches).__name__}, not a sequence: '
+            "give a list, for example [next(iter(loader))]"
+        )
+    return built
+
+
+def target_error(name: str, error: BaseException) -> TargetError:
     """The target's own error as a message that names the line of the target's code it came from."""
     return TargetError(f'"{name}" failed: {type(error).__name__}: {_first_line(error)}{where(error)}')
-
-
-def where(error: BaseException) -> str:
-    """Where an error came from, as ` (at file:line, in function: code)`.
-
-    The innermost line that is neither PyTorch's nor memscope's own; empty if there is none.
-    """
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if frame.filename.startswith(_SHIPPED_TARGETS)
-        or not frame.filename.startswith((_OWN_FOLDER, _TORCH_FOLDER, "<"))
-    ]
-    return f" (at {frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name}: {frames[-1].line})" if frames else ""
 
 
 def _first_line(error: Any) -> str:

@@ -9,37 +9,36 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
+from memscope.hooks.allocations import UNKNOWN, Allocations, Birth
 from memscope.hooks.kernels import Kernels, Workspace
 from memscope.hooks.modules import ModuleStack
 from memscope.hooks.moments import Moments
+from memscope.hooks.operators import RESIZE, Operator, Operators
+from memscope.hooks.work import NOTHING, CountedOperators, Execute
 from memscope.trace import CATEGORIES, PHASES, Category, Phase
 
-__all__ = ["Allocations", "Birth", "Execute", "StorageTracker"]
+__all__ = ["StorageTracker"]
 
 _current_task: Callable[[], int] = torch._C._current_graph_task_id
-_has_kernel: Callable[[str, str], bool] = torch._C._dispatch_has_kernel_for_dispatch_key
 _current_node: Callable[[], Any] = torch._C._current_autograd_node
-Execute = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+_sequence_number: Callable[[], int] = torch.autograd._get_sequence_nr  # type: ignore[attr-defined]
 _device_of = torch.ops.prim.device.default
 _PLAIN = {Tensor, nn.Parameter, FakeTensor}
-_UNKNOWN = -1
-_RESIZE = 1
-_PARAMETER, _WEIGHT_COPY, _ACTIVATION, _TEMPORARY, _WORKSPACE, _OTHER = (
-    CATEGORIES.index(c) for c in ("parameter", "weight_copy", "activation", "temporary", "workspace", "other")
+_PARAMETER, _WEIGHT_COPY, _ACTIVATION, _WORKSPACE = (
+    CATEGORIES.index(c) for c in ("parameter", "weight_copy", "activation", "workspace")
 )
-_BACKWARD, _RECOMPUTE = PHASES.index("backward"), PHASES.index("recompute")
+_FORWARD, _LOSS, _BACKWARD, _RECOMPUTE, _OUTSIDE = (
+    PHASES.index(p) for p in ("forward", "loss", "backward", "recompute", "outside")
+)
+_KEPT = (_FORWARD, _LOSS, _RECOMPUTE)
 
 
 class _StorageRef(weakref.ref[torch.UntypedStorage]):
@@ -47,42 +46,6 @@ class _StorageRef(weakref.ref[torch.UntypedStorage]):
 
     __slots__ = ("key",)
     key: int
-
-
-class Birth(NamedTuple):
-    """An allocation when it was made; names are given as indices."""
-
-    size_bytes: int
-    module: int
-    op: int
-    phase: int
-    step: int
-    micro_batch: int
-    born: int
-
-
-class _Op(NamedTuple):
-    """What the tracker needs to know of an operator."""
-
-    code: int
-    flops: Callable[..., int] | None
-    is_copy: bool
-    is_composite: bool
-    makes_host_scalar: bool
-    takes_workspace: bool
-
-
-@dataclass
-class Allocations:
-    """What was seen, in order of birth; `category` and `freed` are filled in later than the rest."""
-
-    births: list[Birth] = field(default_factory=list)
-    category: list[int] = field(default_factory=list)
-    freed: list[int] = field(default_factory=list)
-    marks: list[tuple[int, int, int, int]] = field(default_factory=list)
-    """`(event, phase, step, micro_batch)` whenever one of the last three changes."""
-    flops: dict[int, int] = field(default_factory=dict)
-    """Floating-point operations of matrix products, convolutions and attention by step (`torch.utils.flop_counter`)."""
 
 
 class StorageTracker(TorchDispatchMode):
@@ -93,6 +56,8 @@ class StorageTracker(TorchDispatchMode):
         ops: table of the operator names seen; the first is empty, for what no operator made.
         step, micro_batch: where the run is; set by whoever drives it, through `move_to`.
         saw_backward: whether a backward pass has run since the last forward phase began.
+        hides: what operators make now is on the host; set by whoever runs them.
+        told: the phases and the inputs are told by `run_step`, so they need not be recognised.
     """
 
     def __init__(
@@ -103,30 +68,38 @@ class StorageTracker(TorchDispatchMode):
         execute: Execute | None = None,
         kernels: Kernels | None = None,
         moments: Moments | None = None,
+        on_backward: Callable[[], None] = lambda: None,
+        after_backward: Callable[[], None] = lambda: None,
     ) -> None:
         """Prepare to follow; nothing is seen before the tracker is entered.
 
         Args:
             modules: who is at work.
             host_scalars: a 0-dimensional `torch.tensor(x)` stays on the host, as it does when the device is a GPU.
-            execute: runs an operator, `execute(func, args, kwargs)`; None: `func(*args, **kwargs)`.
+            execute: runs an operator, and says what that took; None: it is run as it is.
             kernels: what kernels take inside themselves; None: it is not simulated.
             moments: is told what is seen, for a run on a GPU: then only what is on one is followed.
+            on_backward: called when a backward pass begins, before anything of it is seen.
+            after_backward: called when something else runs again after a backward pass.
         """
         super().__init__()  # type: ignore[no-untyped-call]
         self.seen = Allocations()
-        self.ops: list[str] = ["", "UntypedStorage.resize_"]
-        self._modules, self._host_scalars, self._execute = modules, host_scalars, execute or _run
+        self._operators = Operators(host_scalars=host_scalars, kernels=kernels)
+        self.ops = self._operators.names
+        self._modules, self._execute = modules, execute or CountedOperators()
         self._kernels, self._moments = kernels, moments
+        self._on_backward, self._after_backward = on_backward, after_backward
         self._kept_workspaces: dict[tuple[bool, str], int] = {}
-        self._known_ops: dict[OpOverload, _Op] = {}
-        self._known_flops: dict[Any, int] = {}
         self._live: dict[int, tuple[int, _StorageRef]] = {}
         self._hidden: dict[int, _StorageRef] = {}
+        self.hides = False
         self._clock = 0
         self._base_phase = PHASES.index("setup")
-        self.step, self.micro_batch, self.saw_backward = -1, 0, False
+        self.step, self.micro_batch, self.saw_backward, self.told = -1, 0, False, False
         self._pending: list[int] = []
+        self._unread: set[int] = set()
+        self._in_backward = self._is_recorded = False
+        self._last_node = 0
         self._module = self._phase = 0
         self._resize = torch.UntypedStorage.resize_
         self._mark(self._base_phase)
@@ -138,6 +111,7 @@ class StorageTracker(TorchDispatchMode):
         self.step, self.micro_batch, self._base_phase = step, micro_batch, PHASES.index(phase)
         if phase == "forward":
             self.saw_backward = False
+        self._last_node = _sequence_number()
         self._mark(self._base_phase)
 
     def _mark(self, phase: int) -> None:
@@ -154,11 +128,19 @@ class StorageTracker(TorchDispatchMode):
     def _locate(self) -> None:
         """Find module and phase of what runs now, and notice where a forward pass or a recomputation has ended."""
         if _current_task() < 0:
-            phase, self._module = self._base_phase, self._modules.current
+            if self._in_backward:
+                self._in_backward = False
+                self._after_backward()
+            phase, self._module = self._base_phase, 0 if self._modules.is_idle else self._modules.current
+            if phase == _OUTSIDE:
+                self._notice_record()
         elif torch.is_grad_enabled():  # the engine runs with gradients off: this is a checkpointed region, run again
             phase = _RECOMPUTE
             self._module = self._modules.of_node(_current_node()) if self._modules.is_idle else self._modules.current
         else:
+            if not self._in_backward:
+                self._in_backward = True
+                self._on_backward()
             phase, self.saw_backward = _BACKWARD, True
             self._module = self._modules.of_node(_current_node())
             if self._pending:
@@ -166,11 +148,20 @@ class StorageTracker(TorchDispatchMode):
         if phase != self._phase:
             self._mark(phase)
 
+    def _notice_record(self) -> None:
+        """Whether autograd records what runs now: it has then just numbered a node (torch/csrc/autograd/function.h)."""
+        last, self._last_node = self._last_node, _sequence_number()
+        self._is_recorded = self._last_node > last
+
+    def _serves_backward(self) -> bool:
+        """Whether autograd may keep what is made now."""
+        return self._phase in _KEPT or (self._phase == _OUTSIDE and self._is_recorded)
+
     def _keep_activations(self) -> None:
         """The backward pass goes on: what forward or recomputation made and is still alive, it kept for this."""
         category, freed = self.seen.category, self.seen.freed
         for index in self._pending:
-            if freed[index] < 0 and category[index] == _UNKNOWN:
+            if freed[index] < 0 and category[index] == UNKNOWN:
                 category[index] = _ACTIVATION
         self._pending.clear()
 
@@ -187,37 +178,37 @@ class StorageTracker(TorchDispatchMode):
         for kind in types:
             if kind not in _PLAIN:  # a wrapper subclass first turns into operators on plain tensors
                 return NotImplemented
-        op = self._known_ops.get(func) or self._learn(func)
+        op = self._operators.known.get(func) or self._operators.learn(func)
         if op.is_composite and torch.is_inference_mode_enabled():  # else autograd has taken it apart, or has a formula
             with self:
                 return func.decompose(*args, **(kwargs or {}))
         self._locate()
         kwargs = kwargs or {}
+        if not self.told and torch.is_grad_enabled() and self._serves_backward():
+            self._note_reads((*args, *kwargs.values()))
         workspaces = self._kernels(func, args, kwargs) if op.takes_workspace and self._kernels else ()
         held: dict[str, int] = {}
         self._take([w for w in workspaces if w.before_outputs], held, op.code)
         self._begin(op.code)
-        out = self._execute(func, args, kwargs)
-        if op.flops is not None:
-            self.seen.flops[self.step] = self.seen.flops.get(self.step, 0) + self._count_flops(op, args, kwargs, out)
-        self._see_outputs(op, args, out)
+        out, work = self._execute(func, args, kwargs)
+        if work is not NOTHING:
+            self.seen.work.add((self.step, self.micro_batch, self._phase, self._module, op.code), work)
+        self._see_outputs(op, args, self._as_born(func, args, kwargs, out) if op.has_own_order else out)
         self._end()
         self._take([w for w in workspaces if not w.before_outputs], held, op.code)
         for index in held.values():
             self._free(index)
         return out
 
-    def _count_flops(self, op: _Op, args: Any, kwargs: dict[str, Any], out: Any) -> int:
-        """Worked out once for every combination of shapes: PyTorch's formulas are slow to call."""
-        assert op.flops is not None, "only asked of operators that have a formula"
-        key = (op.code, *(a.size() if isinstance(a, Tensor) else a for a in args))
-        try:
-            known = self._known_flops.get(key)
-        except TypeError:  # a list among the arguments, such as the strides of a convolution
-            return op.flops(*args, **kwargs, out_val=out)
-        if known is None:
-            known = self._known_flops[key] = op.flops(*args, **kwargs, out_val=out)
-        return known
+    def _note_reads(self, values: Sequence[Any]) -> None:
+        """What the forward pass or the loss reads, and was made outside of them or before the recording, is input."""
+        for value in values:
+            if isinstance(value, Tensor) and value.layout is torch.strided:
+                key = value.untyped_storage()._cdata
+                if key not in self._live or key in self._unread:
+                    self.own(value, "input")
+            elif isinstance(value, (list, tuple)):
+                self._note_reads(value)
 
     def _begin(self, op: int) -> None:
         if self._moments is not None:
@@ -227,16 +218,26 @@ class StorageTracker(TorchDispatchMode):
         if self._moments is not None:
             self._moments.end()
 
-    def _see_outputs(self, op: _Op, args: Any, out: Any) -> None:
+    def _as_born(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> Any:
+        """The results that the kernel makes on the device, in its order; what it leaves on the host does not count."""
+        order = self._kernels.born(func, args, kwargs) if self._kernels else None
+        if order is None:
+            return out
+        for index, item in enumerate(out):
+            if index not in order and isinstance(item, Tensor):
+                self.hide(item)
+        return [out[index] for index in order]
+
+    def _see_outputs(self, op: Operator, args: Any, out: Any) -> None:
         if isinstance(out, Tensor):
-            if op.makes_host_scalar and out.ndim == 0:
+            if self.hides or (op.makes_host_scalar and out.ndim == 0):
                 self.hide(out)
             else:
-                self._see(out, op.code, self._copied(args[0]) if op.is_copy else _UNKNOWN)
+                self._see(out, op.code, self._copied(args[0]) if op.is_copy else UNKNOWN)
         elif isinstance(out, (list, tuple)):
             for item in out:
                 if isinstance(item, Tensor):
-                    self._see(item, op.code, _UNKNOWN)
+                    self._see(item, op.code, UNKNOWN)
 
     def _take(self, workspaces: Sequence[Workspace], held: dict[str, int], op: int) -> None:
         """Take a kernel's workspaces: `held` until it ends, or kept for good, once a thread (autograd has its own)."""
@@ -248,22 +249,9 @@ class StorageTracker(TorchDispatchMode):
             elif (owner := (_current_task() >= 0, workspace.key)) not in self._kept_workspaces:
                 self._kept_workspaces[owner] = self._enter(workspace.size_bytes, op, _WORKSPACE)
 
-    def _learn(self, func: OpOverload) -> _Op:
-        name = str(func)
-        self.ops.append(name)
-        op = self._known_ops[func] = _Op(
-            code=len(self.ops) - 1,
-            flops=flop_registry.get(func._overloadpacket),
-            is_copy=name == "aten._to_copy.default",
-            is_composite=func.namespace != "prim" and _has_kernel(func.name(), "CompositeImplicitAutograd"),
-            makes_host_scalar=self._host_scalars and name == "aten.lift_fresh.default",
-            takes_workspace=self._kernels is not None and self._kernels.covers(name),
-        )
-        return op
-
     def _copied(self, source: Tensor) -> int:
         live = self._live.get(source.untyped_storage()._cdata)
-        return _WEIGHT_COPY if live and self.seen.category[live[0]] == _PARAMETER else _UNKNOWN
+        return _WEIGHT_COPY if live and self.seen.category[live[0]] == _PARAMETER else UNKNOWN
 
     def _see(self, tensor: Tensor, op: int, category: int) -> None:
         if tensor.layout is not torch.strided:
@@ -289,7 +277,10 @@ class StorageTracker(TorchDispatchMode):
             return
         ref = _StorageRef(storage, self._die)
         ref.key = key
-        self._live[key] = (self._enter(size, op, category, storage), ref)
+        index = self._enter(size, op, category, storage)
+        self._live[key] = (index, ref)
+        if category == UNKNOWN and self._phase == _OUTSIDE and not self._is_recorded:
+            self._unread.add(key)
 
     def _enter(self, size_bytes: int, op: int, category: int, storage: torch.UntypedStorage | None = None) -> int:
         seen, index = self.seen, len(self.seen.births)
@@ -299,12 +290,14 @@ class StorageTracker(TorchDispatchMode):
         if self._moments is not None and storage is not None:
             self._moments.born(storage.data_ptr())
         self._clock += 1
-        if category == _UNKNOWN and self._phase != _BACKWARD:
+        if category == UNKNOWN and self._serves_backward():
             self._pending.append(index)
         return index
 
     def _die(self, ref: weakref.ref[torch.UntypedStorage]) -> None:
-        index, _ = self._live.pop(ref.key)  # type: ignore[attr-defined]
+        key = ref.key  # type: ignore[attr-defined]
+        index, _ = self._live.pop(key)
+        self._unread.discard(key)
         self._free(index)
 
     def _free(self, index: int) -> None:
@@ -319,21 +312,33 @@ class StorageTracker(TorchDispatchMode):
             self._live[key] = (self._enter(storage.nbytes(), op, self.seen.category[index], storage), ref)
         self._free(index)
 
-    # What others know of storages.
+    # What others know of storages, and ask.
+
+    @property
+    def clock(self) -> int:
+        """The next event."""
+        return self._clock
+
+    def index_of(self, tensor: Tensor) -> int | None:
+        """Index of the allocation that holds a tensor now; None when none does."""
+        live = self._live.get(tensor.untyped_storage()._cdata)
+        return live[0] if live else None
 
     def own(self, tensor: Tensor, category: Category, *, module: int | None = None) -> None:
         """Say what a tensor's storage is for, and whose it is; one not seen so far is taken in as born now."""
         for part in _parts(tensor):
             storage = part.untyped_storage()
             key = storage._cdata
+            self._unread.discard(key)
             if key in self._live:
                 index = self._live[key][0]
                 self.seen.category[index] = CATEGORIES.index(category)
                 if module is not None:
                     self.seen.births[index] = self.seen.births[index]._replace(module=module)
             elif key not in self._hidden:
-                self._module = module or 0
+                at_work, self._module = self._module, module or 0
                 self._bear(storage, key, 0, CATEGORIES.index(category))
+                self._module = at_work
 
     def hide(self, tensor: Tensor) -> None:
         """A tensor that is on the host: whatever was seen of it does not count."""
@@ -344,15 +349,19 @@ class StorageTracker(TorchDispatchMode):
             ref.key = key
             self._hidden[key] = ref
 
+    def is_hidden(self, tensor: Tensor) -> bool:
+        """Whether a tensor is on the host."""
+        return tensor.layout is torch.strided and tensor.untyped_storage()._cdata in self._hidden
+
     def __enter__(self) -> StorageTracker:
         tracker, resize = self, self._resize
 
         def resize_(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
             tracker._locate()
-            tracker._begin(_RESIZE)
+            tracker._begin(RESIZE)
             result: torch.UntypedStorage = resize(storage, size)
             if storage._cdata in tracker._live:
-                tracker._replace(storage, storage._cdata, _RESIZE)
+                tracker._replace(storage, storage._cdata, RESIZE)
             tracker._end()
             return result
 
@@ -366,21 +375,9 @@ class StorageTracker(TorchDispatchMode):
 
     def settle(self, *, cut_short: bool = False) -> None:
         """Name the rest: temporary if freed within its step, or in it when it was cut short; else it is `other`."""
-        never = self.step if cut_short else None
-        ends = np.array([mark[0] for mark in self.seen.marks])
-        steps = [mark[2] for mark in self.seen.marks]
-        for index, category in enumerate(self.seen.category):
-            if category != _UNKNOWN:
-                continue
-            birth, freed = self.seen.births[index], self.seen.freed[index]
-            died_in = steps[int(np.searchsorted(ends, freed, side="right")) - 1] if freed >= 0 else never
-            self.seen.category[index] = _TEMPORARY if died_in == birth.step else _OTHER
+        self.seen.settle(never_freed_in=self.step if cut_short else None)
         self._live.clear()
         self._hidden.clear()
-
-
-def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return func(*args, **kwargs)
 
 
 def _parts(tensor: Tensor) -> list[Tensor]:

@@ -22,7 +22,7 @@ from memscope.strategies.plugins import called, loaded
 if TYPE_CHECKING:
     from memscope.workload import Workload
 
-__all__ = ["Plan", "Problem", "Stage", "Strategy", "available"]
+__all__ = ["Plan", "Problem", "Stage", "Strategy", "available", "read_strategies"]
 
 _GROUP = "memscope.strategies"
 
@@ -139,16 +139,7 @@ class Plan:
         Raises:
             UsageError: when it is malformed, or names an unknown strategy, key or value.
         """
-        strategies: list[Strategy] = []
-        for name, words in _words(text):
-            if name not in available():
-                hint = nearest(name, available())
-                if strategies and is_switch(strategies[-1].Config, name):
-                    hint = f'after a comma, the setting of "{strategies[-1].name}" is written {name}=true'
-                raise UsageError(f'unknown strategy "{name}" in plan "{text}": {hint}')
-            kind = available()[name]
-            strategies.append(kind(fill(kind.Config, words, of=f'strategy "{name}"')))
-        return cls.of(*strategies)
+        return cls.of(*read_strategies(text))
 
     @classmethod
     def of(cls, *strategies: Strategy) -> Plan:
@@ -209,6 +200,24 @@ class Plan:
         for strategy in self.strategies:
             if strategy.name not in applied:
                 called(strategy, "baseline", workload)
+
+
+def read_strategies(text: str) -> list[Strategy]:
+    """The strategies that a plan's text names, in its order, each by itself.
+
+    Raises:
+        UsageError: when the text is malformed, or names an unknown strategy, key or value.
+    """
+    strategies: list[Strategy] = []
+    for name, words in _words(text):
+        if name not in available():
+            hint = nearest(name, available())
+            if strategies and is_switch(strategies[-1].Config, name):
+                hint = f'after a comma, the setting of "{strategies[-1].name}" is written {name}=true'
+            raise UsageError(f'unknown strategy "{name}" in plan "{text}": {hint}')
+        kind = available()[name]
+        strategies.append(kind(fill(kind.Config, words, of=f'strategy "{name}"')))
+    return strategies
 
 
 def _words(text: str) -> list[tuple[str, dict[str, str | None]]]:

@@ -1,0 +1,58 @@
+"""What a tracker needs to know of each operator, looked up once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch._ops import OpOverload
+
+from memscope.hooks.kernels import Kernels
+
+__all__ = ["RESIZE", "Operator", "Operators"]
+
+_has_kernel: Callable[[str, str], bool] = torch._C._dispatch_has_kernel_for_dispatch_key
+RESIZE = 1
+"""Code of `UntypedStorage.resize_`, which no dispatch mode sees."""
+
+
+class Operator(NamedTuple):
+    """An operator; `code` indexes `Operators.names`."""
+
+    code: int
+    is_copy: bool
+    is_composite: bool
+    makes_host_scalar: bool
+    takes_workspace: bool
+    has_own_order: bool
+    """Whether a kernel may make its results in another order than it gives them back, or leave some on the host."""
+
+
+class Operators:
+    """The operators met so far.
+
+    Attributes:
+        names: the first is empty, for what no operator made.
+        known: by the operator itself.
+    """
+
+    def __init__(self, *, host_scalars: bool, kernels: Kernels | None) -> None:
+        """See `StorageTracker`."""
+        self.names = ["", "UntypedStorage.resize_"]
+        self.known: dict[OpOverload, Operator] = {}
+        self._host_scalars, self._kernels = host_scalars, kernels
+
+    def learn(self, func: OpOverload) -> Operator:
+        """Take in an operator that is not known yet."""
+        name = str(func)
+        self.names.append(name)
+        op = self.known[func] = Operator(
+            code=len(self.names) - 1,
+            is_copy=name == "aten._to_copy.default",
+            is_composite=func.namespace != "prim" and _has_kernel(func.name(), "CompositeImplicitAutograd"),
+            makes_host_scalar=self._host_scalars and name == "aten.lift_fresh.default",
+            takes_workspace=self._kernels is not None and self._kernels.covers(name),
+            has_own_order=self._kernels is not None and self._kernels.has_own_order(name),
+        )
+        return op

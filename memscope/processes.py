@@ -1,0 +1,63 @@
+"""Worker processes that end with their parent, however that ends, and leave Ctrl-C to it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+__all__ = ["cores", "interrupts_held", "pool"]
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def pool(workers: int, initializer: Callable[..., None], *initargs: Any) -> Iterator[ProcessPoolExecutor]:
+    """Fresh processes, each of which calls `initializer(*initargs)` first; ended at once when an error leaves here."""
+    executor = ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(initializer, initargs)
+    )
+    with executor:
+        try:
+            yield executor
+        except BaseException:
+            for process in list((executor._processes or {}).values()):
+                process.terminate()
+            executor.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+@contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Processes started meanwhile are deaf to Ctrl-C: it is for the parent, which ends them.
+
+    A pool starts its processes when work is submitted.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _begin(initializer: Callable[..., None], initargs: tuple[Any, ...]) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    initializer(*initargs)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "only a child process waits for its parent"
+    parent.join()
+    os._exit(1)

@@ -1,0 +1,109 @@
+"""`memscope advise`, and `ckpt:auto` in `memscope profile`, on the target's smallest preset."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from memscope import Plan, Trace, simulate
+from memscope.simulation.devices import get_device
+from memscope.strategies.layer_plan import LayerPlan
+from memscope.target import find_target
+
+SMALL = ["targets/llama2", "--preset", "debug", "--device", "a100-40gb"]
+ROOT = Path(__file__).parents[2]
+CONTEXT = get_device("a100-40gb").context_bytes
+SETTINGS = ["seq_len=512", "micro_batch=16", "accumulation=1", "attention=sdpa"]
+
+
+@pytest.fixture(autouse=True)
+def targets(tmp_path):
+    """The command line runs in an empty folder; the shipped target is found by its name."""
+    SMALL[0] = str(ROOT / "targets" / "llama2")
+
+
+@cache
+def plain_bytes() -> int:
+    """Bytes the device must hold without checkpointing."""
+    target = find_target("llama2")
+    config = target.configure("debug", dict(setting.split("=") for setting in SETTINGS))
+    return simulate(lambda: target.build(config), device="a100-40gb").meta["peak_reserved"] + CONTEXT
+
+
+def test_the_plan_file_is_what_profile_takes_and_holds_the_budget(run):
+    budget = plain_bytes() - 100 * 2**20
+    code, out, err = run("advise", *SMALL, *SETTINGS, "--budget", budget, "--emit", "hf")
+    assert code == 0, err
+    for words in ("checkpointing", "step time (estimate)", "Memory against time", "# transformers.TrainingArguments"):
+        assert words in out
+    [command] = [line for line in out.splitlines() if line.startswith("Next: memscope profile")]
+    plan = str(Plan.parse(command.split('"')[1]))
+    assert "ckpt:plan=memscope-plan.json" in plan
+    code, out, _ = run("profile", *SMALL, *SETTINGS, "-s", plan, "-s", "adamw", "--json", "-o", "planned")
+    assert code == 0
+    assert {",".join(one["strategies"]): one["peak"]["device"] for one in json.loads(out)["runs"]}[plan] <= budget
+
+
+def test_nothing_fits_is_exit_code_3_with_the_smallest_budget(run):
+    code, out, _ = run("advise", *SMALL, *SETTINGS, "--budget", CONTEXT + 2**20, "--json")
+    document = json.loads(out)
+    assert code == 3
+    assert not document["feasible"]
+    assert document["minimum_budget"] > CONTEXT + 2**20
+    assert document["certificate"] is None
+    assert not Path("memscope-plan.json").exists()
+
+
+def test_without_a_target_it_is_the_last_one_profiled(run):
+    code, *_ = run("profile", *SMALL, *SETTINGS, "n_layers=3")
+    assert code == 0
+    code, out, err = run("advise", "--device", "a100-40gb", "--budget", "30GB", "--json")
+    assert code == 0, err
+    document = json.loads(out)
+    assert document["target"] == "llama2"
+    [trace] = [Trace.load(path) for path in Path("memscope-runs").glob("*/baseline.npz")]
+    assert trace.meta["settings"]["n_layers"] == 3
+
+
+def test_profile_makes_a_plan_for_a_budget_on_the_way(run):
+    budget = plain_bytes() - 100 * 2**20
+    plan = f"adamw:fused,ckpt:auto,budget={budget}"
+    code, out, err = run("profile", *SMALL, *SETTINGS, "-s", plan, "-s", "adamw:fused", "--json", "-o", "auto", "-f")
+    assert code == 0, err
+    runs = json.loads(out)["runs"]
+    planned = next(one for one in runs if "checkpoints.json" in ",".join(one["strategies"]))
+    assert planned["peak"]["device"] <= budget
+    assert LayerPlan.load(Path("auto") / "checkpoints.json").layers
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--budget", "nothing"], "is not a size"),
+        (["--budget", "40GB", "--allow", "loro"], 'no strategy "loro"'),
+        (["--budget", "40GB", "--blocks", "layer"], 'no nn.ModuleList or nn.Sequential "layer"'),
+        (["--budget", "40GB", "-s", "lora:r=0"], "r=0 is no rank"),
+        (["--budget", "40GB", "-o", "no/such/folder.json"], "there is no folder"),
+    ],
+)
+def test_bad_input_is_told_in_one_message(run, words, said):
+    code, out, err = run("advise", *SMALL, *words)
+    assert code == 2
+    assert not out
+    assert said in err
+    assert "Traceback" not in err
+
+
+def test_a_share_needs_a_device(run):
+    code, _, err = run("advise", SMALL[0], "--preset", "debug", "--budget", "90%")
+    assert code == 2
+    assert "share of a device: name one" in err
+
+
+def test_a_plan_that_is_there_is_not_overwritten(run):
+    Path("memscope-plan.json").write_text("mine")
+    code, _, err = run("advise", *SMALL, "--budget", "40GB")
+    assert code == 2
+    assert "memscope-plan.json exists already" in err
+    assert Path("memscope-plan.json").read_text() == "mine"

@@ -1,0 +1,73 @@
+"""Targets that are not what they should be: one message in words, and nothing left behind."""
+
+import signal
+
+import pytest
+
+from memscope.runs import _side_by_side
+
+HEAD = """
+import dataclasses, sys, torch
+from memscope import Workload
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    width: int = 4
+
+
+def workload(**changes):
+    given = dict(
+        model=torch.nn.Linear(4, 4), batches=[torch.ones(2, 4)], loss=lambda m, x: m(x).sum(),
+        optimizer_factory=torch.optim.SGD, name="mine",
+    )
+    return Workload(**{**given, **changes})
+
+
+def build(config):
+"""
+BROKEN = {
+    "nothing": ("    workload()", "build gave nothing, not a Workload: end it with  return Workload("),
+    "a model": ("    return workload().model", "build gave a Linear, not a Workload"),
+    "no model": ("    return workload(model=None)", 'the model of "mine" is a NoneType: expected an nn.Module'),
+    "a generator": ("    return workload(batches=(x for x in [1]))", "are a generator, not a sequence"),
+    "an exit": ("    sys.exit('no data')", '"the target" failed: SystemExit: no data (at'),
+    "an exit at work": ("    return workload(loss=lambda m, x: sys.exit(3))", '"mine" failed: SystemExit: 3 (at'),
+}
+
+
+@pytest.mark.parametrize(("body", "said"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_target_ends_in_one_message(body, said, run, tmp_path):
+    (tmp_path / "mine.py").write_text(HEAD + body)
+    code, out, err = run("profile", "mine.py", "--device", "gpu", "-s", "ga:steps=2")
+    assert code in (1, 2)
+    assert said in err
+    assert "Traceback" not in err
+    assert out == ""
+    assert [path.name for path in tmp_path.iterdir() if path.name not in ("mine.py", "__pycache__")] == []
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_real_run_that_fails_leaves_no_traceback_of_the_runs_after_it(run, tmp_path):
+    (tmp_path / "mine.py").write_text(HEAD + "    return workload(loss=lambda m, x: 1 / 0)")
+    code, _, err = run("profile", "mine.py", "--device", "cpu", "-s", "ga:steps=2", "-s", "amp:dtype=bf16")
+    assert code == 1
+    assert "ZeroDivisionError" in err
+    assert "Traceback" not in err
+
+
+def test_an_error_nobody_foresaw_is_told_in_words(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("memscope.cli.profile.find_target", lambda text: 1 / 0)
+    code, _, err = run("profile", "llama2")
+    assert code == 1
+    assert err.startswith("memscope: error: ZeroDivisionError: division by zero\n")
+    assert "--debug" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="signals of this system have no mask")
+def test_the_processes_of_runs_are_deaf_to_ctrl_c_from_their_first_moment():
+    # Called in a process of a run, as work(index, spec): adds nothing to what is blocked there, and says what is.
+    (blocked,) = _side_by_side(signal.pthread_sigmask, [(signal.SIG_BLOCK, ())], lambda *message: None)
+    assert signal.SIGINT in blocked
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())

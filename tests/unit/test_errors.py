@@ -1,0 +1,35 @@
+"""What an error message offers, and where it says an error came from."""
+
+from __future__ import annotations
+
+import pytest
+
+from memscope.errors import nearest, where
+
+
+@pytest.mark.parametrize(
+    ("given", "offered"),
+    [
+        ("a100", 'did you mean "a100-40gb" or "a100-80gb"? '),  # not a10g, which differs in as few letters
+        ("A100-8", 'did you mean "a100-80gb"? '),
+        ("h100", 'did you mean "h100-80gb"? '),
+        ("a10", 'did you mean "a100-40gb" or "a100-80gb" or "a10g"? '),
+        ("a10b", 'did you mean "a10g"? '),
+        ("tpu", ""),
+        ("", ""),
+    ],
+)
+def test_names_that_go_on_from_what_was_given_are_nearest(given: str, offered: str) -> None:
+    names = ["a100-40gb", "a100-80gb", "a10g", "h100-80gb"]
+    assert nearest(given, names) == f"{offered}Valid: a100-40gb, a100-80gb, a10g, h100-80gb"
+
+
+def test_an_error_came_from_the_line_of_the_users_own_code() -> None:
+    import torch
+
+    def mine() -> None:
+        torch.ones(2) @ torch.ones(3)
+
+    with pytest.raises(RuntimeError) as caught:
+        mine()
+    assert where(caught.value).endswith("in mine: torch.ones(2) @ torch.ones(3))")

@@ -1,0 +1,129 @@
+"""Table 2: combinations, run times, and what is said where memory runs out."""
+
+from __future__ import annotations
+
+import csv
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from memscope.cli.grid_report import FORMATS, print_grid
+from memscope.errors import OutOfDeviceMemory, UsageError
+from memscope.grid import Grid, combinations, table2
+from memscope.strategies import read_strategies
+from memscope.trace import PHASES, Trace
+from tests.traces import TraceBuilder
+
+MIB = 2**20
+FACTORS = read_strategies("ga:steps=2,lora")
+OFF_OFF, OFF_ON, ON_OFF, ON_ON = (False, False), (False, True), (True, False), (True, True)
+
+
+def trace(size_mib: int, *, simulated: bool = True, **meta: Any) -> Trace:
+    """A run of one step whose only allocation has so many MiB."""
+    builder = TraceBuilder()
+    builder.phase("forward", step=0)
+    builder.new("activation", size_mib * MIB)
+    device = {"name": "a100-40gb", "simulated": simulated}
+    return builder.trace({"target": "mine", "device": device, "samples_per_step": 8, **meta})
+
+
+def estimate(*seconds: float) -> dict[str, Any]:
+    """The estimate of a step whose forward operators take so long."""
+    return {"rows": [[0, 0, PHASES.index("forward"), 0, 0, 1, 0, 0, value] for value in seconds]}
+
+
+def grid_of(*traces: Trace | None, samples: int = 200) -> Grid:
+    return table2(FACTORS, list(zip((OFF_OFF, OFF_ON, ON_OFF, ON_ON), traces, strict=True)), samples)
+
+
+def test_every_combination_is_there_once_in_the_order_of_the_factors() -> None:
+    found = combinations(read_strategies("ga:steps=2,amp,lora"))
+    assert [str(plan) for _, plan in found] == [
+        "", "lora", "amp", "lora,amp", "ga:steps=2", "lora,ga:steps=2", "amp,ga:steps=2", "lora,amp,ga:steps=2",
+    ]  # fmt: skip
+    assert found[5][0] == (True, False, True)
+
+
+@pytest.mark.parametrize(("text", "expected"), [("ga,ga:steps=4", '"ga" is there 2 times'), ("", "no strategy")])
+def test_factors_that_make_no_grid_are_refused(text: str, expected: str) -> None:
+    with pytest.raises(UsageError, match=expected):
+        combinations(read_strategies(text))
+
+
+def test_run_time_is_the_steps_that_the_samples_take_times_the_estimate_of_one() -> None:
+    one = trace(3, cost=estimate(0.5, 0.25))
+    found = grid_of(one, one, one, one, samples=201)
+    assert found.steps == 26, "25 whole steps of 8 samples, and one more for the last sample"
+    assert found.predicted
+    assert found.cells[0].seconds == 26 * 0.75
+    assert found.cells[0].allocated_bytes == 3 * MIB
+
+
+def test_measured_seconds_are_those_of_the_last_step() -> None:
+    one = trace(3, simulated=False, seconds=[9.0, 2.0])
+    found = grid_of(one, one, one, one)
+    assert not found.predicted
+    assert found.cells[3].seconds == 25 * 2.0
+
+
+def test_a_predicted_run_that_does_not_fit_says_what_it_would_need_and_has_no_time() -> None:
+    one = trace(70, cost=estimate(1.0), out_of_memory={"limit": 1})
+    cell = grid_of(one, one, one, one).cells[0]
+    assert (cell.fits, cell.allocated_bytes, cell.seconds) == (False, 70 * MIB, None)
+
+
+def test_a_measured_run_that_ran_out_does_not_pass_off_where_it_ended_as_its_need() -> None:
+    ended = trace(70, simulated=False, seconds=[1.0], out_of_memory={"limit": 1})
+    fits = trace(3, simulated=False, seconds=[1.0])
+    found = grid_of(ended, None, fits, fits)
+    for cell in found.cells[:2]:
+        assert (cell.fits, cell.allocated_bytes, cell.reserved_bytes, cell.seconds) == (False, None, None, None)
+
+
+def test_a_grid_in_which_no_run_has_room_for_its_weights_is_an_error() -> None:
+    with pytest.raises(OutOfDeviceMemory, match="room for the weights"):
+        grid_of(None, None, None, None)
+
+
+def test_runs_of_different_samples_a_step_are_not_compared() -> None:
+    one = trace(1)
+    with pytest.raises(UsageError, match="different numbers of samples"):
+        grid_of(one, one, one, trace(1, samples_per_step=4))
+
+
+def mixed() -> Grid:
+    fits, too_large = trace(1536, cost=estimate(0.5)), trace(70_000, out_of_memory={"limit": 1})
+    return grid_of(too_large, too_large, fits, fits)
+
+
+def test_markdown_marks_what_is_on_and_what_runs_out() -> None:
+    lines = FORMATS[".md"](mixed(), ["The same batch in one go (ga)"]).splitlines()
+    assert lines[0] == "Table 2: mine on a100-40gb, predicted"
+    assert lines[2] == "| ga:steps=2 | lora | peak allocated (MiB) | peak reserved (MiB) | run time (s), estimate |"
+    assert lines[4] == "| – | – | × 70,000.0 | × | × |"
+    assert lines[7] == "| ✓ | ✓ | 1,536.0 | – | 12.5 |"
+    assert "- Off means: the same batch in one go (ga)." in lines
+    assert "- ×: runs out of memory; beside it what it would need." in lines
+
+
+def test_csv_has_plain_numbers_and_says_in_each_row_that_they_are_predicted() -> None:
+    rows = list(csv.DictReader(io.StringIO(FORMATS[".csv"](mixed(), []))))
+    first, last = rows[0], rows[-1]
+    assert (first["ga:steps=2"], first["fits"], first["peak_allocated_mib"], first["run_seconds"]) == (
+        "0", "0", "70000.0", "",
+    )  # fmt: skip
+    assert (last["lora"], last["fits"], last["peak_allocated_mib"], last["run_seconds"]) == ("1", "1", "1536.0", "12.5")
+    assert {row["how"] for row in rows} == {"predicted"}
+
+
+@pytest.mark.parametrize(
+    ("meta", "reason"),
+    [({}, 'the rates of "a100-40gb" are not known'), ({"samples_per_step": None}, "samples in a step's batch cannot")],
+)
+def test_where_there_is_no_run_time_the_table_says_why(meta: dict[str, Any], reason: str) -> None:
+    one, out = trace(1, **meta), io.StringIO()
+    print_grid(Console(file=out, width=200), grid_of(one, one, one, one), [])
+    assert reason in out.getvalue()

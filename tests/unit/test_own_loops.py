@@ -1,0 +1,249 @@
+"""Training loops as people write them: what is recognised without being told."""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from memscope import Recorder
+from memscope.trace import CATEGORIES, PHASES
+
+BATCH_BYTES = 16 * 8 * 4
+
+
+def category_sizes(trace, category, *, op=None):
+    chosen = trace.category == CATEGORIES.index(category)
+    if op is not None:
+        chosen &= [trace.ops[code].startswith(f"aten.{op}.") for code in trace.op]
+    return sorted(int(size) for size in trace.size[chosen])
+
+
+def steps_of(trace, phase):
+    """Steps in which a phase was seen, each with its micro-batches."""
+    seen = {}
+    for p, step, micro_batch in zip(trace.mark_phase, trace.mark_step, trace.mark_micro_batch, strict=True):
+        if PHASES[p] == phase:
+            seen.setdefault(int(step), set()).add(int(micro_batch))
+    return seen
+
+
+def net():
+    return nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
+
+
+def test_a_batch_and_its_targets_are_input_wherever_they_were_made():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters())
+    before = torch.ones(16, 8)  # there before the recording
+    with Recorder(model, optimizer) as recorder:
+        for batch in (before, torch.zeros(16, 8)):
+            target = torch.full((16, 8), 0.5)
+            F.mse_loss(model(input=batch), target).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert category_sizes(recorder.trace(), "input") == [BATCH_BYTES] * 4
+
+
+def test_a_moving_average_of_the_weights_is_no_activation():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters())
+    with Recorder(model, optimizer) as recorder:
+        average = copy.deepcopy(model)
+        for _ in range(3):
+            model(torch.ones(16, 8)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                for mean, weight in zip(average.parameters(), model.parameters(), strict=True):
+                    mean.lerp_(weight, 0.1)
+    trace = recorder.trace()
+    assert category_sizes(trace, "activation", op="clone") == []
+    assert category_sizes(trace, "other", op="clone") == sorted(p.nbytes for p in model.parameters())
+
+
+def test_what_follows_the_backward_pass_is_outside_until_the_optimizer_steps():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters())
+    with Recorder(model, optimizer) as recorder:
+        model(torch.ones(16, 8)).sum().backward()
+        log = torch.ones(5)
+        optimizer.step()
+    trace = recorder.trace()
+    born = trace.phase[trace.size == log.nbytes]
+    assert [PHASES[phase] for phase in born] == ["outside"]
+
+
+def test_steps_are_recognised_where_only_parts_of_the_model_are_called():
+    model = nn.ModuleDict({"generator": net(), "critic": net()})
+    optimizers = {name: torch.optim.SGD(part.parameters()) for name, part in model.items()}
+    with Recorder(model) as recorder:
+        for _ in range(2):
+            made = model["generator"](torch.ones(16, 8))
+            model["critic"](made.detach()).sum().backward()
+            optimizers["critic"].step()
+            optimizers["critic"].zero_grad()
+            model["critic"](model["generator"](torch.ones(16, 8))).sum().backward()
+            optimizers["generator"].step()
+            optimizers["generator"].zero_grad()
+    trace = recorder.trace()
+    # Each optimizer.step() ends a step: two for the critic, two for the generator.
+    assert steps_of(trace, "forward") == {0: {0}, 1: {0}, 2: {0}, 3: {0}}
+    assert trace.max_by_category(step=3)["activation"] > 0
+
+
+def test_a_training_step_method_of_the_model_is_a_forward_pass():
+    class Lightning(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net()
+
+        def training_step(self, batch):
+            hidden = self.net(batch)
+            return (hidden.exp() - batch).square().mean()
+
+    model = Lightning()
+    optimizer = torch.optim.SGD(model.parameters())
+    with Recorder(model, optimizer) as recorder:
+        for _ in range(2):
+            for _ in range(2):
+                model.training_step(torch.ones(16, 8)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    trace = recorder.trace()
+    assert steps_of(trace, "forward") == {0: {0, 1}, 1: {0, 1}}
+    exponential = trace.op == trace.ops.index("aten.exp.default")
+    assert {PHASES[phase] for phase in trace.phase[exponential]} == {"forward"}
+    # exp keeps its result for the backward pass.
+    assert category_sizes(trace, "activation", op="exp") == [BATCH_BYTES] * 4
+
+
+def test_a_model_that_is_called_by_a_wrapper_around_it_is_recognised():
+    class Wrapper(nn.Module):  # as DistributedDataParallel, torch.compile and models with a loss of their own are
+        def __init__(self, model):
+            super().__init__()
+            self.module = model
+
+        def forward(self, x):
+            return self.module(x).square().mean()
+
+    model = net()
+    wrapper = Wrapper(model)
+    optimizer = torch.optim.SGD(model.parameters())
+    with Recorder(model, optimizer) as recorder:
+        for _ in range(2):
+            wrapper(torch.ones(16, 8)).backward()
+            optimizer.step()
+    trace = recorder.trace()
+    assert steps_of(trace, "forward") == {0: {0}, 1: {0}}
+    assert category_sizes(trace, "activation", op="addmm").count(BATCH_BYTES) == 2
+
+
+def test_a_loop_without_any_module_call_has_steps_and_activations():
+    model = nn.Linear(8, 8)
+    optimizer = torch.optim.SGD(model.parameters())
+    with Recorder(model, optimizer) as recorder:
+        for _ in range(2):
+            F.linear(torch.ones(16, 8), model.weight, model.bias).exp().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    trace = recorder.trace()
+    assert trace.steps == (0, 1)
+    assert category_sizes(trace, "activation", op="exp") == [BATCH_BYTES] * 2
+    assert category_sizes(trace, "input") == [BATCH_BYTES] * 2
+
+
+def test_an_optimizer_that_steps_again_begins_a_step_though_no_backward_pass_was_seen():
+    model = nn.Linear(8, 8)
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)  # which makes temporary tensors in every step
+    with Recorder(model, optimizer) as recorder:
+        for _ in range(3):
+            for parameter in model.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+    assert steps_of(recorder.trace(), "optimizer") == {0: {0}, 1: {0}, 2: {0}}
+
+
+def test_two_optimizers_that_step_one_after_the_other_share_a_step():
+    model = net()
+    optimizers = [torch.optim.SGD(model[0].parameters()), torch.optim.SGD(model[2].parameters())]
+    with Recorder(model) as recorder:
+        for _ in range(2):
+            model(torch.ones(16, 8)).sum().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    assert recorder.trace().steps == (0, 1)
+
+
+def test_an_optimizer_that_calls_the_model_itself_goes_on_as_optimizer_afterwards():
+    model = nn.Linear(8, 1)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(torch.ones(16, 8)).square().mean()
+        loss.backward()
+        return loss
+
+    with Recorder(model, optimizer) as recorder:
+        for _ in range(2):
+            optimizer.step(closure)
+    trace = recorder.trace()
+    assert set(steps_of(trace, "forward")) == {0, 1}
+    assert {0, 1} <= set(steps_of(trace, "optimizer"))
+
+
+def test_a_validation_pass_is_no_step():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters())
+    with Recorder(model, optimizer) as recorder:
+        for _ in range(2):
+            model(torch.ones(16, 8)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            model.eval()
+            with torch.no_grad():
+                for _ in range(3):
+                    model(torch.ones(16, 8))
+            model.train()
+    trace = recorder.trace()
+    assert trace.steps == (0, 1)
+    assert steps_of(trace, "forward") == {0: {0}, 1: {0}}
+
+
+def test_the_gradient_of_a_weight_that_is_unfrozen_on_the_way_is_a_gradient():
+    model = net()
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters())
+    with Recorder(model, optimizer) as recorder:
+        for step in range(3):
+            model[0].requires_grad_(step > 0)
+            model(torch.ones(16, 8)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    trace = recorder.trace()
+    all_weights = sum(p.nbytes for p in model.parameters())
+    assert trace.max_by_category(step=0)["gradient"] == sum(p.nbytes for p in model[2].parameters())
+    assert trace.max_by_category(step=2)["gradient"] == all_weights
+    assert trace.max_by_category()["other"] == 0
+
+
+def test_a_module_added_on_the_way_has_parameters_and_a_name():
+    model = net()
+    with Recorder(model) as recorder:
+        model.append(nn.Linear(8, 64, bias=False))
+        model(torch.ones(16, 8)).sum().backward()
+    trace = recorder.trace()
+    parameters = trace.by("category", "module", at="peak")
+    assert parameters["parameter", "3"] == 64 * 8 * 4
+
+
+def test_a_gradient_penalty_belongs_to_its_micro_batch():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters())
+    with Recorder(model, optimizer) as recorder:
+        x = torch.ones(16, 8, requires_grad=True)
+        (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        (model(x).mean() + slope.square().mean()).backward()
+        optimizer.step()
+    assert steps_of(recorder.trace(), "forward") == {0: {0}}
