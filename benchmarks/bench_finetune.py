@@ -1,0 +1,82 @@
+"""What the loop of a fine-tuning run costs beside the model and its optimizer.
+
+Steps of the `debug` preset, with all that a user sees: metrics and a live progress bar. A bare loop of the same model
+would be nothing but forward, loss, backward and optimizer, so these are timed within the same steps: CPU time of their
+thread, against CPU time of the whole process, in which everything else is: data, learning rate, metrics, drawing the
+bar. One thread for the model. A larger model makes the steps longer and the share of the loop smaller.
+"""
+
+import time
+
+import torch
+
+from memscope.targets.llama2.finetune_watch import watched
+from memscope.targets.llama2.job import Job
+from memscope.targets.llama2.run_folder import RunFolder
+from memscope.targets.llama2.session import prepare
+from memscope.targets.llama2.target import PRESETS
+from memscope.targets.llama2.train import train
+
+# 3 epochs of the 64 shipped instructions in steps of 8; the first step, in which much happens once, is left out.
+JOB = {"samples": "64", "epochs": "3", "held_out": "0", "clip_grad_norm": "none", "lr": "1e-3"}
+
+
+class Clock:
+    """Adds up the time in the functions that it has wrapped, from the end of the first step to that of the last."""
+
+    def __init__(self, watch):
+        self.watch, self.inside, self.began = watch, 0.0, None
+
+    def timed(self, function):
+        """The function, its time added up."""
+
+        def call(*args, **kwargs):
+            began = time.thread_time()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.inside += time.thread_time() - began
+
+        return call
+
+    def metric(self, metric):
+        """Begins to count after the first."""
+        self.watch.metric(metric)
+        if self.began is None:
+            self.began, self.inside = time.process_time(), 0.0
+
+    def stopped(self):
+        """The last thing in a step, before a checkpoint."""
+        self.ended, self.inside_steps = time.process_time(), self.inside
+        return self.watch.stopped()
+
+
+def backward(loss, run=torch.Tensor.backward):
+    run(loss)
+    loss.detach_()  # gives the graph back here and not when the loss goes: that is the model's time
+
+
+def ratio(folder, patch):
+    session, folder = prepare(Job.of(JOB, PRESETS["debug"])), RunFolder(folder)
+    folder.begin(session.job)
+    with watched(session, folder) as watch:
+        clock = Clock(watch)
+        patch.setattr(torch.Tensor, "backward", clock.timed(backward))
+        session.training.workload.loss = clock.timed(session.training.workload.loss)
+        session.training.optimizer.step = clock.timed(session.training.optimizer.step)
+        train(session, folder, clock)
+    return (clock.ended - clock.began) / clock.inside_steps
+
+
+def test_the_loop_adds_less_than_two_percent_to_model_and_optimizer(benchmark, tmp_path, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich draws a live bar only on what it takes for a terminal
+    monkeypatch.setenv("TERM", "xterm")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        found = benchmark.pedantic(ratio, args=(tmp_path / "run", monkeypatch), rounds=1)
+    finally:
+        torch.set_num_threads(threads)
+    benchmark.extra_info["ratio"] = found
+    print(f"\nwhole loop / model and optimizer: {found:.4f}")
+    assert found < 1.02

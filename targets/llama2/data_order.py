@@ -1,0 +1,28 @@
+"""Which samples a step takes: a pure function of seed and step, so that a resumed run goes on where it was."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TypeVar
+
+__all__ = ["samples_of_step"]
+
+T = TypeVar("T")
+
+
+def samples_of_step(samples: Sequence[T], step: int, size: int, seed: int) -> list[T]:
+    """The `size` samples of a step, counted from 0.
+
+    Every epoch goes through all samples in an order of its own. A step may lie across the border of two epochs, so all
+    steps are full and no sample is left out.
+    """
+    places = range(step * size, (step + 1) * size)
+    return [samples[_order(len(samples), seed, place // len(samples))[place % len(samples)]] for place in places]
+
+
+@lru_cache(maxsize=2)
+def _order(count: int, seed: int, epoch: int) -> tuple[int, ...]:
+    # Python keeps the sequence of a generator that is seeded with text; PyTorch does not promise it across versions.
+    return tuple(random.Random(f"{seed}/{epoch}").sample(range(count), count))

@@ -1,0 +1,253 @@
+"""Fine-tune a model on instructions: `python -m memscope.targets.llama2.finetune --weights DIR --data alpaca.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from memscope.cli.main import run_command
+from memscope.cli.target_words import RUNS, settings_of
+from memscope.errors import UsageError
+from memscope.settings import format_value, help_of
+from memscope.target import find_target
+from memscope.targets.llama2.checkpoints import newest_checkpoint
+from memscope.targets.llama2.finetune_watch import watched
+from memscope.targets.llama2.job import Job
+from memscope.targets.llama2.metrics import Outcome
+from memscope.targets.llama2.model import Architecture
+from memscope.targets.llama2.recipe import Recipe
+from memscope.targets.llama2.run_folder import TOKENIZER, RunFolder
+from memscope.targets.llama2.session import Session, continue_from, prepare
+from memscope.targets.llama2.target import SHIPPED_TOKENIZER, Config, read_preset
+from memscope.targets.llama2.train import evaluate, save_result, train
+from memscope.units import format_bytes
+
+__all__ = ["command", "main"]
+
+_Function = Callable[..., Any]
+_NAME = "python -m memscope.targets.llama2.finetune"
+_METAVARS = {"weights": "FOLDER", "data": "FILE", "tokenizer": "FILE"}
+_INTERRUPTED = 130  # what shells give for Ctrl-C: 128 + SIGINT
+
+
+def _options(config: type, *names: str) -> Callable[[_Function], _Function]:
+    """An option for each of these settings; as text, None where it is not given."""
+    default, helps = config(), help_of(config)
+
+    def decorated(function: _Function) -> _Function:
+        for name in reversed(names):
+            text = f"{helps[name]}  [default: {format_value(getattr(default, name))}]"
+            option = click.option(f"--{name.replace('_', '-')}", name, metavar=_METAVARS.get(name, "VALUE"), help=text)
+            function = option(function)
+        return function
+
+    return decorated
+
+
+@click.command("finetune", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
+@_options(Config, "weights", "data", "tokenizer", "samples", "lr")
+@click.option(
+    "-s", "--strategies", metavar="PLAN", help="What to apply, such as lora:r=16,targets=wq+wv,amp:dtype=bf16."
+)
+@_options(Recipe, *(field.name for field in dataclasses.fields(Recipe)))
+@click.option("--preset", metavar="NAME|PATH", help="Shape of the model; that of the weights if not given.")
+@click.option(
+    "--set",
+    "changed",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change a setting of the target (see: memscope targets); more may follow as KEY=VALUE.",
+)
+@click.option("--device", metavar="cpu|cuda", help="Where to train. Default: cuda where PyTorch has a GPU.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FOLDER", help="Where everything goes.")
+@click.option(
+    "--resume",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Go on with the run in this folder; it needs no other option.",
+)
+@click.option("-f", "--force", is_flag=True, help="Overwrite the run that is in the folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document at the end.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def command(
+    settings: tuple[str, ...],
+    preset: str | None,
+    changed: tuple[str, ...],
+    output: Path | None,
+    resume: Path | None,
+    force: bool,
+    as_json: bool,
+    debug: bool,
+    **texts: str | None,
+) -> int:
+    """Fine-tune LLaMA2, or a model of its family, on instructions in Alpaca's format.
+
+    One sample a micro-batch (micro_batch=1), 8 micro-batches a step (accumulation=8), AdamW. Techniques are memscope's
+    strategies: what a plan will need can be seen before with memscope profile, on the same settings.
+    Ctrl-C stops after the step, with a checkpoint. Exit codes: 0 ok, 1 error, 2 usage, 4 out of GPU memory, 130
+    stopped.
+    """
+    given = [f"{key}={text}" for key, text in texts.items() if text is not None]
+    words = settings_of([*changed, *settings, *given])
+    words |= {key: str(Path(words[key]).absolute()) for key in _METAVARS if words.get(key, "none") != "none"}
+    if resume is None:
+        folder, session = _begun(output, preset, words, force)
+    elif output or force:
+        raise UsageError("--resume goes on in the folder of its run: leave -o and -f out")
+    else:
+        folder, session = _continued(RunFolder(resume), preset, words)
+    saved = _carried_out(session, folder)
+    outcome = Outcome.read(folder.metrics)
+    if as_json:
+        click.echo(json.dumps(_document(session, folder, outcome, saved), ensure_ascii=False, indent=2))
+    else:
+        _tell(session, folder, outcome, saved)
+    return 0 if saved else _INTERRUPTED
+
+
+def _begun(output: Path | None, preset: str | None, words: dict[str, str], force: bool) -> tuple[RunFolder, Session]:
+    folder = RunFolder(output or RUNS / f"finetune-{time.strftime('%Y%m%d-%H%M%S')}")
+    folder.require_new(overwrite=force)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    words = {"device": device, **_tokenizer_of(words), **words}
+    session = prepare(Job.of(words, _base(preset, words)))
+    folder.begin(session.job)
+    return folder, session
+
+
+def _tokenizer_of(words: Mapping[str, str]) -> dict[str, str]:
+    """The tokenizer beside the weights: on the ids of another one they know nothing."""
+    if "weights" not in words or "tokenizer" in words:
+        return {}
+    beside = Path(words["weights"]) / TOKENIZER
+    if not beside.is_file():
+        raise UsageError(f"there is no {beside}: name the tokenizer that belongs to the weights with --tokenizer FILE")
+    return {"tokenizer": str(beside)}
+
+
+def _base(preset: str | None, words: Mapping[str, str]) -> Config:
+    """The model's shape, with the defaults of everything else."""
+    if preset is not None:
+        base: Config = find_target("llama2").configure(preset)
+        return base
+    if "weights" not in words:
+        raise UsageError(
+            "which model? Name a folder of weights with --weights, or a shape with random weights with --preset, "
+            "such as --preset debug"
+        )
+    return read_preset(Path(words["weights"]))
+
+
+def _continued(folder: RunFolder, preset: str | None, words: dict[str, str]) -> tuple[RunFolder, Session]:
+    there = folder.read_job()
+    if folder.finished:
+        raise UsageError(f"{folder.path}: this run is finished, there is nothing to go on with: see {folder.finished}")
+    checkpoint = newest_checkpoint(folder.checkpoints)
+    if checkpoint is None:
+        raise UsageError(f"{folder.path}: no checkpoint was written yet: begin again, with -o {folder.path} -f")
+    shape = _base(preset, words) if preset is not None else there.config
+    names = [field.name for field in dataclasses.fields(Architecture)]
+    job = Job.of({**there.settings, **{name: format_value(getattr(shape, name)) for name in names}, **words})
+    refused, changed = there.differences(job)
+    if refused:
+        raise UsageError(
+            f"{folder.path} is another run: {'; '.join(refused)}. To go on with it, --resume needs no other option"
+        )
+    session = prepare(job)
+    continue_from(session, checkpoint)
+    folder.note(job)
+    for difference in changed:
+        click.echo(f"changed from step {session.done + 1} on: {difference}", err=True)
+    return folder, session
+
+
+def _carried_out(session: Session, folder: RunFolder) -> Path | None:
+    """What was saved at the end; None when the run was stopped."""
+    total, trained = session.training.workload.parameter_counts()
+    plan = f", {session.job.plan}" if session.job.plan else ""
+    click.echo(
+        f"{total:,} parameters, {trained:,} trained; {len(session.samples)} samples, {session.steps} steps; "
+        f"{session.job.device}{plan}; {folder.path}",
+        err=True,
+    )
+    if session.job.recipe.held_out and not session.held_out:
+        click.echo(
+            f"the data end after these {len(session.samples)} samples, no row can be held out: perplexity is not "
+            "measured; fewer --samples leave some",
+            err=True,
+        )
+    with watched(session, folder) as watch:
+        if session.done == 0:
+            evaluate(session, watch)
+        if not train(session, folder, watch):
+            return None
+        saved = save_result(session, folder)
+        evaluate(session, watch)
+        return saved
+
+
+def _document(session: Session, folder: RunFolder, outcome: Outcome, saved: Path | None) -> dict[str, Any]:
+    total, trained = session.training.workload.parameter_counts()
+    return {
+        "schema_version": 1,
+        "folder": str(folder.path),
+        "settings": session.job.settings,
+        "parameters": {"total": total, "trained": trained},
+        "samples": {"trained": len(session.samples), "held_out": len(session.held_out)},
+        "steps": {"done": session.done, "total": session.steps},
+        **dataclasses.asdict(outcome),
+        "saved": None if saved is None else str(saved),
+    }
+
+
+def _tell(session: Session, folder: RunFolder, outcome: Outcome, saved: Path | None) -> None:
+    peak = "" if outcome.peak_bytes is None else f", peak {format_bytes(outcome.peak_bytes)}"
+    skipped = f", {outcome.skipped_steps} skipped by the gradient scaler" if outcome.skipped_steps else ""
+    click.echo(
+        f"{session.done} of {session.steps} steps{skipped}: loss {outcome.first_loss:.4f} in the first, "
+        f"{outcome.last_loss:.4f} in the last; {outcome.tokens_per_second:,.0f} tokens/s{peak}"
+    )
+    if outcome.perplexity_before is not None and outcome.perplexity_after is not None:
+        click.echo(
+            f"perplexity of {len(session.held_out)} held-out samples: {outcome.perplexity_before:,.2f} before, "
+            f"{outcome.perplexity_after:,.2f} after"
+        )
+    if saved is None:
+        click.echo(f"stopped. To go on: {_NAME} --resume {shlex.quote(str(folder.path))}")
+        return
+    click.echo(f"saved: {saved}")
+    words = _how_to_generate(session.job.config, saved)
+    if words:
+        click.echo(f"Next: {shlex.join(words)}")
+
+
+def _how_to_generate(config: Config, saved: Path) -> list[str]:
+    """The command that tries out what was saved; none for updates of random weights, which are in no file."""
+    words = ["python", "-m", "memscope.targets.llama2.generate"]
+    if (saved / TOKENIZER).is_file():
+        words += ["--weights", str(saved)]
+    elif config.weights is not None:
+        words += ["--weights", config.weights, "--adapter", str(saved)]
+        if config.tokenizer != str(Path(config.weights) / TOKENIZER):
+            words += ["--tokenizer", config.tokenizer or str(SHIPPED_TOKENIZER)]
+    else:
+        return []
+    return [*words, "--instruction", "Name three primary colors."]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run this program; errors end as one message and an exit code."""
+    run_command(command, _NAME, arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""What is seen of a fine-tuning run while it goes: a bar on stderr, its metrics, and the wish to stop it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from memscope.targets.llama2.metrics import Metric, Stepped, metrics_written
+from memscope.targets.llama2.run_folder import RunFolder
+from memscope.targets.llama2.session import Session
+from memscope.targets.llama2.train import Watch
+from memscope.units import format_bytes
+
+__all__ = ["watched"]
+
+_SECONDS_BETWEEN_DRAWINGS = 0.5  # each one takes a millisecond or two away from the training
+
+
+@contextmanager
+def watched(session: Session, folder: RunFolder) -> Iterator[Watch]:
+    """Writes metrics, shows a bar, and holds back SIGINT and SIGTERM until the step is done; the second one ends all.
+
+    Raises:
+        TraceFileError: when the metrics cannot be written.
+    """
+
+    def say(text: str) -> None:
+        click.echo(text, err=True)
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps{task.fields[measured]}"),
+        TimeRemainingColumn(),
+    )
+    with (
+        _stop_asked() as stopped,
+        metrics_written(folder.metrics, folder.board, session.done, say) as write,
+        Progress(*columns, console=Console(stderr=True), auto_refresh=False) as bars,
+    ):
+        task = bars.add_task("fine-tuning", total=session.steps, completed=session.done, measured="")
+        drawn = 0.0
+
+        def show(step: Stepped) -> None:
+            nonlocal drawn
+            now = time.monotonic()
+            due = now - drawn >= _SECONDS_BETWEEN_DRAWINGS
+            bars.update(task, completed=step.step, measured=_in_words(step), refresh=due)
+            drawn = now if due else drawn
+
+        yield _Watched(write, show, stopped)
+
+
+def _in_words(step: Stepped) -> str:
+    peak = "" if step.peak_bytes is None else f", peak {format_bytes(step.peak_bytes)}"
+    return f", loss {step.loss:.4f}, {step.tokens_per_second:,.0f} tokens/s{peak}"
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """A `Watch` for the command line."""
+
+    write: Callable[[Metric], None]
+    show: Callable[[Stepped], None]
+    stopped: Callable[[], bool]
+
+    def metric(self, metric: Metric) -> None:
+        self.write(metric)
+        if isinstance(metric, Stepped):
+            self.show(metric)
+
+
+@contextmanager
+def _stop_asked() -> Iterator[Callable[[], bool]]:
+    """Gives what tells whether the run is to stop."""
+    asked: list[int] = []
+
+    def ask(signum: int, frame: FrameType | None) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(signum)
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, b"\nstopping after this step, with a checkpoint; once more stops at once, without\n")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

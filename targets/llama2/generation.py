@@ -1,0 +1,128 @@
+"""New tokens for prompts, without a KV cache: every token is one forward pass over the whole sequence before it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from memscope.errors import MemscopeError, UsageError
+from memscope.targets.llama2.beam_search import beam_search
+from memscope.targets.llama2.decoding import Continuation, Decoding, Limit, Search
+from memscope.targets.llama2.model import Architecture, Llama
+from memscope.targets.llama2.sampling import one_by_one
+
+__all__ = ["Continuation", "Decoding", "check_prompts", "generate"]
+
+_PAD_ID = 0
+"""Fills short rows up on the right. Any id would do: see `_next_logits`."""
+
+
+def generate(
+    model: Llama,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    *,
+    eos_id: int | None,
+    on_token: Callable[[list[tuple[int, ...]]], None] = lambda new: None,
+) -> list[Continuation]:
+    """Continue prompts of any lengths; each as it would be continued alone.
+
+    Dropout is off meanwhile. No more is held on the device from one token to the next than the model.
+
+    Args:
+        model: the model, on any device.
+        prompts: token ids, those of BOS included.
+        decoding: how the next token is chosen.
+        eos_id: the token that ends a text; None: none does.
+        on_token: called after each forward pass with the new tokens of every prompt so far, in beam search those of the
+            best beam, which may still be replaced.
+
+    Returns:
+        What was added, in the order of the prompts.
+
+    Raises:
+        UsageError: when a prompt is empty, fills the context, or has a token that the model does not know.
+        MemscopeError: when logits are not finite.
+    """
+    check_prompts(prompts, model.arch)
+    searches = [_search(model, prompt, decoding, eos_id, index) for index, prompt in enumerate(prompts)]
+    wanted = {index: next(search) for index, search in enumerate(searches)}
+    done: dict[int, Continuation] = {}
+    training = model.training
+    model.eval()
+    try:
+        while wanted:
+            done |= _advance(model, searches, wanted)
+            on_token([_new_tokens(prompt, index, wanted, done) for index, prompt in enumerate(prompts)])
+    finally:
+        model.train(training)
+    return [done[index] for index in range(len(prompts))]
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], arch: Architecture) -> None:
+    """What `generate` refuses, before a model is loaded.
+
+    Raises:
+        UsageError: when a prompt is empty, fills the context, or has a token that the model does not know.
+    """
+    context, vocab_size = arch.max_seq_len, arch.vocab_size
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise UsageError(f"prompt {index + 1} is empty: there is nothing to continue")
+        if len(prompt) >= context:
+            raise UsageError(
+                f"prompt {index + 1} has {len(prompt)} tokens, the context (max_seq_len) is {context}: no room for "
+                f"a new one; shorten it to {context - 1} tokens or fewer"
+            )
+        unknown = next((token for token in prompt if not 0 <= token < vocab_size), None)
+        if unknown is not None:
+            raise UsageError(
+                f"prompt {index + 1} has the token {unknown}, the model knows 0 to {vocab_size - 1}: "
+                "it is of another tokenizer"
+            )
+
+
+def _search(model: Llama, prompt: Sequence[int], decoding: Decoding, eos_id: int | None, index: int) -> Search:
+    room = model.arch.max_seq_len - len(prompt)
+    by_length = decoding.max_new_tokens <= room
+    limit = Limit(decoding.max_new_tokens, "length") if by_length else Limit(room, "context")
+    if decoding.beams > 1:
+        return beam_search(prompt, limit, decoding, eos_id)
+    return one_by_one(prompt, limit, decoding, eos_id, torch.Generator().manual_seed(decoding.seed + index))
+
+
+def _advance(model: Llama, searches: Sequence[Search], wanted: dict[int, list[list[int]]]) -> dict[int, Continuation]:
+    """One forward pass for all prompts that go on: changes what they want, returns the results of those that ended."""
+    logits = _next_logits(model, [row for rows in wanted.values() for row in rows])
+    if not logits.isfinite().all():
+        raise MemscopeError("the logits of the model are not finite: its weights, or those of the adapter, are broken")
+    parts = logits.split([len(rows) for rows in wanted.values()])
+    done = {}
+    for index, part in zip(list(wanted), parts, strict=True):
+        try:
+            wanted[index] = searches[index].send(part)
+        except StopIteration as end:
+            done[index] = end.value
+            del wanted[index]
+    return done
+
+
+@torch.inference_mode()
+def _next_logits(model: Llama, rows: list[list[int]]) -> Tensor:
+    """Logits `[rows, vocab_size]` of the token after each of these sequences.
+
+    Padding on the right needs neither mask nor shifted positions: attention is causal, so no token sees what is behind
+    it, and logits are read where each sequence ends.
+    """
+    device, longest = model.freqs_cis.device, max(len(row) for row in rows)
+    tokens = torch.tensor([row + [_PAD_ID] * (longest - len(row)) for row in rows], device=device)
+    logits: Tensor = model(tokens, torch.tensor([len(row) - 1 for row in rows], device=device))
+    return logits
+
+
+def _new_tokens(
+    prompt: Sequence[int], index: int, wanted: Mapping[int, list[list[int]]], done: Mapping[int, Continuation]
+) -> tuple[int, ...]:
+    return done[index].tokens if index in done else tuple(wanted[index][0][len(prompt) :])

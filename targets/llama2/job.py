@@ -1,0 +1,71 @@
+"""What a fine-tuning run does: model, data, recipe, strategies and device, as one value and as text."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from memscope.errors import UsageError, nearest
+from memscope.settings import fill, format_value
+from memscope.strategies import Plan
+from memscope.targets.llama2.recipe import Recipe
+from memscope.targets.llama2.target import Config
+
+__all__ = ["Job"]
+
+# What may be another when a run goes on: nothing that the weights, the data or the optimizer's state belong to.
+_FREE = {field.name for field in dataclasses.fields(Recipe)} - {"held_out"} | {"lr"}
+_DEVICES = ("cpu", "cuda")
+_RECIPE = {field.name for field in dataclasses.fields(Recipe)}
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that decides the losses of a run, and what is kept of it."""
+
+    config: Config
+    recipe: Recipe
+    plan: str
+    """Strategies, as `Plan` writes them."""
+    device: str
+    """cpu or cuda."""
+
+    def __post_init__(self) -> None:
+        if self.device not in _DEVICES:
+            raise UsageError(f'device "{self.device}" cannot be trained on: {nearest(self.device, _DEVICES)}')
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """All of it as text; `of` reads it back."""
+        values: dict[str, Any] = {
+            **{field.name: getattr(self.config, field.name) for field in dataclasses.fields(Config)},
+            **{field.name: getattr(self.recipe, field.name) for field in dataclasses.fields(Recipe)},
+        }
+        return {name: format_value(value) for name, value in values.items()} | {
+            "strategies": self.plan,
+            "device": self.device,
+        }
+
+    @classmethod
+    def of(cls, settings: Mapping[str, str], base: Config | None = None) -> Job:
+        """A job from settings as text; those that are left out are those of `base` and the defaults.
+
+        Raises:
+            UsageError: for an unknown setting, or a value that cannot be used.
+        """
+        words = dict(settings)
+        plan, device = words.pop("strategies", ""), words.pop("device", "cpu")
+        recipe = fill(Recipe, {key: words.pop(key) for key in settings if key in _RECIPE}, of="fine-tuning")
+        return cls(fill(base or Config(), words, of='target "llama2"'), recipe, str(Plan.parse(plan)), device)
+
+    def differences(self, other: Job) -> tuple[list[str], list[str]]:
+        """How another job differs: in what a run that goes on must not change, and in what it may."""
+        mine, others = self.settings, other.settings
+        told = {
+            name: f"{name}: {mine[name] or 'none'} there, {others[name] or 'none'} here"
+            for name in mine
+            if mine[name] != others[name]
+        }
+        return [told[name] for name in told if name not in _FREE], [told[name] for name in told if name in _FREE]

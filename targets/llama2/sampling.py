@@ -1,0 +1,53 @@
+"""One token after the other: the most probable one, or one drawn from the most probable."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from memscope.targets.llama2.decoding import Continuation, Decoding, Limit, Search
+
+__all__ = ["one_by_one", "probabilities"]
+
+
+def one_by_one(
+    prompt: Sequence[int], limit: Limit, decoding: Decoding, eos_id: int | None, drawing: torch.Generator
+) -> Search:
+    """Continue a prompt greedily or, with a temperature, by drawing; see `decoding.Search`."""
+    new: list[int] = []
+    while True:
+        new.append(_choose((yield [[*prompt, *new]])[0], decoding, drawing))
+        if new[-1] == eos_id or len(new) == limit.tokens:
+            return Continuation.of(new, eos_id, limit)
+
+
+def _choose(logits: Tensor, decoding: Decoding, drawing: torch.Generator) -> int:
+    if decoding.temperature == 0:
+        return int(logits.argmax())
+    # On the host, where a seed gives the same numbers whatever the device.
+    chances = probabilities(logits.cpu(), decoding)
+    return int(torch.multinomial(chances, 1, generator=drawing))
+
+
+def probabilities(logits: Tensor, decoding: Decoding) -> Tensor:
+    """What a token is drawn with: float64 `[..., vocab_size]`, from logits of the same shape.
+
+    Temperature first, then the `top_k` most probable (Fan et al., "Hierarchical Neural Story Generation", 2018; all
+    that are as probable as the last of them), then the fewest of these that have `top_p` together (Holtzman et al.,
+    "The Curious Case of Neural Text Degeneration", 2020). That is the order of transformers' `generate`, too.
+    """
+    highest = logits.max(dim=-1, keepdim=True).values
+    scores = (logits - highest).double() / decoding.temperature
+    if decoding.top_k is not None and decoding.top_k < scores.shape[-1]:
+        least = scores.topk(decoding.top_k).values[..., -1:]
+        scores = scores.masked_fill(scores < least, -torch.inf)
+    chances = scores.softmax(dim=-1)
+    if decoding.top_p is not None:
+        ordered, tokens = chances.sort(dim=-1, descending=True, stable=True)
+        more_probable = ordered.cumsum(dim=-1) - ordered
+        ordered = ordered.masked_fill(more_probable >= decoding.top_p, 0)
+        chances = torch.zeros_like(chances).scatter(-1, tokens, ordered)
+        chances = chances / chances.sum(dim=-1, keepdim=True)
+    return chances

@@ -1,0 +1,125 @@
+"""A fine-tuning run under way: from a job, or a checkpoint of one, to what is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from memscope.errors import OutOfDeviceMemory, UsageError
+from memscope.strategies import Plan
+from memscope.targets.llama2.alpaca import Batch, Sample
+from memscope.targets.llama2.checkpoints import load_checkpoint, restore
+from memscope.targets.llama2.job import Job
+from memscope.targets.llama2.target import build_on, read_samples
+from memscope.workload import Training
+
+__all__ = ["Session", "continue_from", "prepare", "room_on_device"]
+
+
+@dataclass
+class Session:
+    """A job under way: what is trained, on what, and how far it is."""
+
+    job: Job
+    training: Training
+    samples: list[Sample]
+    held_out: list[Sample]
+    steps: int
+    """Optimizer steps in all."""
+    rates: list[float]
+    """Full learning rate of each parameter group."""
+    origin: dict[str, str]
+    """SHA-256 of the samples, and of the weights that are not trained: what a checkpoint belongs to."""
+    done: int = 0
+    """Optimizer steps done."""
+
+
+def prepare(job: Job) -> Session:
+    """Read the data, build the model, apply the strategies on the host, and move it to the device.
+
+    Raises:
+        UsageError: when data, weights or plan cannot be used; found out before weights are read.
+        OutOfDeviceMemory: when the weights alone do not fit.
+    """
+    if job.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: PyTorch finds no GPU on this machine; train on the CPU with --device cpu")
+    config, recipe = job.config, job.recipe
+    rows = read_samples(dataclasses.replace(config, samples=config.samples + recipe.held_out))
+    samples, held_out = rows[: config.samples], rows[config.samples :]
+    plan = Plan.parse(job.plan)
+    with torch.device("meta"):
+        plan.check(build_on(samples, config))
+    random.seed(config.seed)
+    torch.manual_seed(config.seed)
+    workload = build_on(samples, config)
+    workload.plan = dataclasses.replace(workload.plan, clip_grad_norm=recipe.clip_grad_norm)
+    plan.apply(workload)
+    origin = {"data": _fingerprint_of_samples(rows), "frozen weights": _fingerprint_of_frozen(workload.model)}
+    with room_on_device():
+        workload.model.to(job.device)
+    training = Training.start(workload, job.device, partial(_moved, device=job.device))
+    steps = recipe.steps(len(samples), config.micro_batch * config.accumulation)
+    rates = [group["lr"] for group in training.optimizer.param_groups]
+    return Session(job, training, samples, held_out, steps, rates, origin)
+
+
+def _moved(batch: Batch, device: str) -> Batch:
+    return Batch(
+        tokens=batch["tokens"].to(device, non_blocking=True), labels=batch["labels"].to(device, non_blocking=True)
+    )
+
+
+def _fingerprint_of_samples(samples: list[Sample]) -> str:
+    return hashlib.sha256(repr([(sample.prompt_tokens, sample.tokens) for sample in samples]).encode()).hexdigest()
+
+
+_VALUES = 1024
+"""Values of each weight that its fingerprint sees: another training changes them all, and 7B are read in no time."""
+
+
+def _fingerprint_of_frozen(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            first = parameter.detach().flatten()[:_VALUES].cpu().contiguous()
+            digest.update(f"{name} {first.dtype} {tuple(parameter.shape)}".encode())
+            digest.update(first.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def continue_from(session: Session, path: Path) -> None:
+    """Go on where a checkpoint was saved.
+
+    Raises:
+        UsageError: when it is damaged, or of a run that differs in more than its recipe; names every difference.
+    """
+    state = load_checkpoint(path)
+    differing, _ = Job.of(state["settings"]).differences(session.job)
+    if not differing:
+        now, then = session.origin, state["origin"]
+        differing = [f"the {what} are not what they were when it began" for what in now if then[what] != now[what]]
+    if differing:
+        raise UsageError(f"checkpoint {path} is of another run: {'; '.join(differing)}")
+    restore(session.training, state, path)
+    session.done = state["step"]
+
+
+@contextmanager
+def room_on_device() -> Iterator[None]:
+    """Tells in words when the GPU runs out of memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfDeviceMemory(
+            f"the GPU ran out of memory ({'. '.join(str(error).split('. ')[:2])}). What would make it fit: "
+            "memscope advise targets/llama2 --budget …, with the same settings"
+        ) from error

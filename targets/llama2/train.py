@@ -1,0 +1,147 @@
+"""The steps of a fine-tuning run, and what it leaves."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from memscope.errors import MemscopeError
+from memscope.strategies.lora import LoRALinear
+from memscope.targets.llama2.adapters import save_adapter
+from memscope.targets.llama2.checkpoints import newest_checkpoint, save_checkpoint
+from memscope.targets.llama2.data_order import samples_of_step
+from memscope.targets.llama2.evaluation import perplexity
+from memscope.targets.llama2.metrics import Evaluated, Metric, Stepped
+from memscope.targets.llama2.model import Llama
+from memscope.targets.llama2.run_folder import TOKENIZER, RunFolder
+from memscope.targets.llama2.session import Session, room_on_device
+from memscope.targets.llama2.target import SHIPPED_TOKENIZER
+from memscope.targets.llama2.weights import save_weights
+from memscope.trace import write_whole
+from memscope.workload import micro_batches, run_step
+
+__all__ = ["Watch", "evaluate", "save_result", "train"]
+
+
+class Watch(Protocol):
+    """Who watches a run: shown what is measured, and asked whether to go on."""
+
+    def metric(self, metric: Metric) -> None:
+        """A step has been done, or the held-out samples were evaluated."""
+
+    def stopped(self) -> bool:
+        """Whether the run is to end after this step, with a checkpoint."""
+
+
+def evaluate(session: Session, watch: Watch) -> None:
+    """Measure the perplexity of the held-out samples, if there are any.
+
+    Raises:
+        MemscopeError: when their loss is not finite.
+        OutOfDeviceMemory: when they do not fit on the device.
+    """
+    if session.held_out:
+        with room_on_device():
+            watch.metric(Evaluated(session.done, perplexity(session.training, session.held_out)))
+
+
+def train(session: Session, folder: RunFolder, watch: Watch) -> bool:
+    """Carry out the steps that are left, with a checkpoint now and then and after the last one.
+
+    Returns:
+        Whether all steps are done; False when the watch has stopped the run.
+
+    Raises:
+        MemscopeError: when a loss is not finite, or a checkpoint cannot be written; says how to go on.
+        OutOfDeviceMemory: when a step does not fit on the device.
+    """
+    if session.job.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    recipe, stopped = session.job.recipe, False
+    with _told_how_to_go_on(folder), room_on_device():
+        while session.done < session.steps and not stopped:
+            watch.metric(_step(session))
+            stopped = watch.stopped()
+            if stopped or session.done == session.steps or session.done % recipe.save_every == 0:
+                _save(session, folder)
+    return session.done >= session.steps
+
+
+def _step(session: Session) -> Stepped:
+    config, training, began = session.job.config, session.training, time.perf_counter()
+    factor = session.job.recipe.rate_factor(session.done, session.steps)
+    for group, rate in zip(training.optimizer.param_groups, session.rates, strict=True):
+        group["lr"] = rate * factor
+    size = config.micro_batch * config.accumulation
+    samples = samples_of_step(session.samples, session.done, size, config.seed)
+    scale = training.scaler.get_scale() if training.scaler else None
+    loss = run_step(training, micro_batches(training.workload, samples)).item()  # waits for the device, once a step
+    if not math.isfinite(loss):
+        raise MemscopeError(f"step {session.done + 1}: the loss is {loss}. {_REMEDIES}")
+    session.done += 1
+    seconds, tokens = time.perf_counter() - began, sum(len(sample.tokens) for sample in samples)
+    return Stepped(
+        step=session.done,
+        epoch=session.done * size / len(session.samples),
+        loss=loss,
+        lr=session.rates[0] * factor,
+        tokens=tokens,
+        seconds=seconds,
+        tokens_per_second=tokens / seconds,
+        peak_bytes=torch.cuda.max_memory_allocated() if session.job.device == "cuda" else None,
+        grad_scale=scale,
+        # torch/amp/grad_scaler.py, `update`: the scale falls after, and only after, a step with overflow.
+        skipped=training.scaler.get_scale() < scale if training.scaler and scale is not None else None,
+    )
+
+
+_REMEDIES = (
+    "A lower --lr, a longer --warmup or a smaller --clip-grad-norm may prevent it; "
+    "with amp, dtype=bf16, whose range is that of float32"
+)
+
+
+def _save(session: Session, folder: RunFolder) -> None:
+    trained = [p for p in session.training.workload.model.parameters() if p.requires_grad]
+    if not all(torch.stack([torch.isfinite(parameter).all() for parameter in trained]).tolist()):
+        raise MemscopeError(
+            f"step {session.done}: its update left weights that are not finite, so nothing was saved. {_REMEDIES}"
+        )
+    about = {"settings": session.job.settings, "origin": session.origin}
+    save_checkpoint(folder.checkpoints, session.training, session.done, about, keep=session.job.recipe.keep)
+
+
+def save_result(session: Session, folder: RunFolder) -> Path:
+    """Save the LoRA updates as PEFT does, or, without any, the tokenizer and all weights in the format of the recipe.
+
+    Raises:
+        MemscopeError: when the disk is full or cannot be written; says how to go on.
+    """
+    model = session.training.workload.model
+    assert isinstance(model, Llama), "build_on makes it"
+    adapter, weights = folder.results
+    with _told_how_to_go_on(folder):
+        if any(isinstance(module, LoRALinear) for module in model.modules()):
+            save_adapter(model, adapter)
+            return adapter
+        save_weights(model, weights, session.job.recipe.format)
+        write_whole(weights / TOKENIZER, Path(session.job.config.tokenizer or SHIPPED_TOKENIZER).read_bytes())
+        return weights
+
+
+@contextmanager
+def _told_how_to_go_on(folder: RunFolder) -> Iterator[None]:
+    """Errors name the last checkpoint and what to do with it."""
+    try:
+        yield
+    except MemscopeError as error:
+        last = newest_checkpoint(folder.checkpoints)
+        hint = f"The last checkpoint is {last}; --resume {folder.path} goes on from it" if last else "No checkpoint yet"
+        error.args = (f"{error}\n{hint}",)
+        raise

@@ -1,0 +1,99 @@
+"""What fine-tuning refuses, and in which words."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from finetunes import (
+    on_one_thread,
+    refused,
+    run,
+    small,
+    weights_in,
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    with on_one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return weights_in(tmp_path_factory.mktemp("base"))
+
+
+def test_nothing_is_overwritten_without_force(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    words = [*small(samples=2, held_out=0), "-o", str(folder)]
+    assert run(*words) == 0
+    capsys.readouterr()
+    (folder / "notes.txt").write_text("mine")
+    before = (folder / "metrics.jsonl").read_bytes()
+    assert f"{folder / 'run.json'} exists already: go on with that run" in refused(capsys, *words)
+    assert "no such file" in refused(capsys, *words, "-f", "--data", str(tmp_path / "none.json"))
+    assert (folder / "metrics.jsonl").read_bytes() == before
+    assert run(*words, "-f", "seed=1") == 0
+    assert (folder / "metrics.jsonl").read_bytes() != before
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"instruction": "Say yes.", "input": "", "output": " "}, 'row 1: "output" is empty'),
+        ({"instruction": "Say yes.", "input": "", "output": 3}, 'row 1: "output" is a JSON number, expected text'),
+        ({"instruction": "Say yes.", "output": "yes"}, 'row 1: lacks the field "input"'),
+        ("yes", "row 1: is a JSON text"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_named(
+    row: object, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data.json"
+    good = {"instruction": "Say no.", "input": "", "output": "no"}
+    data.write_text(json.dumps([good, row]))
+    assert told in refused(capsys, *small(data=data), "-o", str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_held_out_row_that_cannot_be_used_is_named_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "data.json"
+    good = {"instruction": "Say no.", "input": "", "output": "no"}
+    data.write_text(json.dumps([good, {**good, "output": ""}]))
+    assert 'row 1: "output" is empty' in refused(capsys, *small(data=data, samples=1))
+
+
+def test_what_to_train_must_be_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "which model? Name a folder of weights with --weights" in refused(capsys)
+
+
+def test_weights_without_a_tokenizer_are_not_trained_on_the_ids_of_another(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = tmp_path / "weights"
+    shutil.copytree(base, weights, ignore=shutil.ignore_patterns("tokenizer.model"))
+    assert f"there is no {weights / 'tokenizer.model'}: name the tokenizer" in refused(
+        capsys, "--weights", str(weights)
+    )
+
+
+def test_a_plan_that_cannot_be_applied_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = small(strategies="lora:targets=wq+wz")
+    assert 'targets=wz matches no linear layer of "llama2"' in refused(capsys, *words, "-o", str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "PyTorch finds no GPU on this machine" in refused(capsys, *small(device="cuda"))
+
+
+def test_a_setting_given_twice_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert 'setting "lr" is given twice: "0.001" and "1"' in refused(capsys, *small(), "--lr", "1")
