@@ -17,10 +17,15 @@ __all__ = ["command"]
 
 @click.command("strategies")
 def command() -> None:
-    """List the strategies and their settings, with defaults, as a plan takes them: NAME:KEY=VALUE,KEY=VALUE."""
+    """List the strategies and their settings, with defaults, as a plan takes them: NAME:KEY=VALUE,KEY=VALUE.
+
+    A setting that is true or false is switched on by its name alone, straight after the colon: adamw:fused.
+    """
     console = Console(highlight=False)
     for name, strategy in sorted(available().items()):
         console.print(Text(name, style="bold"), Text(" ".join((inspect.getdoc(strategy) or "").split())))
+        effect = "losses and gradients stay, up to rounding" if strategy.exact else f"changes {strategy.changes}"
+        console.print(Text(f"    {effect}", style="dim"))
         texts = help_of(strategy.Config)
         for field in dataclasses.fields(strategy.Config):
             default = format_value(getattr(strategy.Config(), field.name))

@@ -15,7 +15,16 @@ from memscope.trace import PHASES, Phase, Trace
 if TYPE_CHECKING:
     from memscope.hooks.work import WorkDone
 
-__all__ = ["COLUMNS", "Cost", "cost_table", "module_seconds", "operator_costs", "step_seconds", "transfer_seconds"]
+__all__ = [
+    "COLUMNS",
+    "Cost",
+    "cost_table",
+    "last_step_seconds",
+    "module_seconds",
+    "operator_costs",
+    "step_seconds",
+    "transfer_seconds",
+]
 
 COLUMNS = ("step", "micro_batch", "phase", "module", "op", "calls", "flops", "bytes", "seconds")
 """Of a row in `meta["cost"]`; phase, module and op index `PHASES` and the trace's `modules` and `ops`."""
@@ -56,6 +65,14 @@ def step_seconds(trace: Trace, step: int) -> dict[Phase, float] | None:
     for row in _rows(trace, step):
         seconds[row.phase] += row.seconds
     return {phase: total for phase, total in zip(PHASES, seconds, strict=True) if total}
+
+
+def last_step_seconds(trace: Trace) -> float | None:
+    """Seconds of the last step: measured where it was really run, else estimated; None where they are not known."""
+    if trace.meta.get("seconds"):
+        return float(trace.meta["seconds"][-1])
+    estimate = step_seconds(trace, trace.steps[-1]) if trace.steps else None
+    return None if estimate is None else sum(estimate.values())
 
 
 def module_seconds(

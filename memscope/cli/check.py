@@ -1,0 +1,185 @@
+"""`memscope check`."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ET
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from memscope.check import Limit, Verdict, budget_verdict, check, format_value
+from memscope.cli.trace_files import load_run
+from memscope.diff import Setting, changed_settings
+from memscope.errors import GateFailed, UsageError
+from memscope.trace import Trace
+from memscope.units import parse_bytes
+
+__all__ = ["command"]
+
+
+@click.command("check")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--budget", metavar="SIZE", help="What the device has for the run, such as 40GB.")
+@click.option(
+    "--fail-if",
+    "limits",
+    multiple=True,
+    metavar="KEY:LIMIT",
+    help="A limit: peak:40GB, or over the baseline peak:+5%, peak:+500MiB. Repeat for more. KEY: peak, reserved, "
+    "device, a category such as activation, or step_time (2.5s, 800ms, +5%).",
+)
+@click.option("--baseline", type=click.Path(path_type=Path), metavar="FILE", help="Trace that growth is counted from.")
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(["terminal", "github", "junit", "json"]),
+    default="terminal",
+    show_default=True,
+    help="What to print: a table, annotations of GitHub Actions, JUnit XML, or JSON.",
+)
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def command(
+    file: Path, budget: str | None, limits: tuple[str, ...], baseline: Path | None, kind: str, debug: bool
+) -> int:
+    """Hold the trace in FILE to limits. Exit code 3 when one is passed.
+
+    The budget is compared with what the driver would count of the process, where the trace knows it; else with reserved
+    or allocated memory. A run that ran out of memory fails, whatever the limits are.
+    """
+    budget_bytes = None if budget is None else parse_bytes(budget)
+    parsed = [Limit.parse(text) for text in limits]
+    _require_use(budget_bytes, parsed, baseline)
+    trace = load_run(file).trace
+    base = None if baseline is None else load_run(baseline).trace
+    verdicts = [] if budget_bytes is None else [budget_verdict(trace, budget_bytes)]
+    verdicts += check(trace, parsed, base)
+    ended = _ended_early(trace)
+    differs = () if base is None else tuple(s for s in changed_settings(base, trace) if s.name != "strategies")
+    if kind == "json":
+        click.echo(json.dumps(_document(file, baseline, verdicts, ended, differs), ensure_ascii=False, indent=2))
+    elif kind == "junit":
+        click.echo(_junit(file, verdicts, ended))
+    elif kind == "github":
+        for line in _github(file, verdicts, ended):
+            click.echo(line)
+    else:
+        _print(Console(highlight=False), file, baseline, verdicts, ended, differs)
+    return 0 if not ended and all(verdict.holds for verdict in verdicts) else GateFailed.exit_code
+
+
+def _require_use(budget_bytes: int | None, limits: Sequence[Limit], baseline: Path | None) -> None:
+    relative = [limit for limit in limits if limit.relative]
+    if budget_bytes is None and not limits:
+        raise UsageError("nothing to check: give --budget 40GB, --fail-if peak:40GB, or a baseline and peak:+5%")
+    if relative and baseline is None:
+        raise UsageError(
+            f"{relative[0].key}:{relative[0].text} is a growth over a baseline: name it, --baseline base.npz"
+        )
+    if baseline is not None and not relative:
+        raise UsageError(f"nothing is compared with {baseline}: give a growth too, for example --fail-if peak:+5%")
+
+
+def _ended_early(trace: Trace) -> str:
+    """That a real run ran out of memory, so that its trace ends there; empty otherwise."""
+    match trace.meta:
+        case {"out_of_memory": {"step": step, "phase": phase}, "device": {"simulated": False}}:
+            return f"the run ran out of memory in step {step}, {phase}: its trace ends there, and says too little"
+    return ""
+
+
+def _sentence(verdict: Verdict) -> str:
+    value, allowed = (format_value(verdict.key, size) for size in (verdict.value, verdict.allowed))
+    word = "within" if verdict.holds else "above"
+    base = "" if verdict.baseline is None else f", baseline {format_value(verdict.key, verdict.baseline)}"
+    return f"{_name(verdict)} is {value}, {word} the {allowed} that are allowed ({verdict.limit}{base})"
+
+
+def _name(verdict: Verdict) -> str:
+    return verdict.key.replace("_", " ") + (" (estimate)" if verdict.estimate else "")
+
+
+def _print(
+    console: Console,
+    file: Path,
+    baseline: Path | None,
+    verdicts: Sequence[Verdict],
+    ended: str,
+    differs: Sequence[Setting],
+) -> None:
+    table = Table(title=f"Limits of {file.name}")
+    table.add_column("")
+    for heading in ("limit", "baseline", "allowed", "is"):
+        table.add_column(heading, justify="right")
+    table.add_column("")
+    for one in sorted(verdicts, key=lambda verdict: verdict.holds):
+        base = "" if one.baseline is None else format_value(one.key, one.baseline)
+        sizes = base, format_value(one.key, one.allowed), format_value(one.key, one.value)
+        table.add_row(_name(one), one.limit, *sizes, Text("ok", "green") if one.holds else Text("FAILED", "bold red"))
+    console.print(table)
+    if ended:
+        console.print(Text(f"FAILED: {ended}", style="bold red"))
+    for setting in differs:
+        console.print(Text(f"Differs from the baseline: {setting.name}: {setting.before} → {setting.after}", "yellow"))
+    if baseline is not None and not all(verdict.holds for verdict in verdicts):
+        console.print(Text(f"Next: memscope diff {baseline} {file}"), soft_wrap=True)
+
+
+def _document(
+    file: Path, baseline: Path | None, verdicts: Sequence[Verdict], ended: str, differs: Sequence[Setting]
+) -> dict[str, Any]:
+    """Everything, in bytes; of step_time in seconds."""
+    return {
+        "schema_version": 1,
+        "trace": str(file),
+        "baseline": None if baseline is None else str(baseline),
+        "ok": not ended and all(verdict.holds for verdict in verdicts),
+        "ended_early": ended or None,
+        "checks": [
+            {
+                "key": one.key,
+                "limit": one.limit,
+                "value": _number(one.value),
+                "allowed": _number(one.allowed),
+                "baseline": None if one.baseline is None else _number(one.baseline),
+                "estimate": one.estimate,
+                "ok": one.holds,
+            }
+            for one in verdicts
+        ],
+        "differs_from_baseline": [{"name": s.name, "baseline": s.before, "trace": s.after} for s in differs],
+    }
+
+
+def _number(value: Any) -> int | float:
+    return int(value) if value.denominator == 1 else float(value)
+
+
+def _github(file: Path, verdicts: Sequence[Verdict], ended: str) -> list[str]:
+    """Workflow commands: https://docs.github.com/actions/reference/workflow-commands-for-github-actions."""
+    lines = [f"::error title=memscope::{_escaped(f'{file}: {ended}')}"] if ended else []
+    for one in verdicts:
+        command = "notice" if one.holds else "error"
+        lines.append(f"::{command} title=memscope {one.key}::{_escaped(f'{file}: {_sentence(one)}')}")
+    return lines
+
+
+def _escaped(message: str) -> str:
+    return message.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+
+
+def _junit(file: Path, verdicts: Sequence[Verdict], ended: str) -> str:
+    results = [(f"{one.key} {one.limit}", "" if one.holds else _sentence(one)) for one in verdicts]
+    results += [("runs to its end", ended)] if ended else []
+    failed = sum(bool(message) for _, message in results)
+    suite = ET.Element("testsuite", name="memscope", tests=str(len(results)), failures=str(failed), errors="0")
+    for name, message in results:
+        case = ET.SubElement(suite, "testcase", classname=str(file), name=name)
+        if message:
+            ET.SubElement(case, "failure", message=message)
+    return ET.tostring(suite, encoding="unicode", xml_declaration=True)

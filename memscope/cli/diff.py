@@ -1,0 +1,180 @@
+"""`memscope diff`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from memscope.alive import occasion
+from memscope.cli.report_text import markdown_table
+from memscope.cli.trace_files import load_run
+from memscope.diff import AllocationChange, Change, Difference, diff
+from memscope.trace import Peak
+from memscope.units import format_bytes, format_change
+
+__all__ = ["command"]
+
+_TOP = 10
+"""Modules, and allocations, that tables list; the JSON document has all."""
+
+
+@click.command("diff")
+@click.argument("before", type=click.Path(path_type=Path))
+@click.argument("after", type=click.Path(path_type=Path))
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(["terminal", "markdown", "json"]),
+    default="terminal",
+    show_default=True,
+    help="What to print.",
+)
+@click.option("--json", "kind", flag_value="json", help="The same as --format json.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def command(before: Path, after: Path, kind: str, debug: bool) -> None:
+    """Show what grew and what shrank from the trace BEFORE to the trace AFTER, and which setting differs.
+
+    Each run is taken at its own peak. Allocations are matched by module, operator and phase, those of one size first,
+    the rest in order of birth. Traces of different targets can be compared too.
+    """
+    found = diff(load_run(before).trace, load_run(after).trace)
+    if kind == "json":
+        document = {"schema_version": 1, "before": str(before), "after": str(after), **_document(found)}
+        click.echo(json.dumps(document, ensure_ascii=False, indent=2))
+    elif kind == "markdown":
+        click.echo("\n".join(_markdown(found, before, after)))
+    else:
+        console = Console(highlight=False)
+        console.print(Text(_headline(found, before, after), style="bold"))
+        for note in _notes(found):
+            console.print(Text(note))
+        for table in _tables(found):
+            console.print(table)
+        console.print(Text(f"Next: memscope report {before} {after}"), soft_wrap=True)
+
+
+def _headline(found: Difference, before: Path, after: Path) -> str:
+    if not found:
+        return f"{before} → {after}: no difference in memory"
+    old, new = format_bytes(found.peak.before), format_bytes(found.peak.after)
+    share = f", {found.peak.change / found.peak.before:+.1%}" if found.peak.before else ""
+    where = f"peak in {_moment(found.peak_before)} → {_moment(found.peak_after)}"
+    return f"{before} → {after}: {old} → {new} ({format_change(found.peak.change)}{share}); {where}"
+
+
+def _moment(peak: Peak) -> str:
+    return occasion(peak.step, peak.phase, peak.micro_batch)
+
+
+def _notes(found: Difference) -> Iterable[str]:
+    """The settings that differ, which are the reason, as far as it was recorded."""
+    if not found.same_target:
+        yield "These are traces of different targets: modules are matched where they have the same name."
+    for setting in found.settings:
+        yield f"Differs: {setting.name}: {_value(setting.before)} → {_value(setting.after)}"
+    if found and not found.settings:
+        yield "No recorded setting differs: the change is in the code or in the data."
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)
+
+
+def _tables(found: Difference) -> Iterable[Table]:
+    if found.categories:
+        yield _bytes_table("By category, at the peak", "category", found.categories)
+    if found.modules:
+        yield _bytes_table("By module, at the peak", "module", found.modules)
+    if found.allocations:
+        yield _allocations_table(found.allocations)
+    if found.steps:
+        table = _table("By step", "step", "before", "after", "change", "most of it")
+        for step in found.steps:
+            parts = ", ".join(f"{name} {format_change(c.change)}" for name, c in list(step.categories.items())[:3])
+            table.add_row(str(step.step), *_sizes(step), parts)
+        yield table
+
+
+def _table(title: str, first: str, *headings: str) -> Table:
+    table = Table(title=title)
+    table.add_column(first, overflow="fold")
+    for heading in headings:
+        sizes = heading in ("before", "after", "change", "count")
+        table.add_column(heading, justify="right" if sizes else "left", no_wrap=sizes, overflow="fold")
+    return table
+
+
+def _bytes_table(title: str, first: str, changes: Mapping[str, Change]) -> Table:
+    table = _table(title, first, "before", "after", "change")
+    for name, change in list(changes.items())[:_TOP]:
+        table.add_row(Text(name or "no module"), *_sizes(change))
+    _say_how_many_more(table, len(changes))
+    return table
+
+
+def _allocations_table(changes: tuple[AllocationChange, ...]) -> Table:
+    table = _table("By allocation, at the peak", "module, operator", "what", "count", "before", "after", "change")
+    for one in changes[:_TOP]:
+        where = ", ".join(name for name in (one.module, one.op) if name)
+        table.add_row(Text(f"{where} ({one.category}, {one.phase})"), _what(one), str(one.count), *_sizes(one))
+    _say_how_many_more(table, len(changes))
+    return table
+
+
+def _what(one: AllocationChange) -> str:
+    if one.freed_before and one.freed_after and one.freed_before != one.freed_after:
+        return f"{one.kind}: lives until {one.freed_before} → {one.freed_after}"
+    return one.kind
+
+
+def _say_how_many_more(table: Table, count: int) -> None:
+    if count > _TOP:
+        table.caption = f"and {count - _TOP:,} smaller ones: --json has all"
+
+
+def _sizes(change: Change) -> tuple[str, str, Text]:
+    style = "red" if change.change > 0 else "green" if change.change < 0 else ""
+    return format_bytes(change.before), format_bytes(change.after), Text(format_change(change.change), style=style)
+
+
+def _markdown(found: Difference, before: Path, after: Path) -> Iterable[str]:
+    yield f"**{_headline(found, before, after)}**"
+    yield ""
+    yield from (f"- {note}" for note in _notes(found))
+    for table in _tables(found):
+        yield ""
+        yield from markdown_table(table)
+
+
+def _document(found: Difference) -> dict[str, Any]:
+    """Everything, sizes in bytes."""
+    return {
+        "peak": {
+            **_pair(found.peak),
+            "moment_before": found.peak_before._asdict(),
+            "moment_after": found.peak_after._asdict(),
+        },
+        "same_target": found.same_target,
+        "settings": [dataclasses.asdict(setting) for setting in found.settings],
+        "categories": {name: _pair(change) for name, change in found.categories.items()},
+        "modules": {name: _pair(change) for name, change in found.modules.items()},
+        "allocations": [{**dataclasses.asdict(one), "change": one.change} for one in found.allocations],
+        "steps": [
+            {"step": one.step, **_pair(one), "categories": {n: _pair(c) for n, c in one.categories.items()}}
+            for one in found.steps
+        ],
+    }
+
+
+def _pair(change: Change) -> dict[str, int]:
+    return {"before": change.before, "after": change.after, "change": change.change}

@@ -1,0 +1,153 @@
+"""`memscope diff` and `memscope check` as a user meets them."""
+
+import json
+import xml.etree.ElementTree as ET
+
+import pytest
+from traces import TraceBuilder
+
+MIB = 2**20
+
+
+def saved(path, activation, meta=None):
+    builder = TraceBuilder()
+    builder.phase("setup")
+    builder.new("parameter", 2 * MIB, module="layers.0.w")
+    builder.phase("forward", 0)
+    builder.new("activation", activation, module="layers.0.w", op="aten.mm")
+    builder.trace({"target": "toy", "strategies": []} | (meta or {})).save(path)
+    return path
+
+
+@pytest.fixture
+def base(tmp_path):
+    return saved(tmp_path / "base.npz", 2 * MIB)
+
+
+@pytest.fixture
+def grown(tmp_path):
+    return saved(tmp_path / "grown.npz", 4 * MIB, {"strategies": ["amp"]})
+
+
+def test_diff_shows_what_grew_and_the_setting_that_differs(run, base, grown):
+    code, out, _ = run("diff", "base.npz", "grown.npz")
+    assert code == 0
+    for text in (
+        "4.00 MiB → 6.00 MiB (+2.00 MiB, +50.0%)",
+        "Differs: strategies: none → amp",
+        "activation",
+        "layers.*.w",
+        "grew",
+        "Next: memscope report base.npz grown.npz",
+    ):
+        assert text in out
+
+
+def test_diff_of_a_trace_with_itself_says_that_there_is_none(run, base):
+    code, out, _ = run("diff", "base.npz", "base.npz")
+    assert code == 0
+    assert "no difference in memory" in out
+
+
+def test_diff_as_json_has_bytes(run, base, grown):
+    for option in (["--json"], ["--format", "json"]):
+        document = json.loads(run("diff", base, grown, *option)[1])
+        assert document["schema_version"] == 1
+        assert document["categories"] == {"activation": {"before": 2 * MIB, "after": 4 * MIB, "change": 2 * MIB}}
+        assert document["settings"] == [{"name": "strategies", "before": [], "after": ["amp"]}]
+        (one,) = document["allocations"]
+        assert (one["kind"], one["module"], one["change"]) == ("grew", "layers.*.w", 2 * MIB)
+
+
+def test_diff_as_markdown_has_tables(run, base, grown):
+    _, out, _ = run("diff", base, grown, "--format", "markdown")
+    assert "| activation | 2.00 MiB | 4.00 MiB | +2.00 MiB |" in out
+    assert "- Differs: strategies: none → amp" in out
+
+
+def test_diff_of_different_targets_says_so(run, base, tmp_path):
+    other = saved(tmp_path / "other.npz", MIB, {"target": "llama2"})
+    code, out, _ = run("diff", base, other)
+    assert code == 0
+    assert "traces of different targets" in out
+    assert "Differs: target: toy → llama2" in out
+
+
+def test_check_of_what_grew_too_much_is_exit_code_3_and_a_table(run, base, grown):
+    words = ["check", "grown.npz", "--baseline", "base.npz", "--fail-if", "peak:+5%", "--budget", "40GB"]
+    code, out, _ = run(*words)
+    assert code == 3
+    assert "FAILED" in out
+    assert "Next: memscope diff base.npz grown.npz" in out
+    code, out, _ = run("check", "base.npz", "--budget", "40GB")
+    assert code == 0
+    assert "FAILED" not in out
+
+
+def test_check_as_json_says_what_failed(run, base, grown):
+    code, out, _ = run("check", grown, "--fail-if", "activation:3MiB", "--fail-if", "peak:1GiB", "--format", "json")
+    document = json.loads(out)
+    assert code == 3
+    assert not document["ok"]
+    assert [(one["key"], one["ok"]) for one in document["checks"]] == [("activation", False), ("peak", True)]
+    assert document["checks"][0]["value"] == 4 * MIB
+    assert document["checks"][0]["allowed"] == 3 * MIB
+
+
+def test_check_for_github_annotates_with_percent_signs_escaped(run, base, grown):
+    _, out, _ = run("check", "grown.npz", "--baseline", "base.npz", "--fail-if", "peak:+5%", "--format", "github")
+    assert out == (
+        "::error title=memscope peak::grown.npz: peak is 6.00 MiB, above the 4.20 MiB that are allowed "
+        "(+5%25, baseline 4.00 MiB)\n"
+    )
+
+
+def test_check_as_junit_has_a_case_for_each_limit(run, grown):
+    code, out, _ = run("check", grown, "--fail-if", "peak:1MiB", "--budget", "1GB", "--format", "junit")
+    suite = ET.fromstring(out.encode())
+    assert code == 3
+    assert (suite.get("tests"), suite.get("failures")) == ("2", "1")
+    assert [len(case.findall("failure")) for case in suite.findall("testcase")] == [0, 1]
+
+
+def test_a_real_run_that_ran_out_of_memory_fails_whatever_the_limit(run, tmp_path):
+    ended = {"out_of_memory": {"step": 0, "phase": "forward"}, "device": {"name": "cuda", "simulated": False}}
+    code, out, _ = run("check", saved(tmp_path / "ended.npz", MIB, ended), "--budget", "40GB")
+    assert code == 3
+    assert "ran out of memory in step 0, forward" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "nothing to check: give --budget 40GB"),
+        (["--fail-if", "peak:+5%"], "peak:+5% is a growth over a baseline: name it, --baseline base.npz"),
+        (["--baseline", "base.npz", "--budget", "1GB"], "nothing is compared with base.npz"),
+        (["--budget", "40 parsec"], 'unknown unit "parsec"'),
+        (["--fail-if", "peek:1GB"], 'did you mean "peak"?'),
+        (["--fail-if", "reserved:1GB"], "does not know reserved memory"),
+    ],
+)
+def test_a_check_that_cannot_be_made_is_a_usage_error(run, base, words, says):
+    code, _, err = run("check", "base.npz", *words)
+    assert code == 2
+    assert says in err
+
+
+@pytest.mark.parametrize("command", [["diff", "base.npz"], ["check", "--budget", "1GB"]])
+def test_what_is_no_trace_is_refused_in_one_message(run, base, tmp_path, command):
+    (tmp_path / "no.npz").write_text("nothing")
+    code, _, err = run(*command, "no.npz")
+    assert code == 1
+    assert "not a memscope trace" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("command", [["diff", "base.npz"], ["check", "--budget", "1GB"]])
+def test_an_empty_trace_is_refused(run, base, tmp_path, command):
+    empty = TraceBuilder()
+    empty.phase("setup")
+    empty.trace().save(tmp_path / "empty.npz")
+    code, _, err = run(*command, "empty.npz")
+    assert code == 2
+    assert "empty.npz: the trace is empty" in err
