@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from memscope.hooks.allocations import Allocations, Birth
 from memscope.hooks.joined import History, joined
 from memscope.hooks.moments import Moments
-from memscope.hooks.storages import Allocations, Birth
 from memscope.simulation.allocator_settings import AllocatorSettings
 from memscope.trace import CATEGORIES, PHASES, Category, Phase, Trace
 

@@ -167,7 +167,7 @@ def _peak(trace: Trace, device: Device, settings: AllocatorSettings) -> Peak:
 
 def _scattered(trace: Trace, peak: Peak, settings: AllocatorSettings) -> list[str]:
     """What expandable segments would save, where memory is scattered over segments that cannot grow."""
-    if settings.expandable_segments:
+    if settings.expandable_segments or peak.reserved - peak.allocated < _WORTH_SAYING * peak.reserved:
         return []
     reserved = least_reserved(trace, dataclasses.replace(settings, expandable_segments=True))
     saved = peak.reserved - reserved

@@ -26,6 +26,9 @@ __all__ = ["BlockCosts", "measure"]
 
 _SEGMENTS = (2, 4)
 """Blocks that one checkpoint may cover."""
+_RARE = 0.1
+"""Share of all blocks under which a class of them gets only every other choice of results to keep: each of its options
+takes a simulation of its own."""
 Kind = tuple[int, ...]
 """Classes of alike blocks that an option covers, one a block."""
 
@@ -206,7 +209,10 @@ def _tasks(found: Reference, *, offload: bool) -> Iterable[tuple[Kind, str]]:
     classes = found.classes
     for number in dict.fromkeys(classes):
         block = classes.index(number)
-        options = ["none", "full", *found.blocks.children[block], *_saving(found, block)]
+        saving = _saving(found, block)
+        if classes.count(number) < _RARE * len(classes):
+            saving = saving[1::2]
+        options = ["none", "full", *found.blocks.children[block], *saving]
         options += ["offload"] if offload else []
         for option in options:
             yield (number,), option

@@ -77,8 +77,8 @@ def plan(chain: Chain, budget_bytes: int) -> CheckpointPlan:
     """Find the plan that fits a budget in the least time; of those as fast, one with the least peak.
 
     It is exact (`gap` 0), unless very many plans are nearly as fast as the best: that takes dozens of blocks that all
-    differ, with times in proportion to sizes. Then times are rounded to some bits, and the gap is certified. Either way,
-    a smaller budget never yields a larger peak.
+    differ, with times in proportion to sizes. Then times are rounded for the search, and the gap is certified. Either
+    way, a smaller budget never yields a larger peak.
 
     Raises:
         NothingFits: with the least budget that will do.

@@ -72,7 +72,7 @@ class Problem:
         return max(self.chain.fixed_bytes, self.needs[self.graph.start].least_bytes)
 
     def fastest(self, budget_bytes: int, limit: float = math.inf) -> Solution | None:
-        """The fastest plan that fits a budget and takes no more than `limit` nanoseconds, rounded; None if there is none.
+        """The fastest plan that fits a budget and takes at most `limit` nanoseconds, rounded; None if there is none.
 
         Raises:
             TooManyLabels: when too many plans are nearly as fast.
@@ -116,7 +116,8 @@ class Problem:
         if self.bits is None:
             return fastest.takes.nanoseconds
         # Rounding makes no time longer than by a part of 2**-bits, so the fastest of all is at least this slow.
-        by_rounding = -(-fastest.rounded_nanoseconds * 2**self.bits // (2**self.bits + 1))
+        scale = 1 << self.bits
+        by_rounding = -(-fastest.rounded_nanoseconds * scale // (scale + 1))
         relaxed = TimeBound.of(Graph.of(self.chain), budget_bytes).sharpened()
         return max(by_rounding, math.ceil(relaxed.nanoseconds - relaxed.error))
 
@@ -136,7 +137,7 @@ class Problem:
 
     def _round(self, choice: Choice) -> Choice:
         assert self.bits is not None
-        unit = 2 ** max(0, choice.nanoseconds.bit_length() - self.bits)
+        unit = 1 << max(0, choice.nanoseconds.bit_length() - self.bits)
         return replace(choice, nanoseconds=(choice.nanoseconds + unit // 2) // unit * unit)
 
     def _solution(self, path: Sequence[tuple[int, int]]) -> Solution:

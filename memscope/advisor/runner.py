@@ -35,7 +35,7 @@ class Probe:
     """Modules whose calls are noted."""
     steps: int = 2
     whole: bool = True
-    """Run every micro-batch of a step; otherwise only the telling ones: see `telling`."""
+    """Run every micro-batch of the last step; otherwise, and in the steps before, only the telling ones."""
     capacity_bytes: int | None = None
     """Memory of the device, where it is not to be the scene's."""
 
@@ -46,7 +46,7 @@ class Seen:
 
     trace: Trace
     indices: tuple[int, ...]
-    """Which of the step's micro-batches were run."""
+    """Which of the last step's micro-batches were run."""
     elements: tuple[int, ...]
     """Elements of the tensors of each of them."""
     elements_of_step: int
@@ -175,10 +175,9 @@ def telling(elements: Sequence[int]) -> list[int]:
 
 
 def _elements(piece: MicroBatch) -> int:
-    from torch import Tensor
-    from torch.utils import _pytree as pytree
+    from memscope.batch import tensors_in
 
-    return sum(leaf.numel() for leaf in pytree.tree_leaves(piece.data) if isinstance(leaf, Tensor))
+    return sum(tensor.numel() for tensor in tensors_in(piece.data))
 
 
 def _answer(
@@ -191,9 +190,12 @@ def _answer(
     elements: list[int] = []
     indices: list[int] = []
 
+    steps = iter(range(probe.steps))
+
     def chosen(pieces: list[MicroBatch]) -> list[MicroBatch]:
         elements[:] = [_elements(piece) for piece in pieces]
-        indices[:] = range(len(pieces)) if probe.whole else telling(elements)
+        is_last = next(steps) == probe.steps - 1
+        indices[:] = range(len(pieces)) if probe.whole and is_last else telling(elements)
         return [pieces[index] for index in indices]
 
     try:

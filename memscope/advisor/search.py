@@ -19,8 +19,8 @@ from memscope.strategies import Plan, Strategy
 
 __all__ = ["Search"]
 
-_MOST_COMBINATIONS = 16
-_MOST_FULL = 8
+_MOST_COMBINATIONS = 12
+_MOST_FULL = 6
 _MOST_PLANNED = 3
 
 

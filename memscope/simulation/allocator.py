@@ -35,6 +35,7 @@ __all__ = [
     "Segment",
     "SegmentEvent",
     "Snapshot",
+    "follow",
     "replay",
 ]
 
@@ -199,6 +200,22 @@ def replay(
         oom=oom,
         _run=run,
     )
+
+
+def follow(
+    allocator: CachingAllocator, sizes: Ints, born: Ints, freed: Ints, cache_emptied: Sequence[int] = ()
+) -> Iterator[tuple[int, Block | None]]:
+    """Make and free allocations in order on an allocator, one event at each turn, to look at it in between.
+
+    Each turn gives allocation `i` where it is born and `~i` where it is freed, and its block: None for an empty tensor.
+    The other arguments are as in `replay`.
+
+    Raises:
+        ValueError: when the columns do not describe a sequence of events.
+        AllocationFailed: when memory runs out.
+    """
+    order, streams = _order(sizes, born, freed), [0] * len(sizes)
+    return _Run(order, sizes.tolist(), streams, frozenset(cache_emptied), lambda: allocator).steps(allocator)
 
 
 def _order(sizes: Ints, born: Ints, freed: Ints) -> list[int]:

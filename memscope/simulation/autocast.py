@@ -202,15 +202,31 @@ class _CastWeights:
 
 @contextlib.contextmanager
 def _autocast_cuda_means_cpu() -> Iterator[None]:
-    initialize = torch.autocast.__init__
+    """`torch.autocast("cuda")` works on the stand-ins; who asks whether it is on, and in which dtype, is told so."""
+    initialize, is_enabled, dtype_of = torch.autocast.__init__, torch.is_autocast_enabled, torch.get_autocast_dtype
 
     def on_standin(self: Any, device_type: str, dtype: torch.dtype | None = None, *args: Any, **kwargs: Any) -> None:
         if device_type == "cuda":
-            device_type, dtype = "cpu", dtype or torch.get_autocast_dtype("cuda")
+            device_type, dtype = "cpu", dtype or dtype_of("cuda")
         initialize(self, device_type, dtype, *args, **kwargs)
 
-    torch.autocast.__init__ = on_standin  # type: ignore[method-assign]
+    def enabled(device_type: str = "cuda") -> bool:
+        return is_enabled("cpu" if device_type == "cuda" else device_type)
+
+    def autocast_dtype(device_type: str = "cuda") -> torch.dtype:
+        return dtype_of("cpu" if device_type == "cuda" and is_enabled("cpu") else device_type)
+
+    replacements: dict[tuple[Any, str], Callable[..., Any]] = {
+        (torch.autocast, "__init__"): on_standin,
+        (torch, "is_autocast_enabled"): enabled,
+        (torch, "get_autocast_dtype"): autocast_dtype,
+        (torch, "get_autocast_gpu_dtype"): autocast_dtype,
+    }
+    before = {(owner, name): vars(owner)[name] for owner, name in replacements}
     try:
+        for (owner, name), function in replacements.items():
+            setattr(owner, name, function)
         yield
     finally:
-        torch.autocast.__init__ = initialize  # type: ignore[method-assign]
+        for (owner, name), function in before.items():
+            setattr(owner, name, function)

@@ -140,6 +140,10 @@ class CachingAllocator:
         """Bytes of the largest cached block, of any stream and pool."""
         return max((pool.cached[-1][0] for pool in self._pools.values() if pool.cached), default=0)
 
+    def unreleasable(self) -> int:
+        """Cached bytes that `empty_cache` would keep, as they share a segment, or a page, with something allocated."""
+        return sum(_unreleasable(block) for pool in self._pools.values() for _, _, block in pool.cached)
+
     # Cached blocks.
 
     def _cache(self, block: Block) -> None:
@@ -372,3 +376,10 @@ class CachingAllocator:
             del self._heads[joined.address]
         else:
             joined.pool.add(joined)
+
+
+def _unreleasable(block: Block) -> int:
+    if block.range is None:
+        return 0 if block.previous is None and block.next is None else block.size
+    first, last = block.range.pages_within(block)
+    return block.size - (last - first)

@@ -6,7 +6,9 @@ import contextlib
 import copy
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,16 +16,23 @@ from torch import Tensor, nn
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
-from memscope.errors import MemscopeError, TargetError
+from memscope.batch import map_tensors
+from memscope.errors import TargetError, where
 from memscope.hooks.recorder import Recorder
-from memscope.hooks.steps import Progress, prepare_steps, record_steps, run_meta, target_error, where
+from memscope.hooks.steps import Choose, Progress, build_workload, prepare_steps, record_steps, run_meta
+from memscope.live import Tell
 from memscope.simulation.allocator import AllocatorSettings
+from memscope.simulation.cost import cost_table
 from memscope.simulation.cuda import cuda_semantics, fake_tensors_use_foreach
 from memscope.simulation.device_memory import KernelWorkspaces, on_device
 from memscope.simulation.devices import Device, get_device
+from memscope.simulation.host import host_copies
+from memscope.simulation.kernel_results import results
+from memscope.simulation.refusal import NotSimulated
 from memscope.simulation.remember import RememberedOperators
+from memscope.simulation.roofline import Roofline
+from memscope.simulation.visible_gpu import VisibleGpu
 from memscope.strategies import Plan
 from memscope.trace import Trace
 from memscope.workload import Training, Workload
@@ -39,6 +48,9 @@ def simulate(
     steps: int = 2,
     allocator: AllocatorSettings | None = None,
     progress: Progress | None = None,
+    live: Tell | None = None,
+    micro_batches: Choose = list,
+    calls_of: Collection[str] = (),
 ) -> Trace:
     """Trace `steps` training steps without computing anything.
 
@@ -50,10 +62,15 @@ def simulate(
         steps: optimizer steps to trace; from the second on, the optimizer's state is there.
         allocator: settings of PyTorch's caching allocator; None: what `PYTORCH_CUDA_ALLOC_CONF` says.
         progress: called after each micro-batch, `progress(done, in all)`.
+        live: called with a `memscope.live.LiveState` when a phase begins, and when all is done: bytes as they are asked
+            for, which the trace rounds to the device's blocks.
+        micro_batches: gives those of a step's micro-batches that are to be run; as it stands, all.
+        calls_of: names of modules whose calls are noted in `meta["calls"]`.
 
     Returns:
         The trace. Its sizes are the blocks that PyTorch's allocator would give on the device, workspaces of kernels
-        included; `meta["out_of_memory"]` says where the device would run out, if it would.
+        included; `meta["out_of_memory"]` says where the device would run out, if it would, and `meta["cost"]` how long
+        it would take, as `memscope.simulation.cost` reads it: an estimate, None where the device's rates are not known.
 
     Raises:
         TargetError: when the target's code fails, or needs values that a simulation does not have.
@@ -63,41 +80,41 @@ def simulate(
     plan = Plan.parse(strategies) if isinstance(strategies, str) else strategies
     settings = AllocatorSettings.from_environment(os.environ) if allocator is None else allocator
     kernels = KernelWorkspaces(device) if device.kind == "cuda" else None
+    roofline = Roofline(device)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with _simulated(device), _explained():
+    gpu = VisibleGpu(device, settings)
+    with _simulated(device, gpu), _explained():
         with mode:
             built = _build(workload, mode)
         plan.check(built)  # on the host, where a strategy may look at the data
         with mode:
-            for strategy in plan.strategies:
-                strategy.apply(built)
-        pieces = prepare_steps(built, steps)
+            plan.carry_out(built)
+        pieces = prepare_steps(built, steps, micro_batches)
         with mode:
-            training = Training.start(built, "cpu", lambda data: pytree.tree_map_only(Tensor, _on_device, data))
+            training = Training.start(built, "cpu", partial(map_tensors, _on_device))
             recorder = Recorder(
                 built.model,
                 meta={**run_meta(built, plan, device.name, simulated=True), "seconds": None},
                 on_gpu=device.kind == "cuda",
-                execute=RememberedOperators(mode),
+                execute=RememberedOperators(mode, roofline, results(on_gpu=device.kind == "cuda")),
                 kernels=kernels,
+                calls_of=calls_of,
             )
-            record_steps(built, pieces, training, recorder, progress)
+            gpu.seen = recorder.tracker.seen
+            with host_copies(recorder.tracker) if kernels else contextlib.nullcontext():
+                record_steps(built, pieces, training, recorder, progress, live)
     trace = recorder.trace()
     if kernels is None:
         return trace
-    trace = dataclasses.replace(trace, meta={**trace.meta, "estimated_workspaces": sorted(kernels.estimated)})
-    return on_device(trace, device, settings)
+    cost = cost_table(recorder.work, roofline.assumed) if roofline.is_known else None
+    meta = {**trace.meta, "cost": cost, "estimated_workspaces": sorted(kernels.estimated)}
+    return on_device(dataclasses.replace(trace, meta=meta), device, settings, gpu.cache_emptied)
 
 
 def _build(workload: Workload | Callable[[], Workload], mode: FakeTensorMode) -> Workload:
     if not isinstance(workload, Workload):
-        try:
-            with _FakeCopies():
-                return workload()
-        except MemscopeError:
-            raise
-        except Exception as error:
-            raise target_error("the target", error) from error
+        with _FakeCopies():
+            return build_workload(workload)
     with FakeCopyMode(mode):
         return dataclasses.replace(workload, model=copy.deepcopy(workload.model), settings=dict(workload.settings))
 
@@ -107,7 +124,7 @@ def _on_device(tensor: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _simulated(device: Device) -> Iterator[None]:
+def _simulated(device: Device, gpu: VisibleGpu) -> Iterator[None]:
     """Everything a simulation changes in PyTorch, put back on leaving."""
     with contextlib.ExitStack() as scopes:
         scopes.enter_context(fake_tensors_use_foreach())
@@ -115,6 +132,7 @@ def _simulated(device: Device) -> Iterator[None]:
         scopes.enter_context(_modules_convert_fake_weights())
         if device.kind == "cuda":
             scopes.enter_context(cuda_semantics(device.capability))
+            scopes.enter_context(gpu)
         yield
 
 
@@ -200,13 +218,17 @@ def _explained() -> Iterator[None]:
     """Say what a simulation cannot do in the words of the target's code, not of PyTorch's internals."""
     try:
         yield
+    except NotSimulated as error:
+        raise TargetError(f"{error}{where(error)}") from error
     except TargetError as error:
         cause = error.__cause__
         if isinstance(cause, (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException)):
+            optimizer = _optimizer_in(cause)
             raise TargetError(
-                "the target needs the value of a tensor, which a simulation does not have: "
-                f"{cause.func}{where(cause)}. "
-                "Compute it without .item(), boolean masks or nonzero(), or record a real run: --device cpu"
+                f"{f'the optimizer {optimizer}' if optimizer else 'the target'} needs the value of a tensor, which a "
+                f"simulation does not have: {cause.func}{where(cause)}. "
+                + ("Take another optimizer" if optimizer else "Compute it without .item(), boolean masks or nonzero()")
+                + ", or record a real run: --device cpu"
             ) from cause
         if isinstance(cause, fake_tensor.UnsupportedOperatorException):
             raise TargetError(
@@ -214,3 +236,9 @@ def _explained() -> Iterator[None]:
                 "Register one (torch.library.register_fake), or record a real run: --device cpu"
             ) from cause
         raise
+
+
+def _optimizer_in(error: BaseException) -> str | None:
+    """Name of the optimizer in whose step an error was raised."""
+    frames = (frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__))
+    return next((type(owner).__name__ for owner in frames if isinstance(owner, torch.optim.Optimizer)), None)

@@ -1,4 +1,4 @@
-"""Workspaces of scaled dot-product attention: flash and memory-efficient kernels, forward and backward.
+"""Workspaces of scaled dot-product attention: flash, memory-efficient, cuDNN and plain, forward and backward.
 
 Arguments as in aten: query, key, value, out and grad_out are [batch, heads, sequence, head size].
 """
@@ -9,10 +9,18 @@ import math
 
 from memscope.simulation.workspace_call import Call, TensorMeta, Workspace, contiguous_copy, limits
 
-__all__ = ["efficient_backward", "efficient_forward", "flash_backward", "flash_forward"]
+__all__ = [
+    "cudnn_backward",
+    "efficient_backward",
+    "efficient_forward",
+    "flash_backward",
+    "flash_forward",
+    "safe_softmax",
+]
 
 _FLASH = "aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp"
 _BACKWARD = "aten/src/ATen/native/transformers/cuda/attention_backward.cu"
+_CUDNN = "aten/src/ATen/native/cudnn/MHA.cpp"
 _EFFICIENT = "aten/src/ATen/native/transformers/cuda/attention.cu"
 
 
@@ -84,6 +92,43 @@ def flash_backward(call: Call) -> list[Workspace]:
         Workspace("dQ accumulator", 4 * accumulators * rows * _head_size_rounded(size, call.torch), "op", _FLASH),
         *(Workspace(f"{name} of every head", expanded, "op", _FLASH) for name in ("dK", "dV") if key_heads != heads),
     ]
+
+
+def cudnn_backward(call: Call) -> list[Workspace]:
+    """fp32 accumulator of dQ and row sums of dO · O in one buffer; a copy of dO whose rows have gaps.
+
+    An estimate: the kernel that cuDNN chooses may take more in the same buffer.
+
+    Source: run_cudnn_SDP_bprop in aten/src/ATen/native/cudnn/MHA.cpp, several revisions of 2.9 to 2.15, and
+        get_fe_workspace_size_node of the backward node in
+        include/cudnn_frontend/node/scaled_dot_product_flash_attention.h of NVIDIA/cudnn-frontend, 1.12.0 to 1.23.0.
+    """
+    grad = call.tensor("grad_out")
+    batch, heads, queries, size = call.tensor("query").shape
+    rows = batch * heads * queries
+    copied = grad.strides is not None and grad.strides[-1] != 1
+    return [
+        *([Workspace("copy of grad_out", grad.size_bytes, "op", _CUDNN)] if copied else []),
+        Workspace("cuDNN attention workspace", 4 * rows * size + 4 * rows, "op", _CUDNN, estimate=True),
+    ]
+
+
+def safe_softmax(call: Call) -> list[Workspace]:
+    """The softmax before its fully masked rows are replaced, and where they are.
+
+    Source: _safe_softmax in aten/src/ATen/native/transformers/attention.cpp, a revision after 2.5.
+    """
+    scores = call.tensor("self")
+    result = TensorMeta(scores.shape, call.get("dtype") or scores.dtype)
+    sizes = {
+        "softmax": result.size_bytes,
+        "minus infinity": result.item_bytes,
+        "masked": scores.numel,
+        "masked rows": scores.numel // max(scores.shape[call.get("dim")], 1),
+        "zero": result.item_bytes,
+    }
+    source = "aten/src/ATen/native/transformers/attention.cpp"
+    return [Workspace(name, size, "op", source, before_outputs=True) for name, size in sizes.items()]
 
 
 def efficient_forward(call: Call) -> list[Workspace]:

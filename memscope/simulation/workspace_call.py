@@ -11,7 +11,17 @@ from typing import Any, Literal
 from memscope.errors import UsageError
 from memscope.simulation.devices import Device
 
-__all__ = ["Call", "KernelSettings", "Limits", "TensorMeta", "Workspace", "contiguous_copy", "describe", "limits"]
+__all__ = [
+    "Call",
+    "KernelSettings",
+    "Limits",
+    "TensorMeta",
+    "Workspace",
+    "broadcast",
+    "contiguous_copy",
+    "describe",
+    "limits",
+]
 
 _ITEM_BYTES = {
     **dict.fromkeys(("float64", "int64", "uint64", "complex64"), 8),
@@ -241,3 +251,10 @@ def contiguous_copy(name: str, tensor: TensorMeta, source: str) -> list[Workspac
     if tensor.is_contiguous:
         return []
     return [Workspace(f"contiguous copy of {name}", tensor.size_bytes, "op", source, before_outputs=True)]
+
+
+def broadcast(*shapes: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that all of them are expanded to."""
+    rank = max(map(len, shapes))
+    padded = [(1,) * (rank - len(shape)) + shape for shape in shapes]
+    return tuple(next((size for size in sizes if size != 1), 1) for sizes in zip(*padded, strict=True))

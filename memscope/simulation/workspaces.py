@@ -14,17 +14,32 @@ from dataclasses import replace
 from typing import Any
 
 from memscope.simulation.devices import Device
-from memscope.simulation.workspace_attention import efficient_backward, efficient_forward, flash_backward, flash_forward
+from memscope.simulation.workspace_attention import (
+    cudnn_backward,
+    efficient_backward,
+    efficient_forward,
+    flash_backward,
+    flash_forward,
+    safe_softmax,
+)
 from memscope.simulation.workspace_blas import gemm
 from memscope.simulation.workspace_call import (
     Call,
     KernelSettings,
     TensorMeta,
     Workspace,
+    broadcast,
     contiguous_copy,
     describe,
-    limits,
 )
+from memscope.simulation.workspace_loss import (
+    binary_cross_entropy_with_logits,
+    huber_loss,
+    reduced_afterwards,
+    reduced_in_place,
+    soft_margin_loss_backward,
+)
+from memscope.simulation.workspace_reduce import foreach_norm, norm_backward, reduction
 
 __all__ = ["NOT_MODELLED", "OPERATORS", "KernelSettings", "TensorMeta", "Workspace", "describe", "workspaces_for"]
 
@@ -125,7 +140,7 @@ def _index_put(call: Call) -> list[Workspace]:
     if not sorts or not indices or any(index.dtype in ("bool", "uint8") for index in indices):
         return []  # a mask has as many indices as it has true values, which a simulation does not know
     source = "aten/src/ATen/native/cuda/Indexing.cu"
-    count = math.prod(_broadcast([index.shape for index in indices]))
+    count = math.prod(broadcast(*(index.shape for index in indices)))
     values, target = call.tensor("values"), call.tensor("self")
     places = [place for place, index in enumerate(call.get("indices")) if index is not None]
     # Indexed dimensions that are not side by side are moved to the front, with copies that depend on strides.
@@ -154,99 +169,6 @@ def _index_put(call: Call) -> list[Workspace]:
     return [workspace.uncertain() for workspace in taken] if apart else taken
 
 
-def _broadcast(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
-    rank = max(map(len, shapes))
-    padded = [(1,) * (rank - len(shape)) + shape for shape in shapes]
-    return tuple(next((size for size in sizes if size != 1), 1) for sizes in zip(*padded, strict=True))
-
-
-def _foreach_norm(call: Call) -> list[Workspace]:
-    """Norms of many tensors (gradient clipping): a partial result for each 65536 elements of the longest tensor.
-
-    Source: foreach_tensor_norm_cuda in aten/src/ATen/native/cuda/ForeachReduceOp.cu, 2.6.0; kChunkSize in
-        MultiTensorApply.cuh, 2.6.0, 2.11.0, 2.13.0 and 2.15.0. Other norms than 1, 2 and infinity, and mixed dtypes, go
-        tensor by tensor and take nothing here.
-    """
-    tensors: tuple[TensorMeta, ...] = tuple(call.get("self"))
-    order = call.get("ord", 2)
-    if order not in (1, 2, math.inf) or len({tensor.dtype for tensor in tensors}) != 1 or not tensors[0].is_floating:
-        return []
-    dtype = call.get("dtype") or tensors[0].dtype
-    chunks = max(-(-tensor.numel // 65536) for tensor in tensors)
-    size_bytes = len(tensors) * chunks * TensorMeta((), dtype).accumulate_bytes
-    return [Workspace("norms of chunks", size_bytes, "op", "ATen/native/cuda/ForeachReduceOp.cu", before_outputs=True)]
-
-
-def _norm_backward(call: Call) -> list[Workspace]:
-    """Weight gradients of layer and RMS norm over very many short rows go through partial sums of 32 rows.
-
-    Source: LaunchGammaBetaBackwardCUDAKernel in aten/src/ATen/native/cuda/layer_norm_kernel.cu; it is in the libraries
-        of 2.8.0 to 2.15.0, not in 2.6.0 and 2.7.1.
-    """
-    values, weight = call.tensor("input"), call.get("weight")
-    width = math.prod(call.get("normalized_shape"))
-    rows = values.numel // width
-    if call.torch < (2, 8) or rows <= 64 * 1024 or width // 32 >= call.device.multiprocessors // 2 or weight is None:
-        return []
-    blocks = min(64 * 1024 // 2 // -(-width // 32), -(-rows // 32))
-    wanted = tuple(call.get("output_mask", (True, True, True)))[1:]
-    source = "aten/src/ATen/native/cuda/layer_norm_kernel.cu"
-    names = ("partial weight gradients", "partial bias gradients")
-    return [
-        Workspace(name, blocks * width * weight.item_bytes, "op", source)
-        for name, asked in zip(names, wanted, strict=False)
-        if asked
-    ]
-
-
-def _sum(call: Call) -> list[Workspace]:
-    """Sum or mean of a contiguous tensor over its first, its last or all dimensions: where thread blocks share a sum.
-
-    It is there from 256 values a thread on: the gradient of a bias or of a norm's weight over 1024 tokens or more. Its
-    size counts outputs once too often, so that it reaches 64 MiB and more. Other layouts with 256 values or more for an
-    output are not modelled.
-
-    Source: setReduceConfig, global_memory_size and semaphore_size in aten/src/ATen/native/cuda/Reduce.cuh, 2.6.0,
-        2.11.0, 2.13.0, 2.15.0.
-    """
-    values, asked = call.tensor("self"), call.get("dim")
-    rank = len(values.shape)
-    dims = {dim % rank for dim in asked} if asked and rank else set(range(rank))
-    summed = [dim in dims for dim in range(rank) if values.shape[dim] != 1]
-    leading, trailing = summed == sorted(summed, reverse=True), summed == sorted(summed)
-    if values.numel == 0 or not (values.is_floating and values.is_contiguous and (leading or trailing)):
-        return []
-    inputs = math.prod(values.shape[dim] for dim in dims)
-    outputs = values.numel // inputs
-    across = trailing  # threads side by side share a sum, else they make neighbouring outputs
-    vector = 1 if across else next(size for size in (4, 2, 1) if outputs % size == 0)
-    first, second = (inputs // 4 if inputs >= 128 else inputs, outputs) if across else (outputs // vector, inputs)
-    most = 512 // vector
-    wide, high = (1 << (min(size, most).bit_length() - 1) for size in (first, second))
-    height = min(high, most // min(wide, 32))
-    width = min(wide, most // height)
-    step_in, step_out = (width, 1) if across else (1, width)
-    known = limits(call.device)
-    if -(-inputs // step_in) < min(height * 16, 256):
-        return []
-    step_in *= height
-    per_thread = -(-inputs // step_in)
-    target = call.device.multiprocessors * (known.threads_per_multiprocessor // (width * height))
-    grid = -(-(outputs // vector) // step_out)
-    if per_thread < 256 or grid > target:
-        return []
-    splits = max(min(-(-target // grid), -(-per_thread // 16)), -(-per_thread // 256))
-    if splits == 1:
-        return []
-    size_bytes = values.accumulate_bytes * outputs * splits * (1 if across else width * vector)
-    source = "aten/src/ATen/native/cuda/Reduce.cuh"
-    estimate = values.size_bytes >= 2**31 or not known.exact  # from there on in parts, each with buffers of its own
-    return [
-        Workspace("sums of thread blocks", size_bytes, "op", source, estimate=estimate),
-        Workspace("semaphores", 4 * grid, "op", source, estimate=estimate),
-    ]
-
-
 _FAMILIES: dict[str, Callable[[Call], list[Workspace]]] = {
     **dict.fromkeys(("aten.mm", "aten.addmm", "aten._addmm_activation", "aten.bmm", "aten.baddbmm"), gemm),
     **dict.fromkeys(("aten.mv", "aten.addmv", "aten.dot", "aten.vdot"), gemm),
@@ -254,12 +176,19 @@ _FAMILIES: dict[str, Callable[[Call], list[Workspace]]] = {
     "aten._scaled_dot_product_flash_attention_backward": flash_backward,
     "aten._scaled_dot_product_efficient_attention": efficient_forward,
     "aten._scaled_dot_product_efficient_attention_backward": efficient_backward,
+    "aten._scaled_dot_product_cudnn_attention_backward": cudnn_backward,
+    "aten._safe_softmax": safe_softmax,
     "aten.embedding_dense_backward": _embedding_backward,
     **dict.fromkeys(("aten.index_put", "aten.index_put_", "aten._index_put_impl_"), _index_put),
     "aten._softmax_backward_data": _softmax_backward,
-    "aten._foreach_norm": _foreach_norm,
-    **dict.fromkeys(("aten.native_layer_norm_backward", "aten._fused_rms_norm_backward"), _norm_backward),
-    **dict.fromkeys(("aten.sum", "aten.mean"), _sum),
+    "aten._foreach_norm": foreach_norm,
+    **dict.fromkeys(("aten.native_layer_norm_backward", "aten._fused_rms_norm_backward"), norm_backward),
+    **dict.fromkeys(("aten.sum", "aten.mean"), reduction),
+    **dict.fromkeys(("aten.mse_loss", "aten.smooth_l1_loss"), reduced_in_place),
+    **dict.fromkeys(("aten.binary_cross_entropy", "aten.soft_margin_loss"), reduced_afterwards),
+    "aten.huber_loss": huber_loss,
+    "aten.binary_cross_entropy_with_logits": binary_cross_entropy_with_logits,
+    "aten.soft_margin_loss_backward": soft_margin_loss_backward,
 }
 
 OPERATORS = frozenset(_FAMILIES)
@@ -275,7 +204,7 @@ NOT_MODELLED: Mapping[str, str] = {
         ("aten.convolution", "aten.convolution_backward", "aten._cudnn_rnn", "aten._cudnn_rnn_backward"), _LIBRARY
     ),
     "aten._scaled_dot_product_cudnn_attention": _LIBRARY,
-    "aten._scaled_dot_product_cudnn_attention_backward": _LIBRARY,
+    **dict.fromkeys(("aten.native_batch_norm", "aten.native_batch_norm_backward"), _LIBRARY),
     **dict.fromkeys(
         ("aten._scaled_mm", "aten._grouped_mm", "aten._int_mm"), "low-precision matrix products were not read"
     ),

@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.utils import clip_grad_norm_
+from torch.optim import adam as torch_adam
 from torch.optim import optimizer as torch_optimizer
 from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -114,7 +115,7 @@ def test_dropout_is_one_kernel_with_a_mask_of_one_byte_an_element():
     ("dtype", "capability", "mask", "expected"),
     [
         (torch.float16, (8, 0), False, "aten._scaled_dot_product_flash_attention"),
-        (torch.bfloat16, (9, 0), False, "aten._scaled_dot_product_flash_attention"),
+        (torch.bfloat16, (12, 0), False, "aten._scaled_dot_product_flash_attention"),
         (torch.float32, (8, 0), False, "aten._scaled_dot_product_efficient_attention"),
         (torch.float16, (7, 5), False, "aten._scaled_dot_product_efficient_attention"),
         (torch.float16, (8, 0), True, "aten._scaled_dot_product_efficient_attention"),
@@ -172,6 +173,30 @@ def test_step_counters_stay_on_the_host_unless_the_optimizer_is_fused():
     assert optimizer_temporaries(fused=True)[1].max_by_category(1)["optimizer_state"] == 2 * 256 * 256 * 4 + 512
 
 
+def test_a_capturable_optimizer_keeps_its_counters_and_corrections_on_the_device():
+    # One parameter: beside the root of its second moment, two corrections of bias, each in a block of 512 bytes.
+    temporary, trace = optimizer_temporaries(capturable=True)
+    assert temporary == 256 * 256 * 4 + 2 * 512
+    assert trace.max_by_category(1)["optimizer_state"] == 2 * 256 * 256 * 4 + 512
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors"),  # as large as the parameter, and single numbers
+    [
+        ("Adam", 2 + 1), ("NAdam", 2 + 2), ("RAdam", 2 + 1), ("Adamax", 2 + 1), ("RMSprop", 1 + 1),
+        ("Adadelta", 2 + 1), ("ASGD", 1 + 3), ("Rprop", 2 + 1),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("foreach", [True, False])
+def test_every_capturable_optimizer_has_all_its_state_on_the_device(name, tensors, foreach):
+    def factory(parameters):
+        return getattr(torch.optim, name)(parameters, capturable=True, foreach=foreach)
+
+    model = nn.Linear(8, 8, bias=False)
+    trace = simulate(Workload(model, [torch.ones(1, 8)], lambda m, x: m(x).sum(), factory))
+    assert trace.max_by_category(1)["optimizer_state"] == tensors * 512  # 8 · 8 · 4 bytes fit into one block
+
+
 def test_allocations_take_whole_blocks_of_512_bytes():
     _, trace = optimizer_temporaries()
     assert (trace.size % 512 == 0).all()
@@ -197,10 +222,20 @@ def behaviour():
         torch.clear_autocast_cache,
         torch.amp.GradScaler._maybe_opt_step,
         torch_optimizer._get_foreach_kernels_supported_devices,
+        torch_optimizer._get_capturable_supported_devices,
+        torch_adam._get_capturable_supported_devices,
         list(torch_optimizer._foreach_supported_types),
         list(_foreach_utils._foreach_supported_types),
         torch.UntypedStorage.resize_,
         nn.Module._apply,
+        nn.Module.to,
+        FakeTensor.device,
+        torch.Generator,
+        torch.set_default_device,
+        torch.is_autocast_enabled,
+        torch.get_autocast_dtype,
+        [vars(torch.cuda)[name] for name in ("is_available", "memory_allocated", "Event", "device", "empty_cache")],
+        dict(vars(torch.accelerator)),
         torch.overrides._get_current_function_mode(),
     )
 

@@ -291,7 +291,11 @@ def test_arguments_are_named_as_in_pytorchs_schemas() -> None:
         (aten._index_put_impl_.default, (x, [None, indices], x, True)), (aten._foreach_norm.Scalar, ([x, w],)),
         (aten.native_layer_norm_backward.default, (x, x, [16], i, i, w, w, every * 3)),
         (aten._fused_rms_norm_backward.default, (x, x, [16], i, w, every * 2)),
-        (aten._softmax_backward_data.default, (x, x, -1, torch.float32)),
+        (aten._softmax_backward_data.default, (x, x, -1, torch.float32)), (aten._safe_softmax.default, (x, -1)),
+        (aten._scaled_dot_product_cudnn_attention_backward.default, (*[q] * 6, i, i, q, i, i, 64, 64, 0.0, True)),
+        (aten.mse_loss.default, (x, x)), (aten.smooth_l1_loss.default, (x, x)), (aten.huber_loss.default, (x, x)),
+        (aten.binary_cross_entropy.default, (x, x)), (aten.binary_cross_entropy_with_logits.default, (x, x, None, x)),
+        (aten.soft_margin_loss.default, (x, x)), (aten.soft_margin_loss_backward.default, (x, x, x, 1)),
     ]  # fmt: skip
     assert {str(func).rpartition(".")[0] for func, _ in calls} == OPERATORS
     for func, args in calls:

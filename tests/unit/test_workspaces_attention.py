@@ -123,3 +123,26 @@ def test_efficient_forward_accumulates_large_heads_in_fp32() -> None:
     assert taken(op, attention(1, 32, 512, 128)) == {}
     assert taken(op, attention(1, 32, 512, 256)) == {"output accumulator": 32 * 512 * 256 * 4}
     assert taken(op, attention(1, 32, 512, 256, dtype="float32")) == {}
+
+
+def test_cudnn_backward_accumulates_dq_and_row_sums_in_one_buffer_that_is_an_estimate() -> None:
+    arguments = attention(1, 32, 405, 128)
+    rows = 1 * 32 * 405
+    found = call(BACKWARD.format("cudnn"), arguments, device="h100-80gb")
+    assert [(workspace.name, workspace.size_bytes, workspace.estimate) for workspace in found] == [
+        ("cuDNN attention workspace", rows * 128 * 4 + rows * 4, True)
+    ]
+
+
+def test_cudnn_backward_copies_a_gradient_whose_rows_have_gaps() -> None:
+    expanded = meta(1, 32, 405, 128, dtype="bfloat16", strides=(0, 0, 0, 0))
+    sizes = taken(BACKWARD.format("cudnn"), {**attention(1, 32, 405, 128), "grad_out": expanded})
+    assert sizes["copy of grad_out"] == 32 * 405 * 128 * 2
+
+
+def test_safe_softmax_holds_the_softmax_and_a_byte_for_each_score() -> None:
+    scores = meta(2, 4, 32, 32, dtype="float32")
+    assert taken("aten._safe_softmax.default", {"self": scores, "dim": -1}) == {
+        "softmax": 2 * 4 * 32 * 32 * 4, "minus infinity": 4, "masked": 2 * 4 * 32 * 32, "masked rows": 2 * 4 * 32,
+        "zero": 4,
+    }  # fmt: skip

@@ -1,0 +1,141 @@
+"""What real kernels give back otherwise than fake tensors say: larger storages, other dtypes, another order of birth.
+
+`FakeTensorMode` gets shapes right; a storage that keeps the size it was worked out in, or a tensor that stays on the
+host, matters to nobody but a count of memory.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memscope.simulation.refusal import NotSimulated
+
+__all__ = ["OWN_ORDER", "results"]
+
+aten = torch.ops.aten
+Kernel = Callable[..., Any]
+
+
+def results(*, on_gpu: bool) -> Mapping[Any, Kernel]:
+    """By operator: what to call in its place on fake tensors, with the same arguments.
+
+    Args:
+        on_gpu: whether the tensors stand for tensors on a GPU.
+    """
+    return {**_ANYWHERE, **_ON_GPU} if on_gpu else _ANYWHERE
+
+
+def _keeps_size_of_input(operator: Any) -> Kernel:
+    """A loss that is reduced to one number in a storage as large as all losses.
+
+    The storage is made for the losses and then given the shape `[]`, which frees nothing. Source: the meta functions of
+    mse_loss and smooth_l1_loss and soft_margin_loss_out in aten/src/ATen/native/Loss.cpp, binary_cross_entropy_out_cpu
+    there and binary_cross_entropy_out_cuda in cuda/Loss.cu; a revision after 2.5 and one after 2.9.
+    """
+    names = [argument.name for argument in operator._schema.arguments]
+
+    def loss(*args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        if given.get("reduction", 1) == 0:  # at::Reduction::None
+            return operator(*args, **kwargs)
+        values, target = given["self"], given["target"]
+        shape = torch.broadcast_shapes(values.shape, target.shape)
+        return torch.empty(shape, dtype=torch.result_type(values, target)).as_strided((), ())
+
+    return loss
+
+
+def _statistics_in_float32(operator: Any) -> Kernel:
+    """A norm whose mean and inverse deviation are kept in float32, be its input of 16 bits.
+
+    Source: layer_norm_cuda in aten/src/ATen/native/cuda/layer_norm_kernel.cu, batch_norm_cuda in cuda/Normalization.cu
+    (2.6 to 2.15); on a CPU they have the dtype of the input or the weights.
+    """
+
+    def norm(*args: Any, **kwargs: Any) -> Any:
+        output, *statistics = operator(*args, **kwargs)
+        return output, *(t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in statistics)
+
+    return norm
+
+
+def _sparse(*args: Any, **kwargs: Any) -> Any:
+    raise NotSimulated(
+        "sparse tensors, such as the gradient of nn.Embedding(sparse=True), cannot be simulated: how much of one is "
+        "left when equal indices are put together depends on values. Leave sparse out, or record a real run"
+    )
+
+
+def _value(tensor: Tensor) -> Any:
+    """A value that PyTorch's own Adafactor or ASGD reads: 1, as no memory depends on it.
+
+    Both only scale by what they read, but for ASGD's `mu != 1`, which is false before step `t0`, a million by default.
+    Source: torch/optim/_adafactor.py and asgd.py, 2.11 and 2.13.
+    """
+    is_known = getattr(tensor, "constant", None) is not None
+    if not is_known and _asked_by_scaling_optimizer():
+        return 1.0 if tensor.is_floating_point() else 1
+    return aten._local_scalar_dense.default(tensor)
+
+
+_OPTIMIZERS = Path(torch.optim.__file__).parent
+_ONLY_SCALE = {str(_OPTIMIZERS / name) for name in ("_adafactor.py", "asgd.py")}
+
+
+def _asked_by_scaling_optimizer() -> bool:
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_filename in _ONLY_SCALE:
+            return True
+        frame = frame.f_back
+    return False
+
+
+Order = tuple[int, ...]
+
+
+def _seed_and_offset_on_host(arguments: Mapping[str, Any], torch_version: tuple[int, int]) -> Order:
+    """Memory-efficient attention keeps seed and offset on the host.
+
+    Without dropout they are on the GPU, made before the rest, since pytorch/pytorch pull request 184166; which release
+    has it first was not found out: taken as 2.14. Source: _efficient_attention_forward in
+    aten/src/ATen/native/transformers/cuda/attention.cu, revisions around 2.11 and after 2.15.
+    """
+    on_host = bool(arguments.get("dropout_p", 0.0)) or torch_version < (2, 14)
+    return (0, 1) if on_host else (2, 3, 0, 1)
+
+
+OWN_ORDER: Mapping[str, Callable[[Mapping[str, Any], tuple[int, int]], Order]] = {
+    # dropout_cuda in aten/src/ATen/native/cuda/Dropout.cu, 2.6 to 2.15: the mask, then the result
+    "aten.native_dropout.default": lambda arguments, torch_version: (1, 0),
+    # _cudnn_attention_forward in attention.cu and run_cudnn_SDP_fprop in aten/src/ATen/native/cudnn/MHA.cpp, revisions
+    # of 2.9 to 2.15: seed and offset, then the result and the log-sum-exp
+    "aten._scaled_dot_product_cudnn_attention.default": lambda arguments, torch_version: (6, 7, 0, 1),
+    "aten._scaled_dot_product_efficient_attention.default": _seed_and_offset_on_host,
+}
+"""Operator → which of its results are made on a GPU, in which order, by its arguments and the version of PyTorch."""
+
+_ANYWHERE: Mapping[Any, Kernel] = {
+    **{
+        operator: _keeps_size_of_input(operator)
+        for operator in (
+            aten.mse_loss.default,
+            aten.smooth_l1_loss.default,
+            aten.binary_cross_entropy.default,
+            aten.soft_margin_loss.default,
+        )
+    },
+    aten._local_scalar_dense.default: _value,
+    aten._sparse_coo_tensor_with_dims_and_tensors.default: _sparse,
+}
+_ON_GPU: Mapping[Any, Kernel] = {
+    operator: _statistics_in_float32(operator)
+    for operator in (aten.native_layer_norm.default, aten.native_batch_norm.default)
+}

@@ -1,0 +1,158 @@
+"""Where the stand-ins of a GPU's tensors say that they are: on the GPU, when a target's own code asks.
+
+PyTorch's own code asks the same; it goes on to see them on the CPU, where they are. So who asks decides: the code of
+PyTorch and of memscope is told the truth, everybody else is a target.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["is_target", "replaced", "tensors_say_cuda"]
+
+_CPU, _CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@contextlib.contextmanager
+def tensors_say_cuda() -> Iterator[None]:
+    """Fake CPU tensors are on `cuda:0` for targets, and whatever a target makes on a GPU is one of them."""
+    devices = _Devices()
+    autograd: Any = torch.autograd  # it calls its own name of a function that it does not export
+    with contextlib.ExitStack() as scopes:
+        for owner, name, value in (
+            (torch, "set_default_device", _set_default_device(torch.set_default_device)),
+            (torch, "Generator", _Generator),
+            (nn.Module, "to", _module_to(nn.Module.to)),
+            (FakeTensor, "device", _device_property(FakeTensor.device)),
+            (Tensor, "record_stream", lambda tensor, stream: None),  # its arguments are read before a mode is asked
+            (autograd, "_engine_run_backward", _within(devices, autograd._engine_run_backward)),
+        ):
+            scopes.enter_context(replaced(owner, name, value))
+        scopes.enter_context(devices)
+        yield
+
+
+def _within(mode: TorchFunctionMode, run: Callable[..., Any]) -> Callable[..., Any]:
+    """`loss.backward()` is a function that a mode passes on, and leaves the stack for: what it runs has none."""
+
+    def run_within(*args: Any, **kwargs: Any) -> Any:
+        with mode:
+            return run(*args, **kwargs)
+
+    return run_within
+
+
+def is_target(frame: FrameType) -> bool:
+    """Whether a frame's code is a target's: neither PyTorch's nor memscope's, but for the targets that come with it."""
+    name: str = frame.f_globals.get("__name__", "")
+    package = name.partition(".")[0]
+    return package != "torch" and (package != "memscope" or name.startswith("memscope.targets."))
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """An attribute has another value."""
+    inherited = name not in vars(owner)
+    before = None if inherited else vars(owner)[name]
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        delattr(owner, name) if inherited else setattr(owner, name, before)
+
+
+class _Devices(TorchFunctionMode):
+    """A device named `cuda`, or by its number, is the one the stand-ins are on; they say that they are on it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _ANSWERS and is_target(_caller()):
+            return _ANSWERS[func](args[0])
+        if func in _ALREADY_DONE:
+            return args[0]
+        if not kwargs and len(args) == 1 and type(args[0]) is FakeTensor:  # most calls ask for a size or a stride
+            return func(*args)
+        kwargs = kwargs or {}
+        if func is torch.device:
+            return torch.device("cuda", *args) if args and type(args[0]) is int else func(*args, **kwargs)
+        if func is Tensor.to and len(args) > 1 and type(args[1]) is int:
+            args = (args[0], _CPU, *args[2:])
+        if any(map(_names_gpu, args)) or any(map(_is_gpu_argument, kwargs, kwargs.values())):
+            args = [_CPU if _names_gpu(value) else value for value in args]
+            kwargs = {name: _CPU if _is_gpu_argument(name, value) else value for name, value in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+_ALREADY_DONE = {Tensor.cuda, Tensor.pin_memory}
+_ANSWERS: dict[Any, Callable[[Any], Any]] = {
+    Tensor.get_device: lambda tensor: 0,
+    Tensor.is_cuda.__get__: lambda tensor: isinstance(tensor, FakeTensor),  # type: ignore[attr-defined]
+    Tensor.is_cpu.__get__: lambda tensor: not isinstance(tensor, FakeTensor),  # type: ignore[attr-defined]
+}
+"""What methods and attributes of a tensor give to a target."""
+
+
+def _caller() -> FrameType:
+    """Who called a function that function modes have passed on."""
+    frame = sys._getframe(1)
+    while frame.f_code.co_name == "__torch_function__" and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
+
+
+def _names_gpu(value: Any) -> bool:
+    kind = type(value)
+    return (kind is torch.device and value.type == "cuda") or (kind is str and value.partition(":")[0] == "cuda")
+
+
+def _is_gpu_argument(name: str, value: Any) -> bool:
+    return _names_gpu(value) or (name == "device" and type(value) is int)
+
+
+def _device_property(original: Any) -> property:
+    def device(tensor: FakeTensor) -> torch.device:
+        found: torch.device = original.fget(tensor)
+        return _CUDA if found == _CPU and is_target(sys._getframe(1)) else found
+
+    return property(device, original.fset)
+
+
+def _module_to(original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """`module.to(0)`: PyTorch reads the arguments without asking a mode."""
+
+    def to(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        if args and type(args[0]) is int:
+            args = (_CPU, *args[1:])
+        return original(
+            module, *args, **{name: _CPU if _is_gpu_argument(name, value) else value for name, value in kwargs.items()}
+        )
+
+    return to
+
+
+def _set_default_device(original: Callable[[Any], None]) -> Callable[[Any], None]:
+    def set_default_device(device: Any) -> None:
+        if not _is_gpu_argument("device", device):
+            original(device)
+
+    return set_default_device
+
+
+class _AnyGenerator(type(torch.Generator)):  # type: ignore[misc]
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, torch._C.Generator)
+
+
+class _Generator(torch.Generator, metaclass=_AnyGenerator):
+    """A generator of the GPU is one of the stand-ins' device."""
+
+    def __new__(cls, device: Any = "cpu") -> _Generator:
+        return super().__new__(cls, "cpu")  # type: ignore[call-arg]

@@ -1,0 +1,186 @@
+"""The GPU as a target's own code sees it: its tensors say `cuda`, and `torch.cuda` answers for the device simulated.
+
+On leaving, also by an exception, everything is as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from memscope.hooks.allocations import Allocations
+from memscope.simulation.allocator import AllocatorSettings, Replay, replay
+from memscope.simulation.devices import Device
+from memscope.simulation.refusal import NotSimulated
+from memscope.simulation.stand_in import is_target, replaced, tensors_say_cuda
+
+__all__ = ["VisibleGpu"]
+
+
+class VisibleGpu:
+    """While it is entered, a target's code sees a GPU.
+
+    Attributes:
+        seen: what is recorded, from when a recorder is there.
+        cache_emptied: how many events had been recorded at each call of `torch.cuda.empty_cache()`.
+    """
+
+    def __init__(self, device: Device, settings: AllocatorSettings) -> None:
+        self.seen: Allocations | None = None
+        self.cache_emptied: list[int] = []
+        self._device, self._settings = device, settings
+        self._scopes = contextlib.ExitStack()
+
+    def __enter__(self) -> VisibleGpu:
+        answers = self._cuda()
+        with contextlib.ExitStack() as scopes:
+            for owner, found in (
+                (torch.cuda, answers),
+                (torch.cuda.memory, answers),
+                (torch.accelerator, self._accelerator()),
+            ):
+                for name in found.keys() & vars(owner).keys():
+                    scopes.enter_context(replaced(owner, name, _for_targets(found[name], getattr(owner, name))))
+            scopes.enter_context(tensors_say_cuda())
+            self._scopes = scopes.pop_all()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._scopes.__exit__(*exception)
+
+    # What torch.cuda and torch.accelerator answer.
+
+    def _cuda(self) -> dict[str, Callable[..., Any]]:
+        device = self._device
+        major, minor = device.capability
+        properties = SimpleNamespace(
+            name=device.vendor_name,
+            major=major,
+            minor=minor,
+            total_memory=sys.maxsize if device.capacity_bytes is None else device.capacity_bytes,
+            multi_processor_count=device.multiprocessors,
+        )
+        return {
+            "is_available": lambda: True,
+            "is_initialized": lambda: True,
+            "device_count": lambda: 1,
+            "current_device": lambda: 0,
+            "get_device_name": lambda device=None: properties.name,
+            "get_device_capability": lambda device=None: (major, minor),
+            "get_device_properties": lambda device=None: properties,
+            "is_bf16_supported": lambda including_emulation=True: including_emulation or major >= 8,
+            "is_current_stream_capturing": lambda: False,
+            "device": contextlib.nullcontext,
+            "Event": _InOrder,
+            "current_stream": lambda device=None: _InOrder(),
+            "default_stream": lambda device=None: _InOrder(),
+            "get_rng_state": lambda device=None: torch.get_rng_state(),
+            "empty_cache": self._empty_cache,
+            "memory_allocated": lambda device=None: int(self._memory("memory_allocated").allocated[-1]),
+            "max_memory_allocated": lambda device=None: self._memory("max_memory_allocated").peak_allocated,
+            "memory_reserved": lambda device=None: int(self._memory("memory_reserved").reserved[-1]),
+            "max_memory_reserved": lambda device=None: self._memory("max_memory_reserved").peak_reserved,
+            **dict.fromkeys(_NOTHING_TO_DO, _nothing),
+            **{name: _refused(f"torch.cuda.{name}", why) for name, why in _REFUSED.items()},
+        }
+
+    def _accelerator(self) -> dict[str, Callable[..., Any]]:
+        return {
+            "is_available": lambda: True,
+            "device_count": lambda: 1,
+            "current_device_index": lambda: 0,
+            "current_accelerator": lambda check_available=False: torch.device("cuda"),
+            "synchronize": _nothing,
+            "empty_cache": self._empty_cache,
+        }
+
+    def _empty_cache(self) -> None:
+        self.cache_emptied.append(self._events())
+
+    def _events(self) -> int:
+        if self.seen is None:
+            return 0
+        return len(self.seen.births) + sum(event >= 0 for event in self.seen.freed)
+
+    def _memory(self, name: str) -> Replay:
+        """What the allocator has done so far; it begins with the first event that is recorded."""
+        if self.seen is None:
+            raise _no_answer(
+                f"torch.cuda.{name}", "memory is counted from the first step on, not while a target is built"
+            )
+        births = self.seen.births
+        return replay(
+            np.array([birth.size_bytes for birth in births], dtype=np.int64),
+            np.array([birth.born for birth in births], dtype=np.int64),
+            np.array(self.seen.freed, dtype=np.int64),
+            settings=self._settings,
+            cache_emptied=self.cache_emptied,
+        )
+
+
+_NOTHING_TO_DO = (
+    "init", "ipc_collect", "manual_seed", "manual_seed_all", "reset_accumulated_memory_stats",
+    "reset_max_memory_allocated", "reset_max_memory_cached", "reset_peak_memory_stats", "seed", "seed_all",
+    "set_device", "set_rng_state", "synchronize",
+)  # fmt: skip
+_STREAMS = "everything is simulated on one stream"
+_MEASURED = "nothing runs whose state could be read"
+_TOTALS = "ask torch.cuda.memory_allocated() or memory_reserved(), or look into the trace afterwards"
+_REFUSED = {
+    **dict.fromkeys(("Stream", "ExternalStream", "stream", "set_stream"), _STREAMS),
+    **dict.fromkeys(("CUDAGraph", "graph", "make_graphed_callables"), "graphs are not simulated"),
+    **dict.fromkeys(("memory_stats", "memory_summary", "memory_snapshot", "mem_get_info"), _TOTALS),
+    **dict.fromkeys(("utilization", "temperature", "power_draw", "clock_rate", "list_gpu_processes"), _MEASURED),
+    "set_per_process_memory_fraction": "choose a smaller device instead",
+}
+"""Function of torch.cuda → why it has no answer."""
+
+
+def _no_answer(name: str, why: str) -> NotSimulated:
+    return NotSimulated(f"{name} has no answer in a simulation: {why}. Leave the call out, or record a real run")
+
+
+def _refused(name: str, why: str) -> type:
+    """In the place of a function or a class."""
+
+    def refuse(cls: type, *args: Any, **kwargs: Any) -> Any:
+        raise _no_answer(name, why)
+
+    return type(name, (), {"__new__": refuse})
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
+class _InOrder:
+    """The stream, or an event on it: everything happens in order, so that there is nothing to wait for."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    record = synchronize = wait = wait_event = wait_stream = record_event = staticmethod(_nothing)
+
+    def query(self) -> bool:
+        """Whether all is done."""
+        return True
+
+    def elapsed_time(self, end: Any) -> float:
+        """Refused: nothing takes time."""
+        raise _no_answer("torch.cuda.Event.elapsed_time", "nothing runs that would take time")
+
+
+def _for_targets(answer: Any, original: Any) -> Any:
+    if isinstance(answer, type):
+        return answer
+
+    def asked(*args: Any, **kwargs: Any) -> Any:
+        return (answer if is_target(sys._getframe(1)) else original)(*args, **kwargs)
+
+    return asked

@@ -1,0 +1,102 @@
+"""Workspaces of loss functions: what is as large as their input before it becomes one number.
+
+The result of some keeps that size: see `memscope.simulation.kernel_results`. Sums and means inside take what
+`workspace_reduce.reduction` says.
+"""
+
+from __future__ import annotations
+
+from memscope.simulation.workspace_call import Call, TensorMeta, Workspace, broadcast
+from memscope.simulation.workspace_reduce import reduction
+
+__all__ = [
+    "binary_cross_entropy_with_logits",
+    "huber_loss",
+    "reduced_afterwards",
+    "reduced_in_place",
+    "soft_margin_loss_backward",
+]
+
+_LOSS = "aten/src/ATen/native/Loss.cpp"
+_MEAN = 1
+"""at::Reduction::Mean, the default of every loss; 0 is none, 2 the sum."""
+
+
+def _losses(call: Call) -> TensorMeta | None:
+    """The losses of all elements; None when they are not reduced."""
+    values, target = call.tensor("self"), call.tensor("target")
+    if not call.get("reduction", _MEAN):
+        return None
+    return TensorMeta(broadcast(values.shape, target.shape), max(values, target, key=_width).dtype)
+
+
+def _width(tensor: TensorMeta) -> tuple[bool, int]:
+    return tensor.is_floating, tensor.item_bytes
+
+
+def _reduce(call: Call, losses: TensorMeta) -> list[Workspace]:
+    return reduction(Call("aten.mean", {"self": losses}, call.device, call.torch, call.settings))
+
+
+def reduced_in_place(call: Call) -> list[Workspace]:
+    """mse_loss and smooth_l1_loss: the losses are made beside a result that is as large.
+
+    Source: mse_loss_out and smooth_l1_loss_out in Loss.cpp, a revision after 2.5 and one after 2.9.
+    """
+    losses = _losses(call)
+    return [Workspace("losses", losses.size_bytes, "op", _LOSS), *_reduce(call, losses)] if losses else []
+
+
+def reduced_afterwards(call: Call) -> list[Workspace]:
+    """binary_cross_entropy and soft_margin_loss: the losses are made in the result, their mean beside it.
+
+    Source: binary_cross_entropy_out_cuda in aten/src/ATen/native/cuda/Loss.cu and soft_margin_loss_out in Loss.cpp, a
+        revision after 2.5 and one after 2.9.
+    """
+    losses = _losses(call)
+    return [Workspace("mean", losses.item_bytes, "op", _LOSS), *_reduce(call, losses)] if losses else []
+
+
+def huber_loss(call: Call) -> list[Workspace]:
+    """The losses, from which a result of one number is made.
+
+    Source: huber_loss in Loss.cpp, a revision after 2.5 and one after 2.9.
+    """
+    losses = _losses(call)
+    if losses is None:
+        return []
+    return [Workspace("losses", losses.size_bytes, "op", _LOSS, before_outputs=True), *_reduce(call, losses)]
+
+
+def binary_cross_entropy_with_logits(call: Call) -> list[Workspace]:
+    """log(sigmoid(x)), its weights where positives have some, and the losses.
+
+    Source: binary_cross_entropy_with_logits in Loss.cpp, a revision after 2.5 and one after 2.9.
+    """
+    values, target, positive = call.tensor("self"), call.tensor("target"), call.get("pos_weight")
+    losses = _losses(call)
+    sizes = {"log sigmoid": values.size_bytes}
+    frees: tuple[str, ...] = ()
+    if positive is not None:
+        weighted = TensorMeta(broadcast(positive.shape, target.shape), target.dtype)
+        sizes |= {"weight less 1": positive.size_bytes, "weights": weighted.size_bytes}
+        frees = ("weight less 1", "weights")
+    taken = [Workspace(name, size, "op", _LOSS, before_outputs=True) for name, size in sizes.items()]
+    if losses is None:
+        return taken
+    made = Workspace("losses", losses.size_bytes, "op", _LOSS, before_outputs=True, frees=frees)
+    return [*taken, made, *_reduce(call, losses)]
+
+
+def soft_margin_loss_backward(call: Call) -> list[Workspace]:
+    """exp(-target * x), by way of the product's two factors.
+
+    Source: soft_margin_loss_backward_out in Loss.cpp, a revision after 2.5 and one after 2.9.
+    """
+    values, target = call.tensor("self"), call.tensor("target")
+    product = TensorMeta(broadcast(values.shape, target.shape), values.dtype)
+    return [
+        Workspace("negative target", target.size_bytes, "op", _LOSS, before_outputs=True),
+        Workspace("product", product.size_bytes, "op", _LOSS, before_outputs=True),
+        Workspace("exponential", product.size_bytes, "op", _LOSS, before_outputs=True),
+    ]

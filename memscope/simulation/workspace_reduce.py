@@ -1,0 +1,96 @@
+"""Workspaces of reductions: norms of many tensors, gradients of norms' weights, sums and means."""
+
+from __future__ import annotations
+
+import math
+
+from memscope.simulation.workspace_call import Call, TensorMeta, Workspace, limits
+
+__all__ = ["foreach_norm", "norm_backward", "reduction"]
+
+
+def foreach_norm(call: Call) -> list[Workspace]:
+    """Norms of many tensors (gradient clipping): a partial result for each 65536 elements of the longest tensor.
+
+    Source: foreach_tensor_norm_cuda in aten/src/ATen/native/cuda/ForeachReduceOp.cu, 2.6.0; kChunkSize in
+        MultiTensorApply.cuh, 2.6.0, 2.11.0, 2.13.0 and 2.15.0. Other norms than 1, 2 and infinity, and mixed dtypes, go
+        tensor by tensor and take nothing here.
+    """
+    tensors: tuple[TensorMeta, ...] = tuple(call.get("self"))
+    order = call.get("ord", 2)
+    if order not in (1, 2, math.inf) or len({tensor.dtype for tensor in tensors}) != 1 or not tensors[0].is_floating:
+        return []
+    dtype = call.get("dtype") or tensors[0].dtype
+    chunks = max(-(-tensor.numel // 65536) for tensor in tensors)
+    size_bytes = len(tensors) * chunks * TensorMeta((), dtype).accumulate_bytes
+    return [Workspace("norms of chunks", size_bytes, "op", "ATen/native/cuda/ForeachReduceOp.cu", before_outputs=True)]
+
+
+def norm_backward(call: Call) -> list[Workspace]:
+    """Weight gradients of layer and RMS norm over very many short rows go through partial sums of 32 rows.
+
+    Source: LaunchGammaBetaBackwardCUDAKernel in aten/src/ATen/native/cuda/layer_norm_kernel.cu; it is in the libraries
+        of 2.8.0 to 2.15.0, not in 2.6.0 and 2.7.1.
+    """
+    values, weight = call.tensor("input"), call.get("weight")
+    width = math.prod(call.get("normalized_shape"))
+    rows = values.numel // width
+    if call.torch < (2, 8) or rows <= 64 * 1024 or width // 32 >= call.device.multiprocessors // 2 or weight is None:
+        return []
+    blocks = min(64 * 1024 // 2 // -(-width // 32), -(-rows // 32))
+    wanted = tuple(call.get("output_mask", (True, True, True)))[1:]
+    source = "aten/src/ATen/native/cuda/layer_norm_kernel.cu"
+    names = ("partial weight gradients", "partial bias gradients")
+    return [
+        Workspace(name, blocks * width * weight.item_bytes, "op", source)
+        for name, asked in zip(names, wanted, strict=False)
+        if asked
+    ]
+
+
+def reduction(call: Call) -> list[Workspace]:
+    """Sum or mean of a contiguous tensor over its first, its last or all dimensions: where thread blocks share a sum.
+
+    It is there from 256 values a thread on: the gradient of a bias or of a norm's weight over 1024 tokens or more. Its
+    size counts outputs once too often, so that it reaches 64 MiB and more. Other layouts with 256 values or more for an
+    output are not modelled.
+
+    Source: setReduceConfig, global_memory_size and semaphore_size in aten/src/ATen/native/cuda/Reduce.cuh, 2.6.0,
+        2.11.0, 2.13.0, 2.15.0.
+    """
+    values, asked = call.tensor("self"), call.get("dim")
+    rank = len(values.shape)
+    dims = {dim % rank for dim in asked} if asked and rank else set(range(rank))
+    summed = [dim in dims for dim in range(rank) if values.shape[dim] != 1]
+    leading, trailing = summed == sorted(summed, reverse=True), summed == sorted(summed)
+    if values.numel == 0 or not (values.is_floating and values.is_contiguous and (leading or trailing)):
+        return []
+    inputs = math.prod(values.shape[dim] for dim in dims)
+    outputs = values.numel // inputs
+    across = trailing  # threads side by side share a sum, else they make neighbouring outputs
+    vector = 1 if across else next(size for size in (4, 2, 1) if outputs % size == 0)
+    first, second = (inputs // 4 if inputs >= 128 else inputs, outputs) if across else (outputs // vector, inputs)
+    most = 512 // vector
+    wide, high = (1 << (min(size, most).bit_length() - 1) for size in (first, second))
+    height = min(high, most // min(wide, 32))
+    width = min(wide, most // height)
+    step_in, step_out = (width, 1) if across else (1, width)
+    known = limits(call.device)
+    if -(-inputs // step_in) < min(height * 16, 256):
+        return []
+    step_in *= height
+    per_thread = -(-inputs // step_in)
+    target = call.device.multiprocessors * (known.threads_per_multiprocessor // (width * height))
+    grid = -(-(outputs // vector) // step_out)
+    if per_thread < 256 or grid > target:
+        return []
+    splits = max(min(-(-target // grid), -(-per_thread // 16)), -(-per_thread // 256))
+    if splits == 1:
+        return []
+    size_bytes = values.accumulate_bytes * outputs * splits * (1 if across else width * vector)
+    source = "aten/src/ATen/native/cuda/Reduce.cuh"
+    estimate = values.size_bytes >= 2**31 or not known.exact  # from there on in parts, each with buffers of its own
+    return [
+        Workspace("sums of thread blocks", size_bytes, "op", source, estimate=estimate),
+        Workspace("semaphores", 4 * grid, "op", source, estimate=estimate),
+    ]

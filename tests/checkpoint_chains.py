@@ -1,0 +1,103 @@
+"""Chains of blocks to plan checkpoints for: random ones, and every plan there is for a small one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from hypothesis import strategies as st
+
+from memscope.advisor.planner import Chain, Choice
+
+__all__ = ["every_plan", "in_proportion", "random_chains", "takes", "varied"]
+
+
+@st.composite
+def random_chains(draw: st.DrawFn, most_blocks: int = 5, units: tuple[int, ...] = (1, 2**30 + 1)) -> Chain:
+    """A few blocks with up to three choices each, some of two blocks; few different numbers, so that many tie."""
+    blocks = draw(st.integers(1, most_blocks))
+    unit = draw(st.sampled_from(units))
+    few, time, size = (st.integers(*ends).map(lambda number: number * unit) for ends in ((0, 6), (0, 4), (-2, 12)))
+
+    def choice(name: str, length: int) -> Choice:
+        return Choice(
+            name,
+            length,
+            draw(few),
+            draw(few),
+            draw(size),
+            draw(size),
+            draw(time),
+            draw(st.booleans()),
+            draw(st.booleans()),
+        )
+
+    choices = []
+    for block in range(blocks):
+        lengths = [1, *draw(st.lists(st.integers(1, min(2, blocks - block)), max_size=2))]
+        choices.append(tuple(choice(f"option {number}", length) for number, length in enumerate(lengths)))
+    boundaries = tuple(draw(st.lists(few, min_size=blocks + 1, max_size=blocks + 1)))
+    return Chain(tuple(choices), boundaries, draw(size), draw(size), draw(st.booleans()), draw(few))
+
+
+def every_plan(chain: Chain, block: int = 0) -> Iterator[tuple[Choice, ...]]:
+    """Every sequence of choices that covers the blocks from one on."""
+    if block == len(chain.choices):
+        yield ()
+        return
+    for choice in chain.choices[block]:
+        for rest in every_plan(chain, block + choice.length):
+            yield (choice, *rest)
+
+
+def takes(chain: Chain, plan: tuple[Choice, ...]) -> tuple[int, int]:
+    """Time and peak of a plan: the constraints as they are written in the design, one after the other."""
+    s = e = time = i = 0
+    p = False
+    left_sides = [chain.fixed_bytes]
+    for c in plan:
+        boundary = chain.boundary_bytes[i]
+        left_sides.append(s + e + c.forward_bytes)
+        left_sides.append(s + c.backward_bytes + (boundary if p and not c.saves_input else 0))
+        s += c.kept_bytes + (boundary if c.saves_input or p else 0)
+        e += c.held_bytes
+        time += c.nanoseconds
+        i += c.length
+        p = c.saves_output
+    s += chain.boundary_bytes[i] if p and not chain.head_saves_input else 0
+    left_sides += [chain.head_forward_bytes + s + e, chain.head_backward_bytes + s]
+    return time, max(left_sides)
+
+
+def varied(seed: int, *, blocks: int, options: int, is_held: bool = True) -> Chain:
+    """Blocks that all differ: what an option keeps saves time, more or less; some cover two blocks."""
+    rng = np.random.default_rng(seed)
+
+    def choice(block: int, number: int) -> Choice:
+        length = 2 if number == options - 1 and block + 2 <= blocks else 1
+        kept, held = int(rng.integers(0, 1000)), int(rng.integers(0, 400)) if is_held else 0
+        time = int((1000 - kept) * rng.uniform(0.5, 1.5)) * length
+        local = rng.integers(100, 400, size=2)
+        is_saving_input, is_saving_output = (bool(flag) for flag in rng.integers(0, 2, size=2))
+        return Choice(
+            f"option {number}", length, kept, held, int(local[0]), int(local[1]) + kept, time, is_saving_input,
+            is_saving_output,
+        )  # fmt: skip
+
+    choices = tuple(tuple(choice(block, number) for number in range(options)) for block in range(blocks))
+    boundaries = tuple(int(size) for size in rng.integers(0, 50, size=blocks + 1))
+    # Held bytes, about 200 a block, count at the head's forward only: so that both of its sides may decide.
+    return Chain(choices, boundaries, 300, 300 + (100 * blocks if is_held else 0), bool(seed % 2), 500)
+
+
+def in_proportion(blocks: int, options: int) -> Chain:
+    """Blocks that all differ, with times in exact proportion to what is not kept: very many plans are good."""
+    rng = np.random.default_rng(1)
+    choices = []
+    for most in rng.integers(200_000_000, 1_000_000_000, size=blocks):
+        kept = [int(most), 0, *(int(size) for size in rng.integers(0, most, size=options - 2))]
+        choices.append(tuple(
+            Choice(f"option {number}", 1, size, 0, 0, 0, (int(most) - size) // 100, False, False)
+            for number, size in enumerate(kept)
+        ))  # fmt: skip
+    return Chain(tuple(choices), (0,) * (blocks + 1), 0, 0, True, 0)

@@ -1,0 +1,290 @@
+"""Ordinary training code, written for a GPU, runs in a simulation of one; afterwards PyTorch is as it was."""
+
+from collections import UserDict
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from memscope import Workload, simulate
+from memscope.errors import TargetError
+
+GPU = torch.device("cuda", 0)
+
+
+def train(loss=lambda m, x: m(x).sum(), model=lambda: nn.Linear(8, 8), batch=None, device="a100-40gb", **settings):
+    def build():
+        data = torch.ones(4, 8) if batch is None else batch
+        return Workload(model(), [data], loss, torch.optim.AdamW, name="mine")
+
+    return simulate(build, device=device, **settings)
+
+
+def same_as_plain(trace):
+    """Whether a run took what the plainest one takes."""
+    plain = train()
+    return (trace.requested.tolist(), trace.freed.tolist()) == (plain.requested.tolist(), plain.freed.tolist())
+
+
+def test_tensors_say_that_they_are_on_the_gpu():
+    def loss(model, x):
+        for tensor in (x, model.weight, model(x)):
+            assert tensor.is_cuda
+            assert not tensor.is_cpu
+            assert tensor.device == GPU
+            assert tensor.device.type == "cuda"
+            assert tensor.get_device() == 0
+        return model(x).sum()
+
+    train(loss)
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda x: x.to(0), lambda x: x.to("cuda"), lambda x: x.to("cuda:0", non_blocking=True), lambda x: x.to(GPU),
+        lambda x: x.to(device=0), lambda x: x.cuda(), lambda x: x.cuda(0), lambda x: x.to(x.device), lambda x: x.to(x),
+        lambda x: x.pin_memory().cuda(non_blocking=True),
+    ],
+)  # fmt: skip
+def test_moving_a_batch_to_the_gpu_copies_nothing_as_it_is_there(move):
+    assert same_as_plain(train(lambda m, x: m(move(x)).sum()))
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda m: m.to(0), lambda m: m.to("cuda"), lambda m: m.to(device=0), lambda m: m.to(GPU), lambda m: m.cuda(),
+        lambda m: m.cuda(0), lambda m: m.to(torch.device(0)),
+    ],
+)  # fmt: skip
+def test_a_model_is_moved_to_the_gpu(move):
+    def model():
+        moved = move(nn.Linear(8, 8))
+        assert moved.weight.device == GPU
+        return moved
+
+    assert same_as_plain(train(model=model))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: torch.ones(8, device="cuda"), lambda x: torch.ones(8, device=0), lambda x: x.new_ones(8),
+        lambda x: torch.ones(8, device=x.device), lambda x: torch.zeros_like(x[0], device="cuda:0"),
+        lambda x: torch.rand(8, device="cuda", generator=torch.Generator("cuda").manual_seed(0)),
+        lambda x: torch.rand(8, device=x.device, generator=torch.Generator(device=x.device)),
+    ],
+)  # fmt: skip
+def test_tensors_are_made_on_the_gpu(make):
+    def loss(model, x):
+        made = make(x)
+        assert made.is_cuda
+        return (model(x) + made).sum()
+
+    train(loss)
+
+
+def test_a_device_context_makes_tensors_on_the_gpu():
+    def loss(model, x):
+        with torch.device("cuda"):
+            made = torch.ones(8)
+        with torch.cuda.device(0):
+            return (model(x) + made).sum()
+
+    train(loss)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_checkpointed_layer_sees_the_gpu_when_it_runs_again(use_reentrant):
+    runs = []
+
+    def layer(x):
+        runs.append(x.device)
+        return torch.relu(x + torch.arange(8, device=x.device) + torch.ones(8, device="cuda"))
+
+    def loss(model, x):
+        return checkpoint(layer, model(x), use_reentrant=use_reentrant).sum()
+
+    train(loss, steps=1)
+    assert runs == [GPU, GPU]
+
+
+def test_a_hook_of_the_backward_pass_sees_the_gpu():
+    seen = []
+
+    def loss(model, x):
+        y = model(x)
+        y.register_hook(lambda gradient: seen.append((gradient.device, torch.ones(1, device="cuda").is_cuda)))
+        return y.sum()
+
+    train(loss, steps=1)
+    assert seen == [(GPU, True)]
+
+
+def test_torch_cuda_answers_for_the_device_that_is_simulated():
+    def loss(model, x):
+        assert torch.cuda.is_available()
+        assert (torch.cuda.device_count(), torch.cuda.current_device()) == (1, 0)
+        assert torch.cuda.get_device_name() == "NVIDIA A100-SXM4-40GB"
+        assert torch.cuda.get_device_capability(x.device) == (8, 0)
+        properties = torch.cuda.get_device_properties(0)
+        assert (properties.major, properties.multi_processor_count) == (8, 108)
+        assert torch.cuda.is_bf16_supported()
+        assert torch.accelerator.is_available()
+        assert torch.accelerator.current_accelerator().type == "cuda"
+        return model(x).sum()
+
+    train(loss)
+
+
+def test_what_has_nothing_to_do_in_a_simulation_does_nothing():
+    def loss(model, x):
+        torch.cuda.set_device(0)
+        torch.cuda.manual_seed_all(0)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.Event(enable_timing=True)
+        start.record()
+        torch.cuda.current_stream().wait_event(start)
+        x.record_stream(torch.cuda.current_stream())
+        return model(x).sum()
+
+    assert same_as_plain(train(loss))
+
+
+def test_memory_is_what_the_allocator_has_given_so_far():
+    seen = []
+
+    def loss(model, x):
+        y = model(x)
+        seen.append(
+            (
+                torch.cuda.memory_allocated(),
+                torch.cuda.max_memory_allocated(),
+                torch.cuda.memory_reserved(),
+                torch.cuda.memory.max_memory_reserved(),
+            )
+        )
+        return y.sum()
+
+    trace = train(loss)
+    # Weight, bias, input and output in a block of 512 bytes each, and the 8,519,680 bytes of cuBLAS: in a segment of
+    # 2 MiB for small blocks and one of 20 MiB for such as are below 10 MiB.
+    assert seen[0] == (4 * 512 + 8_519_680, 4 * 512 + 8_519_680, 22 * 2**20, 22 * 2**20)
+    # By the second step the optimizer's state is there: two moments of weight and bias; the backward pass's thread has
+    # taken cuBLAS's memory too, and the loss of the first step is gone.
+    assert seen[1][0] == (4 + 4) * 512 + 2 * 8_519_680
+    assert seen[1][1] == max(trace.peak_of(0).allocated_bytes, seen[1][0])
+
+
+def test_emptying_the_cache_gives_unused_segments_back():
+    def model():
+        return nn.Linear(2048, 2048)  # 16 MiB of weights
+
+    def loss(empty):
+        def run(model, x):
+            if empty:
+                torch.cuda.empty_cache()
+            return model(x).sum()
+
+        return run
+
+    kept, emptied = (train(loss(empty), model, torch.ones(4, 2048), steps=3) for empty in (False, True))
+    assert emptied.peak_of(1).allocated_bytes == kept.peak_of(1).allocated_bytes
+    assert emptied.reserved.min() <= kept.reserved.min()
+    assert emptied.reserved.sum() < kept.reserved.sum()
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda: torch.cuda.memory_summary(), "memory_summary"),
+        (lambda: torch.cuda.mem_get_info(), "mem_get_info"),
+        (lambda: torch.cuda.Stream(), "Stream"),
+        (lambda: torch.cuda.CUDAGraph(), "CUDAGraph"),
+        (lambda: torch.cuda.Event().elapsed_time(torch.cuda.Event()), "Event.elapsed_time"),
+    ],
+)
+def test_what_has_no_answer_is_refused_with_the_line_that_asks(call, name):
+    with pytest.raises(
+        TargetError, match=rf"torch.cuda.{name} has no answer in a simulation: .*test_visible_gpu.py:\d+"
+    ):
+        train(lambda m, x: (call(), m(x).sum())[1])
+
+
+def test_memory_cannot_be_asked_while_the_model_is_built():
+    with pytest.raises(TargetError, match="counted from the first step on"):
+        train(model=lambda: (torch.cuda.memory_allocated(), nn.Linear(8, 8))[1])
+
+
+def test_autocast_of_the_gpu_is_seen_to_be_on():
+    def loss(model, x):
+        assert torch.is_autocast_enabled("cuda")
+        assert torch.is_autocast_enabled()
+        assert torch.get_autocast_dtype(x.device.type) is torch.bfloat16
+        with torch.autocast(x.device.type, enabled=False):
+            assert not torch.is_autocast_enabled("cuda")
+            assert torch.get_autocast_dtype("cuda") is torch.float16  # CUDA's own default
+        return model(x).sum()
+
+    train(loss, strategies="amp:dtype=bf16")
+
+
+def test_a_default_device_ends_with_the_simulation():
+    def model():
+        torch.set_default_device("cuda")
+        return nn.Linear(8, 8)
+
+    assert same_as_plain(train(model=model))
+    assert torch.get_default_device() == torch.device("cpu")
+
+
+def test_on_a_simulated_cpu_tensors_are_on_the_cpu():
+    def loss(model, x):
+        assert not x.is_cuda
+        assert x.device.type == "cpu"
+        return model(x).sum()
+
+    train(loss, device="cpu")
+
+
+@dataclass
+class Batch:
+    x: Tensor
+    label: str = "kept"
+
+
+@pytest.mark.parametrize("make", [lambda x: Batch(x), lambda x: UserDict(x=x)])
+def test_a_batch_of_another_kind_is_input_on_the_gpu(make):
+    def loss(model, batch):
+        x = batch.x if isinstance(batch, Batch) else batch["x"]
+        assert x.is_cuda
+        return model(x).sum()
+
+    trace = train(loss, batch=make(torch.ones(1024, 8)))
+    assert trace.max_by_category(1)["input"] == 1024 * 8 * 4
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_everything_is_as_before_afterwards(fails):
+    def state():
+        return {
+            **{f"cuda.{name}": value for name, value in vars(torch.cuda).items()},
+            **{f"memory.{name}": value for name, value in vars(torch.cuda.memory).items()},
+            **{f"accelerator.{name}": value for name, value in vars(torch.accelerator).items()},
+        }, (torch.Generator, nn.Module.to, torch.empty(0).device, torch.autograd._engine_run_backward)
+
+    def loss(model, x):
+        if fails:
+            raise ValueError("stop")
+        return model(x).sum()
+
+    before = state()
+    try:
+        train(loss)
+    except TargetError:
+        assert fails
+    assert state() == before
