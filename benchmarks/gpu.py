@@ -22,6 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
+from gpu_advice import CASES
 from gpu_plan import STEP, TIMED, Budget, Cell, covering
 from gpu_report import summary, table
 
@@ -94,6 +95,8 @@ class Session:
         self._status = dict.fromkeys(self.cells, "left out: no time")
         self._taken: list[float] = []
         self.overhead: list[dict[str, Any]] = []
+        self.advice: list[dict[str, Any]] = []
+        self._advice: list[Future[dict[str, Any]]] = []
         self.about: dict[str, Any] = {}
 
     def _files(self, cell: Cell) -> dict[str, str]:
@@ -108,6 +111,30 @@ class Session:
         for cell in self.cells:
             job = {"cell": asdict(cell), "predicted_for": self.options.predict_for, **self._common, **self._files(cell)}
             self._predictions[cell] = self._pool.submit(self._processes.do, "predict", **job)
+        for number, (cell, share) in enumerate(CASES[: self.options.advised]):
+            file = str(self._scratch / f"plan-{number}.json")
+            job = {"cell": asdict(cell), "share": share, "plan_file": file, **self._common}
+            job["predicted_for"] = self.options.predict_for
+            self._advice.append(self._pool.submit(self._processes.do, "advise", **job))
+
+    def follow_advice(self) -> None:
+        """Measure each plan that was advised, and the same without and with every layer checkpointed."""
+        for (cell, share), future in zip(CASES, self._advice, strict=False):
+            row: dict[str, Any] = {"case": f"{cell.name}, {share:.0%} of its memory", **future.result()}
+            self.advice.append(row)
+            if "error" in row or not row["feasible"]:
+                row["problem"] = row.get("error", "nothing fits")
+                continue
+            row["measured"] = {}
+            for name, plan in (("planned", row["plan"]), ("none", row["none"]), ("all", row["all"])):
+                if not self._budget.allows(self._taken, GUESS_SECONDS):
+                    row["problem"] = "left out: no time"
+                    break
+                done = self._processes.do_next("measure_plan", cell=asdict(cell), plan=plan, **self._common)
+                row["measured"][name] = done
+                if "error" in done:
+                    row["problem"] = f"{name}: {done['error']}"
+                    break
 
     def measure(self, cell: Cell) -> None:
         """Measure a cell, if there is time, and begin to compare it."""
@@ -181,6 +208,7 @@ def written(out: Path, session: Session, machine: dict[str, Any], budget: Budget
         "seconds": budget.spent,
         "cells": rows,
         "overhead": session.overhead,
+        "advice": session.advice,
         "summary": summary(rows),
     }
     (out / "cells.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -234,6 +262,9 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cells", type=int, default=24, help="how many cells (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=10, help="steps under each recorder (default: %(default)s)")
     parser.add_argument("--timed", type=int, default=len(TIMED), help="how many timings (default: %(default)s)")
+    parser.add_argument(
+        "--advised", type=int, default=len(CASES), help="how many pieces of advice (default: %(default)s)"
+    )
     parser.add_argument("--preset", help="of targets/llama2 (default: 7b; debug in a dry run)")
     parser.add_argument("--predict-for", default="h200-141gb", help="device of the predictions (default: %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="try the script out on the CPU; measures nothing")
@@ -267,6 +298,7 @@ def main(words: Sequence[str] | None = None) -> int:
                     session.time_recorders()
                 session.measure(cell)
                 written(options.out, session, machine, budget)
+            session.follow_advice()
             session.finish()
             keep_histories(options.out, session)
             print(written(options.out, session, machine, budget), flush=True)

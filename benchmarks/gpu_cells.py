@@ -20,6 +20,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from gpu_advice import advise, measure_plan
 from gpu_plan import STEP, Cell
 from gpu_report import compare_sequences, imitated, write_history
 
@@ -270,7 +271,7 @@ def _steady(marks: list[float]) -> dict[str, Any]:
     return {"seconds": seconds, "median": median(seconds[3:] or seconds)}
 
 
-JOBS = {job.__name__: job for job in (probe, predict, measure, compare, overhead)}
+JOBS = {job.__name__: job for job in (probe, predict, measure, compare, overhead, advise, measure_plan)}
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from gpu_advice import advice_table
 
 from memscope.simulation.allocator import Ints, Replay, replay
 from memscope.simulation.allocator_history import History
@@ -214,7 +215,7 @@ def table(results: dict[str, Any]) -> str:
     if results["overhead"]:
         lines += ["", "A steady step, its median in seconds:", "", "| cell | recorded by | s | against none |"]
         lines += ["|---|---|--:|--:|", *(_overhead(run, results["overhead"]) for run in results["overhead"])]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *(advice_table(results["advice"]) if results["advice"] else [])]) + "\n"
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ from memscope.errors import MemscopeError, OutOfDeviceMemory, TargetError
 from memscope.processes import cores, interrupts_held, pool
 
 if TYPE_CHECKING:
+    from memscope.live import LiveState
     from memscope.strategies import Plan
     from memscope.target import Target
 
@@ -28,9 +29,10 @@ __all__ = ["Report", "RunSpec", "check_plans", "run_all", "run_where_there_is_ro
 
 T = TypeVar("T")
 
-Report = Callable[[int, int, int], None]
-"""`report(index of the run, micro-batches done, in all)`."""
-Messages: TypeAlias = "multiprocessing.Queue[tuple[int, int, int]]"
+Report = Callable[[int, int, int, "LiveState | None"], None]
+"""`report(index of the run, micro-batches done, in all, state)`; the state is None where only the count is new."""
+Message: TypeAlias = "tuple[int, int, int, LiveState | None]"
+Messages: TypeAlias = "multiprocessing.Queue[Message]"
 _POLL_SECONDS = 0.1
 
 
@@ -56,6 +58,8 @@ class RunSpec:
     """Where the trace goes; must not exist yet."""
     memory_bytes: int | None = None
     """Most that PyTorch may take of a real GPU; None: all of it."""
+    live: bool = False
+    """Tell the state of the run at every phase."""
 
 
 def check_plans(target: Target, config: Any, plans: Sequence[Plan]) -> None:
@@ -139,7 +143,7 @@ def _finished(futures: Sequence[Future[Any]]) -> bool:
     return not left
 
 
-def _waiting(messages: Messages) -> Iterator[tuple[int, int, int]]:
+def _waiting(messages: Messages) -> Iterator[Message]:
     while True:
         try:
             yield messages.get_nowait()
@@ -196,15 +200,30 @@ def _run(index: int, spec: RunSpec) -> None:
 
     def progress(done: int, total: int) -> None:
         assert _progress is not None, "_report_to comes first"
-        _progress.put((index, done, total))
+        _progress.put((index, done, total, None))
 
+    def told(state: LiveState) -> None:
+        assert _progress is not None, "_report_to comes first"
+        _progress.put((index, state.done, state.total, dataclasses.replace(state, capacity_bytes=capacity)))
+
+    live = told if spec.live else None
     if spec.simulated:
         device = get_device(spec.device, load_devices(spec.device_file) if spec.device_file else None)
         allocator = None if spec.allocator is None else AllocatorSettings.parse(spec.allocator)
+        capacity = device.allocatable_bytes
         trace = simulate(
-            build, device=device, strategies=spec.plan, steps=spec.steps, allocator=allocator, progress=progress
+            build,
+            device=device,
+            strategies=spec.plan,
+            steps=spec.steps,
+            allocator=allocator,
+            progress=progress,
+            live=live,
         )
     else:
-        trace = record(build, device=spec.device, strategies=spec.plan, steps=spec.steps, progress=progress)
+        capacity = spec.memory_bytes
+        if capacity is None and spec.device == "cuda":
+            capacity = torch.cuda.mem_get_info()[1]
+        trace = record(build, device=spec.device, strategies=spec.plan, steps=spec.steps, progress=progress, live=live)
     command = {"target": spec.target, "preset": spec.preset, "settings": dict(spec.settings)}
     dataclasses.replace(trace, meta={**trace.meta, "command": command}).save(spec.path)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from memscope.advisor.resolve import is_auto, resolve
 from memscope.advisor.runner import Scene
 from memscope.cli.grid import asked_grid, show_grid
+from memscope.cli.live import live_panels
 from memscope.cli.profile_report import document, print_advice, print_next, print_report, write_page
 from memscope.cli.progress import shown_progress
 from memscope.cli.target_words import RUNS, settings_of
@@ -95,6 +97,7 @@ __all__ = ["command"]
     "--html", type=click.Path(path_type=Path), metavar="FILE", help="Where the page goes, if not into that folder."
 )
 @click.option("-f", "--force", is_flag=True, help="Overwrite files that exist.")
+@click.option("--live", is_flag=True, help="While runs go, show their memory by category in the terminal.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of tables.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def command(
@@ -115,6 +118,7 @@ def command(
     output: Path | None,
     html: Path | None,
     force: bool,
+    live: bool,
     as_json: bool,
     debug: bool,
 ) -> int:
@@ -142,6 +146,8 @@ def command(
     _refuse_existing([*paths, html], force)
     if html.parent != folder and not html.parent.is_dir():
         raise UsageError(f"{html}: there is no folder {html.parent}: make it, or choose another file with --html")
+    stderr = Console(stderr=True)
+    live = live and stderr.is_terminal and not as_json  # else there is nobody to look at a panel
     specs = [
         RunSpec(
             target=target,
@@ -156,12 +162,13 @@ def command(
             steps=steps,
             path=path.with_suffix(".part.npz"),
             memory_bytes=asked.memory_bytes if asked else None,
+            live=live,
         )
         for label, path in zip(labels, paths, strict=True)
     ]
     with _kept_if_filled(folder):
         try:
-            with _progress(labels) as report:
+            with live_panels(labels, stderr) if live else _progress(labels) as report:
                 (run_where_there_is_room if asked else run_all)(specs, report)
             for spec, path in zip(specs, paths, strict=True):
                 path.unlink(missing_ok=True)  # what is there is of an earlier run
@@ -182,7 +189,7 @@ def command(
     console = Console(highlight=False)
     if not as_json:
         print_report(console, runs, table1, baselines)
-    advice = _advice(found, config, specs[-1], traces[-1]) if does_not_fit else None
+    advice = _advice(found, config, replace(specs[-1], live=False), traces[-1]) if does_not_fit else None
     if as_json:
         click.echo(json.dumps(document(target, runs, paths, table1, advice), ensure_ascii=False, indent=2))
     else:
@@ -311,4 +318,4 @@ def _progress(labels: Sequence[str]) -> Iterator[Report]:
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         tasks = [bars.add_task(label, total=None) for label in labels]
-        yield lambda index, done, total: bars.update(tasks[index], completed=done, total=total)
+        yield lambda index, done, total, state: bars.update(tasks[index], completed=done, total=total)

@@ -13,6 +13,7 @@ from memscope.errors import OutOfDeviceMemory, TargetError, UsageError
 from memscope.hooks.recorder import Recorder
 from memscope.hooks.snapshot import require_gpu
 from memscope.hooks.steps import Progress, build_workload, prepare_steps, record_steps, run_meta
+from memscope.live import Tell
 from memscope.strategies import Plan
 from memscope.trace import Trace
 from memscope.units import format_bytes
@@ -28,6 +29,7 @@ def record(
     strategies: str | Plan = "",
     steps: int = 2,
     progress: Progress | None = None,
+    live: Tell | None = None,
 ) -> Trace:
     """Run `steps` real training steps and trace them. The model is really trained: its weights change.
 
@@ -38,6 +40,7 @@ def record(
         strategies: a plan such as `lora:r=8,amp`, applied to the workload itself before the first step.
         steps: optimizer steps to run; from the second on, the optimizer's state is there.
         progress: called after each micro-batch, `progress(done, in all)`.
+        live: called with a `memscope.live.LiveState` when a phase begins, and when all is done.
 
     Raises:
         TargetError: when the target's code fails.
@@ -61,7 +64,7 @@ def record(
     training = Training.start(built, device, partial(map_tensors, _MOVES[device]))
     recorder = Recorder(built.model, meta=run_meta(built, plan, device, simulated=False))
     try:
-        record_steps(built, pieces, training, recorder, progress)
+        record_steps(built, pieces, training, recorder, progress, live)
     except TargetError as error:
         if not isinstance(error.__cause__, torch.OutOfMemoryError):
             raise

@@ -221,6 +221,11 @@ class Recorder:
         return self._tracker
 
     @property
+    def is_on_gpu(self) -> bool:
+        """Whether it is a real GPU that is recorded."""
+        return self._watch is not None
+
+    @property
     def work(self) -> WorkDone:
         """What the operators did so far."""
         return self._tracker.seen.work

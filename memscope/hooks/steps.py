@@ -8,8 +8,11 @@ from typing import Any
 import torch
 
 from memscope.errors import MemscopeError, TargetError, UsageError, where
+from memscope.hooks.live import LiveStates
 from memscope.hooks.recorder import Recorder
+from memscope.live import Tell
 from memscope.strategies import Plan
+from memscope.trace import Phase
 from memscope.workload import MicroBatch, StepObserver, Training, Workload, micro_batches, run_step, sample_counts
 
 __all__ = [
@@ -68,13 +71,19 @@ def record_steps(
     training: Training,
     recorder: Recorder,
     progress: Progress | None,
+    live: Tell | None = None,
 ) -> None:
     """Run one step for each item of `pieces` under a recorder.
+
+    `progress` is called after each micro-batch, `live` when a phase begins and when all is done.
 
     Raises:
         TargetError: when the target's own code fails; its error is the cause.
     """
-    observer: StepObserver = _Counted(recorder, sum(map(len, pieces)), progress) if progress else recorder
+    states = LiveStates(recorder, [len(step) for step in pieces], live) if live else None
+    observer: StepObserver = recorder
+    if progress or states:
+        observer = _Counted(recorder, sum(map(len, pieces)), progress, states)
     try:
         with recorder:
             for step in pieces:
@@ -88,24 +97,31 @@ def record_steps(
 
 
 class _Counted:
-    """A recorder that reports each micro-batch when the next one begins."""
+    """A recorder that reports each micro-batch when the next one begins, and the state of the run at every phase."""
 
-    def __init__(self, recorder: Recorder, total: int, progress: Progress) -> None:
-        self._recorder, self._total, self._progress = recorder, total, progress
-        self._begun = 0
+    def __init__(self, recorder: Recorder, total: int, progress: Progress | None, states: LiveStates | None) -> None:
+        self._recorder, self._total, self._progress, self._states = recorder, total, progress, states
+        self._begun = self._micro_batch = 0
 
     def phase(self, name: str, micro_batch: int) -> None:
         if name == "forward":
-            if self._begun:
+            if self._begun and self._progress:
                 self._progress(self._begun, self._total)
             self._begun += 1
         self._recorder.phase(name, micro_batch)
+        self._micro_batch = micro_batch
+        if self._states:
+            phase: Phase = name  # type: ignore[assignment]
+            self._states.moved(phase, micro_batch, self._begun - 1)
 
     def inputs(self, data: Any) -> None:
         self._recorder.inputs(data)
 
     def finished(self) -> None:
-        self._progress(self._total, self._total)
+        if self._progress:
+            self._progress(self._total, self._total)
+        if self._states:
+            self._states.moved("zero_grad", self._micro_batch, self._total)
 
 
 def build_workload(build: Callable[[], Workload]) -> Workload:

@@ -31,6 +31,7 @@ _current_task: Callable[[], int] = torch._C._current_graph_task_id
 _current_node: Callable[[], Any] = torch._C._current_autograd_node
 _sequence_number: Callable[[], int] = torch.autograd._get_sequence_nr  # type: ignore[attr-defined]
 _device_of = torch.ops.prim.device.default
+_no_function_modes = torch._C.DisableTorchFunction  # one would be told of every size that is asked here
 _PLAIN = {Tensor, nn.Parameter, FakeTensor}
 _PARAMETER, _WEIGHT_COPY, _ACTIVATION, _WORKSPACE = (
     CATEGORIES.index(c) for c in ("parameter", "weight_copy", "activation", "workspace")
@@ -182,20 +183,22 @@ class StorageTracker(TorchDispatchMode):
         if op.is_composite and torch.is_inference_mode_enabled():  # else autograd has taken it apart, or has a formula
             with self:
                 return func.decompose(*args, **(kwargs or {}))
-        self._locate()
         kwargs = kwargs or {}
-        if not self.told and torch.is_grad_enabled() and self._serves_backward():
-            self._note_reads((*args, *kwargs.values()))
-        workspaces = self._kernels(func, args, kwargs) if op.takes_workspace and self._kernels else ()
         held: dict[str, int] = {}
-        self._take([w for w in workspaces if w.before_outputs], held, op.code)
-        self._begin(op.code)
+        with _no_function_modes():
+            self._locate()
+            if not self.told and torch.is_grad_enabled() and self._serves_backward():
+                self._note_reads((*args, *kwargs.values()))
+            workspaces = self._kernels(func, args, kwargs) if op.takes_workspace and self._kernels else ()
+            self._take([w for w in workspaces if w.before_outputs], held, op.code)
+            self._begin(op.code)
         out, work = self._execute(func, args, kwargs)
         if work is not NOTHING:
             self.seen.work.add((self.step, self.micro_batch, self._phase, self._module, op.code), work)
-        self._see_outputs(op, args, self._as_born(func, args, kwargs, out) if op.has_own_order else out)
-        self._end()
-        self._take([w for w in workspaces if not w.before_outputs], held, op.code)
+        with _no_function_modes():
+            self._see_outputs(op, args, self._as_born(func, args, kwargs, out) if op.has_own_order else out)
+            self._end()
+            self._take([w for w in workspaces if not w.before_outputs], held, op.code)
         for index in held.values():
             self._free(index)
         return out

@@ -26,7 +26,8 @@ def run(out: Path, *words: str, **variables: str) -> subprocess.CompletedProcess
 def dry_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     out = tmp_path_factory.mktemp("out")
     # Without PATH there is neither git nor nvidia-smi.
-    done = run(out, "--dry-run", "--cells", "2", "--steps", "3", "--timed", "2", PATH="", MEMSCOPE_COMMIT="abc123")
+    words = ["--dry-run", "--cells", "2", "--steps", "3", "--timed", "2", "--advised", "0"]
+    done = run(out, *words, PATH="", MEMSCOPE_COMMIT="abc123")
     assert done.returncode == 0, done.stderr
     return out, done.stdout, json.loads((out / "cells.json").read_text())
 

@@ -12,6 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
+import gpu_advice
 import gpu_plan
 import gpu_report
 
@@ -225,6 +226,7 @@ def test_the_table_shows_what_was_left_out_and_what_failed() -> None:
         "seconds": 400.0,
         "cells": ROWS,
         "overhead": timed,
+        "advice": [],
         "summary": gpu_report.summary(ROWS),
     }
     lines = gpu_report.table(results).splitlines()
@@ -239,3 +241,15 @@ def test_the_table_shows_what_was_left_out_and_what_failed() -> None:
     assert "| one | memscope | 0.2100 | +5.0% |" in table
     assert "| one | MemTracker | RuntimeError: frozen | |" in table
     assert "| two | memscope | 0.5000 |  |" in table
+
+
+def test_advice_holds_where_the_measured_peak_and_the_context_are_within_the_budget() -> None:
+    row = {
+        "case": "lora", "budget": 1000 * MIB, "context": 100 * MIB, "allocated": 890 * MIB, "overhead_vs_none": 0.1,
+        "measured": {"planned": {"allocated": 900 * MIB, "seconds": 1.2}, "none": {"allocated": 990 * MIB, "seconds": 1.0}},
+    }  # fmt: skip
+    over = {**row, "budget": 999 * MIB}
+    lines = gpu_advice.advice_table([row, over, {"case": "full", "problem": "nothing fits"}])
+    assert lines[-3] == "| lora | 1000.0 | 890.0 | 900.0 | yes | +10.0% | +20.0% |"
+    assert lines[-2] == "| lora | 999.0 | 890.0 | 900.0 | no | +10.0% | +20.0% |"
+    assert lines[-1] == "| full | nothing fits | | | | | |"
