@@ -128,9 +128,10 @@ def write_page(arguments: Sequence[str]) -> None:
         FileExistsError: when the page is there already.
         TraceFileError: when a file is not a trace.
     """
-    from memscope.dashboards.page import PageRun, render_page
+    from memscope.dashboards.page import render_page
+    from memscope.effects import Run
 
-    runs = [PageRun(Path(name).stem, Trace.load(name)) for name in arguments] or [PageRun("made-up", training_run())]
+    runs = [Run(Path(name).stem, Trace.load(name)) for name in arguments] or [Run("made-up", training_run())]
     with open("memscope-page.html", "x", encoding="utf-8") as file:
         file.write(render_page(runs))
     print("memscope-page.html written: open it in a browser")

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+import plotly.graph_objects as go
 
 from memscope.trace import Category, Phase
 
-__all__ = ["DARK", "LIGHT", "Theme", "css_variables", "theme_update"]
+__all__ = ["DARK", "LIGHT", "SHADE", "Theme", "Unused", "css_variables", "dressed", "replacements", "themed"]
+
+Unused = Literal["block rounding", "cached, can be given back", "cached, cannot be given back"]
+"""What an allocator holds beyond the bytes that were asked for."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +32,18 @@ class Theme:
     """Links, the peak, keyboard focus."""
     categories: Mapping[Category, str]
     phases: Mapping[Phase, str]
+    unused: Mapping[Unused, str]
 
-    def colour(self, name: str) -> str:
-        """Colour of a category or phase; the text colour for any other curve of a figure, the accent for the peak."""
-        named = itertools.chain(self.categories.items(), self.phases.items(), [("peak", self.accent)])
-        return next((colour for key, colour in named if key == name), self.text)
+    @property
+    def colours(self) -> tuple[str, ...]:
+        """Every colour once, in an order that all themes share."""
+        return (*self.plain.values(), *self.categories.values(), *self.phases.values(), *self.unused.values())
+
+    @property
+    def plain(self) -> dict[str, str]:
+        """The colours that stand for no data, by name."""
+        names = ("background", "surface", "text", "muted", "grid", "accent")
+        return {name: getattr(self, name) for name in names}
 
 
 LIGHT = Theme(
@@ -50,9 +62,12 @@ LIGHT = Theme(
         "setup": "#BBBBBB", "forward": "#4477AA", "loss": "#66CCEE", "backward": "#EE6677", "recompute": "#CCBB44",
         "optimizer": "#228833", "zero_grad": "#AA3377", "outside": "#888888",
     },
+    unused={
+        "block rounding": "#EECC66", "cached, can be given back": "#6699CC", "cached, cannot be given back": "#994455",
+    },
 )  # fmt: skip
 """Categories: the "muted" scheme of P. Tol, Colour Schemes, SRON/EPS/TN/09-002, issue 3.2 (2021); phases: "bright",
-with a darker grey for `outside`."""
+with a darker grey for `outside`; unused memory: three of "medium contrast"."""
 
 DARK = Theme(
     background="#0E1116",
@@ -70,6 +85,9 @@ DARK = Theme(
         "setup": "#888888", "forward": "#5E93C8", "loss": "#66CCEE", "backward": "#EE6677", "recompute": "#CCBB44",
         "optimizer": "#3AA552", "zero_grad": "#C85A96", "outside": "#BBBBBB",
     },
+    unused={
+        "block rounding": "#F0D27A", "cached, can be given back": "#7FB0DE", "cached, cannot be given back": "#C26A7B",
+    },
 )  # fmt: skip
 """The hues of `LIGHT`, lightened until each category stands out from a dark surface by 3 to 1 (WCAG 2.1, 1.4.11)."""
 
@@ -77,40 +95,52 @@ SHADE = "rgba(128,128,128,0.10)"
 """Background of every second step: visible on light and dark alike."""
 
 
-def theme_update(names: Sequence[str], theme: Theme) -> tuple[dict[str, list[str]], dict[str, Any]]:
-    """What a theme sets in a figure whose curves are called `names`: `(data, layout)`, as `Plotly.update` takes them.
+def dressed(**more: Any) -> dict[str, Any]:
+    """The layout that all figures share, in the colours of `LIGHT`, and what one of them has besides."""
+    axis = {"gridcolor": LIGHT.grid, "zeroline": False, "exponentformat": "none", "separatethousands": True}
+    shared = {
+        "template": "none",
+        "font": {"family": "system-ui, sans-serif", "size": 12, "color": LIGHT.text},
+        "paper_bgcolor": LIGHT.surface,
+        "plot_bgcolor": LIGHT.surface,
+        "hoverlabel": {
+            "bgcolor": LIGHT.surface, "bordercolor": LIGHT.muted, "font": {"color": LIGHT.text}, "namelength": -1,
+            "align": "left",
+        },
+        "modebar": {"color": LIGHT.muted, "activecolor": LIGHT.text, "bgcolor": "rgba(0,0,0,0)"},
+        "xaxis": axis,
+        "yaxis": axis,
+    }  # fmt: skip
+    for name, value in more.items():
+        own = shared.get(name)
+        shared[name] = {**own, **value} if isinstance(own, dict) else value
+    return shared
 
-    The figure's first annotation must be its peak.
-    """
-    colours = [theme.colour(name) for name in names]
-    data = {key: colours for key in ("fillcolor", "line.color", "marker.color", "textfont.color")}
-    layout = {
-        "font.color": theme.text,
-        "paper_bgcolor": theme.surface,
-        "plot_bgcolor": theme.surface,
-        "xaxis.gridcolor": theme.grid,
-        "yaxis.gridcolor": theme.grid,
-        "xaxis.spikecolor": theme.muted,
-        "hoverlabel.bgcolor": theme.surface,
-        "hoverlabel.bordercolor": theme.muted,
-        "hoverlabel.font.color": theme.text,
-        "modebar.color": theme.muted,
-        "modebar.activecolor": theme.text,
-        "modebar.bgcolor": "rgba(0,0,0,0)",
-        "annotations[0].arrowcolor": theme.accent,
-        "annotations[0].font.color": theme.accent,
-        "annotations[0].bgcolor": theme.surface,
-    }
-    return data, layout
+
+def themed(figure: go.Figure, theme: Theme) -> go.Figure:
+    """The figure, drawn in the colours of `LIGHT`, in those of another theme."""
+    return figure if theme is LIGHT else go.Figure(_recoloured(figure.to_dict(), replacements(theme)))
+
+
+def replacements(theme: Theme) -> dict[str, str]:
+    """What each colour of `LIGHT` becomes in another theme."""
+    return dict(zip(LIGHT.colours, theme.colours, strict=True))
+
+
+def _recoloured(value: Any, colours: Mapping[str, str]) -> Any:
+    if isinstance(value, str):
+        return colours.get(value, value)
+    if isinstance(value, dict):
+        return {key: _recoloured(inner, colours) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_recoloured(inner, colours) for inner in value]
+    return value
 
 
 def css_variables(theme: Theme) -> str:
     """The theme as CSS declarations: `--text:#1B1F24;--parameter:#332288;…`."""
-    plain: dict[str, str] = {
-        name: getattr(theme, name) for name in ("background", "surface", "text", "muted", "grid", "accent")
-    }
-    named: dict[str, str] = {name: theme.colour(name) for name in (*theme.categories, *theme.phases)}
-    return "".join(f"--{name}:{colour};" for name, colour in {**plain, **named}.items())
+    named = itertools.chain(theme.plain.items(), theme.categories.items(), theme.phases.items())
+    return "".join(f"--{name}:{colour};" for name, colour in named)
 
 
 if __name__ == "__main__":
@@ -118,5 +148,5 @@ if __name__ == "__main__":
 
     console = Console()
     for theme in (LIGHT, DARK):
-        for name in (*theme.categories, *theme.phases):
-            console.print(f"[{theme.colour(name)}]████[/] [{theme.text} on {theme.surface}] {name:<16}[/]")
+        for name, colour in itertools.chain(theme.categories.items(), theme.phases.items(), theme.unused.items()):
+            console.print(f"[{colour}]████[/] [{theme.text} on {theme.surface}] {name:<16}[/]")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -17,11 +17,19 @@ from memscope.errors import UsageError
 from memscope.trace import CATEGORIES, PHASES, Category, Ints, Trace
 from memscope.units import format_bytes, format_change
 
-__all__ = ["ROWS", "Column", "Effect", "Run", "Table1", "compare", "steady_step"]
+__all__ = ["ROWS", "TITLES", "Column", "Effect", "Run", "Table1", "compare", "steady_step"]
 
 Row = Literal["parameter", "activation", "gradient", "optimizer_state", "computation"]
 Arrow = Literal["↑", "↓", "–"]
 ROWS: tuple[Row, ...] = ("parameter", "activation", "gradient", "optimizer_state", "computation")
+TITLES: Mapping[Row, str] = {
+    "parameter": "parameter (+ weight copies)",
+    "activation": "activation",
+    "gradient": "gradient",
+    "optimizer_state": "optimizer state",
+    "computation": "computation (FLOPs)",
+}
+"""What each row is called where people read it."""
 _COUNTED: Mapping[Row, tuple[Category, ...]] = {
     "parameter": ("parameter", "weight_copy"),
     "activation": ("activation",),
@@ -40,7 +48,7 @@ class Run:
 
     label: str
     trace: Trace
-    textbook: Mapping[str, str]
+    textbook: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from memscope.errors import TraceFileError, UsageError, nearest
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 __all__ = ["CATEGORIES", "PHASES", "SCHEMA_VERSION", "Category", "Peak", "Phase", "Trace", "damage_of", "write_whole"]
 
@@ -98,6 +101,16 @@ class Trace:
         if not self.events:
             return f"{start}>"
         return f"{start}, peak {self.peak.allocated_bytes:,} bytes in {self.peak.phase}, step {self.peak.step}>"
+
+    def __rich__(self) -> Table:
+        from memscope.summary import trace_table
+
+        return trace_table(self)
+
+    def _repr_html_(self) -> str:
+        from memscope.summary import notebook_html
+
+        return notebook_html(self.__rich__())
 
     @cached_property
     def events(self) -> int:

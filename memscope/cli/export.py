@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from memscope.cli.progress import shown_progress
+from memscope.cli.trace_files import refuse_pickle
 from memscope.errors import UsageError
 from memscope.exchange.chrome_trace import MOST_SLICES, chrome_trace_bytes
 from memscope.exchange.plain_pickle import Progress
@@ -63,7 +64,7 @@ def command(file: Path, to: str, output: Path | None, force: bool, as_json: bool
     torch-snapshot is what torch.cuda.memory._dump_snapshot writes; memscope import turns it back into the same trace.
     perfetto and chrome are the same format, which both open. csv and parquet have one row an allocation.
     """
-    _refuse_pickle(file)
+    refuse_pickle(file)
     trace, chosen = Trace.load(file), _FORMATS[to]
     output = output or file.with_suffix(chosen.suffix)
     if output.exists() and not force:
@@ -82,16 +83,6 @@ def command(file: Path, to: str, output: Path | None, force: bool, as_json: bool
     for note in notes:
         console.print(Text(note, style="dim"))
     console.print(f"Next: {chosen.next_step.format(file=output, trace=file)}", markup=False)
-
-
-def _refuse_pickle(file: Path) -> None:
-    try:
-        with open(file, "rb") as opened:
-            beginning = opened.read(1)
-    except OSError:
-        return  # loading it says why
-    if beginning == b"\x80":
-        raise UsageError(f"{file} is a pickle, not a trace: turn it into one first, memscope import {file}")
 
 
 def _notes(trace: Trace, to: str) -> list[str]:

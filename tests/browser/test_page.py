@@ -3,119 +3,78 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from pages import PLOT, comes_to, html_of, point_at, run
+from traces import TraceBuilder
 
 from memscope.dashboards.demo import training_run
-from memscope.dashboards.page import EffectRow, EffectsTable, PageRun, render_page
 from memscope.dashboards.palette import DARK, LIGHT
+from memscope.effects import Run, compare
+from memscope.simulation.allocator import AllocatorSettings
+from memscope.simulation.device_memory import on_device
+from memscope.simulation.devices import get_device
 from memscope.trace import Trace
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
-ARGUMENTS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(not Path(CHROMIUM).exists(), reason="Chromium is not installed"),
-]
+pytestmark = pytest.mark.browser
+
 HOSTILE = "<script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"
-PLOT = ".figure .nsewdrag"
-"""The area inside the axes; the first of each figure is the stack, the second the phase bar."""
 
 # 2 layers of 1 GiB in 2 parts: parameter 4 × 512 MiB, gradient as much (from the first micro-batch on), optimizer state
 # 4 × 1 GiB, activations of a micro-batch 4 × 3 × 1/12 GiB and 512 MiB of logits, workspace 8,519,680 B: 9.51 GiB. The
 # workspace is taken when the backward pass begins, the gradients are complete from the second micro-batch on.
 PEAK = "peak 9.51 GiB · step 1 · backward"
 
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as started:
-        running = started.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield running
-        running.close()
-
-
-def run() -> Trace:
-    return training_run(layers=2, micro_batches=3, layer_bytes=2**30)
-
-
-@pytest.fixture
-def visit(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
-    """Opens a page of runs; afterwards no script may have failed and nothing but the file may have been asked for."""
-    complaints: list[str] = []
-    requests: list[str] = []
-    contexts: list[Any] = []
-
-    def open_page(
-        runs: list[PageRun], table1: EffectsTable | None = None, *, width: int = 1400, **settings: Any
-    ) -> Any:
-        file = tmp_path / "page.html"
-        file.write_text(render_page(runs, table1), encoding="utf-8")
-        context = browser.new_context(viewport={"width": width, "height": 900}, offline=True, **settings)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("console", lambda message: complaints.append(f"console: {message.text}"))
-        page.on("pageerror", lambda error: complaints.append(f"error: {error}"))
-        page.on("request", lambda request: requests.append(request.url))
-        page.goto(file.as_uri())
-        page.wait_for_selector("body[data-drawn]")
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert complaints == []
-    assert set(requests) == {(tmp_path / "page.html").as_uri()}
+Visit = Callable[..., Any]
 
 
 def shown_range(page: Any) -> list[int]:
-    shown: list[float] = page.evaluate("document.querySelector('.figure').layout.xaxis.range")
+    shown: list[float] = page.evaluate("document.querySelector('.timeline').layout.xaxis.range")
     return [round(end) for end in shown]
 
 
 def colours(page: Any) -> list[str]:
-    """Of the figure: background, first curve and text."""
+    """Of the timeline: background, first curve and text; and the background of the areas."""
     script = (
-        "(e => [e.layout.paper_bgcolor, e.data[0].fillcolor, e.layout.font.color])(document.querySelector('.figure'))"
+        "(([e, a]) => [e.layout.paper_bgcolor, e.data[0].fillcolor, e.layout.font.color, a.layout.paper_bgcolor])"
+        "(['.timeline', '.areas'].map(name => document.querySelector(name)))"
     )
     found: list[str] = page.evaluate(script)
     return found
 
 
-def comes_to(page: Any, look: Callable[[Any], Any], expected: Any) -> bool:
-    """Whether the page gets there within five seconds. Playwright's own waiting evaluates text: the page forbids it."""
-    for _ in range(100):
-        if look(page) == expected:
-            return True
-        page.wait_for_timeout(50)
-    return False
-
-
-def test_page_draws_each_run_with_its_peak(visit: Callable[..., Any]) -> None:
-    page = visit([PageRun("one", run()), PageRun("two", run())])
+def test_page_draws_each_run_with_its_peak(visit: Visit) -> None:
+    page = visit(html_of(run(), run()))
     for index in range(2):
-        assert PEAK in page.locator(f"#run{index} .annotation-text").all_text_contents()
-    assert page.locator(".figure .scatterlayer .js-fill").count() > 0
+        page.locator(f"#run{index} .timeline").scroll_into_view_if_needed()
+        note = page.locator(f"#run{index} .annotation-text", has_text=PEAK)
+        note.wait_for()
+    assert page.locator(".timeline .scatterlayer .js-fill").count() > 0
 
 
-def test_hover_names_category_module_and_op(visit: Callable[..., Any]) -> None:
+def test_peak_shown_is_that_of_the_trace(visit: Visit) -> None:
     trace = run()
-    page = visit([PageRun("one", trace)])
-    box = page.locator(PLOT).first.bounding_box()
-    page.mouse.move(box["x"] + box["width"] * trace.peak.event / trace.events, box["y"] + 60)
+    page = visit(html_of(trace))
+    shown = page.evaluate(
+        "(c => [c.x[0], c.y[0]])(document.querySelector('.timeline').data.find(c => c.name == 'peak'))"
+    )
+    assert [shown[0], shown[1] * 2**30] == [trace.peak.event, trace.peak.allocated_bytes]
+    assert page.locator(".facts dd").first.inner_text() == "9.51 GiB"
+
+
+def test_figures_out_of_sight_are_drawn_when_they_come_into_it(visit: Visit) -> None:
+    page = visit(html_of(run(), run(), run()))
+    assert page.locator("#run2 .timeline .scatterlayer").count() == 0
+    page.locator("#run2 .timeline").scroll_into_view_if_needed()
+    page.locator("#run2 .timeline .scatterlayer").first.wait_for()
+
+
+def test_hover_names_category_module_and_op(visit: Visit) -> None:
+    trace = run()
+    page = visit(html_of(trace))
+    page.mouse.move(*point_at(page, trace, trace.peak.event))
     label = page.locator(".hoverlayer .legend", has_text=f"event {trace.peak.event}").text_content()
     for text in (
         "step 1 · backward · micro-batch 1",
@@ -127,9 +86,9 @@ def test_hover_names_category_module_and_op(visit: Callable[..., Any]) -> None:
         assert text in label
 
 
-def test_legend_hides_and_shows_a_category(visit: Callable[..., Any]) -> None:
-    page = visit([PageRun("one", run())])
-    areas = page.locator(".figure .scatterlayer .trace")
+def test_legend_hides_and_shows_a_category(visit: Visit) -> None:
+    page = visit(html_of(run()))
+    areas = page.locator(".timeline .scatterlayer .trace")
     before = areas.count()
     button = page.get_by_role("button", name="activation")
     button.click()
@@ -138,9 +97,9 @@ def test_legend_hides_and_shows_a_category(visit: Callable[..., Any]) -> None:
     assert (button.get_attribute("aria-pressed"), areas.count()) == ("true", before)
 
 
-def test_buttons_zoom_to_a_step_and_back(visit: Callable[..., Any]) -> None:
+def test_buttons_zoom_to_a_step_and_back(visit: Visit) -> None:
     trace = run()
-    page = visit([PageRun("one", trace)])
+    page = visit(html_of(trace))
     whole, step = page.get_by_role("button", name="whole run"), page.get_by_role("button", name="step 1")
     assert shown_range(page) == [0, trace.events]
     step.click()
@@ -150,9 +109,9 @@ def test_buttons_zoom_to_a_step_and_back(visit: Callable[..., Any]) -> None:
     assert shown_range(page) == [0, trace.events]
 
 
-def test_drag_zooms_and_double_click_goes_back(visit: Callable[..., Any]) -> None:
+def test_drag_zooms_and_double_click_goes_back(visit: Visit) -> None:
     trace = run()
-    page = visit([PageRun("one", trace)])
+    page = visit(html_of(trace))
     box = page.locator(PLOT).first.bounding_box()
     y = box["y"] + box["height"] / 2
     page.mouse.move(box["x"] + box["width"] * 0.25, y)
@@ -168,9 +127,9 @@ def test_drag_zooms_and_double_click_goes_back(visit: Callable[..., Any]) -> Non
     assert comes_to(page, shown_range, [0, trace.events])
 
 
-def test_arrow_keys_read_out_events(visit: Callable[..., Any]) -> None:
-    page = visit([PageRun("one", run())])
-    figure = page.locator(".figure")
+def test_arrow_keys_read_out_events(visit: Visit) -> None:
+    page = visit(html_of(run()))
+    figure = page.locator(".timeline")
     figure.focus()
     page.keyboard.press("Home")
     page.keyboard.press("ArrowRight")
@@ -182,50 +141,106 @@ def test_arrow_keys_read_out_events(visit: Callable[..., Any]) -> None:
     assert PEAK in figure.get_attribute("aria-label")
 
 
-def test_every_control_is_reached_by_tab(visit: Callable[..., Any]) -> None:
-    page = visit([PageRun("one", run())])
+def test_every_control_is_reached_by_tab(visit: Visit) -> None:
+    page = visit(html_of(run()))
     reached = set()
-    for _ in range(30):
+    for _ in range(50):
         page.keyboard.press("Tab")
         reached.add(page.evaluate("document.activeElement.textContent.trim() || document.activeElement.className"))
-    assert {"whole run", "step 0", "step 1", "parameter", "activation", "allocated"} <= reached
-    assert page.evaluate("[...document.querySelectorAll('.figure')].every(e => e.tabIndex === 0 && e.ariaLabel)")
+    assert {"whole run", "step 0", "step 1", "parameter", "activation", "allocated", "peak"} <= reached
+    assert {"layers together", "layers.*.attention"} <= reached
+    assert page.evaluate("[...document.querySelectorAll('.timeline')].every(e => e.tabIndex === 0)")
+    assert page.evaluate("[...document.querySelectorAll('.figure')].every(e => e.ariaLabel.length > 20)")
 
 
-def test_texts_of_a_trace_run_no_script(visit: Callable[..., Any]) -> None:
+def hostile_run() -> Run:
     trace = run()
     names = tuple(HOSTILE for _ in trace.modules)
     hostile = dataclasses.replace(trace, modules=names, ops=(HOSTILE,) * len(trace.ops), meta={"target": HOSTILE})
-    page = visit([PageRun(HOSTILE, hostile)], EffectsTable(("memory", HOSTILE), [EffectRow(HOSTILE, [HOSTILE])]))
-    box = page.locator(PLOT).first.bounding_box()
-    page.mouse.move(box["x"] + 200, box["y"] + 60)
-    page.mouse.move(box["x"] + 240, box["y"] + 60)
+    return Run(HOSTILE, hostile)
+
+
+def test_texts_of_a_trace_run_no_script(visit: Visit) -> None:
+    page = visit(html_of(hostile_run(), hostile_run()))
+    page.locator("#run0 .timeline").scroll_into_view_if_needed()
+    page.locator("#run0 .timeline .nsewdrag").first.wait_for()
+    x, y = point_at(page, run(), 20)
+    page.mouse.move(x, y)
+    page.mouse.move(x + 40, y)
     page.wait_for_selector(".hoverlayer .legend")
     assert "<script>document" in page.locator(".hoverlayer .legend").text_content()
-    page.locator(".figure").focus()
+    page.mouse.click(x + 40, y)
+    page.locator("#run0 .areas .slicetext").first.wait_for()
+    assert "<script>document" in page.locator("#run0 table.allocations").inner_text()
+    assert "<script>document" in page.locator("#run0 .areas").text_content()
+    page.locator("#run0 .pick").first.click()
+    page.locator("#run0 .timeline").focus()
     page.keyboard.press("End")
-    assert "<script>document" in page.locator(".readout").inner_text()
+    assert "<script>document" in page.locator("#run0 .readout").inner_text()
     assert page.title() == f"memscope: {HOSTILE}"
-    assert page.locator("h2").inner_text() == HOSTILE
+    assert page.locator("#run0 h2").inner_text() == HOSTILE
     assert page.locator("img").count() == 0
 
 
 @pytest.mark.parametrize(("scheme", "theme"), [("light", LIGHT), ("dark", DARK)])
-def test_page_and_figure_follow_the_colour_scheme(visit: Callable[..., Any], scheme: str, theme: Any) -> None:
-    page = visit([PageRun("one", run())], color_scheme=scheme)
-    assert colours(page) == [theme.surface, theme.categories["parameter"], theme.text]
+def test_page_and_figures_follow_the_colour_scheme(visit: Visit, scheme: str, theme: Any) -> None:
+    page = visit(html_of(run()), color_scheme=scheme)
+    page.locator(".areas").scroll_into_view_if_needed()
+    page.locator(".areas .slicetext").first.wait_for()
+    assert colours(page) == [theme.surface, theme.categories["parameter"], theme.text, theme.surface]
     other, now = ("light", LIGHT) if scheme == "dark" else ("dark", DARK)
     page.emulate_media(color_scheme=other)
-    assert comes_to(page, colours, [now.surface, now.categories["parameter"], now.text])
+    expected = [now.surface, now.categories["parameter"], now.text, now.surface]
+    assert comes_to(page, colours, expected)
+
+
+def on_a_device() -> Trace:
+    """A run with an allocator, so that its page has everything; it does not fit."""
+    device = dataclasses.replace(get_device("gpu"), capacity_bytes=9 * 2**30, context_bytes=2**28)
+    trace = on_device(run(), device, AllocatorSettings())
+    return dataclasses.replace(trace, meta={**trace.meta, "flops": [10, 10]})
 
 
 @pytest.mark.parametrize("width", [1400, 900, 400])
-def test_page_fits_its_width(visit: Callable[..., Any], width: int) -> None:
-    table = EffectsTable(
-        ("memory", *["lora:r=16,alpha=32"] * 3), [EffectRow("gradient", ["↓ -12.5 GiB (-99.0 %)"] * 3)]
-    )
-    page = visit([PageRun("lora:r=16,alpha=32,targets=q_proj+v_proj+k_proj+o_proj", run())], table, width=width)
+def test_page_fits_its_width(visit: Visit, width: int) -> None:
+    trace = on_a_device()
+    label = "lora:r=16,alpha=32,targets=q_proj+v_proj+k_proj+o_proj"
+    runs = [Run("baseline", trace), Run(label, trace)]
+    page = visit(html_of(*runs, table1=compare(trace, runs[1:])), width=width)
+    page.locator("#run0 .timeline").scroll_into_view_if_needed()
+    note = page.locator("#run0 .annotation-text", has_text="peak").first
+    note.wait_for()
+    for figure in page.locator(".figure").all():
+        figure.scroll_into_view_if_needed()
+        figure.locator(".main-svg").first.wait_for()
+        box = figure.bounding_box()
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= width
     assert page.evaluate("document.documentElement.scrollWidth") == width
-    note = page.locator(".annotation-text", has_text="peak").bounding_box()
-    assert note["x"] >= 0
-    assert note["x"] + note["width"] <= width
+    box = note.bounding_box()
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= width
+
+
+def test_allocator_is_drawn_with_its_segments(visit: Visit) -> None:
+    trace = on_a_device()
+    page = visit(html_of(trace))
+    for figure in page.locator(".allocator .figure").all():
+        figure.scroll_into_view_if_needed()
+        figure.locator(".main-svg").first.wait_for()
+    assert page.locator(".allocator .barlayer .point").count() > 0
+    assert "could not, as they share their segments" in page.locator(".allocator p").first.inner_text()
+    assert "runs out in step 1, forward, layers.1.attention" in page.locator(".warning").inner_text()
+
+
+def test_a_run_with_a_single_event_is_drawn(visit: Visit) -> None:
+    built = TraceBuilder()
+    built.phase("setup")
+    built.new("parameter", 512, module="w")
+    page = visit(html_of(built.trace()))
+    assert page.locator(".annotation-text", has_text="peak 512 B").count() == 1
+
+
+def test_a_run_of_many_steps_is_drawn(visit: Visit) -> None:
+    page = visit(html_of(training_run(layers=2, steps=40, micro_batches=1)))
+    assert page.locator("button[data-range]").count() == 41

@@ -18,7 +18,7 @@ from memscope.target import find_target
 from memscope.testing import check_strategy, toy_workload
 from memscope.workload import Workload
 
-SHIPPED = ("amp", "ckpt", "ga", "lora")
+SHIPPED = ("adamw", "amp", "bf16", "ckpt", "ga", "lora")
 Install = Callable[..., None]
 
 
@@ -51,7 +51,15 @@ def test_the_strategies_that_come_with_memscope_keep_their_promises(name: str) -
 
 
 @pytest.mark.parametrize(
-    "spec", ["amp:dtype=bf16", "ckpt:layers=every-2", "ga:steps=2", "lora:r=2,alpha=4,dropout=0,targets=wk+wo+head"]
+    "spec",
+    [
+        "adamw:fused",
+        "adamw:foreach=false",
+        "amp:dtype=bf16",
+        "ckpt:layers=every-2",
+        "ga:steps=2",
+        "lora:r=2,alpha=4,dropout=0,targets=wk+wo+head",
+    ],
 )
 def test_so_they_do_with_other_settings(spec: str) -> None:
     check_strategy(spec)
@@ -92,6 +100,7 @@ class Frozen(Strategy):
     name = "frozen"
     stage = Stage.ADAPT
     exact = False
+    changes = "whether the head is trained"
     Config: ClassVar[type] = Nothing
 
     def apply(self, workload: Workload) -> None:
@@ -136,6 +145,39 @@ class OneWay(Frozen):
     """Its setting cannot be read back."""
 
     Config = Unreadable
+
+
+class Silent(Frozen):
+    """Changes something, and does not say what."""
+
+    changes = ""
+
+
+class Fancy(Frozen):
+    """Its candidates are of no use to anybody."""
+
+    @classmethod
+    def candidates(cls, workload: Workload) -> list[Unexplained]:
+        return [Unexplained(2)]
+
+
+class Greedy(Frozen):
+    """Takes the workload in hand before it is asked to."""
+
+    @classmethod
+    def candidates(cls, workload: Workload) -> list[Nothing]:
+        workload.model.requires_grad_(False)
+        return [Nothing()]
+
+
+class Slower(Frozen):
+    """Says that it carries out the same step, and learns half as fast."""
+
+    exact = True
+    stage = Stage.OPTIM
+
+    def apply(self, workload: Workload) -> None:
+        workload.optimizer_factory = lambda parameters: torch.optim.AdamW(parameters, lr=5e-4)
 
 
 class Idle(Frozen):
@@ -205,6 +247,13 @@ class Clashing(Frozen):
         ),
         (WithoutWords, r"read back\. A setting of kind dict\[str, int\] cannot be written in a plan"),
         (OneWay, r'read back\. malformed plan "frozen:separator=,x": expected KEY=VALUE after "frozen"'),
+        (
+            Silent,
+            r"described, and has what it requires\. It is not exact, and its changes does not say what it changes",
+        ),
+        (Fancy, r"candidates are settings .*\. Its candidate Unexplained\(size=2\) is no Fancy\.Config"),
+        (Greedy, r"finding them changes nothing\. candidates\(\) or check\(\) changed plan, model or data"),
+        (Slower, r"\(exact\)\. In step 0 the embed\.weight afterwards differs by 0\.000\d+; the largest value is"),
         (Idle, r"changes something\. Its apply\(\) left plan, model and data as they were"),
         (Picky, r"applied.*it is too small: take a larger one\. Give check_strategy another workload"),
         (Needy, r'has what it requires\. "frozen" requires "eight GPUs", which no installed strategy provides'),

@@ -4,26 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from memscope.cli.main import main
 from memscope.trace import CATEGORIES, Trace
 
-DEBUG = ["llama2", "--preset", "debug", "--set", "n_layers=2", "accumulation=2", "seq_len=32"]
-
-
-@pytest.fixture
-def run(capsys, monkeypatch, tmp_path):
-    """Run the command line in an empty folder: `(exit code, stdout, stderr)`."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*words):
-        with pytest.raises(SystemExit) as end:
-            main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        return end.value.code or 0, out, err
-
-    return run
+DEBUG = ["llama2", "--device", "gpu", "--preset", "debug", "--set", "n_layers=2", "accumulation=2", "seq_len=32"]
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +41,14 @@ def test_the_document_has_the_published_shape(profiled):
             "max_by_category",
             "flops",
             "seconds",
+            "estimated_seconds",
             "trace",
             "out_of_memory",
+            "would_free",
         }
         assert set(run["at_peak"]) == set(run["max_by_category"]) == set(CATEGORIES)
         assert sum(run["at_peak"].values()) == run["peak"]["allocated"]
-        assert run["seconds"] is None
+        assert run["seconds"] is run["estimated_seconds"] is None, "nothing ran, and the device gpu has no rates"
         assert Path(run["trace"]).parent == folder
     assert set(document["table1"]) == {"lora", "amp", "lora,amp"}
     assert set(document["table1"]["lora"]) == {"parameter", "activation", "gradient", "optimizer_state", "computation"}
@@ -140,6 +128,17 @@ def test_a_real_run_on_the_cpu_has_seconds(run):
     assert code == 0
     assert document["device"] == {"name": "cpu", "simulated": False}
     assert document["runs"][0]["seconds"] > 0
+    assert document["runs"][0]["estimated_seconds"] is None
+
+
+def test_a_run_simulated_on_a_certain_gpu_has_an_estimate_by_phase(run):
+    code, out, _ = run("profile", *DEBUG, "--device", "l4", "-o", "l4", "--json")
+    assert code == 0
+    estimate = json.loads(out)["runs"][0]["estimated_seconds"]
+    assert list(estimate["phases"]) == ["forward", "loss", "backward", "optimizer"]
+    assert estimate["step"] == pytest.approx(sum(estimate["phases"].values()))
+    code, out, _ = run("profile", *DEBUG, "--device", "l4", "-o", "again")
+    assert f"step time (estimate) │ {estimate['step']:.3f} s │" in " ".join(out.split())
 
 
 BAD = {
@@ -159,7 +158,6 @@ BAD = {
         "name it once",
     ),
     "unknown device": (["profile", "llama2", "--device", "a100"], 2, 'no device "a100"', "a100-40gb"),
-    "recording on a GPU": (["profile", "llama2", "--device", "cuda"], 2, '"cuda"', "--device gpu"),
     "no step": (["profile", *DEBUG, "--steps", "0"], 2, "--steps", "x>=1"),
     "missing data": (["profile", *DEBUG, "data=nowhere.json"], 2, "nowhere.json", "data"),
     "missing tokenizer": (["profile", *DEBUG, "tokenizer=nowhere.model"], 2, "nowhere.model", "tokenizer"),
@@ -180,6 +178,13 @@ def test_bad_input_ends_in_one_message_that_says_what_and_what_was_expected(word
     assert "Traceback" not in err
     assert out == ""
     assert list(tmp_path.iterdir()) == [], "nothing half-written"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to record on")
+def test_recording_on_a_gpu_where_there_is_none_says_how_to_simulate_one(run):
+    code, out, err = run("profile", *DEBUG, "--device", "cuda")
+    assert (code, out) == (2, "")
+    assert "--device gpu" in err
 
 
 def test_an_output_folder_that_cannot_be_made_is_refused(run, tmp_path):
@@ -208,7 +213,7 @@ def test_a_failing_forward_is_shown_as_the_targets_own_error(run, tmp_path):
         "    model, batch = torch.nn.Linear(4, 4), torch.ones(2, config.width)\n"
         "    return Workload(model, [batch], loss, torch.optim.SGD, name='mine')\n"
     )
-    code, _, err = run("profile", folder)
+    code, _, err = run("profile", folder, "--device", "gpu")
     assert code == 1
     assert '"mine" failed: ValueError: seven heads' in err
     assert "target.py:9" in err
@@ -227,7 +232,7 @@ def test_a_target_of_ones_own_needs_a_folder_with_target_py_only(run, tmp_path):
         "    batch = torch.ones(2, config.width)\n"
         "    return Workload(model, [batch], lambda m, x: m(x).sum(), torch.optim.SGD, name='mine')\n"
     )
-    code, out, _ = run("profile", folder, "--set", "width=1024", "--json")
+    code, out, _ = run("profile", folder, "--device", "gpu", "--set", "width=1024", "--json")
     assert code == 0
     assert json.loads(out)["runs"][0]["parameters"]["total"] == 4096
 

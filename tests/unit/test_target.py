@@ -248,3 +248,34 @@ def test_error_that_memscope_explains_already_passes_through() -> None:
     with pytest.raises(UsageError) as caught:
         find_target("mine")
     assert str(caught.value) == "data.json: no such file"
+
+
+def test_own_build_may_import_the_files_beside_it_when_it_is_called() -> None:
+    write("mine/memscope_test_late.py", "LAYERS = 7")
+    late = "def build(config: Config):\n        from memscope_test_late import LAYERS\n        return LAYERS"
+    write("mine/target.py", OWN.split("def build")[0] + late)
+    path = list(sys.path)
+    target = find_target("mine")
+    built: Any = target.build(target.configure())
+    assert built == 7
+    assert sys.path == path
+
+
+@pytest.mark.parametrize(
+    ("presets", "said"),
+    [
+        ("[Config()]", "has PRESETS that are a list: expected a dict of settings by name"),
+        ('"small"', "has PRESETS that are a str: expected a dict"),
+        ('{"small": 3}', "has PRESETS in which 'small' is 3: expected a dict"),
+        ('{"small": Config}', "has PRESETS in which 'small' is <class"),
+        ("{1: Config()}", "has PRESETS in which 1 is Config"),
+    ],
+)
+def test_presets_of_the_wrong_kind_are_refused(presets: str, said: str) -> None:
+    write("mine/target.py", OWN.replace('{"small": Config(), "large": Config(layers=20, name="large")}', presets))
+    assert said in failure("mine")
+
+
+def test_a_build_that_is_no_function_is_refused() -> None:
+    write("mine/target.py", OWN.split("def build")[0] + "build = 3")
+    assert "has a build that is no function" in failure("mine")

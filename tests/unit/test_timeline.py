@@ -1,10 +1,9 @@
-"""The timeline figure, its down-sampling and colours, and the page that holds it, without a browser."""
+"""The timeline figure, its down-sampling and its colours."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from html import escape
 from typing import Any
 
 import numpy as np
@@ -13,12 +12,9 @@ import plotly.graph_objects as go
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plotly.offline import get_plotlyjs
 
-from memscope.dashboards.demo import training_run
 from memscope.dashboards.downsample import shown_events
-from memscope.dashboards.page import EffectRow, EffectsTable, PageRun, render_page
-from memscope.dashboards.palette import DARK, LIGHT, Theme, theme_update
+from memscope.dashboards.palette import DARK, LIGHT, Theme, replacements
 from memscope.dashboards.timeline import timeline, views
 from memscope.errors import UsageError
 from memscope.trace import CATEGORIES, PHASES, Category, Phase, Trace
@@ -277,115 +273,47 @@ def test_a_figure_is_painted_in_its_theme() -> None:
     figure = timeline(small(), DARK)
     assert curve(figure, "activation").fillcolor == DARK.categories["activation"]
     assert figure.layout.paper_bgcolor == DARK.surface
-    assert theme_update(["activation"], DARK)[0]["fillcolor"] == [DARK.categories["activation"]]
+    assert figure.layout.annotations[0].font.color == DARK.accent
 
 
-HOSTILE = "<script>document.title='taken'</script>\"'&"
+def test_a_colour_says_which_it_is_in_any_theme() -> None:
+    # A page finds the colours of the other theme by those that are there: each must stand for one only.
+    for theme in (LIGHT, DARK):
+        assert len(set(theme.colours)) == len(theme.colours)
+    assert replacements(DARK)[LIGHT.categories["activation"]] == DARK.categories["activation"]
 
 
-def hostile_page() -> str:
-    meta = {
-        "target": HOSTILE, "strategies": [HOSTILE], "device": {"name": HOSTILE, "simulated": True},
-        "versions": {"torch": HOSTILE},
-    }  # fmt: skip
-    trace = dataclasses.replace(small(), modules=(HOSTILE,) * 4, ops=(HOSTILE,) * 4, meta=meta)
-    table = EffectsTable(("memory", HOSTILE), [EffectRow(HOSTILE, [HOSTILE])], HOSTILE)
-    return render_page([PageRun(HOSTILE, trace), PageRun(HOSTILE, trace)], table)
+def with_allocator(reserved: list[int], **meta: Any) -> Trace:
+    """`small()` with bytes reserved after each of its six events."""
+    return dataclasses.replace(small(), reserved=np.array(reserved, dtype=np.int64), meta=meta)
 
 
-def without_plotly(page: str) -> str:
-    plotly: str = get_plotlyjs()
-    return page.replace(plotly, "")
+def test_reserved_memory_is_a_line_and_its_peak_in_sight() -> None:
+    figure = timeline(with_allocator([GIB * size for size in (3, 4, 6, 8, 8, 8)]))
+    assert curve(figure, "reserved").y.tolist() == [3, 4, 6, 8, 8, 8]
+    assert figure.layout.yaxis.range[1] == pytest.approx(8 * 1.14)
 
 
-def test_no_text_of_a_trace_becomes_markup() -> None:
-    page = without_plotly(hostile_page())
-    assert HOSTILE not in page
-    assert "<script>document" not in page
-    # Title, heading, two section titles and two links, each run's facts and module table, and the effects table.
-    assert page.count(escape(HOSTILE)) >= 15
+def test_limit_of_the_device_is_drawn_where_it_is_near() -> None:
+    # 9 GiB of which the context takes half: 8.5 GiB can be reserved, within 1.5 times the 8 that are.
+    figure = timeline(with_allocator([GIB * 8] * 6, capacity=9 * GIB, context=GIB // 2))
+    assert [shape.y0 for shape in figure.layout.shapes if shape.line.dash == "dot"] == [8.5]
+    assert "can be reserved: 8.50 GiB" in [note.text for note in figure.layout.annotations]
+    far = timeline(with_allocator([GIB * 8] * 6, capacity=80 * GIB, context=GIB))
+    assert [shape for shape in far.layout.shapes if shape.line.dash == "dot"] == []
 
 
-def test_hover_texts_are_escaped_for_plotly() -> None:
-    trace = dataclasses.replace(small(), modules=('<a href="x">m</a>',) * 4)
-    assert "&lt;a href=&quot;x&quot;&gt;m&lt;/a&gt;" in curve(timeline(trace), "allocated").customdata[0]
+def test_where_memory_runs_out_is_marked() -> None:
+    meta = {"capacity": 7 * GIB, "context": 0, "out_of_memory": {"event": 4}}
+    figure = timeline(with_allocator([GIB * 8] * 6, **meta))
+    (note,) = [note for note in figure.layout.annotations if note.text == "runs out here"]
+    assert (note.x, note.y) == (4, 7)
 
 
-def test_page_refers_to_nothing_outside_itself() -> None:
-    page = without_plotly(render_page([PageRun("a", small())]))
-    for reference in ("http:", "https:", "//cdn", "src=", "@import", "url(", "<link"):
-        assert reference not in page
-    assert "default-src 'none'" in page
-
-
-def test_plotly_is_embedded_once_however_many_runs() -> None:
-    page = render_page([PageRun(str(index), small()) for index in range(3)])
-    assert page.count(get_plotlyjs()) == 1
-    assert page.count('class="figure"') == 3
-
-
-def test_page_of_many_long_runs_stays_below_eight_megabytes() -> None:
-    random = np.random.default_rng(0)
-    trace = training_run(layers=16, micro_batches=8)
-    noisy = dataclasses.replace(
-        trace,
-        size=random.integers(1, 2**28, len(trace)),
-        category=random.integers(0, len(CATEGORIES), len(trace)),
-    )
-    assert trace.events > 5000
-    assert len(render_page([PageRun(str(index), noisy) for index in range(14)]).encode()) < 8_000_000
-
-
-def test_page_states_the_run_and_its_peak() -> None:
-    meta = {
-        "target": "targets/llama2", "strategies": ["lora:r=16", "amp"], "device": {"name": "A100", "simulated": True},
-        "versions": {"torch": "2.13.0"}, "parameters": {"total": 2000, "trainable": 5},
-    }  # fmt: skip
-    page = without_plotly(render_page([PageRun("both", dataclasses.replace(small(), meta=meta))]))
-    for text in (
-        "<title>memscope: targets/llama2</title>",
-        "<dd>7.00 GiB</dd>",
-        "<dd>step 0 · backward · micro-batch 0 · event 4 of 6</dd>",
-        "<dd>lora:r=16, amp</dd>",
-        "<dd>A100 (simulated)</dd>",
-        "<dd>2.13.0</dd>",
-        "<dd>2,000, trainable 5 (0.25%)</dd>",
-    ):
-        assert text in page
-
-
-def test_a_measured_run_is_marked_so() -> None:
-    meta = {"device": {"name": "H200", "simulated": False}}
-    assert "<dd>H200 (measured)</dd>" in render_page([PageRun("a", dataclasses.replace(small(), meta=meta))])
-
-
-def test_breakdown_at_the_peak_sums_to_the_peak() -> None:
-    # At event 4: parameter 3, activation 1, gradient 3 of 7 GiB; shares 3/7 = 42.9 %, 1/7 = 14.3 %.
-    page = render_page([PageRun("a", small())])
-    assert f"parameter</th><td>3.00 GiB</td><td>42.9%</td><td>{3 * GIB:,}</td>" in page
-    assert f"activation</th><td>1.00 GiB</td><td>14.3%</td><td>{GIB:,}</td>" in page
-    assert "temporary</th><td>0 B</td><td>0.0%</td><td>0</td>" in page
-    assert f"allocated</th><td>7.00 GiB</td><td>100.0%</td><td>{7 * GIB:,}</td>" in page
-
-
-def test_layers_of_a_stack_are_counted_together() -> None:
-    names = ("layers.0.w", "layers.17.w", "output", "layers.2.w")
-    page = render_page([PageRun("a", dataclasses.replace(small(), modules=names))])
-    assert "<code>layers.*.w</code></th><td>7.00 GiB</td>" in page
-
-
-def test_effects_stand_above_the_runs() -> None:
-    table = EffectsTable(("memory", "lora"), [EffectRow("gradient", ["↓ -12.5 GiB"])], "against the baseline")
-    page = without_plotly(render_page([PageRun("baseline", small())], table))
-    assert '<th scope="row">gradient</th><td>↓ -12.5 GiB</td>' in page
-    assert 0 < page.index("against the baseline") < page.index('id="run0"')
-
-
-def test_effects_row_must_fit_its_headers() -> None:
-    with pytest.raises(ValueError, match='row "gradient" of the effects table has 1 cells, its headers ask for 2'):
-        EffectsTable(("memory", "lora", "amp"), [EffectRow("gradient", ["↓"])])
-
-
-def test_page_without_a_run_is_refused() -> None:
-    with pytest.raises(UsageError, match="at least one trace"):
-        render_page([])
+def test_the_peak_of_reserved_memory_is_always_shown() -> None:
+    rows: list[Row] = [("activation", 512, event, -1) for event in range(1000)]
+    trace = trace_of(rows, [(0, "setup", -1, 0)])
+    reserved = np.full(1000, 2**20)
+    reserved[777] = 2**21
+    shown = curve(timeline(dataclasses.replace(trace, reserved=reserved), most_positions=40), "reserved")
+    assert 777 in shown.x

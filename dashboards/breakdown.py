@@ -1,0 +1,151 @@
+"""What is alive at a moment, as areas: modules within modules, in them operators, in these categories."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from html import escape
+from typing import Literal
+
+import numpy as np
+import plotly.graph_objects as go
+
+from memscope.alive import together
+from memscope.dashboards.palette import LIGHT, Theme, dressed, themed
+from memscope.trace import CATEGORIES, Category, Trace
+from memscope.units import format_bytes
+
+__all__ = ["Node", "breakdown", "tree"]
+
+_SMALLEST_SHARE = 1 / 2000
+"""What holds less than this of the whole is gathered with its like: nobody would see it."""
+SMALLER = "smaller ones"
+_SEPARATOR = "\x1f"
+"""Between the labels of an id; no name has it."""
+_PART = re.compile(r"\.(?!(?:\d+|\*)(?:\.|$))")
+"""Where a module's name is cut: not before the number of a layer, which stays with its list."""
+
+
+@dataclass
+class Node:
+    """One area: a module, an operator in it, or a category of what that operator made."""
+
+    label: str
+    size_bytes: int = 0
+    count: int = 0
+    category: Category = "other"
+    """The one with the most bytes in it."""
+    inner: dict[str, Node] = field(default_factory=dict)
+
+
+def breakdown(
+    trace: Trace, at: int | Literal["peak"] = "peak", *, layers_together: bool = True, theme: Theme = LIGHT
+) -> go.Figure:
+    """What is alive after an event, as a treemap: module, operator, category; coloured by the largest category.
+
+    Args:
+        trace: the run.
+        at: the event.
+        layers_together: count modules together whose names differ by a layer's number only.
+        theme: colours.
+
+    Raises:
+        UsageError: when the trace is empty or the event outside it.
+    """
+    event = trace.peak.event if at == "peak" else at
+    rows = list(_rows("", tree(trace, event, layers_together=layers_together)))
+    total = rows[0][2].size_bytes or 1
+    figure = go.Figure(
+        go.Treemap(
+            ids=[key for key, _, _ in rows],
+            parents=[parent for _, parent, _ in rows],
+            labels=[escape(node.label) for _, _, node in rows],
+            values=[node.size_bytes for _, _, node in rows],
+            branchvalues="total",
+            # The whole is no category: plotly writes its label in the text's colour whatever lies below.
+            marker={"colors": [LIGHT.grid, *(LIGHT.categories[node.category] for _, _, node in rows[1:])]},
+            customdata=[
+                [format_bytes(node.size_bytes), f"{node.size_bytes / total:.1%}", f"{node.count:,}", node.category]
+                for _, _, node in rows
+            ],
+            texttemplate="%{label}<br>%{customdata[0]}",
+            hovertemplate="%{label}<br>%{customdata[0]}, %{customdata[1]} of all<br>%{customdata[2]} allocations, most "
+            "of it %{customdata[3]}<extra></extra>",
+            pathbar={"thickness": 22},
+            sort=True,
+        )
+    )
+    figure.update_layout(dressed(height=420, margin={"l": 0, "r": 0, "t": 26, "b": 4}))
+    return themed(figure, theme)
+
+
+def tree(trace: Trace, event: int, *, layers_together: bool = True) -> Node:
+    """Everything alive after an event, from the whole down to categories.
+
+    Nodes that hold less than a two-thousandth of the whole are one node "smaller ones" with their siblings alike, so
+    that the bytes within a node always sum to its own.
+
+    Raises:
+        UsageError: when the event is outside the trace.
+    """
+    alive = trace.at(event)
+    keys = np.stack([trace.module[alive], trace.op[alive], trace.category[alive]])
+    groups, index = np.unique(keys, axis=1, return_inverse=True)
+    sizes, counts = np.zeros((2, groups.shape[1]), dtype=np.int64)
+    np.add.at(sizes, index.reshape(-1), trace.size[alive])
+    np.add.at(counts, index.reshape(-1), 1)
+    root = Node("allocated")
+    for module, op, code, size_bytes, count in zip(*groups.tolist(), sizes.tolist(), counts.tolist(), strict=True):
+        name = together(trace.modules[module]) if layers_together else trace.modules[module]
+        within = [*_PART.split(name or "(no module)"), trace.ops[op]]
+        _add(root, [label for label in within if label], CATEGORIES[code], size_bytes, count)
+    _finish(root, root.size_bytes * _SMALLEST_SHARE)
+    return root
+
+
+def _add(root: Node, within: list[str], category: Category, size_bytes: int, count: int) -> None:
+    path = [root]
+    for label in (*within, category):
+        path.append(path[-1].inner.setdefault(label, Node(label)))
+    path[-1].category = category
+    for node in path:
+        node.size_bytes += size_bytes
+        node.count += count
+
+
+def _finish(node: Node, smallest: float) -> dict[Category, int]:
+    """Gather what is too small, and say of each node which category holds most of it; gives its bytes by category."""
+    if not node.inner:
+        return {node.category: node.size_bytes}
+    sums: dict[Category, int] = {}
+    for inner in node.inner.values():
+        for category, size_bytes in _finish(inner, smallest).items():
+            sums[category] = sums.get(category, 0) + size_bytes
+    node.category = _most(sums)
+    small = [label for label, inner in node.inner.items() if inner.size_bytes < smallest]
+    if small:
+        gone = [node.inner.pop(label) for label in small]
+        rest = node.inner[SMALLER] = Node(SMALLER, sum(g.size_bytes for g in gone), sum(g.count for g in gone))
+        rest.category = max(gone, key=lambda inner: inner.size_bytes).category
+    return sums
+
+
+def _most(sums: dict[Category, int]) -> Category:
+    """The largest; of equal ones the first in the order of `CATEGORIES`."""
+    return max(CATEGORIES, key=lambda category: sums.get(category, -1))
+
+
+def _rows(parent: str, node: Node) -> Iterable[tuple[str, str, Node]]:
+    """`(id, id of the parent, node)` of a node and all within it."""
+    key = f"{parent}{_SEPARATOR}{node.label}" if parent else node.label
+    yield key, parent, node
+    for inner in node.inner.values():
+        yield from _rows(key, inner)
+
+
+if __name__ == "__main__":
+    from memscope.dashboards.demo import training_run
+
+    breakdown(training_run()).write_html(sys.argv[1] if len(sys.argv) > 1 else "breakdown.html")

@@ -1,0 +1,81 @@
+"""Several runs on a page: their peaks, what each strategy changes, prediction against measurement, differences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from memscope.agreement import agreements
+from memscope.dashboards.comparison import difference, small_multiples
+from memscope.dashboards.html import card, figure_box, table
+from memscope.dashboards.timeline import moment
+from memscope.effects import ROWS, TITLES, Run, Table1
+from memscope.ledger import ledger
+from memscope.units import format_bytes, format_change
+
+__all__ = ["comparison_cards", "effects_card"]
+
+
+def comparison_cards(runs: Sequence[Run]) -> list[str]:
+    """The cards of several runs; the first run is what the others are compared with."""
+    return [_overview(runs), *_agreement(runs), _differences(runs)]
+
+
+def effects_card(table1: Table1, baselines: Sequence[str]) -> str:
+    """Table 1 with the comparison it rests on, and why an arrow is not what is usually said."""
+    rows = [[TITLES[row], *(escape(str(column[row])) for column in table1.columns)] for row in ROWS]
+    headers = ["", *(escape(column.label) for column in table1.columns)]
+    rests_on = [f"Each column: {table1.columns[0].comparison}", *(f"Baseline: {text}" for text in baselines)]
+    notes = [
+        f"{column.label}, {TITLES[effect.row]}: {effect.note}"
+        for column in table1.columns
+        for effect in column.effects
+        if effect.note
+    ]
+    shown = table(headers, rows, "Table 1: what each strategy changes", "effects")
+    return card(shown + "".join(f'<p class="note">{escape(text)}</p>' for text in [". ".join(rests_on), *notes]))
+
+
+def _overview(runs: Sequence[Run]) -> str:
+    highest = max(run.trace.peak.allocated_bytes for run in runs) or 1
+    rows = []
+    for index, run in enumerate(runs):
+        peak, found = run.trace.peak, ledger(run.trace)
+        bar = f'<span class="bar" style="--share:{peak.allocated_bytes / highest:.4f}"></span>'
+        link = f'<a href="#run{index}">{escape(run.label)}</a>'
+        reserved = found.total("reserved") if found else None
+        cell = "" if reserved is None else format_bytes(reserved)
+        rows.append([link, f"{bar}{format_bytes(peak.allocated_bytes)}", cell, moment(peak)])
+    listed = table(("run", "allocated at the peak", "reserved at most", "when"), rows, "Peak of each run", "overview")
+    label = "Memory over time of every run, on the same axes; the table above has their peaks"
+    return card(f"{listed}{figure_box(small_multiples(runs), label)}", key="runs", title="All runs on the same axes")
+
+
+def _agreement(runs: Sequence[Run]) -> list[str]:
+    cards = []
+    for number, found in enumerate(agreements(runs)):
+        rows = [
+            [escape(one.name), format_bytes(one.predicted), format_bytes(one.measured),
+             format_change(one.predicted - one.measured), str(one)]
+            for one in found.figures
+        ]  # fmt: skip
+        headers = ("", "predicted", "measured", "difference", "of measured")
+        label = f"{found.predicted} (simulated) against {found.measured} (measured), each at its own peak"
+        cards.append(
+            card(
+                table(headers, rows, label, "numbers"),
+                key=f"agreement{number}",
+                title="Predicted against measured",
+            )
+        )
+    return cards
+
+
+def _differences(runs: Sequence[Run]) -> str:
+    first, *others = runs
+    parts = []
+    for run in others:
+        change = run.trace.peak.allocated_bytes - first.trace.peak.allocated_bytes
+        label = f"{run.label} against {first.label}: {format_change(change)}, each at its own peak"
+        parts.append(f"<h3>{escape(label)}</h3>{figure_box(difference(first.trace, run.trace), label)}")
+    return card("".join(parts), key="differences", title="What grew and what shrank")

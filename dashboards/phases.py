@@ -1,0 +1,78 @@
+"""The bar under a timeline: which phase each stretch of the run belongs to."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import plotly.graph_objects as go
+
+from memscope.dashboards.palette import LIGHT
+from memscope.trace import PHASES, Trace
+
+__all__ = ["LABELLED_SHARE", "PHASE_NAMES", "Stretches", "phase_curves", "stretches"]
+
+LABELLED_SHARE = 0.05
+"""Steps and phases of at least this share of the run are named on the plot; the rest have no room for it."""
+PHASE_NAMES = "phase names"
+"""Name of the curve that writes the phases' names under their bar; a narrow screen has no room for it."""
+_BAR_TOP, _BAR_BOTTOM, _LABEL_HEIGHT = 1.0, 0.55, 0.25
+
+Ints = npt.NDArray[np.int64]
+
+
+class Stretches(NamedTuple):
+    """The phases as they follow each other: int64 `[stretches]`; each lasts from event `first` to `last`."""
+
+    first: Ints
+    last: Ints
+    phase: Ints
+    step: Ints
+
+
+def phase_curves(trace: Trace, most: int) -> list[go.Scatter]:
+    """A curve for each phase, and one of their names, on the axes `x` and `y2`."""
+    found = stretches(trace, most)
+    bars = [_phase_bar(found, phase) for phase in np.unique(found.phase).tolist()]
+    return [*bars, _phase_names(found, trace.events)]
+
+
+def stretches(trace: Trace, most: int) -> Stretches:
+    """Phases that last at least one event; of more than `most` only those found at `most` even distances.
+
+    Neighbours alike in phase and step are joined.
+    """
+    first = np.clip(trace.mark_event, 0, trace.events)
+    first[:1] = 0  # `Trace.mark_at` counts events before the first mark to it
+    lasting = np.append(first[1:], trace.events) > first
+    first, phase, step = first[lasting], trace.mark_phase[lasting], trace.mark_step[lasting]
+    if first.size > most:
+        places = np.linspace(0, trace.events, most, endpoint=False).astype(np.int64)
+        found = np.unique(np.searchsorted(first, places, side="right") - 1)
+        first, phase, step = first[found], phase[found], step[found]
+    new = np.ones(first.size, dtype=bool)
+    new[1:] = (phase[1:] != phase[:-1]) | (step[1:] != step[:-1])
+    first = first[new]
+    return Stretches(first, np.append(first[1:], trace.events), phase[new], step[new])
+
+
+def _phase_bar(found: Stretches, phase: int) -> go.Scatter:
+    """All stretches of one phase as one curve: a rectangle each, with gaps between them."""
+    here = found.phase == phase
+    first, last = found.first[here].astype(float), found.last[here].astype(float)
+    x = np.stack([first, first, last, last, np.full(first.size, np.nan)], axis=1).reshape(-1)
+    y = np.tile([_BAR_BOTTOM, _BAR_TOP, _BAR_TOP, _BAR_BOTTOM, np.nan], first.size)
+    return go.Scatter(
+        name=PHASES[phase], x=x, y=y, yaxis="y2", fill="toself", fillcolor=LIGHT.phases[PHASES[phase]], mode="lines",
+        line={"width": 0, "color": LIGHT.phases[PHASES[phase]]}, hoverinfo="skip", legend="legend2",
+    )  # fmt: skip
+
+
+def _phase_names(found: Stretches, events: int) -> go.Scatter:
+    wide = found.last - found.first >= LABELLED_SHARE * events
+    return go.Scatter(
+        name=PHASE_NAMES, x=(found.first[wide] + found.last[wide]) / 2, y=np.full(int(wide.sum()), _LABEL_HEIGHT),
+        text=[PHASES[phase] for phase in found.phase[wide].tolist()], yaxis="y2", mode="text", hoverinfo="skip",
+        showlegend=False, textfont={"size": 11},
+    )  # fmt: skip

@@ -1,0 +1,89 @@
+"""What is alive at a moment: the largest allocations with birth and death, and sums with layers counted together."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from memscope.trace import CATEGORIES, PHASES, Category, Phase, Trace
+
+__all__ = ["Alive", "by_module_together", "largest", "occasion", "together"]
+
+_INDEX = re.compile(r"\.\d+(?=\.|$)")
+
+
+@dataclass(frozen=True)
+class Alive:
+    """One allocation, where it was born and until when it lives."""
+
+    size_bytes: int
+    category: Category
+    module: str
+    op: str
+    born: int
+    """Event of its birth."""
+    born_in: str
+    """`step 1 · forward · micro-batch 0`."""
+    freed: int | None
+    """Event of its death; None when it is alive at the end."""
+    freed_in: str
+    """`step 1 · backward`; empty when it is alive at the end."""
+
+    @property
+    def life(self) -> str:
+        """From when to when, in events."""
+        return f"{self.born:,} to {'the end' if self.freed is None else f'{self.freed:,}'}"
+
+
+def occasion(step: int, phase: Phase, micro_batch: int | None = None) -> str:
+    """`step 1 · backward · micro-batch 0`; before the first step there is neither step nor micro-batch."""
+    if step < 0:
+        return phase
+    return f"step {step} · {phase}" + ("" if micro_batch is None else f" · micro-batch {micro_batch}")
+
+
+def largest(trace: Trace, count: int, at: int | Literal["peak"] = "peak") -> tuple[Alive, ...]:
+    """The largest allocations alive after an event, largest first; of equal ones the older first.
+
+    Raises:
+        UsageError: when the event is outside the trace.
+    """
+    alive = trace.at(trace.peak.event if at == "peak" else at)
+    chosen = alive[np.argsort(-trace.size[alive], kind="stable")][:count]
+    return tuple(_alive(trace, row) for row in chosen.tolist())
+
+
+def _alive(trace: Trace, row: int) -> Alive:
+    freed = int(trace.freed[row])
+    mark = trace.mark_at(freed)
+    return Alive(
+        size_bytes=int(trace.size[row]),
+        category=CATEGORIES[int(trace.category[row])],
+        module=trace.modules[int(trace.module[row])],
+        op=trace.ops[int(trace.op[row])],
+        born=int(trace.born[row]),
+        born_in=occasion(int(trace.step[row]), PHASES[int(trace.phase[row])], int(trace.micro_batch[row])),
+        freed=freed if freed >= 0 else None,
+        freed_in=occasion(int(trace.mark_step[mark]), PHASES[int(trace.mark_phase[mark])]) if freed >= 0 else "",
+    )
+
+
+def together(module: str) -> str:
+    """`layers.3.mlp` as `layers.*.mlp`: one name for a module of every layer."""
+    return _INDEX.sub(".*", module)
+
+
+def by_module_together(trace: Trace, at: int | Literal["peak"] = "peak") -> dict[str, int]:
+    """Bytes alive at a moment by module, names that differ by a layer's number only counted together; largest first.
+
+    Raises:
+        UsageError: when the event is outside the trace.
+    """
+    sizes: dict[str, int] = {}
+    for name, size_bytes in trace.by("module", at=at).items():
+        alike = together(name)
+        sizes[alike] = sizes.get(alike, 0) + size_bytes
+    return dict(sorted(sizes.items(), key=lambda item: -item[1]))

@@ -1,0 +1,82 @@
+"""Runs as JSON values, sizes in bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from memscope.agreement import agreements
+from memscope.alive import largest
+from memscope.effects import Run, Table1
+from memscope.ledger import ledger
+from memscope.trace import Trace
+
+__all__ = ["effects_values", "peak_values", "report_document"]
+
+_TOP = 20
+"""Largest allocations that are listed of each run."""
+
+
+def report_document(runs: Sequence[Run], files: Sequence[Path], table: Table1) -> dict[str, Any]:
+    """Everything a report says, as one JSON value."""
+    return {
+        "schema_version": 1,
+        "runs": [_run(run, file) for run, file in zip(runs, files, strict=True)],
+        "table1": table.arrows(),
+        "effects": effects_values(table),
+        "agreement": [
+            {
+                "predicted": found.predicted,
+                "measured": found.measured,
+                "bytes": {row.name: {"predicted": row.predicted, "measured": row.measured} for row in found.figures},
+            }
+            for found in agreements(runs)
+        ],
+    }
+
+
+def _run(run: Run, file: Path) -> dict[str, Any]:
+    trace, found = run.trace, ledger(run.trace)
+    return {
+        "label": run.label,
+        "trace": str(file),
+        "target": trace.meta.get("target"),
+        "device": trace.meta.get("device"),
+        "strategies": trace.meta.get("strategies"),
+        "allocations": len(trace),
+        "peak": peak_values(trace),
+        "out_of_memory": trace.meta.get("out_of_memory"),
+        "at_peak": trace.by_category(),
+        "max_by_category": trace.max_by_category(),
+        "ledger": [dataclasses.asdict(line) for line in found.lines] if found else None,
+        "largest": [dataclasses.asdict(one) for one in largest(trace, _TOP)],
+        "inferred": trace.meta.get("inferred", []),
+    }
+
+
+def peak_values(trace: Trace) -> dict[str, Any]:
+    """The peak, and what other tools would show of it."""
+    peak, found = trace.peak, ledger(trace)
+    totals = {name: found.total(name) if found else None for name in ("requested", "reserved", "device")}
+    return {
+        "requested": totals["requested"],
+        "allocated": peak.allocated_bytes,
+        "active": trace.meta.get("peak_active", peak.allocated_bytes) if found else None,
+        "reserved": totals["reserved"],
+        "device": totals["device"],
+        "phase": peak.phase,
+        "step": peak.step,
+    }
+
+
+def effects_values(table: Table1) -> dict[str, Any]:
+    """Every cell of Table 1."""
+    return {
+        column.label: {
+            e.row: {"arrow": e.arrow, "before": e.before, "after": e.after, "note": e.note or None}
+            for e in column.effects
+        }
+        for column in table.columns
+    }

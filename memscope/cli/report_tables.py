@@ -1,0 +1,226 @@
+"""Runs as tables with notes: where the memory is at each peak, what other tools show, what each strategy changes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from memscope.agreement import Agreement, agreements
+from memscope.alive import largest, occasion
+from memscope.effects import ROWS, TITLES, Column, Effect, Run, Table1
+from memscope.ledger import Ledger, ledger
+from memscope.ran_out import ran_out
+from memscope.simulation.cost import last_step_seconds, step_seconds
+from memscope.trace import CATEGORIES, Trace
+from memscope.units import format_bytes, format_change
+
+__all__ = ["Block", "comparison_blocks", "estimated_seconds", "headline", "largest_blocks", "print_blocks", "rests_on"]
+
+_TOP = 10
+"""Largest allocations that are listed of each run."""
+_ONLY_ADDED = ("context", "unexplained", "others")
+"""Lines of the ledger whose total no tool shows."""
+_COLOR = {"↑": "red", "↓": "green", "–": ""}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A table that can be made of all its columns or of some, and what is to be said below it."""
+
+    columns: Sequence[Any]
+    table_of: Callable[[Sequence[Any]], Table]
+    notes: Sequence[Text] = ()
+
+    @property
+    def table(self) -> Table:
+        """The whole table."""
+        return self.table_of(self.columns)
+
+
+def headline(trace: Trace) -> str:
+    """`llama2 on a100-40gb (simulated: …)`."""
+    match trace.meta.get("device"):
+        case {"name": name, "simulated": True}:
+            how = f" on {name} (simulated: nothing was computed, sizes are exact for this sequence of allocations)"
+        case {"name": name}:
+            how = f" on {name} (measured)"
+        case _:
+            how = ""
+    return f"{trace.meta.get('target', 'a run')}{how}"
+
+
+def comparison_blocks(runs: Sequence[Run], table: Table1, baselines: Sequence[str]) -> Iterator[Block]:
+    """What each run has at its peak, the ledgers, and Table 1.
+
+    `baselines` says in words what strategies asked of the baseline, for a fair comparison.
+    """
+    yield Block(runs, _peaks, [*_do_not_fit(runs), *_trained(runs), *_inexact(runs)])
+    if all(ledger(run.trace) for run in runs):
+        notes = sorted({found.note for run in runs if (found := ledger(run.trace)) and found.note})
+        yield Block(runs, _ledgers, [Text(note, style="dim") for note in notes])
+    if table.columns:
+        effects = [(column, effect) for column in table.columns for effect in column.effects if effect.note]
+        notes_of = [
+            Text.assemble((f"{column.label}, {TITLES[effect.row]}: ", "bold"), effect.note)
+            for column, effect in effects
+        ]
+        yield Block(table.columns, _table1, [Text(rests_on(table, baselines), style="dim"), *notes_of])
+    for one in agreements(runs):
+        yield Block([one], _agreement)
+
+
+def largest_blocks(runs: Sequence[Run]) -> Iterator[Block]:
+    """The largest allocations at the peak of each run."""
+    for run in runs:
+        yield Block([run], _largest)
+
+
+def print_blocks(console: Console, blocks: Iterable[Block]) -> None:
+    """Tables, each in several parts where the terminal is too narrow for all of it."""
+    for block in blocks:
+        _print_in_width(console, block.columns, block.table_of)
+        for note in block.notes:
+            console.print(note)
+
+
+def _print_in_width(console: Console, columns: Sequence[Any], table_of: Callable[[Sequence[Any]], Table]) -> None:
+    without_limit = console.options.update_width(sys.maxsize)
+    while columns:
+        parts = (columns[:count] for count in range(len(columns), 1, -1))
+        part = next(
+            (p for p in parts if console.measure(table_of(p), options=without_limit).maximum <= console.width),
+            columns[:1],
+        )
+        console.print(table_of(part))
+        columns = columns[len(part) :]
+
+
+def _empty_table(title: str, headings: Sequence[str]) -> Table:
+    table = Table(title=title)
+    table.add_column("", overflow="fold")
+    for heading in headings:
+        table.add_column(Text(heading), justify="right", overflow="fold")
+    return table
+
+
+def rests_on(table: Table1, baselines: Sequence[str]) -> str:
+    """The comparison behind every column, in one line; columns of one profile all have the same steps."""
+    return ". ".join([f"Each column: {table.columns[0].comparison}", *(f"Baseline: {text}" for text in baselines)])
+
+
+def _peaks(runs: Sequence[Run]) -> Table:
+    table = _empty_table("Allocated at the peak", [run.label for run in runs])
+    peaks = [run.trace.peak for run in runs]
+    table.add_row("peak", *(Text(format_bytes(p.allocated_bytes), style="bold") for p in peaks))
+    table.add_row("at", *(f"step {p.step}, {p.phase}" for p in peaks), end_section=True)
+    columns = [run.trace.by_category() for run in runs]
+    for category in CATEGORIES:
+        if any(column[category] for column in columns):
+            table.add_row(category.replace("_", " "), *(format_bytes(c[category]) for c in columns))
+    times = [last_step_seconds(run.trace) for run in runs]
+    if any(times):
+        estimates = any(seconds and not run.trace.meta.get("seconds") for seconds, run in zip(times, runs, strict=True))
+        table.add_section()
+        name = "step time (estimate)" if estimates else "step time"
+        table.add_row(name, *("" if seconds is None else f"{seconds:.3f} s" for seconds in times))
+    return table
+
+
+def estimated_seconds(trace: Trace) -> dict[str, Any] | None:
+    """Estimated seconds of the last step, as `step`, and of its `phases`; None where there is no estimate."""
+    phases = step_seconds(trace, trace.steps[-1]) if trace.steps else None
+    return None if phases is None else {"step": sum(phases.values()), "phases": phases}
+
+
+def _ledgers(runs: Sequence[Run]) -> Table:
+    ledgers = [found for run in runs if (found := ledger(run.trace))]
+    table = _empty_table("What other tools show", [run.label for run in runs])
+    table.add_column("seen in", style="dim", overflow="fold")
+    longest = max(ledgers, key=lambda found: len(found.lines))
+    for line in longest.lines:
+        name = f"{line.name} (estimate)" if line.estimate else line.name
+        table.add_row(name, *(_ledger_cell(found, line.name) for found in ledgers), line.seen_in)
+    return table
+
+
+def _ledger_cell(found: Ledger, name: str) -> str:
+    total = found.total(name)
+    if total is None:
+        return ""
+    return format_change(found[name].added) if name in _ONLY_ADDED else format_bytes(total)
+
+
+def _do_not_fit(runs: Sequence[Run]) -> Iterator[Text]:
+    for run in runs:
+        if run.trace.meta.get("out_of_memory"):
+            yield Text.assemble((f"{run.label} does not fit: ", "bold red"), ran_out(run.trace))
+
+
+def _trained(runs: Sequence[Run]) -> Iterator[Text]:
+    for run in runs:
+        match run.trace.meta.get("parameters"):
+            case {"total": int(total), "trainable": int(trained)} if trained != total:
+                share = trained / max(total, 1)
+                yield Text(f"{run.label}: {trained:,} of {total:,} parameters are trained ({share:.2%})")
+
+
+def _inexact(runs: Sequence[Run]) -> Iterator[Text]:
+    for run in runs:
+        match run.trace.meta.get("inferred"):
+            case [*inferred] if inferred:
+                yield Text(f"{run.label}: inferred from stacks: {', '.join(map(str, inferred))}", style="yellow")
+
+
+def _table1(columns: Sequence[Column]) -> Table:
+    shown = _empty_table("Table 1: what each strategy changes", [column.label for column in columns])
+    for row in ROWS:
+        shown.add_row(TITLES[row], *(_cell(column[row]) for column in columns))
+        if row == "parameter":
+            for index, part in enumerate(("parameter", "weight_copy")):
+                sizes = (column[row].parts[index][1:] for column in columns)
+                shown.add_row(f"  {part.replace('_', ' ')}", *(Text(_plain(*s), style="dim") for s in sizes))
+        if row == "computation" and any(column[row].seconds for column in columns):
+            shown.add_row("  seconds a step", *(Text(_seconds(column[row]), style="dim") for column in columns))
+    return shown
+
+
+def _cell(effect: Effect) -> Text:
+    return Text(str(effect), style=_COLOR[effect.arrow])
+
+
+def _plain(before: int, after: int) -> str:
+    return f"{format_bytes(before)} → {format_bytes(after)}"
+
+
+def _seconds(effect: Effect) -> str:
+    return f"{effect.seconds[0]:.3f} → {effect.seconds[1]:.3f}" if effect.seconds else ""
+
+
+def _agreement(one: Sequence[Agreement]) -> Table:
+    (found,) = one
+    table = _empty_table("Predicted against measured", [found.predicted, found.measured, "difference", "of measured"])
+    for row in found.figures:
+        sizes = format_bytes(row.predicted), format_bytes(row.measured), format_change(row.predicted - row.measured)
+        table.add_row(row.name.replace("_", " "), *sizes, str(row))
+    return table
+
+
+def _largest(one: Sequence[Run]) -> Table:
+    (run,) = one
+    table = Table(title=Text(f"Largest allocations at the peak of {run.label}"))
+    table.add_column("size", justify="right", no_wrap=True)
+    for heading in ("category", "module, operator", "born in", "lives until"):
+        table.add_column(heading, overflow="fold")
+    for found in largest(run.trace, _TOP):
+        where = ", ".join(name for name in (found.module, found.op) if name)
+        size, category = format_bytes(found.size_bytes), found.category.replace("_", " ")
+        table.add_row(size, category, Text(where), found.born_in, found.freed_in or "the end")
+    peak = run.trace.peak
+    table.caption = f"{len(run.trace.at(peak.event)):,} allocations alive in {occasion(peak.step, peak.phase)}"
+    return table

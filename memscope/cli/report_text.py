@@ -1,0 +1,71 @@
+"""A report as text for other tools: Markdown to paste where Markdown is read, CSV for a spreadsheet."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from memscope.cli.report_tables import Block, comparison_blocks, headline, largest_blocks, print_blocks
+from memscope.effects import Run, Table1
+
+__all__ = ["csv_text", "markdown", "markdown_table", "print_all"]
+
+
+def _blocks(runs: Sequence[Run], table: Table1) -> Iterable[Block]:
+    yield from comparison_blocks(runs, table, [])
+    yield from largest_blocks(runs)
+
+
+def print_all(console: Console, runs: Sequence[Run], table: Table1) -> None:
+    """Every table, in the terminal."""
+    console.print(Text(headline(runs[0].trace), style="bold"))
+    print_blocks(console, _blocks(runs, table))
+
+
+def markdown(runs: Sequence[Run], table: Table1) -> str:
+    """Every table of the report, as Markdown."""
+    lines = [f"# {_escaped(headline(runs[0].trace))}"]
+    for block in _blocks(runs, table):
+        lines += ["", *markdown_table(block.table)]
+        lines += [line for note in block.notes for line in ("", _escaped(note.plain))]
+    return "\n".join(lines) + "\n"
+
+
+def markdown_table(table: Table) -> list[str]:
+    """The lines of a table in Markdown, its title above as a heading, its caption below."""
+    columns = [[_cell(column.header), *map(_cell, column.cells)] for column in table.columns]
+    right = ["---:" if column.justify == "right" else "---" for column in table.columns]
+    header, *rows = ["| " + " | ".join(cells) + " |" for cells in zip(*columns, strict=True)]
+    caption = ["", _escaped(_plain(table.caption))] if table.caption else []
+    return [f"## {_escaped(_plain(table.title))}", "", header, "| " + " | ".join(right) + " |", *rows, *caption]
+
+
+def _cell(value: object) -> str:
+    return _escaped(_plain(value)).strip().replace("|", "\\|")
+
+
+def _plain(value: object) -> str:
+    return value.plain if isinstance(value, Text) else str(value)
+
+
+def _escaped(text: str) -> str:
+    """Without what Markdown would take for HTML or emphasis, such as the stars of `layers.*`."""
+    for character in "\\`*_<>[]":
+        text = text.replace(character, f"\\{character}")
+    return " ".join(text.split())
+
+
+def csv_text(runs: Sequence[Run]) -> str:
+    """What is alive at each run's peak: a line for every category, module and operator."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["run", "category", "module", "op", "bytes"])
+    for run in runs:
+        for (category, module, op), size_bytes in run.trace.by("category", "module", "op").items():
+            writer.writerow([run.label, category, module, op, size_bytes])
+    return out.getvalue()

@@ -1,0 +1,41 @@
+"""What browser tests have in common: a run to look at, and where to look."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from memscope.dashboards.demo import training_run
+from memscope.dashboards.page import render_page
+from memscope.effects import Run
+from memscope.trace import Trace
+
+__all__ = ["PLOT", "comes_to", "html_of", "point_at", "run"]
+
+PLOT = ".timeline .nsewdrag"
+"""The area inside the axes; the first of each timeline is the stack, the second the phase bar."""
+
+
+def run() -> Trace:
+    """2 layers of 1 GiB in 2 parts; the peak is in the second micro-batch of step 1."""
+    return training_run(layers=2, micro_batches=3, layer_bytes=2**30)
+
+
+def html_of(*runs: Run | Trace, **more: Any) -> str:
+    named = [run if isinstance(run, Run) else Run(f"run {index}", run) for index, run in enumerate(runs)]
+    return render_page(named, **more)
+
+
+def point_at(page: Any, trace: Trace, event: int) -> tuple[float, float]:
+    """Where an event is in the first timeline, which must show the whole run."""
+    box = page.locator(PLOT).first.bounding_box()
+    return box["x"] + box["width"] * event / trace.events, box["y"] + 60
+
+
+def comes_to(page: Any, look: Callable[[Any], Any], expected: Any) -> bool:
+    """Whether the page gets there within five seconds. Playwright's own waiting evaluates text: the page forbids it."""
+    for _ in range(100):
+        if look(page) == expected:
+            return True
+        page.wait_for_timeout(50)
+    return False

@@ -1,0 +1,81 @@
+"""What `memscope profile` prints, on terminals of different widths."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from memscope import simulate
+from memscope.cli.profile_report import print_advice, print_report
+from memscope.effects import Run, compare
+from memscope.strategies import Plan
+from memscope.testing import toy_workload
+from memscope.would_free import Remedies, WouldFree
+
+PLANS = ["ckpt:layers=0", "amp:dtype=bf16", "amp:dtype=bf16,ga:steps=2", "lora:r=4,amp:dtype=bf16"]
+
+
+@pytest.fixture(scope="module")
+def runs() -> list[Run]:
+    labels = ["baseline", *(str(Plan.parse(text)) for text in PLANS)]
+    plans = ["", *labels[1:]]
+    return [
+        Run(label, simulate(toy_workload, device="t4", strategies=plan), {})
+        for label, plan in zip(labels, plans, strict=True)
+    ]
+
+
+def printed(runs: list[Run], columns: int) -> str:
+    out = io.StringIO()
+    table = compare(runs[0].trace, runs[1:])
+    print_report(Console(file=out, width=columns, highlight=False), runs, table, [])
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120, 250])
+def test_no_table_is_cut_or_wider_than_the_terminal(runs: list[Run], columns: int) -> None:
+    out = printed(runs, columns)
+    assert "…" not in out
+    assert max(map(len, out.splitlines())) <= columns
+    for run in runs:
+        assert run.label in out
+
+
+def test_a_wide_terminal_has_every_table_once_and_a_narrow_one_has_it_in_parts(runs: list[Run]) -> None:
+    assert printed(runs, 250).count("Allocated at the peak") == 1
+    assert printed(runs, 60).count("Allocated at the peak") > 1
+
+
+def test_figures_are_never_broken_over_two_lines(runs: list[Run]) -> None:
+    narrow = printed(runs[:2], 60)
+    for number in (line.split("│")[-2].strip() for line in narrow.splitlines() if line.startswith("│ peak ")):
+        assert number.endswith("iB")
+
+
+def test_a_device_without_a_known_context_has_no_row_for_the_driver(runs: list[Run]) -> None:
+    assert "device (estimate)" in printed(runs[:1], 120)
+    gpu = [Run("baseline", simulate(toy_workload, device="gpu"), {})]
+    out = printed(gpu, 120)
+    assert "device (estimate)" not in out
+    assert "what the driver would count beyond reserved memory is not known of this device" in out
+
+
+def advice_on(runs: list[Run], before_bytes: int, **failed: str) -> str:
+    tried = tuple(WouldFree(Plan.parse(run.label).strategies[0], run.trace, before_bytes) for run in runs)
+    out = io.StringIO()
+    print_advice(Console(file=out, width=200, highlight=False), "baseline", Remedies(tried, failed))
+    return out.getvalue()
+
+
+def test_advice_tells_what_helps_from_what_does_not(runs: list[Run]) -> None:
+    ckpt, amp = runs[1:3]
+    peak = ckpt.trace.peak.allocated_bytes
+    helps = advice_on([ckpt], peak + 2**20)
+    assert helps.splitlines()[0] == "What would help baseline, simulated together with it:"
+    assert helps.splitlines()[1].split()[:2] == ["ckpt:layers=0", "-1.00"]
+    assert helps.rstrip().endswith(", fits)")
+    assert advice_on([ckpt], peak) == "What would not help baseline: ckpt:layers=0 (+0 B)\n"
+    assert advice_on([amp], 2**40).rstrip().endswith("; changes the precision of matrix products and attention")
+    assert advice_on([], 0, ga="no samples") == "ga could not be simulated: no samples\n"

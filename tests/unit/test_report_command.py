@@ -1,0 +1,244 @@
+"""`memscope report`: what it makes of trace files, and what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+from traces import TraceBuilder
+
+from memscope.cli.main import main
+from memscope.dashboards.demo import training_run
+from memscope.trace import SCHEMA_VERSION, Trace
+
+GIB = 2**30
+
+
+def run(layers: int = 1, **meta: Any) -> Trace:
+    """A parameter of 1 GiB in each layer, then an activation of 2 GiB."""
+    built = TraceBuilder()
+    built.phase("setup")
+    for layer in range(layers):
+        built.new("parameter", GIB, module=f"layers.{layer}")
+    built.phase("forward", 0)
+    built.free(built.new("activation", 2 * GIB, module="output_*", op="aten.mm"))
+    return built.trace({"target": "t", "device": {"name": "gpu", "simulated": True}} | meta)
+
+
+Report = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def report(capsys: pytest.CaptureFixture[str]) -> Report:
+    """Runs the command; gives its exit code and what it wrote on stdout and stderr."""
+
+    def command(*words: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            main(["report", *map(str, words)])
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return command
+
+
+@pytest.fixture
+def trace_file(tmp_path: Path) -> Path:
+    return run().save(tmp_path / "run.npz")
+
+
+def test_a_page_is_written_beside_the_trace(report: Report, trace_file: Path) -> None:
+    code, out, _ = report(trace_file)
+    page = trace_file.with_suffix(".html")
+    assert code == 0
+    assert f"Page: {page}" in out
+    assert "Next: open it in a browser; memscope export" in out
+    assert "<dd>3.00 GiB</dd>" in page.read_text(encoding="utf-8")
+
+
+def test_several_traces_are_one_page_that_compares_them(report: Report, trace_file: Path) -> None:
+    other = run(5).save(trace_file.parent / "other.npz")
+    code, out, _ = report(trace_file, other)
+    page = trace_file.parent / "report.html"
+    assert (code, f"Page: {page}" in out) == (0, True)
+    assert "other against run: +4.00 GiB" in page.read_text(encoding="utf-8")
+    assert "No Table 1: steps and operations are not known of run, other" in out
+
+
+def test_files_alike_in_name_are_named_by_their_path(report: Report, trace_file: Path) -> None:
+    folder = trace_file.parent / "second"
+    folder.mkdir()
+    other = run(2).save(folder / "run.npz")
+    _, out, _ = report(trace_file, other, "--format", "csv")
+    assert {row["run"] for row in csv.DictReader(io.StringIO(out))} == {str(trace_file), str(other)}
+
+
+@pytest.mark.parametrize(
+    ("suffix", "beginning"),
+    [(".md", "# t on gpu"), (".json", "{"), (".csv", "run,category"), (".txt", "t on gpu"), (".html", "<!DOCTYPE")],
+)
+def test_the_format_follows_from_the_name_of_the_file(
+    report: Report, trace_file: Path, suffix: str, beginning: str
+) -> None:
+    output = trace_file.parent / f"out{suffix}"
+    assert report(trace_file, "-o", output)[0] == 0
+    assert output.read_text(encoding="utf-8").startswith(beginning)
+
+
+def test_html_is_another_name_of_the_output(report: Report, trace_file: Path) -> None:
+    assert report(trace_file, "--html", trace_file.parent / "page.html")[0] == 0
+    assert (trace_file.parent / "page.html").exists()
+
+
+def test_csv_has_what_is_alive_at_the_peak(report: Report, trace_file: Path) -> None:
+    _, out, _ = report(trace_file, "--format", "csv")
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert rows == [
+        {"run": "run", "category": "activation", "module": "output_*", "op": "aten.mm", "bytes": str(2 * GIB)},
+        {"run": "run", "category": "parameter", "module": "layers.0", "op": "", "bytes": str(GIB)},
+    ]
+
+
+def test_json_has_whole_bytes_and_the_largest_allocations(report: Report, trace_file: Path) -> None:
+    _, out, _ = report(trace_file, "--format", "json")
+    document = json.loads(out)
+    assert document["schema_version"] == 1
+    (shown,) = document["runs"]
+    assert shown["peak"]["allocated"] == 3 * GIB
+    assert shown["at_peak"]["parameter"] == GIB
+    assert shown["largest"][0] == {
+        "size_bytes": 2 * GIB, "category": "activation", "module": "output_*", "op": "aten.mm", "born": 1,
+        "born_in": "step 0 · forward · micro-batch 0", "freed": 2, "freed_in": "step 0 · forward",
+    }  # fmt: skip
+    assert shown["ledger"] is None
+
+
+def test_markdown_is_escaped_and_its_tables_are_whole(report: Report, trace_file: Path) -> None:
+    _, out, _ = report(trace_file, "--format", "markdown")
+    assert "| peak | 3.00 GiB |" in out
+    assert "| 2.00 GiB | activation | output\\_\\*, aten.mm |" in out
+    tables = [line for line in out.splitlines() if line.startswith("|")]
+    assert all(line.endswith("|") for line in tables)
+
+
+def test_terminal_tables_are_no_wider_than_the_terminal(
+    report: Report, trace_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    _, out, _ = report(trace_file, "--format", "terminal")
+    assert "Largest allocations at the peak of run" in out
+    assert max(map(len, out.splitlines())) <= 60
+
+
+def test_table_1_compares_runs_that_have_steps_and_operations(report: Report, tmp_path: Path) -> None:
+    trace = training_run()
+    trace.meta["flops"] = [10, 10]  # type: ignore[index]  # made here, as a dict
+    files = [trace.save(tmp_path / f"{name}.npz") for name in ("plain", "again")]
+    _, out, _ = report(*files, "--format", "json")
+    assert json.loads(out)["table1"] == {
+        "again": dict.fromkeys(("parameter", "activation", "gradient", "optimizer_state", "computation"), "–")
+    }
+
+
+def test_a_measured_run_is_held_against_its_prediction_and_not_put_into_table_1(
+    report: Report, trace_file: Path
+) -> None:
+    measured = run(2, device={"name": "gpu", "simulated": False}).save(trace_file.parent / "measured.npz")
+    _, out, _ = report(trace_file, measured, "--format", "json")
+    document = json.loads(out)
+    assert document["table1"] == {}
+    (held,) = document["agreement"]
+    assert held["bytes"]["parameter"] == {"predicted": GIB, "measured": 2 * GIB}
+
+
+def test_a_checkpoint_plan_is_drawn_on_the_page(report: Report, trace_file: Path) -> None:
+    plan = trace_file.parent / "plan.json"
+    layers = {"layers.0": "full", "layers.1": "none"}
+    content = {"format": "memscope-checkpoint-plan", "schema_version": 1, "layers": layers, "made_for": {}}
+    plan.write_text(json.dumps(content))
+    assert report(trace_file, plan)[0] == 0
+    page = trace_file.with_suffix(".html").read_text(encoding="utf-8")
+    assert "Checkpointed: layers.0 full, layers.1 none" in page
+
+
+def refusal(report: Report, *words: object) -> tuple[int, str]:
+    code, _, err = report(*words)
+    assert "Traceback" not in err
+    return code, err.strip()
+
+
+def test_what_is_not_a_trace_is_refused(report: Report, tmp_path: Path) -> None:
+    (tmp_path / "text.npz").write_text("hello")
+    assert refusal(report, tmp_path / "text.npz") == (
+        1,
+        f"memscope: error: {tmp_path}/text.npz: not a memscope trace, or truncated; expected a file written by "
+        "memscope profile",
+    )
+    assert "no such file" in refusal(report, tmp_path / "absent.npz")[1]
+
+
+def test_a_pickle_is_refused_with_what_to_do(report: Report, tmp_path: Path) -> None:
+    (tmp_path / "snapshot.pickle").write_bytes(pickle.dumps({}))
+    code, told = refusal(report, tmp_path / "snapshot.pickle")
+    assert (code, "memscope import" in told) == (2, True)
+
+
+def test_a_trace_of_a_newer_memscope_is_refused(report: Report, trace_file: Path) -> None:
+    with np.load(trace_file) as stored:
+        arrays = {name: stored[name] for name in stored.files}
+    header = json.loads(str(arrays["header"])) | {"schema_version": SCHEMA_VERSION + 1}
+    np.savez(trace_file, **arrays | {"header": np.array(json.dumps(header))})
+    code, told = refusal(report, trace_file)
+    assert (code, told.endswith("upgrade memscope")) == (1, True)
+
+
+def test_an_empty_trace_is_refused(report: Report, tmp_path: Path) -> None:
+    built = TraceBuilder()
+    built.phase("setup")
+    code, told = refusal(report, built.trace().save(tmp_path / "empty.npz"))
+    assert (code, "empty.npz: the trace is empty" in told) == (2, True)
+
+
+def test_a_file_that_exists_is_kept_unless_forced(report: Report, trace_file: Path) -> None:
+    output = trace_file.parent / "out.md"
+    output.write_text("mine")
+    code, told = refusal(report, trace_file, "-o", output)
+    assert (code, "exists already" in told, output.read_text()) == (2, True, "mine")
+    assert report(trace_file, "-o", output, "-f")[0] == 0
+    assert output.read_text(encoding="utf-8").startswith("# t on gpu")
+
+
+def test_an_output_that_cannot_be_written_is_told_before_anything_is_drawn(report: Report, trace_file: Path) -> None:
+    code, told = refusal(report, trace_file, "-o", trace_file.parent / "absent" / "page.html")
+    assert (code, "there is no folder" in told) == (2, True)
+    code, told = refusal(report, trace_file, "-o", trace_file.parent, "-f")
+    assert (code, "cannot be written" in told) == (1, True)
+
+
+def test_a_plan_alone_is_refused(report: Report, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text("{}")
+    code, told = refusal(report, tmp_path / "plan.json")
+    assert (code, "name a trace too" in told) == (2, True)
+
+
+def test_a_file_named_twice_is_refused(report: Report, trace_file: Path) -> None:
+    assert "is named twice" in refusal(report, trace_file, trace_file)[1]
+
+
+def test_traces_and_ledgers_are_tables_in_a_notebook_and_in_a_terminal() -> None:
+    trace = run()
+    console = Console(width=100, file=io.StringIO())
+    with console.capture() as captured:
+        console.print(trace)
+    assert "t: 2 allocations" in captured.get()
+    assert "66.7%" in captured.get()
+    assert "step 0, forward; gpu, simulated" in captured.get()
+    assert "66.7%" in trace._repr_html_()
+    assert "&lt;b&gt;" in run(target="<b>")._repr_html_()
