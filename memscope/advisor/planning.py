@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -65,6 +66,14 @@ class Planning:
     def knows(self, strategies: str) -> bool:
         """Whether the blocks were measured with these strategies."""
         return strategies in self._costs
+
+    def promise(self, reference: Reference) -> float:
+        """Estimated time of a step with the cheapest plan, before that is simulated; infinite where none fits."""
+        try:
+            chosen = plan(self._measured(reference).chain(), self.budget_bytes - self.device.context_bytes)
+        except NothingFits:
+            return math.inf
+        return reference.none_seconds + chosen.nanoseconds / 1e9
 
     def within(self, reference: Reference) -> Found | None:
         """The cheapest plan that fits the budget; None where none does.

@@ -65,8 +65,9 @@ class Search:
         faster = [text for text in by_time if self.best is None or seconds_of(self.plain[text]) < self.best.seconds]
         self._checkpoint([text for text in faster if text not in fitting][:_MOST_FULL])
         planned = [text for text in faster if text in self.references and fits(self.references[text].full)]
-        for text in planned[:_MOST_PLANNED]:
-            if self.best is None or seconds_of(self.plain[text]) < self.best.seconds:
+        promised = [(self.planning.promise(self.references[text]), text) for text in planned[:_MOST_PLANNED]]
+        for seconds, text in sorted(promised):
+            if self.best is None or seconds < self.best.seconds:
                 self._take(self.planning.within(self.references[text]))
 
     def least(self) -> Found:
