@@ -143,6 +143,7 @@ class Memory:
         return (min(end, self._taken[at]) if at < len(self._taken) else end) - address
 
     def take(self, address: int, size: int) -> None:
+        """A block of `size` bytes begins at an address."""
         insort(self._taken, address)
         self.sizes[address] = size
 
@@ -154,6 +155,7 @@ class Memory:
         return self.sizes.pop(address)
 
     def largest_free(self) -> int:
+        """Bytes of the largest range in a segment that no block takes."""
         largest = 0
         for start in self._starts:
             end, at = self._ends[start], bisect_left(self._taken, start)
