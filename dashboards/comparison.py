@@ -9,13 +9,13 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from memscope.alive import by_module_together
 from memscope.dashboards.downsample import shown_events
 from memscope.dashboards.palette import LIGHT, Theme, dressed, themed
 from memscope.dashboards.timeline import moment, shown_categories, unit_of
+from memscope.diff import Difference, diff
 from memscope.effects import Run
 from memscope.errors import UsageError
-from memscope.trace import CATEGORIES, Category, Trace
+from memscope.trace import Category, Trace
 from memscope.units import format_bytes, format_change
 
 __all__ = ["difference", "small_multiples"]
@@ -101,22 +101,27 @@ def _plain(label: str) -> str:
     return label.replace("&", "&amp;").replace("<", "&lt;")
 
 
-def difference(before: Trace, after: Trace, theme: Theme = LIGHT) -> go.Figure:
+def difference(before: Trace, after: Trace, theme: Theme = LIGHT, *, found: Difference | None = None) -> go.Figure:
     """What grew and what shrank at the peak, by category and by module; layers are counted together.
 
     Each run is taken at its own peak. The categories sum to the difference of the peaks; of the modules the largest
     changes are shown.
 
+    Args:
+        before: the first run.
+        after: the second.
+        theme: colours.
+        found: what `memscope.diff.diff` found between them, if it is there.
+
     Raises:
         UsageError: when a trace is empty.
     """
-    old, new = before.by_category(), after.by_category()
-    categories = {name: new[name] - old[name] for name in CATEGORIES if new[name] != old[name]}
-    old_modules, new_modules = by_module_together(before), by_module_together(after)
-    modules = {name: new_modules.get(name, 0) - old_modules.get(name, 0) for name in old_modules | new_modules}
-    largest = sorted(filter(modules.get, modules), key=lambda name: -abs(modules[name]))[:_TOP_MODULES]
-    bars: list[tuple[str, int, str]] = [(name, change, LIGHT.categories[name]) for name, change in categories.items()]
-    bars += [(_plain(_short(name)), modules[name], LIGHT.muted) for name in largest]
+    found = found or diff(before, after)
+    categories = {name: one.change for name, one in found.categories.items()}
+    modules = [(name, one.change) for name, one in found.modules.items()][:_TOP_MODULES]
+    colours: dict[str, str] = dict(LIGHT.categories.items())
+    bars = [(name, change, colours[name]) for name, change in categories.items()]
+    bars += [(_plain(_short(name)), change, LIGHT.muted) for name, change in modules]
     most = max((abs(change) for _, change, _ in bars), default=1)
     unit, scale = unit_of(most)
     figure = go.Figure(_changes(bars, scale))
@@ -137,7 +142,7 @@ def difference(before: Trace, after: Trace, theme: Theme = LIGHT) -> go.Figure:
         )
     )  # fmt: skip
     figure.add_vline(0, line={"color": LIGHT.text, "width": 1})
-    if categories and largest:
+    if categories and modules:
         figure.add_hline(len(categories) - 0.5, line={"color": LIGHT.grid, "width": 1})
     return themed(figure, theme)
 

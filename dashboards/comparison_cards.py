@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
+from typing import Any
 
 from memscope.agreement import agreements
 from memscope.dashboards.comparison import difference, small_multiples
-from memscope.dashboards.html import card, figure_box, table
+from memscope.dashboards.html import card, figure_box, swatch, table
 from memscope.dashboards.timeline import moment
+from memscope.diff import Difference, diff
 from memscope.effects import ROWS, TITLES, Run, Table1
 from memscope.ledger import ledger
 from memscope.units import format_bytes, format_change
 
 __all__ = ["comparison_cards", "effects_card"]
+
+_TOP = 8
+"""Settings, and kinds of allocations, that are listed of a difference."""
+_LONGEST_VALUE = 60
 
 
 def comparison_cards(runs: Sequence[Run]) -> list[str]:
@@ -75,7 +81,38 @@ def _differences(runs: Sequence[Run]) -> str:
     first, *others = runs
     parts = []
     for run in others:
-        change = run.trace.peak.allocated_bytes - first.trace.peak.allocated_bytes
-        label = f"{run.label} against {first.label}: {format_change(change)}, each at its own peak"
-        parts.append(f"<h3>{escape(label)}</h3>{figure_box(difference(first.trace, run.trace), label)}")
+        found = diff(first.trace, run.trace)
+        label = f"{run.label} against {first.label}: {format_change(found.peak.change)}, each at its own peak"
+        parts.append(f"<h3>{escape(label)}</h3>{_settings(found)}")
+        if found:
+            parts.append(figure_box(difference(first.trace, run.trace, found=found), label))
+            parts.append(_allocations(found))
     return card("".join(parts), key="differences", title="What grew and what shrank")
+
+
+def _settings(found: Difference) -> str:
+    """What was set otherwise, which is the reason as far as it is known."""
+    words = [f"{one.name} {_value(one.before)} → {_value(one.after)}" for one in found.settings[:_TOP]]
+    return f'<p class="hint">Set otherwise: {escape("; ".join(words))}</p>' if words else ""
+
+
+def _value(value: Any) -> str:
+    text = ", ".join(map(str, value)) or "none" if isinstance(value, list | tuple) else str(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 1]}…"
+
+
+def _allocations(found: Difference) -> str:
+    rows = [
+        [
+            one.kind,
+            f"{one.count:,}",
+            format_change(one.change),
+            f"{swatch(one.category)}{one.category}",
+            f"<code>{escape(one.module)}</code>",
+            f"<code>{escape(one.op)}</code>",
+            one.phase,
+        ]
+        for one in found.allocations[:_TOP]
+    ]
+    headers = ("", "number", "change", "category", "module", "operator", "born in")
+    return table(headers, rows, "Allocations that changed most", "allocations changes")

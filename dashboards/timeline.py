@@ -228,16 +228,17 @@ def _limit_in_sight(trace: Trace) -> int | None:
 def _mark_limit(figure: go.Figure, trace: Trace, limit: int, scale: int) -> None:
     line = {"color": LIGHT.accent, "width": 1.2, "dash": "dot"}
     figure.add_shape(type="line", xref="paper", x0=0, x1=1, y0=limit / scale, y1=limit / scale, line=line)
+    # Under its line, where the note of the peak never is.
     figure.add_annotation(
-        xref="paper", x=0, xanchor="left", y=limit / scale, yanchor="bottom", showarrow=False,
-        text=f"can be reserved: {format_bytes(limit)}", font={"color": LIGHT.accent},
+        xref="paper", x=0, xanchor="left", y=limit / scale, yanchor="top", showarrow=False,
+        text=f"can be reserved: {format_bytes(limit)}", font={"color": LIGHT.accent}, bgcolor=LIGHT.surface,
     )  # fmt: skip
     out = trace.meta.get("out_of_memory")
     if out:
         figure.add_vline(out["event"], line=line)
         figure.add_annotation(
-            x=out["event"], y=limit / scale, text="runs out here", ax=0, ay=-24, font={"color": LIGHT.accent},
-            arrowcolor=LIGHT.accent, bgcolor=LIGHT.surface,
+            x=out["event"], yref="paper", y=0.14, yanchor="bottom", text="runs out here", showarrow=False,
+            font={"color": LIGHT.accent}, bgcolor=LIGHT.surface,
         )  # fmt: skip
 
 

@@ -26,8 +26,8 @@ PICTURES = ROOT / "docs" / "pictures"
 TARGET = ROOT / "targets" / "llama2"
 DEVICE = "a100-40gb"
 MOST_BYTES = 150_000
-WIDTH, PHONE_WIDTH = 1200, 400
-QUALITY = 78
+WIDTH, PHONE_WIDTH = 1240, 400
+QUALITY = 72
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ def _peaks(runs: Sequence[Run]) -> Table:
     table = _empty_table("Allocated at the peak", [run.label for run in runs])
     peaks = [run.trace.peak for run in runs]
     table.add_row("peak", *(Text(format_bytes(p.allocated_bytes), style="bold") for p in peaks))
-    table.add_row("at", *(f"step {p.step}, {p.phase}" for p in peaks), end_section=True)
+    table.add_row("at", *(p.phase if p.step < 0 else f"step {p.step}, {p.phase}" for p in peaks), end_section=True)
     columns = [run.trace.by_category() for run in runs]
     for category in CATEGORIES:
         if any(column[category] for column in columns):

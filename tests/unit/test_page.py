@@ -56,7 +56,8 @@ def hostile_runs() -> list[Run]:
         "versions": {"torch": HOSTILE}, "inferred": [HOSTILE], "imported": {"notes": [HOSTILE]},
     }  # fmt: skip
     trace = dataclasses.replace(small(), modules=(HOSTILE,) * 4, ops=(HOSTILE,) * 3, meta=meta)
-    return [Run(HOSTILE, trace), Run(HOSTILE, trace)]
+    other = dataclasses.replace(trace, size=2 * trace.size, meta={**meta, "strategies": [HOSTILE * 2]})
+    return [Run(HOSTILE, trace), Run(HOSTILE, other)]
 
 
 def test_no_text_of_a_trace_becomes_markup() -> None:
@@ -160,6 +161,14 @@ def test_several_runs_are_drawn_on_the_same_axes_and_compared_with_the_first() -
     # 3.5 against 7 GiB.
     assert "half against plain: -3.50 GiB, each at its own peak" in page
     assert "All runs on the same axes" not in page_of()
+
+
+def test_what_was_set_otherwise_is_named_with_the_allocations_that_changed() -> None:
+    double = dataclasses.replace(small(strategies=["lora"]), size=2 * small().size)
+    page = page_of(Run("plain", small(strategies=[])), Run("double", double))
+    assert "Set otherwise: strategies none → lora" in page
+    # At the peak a parameter and a gradient of 3 GiB each, which are 6 GiB in the other run.
+    assert "+3.00 GiB</td>" in page
 
 
 def test_table_1_stands_above_the_runs_with_what_it_rests_on() -> None:

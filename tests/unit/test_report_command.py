@@ -6,6 +6,8 @@ import csv
 import io
 import json
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from traces import TraceBuilder
 
 from memscope.cli.main import main
 from memscope.dashboards.demo import training_run
+from memscope.ledger import Ledger, Line
 from memscope.trace import SCHEMA_VERSION, Trace
 
 GIB = 2**30
@@ -232,13 +235,30 @@ def test_a_file_named_twice_is_refused(report: Report, trace_file: Path) -> None
     assert "is named twice" in refusal(report, trace_file, trace_file)[1]
 
 
-def test_traces_and_ledgers_are_tables_in_a_notebook_and_in_a_terminal() -> None:
-    trace = run()
-    console = Console(width=100, file=io.StringIO())
-    with console.capture() as captured:
-        console.print(trace)
-    assert "t: 2 allocations" in captured.get()
-    assert "66.7%" in captured.get()
-    assert "step 0, forward; gpu, simulated" in captured.get()
-    assert "66.7%" in trace._repr_html_()
+def test_a_trace_is_a_table_in_a_notebook_and_in_a_terminal() -> None:
+    out = io.StringIO()
+    Console(width=100, file=out).print(run())
+    for text in ("t: 2 allocations", "66.7%", "step 0, forward; gpu, simulated"):
+        assert text in out.getvalue()
+    assert "66.7%" in run()._repr_html_()
     assert "&lt;b&gt;" in run(target="<b>")._repr_html_()
+    assert TraceBuilder().trace()._repr_html_()
+
+
+def test_a_ledger_is_a_table_in_a_notebook_and_in_a_terminal() -> None:
+    found = Ledger((Line("device", 2**30, 3 * 2**30, "nvidia-smi", estimate=True),), "a note")
+    out = io.StringIO()
+    Console(width=100, file=out).print(found)
+    for text in ("device (estimate)", "+1.00 GiB", "3.00 GiB", "nvidia-smi", "a note"):
+        assert text in out.getvalue()
+        assert text in found._repr_html_()
+
+
+def test_a_report_of_one_trace_needs_no_torch(trace_file: Path) -> None:
+    script = (
+        "import sys\nfrom memscope.cli.main import main\n"
+        "try:\n    main(['report', sys.argv[1]])\n"
+        "except SystemExit as ended:\n    print(ended.code, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(trace_file)], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "0 False"

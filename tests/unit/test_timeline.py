@@ -307,7 +307,8 @@ def test_where_memory_runs_out_is_marked() -> None:
     meta = {"capacity": 7 * GIB, "context": 0, "out_of_memory": {"event": 4}}
     figure = timeline(with_allocator([GIB * 8] * 6, **meta))
     (note,) = [note for note in figure.layout.annotations if note.text == "runs out here"]
-    assert (note.x, note.y) == (4, 7)
+    assert note.x == 4
+    assert 4 in [shape.x0 for shape in figure.layout.shapes]
 
 
 def test_the_peak_of_reserved_memory_is_always_shown() -> None:
