@@ -11,15 +11,16 @@ import torch
 from memscope.advisor.advice import Advice, Certificate, FrontPoint, Peak, binding_of, in_words
 from memscope.advisor.combinations import combinations, forbidden, require_known
 from memscope.advisor.planning import Found, device_bytes
-from memscope.advisor.reference import Blocks, full_probe, layer_plan, seconds_of
+from memscope.advisor.reference import Blocks, full_probe, seconds_of, uniform
 from memscope.advisor.runner import Asker, InProcess, Progress, Runner, Seen
 from memscope.advisor.search import Search
 from memscope.errors import UsageError
+from memscope.hooks.steps import build_workload
 from memscope.simulation.allocator import AllocatorSettings
 from memscope.simulation.device_memory import least_reserved
 from memscope.simulation.devices import Device, get_device
 from memscope.strategies import Plan
-from memscope.strategies.layer_plan import described
+from memscope.strategies.layer_plan import made_for
 from memscope.trace import Trace
 from memscope.units import format_bytes, parse_bytes
 from memscope.workload import Workload
@@ -57,7 +58,7 @@ def advise(
     workload: Workload | Callable[[], Workload],
     *,
     budget: int | str,
-    device: str | Device = DEFAULT_DEVICE,
+    device: str | Device | None = None,
     strategies: str | Plan = "",
     allow: Collection[str] = (),
     blocks: str = "",
@@ -70,7 +71,8 @@ def advise(
     Args:
         workload: what to train, or a function that builds it.
         budget: what the device must hold, CUDA context included: bytes, or text such as `40GB` or `90%`.
-        device: the device whose kernels and rates are assumed; a name that `memscope devices` lists.
+        device: the device whose kernels and rates are assumed, a name that `memscope devices` lists; None: see
+            `DEFAULT_DEVICE`.
         strategies: a plan that is applied in any case.
         allow: names of strategies that change the mathematics and may be used; all others are.
         blocks: name of the list of modules to choose from; empty: the largest list of modules of one class.
@@ -82,8 +84,8 @@ def advise(
         UsageError: when budget, device or strategies cannot be used, or the model's blocks form no chain.
         TargetError: when the target's code fails, or cannot be simulated.
     """
-    named = isinstance(device, Device) or device != DEFAULT_DEVICE
-    device = get_device(device) if isinstance(device, str) else device
+    named = device is not None
+    device = device if isinstance(device, Device) else get_device(device or DEFAULT_DEVICE)
     budget_bytes = budget_of(budget, device, named=named) if isinstance(budget, str) else budget
     if budget_bytes <= 0:
         raise UsageError(f"a budget of {budget_bytes} bytes: expected a positive size, for example 40GB")
@@ -99,7 +101,7 @@ def advise(
         built = workload
     else:
         with torch.device("meta"):
-            built = workload()
+            built = build_workload(workload)
     always.check(built)
     chain = Blocks.of(built.model, blocks)
     asker = Asker(runner or InProcess(workload, device, settings), progress or (lambda what, done, needed: None))
@@ -148,14 +150,8 @@ def _advice(search: Search, built: Workload, helps: Mapping[str, Plan], *, inter
         front=_front(search, shown, more=not interrupted),
         simulated=len(search.plain),
         combinations=len(search.plain),
-        notes=tuple(_scattered(shown.seen.trace, peak, settings)),
-        made_for={
-            "target": built.name,
-            "settings": built.settings,
-            "strategies": Plan.parse(reference.strategies).specs,
-            "device": device.name,
-            "model": described(built.model, search.blocks.names),
-        },
+        notes=(*search.planning.refused, *_scattered(shown.seen.trace, peak, settings)),
+        made_for=made_for(built, search.blocks.names, Plan.parse(reference.strategies).specs, device.name),
         trace=shown.seen.trace,
     )
 
@@ -182,12 +178,13 @@ def _scattered(trace: Trace, peak: Peak, settings: AllocatorSettings) -> list[st
 def _would_help(search: Search, plans: Mapping[str, Plan]) -> str:
     """Which strategies that were not allowed would make the step fit, or come nearest."""
     found = search.simulated(plans.values())
+    large = [text for text, seen in found.items() if device_bytes(seen) > search.budget_bytes]
+    probes = [full_probe(text, search.blocks, search.budget_bytes) for text in large]
+    full = dict(zip(large, search.ask("every block checkpointed", probes), strict=True))
     lines = []
     for name, text in ((name, str(plan)) for name, plan in plans.items() if str(plan) in found):
-        needed = device_bytes(found[text])
-        if needed > search.budget_bytes:
-            (full,) = search.ask("every block checkpointed", [full_probe(text, search.blocks, search.budget_bytes)])
-            needed = min(needed, device_bytes(full)) if isinstance(full, Seen) else needed
+        answers = [seen for seen in (found[text], full.get(text)) if isinstance(seen, Seen)]
+        needed = min(map(device_bytes, answers))
         fitting = "fits" if needed <= search.budget_bytes else "does not fit either"
         lines.append(f"--allow {name}: {format_bytes(needed)}, {fitting}")
     return "; ".join(lines)
@@ -199,10 +196,10 @@ def _front(search: Search, shown: Found, *, more: bool) -> tuple[FrontPoint, ...
     if more and search.planning.knows(shown.strategies):
         points += map(_point, search.planning.between(search.references[shown.strategies], _FRONT_PLANS))
     for text, seen in search.plain.items():
-        points.append(_point(Found(text, None, seen, *[seconds_of(seen)] * 3)))
+        points.append(_point(Found(text, None, seen, *[seconds_of(seen)] * 2)))
     for text, reference in search.references.items():
-        every = layer_plan(search.blocks.names, {})
-        points.append(_point(Found(text, every, reference.full, *[reference.full_seconds] * 3)))
+        every = uniform(search.blocks.names, "full")
+        points.append(_point(Found(text, every, reference.full, *[reference.full_seconds] * 2)))
     points.sort(key=lambda point: (point.peak.device, point.step_seconds))
     kept: list[FrontPoint] = []
     for point in points:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from memscope.advisor.chain import Chain, Choice
 from memscope.advisor.options import Call, saving_options
 from memscope.advisor.probe import BlockSeen, ChainSeen, look, rounded
-from memscope.advisor.reference import Reference, groups_of, layer_plan
+from memscope.advisor.reference import Reference, groups_of, layer_plan, uniform
 from memscope.advisor.runner import Answer, Probe, Seen
 from memscope.errors import MemscopeError
 from memscope.simulation.cost import operator_costs, transfer_seconds
@@ -77,7 +77,7 @@ class BlockCosts:
         """The choices as the planner takes them; the most of the micro-batches that decide."""
         reference, classes = self.reference, self.reference.classes
         full = reference.full_chains
-        around = self.around or _Around.of(reference.full, layer_plan(reference.blocks.names, {}), full)
+        around = self.around or _Around.of(reference.full, uniform(reference.blocks.names, "full"), full)
         by_kind: dict[Kind, list[str]] = defaultdict(list)
         for kind, option in self.measured:
             by_kind[kind].append(option)

@@ -7,7 +7,6 @@ torchtune's recipe configurations (`llama3_2/1B_lora_single_device`). What a too
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 from memscope.advisor.advice import Advice, in_words
 from memscope.strategies import Plan, Strategy
@@ -43,7 +42,7 @@ def _hf(advice: Advice, strategies: Strategies) -> Iterator[str]:
     if "ga" in strategies:
         yield f"gradient_accumulation_steps={strategies['ga'].config.steps},"
     if "amp" in strategies:
-        yield f"{_short(strategies['amp'].config.dtype)}=True,"
+        yield f"{strategies['amp'].config.dtype}=True,"
     if "adamw" in strategies:
         yield f'optim="{"adamw_torch_fused" if strategies["adamw"].config.fused else "adamw_torch"}",'
     if _whole(advice):
@@ -78,7 +77,7 @@ def _axolotl(advice: Advice, strategies: Strategies) -> Iterator[str]:
     if "ga" in strategies:
         yield f"gradient_accumulation_steps: {strategies['ga'].config.steps}"
     if "amp" in strategies:
-        yield f"{_short(strategies['amp'].config.dtype)}: true"
+        yield f"{strategies['amp'].config.dtype}: true"
     if "bf16" in strategies:
         yield from ("bf16: true", "bfloat16: true")
     if "adamw" in strategies:
@@ -119,10 +118,6 @@ _TOOLS: dict[str, Callable[[Advice, Strategies], Iterator[str]]] = {
     "peft": _peft, "axolotl": _axolotl, "hf": _hf, "torchtune": _torchtune
 }  # fmt: skip
 TOOLS = tuple(_TOOLS)
-
-
-def _short(dtype: Any) -> str:
-    return str(dtype)
 
 
 def _whole(advice: Advice) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from memscope.advisor.blocks import BlockCosts, measure
 from memscope.advisor.planner import CheckpointPlan, NothingFits, evaluate, front, minimum_budget, plan
 from memscope.advisor.probe import rounded
-from memscope.advisor.reference import Reference, layer_plan
+from memscope.advisor.reference import Reference, layer_plan, uniform
 from memscope.advisor.runner import Answer, Probe, Seen
 from memscope.errors import MemscopeError
 from memscope.simulation.allocator import AllocatorSettings
@@ -37,10 +37,8 @@ class Found:
     seen: Seen
     seconds: float
     """Estimated time of a step."""
-    none_seconds: float
-    """The same without checkpointing."""
     lower_bound_seconds: float
-    """No plan for the same strategies that fits makes the step shorter."""
+    """No plan for the same strategies and the budget it was made for makes the step shorter."""
 
 
 def fits(seen: Seen) -> bool:
@@ -61,7 +59,14 @@ class Planning:
     device: Device
     allocator: AllocatorSettings
     budget_bytes: int
+    refused: list[str] = field(default_factory=list)
+    """Plans whose simulation did not show what was predicted, also after that had corrected the costs."""
     _costs: dict[str, BlockCosts] = field(default_factory=dict)
+
+    @property
+    def _limit(self) -> int:
+        """What the allocator may hold."""
+        return self.budget_bytes - self.device.context_bytes
 
     def knows(self, strategies: str) -> bool:
         """Whether the blocks were measured with these strategies."""
@@ -70,7 +75,7 @@ class Planning:
     def promise(self, reference: Reference) -> float:
         """Estimated time of a step with the cheapest plan, before that is simulated; infinite where none fits."""
         try:
-            chosen = plan(self._measured(reference).chain(), self.budget_bytes - self.device.context_bytes)
+            chosen = plan(self._measured(reference).chain(), self._limit)
         except NothingFits:
             return math.inf
         return reference.none_seconds + chosen.nanoseconds / 1e9
@@ -83,7 +88,7 @@ class Planning:
         less of it.
         """
         costs = self._measured(reference)
-        allowed = limit = self.budget_bytes - self.device.context_bytes
+        allowed = self._limit
         whole = False
         for _ in range(_MOST_ROUNDS):
             try:
@@ -94,15 +99,20 @@ class Planning:
             peak = _rounded_peak(seen)
             if peak != chosen.peak_bytes:
                 costs = self._costs[reference.strategies] = costs.settle(layers, seen)
-                if evaluate(costs.chain(), chosen.choices).peak_bytes != peak:
+                expected = evaluate(costs.chain(), chosen.choices).peak_bytes
+                if expected != peak:
+                    self.refused.append(
+                        f"{reference.strategies or 'no strategy'}: a checkpoint plan was predicted to peak at "
+                        f"{expected} bytes, its simulation shows {peak}: refused"
+                    )
                     return None
             elif not fits(seen):
-                lacks = least_reserved(seen.trace, self.allocator) - limit
+                lacks = least_reserved(seen.trace, self.allocator) - self._limit
                 allowed = min(allowed, peak) - max(lacks, _LEAST_CUT)
             elif not whole:
                 whole = True  # the telling micro-batches say yes: now all of them
             else:
-                bound = plan(costs.chain(), limit).lower_bound_nanoseconds
+                bound = plan(costs.chain(), self._limit).lower_bound_nanoseconds
                 return _found(reference, chosen, layers, seen, bound)
         return None
 
@@ -121,17 +131,17 @@ class Planning:
             costs = self._costs[reference.strategies] = costs.settle(layers, seen)
         planned = _found(reference, chosen, layers, seen, chosen.nanoseconds)
         seconds = reference.full_seconds
-        every = layer_plan(reference.blocks.names, {})
-        full = Found(reference.strategies, every, reference.full, seconds, reference.none_seconds, seconds)
+        full = Found(reference.strategies, uniform(reference.blocks.names, "full"), reference.full, seconds, seconds)
         return min(planned, full, key=lambda found: least_reserved(found.seen.trace, self.allocator))
 
     def whole(self, reference: Reference, found: Found) -> Found:
-        """A plan simulated with every micro-batch."""
+        """A plan simulated with every micro-batch, and held against what else would fit the budget."""
+        bound = plan(self._measured(reference).chain(), self._limit).lower_bound_nanoseconds
         assert found.layers is not None, "a plan of the planner has layers"
         (answer,) = self.ask("the plan", [self._probe(reference, found.layers, whole=True)])
         if isinstance(answer, MemscopeError):
             raise answer
-        return replace(found, seen=answer)
+        return replace(found, seen=answer, lower_bound_seconds=reference.none_seconds + bound / 1e9)
 
     def between(self, reference: Reference, count: int) -> list[Found]:
         """Plans for budgets from the least that will do to what no checkpointing takes."""
@@ -181,7 +191,6 @@ def _found(reference: Reference, chosen: CheckpointPlan, layers: LayerPlan, seen
         layers=layers,
         seen=seen,
         seconds=reference.none_seconds + chosen.nanoseconds / 1e9,
-        none_seconds=reference.none_seconds,
         lower_bound_seconds=reference.none_seconds + bound / 1e9,
     )
 

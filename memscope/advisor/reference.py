@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -17,7 +17,7 @@ from memscope.strategies.ckpt_layers import named_layers
 from memscope.strategies.layer_plan import LayerPlan
 from memscope.trace import Phase
 
-__all__ = ["Blocks", "Reference", "full_probe", "groups_of", "layer_plan", "none_probe", "seconds_of"]
+__all__ = ["Blocks", "Reference", "full_probe", "groups_of", "layer_plan", "none_probe", "seconds_of", "uniform"]
 
 _ONCE: tuple[Phase, ...] = ("optimizer", "zero_grad", "outside")
 """Phases that come once a step, however many micro-batches it has."""
@@ -59,10 +59,13 @@ class Blocks:
         return cls(tuple(layers), tuple(tuple(child_options(layer)) for layer in layers.values()), note)
 
 
-def layer_plan(names: Sequence[str], options: Mapping[str, str] | Sequence[tuple[str, int]]) -> LayerPlan:
-    """A plan from `{name: option}`, others `full`; or from options in order, with the number of blocks each covers."""
-    if isinstance(options, Mapping):
-        return LayerPlan({name: options.get(name, "full") for name in names}, {})
+def uniform(names: Sequence[str], option: str) -> LayerPlan:
+    """The plan with one option for every block."""
+    return layer_plan(names, [(option, 1)] * len(names))
+
+
+def layer_plan(names: Sequence[str], options: Sequence[tuple[str, int]]) -> LayerPlan:
+    """A plan from options in order, with the number of blocks each covers."""
     layers: dict[str, str] = {}
     for option, length in options:
         head = names[len(layers)]
@@ -126,12 +129,12 @@ class Reference:
     @cached_property
     def none_chains(self) -> list[ChainSeen]:
         """The blocks without checkpointing, in each deciding micro-batch."""
-        return self.look(self.none, layer_plan(self.blocks.names, dict.fromkeys(self.blocks.names, "none")), 1)
+        return self.look(self.none, uniform(self.blocks.names, "none"), 1)
 
     @cached_property
     def full_chains(self) -> list[ChainSeen]:
         """The blocks, each checkpointed as a whole, in each deciding micro-batch."""
-        return self.look(self.full, layer_plan(self.blocks.names, {}), 1)
+        return self.look(self.full, uniform(self.blocks.names, "full"), 1)
 
     def is_alike(self, other: Reference) -> bool:
         """Whether the blocks take the same with other strategies: these only change what lies around them."""
@@ -176,4 +179,4 @@ def none_probe(strategies: str, blocks: Blocks, capacity_bytes: int) -> Probe:
 
 def full_probe(strategies: str, blocks: Blocks, capacity_bytes: int) -> Probe:
     """The simulation of a step in which every block is checkpointed as a whole."""
-    return replace(none_probe(strategies, blocks, capacity_bytes), layers=layer_plan(blocks.names, {}))
+    return replace(none_probe(strategies, blocks, capacity_bytes), layers=uniform(blocks.names, "full"))

@@ -12,11 +12,12 @@ from memscope.advisor.planning import Planning
 from memscope.advisor.reference import Blocks, Reference, full_probe, none_probe
 from memscope.advisor.runner import Answer, Asker, Progress, Scene, Seen, side_by_side
 from memscope.errors import GateFailed, MemscopeError, UsageError
+from memscope.hooks.steps import build_workload
 from memscope.simulation.allocator import AllocatorSettings
 from memscope.simulation.devices import Device
 from memscope.strategies import Plan, Strategy
 from memscope.strategies.ckpt import Checkpoint
-from memscope.strategies.layer_plan import LayerPlan, described
+from memscope.strategies.layer_plan import LayerPlan, made_for
 from memscope.units import format_bytes
 
 __all__ = ["is_auto", "resolve"]
@@ -45,7 +46,7 @@ def resolve(plan: Plan, scene: Scene, device: Device, path: Path, progress: Prog
         )
     budget_bytes = budget_of(auto.config.budget, device, named=True)
     with torch.device("meta"):
-        workload = scene.build()
+        workload = build_workload(scene.build)
     blocks = Blocks.of(workload.model, auto.config.blocks)
     text = str(others)
     with side_by_side(scene) as runner:
@@ -65,14 +66,8 @@ def resolve(plan: Plan, scene: Scene, device: Device, path: Path, progress: Prog
                 "needed; memscope advise also looks for other strategies"
             )
     assert found.layers is not None, "a plan of the planner has layers"
-    made_for = {
-        "target": workload.name,
-        "settings": workload.settings,
-        "strategies": others.specs,
-        "device": device.name,
-        "model": described(workload.model, blocks.names),
-    }
-    LayerPlan(found.layers.layers, made_for).save(path, overwrite=overwrite)
+    origin = made_for(workload, blocks.names, others.specs, device.name)
+    LayerPlan(found.layers.layers, origin).save(path, overwrite=overwrite)
     return Plan.of(*others.strategies, Checkpoint(Checkpoint.Config(plan=str(path))))
 
 

@@ -141,4 +141,4 @@ class Search:
         if isinstance(answer, MemscopeError):
             raise answer
         seconds = seconds_of(self.plain[text])
-        return self._take(Found(text, None, answer, seconds, seconds, seconds))
+        return self._take(Found(text, None, answer, seconds, seconds))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from memscope.errors import UsageError
 from memscope.strategies import Problem
 from memscope.strategies.ckpt_options import Option, check_segments
 from memscope.trace import write_whole
+from memscope.workload import Workload
 
-__all__ = ["SCHEMA_VERSION", "LayerPlan", "described"]
+__all__ = ["SCHEMA_VERSION", "LayerPlan", "described", "made_for"]
 
 SCHEMA_VERSION = 1
 _FORMAT = "memscope-checkpoint-plan"
@@ -139,6 +140,17 @@ class LayerPlan:
 
 
 _EXPECTED = "expected a file written by memscope advise"
+
+
+def made_for(workload: Workload, layers: Iterable[str], strategies: Sequence[str], device: str) -> dict[str, Any]:
+    """What a plan keeps of the workload it was made for, which no strategy has changed yet."""
+    return {
+        "target": workload.name,
+        "settings": workload.settings,
+        "strategies": list(strategies),
+        "device": device,
+        "model": described(workload.model, layers),
+    }
 
 
 def described(model: nn.Module, layers: Iterable[str]) -> dict[str, Any]:

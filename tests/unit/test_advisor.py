@@ -19,7 +19,7 @@ from memscope.advisor.advise import advise, budget_of
 from memscope.advisor.emit import TOOLS, emit
 from memscope.advisor.probe import rounded
 from memscope.advisor.runner import telling
-from memscope.errors import UsageError
+from memscope.errors import TargetError, UsageError
 from memscope.simulation.allocator import AllocatorSettings, replay
 from memscope.simulation.devices import get_device
 from memscope.strategies import Plan, Stage
@@ -252,6 +252,22 @@ def test_a_model_without_repeated_blocks_is_taken_apart_into_its_modules() -> No
     found = advise(mixed, budget="1GB", device=DEVICE)
     assert found.feasible
     assert any("no list of repeated blocks" in note for note in found.notes)
+
+
+def test_a_target_that_fails_is_told_in_words() -> None:
+    def broken() -> Workload:
+        raise RuntimeError("the data is gone")
+
+    with pytest.raises(TargetError, match=r"failed: RuntimeError: the data is gone \(at .*test_advisor\.py"):
+        advise(broken, budget="1GB", device=DEVICE)
+
+
+def test_a_plan_taken_for_want_of_a_better_one_is_not_called_the_best() -> None:
+    """What binds the bound is the budget, not the plan: a cheaper one that fits on paper keeps the gap open."""
+    found = advice(advice(2**20).minimum_bytes - CONTEXT)
+    assert found.certificate is not None
+    assert found.certificate.lower_bound_seconds <= found.step_seconds
+    assert found.certificate.lower_bound_seconds <= advice(BUDGETS[2]).step_seconds
 
 
 def test_a_workload_of_the_user_is_left_as_it_is() -> None:
