@@ -29,7 +29,6 @@ __all__ = ["DEFAULT_DEVICE", "advise", "budget_of"]
 
 DEFAULT_DEVICE = "a100-80gb"
 """Whose kernels and rates are assumed where no device is named."""
-_FRONT_PLANS = 4
 _WORTH_SAYING = 0.01
 """Share of the reserved memory that a saving must reach to be pointed out."""
 
@@ -194,7 +193,7 @@ def _front(search: Search, shown: Found, *, more: bool) -> tuple[FrontPoint, ...
     """The plans that were simulated and that no other beats in memory and time, least memory first."""
     points = [_point(shown)]
     if more and search.planning.knows(shown.strategies):
-        points += map(_point, search.planning.between(search.references[shown.strategies], _FRONT_PLANS))
+        points += map(_point, search.planning.between(search.references[shown.strategies]))
     for text, seen in search.plain.items():
         points.append(_point(Found(text, None, seen, *[seconds_of(seen)] * 2)))
     for text, reference in search.references.items():

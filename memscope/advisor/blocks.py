@@ -13,22 +13,20 @@ from dataclasses import dataclass, field, replace
 
 from memscope.advisor.chain import Chain, Choice
 from memscope.advisor.options import Call, saving_options
-from memscope.advisor.probe import BlockSeen, ChainSeen, look, rounded
-from memscope.advisor.reference import Reference, groups_of, layer_plan, uniform
-from memscope.advisor.runner import Answer, Probe, Seen
-from memscope.errors import MemscopeError
+from memscope.advisor.probe import BlockSeen, ChainSeen, rounded
+from memscope.advisor.reference import Reference, groups_of, layer_plan, outside_bytes, uniform
+from memscope.advisor.runner import Answer, Probe, Seen, require
 from memscope.simulation.cost import operator_costs, transfer_seconds
 from memscope.simulation.devices import Device
 from memscope.strategies.layer_plan import LayerPlan
-from memscope.trace import PHASES, Trace
+from memscope.trace import PHASES
 
 __all__ = ["BlockCosts", "measure"]
 
 _SEGMENTS = (2, 4)
 """Blocks that one checkpoint may cover."""
 _RARE = 0.1
-"""Share of all blocks under which a class of them gets only every other choice of results to keep: each of its options
-takes a simulation of its own."""
+"""Share of all blocks under which a class of them gets fewer options: each takes a simulation of its own."""
 Kind = tuple[int, ...]
 """Classes of alike blocks that an option covers, one a block."""
 
@@ -58,7 +56,7 @@ class _Around:
             head_forward_bytes=max(chain.head_forward_bytes for chain in chains),
             head_backward_bytes=max(chain.head_backward_bytes for chain in chains),
             head_saves_input=any(chain.head_keeps_input for chain in chains),
-            fixed_bytes=_outside(seen.trace, groups_of(plan)),
+            fixed_bytes=outside_bytes(seen.trace, groups_of(plan)),
         )
 
 
@@ -177,16 +175,15 @@ def measure(ask: Callable[[Sequence[Probe]], list[Answer]], found: Reference, de
     probes = [Probe(found.strategies, plan, calls_of=names, steps=found.steps, whole=False) for plan in plans]
     measured: dict[tuple[Kind, str], Measured] = {}
     for plan, batch, answer in zip(plans, batches, ask(probes), strict=True):
-        if isinstance(answer, MemscopeError):
-            raise answer
-        chains = found.look(answer, plan, found.steps - 1)
+        seen = require(answer)
+        chains = found.look(seen, plan, found.steps - 1)
         groups = groups_of(plan)
         heads = {group[0]: index for index, group in enumerate(groups)}
         for start, (kind, option) in batch.items():
             index = heads[names[start]]
             measured[kind, option] = Measured(
                 tuple(chain.blocks[index] for chain in chains),
-                found.seconds(answer, groups[index], found.steps - 1),
+                found.seconds(seen, groups[index], found.steps - 1),
             )
     for (kind, option), one in measured.items():
         if option == "offload":
@@ -209,10 +206,10 @@ def _tasks(found: Reference, *, offload: bool) -> Iterable[tuple[Kind, str]]:
     classes = found.classes
     for number in dict.fromkeys(classes):
         block = classes.index(number)
-        saving = _saving(found, block)
+        saving, children = _saving(found, block), found.blocks.children[block]
         if classes.count(number) < _RARE * len(classes):
-            saving = saving[1::2]
-        options = ["none", "full", *found.blocks.children[block], *saving]
+            saving, children = saving[len(saving) // 2 :][:1], ()
+        options = ["none", "full", *children, *saving]
         options += ["offload"] if offload else []
         for option in options:
             yield (number,), option
@@ -283,12 +280,3 @@ def _probe_plan(names: Sequence[str], batch: Mapping[int, tuple[Kind, str]]) -> 
         options.append((option, len(kind)))
         block += len(kind)
     return layer_plan(names, options)
-
-
-def _outside(trace: Trace, groups: Sequence[Sequence[str]]) -> int:
-    """Most allocated where no option changes anything: before and after the blocks, and in the optimizer."""
-    allocated = replace(trace, size=rounded(trace)).allocated.copy()
-    for step, micro_batch in {(row["step"], row["micro_batch"]) for row in trace.meta["calls"]}:
-        first, last = look(trace, groups, step=step, micro_batch=micro_batch).span
-        allocated[first:last] = 0
-    return int(allocated.max(initial=0))

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from memscope.advisor.blocks import BlockCosts, measure
+from memscope.advisor.chain import Chain
 from memscope.advisor.planner import CheckpointPlan, NothingFits, evaluate, front, minimum_budget, plan
 from memscope.advisor.probe import rounded
 from memscope.advisor.reference import Reference, layer_plan, uniform
-from memscope.advisor.runner import Answer, Probe, Seen
-from memscope.errors import MemscopeError
+from memscope.advisor.runner import Asker, Probe, Seen, require
 from memscope.simulation.allocator import AllocatorSettings
 from memscope.simulation.device_memory import least_reserved
 from memscope.simulation.devices import Device
 from memscope.strategies.layer_plan import LayerPlan
 
-__all__ = ["Ask", "Found", "Planning", "device_bytes", "fits"]
+__all__ = ["Found", "Planning", "device_bytes", "fits"]
 
-Ask = Callable[[str, Sequence[Probe]], list[Answer]]
-"""`ask(what for, probes)` gives their answers."""
-
+FRONT_PLANS = 4
+"""Plans of the Pareto front of memory against time that are simulated."""
 _MOST_ROUNDS = 6
 _LEAST_CUT = 2 * 2**20
 """By what the planner's budget is cut if a plan's memory is too scattered: a small segment of the allocator."""
@@ -55,7 +54,7 @@ def device_bytes(seen: Seen) -> int:
 class Planning:
     """Plans checkpoints; what was measured of the blocks is kept, and shared by strategies that leave them alone."""
 
-    ask: Ask
+    ask: Asker
     device: Device
     allocator: AllocatorSettings
     budget_bytes: int
@@ -80,22 +79,30 @@ class Planning:
             return math.inf
         return reference.none_seconds + chosen.nanoseconds / 1e9
 
-    def within(self, reference: Reference) -> Found | None:
+    def within(self, reference: Reference, *, look_ahead: bool = False) -> Found | None:
         """The cheapest plan that fits the budget; None where none does.
 
         A plan is believed when its simulation shows the peak that was predicted, to the byte. If it shows another one,
         it corrects the costs, and the planner is asked again. If the memory fits but is too scattered, the planner gets
-        less of it.
+        less of it; where simulations run side by side, it also plans at once for as much less again.
+
+        Args:
+            reference: the strategies.
+            look_ahead: simulate what `least` and `between` ask for, too, while the first plan is.
         """
         costs = self._measured(reference)
-        allowed = self._limit
-        whole = False
+        allowed, lack, whole = self._limit, 0, False
+        ahead = self._ahead(reference) if look_ahead and self.ask.runner.width > 1 else []
         for _ in range(_MOST_ROUNDS):
-            try:
-                chosen = plan(costs.chain(), allowed)
-            except NothingFits:
+            plans = _affordable(
+                costs.chain(), [allowed, allowed - lack] if lack and self.ask.runner.width > 1 else [allowed]
+            )
+            if not plans:
                 return None
-            layers, seen = self._simulated(reference, chosen, whole=whole)
+            tried = self._simulated(reference, plans, ahead, whole=whole)
+            ahead = []
+            fitting = next((index for index, (_, seen) in enumerate(tried) if fits(seen)), len(plans) - 1)
+            chosen, (layers, seen) = plans[fitting], tried[fitting]
             peak = _rounded_peak(seen)
             if peak != chosen.peak_bytes:
                 costs = self._costs[reference.strategies] = costs.settle(layers, seen)
@@ -107,10 +114,10 @@ class Planning:
                     )
                     return None
             elif not fits(seen):
-                lacks = least_reserved(seen.trace, self.allocator) - self._limit
-                allowed = min(allowed, peak) - max(lacks, _LEAST_CUT)
+                lack = max(least_reserved(seen.trace, self.allocator) - self._limit, _LEAST_CUT)
+                allowed = peak - lack
             elif not whole:
-                whole = True  # the telling micro-batches say yes: now all of them
+                allowed, whole = peak, True  # the telling micro-batches say yes: now all of them
             else:
                 bound = plan(costs.chain(), self._limit).lower_bound_nanoseconds
                 return _found(reference, chosen, layers, seen, bound)
@@ -124,8 +131,8 @@ class Planning:
         """
         costs = self._measured(reference)
         for _ in range(_MOST_ROUNDS):
-            chosen = plan(costs.chain(), minimum_budget(costs.chain()))
-            layers, seen = self._simulated(reference, chosen, whole=False)
+            chosen = _leanest(costs.chain())
+            ((layers, seen),) = self._simulated(reference, [chosen], whole=False)
             if _rounded_peak(seen) == chosen.peak_bytes:
                 break
             costs = self._costs[reference.strategies] = costs.settle(layers, seen)
@@ -139,19 +146,15 @@ class Planning:
         bound = plan(self._measured(reference).chain(), self._limit).lower_bound_nanoseconds
         assert found.layers is not None, "a plan of the planner has layers"
         (answer,) = self.ask("the plan", [self._probe(reference, found.layers, whole=True)])
-        if isinstance(answer, MemscopeError):
-            raise answer
-        return replace(found, seen=answer, lower_bound_seconds=reference.none_seconds + bound / 1e9)
+        return replace(found, seen=require(answer), lower_bound_seconds=reference.none_seconds + bound / 1e9)
 
-    def between(self, reference: Reference, count: int) -> list[Found]:
+    def between(self, reference: Reference) -> list[Found]:
         """Plans for budgets from the least that will do to what no checkpointing takes."""
-        plans = front(self._measured(reference).chain(), count)
-        layers = [_layers_of(reference, chosen) for chosen in plans]
-        answers = self.ask("plans for other budgets", [self._probe(reference, one, whole=False) for one in layers])
+        plans = front(self._measured(reference).chain(), FRONT_PLANS)
+        tried = self._simulated(reference, plans, whole=False, what="plans for other budgets")
         return [
-            _found(reference, chosen, one, seen, chosen.nanoseconds)
-            for chosen, one, seen in zip(plans, layers, answers, strict=True)
-            if isinstance(seen, Seen)
+            _found(reference, chosen, layers, seen, chosen.nanoseconds)
+            for chosen, (layers, seen) in zip(plans, tried, strict=True)
         ]
 
     def _measured(self, reference: Reference) -> BlockCosts:
@@ -164,21 +167,49 @@ class Planning:
             )
         return self._costs[reference.strategies]
 
-    def _simulated(self, reference: Reference, chosen: CheckpointPlan, *, whole: bool) -> tuple[LayerPlan, Seen]:
-        layers = _layers_of(reference, chosen)
-        (answer,) = self.ask("the plan", [self._probe(reference, layers, whole=whole)])
-        if isinstance(answer, MemscopeError):
-            raise answer
-        return layers, answer
+    def _ahead(self, reference: Reference) -> list[CheckpointPlan]:
+        chain = self._measured(reference).chain()
+        return [_leanest(chain), *front(chain, FRONT_PLANS)]
+
+    def _simulated(
+        self,
+        reference: Reference,
+        plans: Sequence[CheckpointPlan],
+        ahead: Sequence[CheckpointPlan] = (),
+        *,
+        whole: bool,
+        what: str = "the plan",
+    ) -> list[tuple[LayerPlan, Seen]]:
+        """Each plan, simulated; those `ahead` are simulated besides, for later."""
+        layers = [_layers_of(reference, chosen) for chosen in plans]
+        probes = [self._probe(reference, one, whole=whole) for one in layers]
+        later = [self._probe(reference, _layers_of(reference, chosen), whole=False) for chosen in ahead]
+        answers = self.ask(what, [*probes, *later])
+        return [(one, require(answer)) for one, answer in zip(layers, answers, strict=False)]
 
     def _probe(self, reference: Reference, layers: LayerPlan, *, whole: bool) -> Probe:
         return Probe(
             reference.strategies,
-            layers,
+            layers if set(layers.layers.values()) != {"none"} else None,
             calls_of=reference.blocks.names,
             whole=whole,
             capacity_bytes=self.budget_bytes,
         )
+
+
+def _affordable(chain: Chain, budgets: Sequence[int]) -> list[CheckpointPlan]:
+    """The cheapest plan for each budget, most first, up to the first that none fits."""
+    plans: list[CheckpointPlan] = []
+    for budget_bytes in budgets:
+        try:
+            plans.append(plan(chain, budget_bytes))
+        except NothingFits:
+            break
+    return plans
+
+
+def _leanest(chain: Chain) -> CheckpointPlan:
+    return plan(chain, minimum_budget(chain))
 
 
 def _layers_of(reference: Reference, chosen: CheckpointPlan) -> LayerPlan:

@@ -9,15 +9,18 @@ from functools import cached_property
 from torch import nn
 
 from memscope.advisor.options import child_options
-from memscope.advisor.probe import BlockSeen, ChainSeen, look
+from memscope.advisor.probe import BlockSeen, ChainSeen, look, rounded
 from memscope.advisor.runner import Probe, Seen
 from memscope.errors import UsageError
 from memscope.simulation.cost import module_seconds, step_seconds
 from memscope.strategies.ckpt_layers import named_layers
 from memscope.strategies.layer_plan import LayerPlan
-from memscope.trace import Phase
+from memscope.trace import Phase, Trace
 
-__all__ = ["Blocks", "Reference", "full_probe", "groups_of", "layer_plan", "none_probe", "seconds_of", "uniform"]
+__all__ = [
+    "Blocks", "Reference", "full_probe", "groups_of", "layer_plan", "none_probe", "outside_bytes", "seconds_of",
+    "uniform",
+]  # fmt: skip
 
 _ONCE: tuple[Phase, ...] = ("optimizer", "zero_grad", "outside")
 """Phases that come once a step, however many micro-batches it has."""
@@ -156,6 +159,15 @@ class Reference:
             )
             for block in range(len(self.blocks.names))
         ]
+
+
+def outside_bytes(trace: Trace, groups: Sequence[Sequence[str]]) -> int:
+    """Most allocated where no option changes anything: before and after the blocks, and in the optimizer."""
+    allocated = replace(trace, size=rounded(trace)).allocated.copy()
+    for step, micro_batch in {(row["step"], row["micro_batch"]) for row in trace.meta["calls"]}:
+        first, last = look(trace, groups, step=step, micro_batch=micro_batch).span
+        allocated[first:last] = 0
+    return int(allocated.max(initial=0))
 
 
 def seconds_of(seen: Seen) -> float:

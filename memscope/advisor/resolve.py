@@ -10,8 +10,8 @@ import torch
 from memscope.advisor.advise import budget_of
 from memscope.advisor.planning import Planning
 from memscope.advisor.reference import Blocks, Reference, full_probe, none_probe
-from memscope.advisor.runner import Answer, Asker, Progress, Scene, Seen, side_by_side
-from memscope.errors import GateFailed, MemscopeError, UsageError
+from memscope.advisor.runner import Asker, Progress, Scene, require, side_by_side
+from memscope.errors import GateFailed, UsageError
 from memscope.hooks.steps import build_workload
 from memscope.simulation.allocator import AllocatorSettings
 from memscope.simulation.devices import Device
@@ -52,7 +52,7 @@ def resolve(plan: Plan, scene: Scene, device: Device, path: Path, progress: Prog
     with side_by_side(scene) as runner:
         ask = Asker(runner, progress)
         none, full = ask("checkpoints", [probe(text, blocks, budget_bytes) for probe in (none_probe, full_probe)])
-        reference = Reference(text, blocks, _seen(none), _seen(full))
+        reference = Reference(text, blocks, require(none), require(full))
         settings = AllocatorSettings.from_environment(os.environ)
         if scene.allocator is not None:
             settings = AllocatorSettings.parse(scene.allocator)
@@ -73,9 +73,3 @@ def resolve(plan: Plan, scene: Scene, device: Device, path: Path, progress: Prog
 
 def _auto(strategy: Strategy) -> bool:
     return isinstance(strategy, Checkpoint) and strategy.config.auto
-
-
-def _seen(answer: Answer) -> Seen:
-    if isinstance(answer, MemscopeError):
-        raise answer
-    return answer

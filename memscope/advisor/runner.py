@@ -6,9 +6,9 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from memscope.errors import MemscopeError, TargetError
 from memscope.processes import cores, interrupts_held, pool
@@ -20,7 +20,10 @@ from memscope.trace import Trace
 if TYPE_CHECKING:
     from memscope.workload import MicroBatch, Workload
 
-__all__ = ["Answer", "Asker", "InProcess", "Probe", "Progress", "Runner", "Scene", "Seen", "side_by_side", "telling"]
+__all__ = [
+    "Answer", "Asker", "InProcess", "Probe", "Progress", "Runner", "Scene", "Seen", "require", "side_by_side",
+    "telling",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,15 @@ class Probe:
     """Modules whose calls are noted."""
     steps: int = 2
     whole: bool = True
-    """Run every micro-batch of the last step; otherwise, and in the steps before, only the telling ones."""
+    """Run every micro-batch of the last step; otherwise only the telling ones."""
     capacity_bytes: int | None = None
     """Memory of the device, where it is not to be the scene's."""
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What tells it from others."""
+        layers = tuple(self.layers.layers.items()) if self.layers else ()
+        return self.strategies, layers, self.calls_of, self.steps, self.whole, self.capacity_bytes
 
 
 @dataclass(frozen=True)
@@ -62,8 +71,24 @@ Answer = Seen | MemscopeError
 """An error of a probe is an answer: a strategy may not apply to the workload, and the search goes on."""
 
 
+def require(answer: Answer) -> Seen:
+    """What a probe saw.
+
+    Raises:
+        MemscopeError: when it is an error.
+    """
+    if isinstance(answer, MemscopeError):
+        raise answer
+    return answer
+
+
 class Runner(Protocol):
     """Carries out probes."""
+
+    @property
+    def width(self) -> int:
+        """How many it carries out at a time."""
+        ...
 
     def run(self, probes: Sequence[Probe], done: Callable[[], None] = lambda: None) -> list[Answer]:
         """The answers, in order of the probes; `done` is called after each."""
@@ -76,23 +101,26 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass
 class Asker:
-    """Asks a runner, and tells how far it is."""
+    """Asks a runner, and tells how far it is. What was asked before is known."""
 
     runner: Runner
     progress: Progress
     done: int = 0
-    needed: int = 0
+    known: dict[tuple[object, ...], Answer] = field(default_factory=dict)
 
     def __call__(self, what: str, probes: Sequence[Probe]) -> list[Answer]:
         """The answers to probes that are run for `what`."""
-        self.needed += len(probes)
-        self.progress(what, self.done, self.needed)
+        new = {probe.key: probe for probe in probes if probe.key not in self.known}
+        needed = self.done + len(new)
+        self.progress(what, self.done, needed)
 
         def one_more() -> None:
             self.done += 1
-            self.progress(what, self.done, self.needed)
+            self.progress(what, self.done, needed)
 
-        return self.runner.run(probes, one_more)
+        if new:
+            self.known.update(zip(new, self.runner.run(list(new.values()), one_more), strict=True))
+        return [self.known[probe.key] for probe in probes]
 
 
 @dataclass(frozen=True)
@@ -103,6 +131,7 @@ class InProcess:
     """What is simulated, as `memscope.simulate` takes it."""
     device: Device
     allocator: AllocatorSettings | None = None
+    width: ClassVar[int] = 1
 
     def run(self, probes: Sequence[Probe], done: Callable[[], None] = lambda: None) -> list[Answer]:
         """The answers, in order of the probes."""
@@ -143,13 +172,18 @@ class Scene:
 @contextlib.contextmanager
 def side_by_side(scene: Scene) -> Iterator[Runner]:
     """A runner with a process for every core; they end with the context."""
-    with pool(cores(), _begin, scene) as workers:
-        yield _Pool(workers)
+    width = cores()
+    with pool(width, _begin, scene) as workers:
+        with interrupts_held():  # they start while this process goes on to what comes before the first probe
+            for _ in range(width):
+                workers.submit(_ready)
+        yield _Pool(workers, width)
 
 
 @dataclass(frozen=True)
 class _Pool:
     workers: ProcessPoolExecutor
+    width: int
 
     def run(self, probes: Sequence[Probe], done: Callable[[], None] = lambda: None) -> list[Answer]:
         with interrupts_held():
@@ -169,9 +203,12 @@ def telling(elements: Sequence[int]) -> list[int]:
 
     They are the first one, the largest, and the largest of those that meet the gradients of others.
     """
-    largest = max(range(len(elements)), key=lambda index: (elements[index], index))
-    later = max(range(1, len(elements)), key=lambda index: (elements[index], index), default=0)
-    return sorted({0, largest, later})
+    later = _largest(elements, first=1) if len(elements) > 1 else 0
+    return sorted({0, _largest(elements), later})
+
+
+def _largest(elements: Sequence[int], first: int = 0) -> int:
+    return max(range(first, len(elements)), key=lambda index: (elements[index], index))
 
 
 def _elements(piece: MicroBatch) -> int:
@@ -194,8 +231,9 @@ def _answer(
 
     def chosen(pieces: list[MicroBatch]) -> list[MicroBatch]:
         elements[:] = [_elements(piece) for piece in pieces]
-        is_last = next(steps) == probe.steps - 1
-        indices[:] = range(len(pieces)) if probe.whole and is_last else telling(elements)
+        if next(steps) < probe.steps - 1:  # a step before is there for the optimizer's state
+            return [pieces[_largest(elements)]]
+        indices[:] = range(len(pieces)) if probe.whole else telling(elements)
         return [pieces[index] for index in indices]
 
     try:
@@ -226,6 +264,10 @@ def _begin(scene: Scene) -> None:
     global _in_process
     torch.set_num_threads(1)
     _in_process = scene.in_process()
+
+
+def _ready() -> None:
+    """Nothing but that the process has started."""
 
 
 def _in_child(probe: Probe) -> Answer:

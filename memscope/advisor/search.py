@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from memscope.advisor.planning import Found, Planning, device_bytes, fits
-from memscope.advisor.reference import Blocks, Reference, full_probe, none_probe, seconds_of
-from memscope.advisor.runner import Asker, Probe, Seen
+from memscope.advisor.reference import Blocks, Reference, full_probe, none_probe, outside_bytes, seconds_of
+from memscope.advisor.runner import Asker, Probe, Seen, require
 from memscope.errors import MemscopeError
 from memscope.simulation.allocator import AllocatorSettings
 from memscope.simulation.devices import Device
@@ -22,6 +22,8 @@ __all__ = ["Search"]
 _MOST_COMBINATIONS = 12
 _MOST_FULL = 6
 _MOST_PLANNED = 3
+_SAME_BYTES = 2 * 2**20
+"""Peaks that differ by less than a small segment of the allocator are taken for the same."""
 
 
 @dataclass
@@ -63,17 +65,17 @@ class Search:
             if self._take_plain(text):
                 break
         faster = [text for text in by_time if self.best is None or seconds_of(self.plain[text]) < self.best.seconds]
-        self._checkpoint([text for text in faster if text not in fitting][:_MOST_FULL])
+        self._checkpoint(self._worthwhile([text for text in faster if text not in fitting])[:_MOST_FULL])
         planned = [text for text in faster if text in self.references and fits(self.references[text].full)]
-        promised = [(self.planning.promise(self.references[text]), text) for text in planned[:_MOST_PLANNED]]
-        for seconds, text in sorted(promised):
+        promised = sorted((self.planning.promise(self.references[text]), text) for text in planned[:_MOST_PLANNED])
+        for index, (seconds, text) in enumerate(promised):
             if self.best is None or seconds < self.best.seconds:
-                self._take(self.planning.within(self.references[text]))
+                self._take(self.planning.within(self.references[text], look_ahead=index == 0))
 
     def least(self) -> Found:
         """The plan that needs least memory, of the combination that does; if nothing better fits, it is the best."""
         leanest = min(self.plain, key=lambda text: device_bytes(self.plain[text]))
-        self._checkpoint([leanest])
+        self._checkpoint([leanest, min(self.plain, key=self._outside)])
         reference = min(self.references.values(), key=lambda found: device_bytes(found.full))
         if self.best is None:
             self._take(self.planning.within(reference))
@@ -101,14 +103,30 @@ class Search:
                 found[text] = answer
         return found
 
+    def _worthwhile(self, texts: Sequence[str]) -> list[str]:
+        """Combinations, of those in order of time, that checkpointing may make fit and the cheapest.
+
+        Not one that needs more than there is outside the blocks, where checkpointing changes nothing; and not one that
+        takes as long as another and as much memory, both at its peak and outside the blocks.
+        """
+        limit = self.budget_bytes - self.device.context_bytes
+        kept: list[tuple[str, tuple[int, int]]] = []
+        for text in texts:
+            needs = self._outside(text), self.plain[text].trace.peak.allocated_bytes
+            if needs[0] <= limit and not any(_no_more(others, needs) for _, others in kept):
+                kept.append((text, needs))
+        return [text for text, _ in kept]
+
+    def _outside(self, text: str) -> int:
+        """Most bytes of a combination outside its blocks: no checkpoint plan needs less."""
+        return outside_bytes(self.plain[text].trace, [[name] for name in self.blocks.names])
+
     def _checkpoint(self, texts: Sequence[str]) -> None:
         """Simulate combinations with every block checkpointed."""
-        new = [text for text in texts if text not in self.references]
+        new = [text for text in dict.fromkeys(texts) if text not in self.references]
         probes = [full_probe(text, self.blocks, self.budget_bytes) for text in new]
         for text, answer in zip(new, self.ask("every block checkpointed", probes), strict=True):
-            if isinstance(answer, MemscopeError):
-                raise answer
-            self.references[text] = Reference(text, self.blocks, self.plain[text], answer)
+            self.references[text] = Reference(text, self.blocks, self.plain[text], require(answer))
 
     def _by_promise(self, plans: Sequence[Plan], base: Plan) -> list[Plan]:
         """Those first that promise less memory than others of the same time: only an order to try them in."""
@@ -138,7 +156,9 @@ class Search:
         """Take a combination as it is, if it also fits with every micro-batch run."""
         probe = Probe(text, calls_of=self.blocks.names, capacity_bytes=self.budget_bytes)
         (answer,) = self.ask("the plan", [probe])
-        if isinstance(answer, MemscopeError):
-            raise answer
         seconds = seconds_of(self.plain[text])
-        return self._take(Found(text, None, answer, seconds, seconds))
+        return self._take(Found(text, None, require(answer), seconds, seconds))
+
+
+def _no_more(some: tuple[int, int], others: tuple[int, int]) -> bool:
+    return all(a <= b + _SAME_BYTES for a, b in zip(some, others, strict=True))
