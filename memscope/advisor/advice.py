@@ -70,6 +70,10 @@ class FrontPoint:
     peak: Peak
     step_seconds: float
 
+    def is_same_plan(self, other: FrontPoint) -> bool:
+        """Whether both say to do the same."""
+        return (self.strategies, self.recomputed) == (other.strategies, other.recomputed)
+
     def document(self) -> dict[str, Any]:
         """As JSON values."""
         return {

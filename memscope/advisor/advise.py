@@ -146,7 +146,7 @@ def _advice(search: Search, built: Workload, helps: Mapping[str, Plan], *, inter
         else None,
         minimum_bytes=min(least_bytes, peak.device),
         binding=binding_of(shown.seen.trace, "" if found else _would_help(search, helps)),
-        front=_front(search, shown, more=not interrupted),
+        front=_front(search, shown, peak, more=not interrupted),
         simulated=len(search.plain),
         combinations=len(search.plain),
         notes=(*search.planning.refused, *_scattered(shown.seen.trace, peak, settings)),
@@ -189,9 +189,10 @@ def _would_help(search: Search, plans: Mapping[str, Plan]) -> str:
     return "; ".join(lines)
 
 
-def _front(search: Search, shown: Found, *, more: bool) -> tuple[FrontPoint, ...]:
+def _front(search: Search, shown: Found, peak: Peak, *, more: bool) -> tuple[FrontPoint, ...]:
     """The plans that were simulated and that no other beats in memory and time, least memory first."""
-    points = [_point(shown)]
+    first = dataclasses.replace(_point(shown), peak=peak)
+    points: list[FrontPoint] = []
     if more and search.planning.knows(shown.strategies):
         points += map(_point, search.planning.between(search.references[shown.strategies]))
     for text, seen in search.plain.items():
@@ -199,6 +200,7 @@ def _front(search: Search, shown: Found, *, more: bool) -> tuple[FrontPoint, ...
     for text, reference in search.references.items():
         every = uniform(search.blocks.names, "full")
         points.append(_point(Found(text, every, reference.full, *[reference.full_seconds] * 2)))
+    points = [first, *(point for point in points if not point.is_same_plan(first))]
     points.sort(key=lambda point: (point.peak.device, point.step_seconds))
     kept: list[FrontPoint] = []
     for point in points:

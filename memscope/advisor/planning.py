@@ -13,7 +13,7 @@ from memscope.advisor.probe import rounded
 from memscope.advisor.reference import Reference, layer_plan, uniform
 from memscope.advisor.runner import Asker, Probe, Seen, require
 from memscope.simulation.allocator import AllocatorSettings
-from memscope.simulation.device_memory import least_reserved
+from memscope.simulation.device_memory import SMALL_SEGMENT_BYTES, least_reserved
 from memscope.simulation.devices import Device
 from memscope.strategies.layer_plan import LayerPlan
 
@@ -22,8 +22,6 @@ __all__ = ["Found", "Planning", "device_bytes", "fits"]
 FRONT_PLANS = 4
 """Plans of the Pareto front of memory against time that are simulated."""
 _MOST_ROUNDS = 6
-_LEAST_CUT = 2 * 2**20
-"""By what the planner's budget is cut if a plan's memory is too scattered: a small segment of the allocator."""
 
 
 @dataclass(frozen=True)
@@ -92,11 +90,10 @@ class Planning:
         """
         costs = self._measured(reference)
         allowed, lack, whole = self._limit, 0, False
-        ahead = self._ahead(reference) if look_ahead and self.ask.runner.width > 1 else []
+        at_once = self.ask.runner.width > 1
+        ahead = self._ahead(reference) if look_ahead and at_once else []
         for _ in range(_MOST_ROUNDS):
-            plans = _affordable(
-                costs.chain(), [allowed, allowed - lack] if lack and self.ask.runner.width > 1 else [allowed]
-            )
+            plans = _affordable(costs.chain(), [allowed, allowed - lack] if lack and at_once else [allowed])
             if not plans:
                 return None
             tried = self._simulated(reference, plans, ahead, whole=whole)
@@ -114,7 +111,7 @@ class Planning:
                     )
                     return None
             elif not fits(seen):
-                lack = max(least_reserved(seen.trace, self.allocator) - self._limit, _LEAST_CUT)
+                lack = max(least_reserved(seen.trace, self.allocator) - self._limit, SMALL_SEGMENT_BYTES)
                 allowed = peak - lack
             elif not whole:
                 allowed, whole = peak, True  # the telling micro-batches say yes: now all of them

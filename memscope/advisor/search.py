@@ -14,6 +14,7 @@ from memscope.advisor.reference import Blocks, Reference, full_probe, none_probe
 from memscope.advisor.runner import Asker, Probe, Seen, require
 from memscope.errors import MemscopeError
 from memscope.simulation.allocator import AllocatorSettings
+from memscope.simulation.device_memory import SMALL_SEGMENT_BYTES
 from memscope.simulation.devices import Device
 from memscope.strategies import Plan, Strategy
 
@@ -22,8 +23,6 @@ __all__ = ["Search"]
 _MOST_COMBINATIONS = 12
 _MOST_FULL = 6
 _MOST_PLANNED = 3
-_SAME_BYTES = 2 * 2**20
-"""Peaks that differ by less than a small segment of the allocator are taken for the same."""
 
 
 @dataclass
@@ -161,4 +160,5 @@ class Search:
 
 
 def _no_more(some: tuple[int, int], others: tuple[int, int]) -> bool:
-    return all(a <= b + _SAME_BYTES for a, b in zip(some, others, strict=True))
+    """Whether some peaks are no higher than others; what is less than a segment of the allocator does not count."""
+    return all(a <= b + SMALL_SEGMENT_BYTES for a, b in zip(some, others, strict=True))

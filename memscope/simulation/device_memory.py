@@ -19,10 +19,10 @@ from memscope.simulation.kernel_results import OWN_ORDER
 from memscope.simulation.workspaces import OPERATORS, KernelSettings, Workspace, describe, workspaces_for
 from memscope.trace import CATEGORIES, PHASES, Trace
 
-__all__ = ["KernelWorkspaces", "least_reserved", "on_device"]
+__all__ = ["SMALL_SEGMENT_BYTES", "KernelWorkspaces", "least_reserved", "on_device"]
 
-
-_SMALL_SEGMENT = 2 * 2**20  # kSmallBuffer of c10/cuda/CUDACachingAllocator.cpp
+SMALL_SEGMENT_BYTES = 2 * 2**20
+"""What the allocator takes from the driver for small blocks: kSmallBuffer of c10/cuda/CUDACachingAllocator.cpp."""
 
 
 class KernelWorkspaces:
@@ -106,7 +106,7 @@ def least_reserved(trace: Trace, settings: AllocatorSettings) -> int:
 
     free = replay(trace.requested, trace.born, trace.freed, settings=settings)
     least, most = free.peak_allocated - 1, free.peak_reserved
-    while most - least > _SMALL_SEGMENT:
+    while most - least > SMALL_SEGMENT_BYTES:
         middle = (least + most) // 2
         least, most = (least, middle) if fits(middle) else (middle, most)
     return most

@@ -25,45 +25,10 @@ from memscope.simulation.devices import get_device
 from memscope.strategies import Plan, Stage
 from memscope.strategies.layer_plan import LayerPlan
 from memscope.toy import toy_workload
+from tests.small_chain import BLOCKS, ROWS, WIDTH, build
 
 DEVICE = get_device("a100-40gb")
 CONTEXT = DEVICE.context_bytes
-ROWS, WIDTH, BLOCKS = 2048, 128, 6
-
-
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH, bias=False), nn.Linear(2 * WIDTH, WIDTH, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h: Tensor = self.down(torch.relu(self.up(x)))
-        return h
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two = Attention(), Attention()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.one(x)
-        return x + self.two(x)
-
-
-class Model(nn.Module):
-    def __init__(self, blocks: int = BLOCKS) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(Block() for _ in range(blocks))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
-def build() -> Workload:
-    return Workload(Model(), [torch.ones(ROWS, WIDTH)], lambda m, x: m(x).square().mean(), torch.optim.AdamW, name="m")
 
 
 @cache

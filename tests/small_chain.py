@@ -1,0 +1,45 @@
+"""A chain of alike blocks, small enough to be simulated in no time, large enough for checkpoints to pay."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from memscope import Workload
+
+ROWS, WIDTH, BLOCKS = 2048, 128, 6
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH, bias=False), nn.Linear(2 * WIDTH, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.down(torch.relu(self.up(x)))
+        return h
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = Attention(), Attention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.one(x)
+        return x + self.two(x)
+
+
+class Model(nn.Module):
+    def __init__(self, blocks: int = BLOCKS) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block() for _ in range(blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def build() -> Workload:
+    return Workload(Model(), [torch.ones(ROWS, WIDTH)], lambda m, x: m(x).square().mean(), torch.optim.AdamW, name="m")

@@ -1,0 +1,83 @@
+"""How the advisor searches: what it simulates, and what it leaves out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from memscope import simulate
+from memscope.advisor.combinations import combinations
+from memscope.advisor.reference import Blocks
+from memscope.advisor.runner import Answer, Asker, InProcess, Probe
+from memscope.advisor.search import Search
+from memscope.simulation.allocator import AllocatorSettings
+from memscope.simulation.devices import get_device
+from memscope.strategies import Plan
+from memscope.strategies.layer_plan import LayerPlan
+from tests.small_chain import BLOCKS, WIDTH, build
+
+DEVICE = get_device("a100-40gb")
+WEIGHTS_BYTES = BLOCKS * 2 * 2 * (WIDTH * 2 * WIDTH) * 4
+
+
+@dataclass
+class Noted:
+    """A runner that notes what it carries out, `width` simulations at a time as it says."""
+
+    width: int = 1
+    probes: list[Probe] = field(default_factory=list)
+
+    def run(self, probes: Sequence[Probe], done: Callable[[], None] = lambda: None) -> list[Answer]:
+        self.probes += probes
+        return InProcess(build, DEVICE).run(probes, done)
+
+
+def searched(runner: Noted, reserved_bytes: int, strategies: str) -> Search:
+    workload = build()
+    asker = Asker(runner, lambda what, done, needed: None)
+    budget_bytes = reserved_bytes + DEVICE.context_bytes
+    search = Search(asker, Blocks.of(workload.model), DEVICE, AllocatorSettings(), budget_bytes)
+    search.run(combinations(workload, Plan.parse(strategies), ()))
+    return search
+
+
+def plain_bytes(strategies: str) -> int:
+    return int(simulate(build, device=DEVICE, strategies=strategies).meta["peak_reserved"])
+
+
+def test_what_was_asked_before_is_not_simulated_again() -> None:
+    runner = Noted()
+    ask = Asker(runner, lambda what, done, needed: None)
+    probe = Probe("adamw:fused", LayerPlan({"layers.0": "full"}, {}))
+    first, second = ask("one", [probe, replace(probe)])
+    (third,) = ask("two", [probe])
+    assert first is second is third
+    ask("three", [replace(probe, strategies="")])
+    assert runner.probes == [probe, replace(probe, strategies="")]
+
+
+def test_combinations_that_no_checkpoints_make_fit_are_not_tried_with_them() -> None:
+    """Weights, gradients and AdamW's two moments take four times the weights, and checkpoints free none of that."""
+    runner = Noted()
+    search = searched(runner, 3 * WEIGHTS_BYTES, "ga:steps=1")
+    assert search.best is None
+    assert not search.references
+    assert all(probe.layers is None for probe in runner.probes)
+
+
+def test_no_checkpoints_are_planned_for_what_another_combination_beats() -> None:
+    """Without `fused`, the optimizer's step is slower and takes temporaries of all weights."""
+    search = searched(Noted(), plain_bytes("adamw:fused,ga:steps=1") - 8 * 2**20, "ga:steps=1")
+    assert search.best is not None
+    assert search.best.layers is not None
+    assert set(search.plain) == {"ga:steps=1", "adamw:fused,ga:steps=1", "adamw:foreach=false,ga:steps=1"}
+    assert list(search.references) == ["adamw:fused,ga:steps=1"]
+
+
+def test_side_by_side_a_plan_is_found_that_is_as_true() -> None:
+    reserved_bytes = plain_bytes("adamw:fused,ga:steps=1") - 12 * 2**20
+    one, two = (searched(Noted(width), reserved_bytes, "adamw:fused,ga:steps=1").best for width in (1, 2))
+    assert one is not None
+    assert two is not None
+    assert two.seen.trace.meta["out_of_memory"] is None
+    assert two.lower_bound_seconds == one.lower_bound_seconds <= two.seconds
