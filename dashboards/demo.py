@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
-from memscope.trace import CATEGORIES, PHASES, Category, Phase, Trace
+from memscope.trace import CATEGORIES, MARK_COLUMNS, PHASES, Category, Phase, Trace, columns_of
 
 __all__ = ["training_run", "write_page"]
 
@@ -108,12 +106,11 @@ def _forward_backward(
 
 
 def _as_trace(run: _Run, target: str) -> Trace:
-    size, category, module, op, phase, step, micro_batch, born, freed = np.array(run.rows, dtype=np.int64).T.copy()
-    mark_event, mark_phase, mark_step, mark_micro_batch = np.array(run.marks, dtype=np.int64).T.copy()
+    names = ("size", "category", "module", "op", "phase", "step", "micro_batch", "born", "freed")
+    rows = columns_of(names, run.rows)
     return Trace(
-        size=size, requested=size, category=category, module=module, op=op, phase=phase, step=step,
-        micro_batch=micro_batch, born=born, freed=freed, mark_event=mark_event, mark_phase=mark_phase,
-        mark_step=mark_step, mark_micro_batch=mark_micro_batch, modules=tuple(run.modules), ops=tuple(run.ops),
+        **rows, requested=rows["size"], **columns_of(MARK_COLUMNS, run.marks),
+        modules=tuple(run.modules), ops=tuple(run.ops),
         meta={
             "target": target, "strategies": ["ga:steps=2"], "device": {"name": "made-up GPU", "simulated": True},
             "versions": {"torch": "none"},

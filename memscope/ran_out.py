@@ -1,12 +1,17 @@
-"""Where and by what a device ran out of memory, or would run out, in a sentence."""
+"""Where and by what a device ran out of memory, or would run out: what was alive then, and all of it in a sentence."""
 
 from __future__ import annotations
 
 from memscope.alive import occasion
-from memscope.trace import Trace
+from memscope.trace import CATEGORIES, Category, Trace
 from memscope.units import format_bytes
 
-__all__ = ["ran_out"]
+__all__ = ["alive_before", "ran_out"]
+
+
+def alive_before(trace: Trace, event: int) -> dict[Category, int]:
+    """Bytes of every category before an event: what filled the memory when a request failed there."""
+    return trace.by_category(at=event - 1) if event else dict.fromkeys(CATEGORIES, 0)
 
 
 def ran_out(trace: Trace) -> str:

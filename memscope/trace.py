@@ -24,7 +24,10 @@ from memscope.errors import TraceFileError, UsageError, nearest
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["CATEGORIES", "PHASES", "SCHEMA_VERSION", "Category", "Peak", "Phase", "Trace", "damage_of", "write_whole"]
+__all__ = [
+    "CATEGORIES", "MARK_COLUMNS", "PHASES", "SCHEMA_VERSION", "Category", "Peak", "Phase", "Trace", "columns_of",
+    "damage_of", "write_whole",
+]  # fmt: skip
 
 SCHEMA_VERSION = 1
 _FORMAT = "memscope-trace"
@@ -278,6 +281,13 @@ class Trace:
 
 _TEXTS: dict[str, type] = {"modules": list, "ops": list, "meta": dict}
 _COLUMNS = tuple(field.name for field in fields(Trace) if field.name not in _TEXTS)
+MARK_COLUMNS = ("mark_event", "mark_phase", "mark_step", "mark_micro_batch")
+
+
+def columns_of(names: Sequence[str], rows: Sequence[Sequence[int]]) -> dict[str, Ints]:
+    """Rows of integers, each in the order of `names`, as columns by name: int64 `[rows]`, empty where there is none."""
+    table = np.array(rows, dtype=np.int64).reshape(-1, len(names)).T
+    return {name: np.ascontiguousarray(column) for name, column in zip(names, table, strict=True)}
 
 
 def _from_arrays(path: str | os.PathLike[str], arrays: dict[str, npt.NDArray[Any]]) -> Trace:

@@ -6,17 +6,18 @@ may lack actions (`skip_actions`, PyTorch 2.11). What was there when it began fo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from memscope.errors import MemscopeError, UsageError
-from memscope.exchange.layout import Annotation, Entry, Frames, Snapshot, bytes_of, damaged
+from memscope.exchange.layout import SAYING_NOTHING, Annotation, Entry, Frames, Snapshot, bytes_of, damaged
 from memscope.exchange.plain_pickle import Progress
-from memscope.hooks.blocks import Blocks, Memory, read_blocks
+from memscope.hooks.blocks import BLOCK_COLUMNS, Blocks, Memory, read_blocks
 from memscope.simulation.allocator_settings import AllocatorSettings
+from memscope.trace import columns_of
 from memscope.units import format_bytes
 
 __all__ = ["DeviceHistory", "read_device"]
@@ -26,7 +27,6 @@ _CHANGES = {"segment_alloc": 1, "segment_map": 1, "segment_free": -1, "segment_u
 _FREES = ("free_requested", "free_completed")
 _OF_BLOCKS = frozenset({"alloc", *_FREES})
 _KNOWN = frozenset({*_OF_BLOCKS, *_CHANGES, "oom"})
-_SAYING_NOTHING = frozenset({"snapshot", "user_defined"})
 _FREE, _ALLOCATED, _PENDING = range(3)
 _STATES = ("inactive", "active_allocated", "active_pending_free")
 _TELL_EVERY = 100_000
@@ -101,11 +101,25 @@ def read_device(snapshot: Snapshot, device: int, progress: Progress) -> DeviceHi
     )
 
 
-def _settings(text: str) -> tuple[AllocatorSettings, list[str]]:
+def _settings(told: Mapping[str, Any]) -> tuple[AllocatorSettings, list[str]]:
+    """What the allocator went by, and what is not known of it.
+
+    Its own values, where the snapshot has them: they hold whatever set them, and in whichever words. Source:
+    `allocator_settings` in torch/csrc/cuda/Module.cpp, PyTorch 2.3 and later; -1 is "no limit", divisions are in order.
+    """
     try:
-        return AllocatorSettings.parse(text), []
+        if "roundup_power2_divisions" not in told:
+            return AllocatorSettings.parse(told.get("PYTORCH_CUDA_ALLOC_CONF", "")), []
+        limit_bytes, divisions = told["max_split_size"], tuple(told["roundup_power2_divisions"].values())
+        return AllocatorSettings(
+            expandable_segments=bool(told["expandable_segments"]),
+            max_split_size_bytes=limit_bytes if limit_bytes >= 0 else None,
+            roundup_power2_divisions=divisions,
+        ), []
     except UsageError as error:
         return AllocatorSettings(), [f"{error}; taken as if nothing was set"]
+    except (AttributeError, KeyError, TypeError):
+        damaged("its allocator_settings are no settings")
 
 
 def _lifetimes(trace: Sequence[Any], progress: Progress) -> _Lifetimes:
@@ -118,7 +132,7 @@ def _lifetimes(trace: Sequence[Any], progress: Progress) -> _Lifetimes:
         if not isinstance(action, str):
             damaged(f"entry {place} of device_traces has no action")
         if action not in _KNOWN:
-            lived.unknown += action not in _SAYING_NOTHING
+            lived.unknown += action not in SAYING_NOTHING
             continue
         bytes_of(entry, "size", place)
         bytes_of(entry, "device_free" if action == "oom" else "addr", place)
@@ -256,15 +270,10 @@ def _rounded_blocks(
         elif entry["action"] == "free_requested":
             freed[alive.pop(entry["addr"])] = len(events)
             events.append(place)
-    address, size, requested, born, entry_of = np.array(rows, dtype=np.int64).reshape(-1, 5).T.copy()
     event_entry = np.array(events, dtype=np.int64)
     return Blocks(
-        address=address,
-        size=size,
-        requested=requested,
-        born=born,
+        **columns_of(BLOCK_COLUMNS, rows),
         freed=np.array(freed, dtype=np.int64),
-        entry=entry_of,
         event_entry=event_entry,
         reserved=np.maximum(held[event_entry + 1], 0),
         peak_reserved=int(held.max(initial=0)),

@@ -5,7 +5,8 @@ The rules are those of a recorder (`memscope.trace.CATEGORIES`), applied to phas
 - activation: made in the forward pass, alive when the next backward pass begins, or where the history ends in a forward
   pass;
 - gradient: made in the backward pass, alive when the optimizer or zero_grad begins, or at the end where neither does;
-- optimizer_state: made in an optimizer's initialization, or in its step and alive after it;
+- optimizer_state: made in an optimizer's initialization, or in its step and alive after it, or at the end of a history
+  that ends in it;
 - temporary: freed in the step it was made in; other: outlives it, for no reason that can be seen.
 """
 
@@ -18,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from memscope.exchange.stacks import Place
-from memscope.trace import CATEGORIES, PHASES, Category, Ints, Phase
+from memscope.trace import CATEGORIES, MARK_COLUMNS, PHASES, Category, Ints, Phase
 
 __all__ = ["Course", "categories_of", "course_of"]
 
@@ -43,13 +44,13 @@ class Course:
     step: Ints
     micro_batch: Ints
 
-    def marks(self) -> list[Ints]:
-        """Event, phase, step and micro-batch of each change: int64 `[marks]`, all four."""
+    def marks(self) -> dict[str, Ints]:
+        """The columns of a trace that say when a phase, step or micro-batch begins: int64 `[marks]`, all four."""
         rows = np.stack([self.phase, self.step, self.micro_batch])
         changed = np.ones(rows.shape[1], dtype=bool)
         changed[1:] = (rows[:, 1:] != rows[:, :-1]).any(axis=0)
         events = np.flatnonzero(changed)
-        return [events, *rows[:, events]]
+        return dict(zip(MARK_COLUMNS, [events, *rows[:, events]], strict=True))
 
 
 def course_of(told: Ints, born: Bools, without_stack: Bools, first: int, ended: Bools) -> Course:
@@ -103,7 +104,9 @@ def _counted(phase: Ints, ended: Bools) -> Course:
     return Course(phase, steps, micro_batches)
 
 
-def categories_of(course: Course, born: Ints, freed: Ints, places: Sequence[Place], place: Ints) -> Ints:
+def categories_of(
+    course: Course, born: Ints, freed: Ints, places: Sequence[Place], place: Ints, *, cut_short: bool = False
+) -> Ints:
     """The category of each allocation `[allocations]`.
 
     Args:
@@ -112,6 +115,7 @@ def categories_of(course: Course, born: Ints, freed: Ints, places: Sequence[Plac
         freed: event of each free, -1 for never `[allocations]`.
         places: what the stacks tell.
         place: what the stack of each allocation tells, as an index of it `[allocations]`.
+        cut_short: the run ended for want of memory, so what is alive at the end may have been on its way to be freed.
     """
     events = len(course.phase)
     end = np.where(freed < 0, events, freed)
@@ -129,7 +133,7 @@ def categories_of(course: Course, born: Ints, freed: Ints, places: Sequence[Plac
     category[in_backward & (update < events) & (end >= update)] = _category("gradient")
     category[in_backward & (update == events) & is_kept] = _category("gradient")
     outlives = (after_optimizer < events) & (end > after_optimizer)
-    category[(phase == _OPTIMIZER) & outlives] = _category("optimizer_state")
+    category[(phase == _OPTIMIZER) & (outlives | (is_kept & (not cut_short)))] = _category("optimizer_state")
     told = np.array([_UNKNOWN if p.category is None else _category(p.category) for p in places])[place]
     return np.where(told == _UNKNOWN, category, told)
 

@@ -5,9 +5,14 @@ in torch/cuda/_memory_viz.py; PyTorch 1.13 to 2.13.
 
     1.10  a list of segments, as torch.cuda.memory_snapshot() returns it
     1.13  {"segments": ..., "device_traces": ...}; a block's stack is in its "history"
-    2.1   a block has "frames", "requested_size", "address"; entries have "time_us"; segments may be "is_expandable"
-    2.4   "allocator_settings", "external_annotations" (between, annotations are entries "user_defined")
-    2.11  entries have "compile_context" and "user_metadata"
+    2.1   a block has "frames", "requested_size", "address"; segments may be "is_expandable"
+    2.2   entries have "time_us"
+    2.3   "allocator_settings": the text that was set, and what came of it
+    2.5   "external_annotations" (before, where there are any, they are entries "user_defined")
+    2.8   entries have "compile_context", by 2.11 "user_metadata", by 2.13 "pool_id"
+
+What is not used here is passed over: the pools and streams of segments and entries, the fields that
+`augment_with_fx_traces` adds to frames. Segments of all pools count as reserved, as in torch.cuda.memory_reserved.
 """
 
 from __future__ import annotations
@@ -18,12 +23,14 @@ from typing import Any, NoReturn
 
 from memscope.errors import TraceFileError
 
-__all__ = ["Annotation", "Entry", "Frames", "Snapshot", "bytes_of", "damaged", "read_layout"]
+__all__ = ["SAYING_NOTHING", "Annotation", "Entry", "Frames", "Snapshot", "bytes_of", "damaged", "read_layout"]
 
 Entry = Mapping[str, Any]
 """An entry of `device_traces`, a segment of `segments`, or a block of a segment."""
 Frames = Sequence[Mapping[str, Any]]
 """A stack, innermost frame first: name, filename, line of each."""
+SAYING_NOTHING = frozenset({"snapshot", "user_defined"})
+"""Actions that change nothing about memory."""
 _MOST_BYTES = 2**62
 """Sizes and addresses from here on are none: what a trace holds are 64-bit integers, and sums of them."""
 
@@ -46,16 +53,20 @@ class Snapshot:
     frames`. Without gaps; states are `active_allocated`, `active_pending_free`, `inactive`."""
     traces: list[list[Entry]]
     """By device, what the allocator did, oldest first. Entries are checked when they are read."""
-    settings: str
-    """Of the allocator, as in PYTORCH_CUDA_ALLOC_CONF."""
+    settings: Mapping[str, Any]
+    """Of the allocator: `PYTORCH_CUDA_ALLOC_CONF` as it was set last, and by name what came of that."""
     annotations: dict[int, list[Annotation]]
     """By device, in order."""
 
     @property
     def devices(self) -> list[int]:
-        """Devices that have segments or a history."""
-        with_trace = [device for device, trace in enumerate(self.traces) if trace]
+        """Devices that have segments or a history; a process on one GPU may have taken notice of others."""
+        with_trace = [device for device, trace in enumerate(self.traces) if any(map(_tells_of_memory, trace))]
         return sorted({*with_trace, *(segment["device"] for segment in self.segments)})
+
+
+def _tells_of_memory(entry: Any) -> bool:
+    return not isinstance(entry, dict) or entry.get("action") not in SAYING_NOTHING
 
 
 def read_layout(data: Any) -> Snapshot:
@@ -137,12 +148,11 @@ def _block(where: str, about: Any, address: int) -> dict[str, Any]:
     return {"address": address, "size": size, "requested_size": requested, "state": state, "frames": frames}
 
 
-def _settings(data: Entry) -> str:
+def _settings(data: Entry) -> dict[str, Any]:
     settings = data.get("allocator_settings", {})
-    text = settings.get("PYTORCH_CUDA_ALLOC_CONF", "") if isinstance(settings, dict) else None
-    if not isinstance(text, str):
+    if not isinstance(settings, dict) or not isinstance(settings.get("PYTORCH_CUDA_ALLOC_CONF", ""), str):
         damaged("its allocator_settings are no settings")
-    return text
+    return settings
 
 
 def _annotations(data: Entry, traces: list[list[Any]]) -> dict[int, list[Annotation]]:
@@ -158,7 +168,7 @@ def _annotations(data: Entry, traces: list[list[Any]]) -> dict[int, list[Annotat
             if isinstance(entry, dict) and entry.get("action") == "user_defined":
                 frame = next(iter(entry.get("frames") or ()), None)
                 about = {**frame, "time_us": entry.get("time_us")} if isinstance(frame, dict) else None
-                _annotate(found, device, about, "name", "filename")
+                _annotate(found, device, about, "filename", "name")
     return found
 
 

@@ -23,11 +23,12 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from memscope.exchange.layout import damaged
-from memscope.trace import CATEGORIES, PHASES, Ints, Trace, damage_of
+from memscope.trace import CATEGORIES, MARK_COLUMNS, PHASES, Ints, Trace, columns_of, damage_of
 
 __all__ = ["OwnFrames", "about_run", "decode", "is_own"]
 
 _KEY, _SCHEMA_VERSION = "memscope", 1
+_ROW = ("size", "requested", "category", "module", "op", "phase", "step", "micro_batch", "born")
 Frame: TypeAlias = dict[str, Any]
 
 
@@ -169,23 +170,10 @@ class _Reader:
         self._reserved.append(self._held)
 
     def trace(self, about: Mapping[str, Any]) -> Trace:
-        size, requested, category, module, op, phase, step, micro_batch, born = _columns(self._rows, 9)
-        marks = _columns(self._marks, 4)
         return Trace(
-            size=size,
-            requested=requested,
-            category=category,
-            module=module,
-            op=op,
-            phase=phase,
-            step=step,
-            micro_batch=micro_batch,
-            born=born,
+            **columns_of(_ROW, self._rows),
             freed=np.array(self._freed, dtype=np.int64),
-            mark_event=marks[0],
-            mark_phase=marks[1],
-            mark_step=marks[2],
-            mark_micro_batch=marks[3],
+            **columns_of(MARK_COLUMNS, self._marks),
             modules=tuple(self._modules),
             ops=tuple(self._ops),
             meta=dict(about["meta"]),
@@ -209,7 +197,3 @@ def _known(entry: Mapping[str, Any]) -> dict[str, Frame]:
 
 def _when(known: Mapping[str, Frame]) -> list[int]:
     return [PHASES.index(known["phase"]["name"]), known["step"]["line"], known["micro_batch"]["line"]]
-
-
-def _columns(rows: list[list[int]], count: int) -> list[Ints]:
-    return [np.ascontiguousarray(column) for column in np.array(rows, dtype=np.int64).reshape(-1, count).T]

@@ -17,7 +17,8 @@ from memscope.exchange.inference import Course, categories_of, course_of
 from memscope.exchange.layout import Entry, Snapshot, damaged, read_layout
 from memscope.exchange.plain_pickle import Progress, read_plain_pickle
 from memscope.exchange.stacks import NO_STACK, Place, StackReader
-from memscope.trace import CATEGORIES, PHASES, Ints, Trace
+from memscope.ran_out import alive_before
+from memscope.trace import PHASES, Ints, Trace
 from memscope.units import format_bytes
 
 __all__ = ["INFERRED", "import_snapshot"]
@@ -79,12 +80,16 @@ def _inferred(history: DeviceHistory, path: Path, progress: Progress) -> Trace:
     course = _course(history, stacks.places, stack)
     modules, module = _table(*_modules(history, stacks.places, of_block))
     ops, op = _table([place.op for place in stacks.places], of_block)
-    mark_event, mark_phase, mark_step, mark_micro_batch = course.marks()
     meta = _meta(history, path, has_stacks=bool(of_block.any()))
+    refusal = blocks.refusals[-1] if blocks.refusals else None
+    if refusal and (blocks.entry > refusal.entry).any():
+        refusal = None  # the run got over it
     trace = Trace(
         size=blocks.size,
         requested=blocks.requested,
-        category=categories_of(course, blocks.born, blocks.freed, stacks.places, of_block),
+        category=categories_of(
+            course, blocks.born, blocks.freed, stacks.places, of_block, cut_short=refusal is not None
+        ),
         module=module,
         op=op,
         phase=course.phase[blocks.born],
@@ -92,24 +97,15 @@ def _inferred(history: DeviceHistory, path: Path, progress: Progress) -> Trace:
         micro_batch=course.micro_batch[blocks.born],
         born=blocks.born,
         freed=blocks.freed,
-        mark_event=mark_event,
-        mark_phase=mark_phase,
-        mark_step=mark_step,
-        mark_micro_batch=mark_micro_batch,
+        **course.marks(),
         modules=modules,
         ops=ops,
         meta=meta,
         reserved=blocks.reserved,
     )
-    refusal = blocks.refusals[-1] if blocks.refusals else None
-    if refusal and not (blocks.entry > refusal.entry).any():  # nothing was allocated after it: the run ended there
+    if refusal:
         place = stacks.places[stacks.read(_frames(entries[refusal.entry]))]
-        about = (refusal.requested_bytes, refusal.allocated_bytes, refusal.reserved_bytes, refusal.largest_free_bytes)
-        meta["out_of_memory"] = {
-            **_when_it_ran_out(trace, refusal.event, place),
-            **dict(zip(("requested", "allocated", "reserved", "largest_free"), about, strict=True)),
-            "limit": refusal.reserved_bytes + refusal.device_free_bytes,
-        }
+        meta["out_of_memory"] = {**_when_it_ran_out(trace, refusal.event, place), **refusal.sizes()}
     return trace
 
 
@@ -193,10 +189,8 @@ def _meta(history: DeviceHistory, path: Path, *, has_stacks: bool) -> dict[str, 
 
 
 def _when_it_ran_out(trace: Trace, event: int, place: Place) -> dict[str, Any]:
-    """Where a request failed, and what there was, as JSON values."""
+    """Where a request failed, and what was alive, as JSON values."""
     mark = trace.mark_at(event)
-    alive = (trace.born < event) & ((trace.freed < 0) | (trace.freed >= event))
-    sizes = np.bincount(trace.category[alive], weights=trace.size[alive], minlength=len(CATEGORIES))
     return {
         "event": event,
         "step": int(trace.mark_step[mark]),
@@ -205,5 +199,5 @@ def _when_it_ran_out(trace: Trace, event: int, place: Place) -> dict[str, Any]:
         "module": place.module,
         "op": place.op,
         "category": None,
-        "by_category": {category: int(size) for category, size in zip(CATEGORIES, sizes, strict=True)},
+        "by_category": alive_before(trace, event),
     }

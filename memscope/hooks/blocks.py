@@ -19,13 +19,15 @@ import numpy as np
 
 from memscope.errors import MemscopeError
 from memscope.simulation.allocator_settings import MIN_BLOCK, SMALL_SIZE, AllocatorSettings
-from memscope.trace import Ints
+from memscope.trace import Ints, columns_of
 
-__all__ = ["Blocks", "Memory", "Refusal", "read_blocks"]
+__all__ = ["BLOCK_COLUMNS", "Blocks", "Memory", "Refusal", "read_blocks"]
 
 Entry = Mapping[str, Any]
 """An entry of `device_traces`, or a segment of `segments`, of `torch.cuda.memory._snapshot()`."""
 _ALLOCATED = "active_allocated"
+BLOCK_COLUMNS = ("address", "size", "requested", "born", "entry")
+"""Of `Blocks`, what is known of a block when it is born."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,17 @@ class Refusal:
     """Largest free piece of what the allocator holds."""
     device_free_bytes: int
     """What the driver had left."""
+
+    def sizes(self, limit_bytes: int | None = None) -> dict[str, int]:
+        """As `meta["out_of_memory"]` of a trace has them; `limit_bytes`: what the process may take, if less."""
+        offered = self.reserved_bytes + self.device_free_bytes
+        return {
+            "requested": self.requested_bytes,
+            "allocated": self.allocated_bytes,
+            "reserved": self.reserved_bytes,
+            "largest_free": self.largest_free_bytes,
+            "limit": offered if limit_bytes is None else min(offered, limit_bytes),
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -281,15 +294,9 @@ class _Reader:
         self._reserved_after.append(self._reserved)
 
     def blocks(self) -> Blocks:
-        columns = np.array(self._rows, dtype=np.int64).reshape(-1, 5).T
-        address, size, requested, born, entry = (np.ascontiguousarray(column) for column in columns)
         return Blocks(
-            address=address,
-            size=size,
-            requested=requested,
-            born=born,
+            **columns_of(BLOCK_COLUMNS, self._rows),
             freed=np.array(self._freed, dtype=np.int64),
-            entry=entry,
             event_entry=np.array(self._event_entry, dtype=np.int64),
             reserved=np.array(self._reserved_after, dtype=np.int64),
             peak_reserved=self._peak_reserved,

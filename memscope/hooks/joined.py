@@ -12,8 +12,9 @@ import numpy as np
 from memscope.hooks.allocations import Allocations
 from memscope.hooks.blocks import Blocks, Entry, Refusal, read_blocks
 from memscope.hooks.moments import Moments
+from memscope.ran_out import alive_before
 from memscope.simulation.allocator_settings import AllocatorSettings
-from memscope.trace import CATEGORIES, PHASES, Ints, Trace
+from memscope.trace import CATEGORIES, MARK_COLUMNS, PHASES, Ints, Trace, columns_of
 
 __all__ = ["History", "joined"]
 
@@ -75,8 +76,6 @@ def joined(
         _of_storage(seen, owner) if owner >= 0 else _of_block(moments, within, begun, entry)
         for owner, entry in zip(owners, blocks.entry.tolist(), strict=True)
     ]
-    category, module, op, phase, step, micro_batch = _columns(rows, 6)
-    marks = _columns(_marks(moments, blocks, begun), 4)
     about: dict[str, Any] = {
         **meta,
         "capacity": history.capacity_bytes,
@@ -90,18 +89,10 @@ def joined(
     trace = Trace(
         size=blocks.size,
         requested=blocks.requested,
-        category=category,
-        module=module,
-        op=op,
-        phase=phase,
-        step=step,
-        micro_batch=micro_batch,
+        **columns_of(("category", "module", "op", "phase", "step", "micro_batch"), rows),
         born=blocks.born,
         freed=blocks.freed,
-        mark_event=marks[0],
-        mark_phase=marks[1],
-        mark_step=marks[2],
-        mark_micro_batch=marks[3],
+        **columns_of(MARK_COLUMNS, _marks(moments, blocks, begun)),
         modules=tuple(modules),
         ops=tuple(ops),
         meta=about,
@@ -173,18 +164,11 @@ def _marks(moments: Moments, blocks: Blocks, begun: Ints) -> list[tuple[int, ...
     return marks
 
 
-def _columns(rows: Sequence[tuple[int, ...]], count: int) -> list[Ints]:
-    return [np.ascontiguousarray(column) for column in np.array(rows, dtype=np.int64).reshape(-1, count).T]
-
-
 def _described(
     trace: Trace, refusal: Refusal, place: tuple[int, int, int, int, int, int], limit_bytes: int | None
 ) -> dict[str, Any]:
     """The request that failed and what there was, as JSON values."""
     _, module, op, phase, step, micro_batch = place
-    alive = (trace.born < refusal.event) & ((trace.freed < 0) | (trace.freed >= refusal.event))
-    sizes = np.bincount(trace.category[alive], weights=trace.size[alive], minlength=len(CATEGORIES))
-    offered = refusal.reserved_bytes + refusal.device_free_bytes
     return {
         "event": refusal.event,
         "step": step,
@@ -193,10 +177,6 @@ def _described(
         "module": trace.modules[module],
         "op": trace.ops[op],
         "category": None,
-        "requested": refusal.requested_bytes,
-        "allocated": refusal.allocated_bytes,
-        "reserved": refusal.reserved_bytes,
-        "largest_free": refusal.largest_free_bytes,
-        "limit": offered if limit_bytes is None else min(offered, limit_bytes),
-        "by_category": {category: int(size) for category, size in zip(CATEGORIES, sizes, strict=True)},
+        **refusal.sizes(limit_bytes),
+        "by_category": alive_before(trace, refusal.event),
     }

@@ -25,7 +25,7 @@ from memscope.hooks.optimizer import GradientNamer, OptimizerNamer
 from memscope.hooks.snapshot import AllocatorWatch
 from memscope.hooks.storages import StorageTracker
 from memscope.hooks.work import Execute, WorkDone
-from memscope.trace import Phase, Trace
+from memscope.trace import MARK_COLUMNS, Phase, Trace, columns_of
 
 __all__ = ["Recorder"]
 
@@ -249,24 +249,13 @@ class Recorder:
             )
         if not seen.births:
             raise MemscopeError("nothing was recorded: no tensor was made between entering and leaving the recorder")
-        columns = np.array(seen.births, dtype=np.int64).T
-        requested, module, op, phase, step, micro_batch, born = (np.ascontiguousarray(column) for column in columns)
-        marks = np.array(seen.marks, dtype=np.int64).T
+        births = columns_of(("size", "module", "op", "phase", "step", "micro_batch", "born"), seen.births)
         return Trace(
-            size=requested,
-            requested=requested,
+            **births,
+            requested=births["size"],
             category=np.array(seen.category, dtype=np.int64),
-            module=module,
-            op=op,
-            phase=phase,
-            step=step,
-            micro_batch=micro_batch,
-            born=born,
             freed=np.array(seen.freed, dtype=np.int64),
-            mark_event=marks[0],
-            mark_phase=marks[1],
-            mark_step=marks[2],
-            mark_micro_batch=marks[3],
+            **columns_of(MARK_COLUMNS, seen.marks),
             modules=tuple(self._modules.names),
             ops=tuple(self._tracker.ops),
             meta=self._finished_meta(),

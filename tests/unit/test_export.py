@@ -48,12 +48,13 @@ def simulated():
     return simulate(lambda: toy_workload())
 
 
-def same(ours, theirs):
-    assert [name for name in NUMBERS if not np.array_equal(getattr(ours, name), getattr(theirs, name))] == []
+def differing(ours, theirs):
+    """Columns in which two traces differ, modules and operators by name, and "meta"."""
+    found = [name for name in NUMBERS if not np.array_equal(getattr(ours, name), getattr(theirs, name))]
     for column, table in (("module", "modules"), ("op", "ops")):
         names = [[getattr(t, table)[code] for code in getattr(t, column)] for t in (ours, theirs)]
-        assert names[0] == names[1]
-    assert dict(ours.meta) == dict(theirs.meta)
+        found += [column] if names[0] != names[1] else []
+    return found + (["meta"] if dict(ours.meta) != dict(theirs.meta) else [])
 
 
 # PyTorch's snapshots.
@@ -64,16 +65,33 @@ def same(ours, theirs):
 def test_any_trace_comes_back_from_a_torch_snapshot_as_it_was(tmp_path_factory, trace):
     path = tmp_path_factory.mktemp("export") / "snapshot.pickle"
     path.write_bytes(torch_snapshot_bytes(trace))
-    same(import_snapshot(path), trace)
+    assert differing(import_snapshot(path), trace) == []
+
+
+def test_what_comes_back_says_what_was_alive_at_the_peak_and_where_it_was_made(tmp_path):
+    trace = import_snapshot(dumped(torch_snapshot(small()), tmp_path))
+    assert trace.peak == (1, 7 * MIB, 0, "forward", 0)
+    assert trace.by("category", "module", "op") == {
+        ("parameter", "head", "aten.empty"): 4 * MIB,
+        ("activation", "head", "aten.mm"): 3 * MIB,
+    }
+    assert trace.freed.tolist() == [-1, 2]
+    assert trace.meta == {"target": "small"}
 
 
 def test_a_simulated_trace_comes_back_with_its_reserved_memory(simulated, tmp_path):
-    same(import_snapshot(dumped(torch_snapshot(simulated), tmp_path)), simulated)
+    trace = import_snapshot(dumped(torch_snapshot(simulated), tmp_path))
+    assert differing(trace, simulated) == []
+    # What the replay of PyTorch's allocator gave, in whole segments of 2 MiB: there is something to come back.
+    assert trace.reserved.max() == simulated.meta["peak_reserved"] > 0
+    assert not (trace.reserved % (2 * MIB)).any()
 
 
 def test_reserved_memory_that_a_replay_does_not_give_is_kept(simulated, tmp_path):
     other = dataclasses.replace(simulated, reserved=simulated.reserved + 2 * MIB)
-    same(import_snapshot(dumped(torch_snapshot(other), tmp_path)), other)
+    trace = import_snapshot(dumped(torch_snapshot(other), tmp_path))
+    assert differing(trace, other) == []
+    assert (trace.reserved - simulated.reserved).tolist() == [2 * MIB] * simulated.events
 
 
 def test_without_what_memscope_put_in_it_is_a_snapshot_with_the_same_sizes(simulated, tmp_path):
@@ -144,8 +162,14 @@ def test_allocations_of_no_bytes_keep_their_place(tmp_path):
     empty = builder.new("other", 0, module="m", op="o")
     builder.new("other", 512)
     builder.free(empty)
-    trace = builder.trace()
-    same(import_snapshot(dumped(torch_snapshot(trace), tmp_path)), trace)
+    trace = import_snapshot(dumped(torch_snapshot(builder.trace()), tmp_path))
+    assert trace.size.tolist() == [0, 512]
+    assert trace.born.tolist() == [0, 1]
+    assert trace.freed.tolist() == [2, -1]
+    assert [(trace.modules[m], trace.ops[o]) for m, o in zip(trace.module, trace.op, strict=True)] == [
+        ("m", "o"),
+        ("", ""),
+    ]
 
 
 def changed(change):

@@ -158,7 +158,63 @@ def test_settings_that_are_not_understood_are_told(imported):
     assert 'unknown key "new_key"' in notes(trace)[0]
 
 
+def came_of(conf, **values):
+    """`allocator_settings` as PyTorch 2.3 and later write them: the text, and what came of it (cuda/Module.cpp)."""
+    divisions = {str(2**number): values.get("divisions", 0) for number in range(16)}
+    return {
+        "PYTORCH_CUDA_ALLOC_CONF": conf,
+        "max_split_size": values.get("max_split_size", -1),
+        "garbage_collection_threshold": 0.0,
+        "expandable_segments": values.get("expandable_segments", False),
+        "pinned_num_register_threads": 1,
+        "release_lock_on_cudamalloc": False,
+        "pinned_use_cuda_host_register": False,
+        "roundup_power2_divisions": divisions,
+    }
+
+
+@pytest.mark.parametrize(
+    ("values", "requested", "expected"),
+    [
+        ({}, 19 * MIB + MIB // 2, 20 * MIB),  # half a MiB is too little to be split off
+        ({"expandable_segments": True}, 19 * MIB + MIB // 2, 19 * MIB + MIB // 2),  # but for expandable segments
+        ({}, 6 * MIB + 1, 6 * MIB + 512),
+        ({"divisions": 4}, 6 * MIB + 1, 7 * MIB),  # from 4 to 8 MiB in four steps
+        ({"max_split_size": 40 * MIB}, 6 * MIB, 6 * MIB),
+        ({"max_split_size": 20 * MIB}, 22 * MIB, 40 * MIB),  # a block from the limit on is not split
+    ],
+)
+@pytest.mark.parametrize("conf", ["", "a_key_to_come:1"])
+def test_what_came_of_the_settings_decides_whatever_was_written(imported, conf, values, requested, expected):
+    segment_bytes = 40 * MIB if requested > 20 * MIB else 20 * MIB
+    rest = [block(segment_bytes - expected, "inactive")] if expected < segment_bytes else []
+    data = snapshot([segment(block(expected, requested=requested), *rest)], [entry("alloc", BASE, requested)])
+    trace = imported({**data, "allocator_settings": came_of(conf, **values)})
+    assert trace.size.tolist() == [expected]
+    assert trace.meta["size_differences"] == 0
+    assert not any("key" in note for note in notes(trace))
+
+
 # Layouts.
+
+
+def test_private_pools_other_streams_and_all_that_pytorch_2_13_notes_beside_are_read(imported):
+    noted = {"compile_context": "N/A", "user_metadata": "step 3", "pool_id": (0, 1), "stream": 123323568}
+    traced = {"fx_node_op": "call_function", "fx_node_name": "relu", "fx_original_trace": "relu(x)"}
+    stack = [{**frame("forward", "/m/model.py", 7), **traced}, frame("_call_impl", "/x/torch/nn/modules/module.py", 9)]
+    graph = segment(block(3 * MIB, requested=3 * MIB - 8), block(17 * MIB, "inactive"), address=BASE + 64 * MIB)
+    private = {**graph, "segment_pool_id": (0, 1), "stream": 123323568, "registration_counter": -1}
+    history = [
+        entry("segment_alloc", BASE + 64 * MIB, 20 * MIB, **noted),
+        entry("alloc", BASE + 64 * MIB, 3 * MIB - 8, *stack, **noted),
+    ]
+    data = snapshot([segment(block(2 * MIB)), private], history)
+    trace = imported({**data, "allocator_settings": {**came_of(""), "graph_capture_record_stream_reuse": False}})
+    assert trace.size.tolist() == [2 * MIB, 3 * MIB]
+    assert trace.requested.tolist() == [2 * MIB, 3 * MIB - 8]
+    assert trace.reserved.tolist() == [2 * MIB, 22 * MIB]
+    assert [trace.modules[code] for code in trace.module] == ["(unknown)", "model"]
+    assert notes(trace) == []
 
 
 def test_a_list_of_segments_alone_is_a_trace_of_what_is_alive(imported):
@@ -209,6 +265,16 @@ def test_entries_of_kinds_to_come_are_passed_over_and_told(imported):
 def two_gpus():
     other = {**segment(block(4 * MIB)), "device": 1}
     return snapshot([segment(block(2 * MIB)), other], [], [entry("snapshot", 0, 0)])
+
+
+def test_a_gpu_of_which_nothing_but_a_snapshot_is_noted_is_none_to_choose(imported):
+    # A process on GPU 1 with enabled="state", which keeps the last entry of each: GPU 0 has its own snapshot alone.
+    here = {**segment(block(2 * MIB), block(18 * MIB, "inactive")), "device": 1}
+    last = {"action": "free_completed", "addr": BASE + 2 * MIB, "size": 512, "stream": 0}
+    trace = imported(snapshot([here], [{"action": "snapshot", "addr": 0, "size": 0, "stream": 0}], [last]))
+    assert trace.meta["device"]["name"] == "GPU 1"
+    assert trace.size.tolist() == [2 * MIB]
+    assert trace.meta["size_differences"] == 0
 
 
 def test_of_several_gpus_one_has_to_be_chosen(imported):
@@ -292,6 +358,10 @@ DAMAGED = {
     "block asked for more than it has": (damaged(segments=[segment(block(1, requested=2))]), "was not asked for"),
     "segment of no device": (damaged(segments=[{**segment(block(MIB)), "device": "cuda"}]), "is of no device"),
     "settings that are none": (damaged(allocator_settings=[1]), "allocator_settings"),
+    "settings of words": (
+        damaged(allocator_settings={"roundup_power2_divisions": "none", "max_split_size": "none"}),
+        "allocator_settings",
+    ),
     "annotations that are none": (damaged(external_annotations=7), "external_annotations is no list"),
 }
 

@@ -136,6 +136,34 @@ def test_steps_of_an_optimizer_that_allocates_nothing_are_counted_by_zero_grad()
     assert trace.max_by_category()["gradient"] == rounded(*model.parameters())
 
 
+class OwnMomentum(torch.optim.Optimizer):
+    """State that is made anew in each step, beside a temporary."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, {"lr": lr})
+
+    def step(self, closure=None):
+        for parameter in (p for group in self.param_groups for p in group["params"]):
+            decayed = self.state[parameter].get("momentum", torch.zeros_like(parameter)) * 0.9
+            self.state[parameter]["momentum"] = decayed + parameter.grad
+
+
+def test_state_of_an_optimizer_of_ones_own_is_found_where_the_history_ends_with_its_step():
+    trace, model, optimizer = trained(plain, OwnMomentum)
+    assert PHASES[trace.mark_phase[-1]] == "optimizer"
+    momentum = [state["momentum"] for state in optimizer.state.values()]
+    assert len(momentum) == len(list(model.parameters()))
+    assert trace.by_category(at=trace.events - 1)["optimizer_state"] == rounded(*momentum)
+
+
+def test_what_an_optimizer_held_when_memory_ran_out_may_be_a_temporary(tmp_path):
+    step = frame("step", "/m/optim.py")
+    held = entry("alloc", BASE, 512, step)
+    assert [CATEGORIES[code] for code in trace_of(tmp_path, held).category] == ["optimizer_state"]
+    ended = trace_of(tmp_path, held, entry("oom", 0, 30 * MIB, step))
+    assert [CATEGORIES[code] for code in ended.category] == ["other"]
+
+
 def test_activations_are_what_the_forward_pass_left_when_the_backward_pass_begins():
     known = []
 
@@ -322,13 +350,16 @@ ANNOTATED = [("## forward ##", 0, 15), ("Optimizer.step#AdamW.step", 25, 35), ("
 
 
 def annotations(layout):
-    """Blocks of `record_function` as PyTorch 2.4 and later note them, and before (memory_snapshot.cpp)."""
+    """Blocks of `record_function` as PyTorch 2.5 and later note them, and before.
+
+    Of before: https://github.com/pytorch/pytorch/pull/124179 shows `{"name": "START", "filename": "## forward ##"}`.
+    """
     noted = [
         (name, stage, time) for name, *times in ANNOTATED for stage, time in zip(("START", "END"), times, strict=True)
     ]
     if layout == "external":
         return {"external_annotations": [{"name": n, "stage": s, "device": 0, "time_us": t} for n, s, t in noted]}, []
-    return {}, [entry("user_defined", 0, 0, frame(name, stage, 0), time_us=time) for name, stage, time in noted]
+    return {}, [entry("user_defined", 0, 0, frame(stage, name, 0), time_us=time) for name, stage, time in noted]
 
 
 @pytest.mark.parametrize("layout", ["external", "user_defined"])
