@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from memscope.advisor.planning import Found, Planning, device_bytes, fits
 from memscope.advisor.reference import Blocks, Reference, full_probe, none_probe, outside_bytes, seconds_of
@@ -23,6 +24,8 @@ __all__ = ["Search"]
 _MOST_COMBINATIONS = 12
 _MOST_FULL = 6
 _MOST_PLANNED = 3
+_WORTH_IT = 1.01
+"""How much longer a step may take with the settings that a strategy prefers, if it changes the mathematics."""
 
 
 @dataclass
@@ -41,6 +44,8 @@ class Search:
     refused: dict[str, MemscopeError] = field(default_factory=dict)
     """Combinations that cannot be run, and why."""
     best: Found | None = None
+    _preferred: dict[str, Any] = field(default_factory=dict)
+    """Of each strategy, the settings that it would rather have: the first of its candidates."""
 
     def __post_init__(self) -> None:
         self.planning = Planning(self.ask, self.device, self.allocator, self.budget_bytes)
@@ -51,6 +56,8 @@ class Search:
         Raises:
             MemscopeError: when none of them can be run.
         """
+        for strategy in (strategy for plan in plans for strategy in plan.strategies):
+            self._preferred.setdefault(strategy.name, strategy.config)
         base, single = plans[0], [plan for plan in plans if len(plan.strategies) <= len(plans[0].strategies) + 1]
         self.plain.update(self.simulated(single))
         if not self.plain:
@@ -58,18 +65,18 @@ class Search:
         others = [plan for plan in plans if plan not in single]
         room = max(0, _MOST_COMBINATIONS - len(single))
         self.plain.update(self.simulated(self._by_promise(others, base)[:room]))
-        by_time = sorted(self.plain, key=lambda text: seconds_of(self.plain[text]))
-        fitting = [text for text in by_time if fits(self.plain[text])]
+        by_cost = sorted(self.plain, key=lambda text: self._cost(text, seconds_of(self.plain[text])))
+        fitting = [text for text in by_cost if fits(self.plain[text])]
         for text in fitting:
             if self._take_plain(text):
                 break
-        faster = [text for text in by_time if self.best is None or seconds_of(self.plain[text]) < self.best.seconds]
-        self._checkpoint(self._worthwhile([text for text in faster if text not in fitting])[:_MOST_FULL])
-        planned = [text for text in faster if text in self.references and fits(self.references[text].full)]
-        promised = sorted((self.planning.promise(self.references[text]), text) for text in planned[:_MOST_PLANNED])
-        for index, (seconds, text) in enumerate(promised):
-            if self.best is None or seconds < self.best.seconds:
-                self._take(self.planning.within(self.references[text], look_ahead=index == 0))
+        cheaper = [text for text in by_cost if self._is_cheaper(text, seconds_of(self.plain[text]))]
+        self._checkpoint(self._worthwhile([text for text in cheaper if text not in fitting])[:_MOST_FULL])
+        planned = _first_of_kind(text for text in self.references if fits(self.references[text].full))[:_MOST_PLANNED]
+        promises = {text: self.planning.promise(self.references[text]) for text in planned}
+        for text in sorted(promises, key=lambda text: self._cost(text, promises[text])):
+            if self._is_cheaper(text, promises[text]):
+                self._take(self.planning.within(self.references[text], look_ahead=self.best is None))
 
     def least(self) -> Found:
         """The plan that needs least memory, of the combination that does; if nothing better fits, it is the best."""
@@ -103,10 +110,10 @@ class Search:
         return found
 
     def _worthwhile(self, texts: Sequence[str]) -> list[str]:
-        """Combinations, of those in order of time, that checkpointing may make fit and the cheapest.
+        """Combinations, of those in order of cost, that checkpointing may make fit and the cheapest.
 
         Not one that needs more than there is outside the blocks, where checkpointing changes nothing; and not one that
-        takes as long as another and as much memory, both at its peak and outside the blocks.
+        costs as much as another and takes as much memory, both at its peak and outside the blocks.
         """
         limit = self.budget_bytes - self.device.context_bytes
         kept: list[tuple[str, tuple[int, int]]] = []
@@ -147,9 +154,18 @@ class Search:
         return None if strategy in base.strategies else self.plain.get(str(Plan.of(*base.strategies, strategy)))
 
     def _take(self, found: Found | None) -> bool:
-        if found and fits(found.seen) and (self.best is None or found.seconds < self.best.seconds):
+        if found and fits(found.seen) and self._is_cheaper(found.strategies, found.seconds):
             self.best = found
         return self.best is found and found is not None
+
+    def _is_cheaper(self, text: str, seconds: float) -> bool:
+        return self.best is None or self._cost(text, seconds) < self._cost(self.best.strategies, self.best.seconds)
+
+    def _cost(self, text: str, seconds: float) -> float:
+        """By what combinations are compared: their time, and a little for each setting that must be worth it."""
+        strategies = Plan.parse(text).strategies
+        others: int = sum(not s.exact and s.config != self._preferred[s.name] for s in strategies)
+        return seconds * _WORTH_IT**others
 
     def _take_plain(self, text: str) -> bool:
         """Take a combination as it is, if it also fits with every micro-batch run."""
@@ -157,6 +173,14 @@ class Search:
         (answer,) = self.ask("the plan", [probe])
         seconds = seconds_of(self.plain[text])
         return self._take(Found(text, None, require(answer), seconds, seconds))
+
+
+def _first_of_kind(texts: Iterable[str]) -> list[str]:
+    """Combinations, without those that only set the same strategies otherwise."""
+    kinds: dict[tuple[str, ...], str] = {}
+    for text in texts:
+        kinds.setdefault(tuple(strategy.name for strategy in Plan.parse(text).strategies), text)
+    return list(kinds.values())
 
 
 def _no_more(some: tuple[int, int], others: tuple[int, int]) -> bool:

@@ -83,7 +83,8 @@ class Strategy(Protocol):
     def candidates(cls, workload: Workload) -> Sequence[Any]:
         """The settings worth trying on a workload that no strategy has changed: what `memscope advise` searches.
 
-        Those that `check` refuses are left out by whoever asks. Here: the default settings alone.
+        Those that `check` refuses are left out by whoever asks. Of a strategy that changes the mathematics, the first
+        is taken unless another one is worth it. Here: the default settings alone.
         """
         return [cls.Config()]
 

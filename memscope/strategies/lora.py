@@ -51,7 +51,7 @@ class LoRA(Strategy):
 
     @classmethod
     def candidates(cls, workload: Workload) -> Sequence[Config]:
-        """Three ranks at the default's scale alpha / r, for query and value projections.
+        """The default's rank, and two others, at the default's scale alpha / r, for query and value projections.
 
         Where those are not found by their names, for every linear layer whose name is there more than once.
         """
@@ -59,7 +59,7 @@ class LoRA(Strategy):
         repeated = tuple(name for name, count in fitting.items() if count > 1)
         targets = next((names for names in _QUERY_AND_VALUE if fitting.keys() >= {*names}), repeated)
         scale = cls.Config().alpha / cls.Config().r
-        return [cls.Config(r=rank, alpha=scale * rank, targets=targets) for rank in (8, 16, 64) if targets]
+        return [cls.Config(r=rank, alpha=scale * rank, targets=targets) for rank in (cls.Config().r, 8, 64) if targets]
 
     def check(self, workload: Workload) -> list[Problem]:
         """Settings out of their range, and targets that cannot be adapted."""

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from memscope import simulate
+import pytest
+
+from memscope import Strategy, Workload, simulate, strategies
+from memscope.advisor import combinations as advisor_combinations
 from memscope.advisor.combinations import combinations
 from memscope.advisor.reference import Blocks
 from memscope.advisor.runner import Answer, Asker, InProcess, Probe
 from memscope.advisor.search import Search
 from memscope.simulation.allocator import AllocatorSettings
 from memscope.simulation.devices import get_device
-from memscope.strategies import Plan
+from memscope.strategies import Plan, Stage
 from memscope.strategies.layer_plan import LayerPlan
-from tests.small_chain import BLOCKS, WIDTH, build
+from tests.small_chain import BLOCKS, ROWS, WIDTH, build
 
 DEVICE = get_device("a100-40gb")
 WEIGHTS_BYTES = BLOCKS * 2 * 2 * (WIDTH * 2 * WIDTH) * 4
@@ -32,12 +35,12 @@ class Noted:
         return InProcess(build, DEVICE).run(probes, done)
 
 
-def searched(runner: Noted, reserved_bytes: int, strategies: str) -> Search:
+def searched(runner: Noted, reserved_bytes: int, strategies: str, allow: Sequence[str] = ()) -> Search:
     workload = build()
     asker = Asker(runner, lambda what, done, needed: None)
     budget_bytes = reserved_bytes + DEVICE.context_bytes
     search = Search(asker, Blocks.of(workload.model), DEVICE, AllocatorSettings(), budget_bytes)
-    search.run(combinations(workload, Plan.parse(strategies), ()))
+    search.run(combinations(workload, Plan.parse(strategies), allow))
     return search
 
 
@@ -72,6 +75,40 @@ def test_no_checkpoints_are_planned_for_what_another_combination_beats() -> None
     assert search.best.layers is not None
     assert set(search.plain) == {"ga:steps=1", "adamw:fused,ga:steps=1", "adamw:foreach=false,ga:steps=1"}
     assert list(search.references) == ["adamw:fused,ga:steps=1"]
+
+
+class Rows(Strategy):
+    """Train on some of the rows of each batch."""
+
+    name, stage, exact, changes = "rows", Stage.STEP, False, "the data"
+
+    @dataclass(frozen=True)
+    class Config:
+        """Which."""
+
+        count: int = ROWS - 4
+
+    def apply(self, workload: Workload) -> None:
+        whole = workload.split
+        workload.split = lambda batch, parts: whole(batch[: self.config.count], parts)
+
+
+@pytest.mark.parametrize(("other", "taken"), [(ROWS - 8, ROWS - 4), (ROWS // 2, ROWS // 2)])
+def test_a_setting_that_saves_next_to_nothing_does_not_replace_the_preferred_one(
+    other: int, taken: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Tried(Rows):
+        @classmethod
+        def candidates(cls, workload: Workload) -> Sequence[Rows.Config]:
+            return [cls.Config(), cls.Config(other)]
+
+    everything = {**strategies.available(), "rows": Tried}
+    monkeypatch.setattr(strategies, "available", lambda: everything)
+    monkeypatch.setattr(advisor_combinations, "available", lambda: everything)
+    best = searched(Noted(), 2**30, "adamw:fused,ga:steps=1", ["rows"]).best
+    assert best is not None
+    (rows,) = (strategy for strategy in Plan.parse(best.strategies).strategies if strategy.name == "rows")
+    assert rows.config.count == taken
 
 
 def test_side_by_side_a_plan_is_found_that_is_as_true() -> None:

@@ -247,8 +247,8 @@ def test_candidates_are_three_ranks_of_one_scale_for_query_and_value_or_every_re
 ) -> None:
     # The defaults' scale is alpha / r = 32 / 16.
     assert LoRA.candidates(named(names)) == [
-        LoRA.Config(r=8, alpha=16.0, targets=targets),
         LoRA.Config(r=16, alpha=32.0, targets=targets),
+        LoRA.Config(r=8, alpha=16.0, targets=targets),
         LoRA.Config(r=64, alpha=128.0, targets=targets),
     ]
 
