@@ -8,13 +8,14 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import permutations, zip_longest
 from typing import Any, Literal, Union
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from memscope.batch import map_tensors
 from memscope.errors import UsageError
 from memscope.hooks.record import record
 from memscope.settings import help_of
@@ -241,7 +242,7 @@ def _train(build: _Build, plan: Plan, steps: int, double: bool, subject: Strateg
     if baseline:
         subject.baseline(workload)
     plan.apply(workload)
-    training = Training.start(workload, "cpu", lambda data: pytree.tree_map_only(Tensor, move, data))
+    training = Training.start(workload, "cpu", partial(map_tensors, move))
     training.optimizer.register_step_pre_hook(keep)
     torch.manual_seed(1)
     results = _Steps()

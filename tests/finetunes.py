@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor, nn
 
 from memscope.targets.llama2 import target
@@ -27,11 +24,9 @@ __all__ = [
     "job_of",
     "losses",
     "metrics",
-    "on_one_thread",
     "refused",
     "run",
     "small",
-    "weights_in",
 ]
 
 LORA = "lora:r=16,alpha=32,dropout=0.05,targets=wq+wv"
@@ -43,17 +38,6 @@ def small(**changed: object) -> list[str]:
     settings: dict[str, object] = {"dim": 32, "n_layers": 2, "n_heads": 2, "device": "cpu", "lr": 1e-3}
     settings |= {"accumulation": 2, "samples": 12, "held_out": 2}
     return ["--preset", "debug", *(f"{key}={value}" for key, value in (settings | changed).items())]
-
-
-@contextmanager
-def on_one_thread() -> Iterator[None]:
-    """Sums in the same order as in a process of one thread, and no fight for the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def run(*words: str) -> int:
@@ -102,12 +86,6 @@ def at_call(monkeypatch: pytest.MonkeyPatch, number: int, do: Any) -> None:
 def job_of(words: list[str]) -> Job:
     """The job that such words are about."""
     return Job.of(dict(word.split("=", 1) for word in words if "=" in word), PRESETS["debug"])
-
-
-def weights_in(folder: Path) -> Path:
-    """A folder of weights with its tokenizer, trained for a step."""
-    assert run(*small(samples=2, held_out=0), "-o", str(folder / "run")) == 0
-    return folder / "run" / "weights"
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:

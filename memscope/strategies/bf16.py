@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from memscope.batch import map_tensors
 from memscope.strategies import Problem, Stage, Strategy
 from memscope.workload import Workload
 
@@ -57,4 +57,4 @@ def _is_lowered(tensor: Tensor) -> bool:
 
 
 def _lower_inputs(model: nn.Module, args: Any, kwargs: Any) -> Any:
-    return pytree.tree_map_only(Tensor, lambda t: t.bfloat16() if _is_lowered(t) else t, (args, kwargs))
+    return map_tensors(lambda t: t.bfloat16() if _is_lowered(t) else t, (args, kwargs))

@@ -170,8 +170,7 @@ class _Keep(TorchDispatchMode):
         """That of kept results which the arguments show."""
         if not self.of_storage:
             return []
-        tensors = [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)]
-        return [self.of_storage[key] for key in map(_storage, tensors) if key in self.of_storage]
+        return [self.of_storage[key] for key in map(_storage, _tensors(arguments)) if key in self.of_storage]
 
     def _about_to_change(self, call: Call, args: Any) -> bool:
         """Whether a call in place changes a kept result: it then has the change in it."""
@@ -188,8 +187,7 @@ class _Keep(TorchDispatchMode):
 
     def _keep(self, call: Call, out: Any, state: tuple[torch.device, Tensor] | None) -> None:
         value = pytree.tree_map_only(Tensor, _detached, out)
-        tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
-        memory = [_Memory(tensor) for tensor in tensors]
+        memory = [_Memory(tensor) for tensor in _tensors(value)]
         self.kept.results[call].append(_Result(value, memory, state))
         self.of_storage.update((_storage(part.tensor), part) for part in memory)
 
@@ -257,10 +255,15 @@ class _Reuse(TorchDispatchMode):
 
 
 def _random_state(out: Any) -> tuple[torch.device, Tensor]:
-    device = next(leaf.device for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor))
+    device = _tensors(out)[0].device
     if device.type == "cpu":
         return device, torch.get_rng_state()
     return device, torch.get_device_module(device).get_rng_state(device)
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    # Not `memscope.batch.tensors_in`: this runs in every call, and operators know no dataclasses.
+    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 def _storage(tensor: Tensor) -> int:

@@ -6,69 +6,64 @@ import dataclasses
 import json
 import shlex
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
-import torch
 
 from memscope.cli.main import run_command
 from memscope.cli.target_words import RUNS, settings_of
 from memscope.errors import UsageError
-from memscope.settings import format_value, help_of
+from memscope.settings import format_value
 from memscope.target import find_target
 from memscope.targets.llama2.checkpoints import newest_checkpoint
+from memscope.targets.llama2.device import default_device
 from memscope.targets.llama2.finetune_watch import watched
 from memscope.targets.llama2.job import Job
 from memscope.targets.llama2.metrics import Outcome
 from memscope.targets.llama2.model import Architecture
+from memscope.targets.llama2.options import device_option, other_settings, setting_options
 from memscope.targets.llama2.recipe import Recipe
-from memscope.targets.llama2.run_folder import TOKENIZER, RunFolder
+from memscope.targets.llama2.run_folder import RunFolder
 from memscope.targets.llama2.session import Session, continue_from, prepare
 from memscope.targets.llama2.target import SHIPPED_TOKENIZER, Config, read_preset
+from memscope.targets.llama2.tokenizer import TOKENIZER, tokenizer_beside
 from memscope.targets.llama2.train import evaluate, save_result, train
 from memscope.units import format_bytes
 
 __all__ = ["command", "main"]
 
-_Function = Callable[..., Any]
 _NAME = "python -m memscope.targets.llama2.finetune"
 _METAVARS = {"weights": "FOLDER", "data": "FILE", "tokenizer": "FILE"}
 _INTERRUPTED = 130  # what shells give for Ctrl-C: 128 + SIGINT
 
 
-def _options(config: type, *names: str) -> Callable[[_Function], _Function]:
-    """An option for each of these settings; as text, None where it is not given."""
-    default, helps = config(), help_of(config)
-
-    def decorated(function: _Function) -> _Function:
-        for name in reversed(names):
-            text = f"{helps[name]}  [default: {format_value(getattr(default, name))}]"
-            option = click.option(f"--{name.replace('_', '-')}", name, metavar=_METAVARS.get(name, "VALUE"), help=text)
-            function = option(function)
-        return function
-
-    return decorated
-
-
 @click.command("finetune", context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
-@_options(Config, "weights", "data", "tokenizer", "samples", "lr")
+@setting_options(
+    Config,
+    "weights",
+    "data",
+    "tokenizer",
+    "samples",
+    "lr",
+    metavars=_METAVARS,
+    defaults={"tokenizer": "tokenizer.model in the folder of the weights"},
+)
 @click.option(
     "-s", "--strategies", metavar="PLAN", help="What to apply, such as lora:r=16,targets=wq+wv,amp:dtype=bf16."
 )
-@_options(Recipe, *(field.name for field in dataclasses.fields(Recipe)))
+@setting_options(Recipe)
 @click.option("--preset", metavar="NAME|PATH", help="Shape of the model; that of the weights if not given.")
+@other_settings
+@device_option
 @click.option(
-    "--set",
-    "changed",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Change a setting of the target (see: memscope targets); more may follow as KEY=VALUE.",
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help=f"Where everything goes. Default: a new folder in {RUNS}.",
 )
-@click.option("--device", metavar="cpu|cuda", help="Where to train. Default: cuda where PyTorch has a GPU.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FOLDER", help="Where everything goes.")
 @click.option(
     "--resume",
     type=click.Path(path_type=Path),
@@ -117,21 +112,12 @@ def command(
 def _begun(output: Path | None, preset: str | None, words: dict[str, str], force: bool) -> tuple[RunFolder, Session]:
     folder = RunFolder(output or RUNS / f"finetune-{time.strftime('%Y%m%d-%H%M%S')}")
     folder.require_new(overwrite=force)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    words = {"device": device, **_tokenizer_of(words), **words}
+    if "weights" in words and "tokenizer" not in words:
+        words["tokenizer"] = str(tokenizer_beside(Path(words["weights"])))
+    words = {"device": default_device(), **words}
     session = prepare(Job.of(words, _base(preset, words)))
     folder.begin(session.job)
     return folder, session
-
-
-def _tokenizer_of(words: Mapping[str, str]) -> dict[str, str]:
-    """The tokenizer beside the weights: on the ids of another one they know nothing."""
-    if "weights" not in words or "tokenizer" in words:
-        return {}
-    beside = Path(words["weights"]) / TOKENIZER
-    if not beside.is_file():
-        raise UsageError(f"there is no {beside}: name the tokenizer that belongs to the weights with --tokenizer FILE")
-    return {"tokenizer": str(beside)}
 
 
 def _base(preset: str | None, words: Mapping[str, str]) -> Config:

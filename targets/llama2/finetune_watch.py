@@ -36,17 +36,10 @@ def watched(session: Session, folder: RunFolder) -> Iterator[Watch]:
     def say(text: str) -> None:
         click.echo(text, err=True)
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("steps{task.fields[measured]}"),
-        TimeRemainingColumn(),
-    )
     with (
         _stop_asked() as stopped,
         metrics_written(folder.metrics, folder.board, session.done, say) as write,
-        Progress(*columns, console=Console(stderr=True), auto_refresh=False) as bars,
+        _bars(Console(stderr=True)) as bars,
     ):
         task = bars.add_task("fine-tuning", total=session.steps, completed=session.done, measured="")
         drawn = 0.0
@@ -59,6 +52,17 @@ def watched(session: Session, folder: RunFolder) -> Iterator[Watch]:
             drawn = now if due else drawn
 
         yield _Watched(write, show, stopped)
+
+
+def _bars(console: Console) -> Progress:
+    """A line of 80 columns has room for all of it, the peak too."""
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps{task.fields[measured]}"),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console, auto_refresh=False)
 
 
 def _in_words(step: Stepped) -> str:

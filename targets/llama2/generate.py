@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 import torch
@@ -16,34 +16,25 @@ import torch
 from memscope.cli.main import run_command
 from memscope.cli.progress import shown_progress
 from memscope.cli.target_words import settings_of
-from memscope.errors import OutOfDeviceMemory, UsageError
-from memscope.settings import fill, format_value, help_of
+from memscope.errors import UsageError
+from memscope.settings import fill
 from memscope.targets.llama2.adapters import load_adapter
 from memscope.targets.llama2.alpaca import Instruction
+from memscope.targets.llama2.device import default_device, require_device, room_on_device
 from memscope.targets.llama2.generation import Continuation, Decoding, check_prompts, generate
 from memscope.targets.llama2.model import Llama
-from memscope.targets.llama2.target import SHIPPED_TOKENIZER, Config, read_preset
-from memscope.targets.llama2.tokenizer import Tokenizer
+from memscope.targets.llama2.options import device_option, other_settings, setting_options
+from memscope.targets.llama2.target import Config, read_preset
+from memscope.targets.llama2.tokenizer import Tokenizer, tokenizer_beside
 from memscope.targets.llama2.weights import load_weights, without_initialization
 
 __all__ = ["command", "load_model", "main"]
 
-F = TypeVar("F", bound=Callable[..., Any])
 OnToken = Callable[[list[tuple[int, ...]]], None]
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
-def _decoding_options(function: F) -> F:
-    """An option for each setting of `Decoding`; as text, None where it is not given."""
-    helps = help_of(Decoding)
-    for field in reversed(dataclasses.fields(Decoding)):
-        text = f"{helps[field.name]}  [default: {format_value(field.default)}]"
-        function = click.option(f"--{field.name.replace('_', '-')}", field.name, metavar="VALUE", help=text)(function)
-    return function
-
-
 @click.command("generate", context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option(
     "--weights", required=True, type=_FOLDER, metavar="FOLDER", help="The model, in Meta's or Hugging Face's format."
 )
@@ -63,18 +54,9 @@ def _decoding_options(function: F) -> F:
     help="The same for models tuned on Alpaca's format: the text is put into its template; may be repeated.",
 )
 @click.option("--input", "about", metavar="TEXT", help="What the one instruction is about.")
-@_decoding_options
-@click.option(
-    "--set",
-    "changed",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Change a setting of the model, such as dtype=bf16 or attention=sdpa (see: memscope targets); "
-    "more may follow as KEY=VALUE.",
-)
-@click.option(
-    "--device", type=click.Choice(["cpu", "cuda"]), help="Where to compute. Default: cuda where PyTorch has a GPU."
-)
+@setting_options(Decoding)
+@other_settings
+@device_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def command(
@@ -98,13 +80,14 @@ def command(
     """
     decoding = fill(Decoding, {key: text for key, text in texts.items() if text is not None}, of="generation")
     config = fill(read_preset(weights), settings_of([*changed, *settings]), of='target "llama2"')
-    pieces = _tokenizer(tokenizer, weights, config)
+    pieces = Tokenizer.load(tokenizer or tokenizer_beside(weights), config.vocab_size)
     asked = _prompts(prompts, instructions, about)
     encoded = [[pieces.bos_id, *pieces.encode(text)] for text in asked]
     check_prompts(encoded, config.architecture)
-    device = _device(device)
+    device = device or default_device()
+    require_device(device)
     began = time.perf_counter()
-    with _room_on_device():
+    with room_on_device(_REMEDY):
         model = load_model(weights, config, adapter=adapter, device=device)
         streamed = len(asked) == 1 and decoding.beams == 1 and not as_json
         began = time.perf_counter()
@@ -123,6 +106,9 @@ def command(
     if not streamed:
         _print(results)
     _print_ends(found, decoding, config, seconds)
+
+
+_REMEDY = "Continue fewer prompts at once, with fewer --beams, or with --set dtype=bf16 attention=sdpa"
 
 
 def load_model(
@@ -148,22 +134,6 @@ def load_model(
     return model.eval()
 
 
-def _tokenizer(given: Path | None, weights: Path, config: Config) -> Tokenizer:
-    path = given or weights / "tokenizer.model"
-    if given is None and not path.is_file():
-        raise UsageError(
-            f"weights {weights}: there is no tokenizer.model with them: name their tokenizer with --tokenizer FILE "
-            f"(the one that is shipped is {SHIPPED_TOKENIZER})"
-        )
-    tokenizer = Tokenizer.load(path)
-    if tokenizer.vocab_size != config.vocab_size:
-        raise UsageError(
-            f"tokenizer {path}: its vocabulary has {tokenizer.vocab_size} tokens, the model's {config.vocab_size}: "
-            "it is of another model; name the right one with --tokenizer FILE"
-        )
-    return tokenizer
-
-
 def _prompts(prompts: Sequence[str], instructions: Sequence[str], about: str | None) -> list[str]:
     if not prompts and not instructions:
         raise UsageError("there is nothing to continue: give a text with --prompt or --instruction")
@@ -174,23 +144,6 @@ def _prompts(prompts: Sequence[str], instructions: Sequence[str], about: str | N
         if not text.strip():
             raise UsageError(f"{option} {json.dumps(text)} is empty: there is nothing to continue")
     return [*prompts, *(Instruction(text, about or "", "").prompt for text in instructions)]
-
-
-def _device(device: str | None) -> str:
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: PyTorch finds no CUDA device on this machine: leave it out, or use cpu")
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@contextmanager
-def _room_on_device() -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise OutOfDeviceMemory(
-            f"the GPU ran out of memory ({'. '.join(str(error).split('. ')[:2])}): continue fewer prompts at once, "
-            "with fewer --beams, or with --set dtype=bf16 attention=sdpa"
-        ) from error
 
 
 def _text(tokenizer: Tokenizer, prompt: list[int], new: Sequence[int]) -> str:

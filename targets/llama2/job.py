@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from memscope.errors import UsageError, nearest
 from memscope.settings import fill, format_value
 from memscope.strategies import Plan
+from memscope.targets.llama2.device import require_known_device
 from memscope.targets.llama2.recipe import Recipe
 from memscope.targets.llama2.target import Config
 
@@ -17,7 +17,6 @@ __all__ = ["Job"]
 
 # What may be another when a run goes on: nothing that the weights, the data or the optimizer's state belong to.
 _FREE = {field.name for field in dataclasses.fields(Recipe)} - {"held_out"} | {"lr"}
-_DEVICES = ("cpu", "cuda")
 _RECIPE = {field.name for field in dataclasses.fields(Recipe)}
 
 
@@ -33,8 +32,7 @@ class Job:
     """cpu or cuda."""
 
     def __post_init__(self) -> None:
-        if self.device not in _DEVICES:
-            raise UsageError(f'device "{self.device}" cannot be trained on: {nearest(self.device, _DEVICES)}')
+        require_known_device(self.device)
 
     @property
     def settings(self) -> dict[str, str]:

@@ -14,7 +14,8 @@ __all__ = ["Recipe"]
 class Recipe:
     """The settings of a run beside model and data; schedule, warm-up and clipping by default as in Stanford Alpaca.
 
-    Alpaca's README gives cosine and a warm-up ratio of 0.03; clipping at 1.0 is the default of the trainer it uses.
+    Alpaca's README gives cosine and a warm-up ratio of 0.03; clipping at 1.0 is the default of the trainer it uses,
+    transformers'. That begins its warm-up with a step at rate 0; none is wasted so here.
 
     Raises:
         ValueError: listing everything that is wrong with the values.

@@ -12,10 +12,7 @@ from memscope.targets.llama2.files import JsonFile
 from memscope.targets.llama2.job import Job
 from memscope.trace import write_whole
 
-__all__ = ["TOKENIZER", "RunFolder"]
-
-TOKENIZER = "tokenizer.model"
-"""The tokenizer in a folder of weights, as Meta and Hugging Face call it."""
+__all__ = ["RunFolder"]
 
 _SCHEMA_VERSION = 1
 
@@ -66,9 +63,9 @@ class RunFolder:
             raise UsageError(f"{self.path} is a file: -o takes a folder, for example -o runs/first")
         existing = self._own()
         if existing and not overwrite:
+            go_on = "" if self.finished else f"go on with that run (--resume {self.path}), "
             raise UsageError(
-                f"{existing[0]} exists already: go on with that run (--resume {self.path}), choose another folder "
-                "with -o, or overwrite it with -f"
+                f"{existing[0]} exists already: {go_on}choose another folder with -o, or overwrite it with -f"
             )
 
     def _own(self) -> list[Path]:

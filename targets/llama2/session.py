@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,15 +13,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from memscope.errors import OutOfDeviceMemory, UsageError
+from memscope.batch import map_tensors
+from memscope.errors import UsageError
 from memscope.strategies import Plan
-from memscope.targets.llama2.alpaca import Batch, Sample
+from memscope.targets.llama2.alpaca import Sample
 from memscope.targets.llama2.checkpoints import load_checkpoint, restore
+from memscope.targets.llama2.device import require_device, room_on_device
 from memscope.targets.llama2.job import Job
-from memscope.targets.llama2.target import build_on, read_samples
+from memscope.targets.llama2.target import SHIPPED_TOKENIZER, build_on, read_samples
+from memscope.targets.llama2.tokenizer import Tokenizer
 from memscope.workload import Training
 
-__all__ = ["Session", "continue_from", "prepare", "room_on_device"]
+__all__ = ["Session", "continue_from", "prepare", "room_to_train"]
 
 
 @dataclass
@@ -50,9 +52,10 @@ def prepare(job: Job) -> Session:
         UsageError: when data, weights or plan cannot be used; found out before weights are read.
         OutOfDeviceMemory: when the weights alone do not fit.
     """
-    if job.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: PyTorch finds no GPU on this machine; train on the CPU with --device cpu")
+    require_device(job.device)
     config, recipe = job.config, job.recipe
+    if config.weights is not None:  # random ones can be trained on any ids that they have a row for
+        Tokenizer.load(config.tokenizer or SHIPPED_TOKENIZER, config.vocab_size)
     rows = read_samples(dataclasses.replace(config, samples=config.samples + recipe.held_out))
     samples, held_out = rows[: config.samples], rows[config.samples :]
     plan = Plan.parse(job.plan)
@@ -64,18 +67,13 @@ def prepare(job: Job) -> Session:
     workload.plan = dataclasses.replace(workload.plan, clip_grad_norm=recipe.clip_grad_norm)
     plan.apply(workload)
     origin = {"data": _fingerprint_of_samples(rows), "frozen weights": _fingerprint_of_frozen(workload.model)}
-    with room_on_device():
+    with room_to_train():
         workload.model.to(job.device)
-    training = Training.start(workload, job.device, partial(_moved, device=job.device))
+    move = partial(torch.Tensor.to, device=job.device, non_blocking=True)
+    training = Training.start(workload, job.device, partial(map_tensors, move))
     steps = recipe.steps(len(samples), config.micro_batch * config.accumulation)
     rates = [group["lr"] for group in training.optimizer.param_groups]
     return Session(job, training, samples, held_out, steps, rates, origin)
-
-
-def _moved(batch: Batch, device: str) -> Batch:
-    return Batch(
-        tokens=batch["tokens"].to(device, non_blocking=True), labels=batch["labels"].to(device, non_blocking=True)
-    )
 
 
 def _fingerprint_of_samples(samples: list[Sample]) -> str:
@@ -113,13 +111,6 @@ def continue_from(session: Session, path: Path) -> None:
     session.done = state["step"]
 
 
-@contextmanager
-def room_on_device() -> Iterator[None]:
+def room_to_train() -> AbstractContextManager[None]:
     """Tells in words when the GPU runs out of memory."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise OutOfDeviceMemory(
-            f"the GPU ran out of memory ({'. '.join(str(error).split('. ')[:2])}). What would make it fit: "
-            "memscope advise targets/llama2 --budget …, with the same settings"
-        ) from error
+    return room_on_device("What would make it fit: memscope advise targets/llama2 --budget …, with the same settings")

@@ -9,7 +9,24 @@ from sentencepiece import SentencePieceProcessor
 
 from memscope.errors import UsageError
 
-__all__ = ["Tokenizer"]
+__all__ = ["TOKENIZER", "Tokenizer", "tokenizer_beside"]
+
+TOKENIZER = "tokenizer.model"
+"""The tokenizer in a folder of weights, as Meta and Hugging Face call it."""
+
+
+def tokenizer_beside(weights: Path) -> Path:
+    """The tokenizer in a folder of weights: on the ids of another one they know nothing.
+
+    Raises:
+        UsageError: when there is none.
+    """
+    path = weights / TOKENIZER
+    if not path.is_file():
+        raise UsageError(
+            f"weights {weights}: there is no {TOKENIZER} with them: name their tokenizer with --tokenizer FILE"
+        )
+    return path
 
 
 @dataclass(frozen=True)
@@ -24,11 +41,16 @@ class Tokenizer:
     """Id of the token that ends every sample."""
 
     @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
+    def load(cls, path: str | Path, vocab_size: int | None = None) -> Tokenizer:
         """Read a SentencePiece model file.
 
+        Args:
+            path: the file.
+            vocab_size: that of the weights it is used with; one of another size is refused.
+
         Raises:
-            UsageError: when the file is missing, is no SentencePiece model, or has no BOS or EOS token.
+            UsageError: when the file is missing, is no SentencePiece model, has no BOS or EOS token, or is of another
+                vocabulary.
         """
         path = Path(path)
         wanted = "expected a SentencePiece model such as LLaMA2's tokenizer.model; name one with --set tokenizer=PATH"
@@ -40,7 +62,13 @@ class Tokenizer:
             raise UsageError(f"tokenizer {path}: not a SentencePiece model, or damaged ({error}); {wanted}") from None
         if pieces.bos_id() < 0 or pieces.eos_id() < 0:
             raise UsageError(f"tokenizer {path}: it has no token that begins (BOS) or ends (EOS) a sample; {wanted}")
-        return cls(pieces, pieces.get_piece_size(), pieces.bos_id(), pieces.eos_id())
+        found = cls(pieces, pieces.get_piece_size(), pieces.bos_id(), pieces.eos_id())
+        if vocab_size is not None and found.vocab_size != vocab_size:
+            raise UsageError(
+                f"tokenizer {path}: its vocabulary has {found.vocab_size} tokens, the model's {vocab_size}: "
+                "it is of another model; name the right one with --tokenizer FILE"
+            )
+        return found
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without BOS and EOS."""

@@ -19,11 +19,10 @@ from memscope.targets.llama2.data_order import samples_of_step
 from memscope.targets.llama2.evaluation import perplexity
 from memscope.targets.llama2.metrics import Evaluated, Metric, Stepped
 from memscope.targets.llama2.model import Llama
-from memscope.targets.llama2.run_folder import TOKENIZER, RunFolder
-from memscope.targets.llama2.session import Session, room_on_device
+from memscope.targets.llama2.run_folder import RunFolder
+from memscope.targets.llama2.session import Session, room_to_train
 from memscope.targets.llama2.target import SHIPPED_TOKENIZER
 from memscope.targets.llama2.weights import save_weights
-from memscope.trace import write_whole
 from memscope.workload import micro_batches, run_step
 
 __all__ = ["Watch", "evaluate", "save_result", "train"]
@@ -47,7 +46,7 @@ def evaluate(session: Session, watch: Watch) -> None:
         OutOfDeviceMemory: when they do not fit on the device.
     """
     if session.held_out:
-        with room_on_device():
+        with room_to_train():
             watch.metric(Evaluated(session.done, perplexity(session.training, session.held_out)))
 
 
@@ -64,7 +63,7 @@ def train(session: Session, folder: RunFolder, watch: Watch) -> bool:
     if session.job.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     recipe, stopped = session.job.recipe, False
-    with _told_how_to_go_on(folder), room_on_device():
+    with _told_how_to_go_on(folder), room_to_train():
         while session.done < session.steps and not stopped:
             watch.metric(_step(session))
             stopped = watch.stopped()
@@ -130,8 +129,8 @@ def save_result(session: Session, folder: RunFolder) -> Path:
         if any(isinstance(module, LoRALinear) for module in model.modules()):
             save_adapter(model, adapter)
             return adapter
-        save_weights(model, weights, session.job.recipe.format)
-        write_whole(weights / TOKENIZER, Path(session.job.config.tokenizer or SHIPPED_TOKENIZER).read_bytes())
+        tokenizer = Path(session.job.config.tokenizer or SHIPPED_TOKENIZER)
+        save_weights(model, weights, session.job.recipe.format, tokenizer=tokenizer)
         return weights
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +20,7 @@ from memscope.strategies.lora import LoRALinear
 from memscope.targets.llama2 import hf_format, meta_format
 from memscope.targets.llama2.files import JsonFile, StoredTensor, listed, new_folder
 from memscope.targets.llama2.model import Architecture, Llama
+from memscope.targets.llama2.tokenizer import TOKENIZER
 
 __all__ = ["load_weights", "read_shape", "save_weights", "without_initialization"]
 
@@ -143,7 +145,13 @@ def _pieces(parameter: Tensor, stored: list[StoredTensor], folder: Path) -> Iter
     yield from zip(parameter.data.chunk(len(stored), split[0]), stored, strict=True)
 
 
-def save_weights(model: Llama, path: str | Path, format: Literal["huggingface", "meta"] = "huggingface") -> None:
+def save_weights(
+    model: Llama,
+    path: str | Path,
+    format: Literal["huggingface", "meta"] = "huggingface",
+    *,
+    tokenizer: Path | None = None,
+) -> None:
     """Write the model's weights, in their dtype, to a new folder, which appears when it is complete.
 
     LoRA updates have to be merged first (`memscope.strategies.lora.merge`); to keep them apart, use `save_adapter`.
@@ -152,6 +160,7 @@ def save_weights(model: Llama, path: str | Path, format: Literal["huggingface", 
         model: the model, on any device.
         path: a folder that does not exist yet.
         format: `huggingface` (config.json and safetensors) or `meta` (params.json and consolidated.00.pth).
+        tokenizer: the SentencePiece model they are used with, to be copied into the folder; None: no copy.
 
     Raises:
         UsageError: when the folder exists, or the model has what the format cannot hold.
@@ -169,6 +178,8 @@ def save_weights(model: Llama, path: str | Path, format: Literal["huggingface", 
     }
     with new_folder(Path(path)) as folder:
         writers[format](weights, model.arch, folder)
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, folder / TOKENIZER)
 
 
 class without_initialization(TorchFunctionMode):  # noqa: N801 (used as a function: `with without_initialization():`)

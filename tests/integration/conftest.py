@@ -1,6 +1,8 @@
-"""The command line, run in an empty folder."""
+"""The command line, run in an empty folder; weights that were fine-tuned."""
 
 import pytest
+from finetunes import run as fine_tune
+from finetunes import small
 
 from memscope.cli.main import main
 
@@ -18,3 +20,11 @@ def run(capsys, monkeypatch, tmp_path):
         return end.value.code or 0, out, err
 
     return run
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A folder of weights with its tokenizer, trained for a step; not to be changed."""
+    folder = tmp_path_factory.mktemp("base") / "run"
+    assert fine_tune(*small(samples=2, held_out=0), "-o", str(folder)) == 0
+    return folder / "weights"

@@ -4,24 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from finetunes import (
-    LORA,
-    TOGETHER,
-    Seen,
-    job_of,
-    losses,
-    metrics,
-    on_one_thread,
-    run,
-    small,
-    weights_in,
-)
+from finetunes import LORA, TOGETHER, Seen, job_of, losses, metrics, run, small
 from torch import nn
 
 from memscope.targets.llama2.adapters import load_adapter
@@ -31,26 +19,8 @@ from memscope.targets.llama2.job import Job
 from memscope.targets.llama2.metrics import Stepped
 from memscope.targets.llama2.run_folder import RunFolder
 from memscope.targets.llama2.session import prepare
-from memscope.targets.llama2.target import (
-    PRESETS,
-    SHIPPED_TOKENIZER,
-    build_on,
-    read_preset,
-    read_samples,
-)
+from memscope.targets.llama2.target import PRESETS, SHIPPED_TOKENIZER, build_on, read_preset, read_samples
 from memscope.targets.llama2.train import train
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with on_one_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return weights_in(tmp_path_factory.mktemp("base"))
-
 
 # It learns
 

@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from finetunes import (
-    on_one_thread,
-    refused,
-    run,
-    small,
-    weights_in,
-)
+from finetunes import refused, run, small
+from llamas import SMALL, saved
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with on_one_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return weights_in(tmp_path_factory.mktemp("base"))
+from memscope.targets.llama2.target import SHIPPED_TOKENIZER
 
 
 def test_nothing_is_overwritten_without_force(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -36,7 +24,9 @@ def test_nothing_is_overwritten_without_force(tmp_path: Path, capsys: pytest.Cap
     capsys.readouterr()
     (folder / "notes.txt").write_text("mine")
     before = (folder / "metrics.jsonl").read_bytes()
-    assert f"{folder / 'run.json'} exists already: go on with that run" in refused(capsys, *words)
+    assert f"{folder / 'run.json'} exists already: choose another folder with -o, or overwrite" in refused(
+        capsys, *words
+    )
     assert "no such file" in refused(capsys, *words, "-f", "--data", str(tmp_path / "none.json"))
     assert (folder / "metrics.jsonl").read_bytes() == before
     assert run(*words, "-f", "seed=1") == 0
@@ -79,9 +69,38 @@ def test_weights_without_a_tokenizer_are_not_trained_on_the_ids_of_another(
 ) -> None:
     weights = tmp_path / "weights"
     shutil.copytree(base, weights, ignore=shutil.ignore_patterns("tokenizer.model"))
-    assert f"there is no {weights / 'tokenizer.model'}: name the tokenizer" in refused(
-        capsys, "--weights", str(weights)
-    )
+    told = f"weights {weights}: there is no tokenizer.model with them: name their tokenizer with --tokenizer FILE"
+    assert told in refused(capsys, "--weights", str(weights))
+
+
+def test_a_tokenizer_of_another_vocabulary_size_is_refused_with_weights_and_not_without(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The shipped tokenizer has 1,024 pieces: fewer than these weights have rows, so that every id would be found.
+    weights = saved(tmp_path / "weights", "huggingface", dataclasses.replace(SMALL, vocab_size=1040))
+    shutil.copy(SHIPPED_TOKENIZER, weights / "tokenizer.model")
+    told = f"tokenizer {weights / 'tokenizer.model'}: its vocabulary has 1024 tokens, the model's 1040: it is of"
+    assert told in refused(capsys, "--weights", str(weights), "-o", str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    assert run(*small(vocab_size=1040, samples=2, held_out=0), "-o", str(tmp_path / "run")) == 0
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda file: os.truncate(file, 10_000), "model.safetensors: truncated"),
+        (lambda file: file.rename(file.with_name("pytorch_model.bin")), "pytorch_model.bin is not read"),
+    ],
+    ids=["truncated", "pickled"],
+)
+def test_weights_that_cannot_be_used_leave_nothing(
+    damage: Callable[[Path], object], told: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = tmp_path / "weights"
+    shutil.copytree(base, weights)
+    damage(weights / "model.safetensors")
+    assert told in refused(capsys, "--weights", str(weights), "-o", str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_plan_that_cannot_be_applied_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

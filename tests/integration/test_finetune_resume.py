@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -9,25 +10,12 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from finetunes import (
-    LORA,
-    TOGETHER,
-    Seen,
-    at_call,
-    job_of,
-    losses,
-    metrics,
-    on_one_thread,
-    run,
-    small,
-    weights_in,
-)
+from finetunes import LORA, TOGETHER, Seen, at_call, job_of, losses, metrics, run, small
 from llamas import files_no_larger_than
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -37,23 +25,8 @@ from memscope.targets.llama2.checkpoints import newest_checkpoint
 from memscope.targets.llama2.metrics import Stepped
 from memscope.targets.llama2.run_folder import RunFolder
 from memscope.targets.llama2.session import prepare
-from memscope.targets.llama2.target import (
-    SHIPPED_DATA,
-    loss,
-)
+from memscope.targets.llama2.target import SHIPPED_DATA, loss
 from memscope.targets.llama2.train import train
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with on_one_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return weights_in(tmp_path_factory.mktemp("base"))
-
 
 # It survives being killed
 
@@ -190,6 +163,26 @@ def test_a_full_disk_ends_the_run_and_the_last_checkpoint_is_whole(
     assert len(losses(folder)) == 6
 
 
+def test_a_full_disk_while_the_result_is_saved_leaves_none_and_the_run_goes_on_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "copyfile", full)  # of the tokenizer, when the weights have been written
+        assert run(*small(samples=2), "-o", str(folder)) == 1
+    told = capsys.readouterr().err
+    assert f"{folder / 'weights'}: cannot be written, nothing was saved; is there room on the disk?" in told
+    assert not list(folder.glob("*weights*"))
+    assert run("--resume", str(folder)) == 0
+    assert sorted(path.name for path in (folder / "weights").iterdir()) == [
+        "config.json", "model.safetensors", "tokenizer.model",
+    ]  # fmt: skip
+    assert [line["step"] for line in metrics(folder)] == [0, 1, 1]
+
+
 # A resumed run must be the same run
 
 
@@ -259,6 +252,8 @@ def test_a_run_that_has_no_checkpoint_or_is_over_cannot_be_resumed(
     assert "no run to go on with: it has no run.json" in capsys.readouterr().err
 
     RunFolder(tmp_path).begin(job_of(small()))
+    assert run(*small(), "-o", str(tmp_path)) == 2
+    assert f"run.json exists already: go on with that run (--resume {tmp_path}), choose" in capsys.readouterr().err
     assert run("--resume", str(tmp_path)) == 2
     assert f"no checkpoint was written yet: begin again, with -o {tmp_path} -f" in capsys.readouterr().err
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,15 +22,6 @@ LENGTHS = (3, 11, 1, 6, 11)
 PROMPTS = [
     torch.randint(0, VOCAB, (length,), generator=torch.Generator().manual_seed(length)).tolist() for length in LENGTHS
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """With tensors this small a second thread only waits, on a busy machine for long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=FAMILY, scope="module")

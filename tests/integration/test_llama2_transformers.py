@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from memscope.strategies import Plan
 from memscope.targets.llama2.model import Llama
 from memscope.targets.llama2.target import Config, read_preset
 from memscope.targets.llama2.weights import load_weights, save_weights
+from memscope.workload import Workload
 
 transformers = pytest.importorskip("transformers", reason="the reference, transformers, is not installed")
 
@@ -83,6 +85,31 @@ def test_logits_are_those_of_transformers_through_both_formats_and_back(tmp_path
     assert_same_logits(opened(TOKENS).logits, theirs(TOKENS).logits)
     for name, weight in theirs.state_dict().items():
         assert torch.equal(opened.state_dict()[name], weight), name
+
+
+def rms(values: Tensor) -> float:
+    """Root of the mean square."""
+    return values.square().mean().sqrt().item()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_bf16_is_as_close_to_float32_as_transformers_is_and_closer_to_that(
+    tmp_path: Path, theirs: Any, attention: str
+) -> None:
+    # Not equal: transformers rounds the rotation to bfloat16 too, which is float32 here, as in Meta's code.
+    theirs.save_pretrained(tmp_path)
+    config = dataclasses.replace(read_preset(tmp_path), attention=attention)
+    ours = Workload(loaded(config, tmp_path), [TOKENS], lambda model, batch: model(batch).sum(), torch.optim.AdamW)
+    Plan.parse("bf16").apply(ours)
+    low = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.bfloat16, attn_implementation=attention
+    )
+    exact, mine, peer = theirs(TOKENS).logits, ours.model(TOKENS), low(TOKENS).logits.float()
+    assert rms(mine - exact) < 1.1 * rms(peer - exact)
+    assert rms(mine - peer) < rms(peer - exact)
+    ours.model.freqs_cis = torch.complex(ours.model.freqs_cis.real, torch.zeros(()))  # what a cast would leave of it
+    assert rms(ours.model(TOKENS) - exact) > 3 * rms(peer - exact)
 
 
 # Otherwise the agreement above would prove nothing.

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from llamas import files_no_larger_than
+from rich.console import Console
 
 from memscope.errors import MemscopeError
+from memscope.targets.llama2.finetune_watch import _bars, _in_words
 from memscope.targets.llama2.metrics import Evaluated, Metric, Outcome, Stepped, metrics_written
 
 
@@ -94,6 +98,17 @@ def test_a_full_disk_is_told_in_words(tmp_path: Path) -> None:
         files_no_larger_than(500),
     ):
         written(tmp_path, [step(number) for number in range(1, 10)])
+
+
+def test_the_bar_shows_everything_in_80_columns() -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=80)
+    with _bars(console) as bars:
+        measured = _in_words(replace(step(120, 1.12345, peak_bytes=23 * 2**30), tokens_per_second=12_345.0))
+        bars.add_task("fine-tuning", total=1000, completed=120, measured=measured)
+    shown = out.getvalue()
+    assert " 120/1000 steps, loss 1.1235, 12,345 tokens/s, peak 23.0 GiB -:--:--" in shown
+    assert max(map(len, shown.splitlines())) <= 80
 
 
 def test_the_outcome_sums_up_all_steps(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_a_job_differs_in_what_a_run_must_keep_and_in_what_it_may_change() -> No
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"device": "gpu"}, 'device "gpu" cannot be trained on: .*Valid: cpu, cuda'),
+        ({"device": "gpu"}, 'device "gpu" cannot be used: .*Valid: cpu, cuda'),
         ({"epochs": "many"}, 'fine-tuning: setting "epochs" cannot be "many": expected a number'),
         ({"schedule": "cos"}, 'fine-tuning: setting "schedule" cannot be "cos": did you mean "cosine"'),
         ({"keep": "0"}, "fine-tuning refuses these settings: keep=0"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +32,6 @@ WAYS = {
     "drawn": Decoding(max_new_tokens=8, temperature=0.9, top_k=50, top_p=0.95, seed=3),
     "beams": Decoding(max_new_tokens=8, beams=3),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """With tensors this small a second thread only waits, on a busy machine for long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # What it gives.
@@ -368,6 +359,7 @@ def test_an_adapter_changes_the_text(run: Run, weights: Path, tmp_path: Path) ->
         (["--prompt", "x", "--set", "vocab_size=2048"], "its vocabulary has 1024 tokens, the model's 2048"),
         (["--prompt", "x", "--tokenizer", "nowhere.model"], "tokenizer nowhere.model: no such file"),
         (["--prompt", "x", "dtipe=bf16"], 'has no setting "dtipe": did you mean "dtype"?'),
+        (["--prompt", "x", "--device", "gpu"], 'device "gpu" cannot be used: did you mean "cpu"?'),
         (["--prompt", "x", "--weights", "nowhere"], "Directory 'nowhere' does not exist"),
     ],
 )
@@ -390,4 +382,4 @@ def test_weights_without_a_tokenizer_ask_for_it(run: Run, tmp_path: Path) -> Non
 def test_a_gpu_that_is_not_there_is_told(run: Run) -> None:
     code, _, err = run("--prompt", "x", "--device", "cuda")
     assert code == 2
-    assert "PyTorch finds no CUDA device on this machine" in err
+    assert "PyTorch finds no GPU on this machine" in err
