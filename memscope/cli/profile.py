@@ -167,6 +167,8 @@ def command(
         for label, path in zip(labels, paths, strict=True)
     ]
     with _kept_if_filled(folder):
+        for spec in specs:
+            spec.path.unlink(missing_ok=True)  # a profile that was killed may have left it
         try:
             with live_panels(labels, stderr) if live else _progress(labels) as report:
                 (run_where_there_is_room if asked else run_all)(specs, report)

@@ -187,6 +187,16 @@ def test_recording_on_a_gpu_where_there_is_none_says_how_to_simulate_one(run):
     assert "--device gpu" in err
 
 
+def test_what_a_killed_profile_left_behind_is_in_nobodys_way(run, tmp_path):
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    (folder / "baseline.part.npz").write_bytes(b"half a trace")
+    code, _, err = run("profile", *DEBUG, "-o", folder)
+    assert code == 0, err
+    assert [path.name for path in folder.glob("*.npz")] == ["baseline.npz"]
+    assert len(Trace.load(folder / "baseline.npz")) > 0
+
+
 def test_an_output_folder_that_cannot_be_made_is_refused(run, tmp_path):
     (tmp_path / "file").write_text("in the way")
     code, _, err = run("profile", *DEBUG, "-o", tmp_path / "file" / "runs")
