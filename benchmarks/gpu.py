@@ -1,7 +1,8 @@
 """Measure LLaMA2-7B training on this machine's GPU and hold memscope's predictions against it: `make gpu`.
 
-Each cell, one way to train, runs in a fresh process; its prediction is simulated on the CPU meanwhile. What does not
-fit into the time is left out, and the table says so. `--dry-run` tries the script out without a GPU.
+Each cell, one way to train, runs in a fresh process; its prediction is simulated on the CPU meanwhile. So does each
+combination of Table 2. Then the model is fine-tuned by memscope's own program, and by transformers and PEFT. What does
+not fit into the time is left out, and the table says so. `--dry-run` tries the script out without a GPU.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 from gpu_advice import CASES
+from gpu_finetune import ATTENTION, compare_programs
 from gpu_plan import STEP, TIMED, Budget, Cell, covering
 from gpu_report import summary, table
+from gpu_table2 import CARD, GRID, Table2
 
 HERE = Path(__file__).resolve().parent
 GOLDEN_CELLS = 4
@@ -36,6 +40,12 @@ JOB_SECONDS = 120.0
 """When a job is given up, so that one that hangs does not keep the others from running."""
 GUESS_SECONDS = 45.0
 """How long a cell may take while none has been measured."""
+FINETUNING_SECONDS = 190.0
+"""Fine-tuning and Table 2 get no more than this of the time."""
+PAIR_SECONDS = 90.0
+"""How long both fine-tuning programs may take together: a guess, as none has been measured when they begin."""
+EARLY_CELLS = 8
+"""Cells that are measured before everything else."""
 
 
 class Processes:
@@ -97,6 +107,8 @@ class Session:
         self.overhead: list[dict[str, Any]] = []
         self.advice: list[dict[str, Any]] = []
         self._advice: list[Future[dict[str, Any]]] = []
+        self._tables = [Table2(options.grid, memory, self._common) for memory in (None, CARD)][: options.rounds]
+        self.finetuning = [{"attention": kind, "problem": "left out: no time"} for kind in ATTENTION[: options.rounds]]
         self.about: dict[str, Any] = {}
 
     def _files(self, cell: Cell) -> dict[str, str]:
@@ -116,6 +128,27 @@ class Session:
             job = {"cell": asdict(cell), "share": share, "plan_file": file, **self._common}
             job["predicted_for"] = self.options.predict_for
             self._advice.append(self._pool.submit(self._processes.do, "advise", **job))
+        if self._budget.allows([], GUESS_SECONDS):
+            for grid in self._tables:
+                grid.predict(self._processes, self._pool, self.options.predict_for)
+
+    def finetune(self) -> Iterator[None]:
+        """Compare the programs and measure Table 2, in their share of the time; what matters most comes first."""
+        share = Budget(min(FINETUNING_SECONDS, self._budget.left), reserve_seconds=0.0)
+        programs = [partial(self._compare_programs, number, share) for number in range(len(self.finetuning))]
+        tables = [partial(grid.measure, self._processes, share, GUESS_SECONDS) for grid in self._tables]
+        for work in (*programs[:1], *tables, *programs[1:]):
+            work()
+            yield
+
+    def _compare_programs(self, number: int, share: Budget) -> None:
+        job = {"steps": self.options.tuned, "folder": str(self._scratch / f"finetune-{number}"), **self._common}
+        self.finetuning[number] = compare_programs(ATTENTION[number], job, self._processes, share, PAIR_SECONDS)
+
+    @property
+    def table2(self) -> list[dict[str, Any]]:
+        """Every combination on the whole GPU and on the smaller card, with what is known of it."""
+        return [row for grid in self._tables for row in grid.rows()]
 
     def follow_advice(self) -> None:
         """Measure each plan that was advised, and the same without and with every layer checkpointed."""
@@ -157,6 +190,8 @@ class Session:
         """Time a step under each recorder, alone on the machine: simulations are waited for."""
         for future in self._predictions.values():
             future.exception()
+        for grid in self._tables:
+            grid.wait()
         for cell, by in TIMED[: self.options.timed]:
             known = {"cell": cell.name, "by": by}
             if not self._budget.allows(self._taken, GUESS_SECONDS):
@@ -209,6 +244,8 @@ def written(out: Path, session: Session, machine: dict[str, Any], budget: Budget
         "cells": rows,
         "overhead": session.overhead,
         "advice": session.advice,
+        "table2": session.table2,
+        "finetuning": session.finetuning,
         "summary": summary(rows),
     }
     (out / "cells.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -258,12 +295,19 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = os.environ.get("OUT") or HERE / "results" / datetime.date.today().isoformat()
     parser.add_argument("--out", type=Path, default=Path(default), help="folder for the results (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=420.0, help="time for everything (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=510.0, help="time for everything (default: %(default)s)")
     parser.add_argument("--cells", type=int, default=24, help="how many cells (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=10, help="steps under each recorder (default: %(default)s)")
     parser.add_argument("--timed", type=int, default=len(TIMED), help="how many timings (default: %(default)s)")
     parser.add_argument(
         "--advised", type=int, default=len(CASES), help="how many pieces of advice (default: %(default)s)"
+    )
+    parser.add_argument("--grid", default=GRID, help="factors of Table 2, without settings (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=2, help="1: Table 2, fine-tuning; 2: again for 40 GB, and sdpa (default: 2)"
+    )
+    parser.add_argument(
+        "--tuned", type=int, default=25, help="steps of fine-tuning (default: %(default)s, 200 samples)"
     )
     parser.add_argument("--preset", help="of targets/llama2 (default: 7b; debug in a dry run)")
     parser.add_argument("--predict-for", default="h200-141gb", help="device of the predictions (default: %(default)s)")
@@ -293,12 +337,17 @@ def main(words: Sequence[str] | None = None) -> int:
             session = Session(options, processes, scratch, budget)
             session.about = about_histories(machine)
             session.predict()
-            for number, cell in enumerate(session.cells):
-                if number == min(8, len(session.cells) - 1):
-                    session.time_recorders()
+            early = min(EARLY_CELLS, max(len(session.cells) - 1, 0))
+            for cell in session.cells[:early]:
                 session.measure(cell)
                 written(options.out, session, machine, budget)
+            session.time_recorders()
+            for _ in session.finetune():
+                written(options.out, session, machine, budget)
             session.follow_advice()
+            for cell in session.cells[early:]:
+                session.measure(cell)
+                written(options.out, session, machine, budget)
             session.finish()
             keep_histories(options.out, session)
             print(written(options.out, session, machine, budget), flush=True)

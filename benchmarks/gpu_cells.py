@@ -21,8 +21,10 @@ from typing import Any
 
 import numpy as np
 from gpu_advice import advise, measure_plan
+from gpu_finetune import finetune, finetune_with_peft
 from gpu_plan import STEP, Cell
 from gpu_report import compare_sequences, imitated, write_history
+from gpu_table2 import measure_combination, predict_combination
 
 
 def prepare(cell: Cell, preset: str) -> Any:
@@ -41,17 +43,25 @@ def materialized(cell: Cell, preset: str, device: str, strategies: str) -> Any:
     import torch
 
     from memscope.strategies import Plan
-    from memscope.targets.llama2.model import rotations
 
     with torch.device("meta"):
         workload = prepare(cell, preset)
         Plan.parse(strategies).apply(workload)
+    on_device(workload, device)
+    return workload
+
+
+def on_device(workload: Any, device: str) -> None:
+    """Give a workload on the meta device its weights: random ones, made where they are used."""
+    import torch
+
+    from memscope.targets.llama2.model import rotations
+
     model = workload.model.to_empty(device=device)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.02) if parameter.ndim > 1 else parameter.fill_(1.0)
         model.freqs_cis.copy_(rotations(model.arch))
-    return workload
 
 
 def start(workload: Any, device: str, steps: int) -> tuple[Any, list[Any]]:
@@ -90,7 +100,8 @@ def predict(job: dict[str, Any]) -> dict[str, Any]:
 
     from memscope import simulate
 
-    os.nice(10)  # what is measured meanwhile comes first
+    if job["device"] == "cuda":
+        os.nice(10)  # what is measured meanwhile comes first
     torch.set_num_threads(1)
     cell, began = Cell(**job["cell"]), time.perf_counter()
     trace = simulate(lambda: prepare(cell, job["preset"]), device=job["predicted_for"], strategies=cell.plan, steps=2)
@@ -271,7 +282,8 @@ def _steady(marks: list[float]) -> dict[str, Any]:
     return {"seconds": seconds, "median": median(seconds[3:] or seconds)}
 
 
-JOBS = {job.__name__: job for job in (probe, predict, measure, compare, overhead, advise, measure_plan)}
+_OF_SECTIONS = (advise, measure_plan, measure_combination, predict_combination, finetune, finetune_with_peft)
+JOBS = {job.__name__: job for job in (probe, predict, measure, compare, overhead, *_OF_SECTIONS)}
 
 
 def main() -> None:

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 from gpu_advice import advice_table
+from gpu_finetune import finetune_lines
+from gpu_table2 import table2_lines
 
 from memscope.simulation.allocator import Ints, Replay, replay
 from memscope.simulation.allocator_history import History
@@ -215,7 +217,9 @@ def table(results: dict[str, Any]) -> str:
     if results["overhead"]:
         lines += ["", "A steady step, its median in seconds:", "", "| cell | recorded by | s | against none |"]
         lines += ["|---|---|--:|--:|", *(_overhead(run, results["overhead"]) for run in results["overhead"])]
-    return "\n".join([*lines, *(advice_table(results["advice"]) if results["advice"] else [])]) + "\n"
+    lines += advice_table(results["advice"]) if results["advice"] else []
+    lines += [*table2_lines(results["table2"], results["predicted_for"]), *finetune_lines(results["finetuning"])]
+    return "\n".join(lines) + "\n"
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -4,12 +4,12 @@ import gc
 
 import pytest
 import torch
+from real_gpu import nearest_device
 from torch import nn
 
 from memscope import Recorder, StepPlan, Workload, record, simulate
 from memscope.hooks import snapshot
 from memscope.ledger import ledger
-from memscope.simulation.devices import all_devices
 from memscope.trace import CATEGORIES
 
 pytestmark = [
@@ -46,15 +46,6 @@ def clean():
     torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-
-
-def nearest_device():
-    """A device to simulate with the rules of the one at hand."""
-    capability = torch.cuda.get_device_capability()
-    fitting = [d.name for d in all_devices() if d.kind == "cuda" and d.capability == capability and d.capacity_bytes]
-    if not fitting:
-        pytest.skip(f"no device of compute capability {capability} can be simulated")
-    return fitting[-1]
 
 
 PLANS = {

@@ -19,7 +19,7 @@ Run = tuple[Path, str, dict[str, Any]]
 def run(out: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OUT": str(out), **variables}
     command = [sys.executable, str(SCRIPT), *words]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,16 @@ def dry_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     out = tmp_path_factory.mktemp("out")
     # Without PATH there is neither git nor nvidia-smi.
     words = ["--dry-run", "--cells", "2", "--steps", "3", "--timed", "2", "--advised", "0"]
-    done = run(out, *words, PATH="", MEMSCOPE_COMMIT="abc123")
+    done = run(out, *words, "--rounds", "0", PATH="", MEMSCOPE_COMMIT="abc123")
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout, json.loads((out / "cells.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def fine_tuned(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    out = tmp_path_factory.mktemp("fine-tuned")
+    words = ["--cells", "0", "--timed", "0", "--advised", "0", "--rounds", "1", "--grid", "lora", "--tuned", "1"]
+    done = run(out, "--dry-run", *words)
     assert done.returncode == 0, done.stderr
     return out, done.stdout, json.loads((out / "cells.json").read_text())
 
@@ -52,6 +61,38 @@ def test_every_cell_is_measured_predicted_and_compared(dry_run: Run) -> None:
         # a CPU has no cuBLAS, so the sequences must differ, and the first place is a matrix product
         assert row["comparison"]["first_difference"]["op"] == "aten.mm.default"
     assert [(run["by"], "median" in run) for run in results["overhead"]] == [("nothing", True), ("memscope", True)]
+
+
+def test_every_combination_of_table_2_is_measured_and_predicted(fine_tuned: Run) -> None:
+    _, printed, results = fine_tuned
+    rows = results["table2"]
+    assert [(row["strategies"], row["memory_limit"]) for row in rows] == [("", None), ("lora", None)]
+    for row in rows:
+        for side in ("measured", "predicted"):
+            assert row[side]["fits"]
+            assert row[side]["steps"] == 25  # 200 samples, 8 a step
+            assert row[side]["seconds"] > 0
+    # Two float32 moments of each trained weight: 4 layers, embedding, head and norm of width 192; or 4 layers' updates.
+    everything = 4 * (4 * 192**2 + 3 * 192 * 512 + 2 * 192) + 2 * 1024 * 192 + 192
+    for row, trained in zip(rows, (everything, 4 * 2 * 2 * 16 * 192), strict=True):
+        assert row["measured"]["optimizer_state_bytes"] == pytest.approx(2 * 4 * trained, rel=1e-3)
+    assert "| all | lora | " in printed
+    assert "Peaks of Table 2: worst " in printed
+
+
+def test_both_programs_do_the_same_work(fine_tuned: Run) -> None:
+    pytest.importorskip("peft", reason="what it is compared with, PEFT on transformers, is not installed")
+    _, printed, results = fine_tuned
+    (row,) = results["finetuning"]
+    assert "problem" not in row, row
+    ours, peer = row["ours"], row["peer"]
+    assert ours["finished"]
+    assert (ours["steps"], ours["samples"], ours["rows"]) == (1, 8, 64)
+    assert ours["first_loss"] == pytest.approx(peer["first_loss"], rel=1e-3)  # with autocast, in float16
+    assert ours["tokens_per_second"] > 0
+    assert ours["allocated"] is peer["allocated"] is None  # a CPU counts none
+    assert "| eager | memscope.targets.llama2.finetune | " in printed
+    assert "of the peer's tokens/s" in printed
 
 
 def test_commit_and_driver_are_there_without_git_and_nvidia_smi(dry_run: Run) -> None:
@@ -81,17 +122,26 @@ def test_what_does_not_fit_into_the_time_is_left_out_and_said(tmp_path: Path) ->
     results = json.loads((tmp_path / "cells.json").read_text())
     assert [row["status"] for row in results["cells"]] == ["left out: no time"]
     assert {run["unavailable"] for run in results["overhead"]} == {"left out: no time"}
+    assert len(results["table2"]) == 2 * 2**3
+    assert {row["measured_problem"] for row in results["table2"]} == {"left out: no time"}
+    assert [row["problem"] for row in results["finetuning"]] == ["left out: no time"] * 2
     assert "left out: no time" in done.stdout
 
 
 def test_a_cell_that_fails_is_said_and_stops_nothing(tmp_path: Path) -> None:
-    done = run(tmp_path, "--dry-run", "--cells", "2", "--timed", "0", "--preset", "absent")
+    words = ["--timed", "0", "--advised", "0", "--rounds", "1", "--grid", "lora"]
+    done = run(tmp_path, "--dry-run", "--cells", "2", *words, "--preset", "absent")
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "cells.json").read_text())
     assert len(results["cells"]) == 2
     for row in results["cells"]:
         assert row["status"].startswith('failed: UsageError: target "llama2" has no preset "absent"')
         assert row["problem"].startswith("prediction UsageError")
+    assert len(results["table2"]) == 2
+    for row in results["table2"]:
+        assert row["measured_problem"].startswith("UsageError: target")
+        assert row["predicted_problem"].startswith("UsageError: target")
+    assert results["finetuning"][0]["problem"].startswith('ours: UsageError: target "llama2" has no preset "absent"')
 
 
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:

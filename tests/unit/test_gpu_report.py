@@ -227,6 +227,8 @@ def test_the_table_shows_what_was_left_out_and_what_failed() -> None:
         "cells": ROWS,
         "overhead": timed,
         "advice": [],
+        "table2": [],
+        "finetuning": [],
         "summary": gpu_report.summary(ROWS),
     }
     lines = gpu_report.table(results).splitlines()

@@ -1,0 +1,19 @@
+"""The GPU at hand, for tests in tests/gpu."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from memscope.simulation.devices import all_devices
+
+__all__ = ["nearest_device"]
+
+
+def nearest_device() -> str:
+    """A device to simulate with the rules of the one at hand."""
+    capability = torch.cuda.get_device_capability()
+    fitting = [d.name for d in all_devices() if d.kind == "cuda" and d.capability == capability and d.capacity_bytes]
+    if not fitting:
+        pytest.skip(f"no device of compute capability {capability} can be simulated")
+    return fitting[-1]
