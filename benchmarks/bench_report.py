@@ -1,5 +1,7 @@
 """A trace of a million allocations: reported in 20 seconds and 1.5 GiB, on a page below 8 MB that opens in 2 seconds.
 
+A page opens twice: its still picture, which needs no script, and then the figure that can be zoomed, in its place.
+
 The trace is that of a run of 32 layers with allocations of arbitrary sizes, which pack badly, and with an allocator,
 which is replayed. Each measurement is made in a process of its own, so that the most memory it took is its own too.
 """
@@ -90,21 +92,26 @@ def test_its_page_opens_in_two_seconds_with_the_peak_where_it_is(
             executable_path=shutil.which("chromium") or "/usr/bin/chromium", args=["--no-sandbox", "--disable-gpu"]
         )
 
-        def milliseconds_to_open() -> float:
+        def milliseconds_to_open() -> dict[str, float]:
             page = browser.new_page()
             page.goto(files[1].as_uri())
             page.wait_for_selector("body[data-drawn]")
             shown = page.evaluate("document.querySelector('.timeline').data.find(c => c.name === 'peak').y[0]")
             assert shown * 2**30 == trace.peak.allocated_bytes
-            drawn: float = page.evaluate("performance.getEntriesByName('drawn')[0].startTime")
+            told = page.locator(".resolution").inner_text()
+            assert "of 2,027,008 events in view are shown" in told, told
+            marks: dict[str, float] = page.evaluate(
+                "Object.fromEntries(performance.getEntriesByType('mark').map(mark => [mark.name, mark.startTime]))"
+            )
             page.close()
-            return drawn
+            return marks
 
         opened = [milliseconds_to_open() for _ in range(5)]
         benchmark.pedantic(milliseconds_to_open, rounds=1)  # type: ignore[no-untyped-call]
         browser.close()
     benchmark.extra_info.update(milliseconds=opened)
-    assert min(opened) <= MOST_SECONDS_TO_OPEN * 1000, opened
+    for mark in ("painted", "drawn"):
+        assert min(one[mark] for one in opened) <= MOST_SECONDS_TO_OPEN * 1000, opened
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ from memscope.dashboards.html import card, figure_box, swatch, table
 from memscope.dashboards.timeline import moment
 from memscope.diff import Difference, diff
 from memscope.effects import ROWS, TITLES, Run, Table1
+from memscope.inferred import how_inferred, marked
 from memscope.ledger import ledger
+from memscope.trace import Trace
 from memscope.units import format_bytes, format_change
 
 __all__ = ["comparison_cards", "effects_card"]
@@ -83,10 +85,15 @@ def _differences(runs: Sequence[Run]) -> str:
     for run in others:
         found = diff(first.trace, run.trace)
         label = f"{run.label} against {first.label}: {format_change(found.peak.change)}, each at its own peak"
-        parts.append(f"<h3>{escape(label)}</h3>{_settings(found)}")
+        how = "".join(
+            f'<p class="note">{escape(f"{one.label}: {told}.")}</p>'
+            for one in (first, run)
+            if (told := how_inferred(one.trace))
+        )
+        parts.append(f"<h3>{escape(label)}</h3>{_settings(found)}{how}")
         if found:
             parts.append(figure_box(difference(first.trace, run.trace, found=found), label))
-            parts.append(_allocations(found))
+            parts.append(_allocations(found, (first.trace, run.trace)))
     return card("".join(parts), key="differences", title="What grew and what shrank")
 
 
@@ -101,7 +108,7 @@ def _value(value: Any) -> str:
     return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 1]}…"
 
 
-def _allocations(found: Difference) -> str:
+def _allocations(found: Difference, traces: Sequence[Trace]) -> str:
     rows = [
         [
             one.kind,
@@ -114,5 +121,6 @@ def _allocations(found: Difference) -> str:
         ]
         for one in found.allocations[:_TOP]
     ]
-    headers = ("", "number", "change", "category", "module", "operator", "born in")
+    columns = {"category": "category", "module": "module", "operator": "op", "born in": "phase"}
+    headers = ["", "number", "change", *(marked(*column, *traces) for column in columns.items())]
     return table(headers, rows, "Allocations that changed most", "allocations changes")

@@ -14,6 +14,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from memscope.dashboards.palette import DARK, LIGHT, css_variables, replacements
+from memscope.dashboards.phases import LABELLED_SHARE, PHASE_BAR, PHASE_LABEL
 from memscope.trace import CATEGORIES, PHASES
 
 __all__ = ["card", "facts", "figure_box", "html_page", "packed", "swatch", "table"]
@@ -23,7 +24,7 @@ _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
     "base-uri 'none'; form-action 'none'"
 )
-_SCRIPTS = ("figures.js", "timeline.js", "moment.js", "page.js")
+_SCRIPTS = ("figures.js", "curves.js", "timeline.js", "moment.js", "page.js")
 
 
 def html_page(title: str, heading: str, cards: Iterable[str]) -> str:
@@ -55,7 +56,7 @@ def _scripts() -> str:
     known = {
         "DARK_COLOURS": replacements(DARK), "CATEGORIES": CATEGORIES, "PHASES": PHASES, "SURFACE": LIGHT.surface,
         "CATEGORY_COLOURS": dict(LIGHT.categories), "TEXT": LIGHT.text,
-        "GRID": LIGHT.grid,
+        "GRID": LIGHT.grid, "PHASE_BAR": PHASE_BAR, "PHASE_LABEL": PHASE_LABEL, "LABELLED_SHARE": LABELLED_SHARE,
     }  # fmt: skip
     constants = "".join(f"const {name} = {json.dumps(value)};\n" for name, value in known.items())
     return (

@@ -38,8 +38,9 @@ function add(sums, key, value) {
 // Births come as differences, deaths as lives; a life of 0 does not end.
 function decode(data) {
   const columns = data.columns;
-  let born = 0;
-  columns.born = columns.born.map((later) => (born += later));
+  decodeCurves(data);
+  data.alive = summed(data.alive);
+  columns.born = summed(columns.born);
   columns.freed = columns.life.map((life, row) => (life ? columns.born[row] + life : Infinity));
   return data;
 }
@@ -128,6 +129,33 @@ function treemap(root) {
   return { data: [areas], layout };
 }
 
+// The areas as a list within lists, for keyboards and screen readers: what is within a node is made when it is opened.
+function branch(node, total, path, choose) {
+  const words = `${formatBytes(node.size)}, ${share(node.size, total)}, ${count(node.number)} allocations`;
+  const colour = path.length ? content(["swatch", node.category]).slice(0, 1) : [];
+  const line = [...colour, `${node.label} `, make("span", words)];
+  const item = document.createElement("li");
+  if (!node.inner.size) {
+    item.append(...line);
+    return item;
+  }
+  const [details, summary, list] = ["details", "summary", "ul"].map((tag) => make(tag, ""));
+  summary.append(...line);
+  details.append(summary, list);
+  item.append(details);
+  const open = () => list.replaceChildren(...[...node.inner.values()].sort((one, other) => other.size - one.size)
+    .map((inner) => branch(inner, total, [...path, inner.label], choose)));
+  summary.addEventListener("click", () => {
+    if (!list.children.length) open();
+    choose(details.open ? path.slice(0, -1) : path);
+  });
+  if (!path.length) {
+    open();
+    details.open = true;
+  }
+  return item;
+}
+
 function make(tag, text, properties = {}) {
   return Object.assign(document.createElement(tag), { textContent: text }, properties);
 }
@@ -157,17 +185,17 @@ function fill(table, rows) {
 
 // The figures of one moment: all bytes by category, exact; which of the allocations held are alive; and by category the
 // bytes of those that are not held. Of the last two, only categories that are not hidden.
-function momentAt(data, timeline, position, hidden) {
-  const event = timeline.events[position];
+function momentAt(data, position, hidden) {
+  const event = data.events[position];
   const rows = aliveAt(data.columns, event);
-  const sizes = Object.entries(timeline.sizes).map(([name, curve]) => [name, Math.round(curve[position] * data.scale)]);
+  const sizes = Object.entries(data.sizes).map(([name, curve]) => [name, curve[position]]);
   const held = new Map();
   for (const row of rows) add(held, CATEGORIES[data.columns.category[row]], data.columns.size[row]);
   const rest = sizes.map(([name, size]) => [name, size - (held.get(name) ?? 0)]);
   return {
     event,
     sizes,
-    total: sizes.reduce((sum, [, size]) => sum + size, 0),
+    total: data.total[position],
     rows: rows.filter((row) => !hidden.has(CATEGORIES[data.columns.category[row]])),
     rest: rest.filter(([name, size]) => size > 0 && !hidden.has(name)),
     notHeld: data.alive[position] - rows.length,
@@ -227,22 +255,21 @@ function tellLargest(section, data, moment, chosen, layersTogether) {
     `are counted by category only: ${formatBytes(left)} together.`;
 }
 
-// Shows moments in a section; `show` takes a position of the timeline, `hide` the names of categories to leave out.
-async function moments(section, timeline, onShow) {
+// Shows moments in a section; `show` takes an event of the timeline, `hide` the names of categories to leave out.
+async function moments(section, onShow) {
   const data = decode(JSON.parse(await unpack(section.dataset.moment)));
   const area = section.querySelector(".areas");
   const [toPeak, layers] = ["peak", "together"].map((name) => section.querySelector(`button[data-show=${name}]`));
-  const peak = timeline.events.indexOf(data.peak);
+  const peak = lowerBound(data.events, data.peak);
   const layersTogether = () => layers.getAttribute("aria-pressed") === "true";
   let position = peak;
   let hidden = new Set();
   let chosen = [];
 
-  const now = () => momentAt(data, timeline, position, hidden);
+  const now = () => momentAt(data, position, hidden);
   const list = () => tellLargest(section, data, now(), chosen, layersTogether());
 
-  function choose({ points, nextLevel }) {
-    const path = (nextLevel ?? points[0].id).split(SEPARATOR).slice(1);
+  function choose(path) {
     chosen = path.at(-1) === SMALLER ? path.slice(0, -1) : path;
     list();
   }
@@ -250,9 +277,13 @@ async function moments(section, timeline, onShow) {
   // Plotly forgets neither the level it was drawn at nor its listeners; both begin anew.
   async function drawAreas() {
     if (!area.dataset.inSight) return;
+    const root = treeOf(data, now(), layersTogether());
+    const figure = treemap(root);
+    section.querySelector(".tree > ul").replaceChildren(branch(root, root.size, [], choose));
     if (area.removeAllListeners) Plotly.purge(area);
-    await plot(area, treemap(treeOf(data, now(), layersTogether())));
-    area.on("plotly_treemapclick", choose);
+    await plot(area, figure);
+    area.on("plotly_treemapclick", ({ points, nextLevel }) =>
+      choose((nextLevel ?? points[0].id).split(SEPARATOR).slice(1)));
   }
 
   async function refresh() {
@@ -262,10 +293,9 @@ async function moments(section, timeline, onShow) {
     await drawAreas();
   }
 
-  async function show(where) {
-    if (where < 0) return;
-    position = where;
-    const when = timeline.descriptions[position].split("<br>")[1].replace("before the first step · ", "");
+  async function show(at) {
+    position = lowerBound(data.events, at);
+    const when = described(data, position).split("<br>")[1].replace("before the first step · ", "");
     const { event, total } = now();
     toPeak.setAttribute("aria-pressed", String(position === peak));
     section.querySelector("h3").firstChild.textContent = position === peak ? "Alive at the peak: " : "Alive then: ";
@@ -278,7 +308,7 @@ async function moments(section, timeline, onShow) {
     chosen = target.textContent.split(PART);
     list();
   });
-  toPeak.addEventListener("click", () => show(peak));
+  toPeak.addEventListener("click", () => show(data.peak));
   layers.addEventListener("click", () => {
     layers.setAttribute("aria-pressed", String(!layersTogether()));
     return refresh();
@@ -286,5 +316,5 @@ async function moments(section, timeline, onShow) {
   area.drawAreas = drawAreas;
   tellSums(section, data, now(), true);
   drawAreas();
-  return { show, hide: (names) => { hidden = names; return refresh(); } };
+  return { data, show, hide: (names) => { hidden = names; return refresh(); } };
 }

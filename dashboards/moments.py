@@ -1,4 +1,4 @@
-"""What a page holds to say what is alive at any moment it shows: the largest allocations, and how many there are."""
+"""What a page holds to say what is alive at any moment it can show: the largest allocations, and how many there are."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from memscope.dashboards.detail import differences
 from memscope.trace import Trace
 
 __all__ = ["MOST_KEPT", "Kept", "kept_allocations", "page_data"]
@@ -47,39 +48,33 @@ def kept_allocations(trace: Trace, shown: Ints, most: int = MOST_KEPT) -> Kept:
     return Kept(np.sort(seen[order[:most]]), int(trace.size[left_out].max()))
 
 
-def page_data(trace: Trace, shown: Ints, most: int = MOST_KEPT) -> dict[str, Any]:
-    """The allocations kept, as JSON values for moment.js; births as differences, which pack well."""
-    kept = kept_allocations(trace, shown, most)
+def page_data(trace: Trace, held: Ints, most: int = MOST_KEPT) -> dict[str, Any]:
+    """The allocations kept for the events held, as JSON values for moment.js."""
+    kept = kept_allocations(trace, held, most)
     rows = kept.rows
     freed = trace.freed[rows]
     died_in = np.clip(np.searchsorted(trace.mark_event, freed, side="right") - 1, 0, None)
     columns = {
-        "born": np.diff(trace.born[rows], prepend=0),
         "life": np.where(freed < 0, 0, freed - trace.born[rows]),
         "size": trace.size[rows],
         "category": trace.category[rows],
+        "module": trace.module[rows],
+        "op": trace.op[rows],
         "phase": trace.phase[rows],
         "step": trace.step[rows],
         "microBatch": trace.micro_batch[rows],
         "diedPhase": trace.mark_phase[died_in],
         "diedStep": trace.mark_step[died_in],
     }
-    modules, columns["module"] = _used(trace.modules, trace.module[rows])
-    ops, columns["op"] = _used(trace.ops, trace.op[rows])
     births = np.zeros(trace.events, dtype=np.int64)
     births[trace.born] = 1
     births[trace.freed[trace.freed >= 0]] = -1
     return {
         "peak": trace.peak.event,
-        "alive": births.cumsum()[shown].tolist(),
+        "alive": differences(births.cumsum()[held]),
         "largestLeftOut": kept.largest_left_out_bytes,
-        "modules": modules,
-        "ops": ops,
-        "columns": {name: column.tolist() for name, column in columns.items()},
+        "modules": trace.modules,
+        "ops": trace.ops,
+        "columns": {name: column.tolist() for name, column in columns.items()}
+        | {"born": differences(trace.born[rows])},
     }
-
-
-def _used(names: tuple[str, ...], codes: Ints) -> tuple[list[str], Ints]:
-    """The names that are used, and the codes as indices of these."""
-    used, codes = np.unique(codes, return_inverse=True)
-    return [names[code] for code in used.tolist()], codes

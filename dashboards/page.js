@@ -27,8 +27,15 @@ function shown() {
   document.body.dataset.drawn = "true";
 }
 
+// The still pictures are on the screen; a page in the background has none to wait for.
+async function painted() {
+  if (!document.hidden) await new Promise((next) => requestAnimationFrame(() => setTimeout(next)));
+  performance.mark("painted");
+}
+
 async function start() {
-  startPlotly(await unpack(document.getElementById("plotly").textContent));
+  const [source] = await Promise.all([unpack(document.getElementById("plotly").textContent), painted()]);
+  startPlotly(source);
   let drawing = Promise.resolve();
   const watch = new IntersectionObserver((entries) => {
     for (const { isIntersecting, target } of entries) {

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable, Sequence
 
 from memscope.dashboards.comparison_cards import comparison_cards, effects_card
-from memscope.dashboards.downsample import MOST_POSITIONS
 from memscope.dashboards.html import html_page
 from memscope.dashboards.run_card import run_card
 from memscope.effects import Run, Table1
@@ -16,10 +15,17 @@ __all__ = ["render_page", "run_cards"]
 
 Progress = Callable[[str, int, int], None]
 
-_PAGE_POSITIONS = 20_000
-"""Positions shared by all timelines of a page; one takes at most some 150 bytes packed, and a page stays under 8 MB."""
+_MOST_POSITIONS = 2000
+"""Events a timeline shows at once: about two for each pixel column; where a reader zooms in, others."""
+_PAGE_POSITIONS = 8_000
+"""Events shared by all timelines of a page as they are at first; one takes at most some 150 bytes packed, and a page
+stays under 8 MB."""
+_PAGE_HELD = 80_000
+"""Events held of a run for readers who zoom in; one takes some 20 bytes packed. Several runs share half as many, since
+their numbers pack worse."""
 _PAGE_ALLOCATIONS = 250_000
-"""Allocations shared by all runs of a page; one takes some 8 bytes packed, a few more where sizes are arbitrary."""
+"""Allocations held of a run; several runs share half as many. One takes some 8 bytes packed, a few more where sizes are
+arbitrary."""
 
 
 def render_page(
@@ -56,12 +62,13 @@ def run_cards(runs: Sequence[Run], progress: Progress = lambda *_: None) -> list
     Raises:
         UsageError: when a trace is empty.
     """
-    positions = max(500, min(MOST_POSITIONS, _PAGE_POSITIONS // len(runs)))
-    kept = _PAGE_ALLOCATIONS // len(runs)
+    positions = max(500, min(_MOST_POSITIONS, _PAGE_POSITIONS // len(runs)))
+    shared_by = 1 if len(runs) == 1 else 2 * len(runs)
+    held, kept = max(8, _PAGE_HELD // shared_by), _PAGE_ALLOCATIONS // shared_by
     cards = []
     for index, run in enumerate(runs):
         progress(f"drawing {run.label}", index, len(runs))
-        cards.append(run_card(run, f"run{index}", positions, kept))
+        cards.append(run_card(run, f"run{index}", positions, held, kept))
     return cards
 
 

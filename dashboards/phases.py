@@ -11,13 +11,16 @@ import plotly.graph_objects as go
 from memscope.dashboards.palette import LIGHT
 from memscope.trace import PHASES, Trace
 
-__all__ = ["LABELLED_SHARE", "PHASE_NAMES", "Stretches", "phase_curves", "stretches"]
+__all__ = ["LABELLED_SHARE", "PHASE_BAR", "PHASE_LABEL", "PHASE_NAMES", "Stretches", "phase_curves", "stretches"]
 
 LABELLED_SHARE = 0.05
 """Steps and phases of at least this share of the run are named on the plot; the rest have no room for it."""
 PHASE_NAMES = "phase names"
 """Name of the curve that writes the phases' names under their bar; a narrow screen has no room for it."""
-_BAR_TOP, _BAR_BOTTOM, _LABEL_HEIGHT = 1.0, 0.55, 0.25
+PHASE_BAR = (0.55, 1.0, 1.0, 0.55)
+"""Heights of the corners of a stretch's bar, on the axis `y2`."""
+PHASE_LABEL = 0.25
+"""Height of the names."""
 
 Ints = npt.NDArray[np.int64]
 
@@ -33,8 +36,8 @@ class Stretches(NamedTuple):
 
 def phase_curves(trace: Trace, most: int) -> list[go.Scatter]:
     """A curve for each phase, and one of their names, on the axes `x` and `y2`."""
-    found = stretches(trace, most)
-    bars = [_phase_bar(found, phase) for phase in np.unique(found.phase).tolist()]
+    found, everything = stretches(trace, most), stretches(trace, trace.events)
+    bars = [_phase_bar(found, phase) for phase in np.unique(everything.phase).tolist()]
     return [*bars, _phase_names(found, trace.events)]
 
 
@@ -62,7 +65,7 @@ def _phase_bar(found: Stretches, phase: int) -> go.Scatter:
     here = found.phase == phase
     first, last = found.first[here].astype(float), found.last[here].astype(float)
     x = np.stack([first, first, last, last, np.full(first.size, np.nan)], axis=1).reshape(-1)
-    y = np.tile([_BAR_BOTTOM, _BAR_TOP, _BAR_TOP, _BAR_BOTTOM, np.nan], first.size)
+    y = np.tile([*PHASE_BAR, np.nan], first.size)
     return go.Scatter(
         name=PHASES[phase], x=x, y=y, yaxis="y2", fill="toself", fillcolor=LIGHT.phases[PHASES[phase]], mode="lines",
         line={"width": 0, "color": LIGHT.phases[PHASES[phase]]}, hoverinfo="skip", legend="legend2",
@@ -72,7 +75,7 @@ def _phase_bar(found: Stretches, phase: int) -> go.Scatter:
 def _phase_names(found: Stretches, events: int) -> go.Scatter:
     wide = found.last - found.first >= LABELLED_SHARE * events
     return go.Scatter(
-        name=PHASE_NAMES, x=(found.first[wide] + found.last[wide]) / 2, y=np.full(int(wide.sum()), _LABEL_HEIGHT),
+        name=PHASE_NAMES, x=(found.first[wide] + found.last[wide]) / 2, y=np.full(int(wide.sum()), PHASE_LABEL),
         text=[PHASES[phase] for phase in found.phase[wide].tolist()], yaxis="y2", mode="text", hoverinfo="skip",
         showlegend=False, textfont={"size": 11},
     )  # fmt: skip

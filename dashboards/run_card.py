@@ -6,10 +6,14 @@ import json
 from collections.abc import Iterator, Sequence
 from html import escape
 
+import numpy as np
+
 from memscope.alive import by_module_together, largest, occasion
 from memscope.dashboards.allocator import fragmentation, look, segments
+from memscope.dashboards.detail import curve_data, events_to_hold
 from memscope.dashboards.html import card, facts, figure_box, packed, swatch, table
 from memscope.dashboards.moments import page_data
+from memscope.dashboards.sketch import sketch
 from memscope.dashboards.timeline import (
     RESERVED,
     TOTAL,
@@ -22,6 +26,7 @@ from memscope.dashboards.timeline import (
     views,
 )
 from memscope.effects import Run
+from memscope.inferred import how_inferred, marked
 from memscope.ledger import ledger
 from memscope.ran_out import ran_out
 from memscope.simulation.allocator_view import AllocatorView
@@ -37,13 +42,14 @@ _TOP_SIZES = 12
 _HOLD = 'role="group" aria-label='
 
 
-def run_card(run: Run, key: str, most_positions: int, most_kept: int) -> str:
+def run_card(run: Run, key: str, most_positions: int, most_held: int, most_kept: int) -> str:
     """The section of one run.
 
     Args:
         run: what to show.
         key: id of the section on the page.
-        most_positions: events its timeline may show.
+        most_positions: events its timeline may show at once.
+        most_held: events the page may hold beside them, for a reader who zooms in.
         most_kept: allocations the page may hold of it.
 
     Raises:
@@ -54,7 +60,7 @@ def run_card(run: Run, key: str, most_positions: int, most_kept: int) -> str:
         facts(_facts(trace)),
         *(f'<p class="warning">{escape(note)}</p>' for note in _notes(trace)),
         _timeline(run, most_positions),
-        _moment(trace, most_positions, most_kept),
+        _moment(trace, most_positions, most_held, most_kept),
         _ledger(trace),
         _allocator(trace),
     ]
@@ -94,9 +100,8 @@ def _notes(trace: Trace) -> Iterator[str]:
     """What is not exact about the trace, or went wrong in the run."""
     if trace.meta.get("out_of_memory"):
         yield f"Does not fit: {ran_out(trace)}."
-    match trace.meta.get("inferred"):
-        case [*inferred] if inferred:
-            yield f"Inferred from stacks: {', '.join(map(str, inferred))}."
+    if how := how_inferred(trace):
+        yield f"{how}."
     match trace.meta.get("imported"):
         case {"notes": [*notes]}:
             yield from (f"Not exact: {note}." for note in notes)
@@ -126,11 +131,24 @@ def _timeline(run: Run, most_positions: int) -> str:
     return (
         f'<div class="controls" {_HOLD}"zoom">{zooms}</div>'
         f'<div class="figure timeline" role="application" aria-roledescription="chart" aria-label="{label}" '
-        f'tabindex="0" data-figure="{packed(figure.to_json())}"><noscript>The timeline is drawn by JavaScript, which '
-        f"is off; the tables below say what is allocated at the peak.</noscript></div>"
+        f'tabindex="0" data-figure="{packed(figure.to_json())}">{sketch(run.trace)}</div>'
+        '<noscript><p class="note">JavaScript is off: the timeline is a still picture, the tables are of the peak.</p>'
+        "</noscript>"
         f'<p class="readout" aria-live="polite"></p>'
+        f'<p class="hint resolution" aria-live="polite">{_resolution(run.trace, most_positions)}</p>'
         f'<div class="controls legend" {_HOLD}"categories shown">{toggles}</div>'
         f'<ul class="phases" aria-label="phases, the bar under the plot">{phases}</ul>'
+    )
+
+
+def _resolution(trace: Trace, most_positions: int) -> str:
+    """How much of the run its timeline shows; as curves.js says it of any view."""
+    shown = len(events_to_show(trace, most_positions))
+    if shown == trace.events:
+        return f"All {shown:,} events in view are shown."
+    return (
+        f"{shown:,} of {trace.events:,} events in view are shown, the highest and lowest of each stretch; zoom in for "
+        "more."
     )
 
 
@@ -138,10 +156,12 @@ def _swatch(name: str) -> str:
     return swatch({TOTAL: "text", RESERVED: "muted"}.get(name, name))
 
 
-def _moment(trace: Trace, most_positions: int, most_kept: int) -> str:
+def _moment(trace: Trace, most_positions: int, most_held: int, most_kept: int) -> str:
     """What is alive: at the peak, as it is written here; elsewhere, once moment.js has been asked."""
-    data = page_data(trace, events_to_show(trace, most_positions), most_kept)
-    data |= {"scale": unit_of(trace.peak.allocated_bytes)[1]}
+    shown = events_to_show(trace, most_positions)
+    held = events_to_hold(trace, shown, most_held)
+    data = page_data(trace, held, most_kept) | curve_data(trace, held)
+    data |= {"atFirst": np.searchsorted(held, shown).tolist(), "scale": unit_of(trace.peak.allocated_bytes)[1]}
     peak = trace.peak
     return (
         f'<section class="moment" aria-label="what is alive" data-moment="{packed(json.dumps(data))}">'
@@ -152,7 +172,8 @@ def _moment(trace: Trace, most_positions: int, most_kept: int) -> str:
         f'<div class="controls" {_HOLD}"what is shown"><button type="button" data-show="peak" aria-pressed="true">'
         'peak</button><button type="button" data-show="together" aria-pressed="true">layers together</button></div>'
         '<div class="figure areas" role="img" aria-label="What is alive, as areas: modules, in them operators and '
-        'categories. The tables below say the same."></div>'
+        'categories. The list below says the same."></div>'
+        '<details class="tree"><summary>The areas as a list</summary><ul></ul></details>'
         f'<div class="tables">{_categories(trace)}{_modules(trace)}</div>{_allocations(trace)}'
         '<p class="note rest" hidden></p></section>'
     )
@@ -166,7 +187,12 @@ def _categories(trace: Trace) -> str:
         for name in reversed(shown_categories(trace))
     ]
     rows.append(["allocated", format_bytes(trace.peak.allocated_bytes), "100.0%", f"{trace.peak.allocated_bytes:,}"])
-    return table(("category", "size", "share", "bytes"), rows, "By category", "numbers summed categories")
+    return table(
+        ("category", "size", "share", "bytes"),
+        rows,
+        marked("By category", "category", trace),
+        "numbers summed categories",
+    )
 
 
 def _modules(trace: Trace) -> str:
@@ -177,7 +203,8 @@ def _modules(trace: Trace) -> str:
         [f"<code>{escape(name or '(no module)')}</code>", format_bytes(size), f"{size / total:.1%}"]
         for name, size in sizes
     ]
-    return table(("module", "size", "share"), rows, "By module (* stands for every layer)", "numbers modules")
+    label = f"{marked('By module', 'module', trace)}, * stands for every layer"
+    return table(("module", "size", "share"), rows, label, "numbers modules")
 
 
 def _allocations(trace: Trace) -> str:
@@ -193,7 +220,8 @@ def _allocations(trace: Trace) -> str:
         ]
         for one in largest(trace, _TOP_ALLOCATIONS)
     ]
-    headers = ("size", "category", "module", "operator", "born in", "lives until", "events")
+    columns = {"category": "category", "module": "module", "operator": "op", "born in": "phase"}
+    headers = ["size", *(marked(*column, trace) for column in columns.items()), "lives until", "events"]
     alive = len(trace.at(trace.peak.event))
     return table(headers, rows, f"Largest allocations ({len(rows)} of {alive:,})", "allocations")
 

@@ -38,21 +38,35 @@ function plain(markup) {
 }
 
 // Arrow keys move along the events shown, Home and End to the ends of the view; what is there is read out.
-function keys(element, timeline, readout, choose) {
-  const { events, descriptions } = timeline;
-  let position = -1;
+function keys(element, readout, choose) {
+  let at = -1;
   element.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && position >= 0) return choose(position);
+    if (event.key === "Enter" && at >= 0) return choose(at);
+    const { x: events, customdata } = element._fullData.find((curve) => curve.name === "allocated");
     const [low, high] = element.layout.xaxis.range;
-    const first = events.findIndex((x) => x >= low);
-    const last = events.findLastIndex((x) => x <= high);
+    const first = lowerBound(events, low);
+    const last = lowerBound(events, high + 1) - 1;
+    const here = at < 0 ? -1 : lowerBound(events, at);
     const stride = event.shiftKey ? 50 : 1;
-    const target = { ArrowRight: position + stride, ArrowLeft: position - stride, Home: first, End: last }[event.key];
-    if (target === undefined || first < 0 || last < first) return;
+    const target = { ArrowRight: here + stride, ArrowLeft: here - stride, Home: first, End: last }[event.key];
+    if (target === undefined || last < first) return;
     event.preventDefault();
-    position = Math.min(last, Math.max(first, target));
-    Plotly.Fx.hover(element, { xval: events[position] }, ["xy"]);
-    readout.textContent = `event ${events[position]}: ${plain(descriptions[position])}`;
+    const index = Math.min(last, Math.max(first, target));
+    at = events[index];
+    Plotly.Fx.hover(element, { xval: at }, ["xy"]);
+    readout.textContent = `event ${at}: ${plain(customdata[index])}`;
+  });
+}
+
+// Where a reader zooms in, the curves are drawn with more of what the page holds.
+function detail(element, note, moment) {
+  let view = element.layout.xaxis.range.join(",");
+  element.on("plotly_relayout", async () => {
+    const { data } = await moment;
+    const now = element.layout.xaxis.range.join(",");
+    if (now === view) return;
+    view = now;
+    await refine(element, data, note);
   });
 }
 
@@ -80,18 +94,12 @@ async function drawTimeline(element) {
   narrow.addEventListener("change", () =>
     Plotly.update(element, { visible: !narrow.matches }, { "xaxis.nticks": narrow.matches ? 5 : 9 }, [names]));
   zooms(element, [...section.querySelectorAll("button[data-range]")]);
-  const total = element._fullData.find((curve) => curve.name === "allocated");
-  const areas = element._fullData.filter((curve) => curve.stackgroup === "memory");
-  const timeline = {
-    events: Array.from(total.x),
-    descriptions: total.customdata,
-    sizes: Object.fromEntries(areas.map((curve) => [curve.name, Array.from(curve.y)])),
-  };
   const shapes = element.layout.shapes ?? [];
   // Not waited for: the timeline is there before all that the page holds has been read.
-  const moment = moments(section.querySelector(".moment"), timeline, (event) => mark(element, shapes, event));
-  const show = async (position) => (await moment).show(position);
+  const moment = moments(section.querySelector(".moment"), (event) => mark(element, shapes, event));
+  const show = async (event) => (await moment).show(event);
   toggles(element, [...section.querySelectorAll("button[data-curve]")], async (names) => (await moment).hide(names));
-  keys(element, timeline, section.querySelector(".readout"), show);
-  element.on("plotly_click", ({ points }) => show(timeline.events.indexOf(points[0].x)));
+  keys(element, section.querySelector(".readout"), show);
+  detail(element, section.querySelector(".resolution"), moment);
+  element.on("plotly_click", ({ points }) => show(points[0].x));
 }

@@ -22,6 +22,7 @@ __all__ = [
     "TOTAL",
     "View",
     "events_to_show",
+    "highest_drawn",
     "moment",
     "peak_text",
     "shown_categories",
@@ -40,6 +41,7 @@ _MOST_BUTTONS = 8
 """More steps than that are offered in a menu."""
 _SHADED_SHARE = 0.01
 """Steps narrower than this are not shaded: nobody would see it, and a run may have thousands."""
+_HEADROOM = 1.14
 _LIMIT_IN_SIGHT = 1.5
 """The device's limit is drawn where it is at most so many times the highest curve: further away it would press them
 flat."""
@@ -186,7 +188,6 @@ def _peak_marker(peak: Peak, scale: int) -> go.Scatter:
 
 def _lay_out(figure: go.Figure, trace: Trace, unit: str, scale: int) -> None:
     limit = _limit_in_sight(trace)
-    top = max(trace.peak.allocated_bytes, int(trace.reserved.max(initial=0)), limit or 0)
     figure.update_layout(
         dressed(
             height=520,
@@ -201,7 +202,7 @@ def _lay_out(figure: go.Figure, trace: Trace, unit: str, scale: int) -> None:
                 "tickprefix": "event ", "showtickprefix": "first", "spikethickness": 1, "spikedash": "solid",
             },
             yaxis={
-                "domain": [0.13, 1], "range": [0, top * 1.14 / scale], "fixedrange": True,
+                "domain": [0.13, 1], "range": [0, highest_drawn(trace) / scale], "fixedrange": True,
                 "title": {"text": unit, "standoff": 4},
             },
             yaxis2={"domain": [0, 0.11], "range": [0, 1.05], "fixedrange": True, "visible": False},
@@ -213,6 +214,12 @@ def _lay_out(figure: go.Figure, trace: Trace, unit: str, scale: int) -> None:
     _mark_steps(figure, trace)
     if limit is not None:
         _mark_limit(figure, trace, limit, scale)
+
+
+def highest_drawn(trace: Trace) -> float:
+    """Bytes at the upper end of the timeline: above all curves, with room for the note of the peak."""
+    highest = max(trace.peak.allocated_bytes, int(trace.reserved.max(initial=0)), _limit_in_sight(trace) or 0)
+    return _HEADROOM * (highest or 1)
 
 
 def _limit_in_sight(trace: Trace) -> int | None:

@@ -47,6 +47,8 @@ class Grid:
     samples: int
     memory_bytes: int | None
     """Most that PyTorch could take of the GPU where that was limited; else None."""
+    limit_bytes: int | None
+    """`memory_bytes`, or what the device has, less its context where that is known; None on the CPU."""
     samples_per_step: int | None
     """None where the samples of a batch cannot be counted: then there is no time."""
 
@@ -100,9 +102,15 @@ def table2(
         cells=(),
         samples=samples,
         memory_bytes=memory_bytes,
+        limit_bytes=_allocatable(traces[0]) if memory_bytes is None else memory_bytes,
         samples_per_step=counts.pop(),
     )
     return replace(empty, cells=tuple(_cell(applied, trace, empty.steps) for applied, trace in runs))
+
+
+def _allocatable(trace: Trace) -> int | None:
+    capacity = trace.meta.get("capacity")
+    return None if capacity is None else int(capacity - trace.meta.get("context", 0))
 
 
 def _cell(applied: tuple[bool, ...], trace: Trace | None, steps: int | None) -> Cell:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
+from memscope.inferred import marked
 from memscope.units import format_bytes, format_change
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def trace_table(trace: Trace) -> Table:
     """What the run was, its peak, and what is alive there by category."""
     meta = trace.meta
     table = Table(title=Text(f"{meta.get('target', 'a run')}: {len(trace):,} allocations"), title_justify="left")
-    table.add_column("at the peak")
+    table.add_column(marked("at the peak", "category", trace))
     table.add_column("size", justify="right", no_wrap=True)
     table.add_column("share", justify="right")
     table.add_column("", no_wrap=True)

@@ -17,7 +17,8 @@ from memscope.check import Limit, Verdict, budget_verdict, check, format_value
 from memscope.cli.trace_files import load_run
 from memscope.diff import Setting, changed_settings
 from memscope.errors import GateFailed, UsageError
-from memscope.trace import Trace
+from memscope.inferred import how_inferred
+from memscope.trace import CATEGORIES, Trace
 from memscope.units import parse_bytes
 
 __all__ = ["command"]
@@ -60,16 +61,19 @@ def command(
     verdicts = [] if budget_bytes is None else [budget_verdict(trace, budget_bytes)]
     verdicts += check(trace, parsed, base)
     ended = _ended_early(trace)
+    inferred = _inferred(verdicts, [trace] if base is None else [trace, base])
     differs = () if base is None else tuple(s for s in changed_settings(base, trace) if s.name != "strategies")
     if kind == "json":
-        click.echo(json.dumps(_document(file, baseline, verdicts, ended, differs), ensure_ascii=False, indent=2))
+        click.echo(
+            json.dumps(_document(file, baseline, verdicts, ended, differs, inferred), ensure_ascii=False, indent=2)
+        )
     elif kind == "junit":
         click.echo(_junit(file, verdicts, ended))
     elif kind == "github":
         for line in _github(file, verdicts, ended):
             click.echo(line)
     else:
-        _print(Console(highlight=False), file, baseline, verdicts, ended, differs)
+        _print(Console(highlight=False), file, baseline, verdicts, ended, differs, inferred)
     return 0 if not ended and all(verdict.holds for verdict in verdicts) else GateFailed.exit_code
 
 
@@ -93,6 +97,13 @@ def _ended_early(trace: Trace) -> str:
     return ""
 
 
+def _inferred(verdicts: Sequence[Verdict], traces: Sequence[Trace]) -> str:
+    """That the size of a category that is limited was inferred, and how; empty otherwise."""
+    limited = [verdict.key for verdict in verdicts if verdict.key in CATEGORIES]
+    how = next((told for trace in traces if (told := how_inferred(trace))), "")
+    return f"{', '.join(limited)}: {how}." if limited and how else ""
+
+
 def _sentence(verdict: Verdict) -> str:
     value, allowed = (format_value(verdict.key, size) for size in (verdict.value, verdict.allowed))
     word = "within" if verdict.holds else "above"
@@ -111,6 +122,7 @@ def _print(
     verdicts: Sequence[Verdict],
     ended: str,
     differs: Sequence[Setting],
+    inferred: str,
 ) -> None:
     table = Table(title=f"Limits of {file.name}")
     table.add_column("")
@@ -124,6 +136,8 @@ def _print(
     console.print(table)
     if ended:
         console.print(Text(f"FAILED: {ended}", style="bold red"))
+    if inferred:
+        console.print(Text(inferred, "yellow"))
     for setting in differs:
         console.print(Text(f"Differs from the baseline: {setting.name}: {setting.before} → {setting.after}", "yellow"))
     if baseline is not None and not all(verdict.holds for verdict in verdicts):
@@ -131,7 +145,12 @@ def _print(
 
 
 def _document(
-    file: Path, baseline: Path | None, verdicts: Sequence[Verdict], ended: str, differs: Sequence[Setting]
+    file: Path,
+    baseline: Path | None,
+    verdicts: Sequence[Verdict],
+    ended: str,
+    differs: Sequence[Setting],
+    inferred: str,
 ) -> dict[str, Any]:
     """Everything, in bytes; of step_time in seconds."""
     return {
@@ -152,6 +171,7 @@ def _document(
             }
             for one in verdicts
         ],
+        "inferred": inferred or None,
         "differs_from_baseline": [{"name": s.name, "baseline": s.before, "trace": s.after} for s in differs],
     }
 

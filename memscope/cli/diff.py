@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ from memscope.alive import occasion
 from memscope.cli.report_text import markdown_table
 from memscope.cli.trace_files import load_run
 from memscope.diff import AllocationChange, Change, Difference, diff
-from memscope.trace import Peak
+from memscope.inferred import how_inferred, inferred_columns, marked
+from memscope.trace import Peak, Trace
 from memscope.units import format_bytes, format_change
 
 __all__ = ["command"]
 
+_SIDES = ("before", "after")
 _TOP = 10
 """Modules, and allocations, that tables list; the JSON document has all."""
 
@@ -45,18 +47,21 @@ def command(before: Path, after: Path, kind: str, debug: bool) -> None:
     Each run is taken at its own peak. Allocations are matched by module, operator and phase, those of one size first,
     the rest in order of birth. Traces of different targets can be compared too.
     """
-    found = diff(load_run(before).trace, load_run(after).trace)
+    traces = load_run(before).trace, load_run(after).trace
+    found = diff(*traces)
+    notes = [*_inferred((before, after), traces), *_notes(found)]
     if kind == "json":
-        document = {"schema_version": 1, "before": str(before), "after": str(after), **_document(found)}
+        inferred = {"inferred": {name: list(inferred_columns(one)) for name, one in zip(_SIDES, traces, strict=True)}}
+        document = {"schema_version": 1, "before": str(before), "after": str(after), **inferred, **_document(found)}
         click.echo(json.dumps(document, ensure_ascii=False, indent=2))
     elif kind == "markdown":
-        click.echo("\n".join(_markdown(found, before, after)))
+        click.echo("\n".join(_markdown(_headline(found, before, after), notes, _tables(found, traces))))
     else:
         console = Console(highlight=False)
         console.print(Text(_headline(found, before, after), style="bold"))
-        for note in _notes(found):
+        for note in notes:
             console.print(Text(note))
-        for table in _tables(found):
+        for table in _tables(found, traces):
             console.print(table)
         console.print(Text(f"Next: memscope report {before} {after}"), soft_wrap=True)
 
@@ -72,6 +77,13 @@ def _headline(found: Difference, before: Path, after: Path) -> str:
 
 def _moment(peak: Peak) -> str:
     return occasion(peak.step, peak.phase, peak.micro_batch)
+
+
+def _inferred(files: Sequence[Path], traces: Sequence[Trace]) -> Iterable[str]:
+    """What is not exact about what is compared."""
+    for path, trace in zip(files, traces, strict=True):
+        if how := how_inferred(trace):
+            yield f"{path}: {how}."
 
 
 def _notes(found: Difference) -> Iterable[str]:
@@ -90,15 +102,16 @@ def _value(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def _tables(found: Difference) -> Iterable[Table]:
+def _tables(found: Difference, traces: Sequence[Trace]) -> Iterable[Table]:
     if found.categories:
-        yield _bytes_table("By category, at the peak", "category", found.categories)
+        yield _bytes_table("By category, at the peak", marked("category", "category", *traces), found.categories)
     if found.modules:
-        yield _bytes_table("By module, at the peak", "module", found.modules)
+        yield _bytes_table("By module, at the peak", marked("module", "module", *traces), found.modules)
     if found.allocations:
-        yield _allocations_table(found.allocations)
+        yield _allocations_table(marked("module, operator", "module", *traces), found.allocations)
     if found.steps:
-        table = _table("By step", "step", "before", "after", "change", "most of it")
+        columns = ("before", "after", "change", marked("most of it", "category", *traces))
+        table = _table("By step", marked("step", "step", *traces), *columns)
         for step in found.steps:
             parts = ", ".join(f"{name} {format_change(c.change)}" for name, c in list(step.categories.items())[:3])
             table.add_row(str(step.step), *_sizes(step), parts)
@@ -122,8 +135,8 @@ def _bytes_table(title: str, first: str, changes: Mapping[str, Change]) -> Table
     return table
 
 
-def _allocations_table(changes: tuple[AllocationChange, ...]) -> Table:
-    table = _table("By allocation, at the peak", "module, operator", "what", "count", "before", "after", "change")
+def _allocations_table(first: str, changes: tuple[AllocationChange, ...]) -> Table:
+    table = _table("By allocation, at the peak", first, "what", "count", "before", "after", "change")
     for one in changes[:_TOP]:
         where = ", ".join(name for name in (one.module, one.op) if name)
         table.add_row(Text(f"{where} ({one.category}, {one.phase})"), _what(one), str(one.count), *_sizes(one))
@@ -147,11 +160,11 @@ def _sizes(change: Change) -> tuple[str, str, Text]:
     return format_bytes(change.before), format_bytes(change.after), Text(format_change(change.change), style=style)
 
 
-def _markdown(found: Difference, before: Path, after: Path) -> Iterable[str]:
-    yield f"**{_headline(found, before, after)}**"
+def _markdown(headline: str, notes: Iterable[str], tables: Iterable[Table]) -> Iterable[str]:
+    yield f"**{headline}**"
     yield ""
-    yield from (f"- {note}" for note in _notes(found))
-    for table in _tables(found):
+    yield from (f"- {note}" for note in notes)
+    for table in tables:
         yield ""
         yield from markdown_table(table)
 

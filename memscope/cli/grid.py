@@ -11,11 +11,13 @@ import click
 from rich.console import Console
 
 from memscope.advisor.resolve import is_auto
-from memscope.cli.grid_report import FORMATS, grid_document, print_grid
+from memscope.cli.grid_document import grid_document
+from memscope.cli.grid_report import FORMATS, print_grid
 from memscope.cli.profile_report import print_next, write_page
 from memscope.effects import Run, Table1
 from memscope.errors import UsageError
-from memscope.grid import combinations, table2
+from memscope.grid import Grid, combinations, table2
+from memscope.grid_words import grid_notes
 from memscope.strategies import Plan, Strategy, read_strategies
 from memscope.trace import Trace, write_whole
 from memscope.units import format_bytes, parse_bytes
@@ -88,16 +90,23 @@ def show_grid(
     traces = [Trace.load(path) if path.exists() else None for path in paths]
     grid = table2(asked.factors, list(zip(asked.applied, traces, strict=True)), asked.samples, asked.memory_bytes)
     runs = [Run(label, trace) for label, trace in zip(asked.labels, traces, strict=True) if trace is not None]
-    write_page(runs, Table1(()), baselines, html, overwrite=overwrite)
+    notes = list(grid_notes(grid, baselines))
+    write_page(runs, Table1(()), baselines, html, more=[_card(grid, notes)], overwrite=overwrite)
     if asked.table is not None:
-        write_whole(asked.table, FORMATS[asked.table.suffix](grid, baselines).encode())
+        write_whole(asked.table, FORMATS[asked.table.suffix](grid, notes).encode())
     if as_json:
         specs = [plan.specs for plan in asked.plans]
-        click.echo(json.dumps(grid_document(grid, specs, paths, baselines), ensure_ascii=False, indent=2))
+        click.echo(json.dumps(grid_document(grid, specs, paths, notes), ensure_ascii=False, indent=2))
         return
     console = Console(highlight=False)
-    print_grid(console, grid, baselines)
+    print_grid(console, grid, notes)
     print_next(console, paths[0].parent, html)
+
+
+def _card(grid: Grid, notes: Sequence[str]) -> str:
+    from memscope.dashboards.grid_card import grid_card
+
+    return grid_card(grid, notes)
 
 
 def _refuse_table(path: Path, force: bool) -> None:

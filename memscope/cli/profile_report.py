@@ -97,8 +97,16 @@ def _would_free(one: WouldFree) -> dict[str, Any]:
     }
 
 
-def write_page(runs: Sequence[Run], table: Table1, baselines: Sequence[str], path: Path, *, overwrite: bool) -> None:
-    """One HTML page with a timeline for each run and Table 1.
+def write_page(
+    runs: Sequence[Run],
+    table: Table1,
+    baselines: Sequence[str],
+    path: Path,
+    *,
+    more: Sequence[str] = (),
+    overwrite: bool,
+) -> None:
+    """One HTML page with a timeline for each run and Table 1; `more` is HTML of further cards.
 
     Raises:
         UsageError: when the file exists and `overwrite` is False.
@@ -107,4 +115,4 @@ def write_page(runs: Sequence[Run], table: Table1, baselines: Sequence[str], pat
 
     if path.exists() and not overwrite:
         raise UsageError(f"{path} exists already: choose another name with --html, or overwrite with -f")
-    write_whole(path, render_page(runs, table, baselines).encode())
+    write_whole(path, render_page(runs, table, baselines, more).encode())

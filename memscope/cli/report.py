@@ -13,7 +13,9 @@ from rich.console import Console
 from rich.text import Text
 
 from memscope.agreement import agreements
+from memscope.cli.grid_report import FORMATS, print_grid
 from memscope.cli.progress import shown_progress
+from memscope.cli.report_files import Given, told_apart
 from memscope.cli.report_json import report_document
 from memscope.cli.report_text import csv_text, markdown, print_all
 from memscope.cli.trace_files import load_runs
@@ -49,36 +51,51 @@ def command(files: tuple[Path, ...], output: Path | None, kind: str | None, forc
     """Show the traces in FILES: memory over time, what is alive at any moment, ledger, allocator.
 
     Several traces are compared with the first. A simulated and a measured trace of the same plan are held against each
-    other. A checkpoint plan, as memscope advise writes it, may be among the files of a page. The page is one file that
-    works without a network.
+    other. Table 2, as memscope profile --grid … --json prints it, and on a page a checkpoint plan, as memscope advise
+    writes it, may be among the files. The page is one file that works without a network.
     """
     kind = kind or (_SUFFIXES.get(output.suffix.lower(), "html") if output else "html")
-    plans = [file for file in files if file.suffix.lower() == ".json"]
-    traces = [file for file in files if file not in plans]
-    if not traces:
-        raise UsageError(f"{files[0]} is a checkpoint plan: name a trace too, as memscope profile or advise writes it")
+    given = told_apart(files)
+    _require_use(given, kind)
     if output is None and kind == "html":
-        output = traces[0].with_suffix(".html") if len(traces) == 1 else traces[0].parent / "report.html"
+        first, *others = given.traces or [grid.path for grid in given.grids]
+        output = first.parent / "report.html" if others else first.with_suffix(".html")
     if output is not None:
         _require_writable(output, force)
-    runs = [dataclasses.replace(run, textbook=_textbook(run)) for run in load_runs(traces)]
+    runs = [dataclasses.replace(run, textbook=_textbook(run)) for run in load_runs(given.traces)]
     table, note = _table1(runs)
     if kind == "html":
         assert output is not None, "a page has a place"
-        write_whole(output, _page(runs, table, plans).encode())
+        write_whole(output, _page(runs, table, given).encode())
         console = Console(highlight=False, soft_wrap=True)
         if note:
             console.print(Text(note, style="dim"))
         console.print(Text(f"Page: {output}"))
-        console.print(Text(f"Next: open it in a browser; {_next(traces)}"))
+        console.print(Text(f"Next: open it in a browser{_next(given.traces)}"))
         return
     console = Console(highlight=False) if output is None else Console(file=io.StringIO(), width=_WIDTH_OF_A_FILE)
-    text = _text(kind, runs, traces, table, console)
+    text = _text(kind, runs, given, table, console)
     if output is None:
         click.echo(text, nl=False)
     else:
         write_whole(output, text.encode())
         click.echo(str(output))
+
+
+def _require_use(given: Given, kind: str) -> None:
+    """See that there is something to show, and that the format can hold it.
+
+    Raises:
+        UsageError: when not.
+    """
+    if not given.traces and not given.grids:
+        raise UsageError(
+            f"{given.plans[0]} is a checkpoint plan: name a trace too, as memscope profile or advise writes it"
+        )
+    if given.plans and kind != "html":
+        raise UsageError(f"{given.plans[0]} is a checkpoint plan, which is drawn on a page only: leave it out")
+    if kind == "csv" and len(given.grids) + bool(given.traces) > 1:
+        raise UsageError(f"CSV is one table: make one of {given.grids[0].path} by itself")
 
 
 def _require_writable(path: Path, force: bool) -> None:
@@ -88,11 +105,18 @@ def _require_writable(path: Path, force: bool) -> None:
         raise UsageError(f"{path}: there is no folder {path.parent}: make it, or choose another file with -o")
 
 
-def _page(runs: Sequence[Run], table: Table1, plans: Sequence[Path]) -> str:
+def _page(runs: Sequence[Run], table: Table1, given: Given) -> str:
+    from memscope.dashboards.grid_card import grid_card
+    from memscope.dashboards.html import html_page
     from memscope.dashboards.page import render_page
 
+    cards = [grid_card(one.grid, one.notes, f"table2-{index}") for index, one in enumerate(given.grids)]
+    cards += [_plan_card(path) for path in given.plans]
+    if not runs:
+        targets = ", ".join(dict.fromkeys(one.grid.target for one in given.grids))
+        return html_page(f"memscope: {targets}", targets, cards)
     with shown_progress() as progress:
-        return render_page(runs, table, more=[_plan_card(path) for path in plans], progress=progress)
+        return render_page(runs, table, more=cards, progress=progress)
 
 
 def _plan_card(path: Path) -> str:
@@ -102,15 +126,20 @@ def _plan_card(path: Path) -> str:
     return plan_card(LayerPlan.load(path).layers, path.name)
 
 
-def _text(kind: str, runs: Sequence[Run], traces: Sequence[Path], table: Table1, console: Console) -> str:
+def _text(kind: str, runs: Sequence[Run], given: Given, table: Table1, console: Console) -> str:
     if kind == "json":
-        return json.dumps(report_document(runs, traces, table), ensure_ascii=False, indent=2) + "\n"
+        document = report_document(runs, given.traces, table) | {"table2": [one.document for one in given.grids]}
+        return json.dumps(document, ensure_ascii=False, indent=2) + "\n"
     if kind == "csv":
-        return csv_text(runs)
+        return csv_text(runs) if runs else FORMATS[".csv"](given.grids[0].grid, given.grids[0].notes)
     if kind == "markdown":
-        return markdown(runs, table)
+        parts = [markdown(runs, table)] if runs else []
+        return "\n".join([*parts, *(FORMATS[".md"](one.grid, one.notes) for one in given.grids)])
     with console.capture() as captured:
-        print_all(console, runs, table)
+        if runs:
+            print_all(console, runs, table)
+        for one in given.grids:
+            print_grid(console, one.grid, one.notes)
     return captured.get()
 
 
@@ -130,10 +159,10 @@ def _textbook(run: Run) -> dict[str, str]:
 def _table1(runs: Sequence[Run]) -> tuple[Table1, str]:
     """Each run against the first; and why there is none."""
     measured = {found.measured for found in agreements(runs)}
-    first, *others = runs
-    others = [run for run in others if run.label not in measured]
+    others = [run for run in runs[1:] if run.label not in measured]
     if not others:
         return Table1(()), ""
+    first = runs[0]
     lacking = [run.label for run in [first, *others] if not run.trace.steps or not run.trace.meta.get("flops")]
     if lacking:
         return Table1(()), f"No Table 1: steps and operations are not known of {', '.join(lacking)}"
@@ -141,6 +170,9 @@ def _table1(runs: Sequence[Run]) -> tuple[Table1, str]:
 
 
 def _next(traces: Sequence[Path]) -> str:
-    if len(traces) == 1:
-        return f"memscope export {traces[0]} --to perfetto|torch-snapshot|csv"
-    return f"memscope diff {traces[0]} {traces[1]}"
+    match traces:
+        case []:
+            return ""
+        case [trace]:
+            return f"; memscope export {trace} --to perfetto|torch-snapshot|csv"
+    return f"; memscope diff {traces[0]} {traces[1]}"

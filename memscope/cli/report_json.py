@@ -10,6 +10,7 @@ from typing import Any
 from memscope.agreement import agreements
 from memscope.alive import largest
 from memscope.effects import Run, Table1
+from memscope.inferred import how_inferred, inferred_columns
 from memscope.ledger import ledger
 from memscope.trace import Trace
 
@@ -52,7 +53,8 @@ def _run(run: Run, file: Path) -> dict[str, Any]:
         "max_by_category": trace.max_by_category(),
         "ledger": [dataclasses.asdict(line) for line in found.lines] if found else None,
         "largest": [dataclasses.asdict(one) for one in largest(trace, _TOP)],
-        "inferred": trace.meta.get("inferred", []),
+        "inferred": list(inferred_columns(trace)),
+        "how_inferred": how_inferred(trace) or None,
     }
 
 

@@ -14,6 +14,7 @@ from rich.text import Text
 from memscope.agreement import Agreement, agreements
 from memscope.alive import largest, occasion
 from memscope.effects import ROWS, TITLES, Column, Effect, Run, Table1
+from memscope.inferred import how_inferred, marked
 from memscope.ledger import Ledger, ledger
 from memscope.ran_out import ran_out
 from memscope.simulation.cost import last_step_seconds, step_seconds
@@ -122,7 +123,8 @@ def _peaks(runs: Sequence[Run]) -> Table:
     columns = [run.trace.by_category() for run in runs]
     for category in CATEGORIES:
         if any(column[category] for column in columns):
-            table.add_row(category.replace("_", " "), *(format_bytes(c[category]) for c in columns))
+            name = marked(category.replace("_", " "), "category", *(run.trace for run in runs))
+            table.add_row(name, *(format_bytes(c[category]) for c in columns))
     times = [last_step_seconds(run.trace) for run in runs]
     if any(times):
         estimates = any(seconds and not run.trace.meta.get("seconds") for seconds, run in zip(times, runs, strict=True))
@@ -172,9 +174,8 @@ def _trained(runs: Sequence[Run]) -> Iterator[Text]:
 
 def _inexact(runs: Sequence[Run]) -> Iterator[Text]:
     for run in runs:
-        match run.trace.meta.get("inferred"):
-            case [*inferred] if inferred:
-                yield Text(f"{run.label}: inferred from stacks: {', '.join(map(str, inferred))}", style="yellow")
+        if how := how_inferred(run.trace):
+            yield Text(f"{run.label}: {how}.", style="yellow")
 
 
 def _table1(columns: Sequence[Column]) -> Table:
@@ -215,8 +216,9 @@ def _largest(one: Sequence[Run]) -> Table:
     (run,) = one
     table = Table(title=Text(f"Largest allocations at the peak of {run.label}"))
     table.add_column("size", justify="right", no_wrap=True)
-    for heading in ("category", "module, operator", "born in", "lives until"):
-        table.add_column(heading, overflow="fold")
+    for heading, column in (("category",) * 2, ("module, operator", "module"), ("born in", "phase")):
+        table.add_column(marked(heading, column, run.trace), overflow="fold")
+    table.add_column("lives until", overflow="fold")
     for found in largest(run.trace, _TOP):
         where = ", ".join(name for name in (found.module, found.op) if name)
         size, category = format_bytes(found.size_bytes), found.category.replace("_", " ")

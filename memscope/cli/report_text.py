@@ -12,6 +12,7 @@ from rich.text import Text
 
 from memscope.cli.report_tables import Block, comparison_blocks, headline, largest_blocks, print_blocks
 from memscope.effects import Run, Table1
+from memscope.inferred import inferred_columns
 
 __all__ = ["csv_text", "markdown", "markdown_table", "print_all"]
 
@@ -61,11 +62,12 @@ def _escaped(text: str) -> str:
 
 
 def csv_text(runs: Sequence[Run]) -> str:
-    """What is alive at each run's peak: a line for every category, module and operator."""
+    """What is alive at each run's peak: a line for every category, module and operator; `inferred` names columns."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["run", "category", "module", "op", "bytes"])
+    writer.writerow(["run", "category", "module", "op", "bytes", "inferred"])
     for run in runs:
+        inferred = " ".join(inferred_columns(run.trace))
         for (category, module, op), size_bytes in run.trace.by("category", "module", "op").items():
-            writer.writerow([run.label, category, module, op, size_bytes])
+            writer.writerow([run.label, category, module, op, size_bytes, inferred])
     return out.getvalue()

@@ -77,13 +77,20 @@ def allocator_view(trace: Trace, events: Iterable[int] | None = None) -> Allocat
     at = np.union1d(even if events is None else np.fromiter(events, dtype=np.int64), [trace.peak.event])
     sums = at, _requested(trace)[at], trace.allocated[at], trace.reserved[at]
     if "allocator" not in trace.meta:
-        return AllocatorView(
-            *sums, None, None, None, "no addresses are kept of a measured run, so no segments are known"
-        )
+        return AllocatorView(*sums, None, None, None, _why_unknown(trace))
     try:
         return AllocatorView(*sums, *_replayed(trace, at))
     except (_OtherMemory, AllocationFailed):
         return AllocatorView(*sums, None, None, None, "a replay does not reserve what this trace says: no segments")
+
+
+def _why_unknown(trace: Trace) -> str:
+    match trace.meta.get("device"):
+        case {"simulated": True}:
+            return "this trace does not say how its allocator was set, so no segments are known: simulate it again"
+        case {"simulated": False}:
+            return "no addresses are kept of a measured run, so no segments are known"
+    return "this trace says neither where its blocks lay nor how its allocator was set, so no segments are known"
 
 
 class _OtherMemory(Exception):

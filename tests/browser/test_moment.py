@@ -159,9 +159,34 @@ def test_an_area_lists_what_is_in_it_and_the_path_leads_back(visit: Visit) -> No
     assert comes_to(page, lambda _: caption.inner_text().startswith("Largest allocations ("), True)
 
 
+def test_the_areas_can_be_walked_as_a_list_by_keyboard_alone(visit: Visit) -> None:
+    page = visit(html_of(run()))
+    draw_areas(page)
+    page.locator("button[data-show=together]").focus()
+    words, lines = "document.activeElement.innerText", []
+    for keys in (["Tab", "Enter"], ["Tab"], ["Tab", "Enter"], ["Tab", "Tab", "Enter"]):
+        for key in keys:
+            page.keyboard.press(key)
+        lines.append(" ".join(page.evaluate(words).split()))
+    # At the peak each of the 4 parts has a parameter, a gradient, optimizer state and 3 activations: 4 × (1/2 + 1/2 + 1
+    # + 3/12) = 9 GiB, half of it in each kind of part; with logits, workspace and input that is 9.51 GiB in 27 pieces.
+    assert lines[:2] == ["The areas as a list", "allocated 9.51 GiB, 100.0%, 27 allocations"]
+    assert lines[2].startswith("layers.* 9.00 GiB, 94.7%")
+    assert lines[3].startswith("feed_forward 4.50 GiB, 47.3%")
+    # The one with the focus can be seen to have it, and the list of allocations follows.
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    caption = page.locator("table.allocations caption")
+    assert caption.inner_text().startswith("Largest allocations in layers.* / feed_forward (")
+    page.keyboard.press("Tab")
+    assert page.evaluate(words).startswith("aten.zeros_like")
+    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Enter")
+    assert comes_to(page, lambda _: caption.inner_text().startswith("Largest allocations in layers.* ("), True)
+
+
 def test_of_more_than_the_page_holds_the_rest_is_counted_by_category(visit: Visit) -> None:
     trace = run()
-    card = run_card(Run("few", trace), "run0", 4000, 10)
+    card = run_card(Run("few", trace), "run0", 4000, 4000, 10)
     page = visit(html_page("few", "few", [card]))
     draw_areas(page)
     alive = trace.at(trace.peak.event)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,12 +12,15 @@ from pages import PLOT, comes_to, html_of, point_at, run
 from traces import TraceBuilder
 
 from memscope.dashboards.demo import training_run
+from memscope.dashboards.html import html_page
 from memscope.dashboards.palette import DARK, LIGHT
+from memscope.dashboards.run_card import run_card
+from memscope.dashboards.timeline import timeline
 from memscope.effects import Run, compare
 from memscope.simulation.allocator import AllocatorSettings
 from memscope.simulation.device_memory import on_device
 from memscope.simulation.devices import get_device
-from memscope.trace import Trace
+from memscope.trace import PHASES, Trace
 
 pytestmark = pytest.mark.browser
 
@@ -125,6 +129,94 @@ def test_drag_zooms_and_double_click_goes_back(visit: Visit) -> None:
     page.wait_for_timeout(500)  # or the release counts as the first click of the double click
     page.mouse.dblclick(box["x"] + box["width"] / 2, y)
     assert comes_to(page, shown_range, [0, trace.events])
+
+
+def detailed() -> tuple[Trace, Any]:
+    """A run of some 3,700 events of which its timeline shows 300 at first, and its page holds 1,200 more."""
+    trace = training_run(layers=16, micro_batches=6)
+    return trace, run_card(Run("long", trace), "run0", 300, 1200, 5000)
+
+
+def drawn(page: Any) -> dict[int, tuple[float, str]]:
+    """GiB allocated, and what is told of it, at each event drawn."""
+    found = page.evaluate(
+        "(c => [c.x, c.y, c.customdata].map(v => Array.from(v)))"
+        "(document.querySelector('.timeline')._fullData.find(c => c.name == 'allocated'))"
+    )
+    return {event: (size, text) for event, size, text in zip(*found, strict=True)}
+
+
+def told(page: Any) -> str:
+    text: str = page.locator(".resolution").inner_text()
+    return text
+
+
+def test_a_zoom_shows_more_events_of_what_the_page_holds_each_exact(visit: Visit) -> None:
+    trace, card = detailed()
+    page = visit(html_page("long", "long", [card]))
+    at_first = drawn(page)
+    assert told(page) == (
+        f"{len(at_first):,} of {trace.events:,} events in view are shown, the highest and lowest of each stretch; zoom "
+        "in for more."
+    )
+    page.get_by_role("button", name="step 1").click()
+    assert comes_to(page, lambda p: len(drawn(p)) != len(at_first), True)
+    first, last = trace.step_range(1)
+    inside = [event for event in drawn(page) if first <= event < last]
+    assert len(inside) > 1.5 * len([event for event in at_first if first <= event < last])
+    for event, (size, _) in drawn(page).items():
+        assert size * 2**30 == trace.allocated[event]
+    assert max(size for size, _ in drawn(page).values()) * 2**30 == trace.peak.allocated_bytes
+    page.get_by_role("button", name="whole run").click()
+    assert comes_to(page, drawn, at_first)
+
+
+def test_around_the_peak_every_event_is_held_and_told_as_the_figure_tells_it(visit: Visit) -> None:
+    trace, card = detailed()
+    page = visit(html_page("long", "long", [card]))
+    low, high = trace.peak.event - 60, trace.peak.event + 60
+    page.evaluate(f"Plotly.relayout(document.querySelector('.timeline'), {{'xaxis.range': [{low}, {high}]}})")
+    assert comes_to(page, told, "All 120 events in view are shown.")
+    everything = next(curve for curve in timeline(trace, most_positions=trace.events).data if curve.name == "allocated")
+    shown = drawn(page)
+    assert set(range(low, high)) <= set(shown)
+    assert {event: text for event, (_, text) in shown.items()} == {e: everything.customdata[e] for e in shown}
+
+
+def test_phases_too_many_for_the_whole_run_are_all_there_in_a_zoom(visit: Visit) -> None:
+    trace = training_run(layers=1, micro_batches=200)
+    page = visit(html_page("many", "many", [run_card(Run("many", trace), "run0", 100, 1000, 5000)]))
+    first = int(trace.mark_event[trace.mark_micro_batch == 100][0])
+    curve = "(n => document.querySelector('.timeline').data.find(c => c.name == n))"
+    page.evaluate(f"Plotly.relayout(document.querySelector('.timeline'), {{'xaxis.range': [{first}, {first + 26}]}})")
+    # A micro-batch has 26 events. Forward: input, 2 × (scratch made and freed, 3 activations) = 11; loss: logits = 1,
+    # too short for its name; backward: workspace, logits, 2 × (gradient made and freed, 3 frees), two more = 14.
+    assert comes_to(page, lambda p: p.evaluate(f"Array.from({curve}('phase names').text)"), ["forward", "backward"])
+    marks = [(int(e), PHASES[p]) for e, p in zip(trace.mark_event, trace.mark_phase, strict=True)]
+    inside = [(event, name) for event, name in marks if first <= event < first + 26]
+    assert [name for _, name in inside] == ["forward", "loss", "backward"]
+    for event, name in inside:
+        assert event in page.evaluate(f"Array.from({curve}('{name}').x)")
+
+
+def test_where_the_page_holds_no_more_it_says_so(visit: Visit) -> None:
+    page = visit(html_page("long", "long", [detailed()[1]]))
+    page.evaluate("Plotly.relayout(document.querySelector('.timeline'), {'xaxis.range': [100, 200]})")
+    assert comes_to(page, lambda p: told(p).endswith("as many as this page holds here."), True)
+    assert " of 100 events in view are shown" in told(page)
+
+
+def test_the_picture_is_there_without_scripts(browser: Any, tmp_path: Path) -> None:
+    file = tmp_path / "page.html"
+    file.write_text(html_of(run()), encoding="utf-8")
+    context = browser.new_context(java_script_enabled=False, offline=True)
+    page = context.new_page()
+    page.goto(file.as_uri())
+    assert page.locator(".sketch path").count() == 7
+    assert page.locator(".sketch b").inner_text() == PEAK
+    assert page.locator(".sketch svg").bounding_box()["height"] > 300
+    assert not page.locator(".areas").is_visible()
+    context.close()
 
 
 def test_arrow_keys_read_out_events(visit: Visit) -> None:

@@ -49,6 +49,28 @@ def test_diff_of_a_trace_with_itself_says_that_there_is_none(run, base):
     assert "no difference in memory" in out
 
 
+def test_diff_says_beside_the_categories_that_they_are_inferred_and_how(run, base, tmp_path):
+    saved(tmp_path / "taken.npz", 4 * MIB, {"inferred": ["category", "op"]})
+    how = "taken.npz: Inferred from stacks, not recorded: category and operator, by the functions that ran"
+    for kind in ("terminal", "markdown"):
+        out = run("diff", "base.npz", "taken.npz", "--format", kind)[1]
+        assert how in " ".join(out.split())
+        assert "category (inferred)" in out
+        assert "category (inferred)" not in run("diff", "base.npz", "base.npz", "--format", kind)[1]
+    document = json.loads(run("diff", "base.npz", "taken.npz", "--json")[1])
+    assert document["inferred"] == {"before": [], "after": ["category", "op"]}
+
+
+def test_check_says_that_a_category_it_limits_is_inferred(run, tmp_path):
+    saved(tmp_path / "taken.npz", 4 * MIB, {"inferred": ["category"]})
+    code, out, _ = run("check", "taken.npz", "--fail-if", "activation:5MiB")
+    assert code == 0
+    assert "activation: Inferred from stacks, not recorded: category" in " ".join(out.split())
+    assert "Inferred" not in run("check", "taken.npz", "--fail-if", "peak:50MiB")[1]
+    document = json.loads(run("check", "taken.npz", "--fail-if", "activation:5MiB", "--format", "json")[1])
+    assert document["inferred"].startswith("activation: Inferred")
+
+
 def test_diff_as_json_has_bytes(run, base, grown):
     for option in (["--json"], ["--format", "json"]):
         document = json.loads(run("diff", base, grown, *option)[1])

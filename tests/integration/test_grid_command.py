@@ -27,7 +27,10 @@ def test_the_grid_has_every_combination_with_a_prediction_and_a_trace(run, tmp_p
     assert rows[1]["peak"]["allocated"] < rows[0]["peak"]["allocated"]
     assert rows[3]["peak"]["allocated"] < rows[1]["peak"]["allocated"]
     assert any("same effective batch in one go (ga)" in note for note in document["notes"])
-    assert (tmp_path / "out" / "report.html").is_file()
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "Table 2: llama2 on l4, predicted" in page
+    (tmp_path / "grid.json").write_text(out)
+    assert "Table 2: llama2 on l4, predicted" in run("report", "grid.json", "--format", "terminal")[1]
     assert len((tmp_path / "t.csv").read_text().splitlines()) == 1 + 4
 
 

@@ -156,6 +156,17 @@ def test_of_a_measured_run_the_sums_are_known_and_the_segments_not() -> None:
         segments(measured())
 
 
+def test_a_simulated_run_that_does_not_say_how_its_allocator_was_set_is_not_called_measured() -> None:
+    trace = run()
+    for meta, reason in (
+        ({"device": {"name": "gpu", "simulated": True}}, "does not say how its allocator was set"),
+        ({}, "says neither where its blocks lay nor how its allocator was set"),
+    ):
+        view = look(dataclasses.replace(trace, meta=meta))
+        assert view is not None
+        assert reason in view.unknown
+
+
 def test_a_trace_whose_reserved_memory_is_not_that_of_its_settings_shows_no_segments() -> None:
     trace = dataclasses.replace(run(), reserved=run().reserved + 2 * MIB)
     view = look(trace)

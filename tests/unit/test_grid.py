@@ -12,6 +12,7 @@ from rich.console import Console
 from memscope.cli.grid_report import FORMATS, print_grid
 from memscope.errors import OutOfDeviceMemory, UsageError
 from memscope.grid import Grid, combinations, table2
+from memscope.grid_words import grid_notes
 from memscope.strategies import read_strategies
 from memscope.trace import PHASES, Trace
 from tests.traces import TraceBuilder
@@ -100,7 +101,7 @@ def mixed() -> Grid:
 
 
 def test_markdown_marks_what_is_on_and_what_runs_out() -> None:
-    lines = FORMATS[".md"](mixed(), ["The same batch in one go (ga)"]).splitlines()
+    lines = FORMATS[".md"](mixed(), list(grid_notes(mixed(), ["The same batch in one go (ga)"]))).splitlines()
     assert lines[0] == "Table 2: mine on a100-40gb, predicted"
     assert lines[2] == "| ga:steps=2 | lora | peak allocated (MiB) | peak reserved (MiB) | run time (s), estimate |"
     assert lines[4] == "| – | – | × 70,000.0 | × | × |"
@@ -125,5 +126,6 @@ def test_csv_has_plain_numbers_and_says_in_each_row_that_they_are_predicted() ->
 )
 def test_where_there_is_no_run_time_the_table_says_why(meta: dict[str, Any], reason: str) -> None:
     one, out = trace(1, **meta), io.StringIO()
-    print_grid(Console(file=out, width=200), grid_of(one, one, one, one), [])
+    found = grid_of(one, one, one, one)
+    print_grid(Console(file=out, width=200), found, list(grid_notes(found, [])))
     assert reason in out.getvalue()

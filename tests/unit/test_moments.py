@@ -88,7 +88,7 @@ def test_births_and_deaths_can_be_had_back_from_the_page(trace: Trace) -> None:
 def test_number_of_allocations_alive_is_told_of_every_event_shown(trace: Trace) -> None:
     assume(trace.events)
     events = events_to_show(trace, 8)
-    assert page_data(trace, events)["alive"] == [len(trace.at(event)) for event in events.tolist()]
+    assert np.cumsum(page_data(trace, events)["alive"]).tolist() == [len(trace.at(event)) for event in events.tolist()]
 
 
 def test_largest_allocations_are_in_order_and_say_where_they_come_from() -> None:

@@ -17,8 +17,10 @@ import pytest
 from rich.console import Console
 from traces import TraceBuilder
 
+from memscope.cli.grid_document import grid_document
 from memscope.cli.main import main
 from memscope.dashboards.demo import training_run
+from memscope.grid import Cell, Grid
 from memscope.ledger import Ledger, Line
 from memscope.trace import SCHEMA_VERSION, Trace
 
@@ -36,6 +38,7 @@ def run(layers: int = 1, **meta: Any) -> Trace:
     return built.trace({"target": "t", "device": {"name": "gpu", "simulated": True}} | meta)
 
 
+_TEXTS = ("terminal", "markdown", "json", "csv")
 Report = Callable[..., tuple[int, str, str]]
 
 
@@ -104,9 +107,22 @@ def test_csv_has_what_is_alive_at_the_peak(report: Report, trace_file: Path) -> 
     _, out, _ = report(trace_file, "--format", "csv")
     rows = list(csv.DictReader(io.StringIO(out)))
     assert rows == [
-        {"run": "run", "category": "activation", "module": "output_*", "op": "aten.mm", "bytes": str(2 * GIB)},
-        {"run": "run", "category": "parameter", "module": "layers.0", "op": "", "bytes": str(GIB)},
+        {"run": "run", "category": "activation", "module": "output_*", "op": "aten.mm", "bytes": str(2 * GIB)}
+        | {"inferred": ""},
+        {"run": "run", "category": "parameter", "module": "layers.0", "op": "", "bytes": str(GIB), "inferred": ""},
     ]
+
+
+def test_what_is_inferred_is_said_beside_it_in_every_format(report: Report, tmp_path: Path) -> None:
+    file = run(inferred=["category", "micro_batch"]).save(tmp_path / "run.npz")
+    how = "Inferred from stacks, not recorded: category and micro-batch, by the functions that ran at each birth"
+    terminal, markdown, document, table = (report(file, "--format", f)[1] for f in _TEXTS)
+    for text in (terminal, markdown):
+        assert "parameter (inferred)" in text
+        assert how in " ".join(text.replace("\\", "").split())
+    assert json.loads(document)["runs"][0]["inferred"] == ["category", "micro_batch"]
+    assert json.loads(document)["runs"][0]["how_inferred"].startswith(how)
+    assert {row["inferred"] for row in csv.DictReader(io.StringIO(table))} == {"category micro_batch"}
 
 
 def test_json_has_whole_bytes_and_the_largest_allocations(report: Report, trace_file: Path) -> None:
@@ -225,10 +241,70 @@ def test_an_output_that_cannot_be_written_is_told_before_anything_is_drawn(repor
     assert (code, "cannot be written" in told) == (1, True)
 
 
-def test_a_plan_alone_is_refused(report: Report, tmp_path: Path) -> None:
-    (tmp_path / "plan.json").write_text("{}")
-    code, told = refusal(report, tmp_path / "plan.json")
+PLAN = {"format": "memscope-checkpoint-plan", "schema_version": 1, "layers": {"layers.0": "full"}, "made_for": {}}
+
+
+def test_a_plan_alone_or_in_a_text_is_refused(report: Report, trace_file: Path) -> None:
+    plan = trace_file.parent / "plan.json"
+    plan.write_text(json.dumps(PLAN))
+    code, told = refusal(report, plan)
     assert (code, "name a trace too" in told) == (2, True)
+    code, told = refusal(report, trace_file, plan, "--format", "markdown")
+    assert (code, "drawn on a page only" in told) == (2, True)
+
+
+@pytest.fixture
+def grid_file(tmp_path: Path) -> Path:
+    """Table 2 of one strategy: without it the run needs 58 GiB and does not fit, with it 31."""
+    cells = (Cell((False,), False, 58 * GIB, 60 * GIB, None), Cell((True,), True, 31 * GIB, 33 * GIB, 120.0))
+    grid = Grid("t", "a100-40gb", True, ("lora",), cells, 200, None, 39 * GIB, 8)
+    notes = ["Predicted: nothing was computed."]
+    path = tmp_path / "grid.out"
+    path.write_text(json.dumps(grid_document(grid, [[], ["lora"]], [Path("a"), Path("b")], notes)))
+    return path
+
+
+def test_table_2_is_told_by_its_content_and_has_a_page_alone_or_with_traces(
+    report: Report, grid_file: Path, trace_file: Path
+) -> None:
+    assert report(grid_file)[0] == 0
+    page = grid_file.with_suffix(".html").read_text(encoding="utf-8")
+    assert "<td>× 59,392.0</td>" in page
+    assert "Predicted: nothing was computed." in page
+    assert report(trace_file, grid_file)[0] == 0
+    page = trace_file.with_suffix(".html").read_text(encoding="utf-8")
+    assert page.index("Table 2: t on a100-40gb, predicted") < page.index('id="run0"')
+
+
+def test_table_2_is_in_every_text(report: Report, grid_file: Path, trace_file: Path) -> None:
+    for words in ([grid_file], [trace_file, grid_file]):
+        assert "Table 2: t on a100-40gb, predicted" in report(*words, "--format", "terminal")[1]
+        assert "| – | × 59,392.0 | × 61,440.0 | × |" in report(*words, "--format", "markdown")[1]
+        (document,) = json.loads(report(*words, "--format", "json")[1])["table2"]
+        assert document["table2"][1]["peak"] == {"allocated": 31 * GIB, "reserved": 33 * GIB}
+    rows = list(csv.DictReader(io.StringIO(report(grid_file, "--format", "csv")[1])))
+    assert [(row["lora"], row["fits"], row["how"]) for row in rows] == [
+        ("0", "0", "predicted"),
+        ("1", "1", "predicted"),
+    ]
+    code, told = refusal(report, trace_file, grid_file, "--format", "csv")
+    assert (code, "CSV is one table" in told) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("{}", "neither a checkpoint plan nor Table 2: expected a trace"),
+        ("[1, 2]", "neither a checkpoint plan nor Table 2"),
+        ('{"table2": [', "truncated or damaged JSON"),
+        ('{"table2": []}', "a damaged Table 2 (KeyError: 'factors')"),
+    ],
+)
+def test_json_that_is_nothing_to_report_is_refused(report: Report, tmp_path: Path, content: str, told: str) -> None:
+    file = tmp_path / "some.json"
+    file.write_text(content)
+    code, error = refusal(report, file)
+    assert (code, told in error, str(file) in error) == (2, True, True)
 
 
 def test_a_file_named_twice_is_refused(report: Report, trace_file: Path) -> None:

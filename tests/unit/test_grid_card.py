@@ -1,0 +1,88 @@
+"""Table 2 on a page and as a document: peaks against what there is, what runs out, and what is damaged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memscope.cli.grid_document import grid_document, grid_of
+from memscope.dashboards.grid_card import grid_card, grid_peaks
+from memscope.dashboards.palette import DARK, LIGHT
+from memscope.errors import UsageError
+from memscope.grid import Cell, Grid
+
+GIB = 2**30
+
+
+def grid(*, predicted: bool = True, limit: int | None = 39 * GIB) -> Grid:
+    """The first combination does not fit; what it would need is known if that was predicted."""
+    need = (58 * GIB, 60 * GIB) if predicted else (None, None)
+    cells = (Cell((False,), False, *need, None), Cell((True,), True, 31 * GIB, 33 * GIB, 120.0))
+    return Grid("mine", "a100-40gb", predicted, ("lora:r=8",), cells, 200, None, limit, 8)
+
+
+def curve(name: str, found: Any) -> Any:
+    return next(one for one in found.data if one.name == name)
+
+
+def test_each_combination_is_a_bar_and_what_runs_out_has_a_cross() -> None:
+    figure = grid_peaks(grid())
+    assert (curve("allocated", figure).y, curve("allocated", figure).x) == ((1,), (31,))
+    assert curve("allocated, does not fit", figure).x == (58,)
+    assert curve("reserved", figure).x == (60, 33)
+    assert (curve("runs out of memory", figure).y, curve("runs out of memory", figure).x) == ((0,), (60,))
+    assert figure.layout.yaxis.ticktext == ("none", "lora")
+    assert [shape.x0 for shape in figure.layout.shapes] == [39]
+    assert figure.layout.xaxis.title.text == "GiB, predicted<br>dotted: 39.0 GiB can be reserved"
+
+
+def test_a_measured_combination_that_ran_out_has_its_cross_at_what_there_was() -> None:
+    figure = grid_peaks(grid(predicted=False))
+    assert curve("runs out of memory", figure).x == (39,)
+    assert "allocated, does not fit" not in [one.name for one in figure.data]
+    assert "measured" in figure.layout.xaxis.title.text
+
+
+def test_a_limit_far_away_is_told_and_not_drawn() -> None:
+    figure = grid_peaks(grid(limit=800 * GIB))
+    assert len(figure.layout.shapes) == 0
+    assert figure.layout.xaxis.title.text == "GiB, predicted<br>800.0 GiB can be reserved"
+
+
+def test_the_figure_is_painted_in_its_theme() -> None:
+    assert curve("allocated", grid_peaks(grid())).marker.color == LIGHT.categories["workspace"]
+    assert curve("allocated", grid_peaks(grid(), DARK)).marker.color == DARK.categories["workspace"]
+
+
+def test_the_card_has_every_figure_and_says_that_it_is_predicted() -> None:
+    html = grid_card(grid(), ["Predicted: <nothing> was computed."])
+    assert "Table 2: mine on a100-40gb, predicted" in html
+    assert "<td>× 59,392.0</td><td>× 61,440.0</td><td>×</td>" in html
+    assert "<td>✓</td><td>31,744.0</td><td>33,792.0</td><td>120.0</td>" in html
+    assert "Predicted: &lt;nothing&gt; was computed." in html
+
+
+@pytest.mark.parametrize("predicted", [True, False])
+def test_a_document_gives_the_table_back(predicted: bool) -> None:
+    document = grid_document(grid(predicted=predicted), [[], ["lora:r=8"]], [Path("a"), Path("b")], ["a note"])
+    assert grid_of(json.loads(json.dumps(document))) == (grid(predicted=predicted), ["a note"])
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        ({"factors": 3}, "a damaged Table 2"),
+        ({"samples": "many"}, "a damaged Table 2"),
+        ({"table2": [{}]}, "a damaged Table 2"),
+        ({"table2": []}, "Table 2 has no combination"),
+        ({"device": "gpu"}, "a damaged Table 2"),
+        ({"schema_version": 2}, "upgrade memscope"),
+    ],
+)
+def test_a_damaged_document_is_refused(damage: dict[str, Any], told: str) -> None:
+    document = grid_document(grid(), [[], ["lora:r=8"]], [Path("a"), Path("b")], [])
+    with pytest.raises(UsageError, match=told):
+        grid_of(document | damage)
