@@ -129,7 +129,10 @@ def _advice(search: Search, built: Workload, helps: Mapping[str, Plan], *, inter
     reference = search.reference(shown.strategies)
     layers = dict(shown.layers.layers) if shown.layers else {}
     peak = _peak(shown.seen.trace, device, settings)
-    least_bytes = peak.device if shown is least else _peak(least.seen.trace, device, settings).device
+    front = _front(search, shown, peak, more=not interrupted)
+    smallest = peak.device
+    if shown is not least:
+        smallest = min(_peak(least.seen.trace, device, settings).device, *(point.peak.device for point in front))
     return Advice(
         target=built.name,
         device=device.name,
@@ -144,9 +147,9 @@ def _advice(search: Search, built: Workload, helps: Mapping[str, Plan], *, inter
         certificate=Certificate(found.lower_bound_seconds, 1 - found.lower_bound_seconds / found.seconds)
         if found
         else None,
-        minimum_bytes=min(least_bytes, peak.device),
+        minimum_bytes=smallest,
         binding=binding_of(shown.seen.trace, "" if found else _would_help(search, helps)),
-        front=_front(search, shown, peak, more=not interrupted),
+        front=front,
         simulated=len(search.plain),
         combinations=len(search.plain),
         notes=(*search.planning.refused, *_scattered(shown.seen.trace, peak, settings)),

@@ -79,10 +79,17 @@ class Search:
                 self._take(self.planning.within(self.references[text], look_ahead=self.best is None))
 
     def least(self) -> Found:
-        """The plan that needs least memory, of the combination that does; if nothing better fits, it is the best."""
+        """The plan that needs least memory; if nothing better fits, it is the best.
+
+        Checkpoints are planned for the combination that needs least with all blocks checkpointed; where that is only
+        another setting of the best one's strategies, for the best one.
+        """
         leanest = min(self.plain, key=lambda text: device_bytes(self.plain[text]))
         self._checkpoint([leanest, min(self.plain, key=self._outside)])
-        reference = min(self.references.values(), key=lambda found: device_bytes(found.full))
+        by_need = sorted(self.references, key=lambda text: device_bytes(self.references[text].full))
+        known = self.best.strategies if self.best else ""
+        text = known if known in by_need and _kind(known) == _kind(by_need[0]) else by_need[0]
+        reference = self.references[text]
         if self.best is None:
             self._take(self.planning.within(reference))
         least = self.planning.least(reference)
@@ -179,8 +186,12 @@ def _first_of_kind(texts: Iterable[str]) -> list[str]:
     """Combinations, without those that only set the same strategies otherwise."""
     kinds: dict[tuple[str, ...], str] = {}
     for text in texts:
-        kinds.setdefault(tuple(strategy.name for strategy in Plan.parse(text).strategies), text)
+        kinds.setdefault(_kind(text), text)
     return list(kinds.values())
+
+
+def _kind(text: str) -> tuple[str, ...]:
+    return tuple(strategy.name for strategy in Plan.parse(text).strategies)
 
 
 def _no_more(some: tuple[int, int], others: tuple[int, int]) -> bool:

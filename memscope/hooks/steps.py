@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from memscope.errors import MemscopeError, TargetError, UsageError, where
 from memscope.hooks.live import LiveStates
@@ -87,13 +89,27 @@ def record_steps(
     try:
         with recorder:
             for step in pieces:
-                run_step(training, step, observer)
+                try:
+                    run_step(training, step, observer)
+                except BaseException as error:
+                    _leave_checkpoints(error)
+                    raise
         if isinstance(observer, _Counted):
             observer.finished()
     except MemscopeError:
         raise
     except (Exception, SystemExit) as error:
         raise target_error(workload.name, error) from error
+
+
+def _leave_checkpoints(error: BaseException) -> None:
+    """End the regions of `torch.utils.checkpoint` that a failure went through, so that whoever keeps it is not in them.
+
+    Up to PyTorch 2.11 their hooks stay on for as long as the frame that holds them: 2.13 closes it.
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_globals.get("__name__") == checkpoint.__module__:
+            frame.clear()
 
 
 class _Counted:

@@ -34,12 +34,26 @@ def run_checkpointed(function: Callable[..., Any], arguments: Arguments, context
     `_checkpoint_without_reentrant_generator` and `_CheckpointFrame.save_inputs`).
     """
     leaves, rebuild = flatten(arguments)
+    was_called = False
+    failures: list[BaseException] = []
 
     def call(*leaves: Any) -> Any:
+        nonlocal was_called
+        is_recomputation, was_called = was_called, True
         args, kwargs = rebuild(leaves)
-        return function(*args, **kwargs)
+        try:
+            return function(*args, **kwargs)
+        except BaseException as failure:
+            if is_recomputation:
+                raise
+            failures.append(failure)
 
-    return checkpoint(call, *leaves, use_reentrant=False, preserve_rng_state=True, context_fn=contexts)
+    result = checkpoint(call, *leaves, use_reentrant=False, preserve_rng_state=True, context_fn=contexts)
+    # Raised inside, it would leave the region's hooks and contexts on for as long as its traceback lives: the generator
+    # that holds them is closed by `checkpoint` of 2.13, not by that of 2.11.
+    if failures:
+        raise failures.pop()
+    return result
 
 
 def flatten(arguments: Arguments) -> tuple[list[Any], Callable[[Any], Arguments]]:

@@ -3,7 +3,11 @@
 import signal
 
 import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
 
+from memscope import Workload, simulate
+from memscope.errors import TargetError
 from memscope.runs import _side_by_side
 
 HEAD = """
@@ -71,3 +75,35 @@ def test_the_processes_of_runs_are_deaf_to_ctrl_c_from_their_first_moment():
     (blocked,) = _side_by_side(signal.pthread_sigmask, [(signal.SIG_BLOCK, ())], lambda *message: None)
     assert signal.SIGINT in blocked
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+class _Failing(torch.nn.Linear):
+    """Fails inside a checkpoint of its own, if it is told to."""
+
+    fails = True
+
+    def forward(self, x):
+        return checkpoint(self._inner, x, use_reentrant=False)
+
+    def _inner(self, x):
+        if self.fails:
+            raise ValueError("of the target's own")
+        return super().forward(x)
+
+
+def test_a_target_that_fails_inside_a_checkpoint_leaves_the_next_run_alone():
+    """PyTorch up to 2.11 leaves the hooks of the region on, for as long as somebody keeps the error."""
+
+    def failing():
+        data = torch.ones(2, 4, requires_grad=True)
+        return Workload(_Failing(4, 4), [data], lambda m, x: m(x).sum(), torch.optim.SGD, name="mine")
+
+    def working():
+        built = failing()
+        built.model.fails = False
+        return built
+
+    with pytest.raises(TargetError, match="of the target's own") as kept:
+        simulate(failing, device="gpu")
+    assert simulate(working, device="gpu").peak.allocated_bytes > 0
+    del kept

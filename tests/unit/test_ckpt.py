@@ -158,6 +158,22 @@ def test_recomputation_leaves_the_random_state_where_the_forward_pass_left_it() 
     assert torch.equal(*states)
 
 
+def test_a_layer_that_fails_leaves_nothing_of_its_checkpoint_behind() -> None:
+    class Failing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise ValueError("of the layer's own")
+
+    workload = toy("ckpt")
+    workload.model.get_submodule("blocks.0").register_module("dropout", Failing())
+    with pytest.raises(ValueError, match="of the layer's own") as kept:
+        loss_of(workload)
+    x = torch.ones(3, requires_grad=True)
+    x.square().sum().backward()  # the layer would be computed again, were its hooks still on
+    assert x.grad is not None
+    assert x.grad.tolist() == [2.0, 2.0, 2.0]
+    del kept
+
+
 def test_modules_and_state_dict_are_unchanged() -> None:
     plain, recomputed = toy(), toy("ckpt")
     assert [name for name, _ in recomputed.model.named_modules()] == [name for name, _ in plain.model.named_modules()]
