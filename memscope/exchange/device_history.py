@@ -6,6 +6,7 @@ may lack actions (`skip_actions`, PyTorch 2.11). What was there when it began fo
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,11 +17,11 @@ from memscope.errors import MemscopeError, UsageError
 from memscope.exchange.layout import SAYING_NOTHING, Annotation, Entry, Frames, Snapshot, bytes_of, damaged
 from memscope.exchange.plain_pickle import Progress
 from memscope.hooks.blocks import BLOCK_COLUMNS, Blocks, Memory, read_blocks
-from memscope.simulation.allocator_settings import AllocatorSettings
+from memscope.simulation.allocator_settings import SMALL_SIZE, AllocatorSettings
 from memscope.trace import columns_of
 from memscope.units import format_bytes
 
-__all__ = ["DeviceHistory", "read_device"]
+__all__ = ["DeviceHistory", "read_device", "segments_before"]
 
 _CHANGES = {"segment_alloc": 1, "segment_map": 1, "segment_free": -1, "segment_unmap": -1}
 """Whether memory is taken from the driver or given back to it."""
@@ -84,9 +85,7 @@ def read_device(snapshot: Snapshot, device: int, progress: Progress) -> DeviceHi
     Raises:
         TraceFileError: when an entry is damaged; without the name of the file.
     """
-    trace = snapshot.traces[device] if device < len(snapshot.traces) else []
-    after = [segment for segment in snapshot.segments if segment["device"] == device]
-    lived = _lifetimes(trace, progress)
+    after, lived = _followed(snapshot, device, progress)
     settings, notes = _settings(snapshot.settings)
     blocks, more = _blocks(after, lived, settings)
     return DeviceHistory(
@@ -99,6 +98,26 @@ def read_device(snapshot: Snapshot, device: int, progress: Progress) -> DeviceHi
         size_differences=blocks.size_differences(after),
         notes=(*notes, *lived.notes(), *more),
     )
+
+
+def segments_before(snapshot: Snapshot, device: int) -> list[dict[str, Any]]:
+    """A device's segments when its history began: `address, total_size, is_expandable, blocks`, without gaps.
+
+    Raises:
+        MemscopeError: when the history contradicts the end.
+        TraceFileError: when an entry is damaged; without the name of the file.
+    """
+    after, lived = _followed(snapshot, device)
+    settings, _ = _settings(snapshot.settings)
+    return _segments_before(after, lived.entries, *_blocks_before(after, lived, settings), settings)
+
+
+def _followed(
+    snapshot: Snapshot, device: int, progress: Progress = lambda *_: None
+) -> tuple[list[dict[str, Any]], _Lifetimes]:
+    """A device's segments at the end, and its history."""
+    trace = snapshot.traces[device] if device < len(snapshot.traces) else []
+    return [segment for segment in snapshot.segments if segment["device"] == device], _lifetimes(trace, progress)
 
 
 def _settings(told: Mapping[str, Any]) -> tuple[AllocatorSettings, list[str]]:
@@ -173,10 +192,11 @@ def _blocks(after: list[dict[str, Any]], lived: _Lifetimes, settings: AllocatorS
         size = sum(before[address]["size"] for address in guessed)
         notes.append(
             f"{len(guessed):,} blocks ({format_bytes(size)}) were there before the history began and freed in it: "
-            "their sizes are what was asked for, rounded up, and may be up to 1 MiB too small each"
+            "their sizes are what was asked for, rounded up, and may be up to 1 MiB too small where nothing was put "
+            "behind them"
         )
     try:
-        segments = _segments_before(after, lived.entries, before)
+        segments = _segments_before(after, lived.entries, before, guessed, settings)
         return read_blocks(segments, lived.entries, settings), notes
     except MemscopeError:
         notes.append(
@@ -210,7 +230,11 @@ def _blocks_before(
 
 
 def _segments_before(
-    after: list[dict[str, Any]], entries: Sequence[Entry], before: dict[int, dict[str, Any]]
+    after: list[dict[str, Any]],
+    entries: Sequence[Entry],
+    before: dict[int, dict[str, Any]],
+    guessed: Sequence[int],
+    settings: AllocatorSettings,
 ) -> list[dict[str, Any]]:
     """The segments when the history began, filled with blocks: those at the end, less what happened since.
 
@@ -226,8 +250,11 @@ def _segments_before(
             memory.give_back(entry["addr"], entry["size"])
         elif action in ("segment_free", "segment_unmap"):
             memory.hold(entry["addr"], entry["size"], grows=action == "segment_unmap")
+    ranges = memory.ranges()
+    if not settings.expandable_segments:  # there, every rest is split off
+        before = before | _with_slack(before, guessed, [end for _, end, _ in ranges], entries, settings)
     segments, waiting = [], list(reversed(before.values()))
-    for start, end, grows in memory.ranges():
+    for start, end, grows in ranges:
         blocks, address = [], start
         while waiting and waiting[-1]["address"] < end:
             block = waiting.pop()
@@ -242,6 +269,42 @@ def _segments_before(
     if waiting:
         raise MemscopeError("blocks lie outside of all segments")
     return segments
+
+
+def _with_slack(
+    before: dict[int, dict[str, Any]],
+    guessed: Sequence[int],
+    ends: Sequence[int],
+    entries: Sequence[Entry],
+    settings: AllocatorSettings,
+) -> dict[int, dict[str, Any]]:
+    """The blocks of guessed size with what lies behind them, where that is too little to be a block.
+
+    PyTorch splits no rest of up to 1 MiB off a large block, and nothing off those from `max_split_size_mb` on
+    (`should_split`): what there is of it up to the next block, or to the end of the segment, belongs to the block.
+    A next block that was put there later tells as well.
+    """
+    alive = sorted(address for address in guessed if before[address]["size"] > SMALL_SIZE)
+    sizes: dict[int, int] = {}
+
+    def begins(address: int) -> None:
+        at = bisect_left(alive, address) - 1
+        if at >= 0 and alive[at] not in sizes:
+            size, least = address - alive[at], before[alive[at]]["size"]
+            whole = settings.max_split_size_bytes is not None and least >= settings.max_split_size_bytes
+            if 0 <= size - least <= SMALL_SIZE or (whole and size > least):
+                sizes[alive[at]] = size
+
+    for address in sorted((*before, *ends)):
+        begins(address)
+    for entry in entries:
+        if entry["action"] == "alloc":
+            begins(entry["addr"])
+        elif entry["action"] == "free_completed":
+            at = bisect_left(alive, entry["addr"])
+            if alive[at : at + 1] == [entry["addr"]]:
+                del alive[at]
+    return {address: {**before[address], "size": size} for address, size in sizes.items()}
 
 
 def _rounded_blocks(

@@ -42,7 +42,8 @@ class CachingAllocator:
             others hold. None: as much as is asked for.
         device_bytes: all memory of the device (cudaDeviceProp.totalGlobalMem), of which `per_process_memory_fraction`
             is a part and from which the length of an expandable segment follows. None: the capacity.
-        segment_addresses: by event, where the driver put the segment made in it.
+        segment_addresses: by event, where the driver put the segment made in it. One that would lie over another is
+            put elsewhere: what is replayed is then no more what the driver saw.
 
     `allocated` is the bytes in blocks handed out, `requested` what they were asked for, `reserved` what is held from
     the driver, `events` the number of mallocs and frees so far, and `segment_events` all that was taken and given
@@ -76,6 +77,7 @@ class CachingAllocator:
         self._expands = settings.expandable_segments
         self._pools: dict[tuple[bool, int], Pool] = {}
         self._heads: dict[int, Block] = {}
+        self._ends: dict[int, int] = {}  # of segments, by address
         # Searches of the large and of the small pool: the clock by which garbage collection tells the age of blocks.
         self._searches = [0, 0]
         self._addresses = segment_addresses or {}
@@ -236,6 +238,7 @@ class CachingAllocator:
         self._next_address += size
         within = None if page is None else AddressRange(address, size, page)
         block = self._heads[address] = Block(address, size, pool, within, mapped=page is None)
+        self._ends[address] = address + size
         if page is None:
             self._place(block)
         return block
@@ -243,8 +246,13 @@ class CachingAllocator:
     def _place(self, head: Block) -> None:
         """Move a segment, in no pool and all one block, to where the driver put the one that was made in this event."""
         address = self._addresses.get(self.events)
-        if address is not None:
+        if address is None:
+            return
+        end = address + head.size
+        if not any(start < end and address < stop for start, stop in self._ends.items()):
             self._heads[address] = self._heads.pop(head.address)
+            del self._ends[head.address]
+            self._ends[address] = end
             head.address = address
             if head.range is not None:
                 head.range.base = address
@@ -257,7 +265,7 @@ class CachingAllocator:
     def _release(self, block: Block) -> None:
         """Give a whole segment back (release_block)."""
         block.pool.remove(block)
-        del self._heads[block.address]
+        del self._heads[block.address], self._ends[block.address]
         self._log("segment_free", block.address, block.size, block.pool.stream)
 
     def _release_oversize(self, pool: Pool, size: int) -> bool:
@@ -373,7 +381,7 @@ class CachingAllocator:
         joined = self._join(block)
         self._log("segment_unmap", first, last - first, joined.pool.stream)
         if joined.previous is None and joined.next is None:
-            del self._heads[joined.address]
+            del self._heads[joined.address], self._ends[joined.address]
         else:
             joined.pool.add(joined)
 

@@ -125,6 +125,28 @@ def test_the_cache_is_emptied_before_the_events_named() -> None:
     ]
 
 
+def test_segments_lie_where_the_driver_put_them() -> None:
+    done = replay(
+        column([30 * MIB, 40 * MIB]), column([0, 1]), column([-1, -1]), segment_addresses={0: 2**40, 1: 2**39}
+    )
+    assert done.addresses.tolist() == [2**40, 2**39]
+
+
+def test_a_run_that_left_the_drivers_history_keeps_its_segments_apart() -> None:
+    # What the driver saw given back before event 1 is still held here, and event 1 was given the same addresses.
+    for address in (2**40, 2**40 + 20 * MIB, 2**40 - 20 * MIB):
+        done = replay(
+            column([30 * MIB, 40 * MIB]),
+            column([0, 1]),
+            column([-1, 2]),
+            cache_emptied=[3],
+            segment_addresses={0: 2**40, 1: address},
+        )
+        assert done.addresses[0] == 2**40
+        assert done.addresses[1] != address
+        assert done.reserved.tolist() == [30 * MIB, 70 * MIB, 70 * MIB]
+
+
 @pytest.mark.parametrize(
     ("sizes", "born", "freed", "message"),
     [

@@ -64,6 +64,7 @@ def test_a_history_begun_late_goes_on_as_the_whole_one(imported, path, number, s
     guessed = sum("were there before the history began" in note for note in notes(trace))
     assert not any("does not fit" in note for note in notes(trace))
     assert (less == 0).all() or guessed, "all sizes are known, so all are exact"
+    assert (less == 0).all() or "max_split_size_mb" in known.conf, "what lay behind the others tells their sizes"
     assert less[-1] == 0, "what is alive at the end has the size that the snapshot says"
     assert (less >= 0).all()
 
@@ -86,6 +87,37 @@ def test_the_size_of_a_block_from_before_that_was_freed_since_is_a_guess_and_sai
     assert trace.size.tolist() == [2 * MIB]
     assert trace.allocated.tolist() == [2 * MIB, 0]
     assert [note for note in notes(trace) if "1 blocks (2.00 MiB) were there before" in note]
+
+
+@pytest.mark.parametrize(("behind", "expected"), [(MIB, 3 * MIB), (MIB + 512, 2 * MIB)])
+def test_what_is_too_little_to_be_a_block_belonged_to_the_block_before_it(imported, behind, expected):
+    # Of a large block no rest of up to 1 MiB is split off; the next one is there from before.
+    here = segment(block(2 * MIB + behind, "inactive"), block(3 * MIB), block(15 * MIB - behind, "inactive"))
+    freed = [entry("free_requested", BASE, 2 * MIB - 100), entry("free_completed", BASE, 2 * MIB - 100)]
+    assert imported(snapshot([here], freed)).size.tolist() == [expected, 3 * MIB]
+
+
+@pytest.mark.parametrize(("while_there", "expected"), [(True, 2 * MIB + 512 * 1024), (False, 2 * MIB)])
+def test_a_block_put_behind_one_from_before_tells_where_that_ended(imported, while_there, expected):
+    end = segment(block(2 * MIB + 512 * 1024, "inactive"), block(3 * MIB), block(14 * MIB + 512 * 1024, "inactive"))
+    freed = [entry("free_requested", BASE, 2 * MIB), entry("free_completed", BASE, 2 * MIB)]
+    put = [entry("alloc", BASE + 2 * MIB + 512 * 1024, 3 * MIB)]
+    trace = imported(snapshot([end], put + freed if while_there else freed + put))
+    assert trace.size.tolist() == [expected, 3 * MIB]
+
+
+def test_a_block_from_before_ended_with_its_segment(imported):
+    # A segment of 2 MiB lies right behind, with a block 512 bytes into it.
+    large = segment(block(10 * MIB, "inactive"))
+    small = segment(block(512, "inactive"), block(512), block(2 * MIB - 1024, "inactive"), address=BASE + 10 * MIB)
+    freed = [entry("free_requested", BASE, 10 * MIB - 4096), entry("free_completed", BASE, 10 * MIB - 4096)]
+    assert imported(snapshot([large, small], freed)).size.tolist() == [10 * MIB, 512]
+
+
+def test_nothing_was_split_off_blocks_that_max_split_size_forbids_to_split(imported):
+    freed = [entry("free_requested", BASE, 30 * MIB), entry("free_completed", BASE, 30 * MIB)]
+    data = snapshot([segment(block(40 * MIB, "inactive"))], freed, conf="max_split_size_mb:24")
+    assert imported(data).size.tolist() == [40 * MIB]
 
 
 def test_segments_that_came_and_went_are_followed_backwards(imported):

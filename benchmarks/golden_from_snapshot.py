@@ -1,0 +1,123 @@
+"""Make a file for `tests/golden` out of a memory snapshot that was taken on a GPU, by whomever.
+
+    python benchmarks/golden_from_snapshot.py snapshot.pickle tests/golden/gpu-name.npz \
+        --source REPOSITORY/PATH@COMMIT --licence MIT --torch 2.6
+
+Most histories begin with a model in memory. What was there then follows from the end of the history, backwards; entries
+that lead to it stand before those that were recorded: each segment is taken, cut into blocks, and the blocks that were
+free are given back, `about["began"]` events in all. Stacks, times, and all else but the memory is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gpu_report import ACTIONS, write_history
+
+from memscope.errors import MemscopeError, UsageError
+from memscope.exchange.device_history import read_device, segments_before
+from memscope.exchange.layout import read_layout
+from memscope.exchange.plain_pickle import read_plain_pickle
+from memscope.hooks.blocks import Blocks
+from memscope.simulation.allocator_settings import SMALL_SEGMENT, SMALL_SIZE
+
+Entry = dict[str, Any]
+
+
+def golden_of(data: Any, device: int) -> tuple[list[Entry], dict[str, Any]]:
+    """The entries of a golden file, and what it says of them, from the content of a snapshot.
+
+    Raises:
+        UsageError: when a replay could not be held against the history.
+    """
+    snapshot = read_layout(data)
+    known = read_device(snapshot, device, lambda *_: None)
+    actions = [entry["action"] for entry in known.entries]
+    if known.size_differences or len(known.notes) > any("before the history began" in note for note in known.notes):
+        raise UsageError(f"the history is not whole: {'; '.join(known.notes)}")
+    if "oom" in actions or actions.count("free_requested") != actions.count("free_completed"):
+        raise UsageError(
+            "the history runs out of memory, or has frees that wait for a stream: these files hold neither"
+        )
+    before = segments_before(snapshot, device)
+    if any(segment["is_expandable"] for segment in before):
+        raise UsageError("the history begins with expandable segments: how far they grew before is not known")
+    streams = {segment["address"]: segment["stream"] for segment in data["segments"] if segment["device"] == device}
+    for entry in reversed(known.entries):
+        if entry["action"] == "segment_free":
+            streams[entry["addr"]] = entry["stream"]
+    first = leading_to([{**segment, "stream": streams[segment["address"]]} for segment in before])
+    return [*first, *map(dict, known.entries)], {
+        "began": sum(entry["action"] in ("alloc", "free_completed") for entry in first),
+        "cases": [{"settings": snapshot.settings.get("PYTORCH_CUDA_ALLOC_CONF", "")}],
+        "measured": {"allocated": _peak_allocated(known.blocks), "reserved": known.blocks.peak_reserved},
+    }
+
+
+def leading_to(segments: Sequence[Entry]) -> list[Entry]:
+    """What an empty allocator, with PyTorch's default settings, has to be asked for to end with these segments.
+
+    One segment after the other is made by a request of its size, which is freed, and filled to its end, so that the
+    next one has to be made; what was free is freed last.
+    """
+    entries: list[Entry] = []
+    unused: list[Entry] = []
+    for segment in segments:
+        at, stream, size = segment["address"], segment["stream"], segment["total_size"]
+        most = SMALL_SIZE if size == SMALL_SEGMENT else size  # that one request can take of it
+        entries += [_entry("segment_alloc", at, size, stream), _entry("alloc", at, most, stream)]
+        entries.append(_entry("free_completed", at, most, stream))
+        for block in segment["blocks"]:
+            end = at + block["size"]
+            while at < end:
+                part = min(end - at, most)
+                entries.append(_entry("alloc", at, part, stream))
+                if block["state"] == "inactive":
+                    unused.append(_entry("free_completed", at, part, stream))
+                at += part
+    return entries + unused
+
+
+def _entry(action: str, address: int, size: int, stream: int) -> Entry:
+    return {"action": action, "addr": address, "size": size, "stream": stream}
+
+
+def _peak_allocated(blocks: Blocks) -> int:
+    change = np.zeros(len(blocks.event_entry), dtype=np.int64)
+    ends = blocks.freed >= 0
+    change[blocks.born] = blocks.size
+    change[blocks.freed[ends]] = -blocks.size[ends]
+    return int(change.cumsum().max(initial=0))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("snapshot", type=Path)
+    parser.add_argument("golden", type=Path)
+    parser.add_argument("--source", required=True, help="where the snapshot is published: repository, path, commit")
+    parser.add_argument("--licence", required=True, help="of the repository; a permissive one")
+    parser.add_argument("--torch", required=True, help="the PyTorch that wrote it: version, and how it is known")
+    parser.add_argument("--gpu", default="a GPU that is not named", help="name of the GPU (default: %(default)s)")
+    parser.add_argument("--device", type=int, default=0, help="its index in the snapshot (default: %(default)s)")
+    options = parser.parse_args()
+    try:
+        entries, about = golden_of(read_plain_pickle(options.snapshot), options.device)
+    except MemscopeError as error:
+        parser.error(str(error))
+    about |= {
+        "source": f"{options.source}: a memory snapshot, of which sizes, addresses and streams were kept",
+        "licence": options.licence,
+        "torch": options.torch,
+        "device": options.gpu,
+        "driver_addresses": tuple(map(int, options.torch.split()[0].split(".")[:2])) < (2, 12),
+    }
+    write_history(options.golden, [entry for entry in entries if entry["action"] in ACTIONS], about)
+    print(f"{options.golden}: {len(entries):,} entries, {options.golden.stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    main()
