@@ -5,13 +5,19 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import forkserver
+from multiprocessing.context import BaseContext
 from typing import Any
 
 __all__ = ["cores", "interrupts_held", "pool"]
+
+_PRELOADED = ["memscope.simulation.fake", "torch._dynamo"]
+"""The latter is imported by the first optimizer that is built."""
 
 
 def cores() -> int:
@@ -22,9 +28,7 @@ def cores() -> int:
 @contextmanager
 def pool(workers: int, initializer: Callable[..., None], *initargs: Any) -> Iterator[ProcessPoolExecutor]:
     """Fresh processes, each of which calls `initializer(*initargs)` first; ended at once when an error leaves here."""
-    executor = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(initializer, initargs)
-    )
+    executor = ProcessPoolExecutor(workers, _context(), initializer=_begin, initargs=(initializer, initargs))
     with executor:
         try:
             yield executor
@@ -33,6 +37,17 @@ def pool(workers: int, initializer: Callable[..., None], *initargs: Any) -> Iter
                 process.terminate()
             executor.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _context() -> BaseContext:
+    """How processes start: on Linux as forks of one that has imported what takes long, and has done nothing else."""
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    with interrupts_held():
+        forkserver.ensure_running()  # it imports while this process goes on
+    return context
 
 
 @contextmanager

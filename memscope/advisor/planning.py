@@ -112,7 +112,7 @@ class Planning:
                     return None
             elif not fits(seen):
                 lack = max(least_reserved(seen.trace, self.allocator) - self._limit, SMALL_SEGMENT_BYTES)
-                allowed = peak - lack
+                allowed, whole = peak - lack, True
             elif not whole:
                 allowed, whole = peak, True  # the telling micro-batches say yes: now all of them
             else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -174,9 +175,6 @@ def side_by_side(scene: Scene) -> Iterator[Runner]:
     """A runner with a process for every core; they end with the context."""
     width = cores()
     with pool(width, _begin, scene) as workers:
-        with interrupts_held():  # they start while this process goes on to what comes before the first probe
-            for _ in range(width):
-                workers.submit(_ready)
         yield _Pool(workers, width)
 
 
@@ -264,10 +262,7 @@ def _begin(scene: Scene) -> None:
     global _in_process
     torch.set_num_threads(1)
     _in_process = scene.in_process()
-
-
-def _ready() -> None:
-    """Nothing but that the process has started."""
+    gc.freeze()  # what is there now stays: no use in looking through it time and again
 
 
 def _in_child(probe: Probe) -> Answer:

@@ -94,21 +94,28 @@ def _values(settings: AllocatorSettings) -> dict[str, Any]:
 def least_reserved(trace: Trace, settings: AllocatorSettings) -> int:
     """Bytes that the allocator must be able to reserve for a run to get through: less than it reserves if it may.
 
-    Before it gives up, the allocator hands cached segments back to the driver and tries again. Found by halving the
-    range down to the size of a small segment, each time with the whole run replayed.
+    Before it gives up, the allocator hands cached segments back to the driver and tries again. Found by narrowing the
+    range down to the size of a small segment, each time with the whole run replayed: where it ran out, by what was
+    lacking then, for that is often all that lacks; otherwise by halving.
     """
 
-    def fits(reserved_bytes: int) -> bool:
-        return (
-            replay(trace.requested, trace.born, trace.freed, settings=settings, capacity_bytes=reserved_bytes).oom
-            is None
-        )
+    def run(reserved_bytes: int) -> Replay:
+        return replay(trace.requested, trace.born, trace.freed, settings=settings, capacity_bytes=reserved_bytes)
 
     free = replay(trace.requested, trace.born, trace.freed, settings=settings)
     least, most = free.peak_allocated - 1, free.peak_reserved
+    tried, was_guess = (least + most) // 2, False
     while most - least > SMALL_SEGMENT_BYTES:
-        middle = (least + most) // 2
-        least, most = (least, middle) if fits(middle) else (middle, most)
+        oom = run(tried).oom
+        if oom:
+            least, guess = (
+                tried,
+                oom.reserved_bytes + -(-oom.requested_bytes // SMALL_SEGMENT_BYTES) * SMALL_SEGMENT_BYTES,
+            )
+        else:
+            most, guess = tried, tried - SMALL_SEGMENT_BYTES if was_guess else 0
+        was_guess = least < guess < most
+        tried = guess if was_guess else (least + most) // 2
     return most
 
 
