@@ -30,6 +30,7 @@ from memscope.inferred import how_inferred, marked
 from memscope.ledger import ledger
 from memscope.ran_out import ran_out
 from memscope.simulation.allocator_view import AllocatorView
+from memscope.skipped import how_skipped
 from memscope.trace import PHASES, Trace
 from memscope.units import format_bytes, format_change
 
@@ -100,7 +101,7 @@ def _notes(trace: Trace) -> Iterator[str]:
     """What is not exact about the trace, or went wrong in the run."""
     if trace.meta.get("out_of_memory"):
         yield f"Does not fit: {ran_out(trace)}."
-    if how := how_inferred(trace):
+    for how in filter(None, (how_inferred(trace), how_skipped(trace))):
         yield f"{how}."
     match trace.meta.get("imported"):
         case {"notes": [*notes]}:

@@ -18,6 +18,7 @@ from memscope.effects import Run, Table1
 from memscope.errors import UsageError
 from memscope.grid import Grid, combinations, table2
 from memscope.grid_words import grid_notes
+from memscope.skipped import how_skipped
 from memscope.strategies import Plan, Strategy, read_strategies
 from memscope.trace import Trace, write_whole
 from memscope.units import format_bytes, parse_bytes
@@ -90,7 +91,8 @@ def show_grid(
     traces = [Trace.load(path) if path.exists() else None for path in paths]
     grid = table2(asked.factors, list(zip(asked.applied, traces, strict=True)), asked.samples, asked.memory_bytes)
     runs = [Run(label, trace) for label, trace in zip(asked.labels, traces, strict=True) if trace is not None]
-    notes = list(grid_notes(grid, baselines))
+    skipped = (f"{run.label}: {how}." for run in runs if (how := how_skipped(run.trace)))
+    notes = [*grid_notes(grid, baselines), *skipped]
     write_page(runs, Table1(()), baselines, html, more=[_card(grid, notes)], overwrite=overwrite)
     if asked.table is not None:
         write_whole(asked.table, FORMATS[asked.table.suffix](grid, notes).encode())

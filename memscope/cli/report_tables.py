@@ -18,6 +18,7 @@ from memscope.inferred import how_inferred, marked
 from memscope.ledger import Ledger, ledger
 from memscope.ran_out import ran_out
 from memscope.simulation.cost import last_step_seconds, step_seconds
+from memscope.skipped import how_skipped
 from memscope.trace import CATEGORIES, Trace
 from memscope.units import format_bytes, format_change
 
@@ -174,7 +175,7 @@ def _trained(runs: Sequence[Run]) -> Iterator[Text]:
 
 def _inexact(runs: Sequence[Run]) -> Iterator[Text]:
     for run in runs:
-        if how := how_inferred(run.trace):
+        for how in filter(None, (how_inferred(run.trace), how_skipped(run.trace))):
             yield Text(f"{run.label}: {how}.", style="yellow")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -63,12 +65,25 @@ def record(
             raise _no_room(built, error) from error
     training = Training.start(built, device, partial(map_tensors, _MOVES[device]))
     recorder = Recorder(built.model, meta=run_meta(built, plan, device, simulated=False))
+    scaler = training.scaler
+    scale = scaler.get_scale() if scaler else 0.0
     try:
         record_steps(built, pieces, training, recorder, progress, live)
     except TargetError as error:
         if not isinstance(error.__cause__, torch.OutOfMemoryError):
             raise
-    return recorder.trace()
+    trace = recorder.trace()
+    skipped = _skipped_since(scaler, scale) if scaler else 0
+    return replace(trace, meta={**trace.meta, "skipped_steps": skipped}) if skipped else trace
+
+
+def _skipped_since(scaler: torch.amp.GradScaler, scale: float) -> int:
+    """Optimizer steps left out since the scaler's scale was `scale`, of fewer steps than it needs to grow again.
+
+    Source: `GradScaler.update` in torch/amp/grad_scaler.py (2.6 to 2.13): each multiplies it by the backoff factor.
+    """
+    now = scaler.get_scale()
+    return round(math.log(now / scale) / math.log(scaler.get_backoff_factor())) if now < scale else 0
 
 
 _MOVES: dict[str, Callable[[Tensor], Tensor]] = {
