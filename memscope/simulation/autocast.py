@@ -168,7 +168,8 @@ def _banned(*args: Any, **kwargs: Any) -> Any:
 class _CastWeights:
     """Casts of float32 weights, kept until autocast ends, as PyTorch's own cache does.
 
-    Source: `cached_cast` in aten/src/ATen/autocast_mode.cpp.
+    Source: `cached_cast` in aten/src/ATen/autocast_mode.cpp. In inference mode 2.6 keeps them, 2.11 and 2.13 do not
+    (seen on a CPU, and with 2.11 on a GPU); the releases between were not tried, and are taken as 2.6.
     """
 
     def __init__(self) -> None:
@@ -179,6 +180,8 @@ class _CastWeights:
         if tensor.dtype is dtype:
             return tensor
         keep = tensor.dtype is torch.float32 and tensor.requires_grad and tensor.is_leaf and not tensor._is_view()
+        if torch.__version__ >= (2, 11):  # type: ignore[operator]
+            keep = keep and not torch.is_inference_mode_enabled()
         if not (keep and torch.is_autocast_cache_enabled()):
             return tensor.to(dtype)
         if tensor not in self._casts:

@@ -27,11 +27,13 @@ from memscope.simulation.cost import cost_table
 from memscope.simulation.cuda import cuda_semantics, fake_tensors_use_foreach
 from memscope.simulation.device_memory import KernelWorkspaces, on_device
 from memscope.simulation.devices import Device, get_device
+from memscope.simulation.engine import PlainAutograd
 from memscope.simulation.host import host_copies
 from memscope.simulation.kernel_results import results
 from memscope.simulation.refusal import NotSimulated
 from memscope.simulation.remember import RememberedOperators
 from memscope.simulation.roofline import Roofline
+from memscope.simulation.stand_in import replaced
 from memscope.simulation.visible_gpu import VisibleGpu
 from memscope.strategies import Plan
 from memscope.trace import Trace
@@ -83,6 +85,7 @@ def simulate(
     roofline = Roofline(device)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     gpu = VisibleGpu(device, settings)
+    operators = RememberedOperators(mode, roofline, results(on_gpu=device.kind == "cuda"))
     with _simulated(device, gpu), _explained():
         with mode:
             built = _build(workload, mode)
@@ -96,7 +99,7 @@ def simulate(
                 built.model,
                 meta={**run_meta(built, plan, device.name, simulated=True), "seconds": None},
                 on_gpu=device.kind == "cuda",
-                execute=RememberedOperators(mode, roofline, results(on_gpu=device.kind == "cuda")),
+                execute=PlainAutograd(operators) if device.kind == "cuda" else operators,
                 kernels=kernels,
                 calls_of=calls_of,
             )
@@ -129,6 +132,7 @@ def _simulated(device: Device, gpu: VisibleGpu) -> Iterator[None]:
     with contextlib.ExitStack() as scopes:
         scopes.enter_context(fake_tensors_use_foreach())
         scopes.enter_context(_gradients_are_finite())
+        scopes.enter_context(_truncated_normals_are_within_bounds())
         scopes.enter_context(_modules_convert_fake_weights())
         if device.kind == "cuda":
             scopes.enter_context(cuda_semantics(device.capability))
@@ -149,6 +153,21 @@ def _gradients_are_finite() -> Iterator[None]:
         yield
     finally:
         torch.amp.GradScaler._maybe_opt_step = may_step  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def _truncated_normals_are_within_bounds() -> Iterator[None]:
+    """`nn.init.trunc_normal_` of 2.13 draws until no value is out of bounds; without values, it is done at once.
+
+    Source: `_no_grad_trunc_normal_` in torch/nn/init.py, 2.13; 2.6 and 2.11 clamp instead.
+    """
+    draw: Callable[..., Tensor] = nn.init._no_grad_trunc_normal_
+
+    def drawn(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return tensor if isinstance(tensor, FakeTensor) else draw(tensor, *args, **kwargs)
+
+    with replaced(nn.init, "_no_grad_trunc_normal_", drawn):
+        yield
 
 
 @contextlib.contextmanager

@@ -65,7 +65,10 @@ class RememberedOperators:
         parts: list[Any] = [func]
         with torch._C.DisableTorchFunction():  # a mode would be asked for every size and stride
             described = (
-                _describe(args, parts, tensors) and (not kwargs or _describe_named(kwargs, parts, tensors)) and tensors
+                not torch.is_inference_mode_enabled()  # where what is built would be an inference tensor, views too
+                and _describe(args, parts, tensors)
+                and (not kwargs or _describe_named(kwargs, parts, tensors))
+                and tensors
             )
             key = tuple(parts) if described else None
             known = self._known.get(key) if described else None

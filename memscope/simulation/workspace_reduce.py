@@ -6,7 +6,7 @@ import math
 
 from memscope.simulation.workspace_call import Call, TensorMeta, Workspace, limits
 
-__all__ = ["foreach_norm", "norm_backward", "reduction"]
+__all__ = ["extremum", "foreach_norm", "norm_backward", "reduction"]
 
 
 def foreach_norm(call: Call) -> list[Workspace]:
@@ -49,21 +49,26 @@ def norm_backward(call: Call) -> list[Workspace]:
 
 
 def reduction(call: Call) -> list[Workspace]:
-    """Sum or mean of a contiguous tensor over its first, its last or all dimensions: where thread blocks share a sum.
+    """Sum, mean, or maximum with its place, over the outermost, the innermost or all dimensions of a dense tensor.
 
-    It is there from 256 values a thread on: the gradient of a bias or of a norm's weight over 1024 tokens or more. Its
+    The workspace is where thread blocks share a result. It is there from 256 values a thread on: the gradient of a bias
+    or of a norm's weight over 1024 tokens or more, the maximum of each row of logits that lie column by column. Its
     size counts outputs once too often, so that it reaches 64 MiB and more. Other layouts with 256 values or more for an
     output are not modelled.
 
     Source: setReduceConfig, global_memory_size and semaphore_size in aten/src/ATen/native/cuda/Reduce.cuh, 2.6.0,
-        2.11.0, 2.13.0, 2.15.0.
+        2.11.0, 2.13.0, 2.15.0. The 16 bytes of a maximum are its value and its 64-bit place: seen on a GPU with 2.6.
     """
     values, asked = call.tensor("self"), call.get("dim")
+    order = _outermost_first(values)
+    if values.numel == 0 or not values.is_floating or order is None:
+        return []
     rank = len(values.shape)
+    asked = (asked,) if isinstance(asked, int) else asked
     dims = {dim % rank for dim in asked} if asked and rank else set(range(rank))
-    summed = [dim in dims for dim in range(rank) if values.shape[dim] != 1]
+    summed = [dim in dims for dim in order]
     leading, trailing = summed == sorted(summed, reverse=True), summed == sorted(summed)
-    if values.numel == 0 or not (values.is_floating and values.is_contiguous and (leading or trailing)):
+    if not (leading or trailing):
         return []
     inputs = math.prod(values.shape[dim] for dim in dims)
     outputs = values.numel // inputs
@@ -87,10 +92,31 @@ def reduction(call: Call) -> list[Workspace]:
     splits = max(min(-(-target // grid), -(-per_thread // 16)), -(-per_thread // 256))
     if splits == 1:
         return []
-    size_bytes = values.accumulate_bytes * outputs * splits * (1 if across else width * vector)
+    shared_bytes = 16 if call.op in ("aten.max", "aten.min") else values.accumulate_bytes
+    size_bytes = shared_bytes * outputs * splits * (1 if across else width * vector)
     source = "aten/src/ATen/native/cuda/Reduce.cuh"
     estimate = values.size_bytes >= 2**31 or not known.exact  # from there on in parts, each with buffers of its own
     return [
         Workspace("sums of thread blocks", size_bytes, "op", source, estimate=estimate),
         Workspace("semaphores", 4 * grid, "op", source, estimate=estimate),
     ]
+
+
+def extremum(call: Call) -> list[Workspace]:
+    """Maximum or minimum along a dimension, with its place; one of all values, without a place, is not modelled."""
+    return reduction(call) if "dim" in call.arguments else []
+
+
+def _outermost_first(tensor: TensorMeta) -> list[int] | None:
+    """Dimensions of more than one element as they lie in memory; None where they leave gaps or overlap."""
+    dims = [dim for dim, size in enumerate(tensor.shape) if size != 1]
+    if tensor.strides is None:
+        return dims
+    strides = tensor.strides
+    dims.sort(key=lambda dim: strides[dim], reverse=True)
+    step = 1
+    for dim in reversed(dims):
+        if strides[dim] != step:
+            return None
+        step *= tensor.shape[dim]
+    return dims

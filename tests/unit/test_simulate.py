@@ -187,3 +187,14 @@ def test_an_unknown_device_is_refused_with_the_nearest_name():
 def test_float16_training_steps_although_no_gradient_can_be_checked_for_overflow():
     trace = simulate(workload(loss=lambda m, x: F.mse_loss(m(x), x)), strategies="amp:dtype=fp16")
     assert trace.max_by_category(1)["optimizer_state"] > 0
+
+
+@pytest.mark.parametrize("bound", [3.0, 0.01])  # PyTorch 2.13 draws in two ways, and looks at values in both
+def test_weights_drawn_from_a_truncated_normal_distribution_are_simulated(bound):
+    def build():
+        model = nn.Linear(8, 8)
+        nn.init.trunc_normal_(model.weight, a=-bound, b=bound)
+        return Workload(model, [torch.ones(2, 8)], lambda m, x: m(x).sum(), lambda p: torch.optim.SGD(p, lr=0.1))
+
+    assert simulate(build).peak.allocated_bytes > 0
+    assert nn.init.trunc_normal_(torch.zeros(1000), a=-bound, b=bound).abs().max() <= bound  # afterwards as before

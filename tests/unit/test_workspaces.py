@@ -209,11 +209,23 @@ def test_adding_at_indices_sorts_them() -> None:
         "values": meta(500, 64),
     }
     found = workspaces_for("aten.index_put_.default", {**arguments, "accumulate": True}, A100, (2, 13))
-    assert [workspace.size_bytes for workspace in found] == [4000, 4000, 4000, 4000, 4000, 8000]
+    assert [workspace.size_bytes for workspace in found] == [4000, 4000, 4000, 4000, 4000, 1]
     assert found[2].frees == ("indices in range",)
     assert taken("aten.index_put_.default", **arguments) == {}
     one = {**arguments, "values": meta(64), "accumulate": True}
     assert taken("aten.index_put_.default", **one)["contiguous copy of values"] == 500 * 64 * 4
+    by_columns = {**arguments, "values": meta(500, 64, strides=(1, 500)), "accumulate": True}
+    found = workspaces_for("aten.index_put_.default", by_columns, A100, (2, 6))
+    assert [workspace.size_bytes for workspace in found] == [4000, 4000, 500 * 64 * 4, 4000, 4000, 4000, 1]
+    assert not any(workspace.before_outputs for workspace in found)
+
+
+def test_more_than_2304_indices_are_sorted_with_second_buffers() -> None:
+    # One block sorts 256 × 9 keys of 8 bytes. Beyond, second buffers of keys and values are most of what GPUs were seen
+    # to take: 72,191 bytes for 4096 (Wedsonlin/assignment2-systems) and 138,751 for 8192 (MAGMA27/assignment2-systems).
+    for count, size_bytes in ((2304, 1), (2305, 36_880), (4096, 65_536), (8192, 131_072)):
+        arguments = {"self": meta(32000, 64), "indices": (meta(count, dtype="int64"),), "values": meta(count, 64)}
+        assert taken("aten.index_put.default", accumulate=True, **arguments)["sort scratch"] == size_bytes
 
 
 # Sums
@@ -226,6 +238,33 @@ def test_gradient_of_a_bias_over_2048_tokens_stages_64_mib() -> None:
     sizes = taken("aten.sum.dim_IntList", self=meta(1, 2048, 4096), dim=(0, 1))
     assert sizes == {"sums of thread blocks": 4096 * 32 * (32 * 4) * 4, "semaphores": 32 * 4}
     assert sizes["sums of thread blocks"] == 64 * MIB
+
+
+def test_rows_that_lie_column_by_column_are_reduced_in_parts() -> None:
+    # Measured on an H100 with PyTorch 2.6 (kkaitlyn111/cs336-a2-systems, memory_ctx128_fullstep_.pickle): 512 rows of
+    # 10,000 logits whose rows lie side by side take 164,626,432 bytes for the maximum, and 41,156,608 for the sum.
+    # 4 outputs a thread: blocks of 32 × 4 threads, 10000 / 4 = 2500 values a thread; 4 blocks for 512 outputs, and
+    # 132 × 2048 / 128 = 2112 fit: min(2112 / 4, ⌈2500 / 16⌉) = 157 parts, of 16 bytes (value, place) or of 4.
+    logits = meta(512, 10_000, strides=(1, 512))
+    for op, item_bytes, dim in (("max.dim", 16, -1), ("min.dim", 16, 1), ("sum.dim_IntList", 4, (-1,))):
+        sizes = taken(f"aten.{op}", "h100-80gb", self=logits, dim=dim, keepdim=True)
+        assert sizes == {"sums of thread blocks": 512 * 157 * (32 * 4) * item_bytes, "semaphores": 4 * 4}
+    assert (512 * 157 * 128 * 16, 512 * 157 * 128 * 4) == (164_626_432, 41_156_608)
+
+
+def test_rows_that_lie_one_after_the_other_are_reduced_without() -> None:
+    # 10000 / 512 threads = 20 values a thread. So on an A10 or like it: Wedsonlin's medium_128_training.
+    for op, dim in (("max.dim", -1), ("sum.dim_IntList", (-1,))):
+        assert taken(f"aten.{op}", self=meta(4, 128, 10_000), dim=dim, keepdim=True) == {}
+    assert taken("aten.max.default", self=meta(4, 128, 10_000)) == {}
+    gaps = meta(512, 10_000, strides=(1, 1024))
+    assert taken("aten.max.dim", "h100-80gb", self=gaps, dim=-1) == {}
+
+
+def test_a_number_raised_to_powers_is_put_on_the_device() -> None:
+    assert taken("aten.pow.Scalar", self=10000, exponent=meta(32)) == {"base": 8}
+    assert taken("aten.pow.Scalar", self=1, exponent=meta(32)) == {}
+    assert taken("aten.pow.Tensor_Scalar", self=meta(32), exponent=2) == {}
 
 
 def test_gradient_of_a_bias_over_405_tokens_stages_nothing() -> None:
@@ -282,6 +321,7 @@ def test_arguments_are_named_as_in_pytorchs_schemas() -> None:
         (aten.bmm.default, (x[None], w[None])), (aten.baddbmm.default, (x[None], x[None], w[None])),
         (aten.mv.default, (x, w[:, 0])), (aten.addmv.default, (i, x, w[:, 0])), (aten.dot.default, (i, i)),
         (aten.vdot.default, (i, i)), (aten.sum.dim_IntList, (x, [0])), (aten.mean.dim, (x, [0])),
+        (aten.max.dim, (x, 0)), (aten.min.dim, (x, 0)), (aten.pow.Scalar, (2.0, x)),
         (aten._scaled_dot_product_flash_attention.default, (q, q, q)),
         (aten._scaled_dot_product_flash_attention_backward.default, (q, q, q, q, q, i, i, i, 64, 64, 0.0, True, i, i)),
         (aten._scaled_dot_product_efficient_attention.default, (q, q, q, None, True)),
