@@ -53,18 +53,26 @@ def _context() -> BaseContext:
 
 @contextmanager
 def interrupts_held() -> Iterator[None]:
-    """Processes started meanwhile are deaf to Ctrl-C: it is for the parent, which ends them.
+    """Ctrl-C waits until the end of this, and processes started meanwhile are deaf to it: the parent ends them.
 
-    A pool starts its processes when work is submitted.
+    A pool starts its processes when work is submitted. One whose start was interrupted would be nobody's.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
+    came: list[int] = []
+    in_main = threading.current_thread() is threading.main_thread()
+    # Beside the mask: the signal may reach another thread of this process, and is handled in this one all the same.
+    handler = signal.signal(signal.SIGINT, lambda number, frame: came.append(number)) if in_main else None
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if in_main:
+            signal.signal(signal.SIGINT, handler)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _begin(initializer: Callable[..., None], initargs: tuple[Any, ...]) -> None:

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from memscope.errors import MemscopeError, TargetError, UsageError, nearest, where
-from memscope.settings import fill
+from memscope.settings import fill, format_value
 from memscope.workload import Workload
 
 __all__ = ["Target", "find_target", "shipped_targets"]
@@ -143,13 +143,21 @@ def _load(file: Path) -> ModuleType:
 
 
 def _with_neighbours(folder: Path, build: Callable[[Any], Workload]) -> Callable[[Any], Workload]:
-    """`build`, which may import the files beside the target also when it is called."""
+    """`build`, which may import the files beside the target also when it is called; the workload keeps its settings."""
 
     def with_neighbours(config: Any) -> Workload:
         with _importable(folder):
-            return build(config)
+            built: object = build(config)
+        if isinstance(built, Workload) and not built.settings:
+            built.settings = {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+        return built  # type: ignore[return-value]  # whoever asked looks whether it is one
 
     return with_neighbours
+
+
+def _plain(value: Any) -> Any:
+    """A setting as a JSON value."""
+    return value if value is None or isinstance(value, (bool, int, float, str)) else format_value(value)
 
 
 @contextlib.contextmanager

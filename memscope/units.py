@@ -10,10 +10,11 @@ from fractions import Fraction
 
 from memscope.errors import UsageError
 
-__all__ = ["format_bytes", "format_change", "format_gb", "parse_bytes"]
+__all__ = ["format_bytes", "format_change", "format_gb", "parse_budget", "parse_bytes"]
 
 _SCALE = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _SCALE |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_LEAST_BUDGET = 2**20
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([A-Za-z]*)\s*")
 
 
@@ -37,6 +38,18 @@ def format_change(change_bytes: int) -> str:
 def format_gb(size_bytes: int) -> str:
     """`40 GB`, `37.25 GB`: in decimal gigabytes, as budgets and clouds have them, with at most two decimals."""
     return f"{size_bytes / 1e9:.2f}".rstrip("0").rstrip(".") + " GB"
+
+
+def parse_budget(text: str) -> int:
+    """Bytes of a device's memory, as `parse_bytes` reads them.
+
+    Raises:
+        UsageError: also when there is less than no device has: most likely the unit was forgotten.
+    """
+    size_bytes = parse_bytes(text)
+    if size_bytes < _LEAST_BUDGET:
+        raise UsageError(f'a budget of "{text}" is {format_bytes(size_bytes)}: give it a unit, for example 40GB')
+    return size_bytes
 
 
 def parse_bytes(text: str) -> int:

@@ -22,7 +22,7 @@ from memscope.simulation.devices import Device, get_device
 from memscope.strategies import Plan
 from memscope.strategies.layer_plan import made_for
 from memscope.trace import Trace
-from memscope.units import format_bytes, parse_bytes
+from memscope.units import format_bytes, parse_budget
 from memscope.workload import Workload
 
 __all__ = ["DEFAULT_DEVICE", "advise", "budget_of"]
@@ -41,7 +41,7 @@ def budget_of(text: str, device: Device, *, named: bool) -> int:
     """
     words = text.strip()
     if not words.endswith("%"):
-        return parse_bytes(words)
+        return parse_budget(words)
     if not named or device.capacity_bytes is None:
         raise UsageError(f'budget "{text}" is a share of a device: name one, for example --device a100-40gb')
     try:
@@ -129,7 +129,7 @@ def _advice(search: Search, built: Workload, helps: Mapping[str, Plan], *, inter
     reference = search.reference(shown.strategies)
     layers = dict(shown.layers.layers) if shown.layers else {}
     peak = _peak(shown.seen.trace, device, settings)
-    front = _front(search, shown, peak, more=not interrupted)
+    front = _front(search, shown, least, peak, more=not interrupted)
     smallest = peak.device
     if shown is not least:
         smallest = min(_peak(least.seen.trace, device, settings).device, *(point.peak.device for point in front))
@@ -192,10 +192,10 @@ def _would_help(search: Search, plans: Mapping[str, Plan]) -> str:
     return "; ".join(lines)
 
 
-def _front(search: Search, shown: Found, peak: Peak, *, more: bool) -> tuple[FrontPoint, ...]:
+def _front(search: Search, shown: Found, least: Found, peak: Peak, *, more: bool) -> tuple[FrontPoint, ...]:
     """The plans that were simulated and that no other beats in memory and time, least memory first."""
     first = dataclasses.replace(_point(shown), peak=peak)
-    points: list[FrontPoint] = []
+    points = [_point(least)]
     if more and search.planning.knows(shown.strategies):
         points += map(_point, search.planning.between(search.references[shown.strategies]))
     for text, seen in search.plain.items():

@@ -13,7 +13,7 @@ from memscope.advisor.probe import BlockSeen, ChainSeen, look, rounded
 from memscope.advisor.runner import Probe, Seen
 from memscope.errors import UsageError
 from memscope.simulation.cost import module_seconds, step_seconds
-from memscope.strategies.ckpt_layers import named_layers
+from memscope.strategies.ckpt_layers import named_layers, planned_layers
 from memscope.strategies.layer_plan import LayerPlan
 from memscope.trace import Phase, Trace
 
@@ -52,7 +52,8 @@ class Blocks:
         except UsageError:
             if pointed_at:
                 raise
-            layers = {name: child for name, child in model.named_children() if any(True for _ in child.parameters())}
+            own = [name for name, child in model.named_children() if any(True for _ in child.parameters())]
+            layers = planned_layers(model, own) if own else {}
             note = "the model has no list of repeated blocks: each of its modules is one choice"
             if len(layers) < 2:
                 raise UsageError(

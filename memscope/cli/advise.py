@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import click
@@ -113,6 +114,8 @@ def command(
     if advice.layers and advice.feasible:
         LayerPlan(advice.layers, advice.made_for).save(output, overwrite=force)
         advice = dataclasses.replace(advice, file=output)
+    elif advice.feasible:
+        output.unlink(missing_ok=True)  # with -f: the plan of an earlier run, and now nothing is checkpointed
     if html:
         from memscope.dashboards.plan_page import write_plan_page
 
@@ -121,8 +124,18 @@ def command(
     if as_json:
         click.echo(json.dumps({**advice.document(), **({"emit": lines} if tool else {})}, ensure_ascii=False, indent=2))
     else:
-        print_advice(Console(highlight=False), advice, target, lines, html)
+        print_advice(Console(highlight=False), advice, _words(target, preset, words), lines, html)
     return 0 if advice.feasible else GateFailed.exit_code
+
+
+def _words(target: str, preset: str | None, changed: Mapping[str, str]) -> str:
+    """What follows `memscope profile`, for the same workload."""
+    words = [target]
+    if preset is not None:
+        words += ["--preset", preset]
+    if changed:
+        words += ["--set", *(f"{key}={value}" for key, value in changed.items())]
+    return shlex.join(words)
 
 
 def _names(texts: Sequence[str]) -> list[str]:

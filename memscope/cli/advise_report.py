@@ -85,7 +85,7 @@ def _event(binding: Binding) -> str:
 
 
 def _front(advice: Advice) -> Table:
-    table = Table(title="Memory against time: what no other plan beats")
+    table = Table(title="Memory against time: what no other simulated plan beats")
     for heading, justify in (("device must hold", "right"), ("step (estimate)", "right")):
         table.add_column(heading, justify="right" if justify == "right" else "left", no_wrap=True)
     table.add_column("strategies")

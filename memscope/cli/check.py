@@ -19,7 +19,7 @@ from memscope.diff import Setting, changed_settings
 from memscope.errors import GateFailed, UsageError
 from memscope.inferred import how_inferred
 from memscope.trace import CATEGORIES, Trace
-from memscope.units import parse_bytes
+from memscope.units import parse_budget
 
 __all__ = ["command"]
 
@@ -53,7 +53,7 @@ def command(
     The budget is compared with what the driver would count of the process, where the trace knows it; else with reserved
     or allocated memory. A run that ran out of memory fails, whatever the limits are.
     """
-    budget_bytes = None if budget is None else parse_bytes(budget)
+    budget_bytes = None if budget is None else parse_budget(budget)
     parsed = [Limit.parse(text) for text in limits]
     _require_use(budget_bytes, parsed, baseline)
     trace = load_run(file).trace

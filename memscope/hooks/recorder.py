@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from memscope.batch import tensors_in
-from memscope.errors import MemscopeError
+from memscope.errors import MemscopeError, UsageError
 from memscope.hooks.calls import ModuleCalls
 from memscope.hooks.joined import joined
 from memscope.hooks.kernels import Kernels
@@ -74,6 +74,8 @@ class Recorder:
             kernels: what kernels would take inside themselves, where none really runs.
             calls_of: names of modules whose calls are noted in `meta["calls"]`, as `hooks.calls.ModuleCalls` has them.
         """
+        if not isinstance(model, nn.Module):
+            raise UsageError(f"Recorder watches an nn.Module, and was given a {type(model).__name__}: pass the model")
         self._model, self._optimizer = model, optimizer
         self._meta = dict(meta or {})
         self._modules = ModuleStack(model, on_call=self._call_begins, on_return=self._call_ends)

@@ -19,9 +19,11 @@ def tokenizer_beside(weights: Path) -> Path:
     """The tokenizer in a folder of weights: on the ids of another one they know nothing.
 
     Raises:
-        UsageError: when there is none.
+        UsageError: when there is none, or no such folder.
     """
     path = weights / TOKENIZER
+    if not weights.is_dir():
+        raise UsageError(f"weights {weights}: there is no such folder: expected one with weights and {TOKENIZER}")
     if not path.is_file():
         raise UsageError(
             f"weights {weights}: there is no {TOKENIZER} with them: name their tokenizer with --tokenizer FILE"

@@ -38,11 +38,27 @@ def test_the_plan_file_is_what_profile_takes_and_holds_the_budget(run):
     for words in ("checkpointing", "step time (estimate)", "Memory against time", "# transformers.TrainingArguments"):
         assert words in out
     [command] = [line for line in out.splitlines() if line.startswith("Next: memscope profile")]
+    assert f"--preset debug --set {' '.join(SETTINGS)} -s " in command
     plan = str(Plan.parse(command.split('"')[1]))
     assert "ckpt:plan=memscope-plan.json" in plan
     code, out, _ = run("profile", *SMALL, *SETTINGS, "-s", plan, "-s", "adamw", "--json", "-o", "planned")
     assert code == 0
     assert {",".join(one["strategies"]): one["peak"]["device"] for one in json.loads(out)["runs"]}[plan] <= budget
+
+
+def test_where_nothing_is_checkpointed_the_plan_of_an_earlier_run_goes(run):
+    Path("memscope-plan.json").write_text("an earlier one")
+    code, out, _ = run("advise", *SMALL, *SETTINGS, "--budget", "40GB", "--force", "--json")
+    assert code == 0
+    assert json.loads(out)["plan"] == {"strategies": json.loads(out)["plan"]["strategies"], "layers": {}, "file": None}
+    assert not Path("memscope-plan.json").exists()
+
+
+def test_a_budget_without_its_unit_is_refused_before_anything_is_simulated(run):
+    for command in (["advise", *SMALL], ["check", "run.npz"]):
+        code, out, err = run(*command, "--budget", "40")
+        assert (code, out) == (2, "")
+        assert 'a budget of "40" is 40 B: give it a unit, for example 40GB' in err
 
 
 def test_nothing_fits_is_exit_code_3_with_the_smallest_budget(run):

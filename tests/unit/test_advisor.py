@@ -219,6 +219,18 @@ def test_a_model_without_repeated_blocks_is_taken_apart_into_its_modules() -> No
     assert any("no list of repeated blocks" in note for note in found.notes)
 
 
+def test_a_model_that_is_one_sequence_of_different_modules_gets_a_plan_that_can_be_applied(tmp_path: Path) -> None:
+    def sequence() -> Workload:
+        model = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
+        return Workload(model, [torch.ones(ROWS, WIDTH)], lambda m, x: m(x).sum(), torch.optim.SGD, name="sequence")
+
+    needed = int(simulate(sequence, device=DEVICE).meta["peak_reserved"]) + CONTEXT
+    found = advise(sequence, budget=needed - 2 * 2**20, device=DEVICE, strategies="ga:steps=1")
+    assert list(found.layers) == ["0", "1", "2"]
+    file = LayerPlan(found.layers, found.made_for).save(tmp_path / "plan.json")
+    assert simulate(sequence, device=DEVICE, strategies=f"ckpt:plan={file}").peak.allocated_bytes > 0
+
+
 def test_a_target_that_fails_is_told_in_words() -> None:
     def broken() -> Workload:
         raise RuntimeError("the data is gone")

@@ -10,7 +10,7 @@ from torch.optim import optimizer as torch_optimizer
 from torch.utils.checkpoint import checkpoint
 
 from memscope import Recorder, StepPlan, Workload, record
-from memscope.errors import TargetError
+from memscope.errors import TargetError, UsageError
 from memscope.trace import CATEGORIES, PHASES
 
 
@@ -58,6 +58,11 @@ def recorded(model=None, **how):
 
 
 PARAMETER_BYTES = 2 * (8 * 32 + 32 * 8) * 4
+
+
+def test_what_is_no_model_is_refused_in_words():
+    with pytest.raises(UsageError, match=r"Recorder watches an nn\.Module, and was given a int: pass the model"):
+        Recorder(3)
 
 
 def test_parameters_gradients_and_optimizer_state_have_the_sizes_their_shapes_say():

@@ -279,3 +279,26 @@ def test_presets_of_the_wrong_kind_are_refused(presets: str, said: str) -> None:
 def test_a_build_that_is_no_function_is_refused() -> None:
     write("mine/target.py", OWN.split("def build")[0] + "build = 3")
     assert "has a build that is no function" in failure("mine")
+
+
+def test_the_workload_of_ones_own_target_keeps_its_settings(tmp_path: Path) -> None:
+    (tmp_path / "target.py").write_text(
+        dedent("""
+        from dataclasses import dataclass
+        from pathlib import Path
+        import torch
+        from memscope import Workload
+
+        @dataclass(frozen=True)
+        class Config:
+            width: int = 8
+            data: Path = Path("rows.json")
+
+        def build(config):
+            return Workload(torch.nn.Linear(config.width, 1), [torch.ones(2, config.width)], lambda m, x: m(x).sum(),
+                            torch.optim.SGD, name="mine")
+        """)
+    )
+    target = find_target(str(tmp_path))
+    built = target.build(target.configure(None, {"width": "16"}))
+    assert built.settings == {"width": 16, "data": "rows.json"}
