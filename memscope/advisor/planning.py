@@ -19,7 +19,7 @@ from memscope.strategies.layer_plan import LayerPlan
 
 __all__ = ["Found", "Planning", "device_bytes", "fits"]
 
-FRONT_PLANS = 4
+_FRONT_PLANS = 4
 """Plans of the Pareto front of memory against time that are simulated."""
 _MOST_ROUNDS = 6
 
@@ -147,7 +147,7 @@ class Planning:
 
     def between(self, reference: Reference) -> list[Found]:
         """Plans for budgets from the least that will do to what no checkpointing takes."""
-        plans = front(self._measured(reference).chain(), FRONT_PLANS)
+        plans = front(self._measured(reference).chain(), _FRONT_PLANS)
         tried = self._simulated(reference, plans, whole=False, what="plans for other budgets")
         return [
             _found(reference, chosen, layers, seen, chosen.nanoseconds)
@@ -166,7 +166,7 @@ class Planning:
 
     def _ahead(self, reference: Reference) -> list[CheckpointPlan]:
         chain = self._measured(reference).chain()
-        return [_leanest(chain), *front(chain, FRONT_PLANS)]
+        return [_leanest(chain), *front(chain, _FRONT_PLANS)]
 
     def _simulated(
         self,

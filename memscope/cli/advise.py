@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -124,18 +124,22 @@ def command(
     if as_json:
         click.echo(json.dumps({**advice.document(), **({"emit": lines} if tool else {})}, ensure_ascii=False, indent=2))
     else:
-        print_advice(Console(highlight=False), advice, _words(target, preset, words), lines, html)
+        print_advice(Console(highlight=False), advice, _profiled(scene), lines, html)
     return 0 if advice.feasible else GateFailed.exit_code
 
 
-def _words(target: str, preset: str | None, changed: Mapping[str, str]) -> str:
-    """What follows `memscope profile`, for the same workload."""
-    words = [target]
-    if preset is not None:
-        words += ["--preset", preset]
-    if changed:
-        words += ["--set", *(f"{key}={value}" for key, value in changed.items())]
-    return shlex.join(words)
+def _profiled(scene: Scene) -> str:
+    """What follows `memscope profile`, for the same workload on the same device."""
+    words = [scene.target]
+    if scene.preset is not None:
+        words += ["--preset", scene.preset]
+    if scene.settings:
+        words += ["--set", *(f"{key}={value}" for key, value in scene.settings.items())]
+    if scene.device_file is not None:
+        words += ["--device-file", str(scene.device_file)]
+    if scene.allocator is not None:
+        words += ["--allocator", scene.allocator]
+    return shlex.join([*words, "--device", scene.device])
 
 
 def _names(texts: Sequence[str]) -> list[str]:

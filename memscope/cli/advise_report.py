@@ -15,8 +15,11 @@ from memscope.units import format_bytes, format_gb
 __all__ = ["print_advice"]
 
 
-def print_advice(console: Console, advice: Advice, target: str, emitted: Sequence[str], html: Path | None) -> None:
-    """The plan, peak against budget, cost, what binds, and the other plans worth considering."""
+def print_advice(console: Console, advice: Advice, profiled: str, emitted: Sequence[str], html: Path | None) -> None:
+    """The plan, peak against budget, cost, what binds, and the other plans worth considering.
+
+    `profiled` is what follows `memscope profile` for the same workload on the same device.
+    """
     console.print(Text(f"{advice.target} on {advice.device}: budget {_both(advice.budget_bytes)}", style="bold"))
     if advice.feasible:
         _print_plan(console, advice)
@@ -31,7 +34,7 @@ def print_advice(console: Console, advice: Advice, target: str, emitted: Sequenc
     console.print()
     if html:
         console.print(f"Page: {html}")
-    console.print(f"Next: {_next(advice, target)}", soft_wrap=True)
+    console.print(f"Next: {_next(advice, profiled)}", soft_wrap=True)
 
 
 def _print_plan(console: Console, advice: Advice) -> None:
@@ -108,11 +111,11 @@ def _basis(advice: Advice) -> str:
     )
 
 
-def _next(advice: Advice, target: str) -> str:
+def _next(advice: Advice, profiled: str) -> str:
     if not advice.feasible:
         return "allow what would help, or raise the budget"
     words = f' -s "{advice.plan}"' if advice.plan else ""
-    return f"memscope profile {target}{words} --device {advice.device}"
+    return f"memscope profile {profiled}{words}"
 
 
 def _both(size_bytes: int) -> str:

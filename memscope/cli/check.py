@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,21 +61,41 @@ def command(
     base = None if baseline is None else load_run(baseline).trace
     verdicts = [] if budget_bytes is None else [budget_verdict(trace, budget_bytes)]
     verdicts += check(trace, parsed, base)
-    ended = _ended_early(trace)
-    inferred = _inferred(verdicts, [trace] if base is None else [trace, base])
-    differs = () if base is None else tuple(s for s in changed_settings(base, trace) if s.name != "strategies")
+    found = _Checked(
+        file=file,
+        baseline=baseline,
+        verdicts=verdicts,
+        ended=_ended_early(trace),
+        differs=() if base is None else tuple(s for s in changed_settings(base, trace) if s.name != "strategies"),
+        inferred=_inferred(verdicts, [trace] if base is None else [trace, base]),
+    )
     if kind == "json":
-        click.echo(
-            json.dumps(_document(file, baseline, verdicts, ended, differs, inferred), ensure_ascii=False, indent=2)
-        )
+        click.echo(json.dumps(_document(found), ensure_ascii=False, indent=2))
     elif kind == "junit":
-        click.echo(_junit(file, verdicts, ended))
+        click.echo(_junit(file, verdicts, found.ended))
     elif kind == "github":
-        for line in _github(file, verdicts, ended):
+        for line in _github(file, verdicts, found.ended):
             click.echo(line)
     else:
-        _print(Console(highlight=False), file, baseline, verdicts, ended, differs, inferred)
-    return 0 if not ended and all(verdict.holds for verdict in verdicts) else GateFailed.exit_code
+        _print(Console(highlight=False), found)
+    return 0 if found.ok else GateFailed.exit_code
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """A trace held to its limits, and what is to be said besides."""
+
+    file: Path
+    baseline: Path | None
+    verdicts: Sequence[Verdict]
+    ended: str
+    differs: Sequence[Setting]
+    inferred: str
+
+    @property
+    def ok(self) -> bool:
+        """Whether the run came to its end and every limit holds."""
+        return not self.ended and all(verdict.holds for verdict in self.verdicts)
 
 
 def _require_use(budget_bytes: int | None, limits: Sequence[Limit], baseline: Path | None) -> None:
@@ -115,50 +136,35 @@ def _name(verdict: Verdict) -> str:
     return verdict.key.replace("_", " ") + (" (estimate)" if verdict.estimate else "")
 
 
-def _print(
-    console: Console,
-    file: Path,
-    baseline: Path | None,
-    verdicts: Sequence[Verdict],
-    ended: str,
-    differs: Sequence[Setting],
-    inferred: str,
-) -> None:
-    table = Table(title=f"Limits of {file.name}")
+def _print(console: Console, found: _Checked) -> None:
+    table = Table(title=f"Limits of {found.file.name}")
     table.add_column("")
     for heading in ("limit", "baseline", "allowed", "is"):
         table.add_column(heading, justify="right")
     table.add_column("")
-    for one in sorted(verdicts, key=lambda verdict: verdict.holds):
+    for one in sorted(found.verdicts, key=lambda verdict: verdict.holds):
         base = "" if one.baseline is None else format_value(one.key, one.baseline)
         sizes = base, format_value(one.key, one.allowed), format_value(one.key, one.value)
         table.add_row(_name(one), one.limit, *sizes, Text("ok", "green") if one.holds else Text("FAILED", "bold red"))
     console.print(table)
-    if ended:
-        console.print(Text(f"FAILED: {ended}", style="bold red"))
-    if inferred:
-        console.print(Text(inferred, "yellow"))
-    for setting in differs:
+    if found.ended:
+        console.print(Text(f"FAILED: {found.ended}", style="bold red"))
+    if found.inferred:
+        console.print(Text(found.inferred, "yellow"))
+    for setting in found.differs:
         console.print(Text(f"Differs from the baseline: {setting.name}: {setting.before} → {setting.after}", "yellow"))
-    if baseline is not None and not all(verdict.holds for verdict in verdicts):
-        console.print(Text(f"Next: memscope diff {baseline} {file}"), soft_wrap=True)
+    if found.baseline is not None and not all(verdict.holds for verdict in found.verdicts):
+        console.print(Text(f"Next: memscope diff {found.baseline} {found.file}"), soft_wrap=True)
 
 
-def _document(
-    file: Path,
-    baseline: Path | None,
-    verdicts: Sequence[Verdict],
-    ended: str,
-    differs: Sequence[Setting],
-    inferred: str,
-) -> dict[str, Any]:
+def _document(found: _Checked) -> dict[str, Any]:
     """Everything, in bytes; of step_time in seconds."""
     return {
         "schema_version": 1,
-        "trace": str(file),
-        "baseline": None if baseline is None else str(baseline),
-        "ok": not ended and all(verdict.holds for verdict in verdicts),
-        "ended_early": ended or None,
+        "trace": str(found.file),
+        "baseline": None if found.baseline is None else str(found.baseline),
+        "ok": found.ok,
+        "ended_early": found.ended or None,
         "checks": [
             {
                 "key": one.key,
@@ -169,10 +175,10 @@ def _document(
                 "estimate": one.estimate,
                 "ok": one.holds,
             }
-            for one in verdicts
+            for one in found.verdicts
         ],
-        "inferred": inferred or None,
-        "differs_from_baseline": [{"name": s.name, "baseline": s.before, "trace": s.after} for s in differs],
+        "inferred": found.inferred or None,
+        "differs_from_baseline": [{"name": s.name, "baseline": s.before, "trace": s.after} for s in found.differs],
     }
 
 

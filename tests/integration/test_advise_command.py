@@ -38,7 +38,7 @@ def test_the_plan_file_is_what_profile_takes_and_holds_the_budget(run):
     for words in ("checkpointing", "step time (estimate)", "Memory against time", "# transformers.TrainingArguments"):
         assert words in out
     [command] = [line for line in out.splitlines() if line.startswith("Next: memscope profile")]
-    assert f"--preset debug --set {' '.join(SETTINGS)} -s " in command
+    assert f"--preset debug --set {' '.join(SETTINGS)} --device a100-40gb -s " in command
     plan = str(Plan.parse(command.split('"')[1]))
     assert "ckpt:plan=memscope-plan.json" in plan
     code, out, _ = run("profile", *SMALL, *SETTINGS, "-s", plan, "-s", "adamw", "--json", "-o", "planned")
