@@ -11,8 +11,12 @@ import numpy as np
 
 from memscope.hooks.blocks import Blocks, Memory, read_blocks
 from memscope.simulation.allocator_settings import AllocatorSettings
+from memscope.trace import CATEGORIES, Trace
 
-__all__ = ["GOLDEN", "Golden", "dumped", "entry", "frame", "golden", "segments_at_end", "snapshot"]
+__all__ = [
+    "GOLDEN", "Golden", "came_of", "categories", "dumped", "entry", "frame", "golden", "notes", "segments_at_end",
+    "snapshot",
+]  # fmt: skip
 
 GOLDEN = [
     (path, number)
@@ -103,3 +107,29 @@ def segments_at_end(known: Golden) -> list[Entry]:
             {"device": 0, "address": start, "total_size": end - start, "is_expandable": grows, "blocks": parts}
         )
     return segments
+
+
+def notes(trace: Trace) -> list[str]:
+    """What an import says is not exact."""
+    told: list[str] = trace.meta["imported"]["notes"]
+    return told
+
+
+def categories(trace: Trace) -> list[str]:
+    """Of each allocation."""
+    return [CATEGORIES[code] for code in trace.category]
+
+
+def came_of(conf: str, **values: Any) -> dict[str, Any]:
+    """`allocator_settings` as PyTorch 2.3 and later write them: the text, and what came of it (cuda/Module.cpp)."""
+    divisions = {str(2**number): values.get("divisions", 0) for number in range(16)}
+    return {
+        "PYTORCH_CUDA_ALLOC_CONF": conf,
+        "max_split_size": values.get("max_split_size", -1),
+        "garbage_collection_threshold": 0.0,
+        "expandable_segments": values.get("expandable_segments", False),
+        "pinned_num_register_threads": 1,
+        "release_lock_on_cudamalloc": False,
+        "pinned_use_cuda_host_register": False,
+        "roundup_power2_divisions": divisions,
+    }

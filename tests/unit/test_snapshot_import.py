@@ -1,34 +1,15 @@
-"""Memory snapshots of PyTorch become traces: in every layout, whole or begun late, with what is not exact told."""
+"""Memory snapshots of PyTorch become traces: whole or begun late, with what is not exact told."""
 
 import json
 
 import numpy as np
 import pytest
 from histories import BASE, MIB, block, segment
-from snapshots import GOLDEN, Golden, dumped, entry, frame, segments_at_end, snapshot
+from snapshots import GOLDEN, Golden, came_of, entry, frame, notes, segments_at_end, snapshot
 
-from memscope.errors import TraceFileError, UsageError
-from memscope.exchange.torch_reader import INFERRED, import_snapshot
+from memscope.errors import TraceFileError
+from memscope.exchange.torch_reader import INFERRED
 from memscope.trace import CATEGORIES, PHASES, Trace
-
-
-@pytest.fixture
-def imported(tmp_path):
-    """The trace of a snapshot."""
-
-    def imported(data, protocol=4, **options):
-        return import_snapshot(dumped(data, tmp_path, protocol), **options)
-
-    return imported
-
-
-def notes(trace):
-    return trace.meta["imported"]["notes"]
-
-
-def categories(trace):
-    return [CATEGORIES[code] for code in trace.category]
-
 
 # Sizes, lifetimes and reserved memory: those of PyTorch's allocator.
 
@@ -190,21 +171,6 @@ def test_settings_that_are_not_understood_are_told(imported):
     assert 'unknown key "new_key"' in notes(trace)[0]
 
 
-def came_of(conf, **values):
-    """`allocator_settings` as PyTorch 2.3 and later write them: the text, and what came of it (cuda/Module.cpp)."""
-    divisions = {str(2**number): values.get("divisions", 0) for number in range(16)}
-    return {
-        "PYTORCH_CUDA_ALLOC_CONF": conf,
-        "max_split_size": values.get("max_split_size", -1),
-        "garbage_collection_threshold": 0.0,
-        "expandable_segments": values.get("expandable_segments", False),
-        "pinned_num_register_threads": 1,
-        "release_lock_on_cudamalloc": False,
-        "pinned_use_cuda_host_register": False,
-        "roundup_power2_divisions": divisions,
-    }
-
-
 @pytest.mark.parametrize(
     ("values", "requested", "expected"),
     [
@@ -225,104 +191,6 @@ def test_what_came_of_the_settings_decides_whatever_was_written(imported, conf, 
     assert trace.size.tolist() == [expected]
     assert trace.meta["size_differences"] == 0
     assert not any("key" in note for note in notes(trace))
-
-
-# Layouts.
-
-
-def test_private_pools_other_streams_and_all_that_pytorch_2_13_notes_beside_are_read(imported):
-    noted = {"compile_context": "N/A", "user_metadata": "step 3", "pool_id": (0, 1), "stream": 123323568}
-    traced = {"fx_node_op": "call_function", "fx_node_name": "relu", "fx_original_trace": "relu(x)"}
-    stack = [{**frame("forward", "/m/model.py", 7), **traced}, frame("_call_impl", "/x/torch/nn/modules/module.py", 9)]
-    graph = segment(block(3 * MIB, requested=3 * MIB - 8), block(17 * MIB, "inactive"), address=BASE + 64 * MIB)
-    private = {**graph, "segment_pool_id": (0, 1), "stream": 123323568, "registration_counter": -1}
-    history = [
-        entry("segment_alloc", BASE + 64 * MIB, 20 * MIB, **noted),
-        entry("alloc", BASE + 64 * MIB, 3 * MIB - 8, *stack, **noted),
-    ]
-    data = snapshot([segment(block(2 * MIB)), private], history)
-    trace = imported({**data, "allocator_settings": {**came_of(""), "graph_capture_record_stream_reuse": False}})
-    assert trace.size.tolist() == [2 * MIB, 3 * MIB]
-    assert trace.requested.tolist() == [2 * MIB, 3 * MIB - 8]
-    assert trace.reserved.tolist() == [2 * MIB, 22 * MIB]
-    assert [trace.modules[code] for code in trace.module] == ["(unknown)", "model"]
-    assert notes(trace) == []
-
-
-def test_a_list_of_segments_alone_is_a_trace_of_what_is_alive(imported):
-    # torch.cuda.memory_snapshot(), PyTorch 1.10: blocks have a size and a state.
-    blocks = [{"size": 2 * MIB, "state": "active_allocated"}, {"size": 18 * MIB, "state": "inactive"}]
-    about = {"device": 0, "address": BASE, "total_size": 20 * MIB, "segment_type": "large", "blocks": blocks}
-    trace = imported([about])
-    assert trace.size.tolist() == [2 * MIB]
-    assert trace.reserved.tolist() == [20 * MIB]
-
-
-def test_stacks_in_the_history_of_a_block_are_read(imported):
-    # PyTorch 1.13 and 2.0: `_block_extra_legacy` in torch/cuda/_memory_viz.py.
-    history = [{"addr": BASE, "real_size": 1000, "frames": [frame("__init__", "/x/torch/nn/modules/linear.py", 96)]}]
-    blocks = [{"size": 1024, "state": "active_allocated", "history": history}, {"size": 1024, "state": "inactive"}]
-    about = {"device": 0, "address": BASE, "total_size": 2048, "stream": 0, "blocks": blocks}
-    trace = imported({"segments": [about], "device_traces": [[]]}, protocol=3)
-    assert trace.requested.tolist() == [1000]
-    assert categories(trace) == ["parameter"]
-    assert trace.ops == ("linear.py:96 __init__",)
-
-
-def test_entries_without_stacks_clocks_and_settings_are_read(imported):
-    # PyTorch 2.0: `frames` only where recorded, neither `time_us` nor `allocator_settings`.
-    actions = ("alloc", "free_requested", "free_completed")
-    history = [{"action": action, "addr": BASE, "size": 512, "stream": 0} for action in actions]
-    trace = imported({"segments": [segment(block(2 * MIB, "inactive"))], "device_traces": [history]}, protocol=2)
-    assert trace.allocated.tolist() == [512, 0]
-
-
-@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_every_protocol_gives_the_same_trace(imported, protocol):
-    known = Golden(*GOLDEN[0])
-    trace = imported(snapshot(segments_at_end(known), known.entries, conf=known.conf), protocol)
-    assert np.array_equal(trace.allocated[: len(known.totals)], known.totals[:, 0])
-
-
-def test_entries_of_kinds_to_come_are_passed_over_and_told(imported):
-    history = [entry("alloc", BASE, 512), entry("snapshot", 0, 0), entry("segment_swap", BASE, 2 * MIB)]
-    trace = imported(snapshot([segment(block(512), block(2 * MIB - 512, "inactive"))], history))
-    assert trace.events == 1
-    assert any(note.startswith("1 entries are of kinds") for note in notes(trace))
-
-
-# Several GPUs.
-
-
-def two_gpus():
-    other = {**segment(block(4 * MIB)), "device": 1}
-    return snapshot([segment(block(2 * MIB)), other], [], [entry("snapshot", 0, 0)])
-
-
-def test_a_gpu_of_which_nothing_but_a_snapshot_is_noted_is_none_to_choose(imported):
-    # A process on GPU 1 with enabled="state", which keeps the last entry of each: GPU 0 has its own snapshot alone.
-    here = {**segment(block(2 * MIB), block(18 * MIB, "inactive")), "device": 1}
-    last = {"action": "free_completed", "addr": BASE + 2 * MIB, "size": 512, "stream": 0}
-    trace = imported(snapshot([here], [{"action": "snapshot", "addr": 0, "size": 0, "stream": 0}], [last]))
-    assert trace.meta["device"]["name"] == "GPU 1"
-    assert trace.size.tolist() == [2 * MIB]
-    assert trace.meta["size_differences"] == 0
-
-
-def test_of_several_gpus_one_has_to_be_chosen(imported):
-    with pytest.raises(UsageError, match=r"several GPUs: choose one with --device, of 0, 1"):
-        imported(two_gpus())
-    assert imported(two_gpus(), device=1).size.tolist() == [4 * MIB]
-
-
-def test_a_gpu_that_is_not_there_is_refused(imported):
-    with pytest.raises(UsageError, match=r"does not hold GPU 7.*of 0, 1"):
-        imported(two_gpus(), device=7)
-
-
-def test_the_only_gpu_is_found_whatever_its_number(imported):
-    trace = imported(snapshot([{**segment(block(4 * MIB)), "device": 3}], [], [], [], []))
-    assert trace.meta["device"] == {"name": "GPU 3", "simulated": False}
 
 
 # Out of memory.
