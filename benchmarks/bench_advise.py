@@ -1,7 +1,7 @@
 """What planned checkpoints cost, against other ways to choose them, and how long advice takes.
 
 Costs of the blocks come from simulations of the model whose memory is planned, LLaMA2-7B at 2048 tokens as the target
-has it. Times of steps are estimates (memscope.simulation.cost), the same for all that is compared.
+has it. Times of steps are estimates (memscope.analysis.cost), the same for all that is compared.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from memscope.advisor.blocks import measure
 from memscope.advisor.planner import Chain, Choice, evaluate, plan
 from memscope.advisor.reference import Blocks, Reference, full_probe, none_probe
 from memscope.advisor.runner import InProcess, Seen
-from memscope.simulation.devices import get_device
-from memscope.target import find_target
+from memscope.simulation.devices.catalogue import get_device
+from memscope.workload.target import find_target
 
 SHARE = 0.6
 SETTINGS = {"seq_len": "2048", "accumulation": "2"}

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from memscope.simulation.allocator import AllocatorSettings, Ints, Replay, replay
+from memscope.allocator.replay import Replay, replay
+from memscope.allocator.settings import AllocatorSettings
+from memscope.trace import Ints
 
 EVENTS_PER_SECOND = 100_000
 KIB, MIB = 2**10, 2**20

@@ -8,9 +8,9 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from memscope import Trace, simulate
-from memscope.diff import Difference, diff
-from memscope.target import find_target
-from memscope.workload import Workload
+from memscope.analysis.diff import Difference, diff
+from memscope.workload.description import Workload
+from memscope.workload.target import find_target
 
 MOST_SECONDS = 2
 PLANS = ("lora:r=8", "ckpt,amp")

@@ -20,7 +20,7 @@ import pytest
 from bench_allocator import training_run
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from memscope.simulation.allocator import replay
+from memscope.allocator.replay import replay
 
 GB, GIB = 10**9, 2**30
 MOST_SECONDS, MOST_BYTES = 90, 6 * GIB

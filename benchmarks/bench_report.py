@@ -41,10 +41,10 @@ print(json.dumps({"seconds": time.perf_counter() - began, "cpu_seconds": time.pr
 
 def made_up_trace() -> Trace:
     """At least a million allocations in 8 steps, with what a device would reserve for them."""
+    from memscope.allocator.settings import AllocatorSettings
     from memscope.dashboards.demo import training_run
-    from memscope.simulation.allocator import AllocatorSettings
     from memscope.simulation.device_memory import on_device
-    from memscope.simulation.devices import get_device
+    from memscope.simulation.devices.catalogue import get_device
 
     trace = training_run(layers=32, steps=8, micro_batches=392, layer_bytes=2**26)
     random = np.random.default_rng(7)

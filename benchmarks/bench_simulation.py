@@ -10,7 +10,7 @@ import sys
 
 COMMON = """
 import json, resource, time, dataclasses
-from memscope.target import find_target
+from memscope.workload.target import find_target
 target = find_target("llama2")
 config = target.configure("7b", {"dtype": "bf16", "attention": "sdpa", "seq_len": "512", "accumulation": "1"})
 

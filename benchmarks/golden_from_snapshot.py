@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 from gpu_report import ACTIONS, write_history
 
+from memscope.allocator.recorded import RecordedBlocks
+from memscope.allocator.settings import SMALL_SEGMENT, SMALL_SIZE
 from memscope.errors import MemscopeError, UsageError
 from memscope.exchange.device_history import read_device, segments_before
 from memscope.exchange.layout import read_layout
 from memscope.exchange.plain_pickle import read_plain_pickle
-from memscope.hooks.blocks import Blocks
-from memscope.simulation.allocator_settings import SMALL_SEGMENT, SMALL_SIZE
 
 Entry = dict[str, Any]
 
@@ -86,7 +86,7 @@ def _entry(action: str, address: int, size: int, stream: int) -> Entry:
     return {"action": action, "addr": address, "size": size, "stream": stream}
 
 
-def _peak_allocated(blocks: Blocks) -> int:
+def _peak_allocated(blocks: RecordedBlocks) -> int:
     change = np.zeros(len(blocks.event_entry), dtype=np.int64)
     ends = blocks.freed >= 0
     change[blocks.born] = blocks.size

@@ -22,7 +22,7 @@ def advise(job: dict[str, Any]) -> dict[str, Any]:
     from gpu_cells import prepare
 
     import memscope
-    from memscope.simulation.devices import get_device
+    from memscope.simulation.devices.catalogue import get_device
     from memscope.strategies.layer_plan import LayerPlan
 
     torch.set_num_threads(1)
@@ -55,7 +55,7 @@ def measure_plan(job: dict[str, Any]) -> dict[str, Any]:
     import torch
     from gpu_cells import materialized, start
 
-    from memscope.workload import run_step
+    from memscope.workload.step import run_step
 
     on_gpu = job["device"] == "cuda"
     cell = Cell(**job["cell"])

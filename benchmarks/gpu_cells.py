@@ -29,8 +29,8 @@ from gpu_table2 import measure_combination, predict_combination
 
 def prepare(cell: Cell, preset: str) -> Any:
     """The cell's workload, before its strategies; it needs no data but the lengths in `STEP`."""
-    from memscope.target import find_target
     from memscope.targets.llama2.alpaca import Sample
+    from memscope.workload.target import find_target
 
     target = find_target("llama2")
     workload = target.build(target.configure(preset, {"dtype": cell.weights, "attention": cell.attention}))
@@ -69,8 +69,8 @@ def start(workload: Any, device: str, steps: int) -> tuple[Any, list[Any]]:
     import torch
     from torch.utils import _pytree as pytree
 
-    from memscope.hooks.steps import prepare_steps
-    from memscope.workload import Training
+    from memscope.workload.micro_batches import prepare_steps
+    from memscope.workload.step import Training
 
     pieces = prepare_steps(workload, steps)
     move = partial(pytree.tree_map_only, torch.Tensor, lambda tensor: tensor.to(device))
@@ -131,7 +131,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 def _on_gpu(cell: Cell, preset: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     import torch
 
-    from memscope.workload import run_step
+    from memscope.workload.step import run_step
 
     torch.cuda.memory._record_memory_history(enabled="all", context=None)
     training = ran_out = None
@@ -169,8 +169,9 @@ def _in_place_of_a_gpu(cell: Cell, preset: str) -> tuple[dict[str, Any], list[di
 
 def compare(job: dict[str, Any]) -> dict[str, Any]:
     """Replay the real history, and lay it beside the simulated one where there is one."""
-    from memscope.simulation.allocator import AllocatorSettings, replay
-    from memscope.simulation.allocator_history import first_difference, read_history
+    from memscope.allocator.history import first_difference, read_history
+    from memscope.allocator.replay import replay
+    from memscope.allocator.settings import AllocatorSettings
     from memscope.trace import Trace
 
     with np.load(job["history"], allow_pickle=False) as file:
@@ -200,7 +201,7 @@ def compare(job: dict[str, Any]) -> dict[str, Any]:
 
 def overhead(job: dict[str, Any]) -> dict[str, Any]:
     """Seconds of a step under one recorder."""
-    from memscope.workload import run_step
+    from memscope.workload.step import run_step
 
     cell, device, steps = Cell(**job["cell"]), job["device"], job["steps"]
     if job["by"] == "memscope":
@@ -248,7 +249,7 @@ def _under_memscope(cell: Cell, preset: str, device: str, steps: int) -> dict[st
 
     from memscope import record
 
-    if device == "cuda" and not importlib.util.find_spec("memscope.hooks.snapshot"):
+    if device == "cuda" and not importlib.util.find_spec("memscope.gpu.watch"):
         return {"unavailable": "not available: it records on the CPU only"}
     marks: list[float] = []
 
@@ -291,8 +292,8 @@ def main() -> None:
     import torch
 
     import memscope.hooks.record
-    import memscope.simulation.fake
-    import memscope.target  # noqa: F401
+    import memscope.simulation.simulate
+    import memscope.workload.target  # noqa: F401
 
     job = json.loads(sys.stdin.readline())
     if job.get("device") == "cpu":

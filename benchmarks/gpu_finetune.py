@@ -51,9 +51,9 @@ def compare_programs(
 
 def _described(job: dict[str, Any]) -> Any:
     """The run, as `memscope.targets.llama2.finetune` would be asked for it, on the data that are shipped."""
-    from memscope.target import find_target
     from memscope.targets.llama2.job import Job
     from memscope.targets.llama2.target import read_samples
+    from memscope.workload.target import find_target
 
     base = find_target("llama2").configure(job["preset"])
     epochs = job["steps"] * base.micro_batch * base.accumulation / len(read_samples(base))
@@ -78,7 +78,7 @@ def finetune(job: dict[str, Any]) -> dict[str, Any]:
     from memscope.targets.llama2.run_folder import RunFolder
     from memscope.targets.llama2.session import prepare
     from memscope.targets.llama2.train import save_result, train
-    from memscope.workload import micro_batches
+    from memscope.workload.micro_batches import micro_batches
 
     described, folder = _described(job), RunFolder(Path(job["folder"]))
     with torch.device(job["device"]):  # the host is slow at drawing 7B weights
@@ -113,7 +113,7 @@ def finetune_with_peft(job: dict[str, Any]) -> dict[str, Any]:
 
     from memscope.strategies import Plan
     from memscope.targets.llama2.target import build_on, read_samples
-    from memscope.workload import micro_batches
+    from memscope.workload.micro_batches import micro_batches
 
     described, device = _described(job), job["device"]
     samples = read_samples(described.config)
@@ -146,7 +146,7 @@ def _steps_of_peer(
     """Carry out the steps; of `ours` only the settings and the division into micro-batches are taken."""
     import torch
 
-    from memscope.workload import micro_batches
+    from memscope.workload.micro_batches import micro_batches
 
     config, recipe, device = described.config, described.recipe, described.device
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -18,9 +18,9 @@ from gpu_advice import advice_table
 from gpu_finetune import finetune_lines
 from gpu_table2 import table2_lines
 
-from memscope.simulation.allocator import Ints, Replay, replay
-from memscope.simulation.allocator_history import History
-from memscope.trace import CATEGORIES, PHASES, Trace
+from memscope.allocator.history import History
+from memscope.allocator.replay import Replay, replay
+from memscope.trace import CATEGORIES, PHASES, Ints, Trace
 from memscope.units import format_bytes, format_change
 
 

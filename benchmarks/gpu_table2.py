@@ -132,7 +132,7 @@ def predict_combination(job: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from memscope import simulate
-    from memscope.simulation.devices import get_device
+    from memscope.simulation.devices.catalogue import get_device
 
     if job["device"] == "cuda":
         os.nice(10)  # what is measured meanwhile comes first
@@ -148,8 +148,8 @@ def _cell(job: dict[str, Any], trace: Any) -> dict[str, Any]:
     """What Table 2 says of one run; no trace: there was no room for the weights."""
     from dataclasses import asdict
 
-    from memscope.grid import Cell as GridCell
-    from memscope.grid import table2
+    from memscope.analysis.grid import Cell as GridCell
+    from memscope.analysis.grid import table2
     from memscope.strategies import read_strategies
 
     applied = tuple(job["applied"])

@@ -12,12 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import plotly.graph_objects as go
 
+from memscope.allocator.report import Segment
+from memscope.allocator.view import SAMPLES, AllocatorView, allocator_view
 from memscope.dashboards.downsample import shown_events
 from memscope.dashboards.palette import LIGHT, Theme, Unused, dressed, themed
 from memscope.dashboards.timeline import unit_of
 from memscope.errors import UsageError
-from memscope.simulation.allocator import Segment
-from memscope.simulation.allocator_view import SAMPLES, AllocatorView, allocator_view
 from memscope.trace import CATEGORIES, Trace
 from memscope.units import format_bytes
 

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 import plotly.graph_objects as go
 
-from memscope.alive import together
+from memscope.analysis.alive import together
 from memscope.dashboards.palette import LIGHT, Theme, dressed, themed
 from memscope.trace import CATEGORIES, Category, Trace
 from memscope.units import format_bytes

@@ -9,11 +9,11 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from memscope.analysis.diff import Difference, diff
+from memscope.analysis.effects import Run
 from memscope.dashboards.downsample import shown_events
 from memscope.dashboards.palette import LIGHT, Theme, dressed, themed
 from memscope.dashboards.timeline import moment, shown_categories, unit_of
-from memscope.diff import Difference, diff
-from memscope.effects import Run
 from memscope.errors import UsageError
 from memscope.trace import Category, Trace
 from memscope.units import format_bytes, format_change
@@ -111,7 +111,7 @@ def difference(before: Trace, after: Trace, theme: Theme = LIGHT, *, found: Diff
         before: the first run.
         after: the second.
         theme: colours.
-        found: what `memscope.diff.diff` found between them, if it is there.
+        found: what `memscope.analysis.diff.diff` found between them, if it is there.
 
     Raises:
         UsageError: when a trace is empty.

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from memscope.agreement import agreements
+from memscope.analysis.agreement import agreements
+from memscope.analysis.diff import Difference, diff
+from memscope.analysis.effects import ROWS, TITLES, Run, Table1
+from memscope.analysis.inferred import how_inferred, marked
+from memscope.analysis.ledger import ledger
 from memscope.dashboards.comparison import difference, small_multiples
 from memscope.dashboards.html import card, figure_box, swatch, table
 from memscope.dashboards.timeline import moment
-from memscope.diff import Difference, diff
-from memscope.effects import ROWS, TITLES, Run, Table1
-from memscope.inferred import how_inferred, marked
-from memscope.ledger import ledger
 from memscope.trace import Trace
 from memscope.units import format_bytes, format_change
 

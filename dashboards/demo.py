@@ -125,8 +125,8 @@ def write_page(arguments: Sequence[str]) -> None:
         FileExistsError: when the page is there already.
         TraceFileError: when a file is not a trace.
     """
+    from memscope.analysis.effects import Run
     from memscope.dashboards.page import render_page
-    from memscope.effects import Run
 
     runs = [Run(Path(name).stem, Trace.load(name)) for name in arguments] or [Run("made-up", training_run())]
     with open("memscope-page.html", "x", encoding="utf-8") as file:

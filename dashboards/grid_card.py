@@ -8,11 +8,11 @@ from html import escape
 
 import plotly.graph_objects as go
 
+from memscope.analysis.grid import Cell, Grid
+from memscope.analysis.grid_words import RUNS_OUT, grid_headings, grid_rows, grid_title
 from memscope.dashboards.html import card, figure_box, table
 from memscope.dashboards.palette import LIGHT, Theme, dressed, themed
 from memscope.dashboards.timeline import unit_of
-from memscope.grid import Cell, Grid
-from memscope.grid_words import RUNS_OUT, grid_headings, grid_rows, grid_title
 from memscope.units import format_bytes
 
 __all__ = ["grid_card", "grid_peaks"]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
+from memscope.analysis.effects import Run, Table1
 from memscope.dashboards.comparison_cards import comparison_cards, effects_card
 from memscope.dashboards.html import html_page
 from memscope.dashboards.run_card import run_card
-from memscope.effects import Run, Table1
 from memscope.errors import UsageError
 
 __all__ = ["render_page", "run_cards"]

@@ -11,11 +11,11 @@ import numpy as np
 import plotly.graph_objects as go
 
 from memscope.advisor.advice import Advice, FrontPoint, in_words, short_option
+from memscope.analysis.effects import Run
 from memscope.dashboards.html import card, facts, figure_box, html_page, table
 from memscope.dashboards.page import run_cards
 from memscope.dashboards.palette import LIGHT, Theme, dressed, themed
 from memscope.dashboards.timeline import unit_of
-from memscope.effects import Run
 from memscope.errors import UsageError
 from memscope.trace import Trace, write_whole
 from memscope.units import format_bytes, format_gb

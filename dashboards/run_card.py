@@ -8,7 +8,13 @@ from html import escape
 
 import numpy as np
 
-from memscope.alive import by_module_together, largest, occasion
+from memscope.allocator.view import AllocatorView
+from memscope.analysis.alive import by_module_together, largest, occasion
+from memscope.analysis.effects import Run
+from memscope.analysis.inferred import how_inferred, marked
+from memscope.analysis.ledger import ledger
+from memscope.analysis.ran_out import ran_out
+from memscope.analysis.skipped import how_skipped
 from memscope.dashboards.allocator import fragmentation, look, segments
 from memscope.dashboards.detail import curve_data, events_to_hold
 from memscope.dashboards.html import card, facts, figure_box, packed, swatch, table
@@ -25,12 +31,6 @@ from memscope.dashboards.timeline import (
     unit_of,
     views,
 )
-from memscope.effects import Run
-from memscope.inferred import how_inferred, marked
-from memscope.ledger import ledger
-from memscope.ran_out import ran_out
-from memscope.simulation.allocator_view import AllocatorView
-from memscope.skipped import how_skipped
 from memscope.trace import PHASES, Trace
 from memscope.units import format_bytes, format_change
 

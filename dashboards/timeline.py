@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import plotly.graph_objects as go
 
-from memscope.alive import occasion
+from memscope.analysis.alive import occasion
 from memscope.dashboards.downsample import MOST_POSITIONS, shown_events
 from memscope.dashboards.palette import LIGHT, SHADE, Theme, dressed, themed
 from memscope.dashboards.phases import LABELLED_SHARE, phase_curves, stretches

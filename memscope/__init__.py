@@ -8,10 +8,10 @@ if TYPE_CHECKING:
     from memscope.advisor.advise import advise
     from memscope.hooks.record import record
     from memscope.hooks.recorder import Recorder
-    from memscope.simulation.fake import simulate
+    from memscope.simulation.simulate import simulate
     from memscope.strategies import Plan, Strategy
     from memscope.trace import Trace
-    from memscope.workload import StepPlan, Workload
+    from memscope.workload.description import StepPlan, Workload
 
 __all__ = ["Plan", "Recorder", "StepPlan", "Strategy", "Trace", "Workload", "advise", "record", "simulate"]
 __version__ = "0.1.0"
@@ -19,13 +19,13 @@ __version__ = "0.1.0"
 _HOME = {
     "Plan": "memscope.strategies",
     "Recorder": "memscope.hooks.recorder",
-    "StepPlan": "memscope.workload",
+    "StepPlan": "memscope.workload.description",
     "Strategy": "memscope.strategies",
     "Trace": "memscope.trace",
-    "Workload": "memscope.workload",
+    "Workload": "memscope.workload.description",
     "advise": "memscope.advisor.advise",
     "record": "memscope.hooks.record",
-    "simulate": "memscope.simulation.fake",
+    "simulate": "memscope.simulation.simulate",
 }
 
 
@@ -35,5 +35,6 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'memscope' has no attribute '{name}'")
     from importlib import import_module
 
+    import_module("memscope.analysis.summary")  # registers how a trace is shown
     value = globals()[name] = getattr(import_module(_HOME[name]), name)
     return value

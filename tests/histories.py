@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from memscope.allocator.settings import AllocatorSettings
+from memscope.gpu.joined import Recording, joined
 from memscope.hooks.allocations import Allocations, Birth
-from memscope.hooks.joined import History, joined
 from memscope.hooks.moments import Moments
-from memscope.simulation.allocator_settings import AllocatorSettings
 from memscope.trace import CATEGORIES, PHASES, Category, Phase, Trace
 
 __all__ = ["BASE", "MIB", "Script", "block", "segment"]
@@ -92,7 +92,7 @@ class Script:
     def trace(
         self, *, ran_out: bool = False, after: list[dict[str, Any]] | None = None, limit: int | None = None
     ) -> Trace:
-        history = History(self._before, self.entries, after or [], self._settings, 80 * 2**30, limit)
+        history = Recording(self._before, self.entries, after or [], self._settings, 80 * 2**30, limit)
         return joined(
             history, self.moments, self.seen, modules=self.modules, ops=self.ops, meta={"target": "t"}, ran_out=ran_out
         )

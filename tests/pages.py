@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from memscope.analysis.effects import Run
 from memscope.dashboards.demo import training_run
 from memscope.dashboards.page import render_page
-from memscope.effects import Run
 from memscope.trace import Trace
 
 __all__ = ["PLOT", "comes_to", "html_of", "point_at", "run"]

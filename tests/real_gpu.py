@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from memscope.simulation.devices import all_devices
+from memscope.simulation.devices.catalogue import all_devices
 
 __all__ = ["nearest_device"]
 

@@ -16,7 +16,7 @@ from snapshots import entry, snapshot
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from memscope.simulation.allocator import Replay, replay
+from memscope.allocator.replay import Replay, replay
 
 __all__ = ["StackRecorder"]
 

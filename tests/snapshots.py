@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from memscope.hooks.blocks import Blocks, Memory, read_blocks
-from memscope.simulation.allocator_settings import AllocatorSettings
+from memscope.allocator.recorded import Memory, RecordedBlocks, read_blocks
+from memscope.allocator.settings import AllocatorSettings
 from memscope.trace import CATEGORIES, Trace
 
 __all__ = [
@@ -71,7 +71,7 @@ class Golden:
         self.entries = [entry(about["actions"][action], address, size) for action, address, size, _ in rows]
 
     @property
-    def blocks(self) -> Blocks:
+    def blocks(self) -> RecordedBlocks:
         return read_blocks([], self.entries, AllocatorSettings.parse(self.conf))
 
 

@@ -14,16 +14,16 @@ from memscope.advisor.planning import Found, device_bytes
 from memscope.advisor.reference import Blocks, full_probe, seconds_of, uniform
 from memscope.advisor.runner import Asker, InProcess, Progress, Runner, Seen
 from memscope.advisor.search import Search
+from memscope.allocator.settings import AllocatorSettings
 from memscope.errors import UsageError
-from memscope.hooks.steps import build_workload
-from memscope.simulation.allocator import AllocatorSettings
 from memscope.simulation.device_memory import least_reserved
-from memscope.simulation.devices import Device, get_device
+from memscope.simulation.devices.catalogue import Device, get_device
 from memscope.strategies import Plan
 from memscope.strategies.layer_plan import made_for
 from memscope.trace import Trace
 from memscope.units import format_bytes, parse_budget
-from memscope.workload import Workload
+from memscope.workload.building import build_workload
+from memscope.workload.description import Workload
 
 __all__ = ["DEFAULT_DEVICE", "advise", "budget_of"]
 

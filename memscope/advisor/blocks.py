@@ -16,8 +16,9 @@ from memscope.advisor.options import Call, saving_options
 from memscope.advisor.probe import BlockSeen, ChainSeen, rounded
 from memscope.advisor.reference import Reference, groups_of, layer_plan, outside_bytes, uniform
 from memscope.advisor.runner import Answer, Probe, Seen, require
-from memscope.simulation.cost import operator_costs, transfer_seconds
-from memscope.simulation.devices import Device
+from memscope.analysis.cost import operator_costs
+from memscope.simulation.devices.catalogue import Device
+from memscope.simulation.devices.cost import transfer_seconds
 from memscope.strategies.layer_plan import LayerPlan
 from memscope.trace import PHASES
 

@@ -8,7 +8,7 @@ from itertools import product
 from memscope.errors import UsageError, nearest
 from memscope.strategies import Plan, Strategy, available
 from memscope.strategies.plugins import called
-from memscope.workload import Workload
+from memscope.workload.description import Workload
 
 __all__ = ["combinations", "forbidden", "require_known"]
 

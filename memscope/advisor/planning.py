@@ -12,9 +12,9 @@ from memscope.advisor.planner import CheckpointPlan, NothingFits, evaluate, fron
 from memscope.advisor.probe import rounded
 from memscope.advisor.reference import Reference, layer_plan, uniform
 from memscope.advisor.runner import Asker, Probe, Seen, require
-from memscope.simulation.allocator import AllocatorSettings
+from memscope.allocator.settings import AllocatorSettings
 from memscope.simulation.device_memory import SMALL_SEGMENT_BYTES, least_reserved
-from memscope.simulation.devices import Device
+from memscope.simulation.devices.catalogue import Device
 from memscope.strategies.layer_plan import LayerPlan
 
 __all__ = ["Found", "Planning", "device_bytes", "fits"]

@@ -11,8 +11,8 @@ from torch import nn
 from memscope.advisor.options import child_options
 from memscope.advisor.probe import BlockSeen, ChainSeen, look, rounded
 from memscope.advisor.runner import Probe, Seen
+from memscope.analysis.cost import module_seconds, step_seconds
 from memscope.errors import UsageError
-from memscope.simulation.cost import module_seconds, step_seconds
 from memscope.strategies.ckpt_layers import named_layers, planned_layers
 from memscope.strategies.layer_plan import LayerPlan
 from memscope.trace import Phase, Trace

@@ -11,15 +11,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
+from memscope.allocator.settings import AllocatorSettings
 from memscope.errors import MemscopeError, TargetError
-from memscope.processes import cores, interrupts_held, pool
-from memscope.simulation.allocator import AllocatorSettings
-from memscope.simulation.devices import Device, get_device, load_devices
+from memscope.runs.processes import cores, interrupts_held, pool
+from memscope.simulation.devices.catalogue import Device, get_device, load_devices
 from memscope.strategies.layer_plan import LayerPlan
 from memscope.trace import Trace
 
 if TYPE_CHECKING:
-    from memscope.workload import MicroBatch, Workload
+    from memscope.workload.description import Workload
+    from memscope.workload.micro_batches import MicroBatch
 
 __all__ = [
     "Answer", "Asker", "InProcess", "Probe", "Progress", "Runner", "Scene", "Seen", "require", "side_by_side",
@@ -157,7 +158,7 @@ class Scene:
 
     def build(self) -> Workload:
         """The target's workload."""
-        from memscope.target import find_target
+        from memscope.workload.target import find_target
 
         target = find_target(self.target)
         return target.build(target.configure(self.preset, self.settings))
@@ -210,7 +211,7 @@ def _largest(elements: Sequence[int], first: int = 0) -> int:
 
 
 def _elements(piece: MicroBatch) -> int:
-    from memscope.batch import tensors_in
+    from memscope.workload.batch import tensors_in
 
     return sum(tensor.numel() for tensor in tensors_in(piece.data))
 
@@ -218,7 +219,7 @@ def _elements(piece: MicroBatch) -> int:
 def _answer(
     workload: Workload | Callable[[], Workload], device: Device, allocator: AllocatorSettings | None, probe: Probe
 ) -> Answer:
-    from memscope.simulation.fake import simulate
+    from memscope.simulation.simulate import simulate
     from memscope.strategies import Plan
     from memscope.strategies.ckpt import Checkpoint
 

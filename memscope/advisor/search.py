@@ -13,10 +13,10 @@ from typing import Any
 from memscope.advisor.planning import Found, Planning, device_bytes, fits
 from memscope.advisor.reference import Blocks, Reference, full_probe, none_probe, outside_bytes, seconds_of
 from memscope.advisor.runner import Asker, Probe, Seen, require
+from memscope.allocator.settings import AllocatorSettings
 from memscope.errors import MemscopeError
-from memscope.simulation.allocator import AllocatorSettings
 from memscope.simulation.device_memory import SMALL_SEGMENT_BYTES
-from memscope.simulation.devices import Device
+from memscope.simulation.devices.catalogue import Device
 from memscope.strategies import Plan, Strategy
 
 __all__ = ["Search"]

@@ -17,15 +17,9 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping
 
-from memscope.simulation.allocator_blocks import AddressRange, Block, Pool
-from memscope.simulation.allocator_report import (
-    AllocationFailed,
-    OutOfMemory,
-    SegmentAction,
-    SegmentEvent,
-    Snapshot,
-)
-from memscope.simulation.allocator_settings import MIN_BLOCK, SMALL_SEGMENT, SMALL_SIZE, AllocatorSettings
+from memscope.allocator.blocks import AddressRange, Block, Pool
+from memscope.allocator.report import AllocationFailed, HeldSegments, OutOfMemory, SegmentAction, SegmentEvent
+from memscope.allocator.settings import MIN_BLOCK, SMALL_SEGMENT, SMALL_SIZE, AllocatorSettings
 
 __all__ = ["CachingAllocator"]
 
@@ -134,9 +128,9 @@ class CachingAllocator:
                 if block.range is not None:
                     self._unmap(block, block.range)
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> HeldSegments:
         """Everything it holds now."""
-        return Snapshot.of(head for _, head in sorted(self._heads.items()))
+        return HeldSegments.of(head for _, head in sorted(self._heads.items()))
 
     def largest_free(self) -> int:
         """Bytes of the largest cached block, of any stream and pool."""

@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from memscope.allocator.replay import Replay
+from memscope.allocator.report import SegmentEvent
 from memscope.errors import TraceFileError
-from memscope.simulation.allocator import Ints, Replay, SegmentEvent
+from memscope.trace import Ints
 
 __all__ = ["History", "first_difference", "read_history"]
 

@@ -17,17 +17,17 @@ from typing import Any
 
 import numpy as np
 
+from memscope.allocator.settings import MIN_BLOCK, SMALL_SIZE, AllocatorSettings
 from memscope.errors import MemscopeError
-from memscope.simulation.allocator_settings import MIN_BLOCK, SMALL_SIZE, AllocatorSettings
 from memscope.trace import Ints, columns_of
 
-__all__ = ["BLOCK_COLUMNS", "Blocks", "Memory", "Refusal", "read_blocks"]
+__all__ = ["BLOCK_COLUMNS", "Memory", "RecordedBlocks", "Refusal", "read_blocks"]
 
 Entry = Mapping[str, Any]
 """An entry of `device_traces`, or a segment of `segments`, of `torch.cuda.memory._snapshot()`."""
 _ALLOCATED = "active_allocated"
 BLOCK_COLUMNS = ("address", "size", "requested", "born", "entry")
-"""Of `Blocks`, what is known of a block when it is born."""
+"""Of `RecordedBlocks`, what is known of a block when it is born."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Refusal:
 
 
 @dataclass(frozen=True, eq=False)
-class Blocks:
+class RecordedBlocks:
     """Every block of a history, in order of birth; those there before it come first. Columns are int64 `[blocks]`."""
 
     address: Ints
@@ -92,7 +92,7 @@ class Blocks:
 
 def read_blocks(
     before: Sequence[Entry], entries: Sequence[Entry], settings: AllocatorSettings, first: Sequence[int] = ()
-) -> Blocks:
+) -> RecordedBlocks:
     """Follow a history from a snapshot's segments on.
 
     Args:
@@ -293,8 +293,8 @@ class _Reader:
         self._event_entry.append(place)
         self._reserved_after.append(self._reserved)
 
-    def blocks(self) -> Blocks:
-        return Blocks(
+    def blocks(self) -> RecordedBlocks:
+        return RecordedBlocks(
             **columns_of(BLOCK_COLUMNS, self._rows),
             freed=np.array(self._freed, dtype=np.int64),
             event_entry=np.array(self._event_entry, dtype=np.int64),

@@ -11,35 +11,14 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 import numpy as np
-import numpy.typing as npt
 
-from memscope.simulation.allocator_blocks import Block
-from memscope.simulation.allocator_report import (
-    AllocationFailed,
-    BlockState,
-    OutOfMemory,
-    Segment,
-    SegmentEvent,
-    Snapshot,
-)
-from memscope.simulation.allocator_settings import AllocatorSettings
-from memscope.simulation.caching_allocator import CachingAllocator
+from memscope.allocator.blocks import Block
+from memscope.allocator.caching import CachingAllocator
+from memscope.allocator.report import AllocationFailed, HeldSegments, OutOfMemory, SegmentEvent
+from memscope.allocator.settings import AllocatorSettings
+from memscope.trace import Ints
 
-__all__ = [
-    "AllocationFailed",
-    "AllocatorSettings",
-    "BlockState",
-    "CachingAllocator",
-    "OutOfMemory",
-    "Replay",
-    "Segment",
-    "SegmentEvent",
-    "Snapshot",
-    "follow",
-    "replay",
-]
-
-Ints = npt.NDArray[np.int64]
+__all__ = ["Replay", "follow", "replay"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +69,7 @@ class Replay:
         steps = zip(range(len(self.allocated)), self._run.steps(allocator), strict=False)
         return np.fromiter((allocator.largest_free() for _ in steps), dtype=np.int64, count=len(self.allocated))
 
-    def snapshots(self, events: Iterable[int]) -> dict[int, Snapshot]:
+    def snapshots(self, events: Iterable[int]) -> dict[int, HeldSegments]:
         """All segments and blocks after each of these events, by event; the events are gone through once more."""
         wanted = set(events)
         absent = [event for event in sorted(wanted) if not 0 <= event < len(self.allocated)]

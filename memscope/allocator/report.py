@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from memscope.allocator.blocks import Block
 from memscope.errors import OutOfDeviceMemory
-from memscope.simulation.allocator_blocks import Block
 from memscope.units import format_bytes
 
-__all__ = ["AllocationFailed", "BlockState", "OutOfMemory", "Segment", "SegmentAction", "SegmentEvent", "Snapshot"]
+__all__ = ["AllocationFailed", "BlockState", "HeldSegments", "OutOfMemory", "Segment", "SegmentAction", "SegmentEvent"]
 
 SegmentAction = Literal["segment_alloc", "segment_free", "segment_map", "segment_unmap"]
 
@@ -59,13 +59,13 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class HeldSegments:
     """All segments at one moment, in order of address."""
 
     segments: tuple[Segment, ...]
 
     @classmethod
-    def of(cls, heads: Iterable[Block]) -> Snapshot:
+    def of(cls, heads: Iterable[Block]) -> HeldSegments:
         """The segments that begin with these blocks; an expandable one without memory anywhere is none."""
         return cls(tuple(_segment(stretch) for head in heads for stretch in _mapped_stretches(head)))
 

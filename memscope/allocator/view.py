@@ -11,15 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from memscope.simulation.allocator import (
-    AllocationFailed,
-    AllocatorSettings,
-    CachingAllocator,
-    Ints,
-    Snapshot,
-    follow,
-)
-from memscope.trace import Trace
+from memscope.allocator.caching import CachingAllocator
+from memscope.allocator.replay import follow
+from memscope.allocator.report import AllocationFailed, HeldSegments
+from memscope.allocator.settings import AllocatorSettings
+from memscope.trace import Ints, Trace
 
 __all__ = ["AllocatorView", "Segments", "allocator_view"]
 
@@ -31,7 +27,7 @@ SAMPLES = 600
 class Segments:
     """Everything the allocator held at the peak of allocated memory."""
 
-    snapshot: Snapshot
+    snapshot: HeldSegments
     owners: Mapping[int, int]
     """Which allocation of the trace has the block at an address."""
 

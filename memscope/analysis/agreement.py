@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from memscope.effects import Run
-from memscope.ledger import ledger
+from memscope.analysis.effects import Run
+from memscope.analysis.ledger import ledger
 from memscope.trace import CATEGORIES, Trace
 
 __all__ = ["Agreement", "Compared", "agreements"]

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from memscope.analysis.cost import step_seconds
+from memscope.analysis.ledger import ledger
 from memscope.errors import UsageError, nearest
-from memscope.ledger import ledger
-from memscope.simulation.cost import step_seconds
 from memscope.trace import CATEGORIES, Trace
 from memscope.units import format_bytes, format_gb, parse_bytes
 

@@ -1,29 +1,20 @@
-"""How long a simulated step would take: the estimate that lies in a trace, and how to ask for it. Needs no torch.
-
-The estimate of one call is made in `memscope.simulation.roofline`; here it is only summed.
-"""
+"""The estimate of step time in a trace: its rows, by phase, module and operator."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from memscope.errors import UsageError
-from memscope.simulation.devices import Device
 from memscope.trace import PHASES, Phase, Trace
-
-if TYPE_CHECKING:
-    from memscope.hooks.work import WorkDone
 
 __all__ = [
     "COLUMNS",
     "Cost",
-    "cost_table",
     "last_step_seconds",
     "module_seconds",
     "operator_costs",
     "step_seconds",
-    "transfer_seconds",
 ]
 
 COLUMNS = ("step", "micro_batch", "phase", "module", "op", "calls", "flops", "bytes", "seconds")
@@ -49,12 +40,6 @@ class _Row(NamedTuple):
     flops: int
     moved_bytes: int
     seconds: float
-
-
-def cost_table(done: WorkDone, assumed: Collection[str]) -> dict[str, Any]:
-    """What a trace keeps of an estimate, as JSON values; seconds to the nanosecond."""
-    rows = [[*place, *counts, round(seconds, 9)] for place, (*counts, seconds) in done.sums.items()]
-    return {"estimate": True, "assumed": sorted(assumed), "columns": list(COLUMNS), "rows": rows}
 
 
 def step_seconds(trace: Trace, step: int) -> dict[Phase, float] | None:
@@ -103,21 +88,6 @@ def operator_costs(
         calls, flops, moved_bytes, seconds = costs.get(key, Cost(0, 0, 0, 0.0))
         costs[key] = Cost(calls + row.calls, flops + row.flops, moved_bytes + row.moved_bytes, seconds + row.seconds)
     return costs
-
-
-def transfer_seconds(device: Device, size_bytes: int) -> float:
-    """Estimated seconds that copying to or from the host takes when nothing else uses the link; pinned host memory.
-
-    Raises:
-        UsageError: when the device's link to the host is not known.
-    """
-    rate = device.host_bytes_per_second
-    if rate is None:
-        raise UsageError(
-            f'how fast "{device.name}" copies to the host is not known: choose a certain GPU ("memscope devices" lists '
-            "them), or set host_bytes_per_second in the device file"
-        )
-    return size_bytes / rate
 
 
 def _rows(trace: Trace, step: int, phase: Phase | None = None, micro_batch: int | None = None) -> Iterator[_Row]:

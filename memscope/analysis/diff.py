@@ -14,16 +14,25 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from memscope.alive import together
+from memscope.analysis.alive import together
 from memscope.errors import UsageError
 from memscope.trace import CATEGORIES, PHASES, Category, Ints, Peak, Phase, Trace
 
-__all__ = ["AllocationChange", "Change", "Difference", "Kind", "Setting", "StepChange", "changed_settings", "diff"]
+__all__ = [
+    "AllocationChange",
+    "Change",
+    "ChangeKind",
+    "Difference",
+    "Setting",
+    "StepChange",
+    "changed_settings",
+    "diff",
+]
 
-Kind = Literal["grew", "shrank", "new", "gone", "now alive", "no longer alive", "other lifetime"]
+ChangeKind = Literal["grew", "shrank", "new", "gone", "now alive", "no longer alive", "other lifetime"]
 """`new` and `gone`: only one of the runs makes such an allocation. `now alive` and `no longer alive`: both make it, but
 only the second, or only the first, has it at its peak. `other lifetime`: as large, but freed in another phase."""
-_KINDS: tuple[Kind, ...] = get_args(Kind)
+_KINDS: tuple[ChangeKind, ...] = get_args(ChangeKind)
 _GREW, _SHRANK, _NEW, _GONE, _NOW, _NO_LONGER, _OTHER_LIFETIME = range(len(_KINDS))
 _NEVER = len(PHASES)
 """Where the phase of a death is expected: alive at the end."""
@@ -47,7 +56,7 @@ class Change:
 class AllocationChange(Change):
     """Allocations that changed in the same way; modules that differ by a layer's number only are counted together."""
 
-    kind: Kind
+    kind: ChangeKind
     count: int
     category: Category
     module: str

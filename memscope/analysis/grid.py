@@ -10,8 +10,8 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from memscope.analysis.cost import last_step_seconds
 from memscope.errors import OutOfDeviceMemory, UsageError
-from memscope.simulation.cost import last_step_seconds
 from memscope.strategies import Plan, Strategy
 from memscope.trace import Trace
 

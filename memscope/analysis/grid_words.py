@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from memscope.grid import Cell, Grid
+from memscope.analysis.grid import Cell, Grid
 from memscope.units import format_bytes
 
 __all__ = ["RUNS_OUT", "grid_headings", "grid_notes", "grid_rows", "grid_title"]

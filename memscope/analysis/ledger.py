@@ -9,9 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rich.table import Table
+from rich.text import Text
 
-from memscope.summary import ledger_table, notebook_html
+from memscope.analysis.summary import notebook_html
 from memscope.trace import Trace
+from memscope.units import format_bytes, format_change
 
 __all__ = ["Ledger", "Line", "ledger"]
 
@@ -40,10 +42,17 @@ class Ledger:
         return next(line for line in self.lines if line.name == name)
 
     def __rich__(self) -> Table:
-        return ledger_table(self)
+        table = Table(title="Ledger", title_justify="left")
+        for heading in ("", "added", "total", "seen in"):
+            table.add_column(heading, justify="right" if heading in ("added", "total") else "left")
+        for line in self.lines:
+            name = f"{line.name} (estimate)" if line.estimate else line.name
+            table.add_row(name, format_change(line.added), format_bytes(line.total), Text(line.seen_in))
+        table.caption = Text(self.note) if self.note else None
+        return table
 
     def _repr_html_(self) -> str:
-        return notebook_html(ledger_table(self))
+        return notebook_html(self.__rich__())
 
     def total(self, name: str) -> int | None:
         """The total of a line; None where the ledger has no such line."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from memscope.alive import occasion
+from memscope.analysis.alive import occasion
 from memscope.trace import CATEGORIES, Category, Trace
 from memscope.units import format_bytes
 

@@ -1,20 +1,15 @@
-"""A trace and a ledger at a glance, as a table: in a terminal through rich, in a notebook as HTML."""
+"""A trace at a glance, as a table: in a terminal through rich, in a notebook as HTML."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 from rich.table import Table
 from rich.text import Text
 
-from memscope.inferred import marked
-from memscope.units import format_bytes, format_change
+from memscope.analysis.inferred import marked
+from memscope.trace import Trace, show_traces_with
+from memscope.units import format_bytes
 
-if TYPE_CHECKING:
-    from memscope.ledger import Ledger
-    from memscope.trace import Trace
-
-__all__ = ["ledger_table", "notebook_html", "trace_table"]
+__all__ = ["notebook_html", "trace_table"]
 
 _BAR = 24
 """Characters of the longest bar."""
@@ -56,19 +51,10 @@ def _about(trace: Trace) -> Text:
     return Text("; ".join(words))
 
 
-def ledger_table(ledger: Ledger) -> Table:
-    """Each line with what it adds, the total, and the tool that shows it."""
-    table = Table(title="Ledger", title_justify="left")
-    for heading in ("", "added", "total", "seen in"):
-        table.add_column(heading, justify="right" if heading in ("added", "total") else "left")
-    for line in ledger.lines:
-        name = f"{line.name} (estimate)" if line.estimate else line.name
-        table.add_row(name, format_change(line.added), format_bytes(line.total), Text(line.seen_in))
-    table.caption = Text(ledger.note) if ledger.note else None
-    return table
-
-
 def notebook_html(table: Table) -> str:
     """A table as rich shows it in a notebook."""
     html: str = table._repr_mimebundle_([], [])["text/html"]
     return html
+
+
+show_traces_with(rich=trace_table, html=lambda trace: notebook_html(trace_table(trace)))

@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from memscope.check import Limit, Verdict, budget_verdict, check, format_value
+from memscope.analysis.check import Limit, Verdict, budget_verdict, check, format_value
+from memscope.analysis.diff import Setting, changed_settings
+from memscope.analysis.inferred import how_inferred
 from memscope.cli.trace_files import load_run
-from memscope.diff import Setting, changed_settings
 from memscope.errors import GateFailed, UsageError
-from memscope.inferred import how_inferred
 from memscope.trace import CATEGORIES, Trace
 from memscope.units import parse_budget
 

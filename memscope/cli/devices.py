@@ -6,7 +6,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from memscope.simulation.devices import Device, all_devices
+from memscope.simulation.devices.catalogue import Device, all_devices
 
 __all__ = ["command"]
 

@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from memscope.alive import occasion
+from memscope.analysis.alive import occasion
+from memscope.analysis.diff import AllocationChange, Change, Difference, diff
+from memscope.analysis.inferred import how_inferred, inferred_columns, marked
 from memscope.cli.report_text import markdown_table
 from memscope.cli.trace_files import load_run
-from memscope.diff import AllocationChange, Change, Difference, diff
-from memscope.inferred import how_inferred, inferred_columns, marked
 from memscope.trace import Peak, Trace
 from memscope.units import format_bytes, format_change
 

@@ -15,10 +15,9 @@ from memscope.cli.progress import shown_progress
 from memscope.cli.trace_files import refuse_pickle
 from memscope.errors import UsageError
 from memscope.exchange.chrome_trace import MOST_SLICES, chrome_trace_bytes
-from memscope.exchange.plain_pickle import Progress
 from memscope.exchange.tables import csv_bytes, parquet_bytes
 from memscope.exchange.torch_writer import torch_snapshot_bytes
-from memscope.trace import Trace, write_whole
+from memscope.trace import Progress, Trace, write_whole
 from memscope.units import format_bytes
 
 __all__ = ["command"]

@@ -11,14 +11,14 @@ import click
 from rich.console import Console
 
 from memscope.advisor.resolve import is_auto
+from memscope.analysis.effects import Run, Table1
+from memscope.analysis.grid import Grid, combinations, table2
+from memscope.analysis.grid_words import grid_notes
+from memscope.analysis.skipped import how_skipped
 from memscope.cli.grid_document import grid_document
 from memscope.cli.grid_report import FORMATS, print_grid
 from memscope.cli.profile_report import print_next, write_page
-from memscope.effects import Run, Table1
 from memscope.errors import UsageError
-from memscope.grid import Grid, combinations, table2
-from memscope.grid_words import grid_notes
-from memscope.skipped import how_skipped
 from memscope.strategies import Plan, Strategy, read_strategies
 from memscope.trace import Trace, write_whole
 from memscope.units import format_bytes, parse_bytes

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from memscope.analysis.grid import Cell, Grid
 from memscope.errors import UsageError
-from memscope.grid import Cell, Grid
 
 __all__ = ["grid_document", "grid_of"]
 

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from memscope.grid import Grid
-from memscope.grid_words import grid_headings, grid_rows, grid_title
+from memscope.analysis.grid import Grid
+from memscope.analysis.grid_words import grid_headings, grid_rows, grid_title
 
 __all__ = ["FORMATS", "print_grid"]
 

@@ -11,8 +11,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from memscope.live import Forecast, Kind, LiveState
-from memscope.runs import Report
+from memscope.hooks.live_state import Forecast, LiveState, MemoryKind
+from memscope.runs.plans import Report
 from memscope.trace import CATEGORIES
 from memscope.units import format_bytes
 
@@ -20,8 +20,8 @@ __all__ = ["live_panels", "panels"]
 
 _BAR = 30
 """Characters of a bar that stands for the whole capacity."""
-_KINDS: tuple[Kind, ...] = (*CATEGORIES, "undecided", "unseen")
-_WORDS: Mapping[Kind, str] = {"undecided": "not decided yet", "unseen": "rounding, inside kernels"}
+_KINDS: tuple[MemoryKind, ...] = (*CATEGORIES, "undecided", "unseen")
+_WORDS: Mapping[MemoryKind, str] = {"undecided": "not decided yet", "unseen": "rounding, inside kernels"}
 _RESTS_ON: Mapping[Forecast, str] = {
     "so far": "largest so far; no forecast in the first step",
     "estimate": "estimate: the first step, and the optimizer state it made",

@@ -16,20 +16,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from memscope.advisor.resolve import is_auto, resolve
 from memscope.advisor.runner import Scene
+from memscope.allocator.settings import AllocatorSettings
+from memscope.analysis.effects import Run, compare
 from memscope.cli.grid import asked_grid, show_grid
 from memscope.cli.live import live_panels
 from memscope.cli.profile_report import document, print_advice, print_next, print_report, write_page
 from memscope.cli.progress import shown_progress
 from memscope.cli.target_words import RUNS, settings_of
-from memscope.effects import Run, compare
 from memscope.errors import MemscopeError, OutOfDeviceMemory, UsageError
-from memscope.runs import Report, RunSpec, check_plans, run_all, run_where_there_is_room, try_all
-from memscope.simulation.allocator_settings import AllocatorSettings
-from memscope.simulation.devices import get_device, load_devices
+from memscope.runs.plans import Report, RunSpec, check_plans, run_all, run_where_there_is_room, try_all
+from memscope.runs.would_free import Remedies, would_free
+from memscope.simulation.devices.catalogue import get_device, load_devices
 from memscope.strategies import Plan, Strategy
-from memscope.target import Target, find_target
 from memscope.trace import Trace
-from memscope.would_free import Remedies, would_free
+from memscope.workload.target import Target, find_target
 
 __all__ = ["command"]
 
@@ -227,7 +227,7 @@ def _is_simulated(device: str, file: Path | None, simulate: bool) -> bool:
                 '"cuda" is the GPU of this machine and cannot be simulated: '
                 "name what to simulate, --device gpu or one of memscope devices"
             )
-        from memscope.hooks.snapshot import require_gpu
+        from memscope.hooks.device import require_gpu
 
         require_gpu()
         return False

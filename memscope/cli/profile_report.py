@@ -9,13 +9,13 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from memscope.analysis.effects import Run, Table1
 from memscope.cli.report_json import effects_values, peak_values
 from memscope.cli.report_tables import comparison_blocks, estimated_seconds, headline, print_blocks
-from memscope.effects import Run, Table1
 from memscope.errors import UsageError
+from memscope.runs.would_free import Remedies, WouldFree
 from memscope.trace import write_whole
 from memscope.units import format_bytes, format_change
-from memscope.would_free import Remedies, WouldFree
 
 __all__ = ["document", "print_advice", "print_next", "print_report", "write_page"]
 

@@ -12,14 +12,14 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from memscope.agreement import agreements
+from memscope.analysis.agreement import agreements
+from memscope.analysis.effects import Run, Table1, compare
 from memscope.cli.grid_report import FORMATS, print_grid
 from memscope.cli.progress import shown_progress
 from memscope.cli.report_files import Given, told_apart
 from memscope.cli.report_json import report_document
 from memscope.cli.report_text import csv_text, markdown, print_all
 from memscope.cli.trace_files import load_runs
-from memscope.effects import Run, Table1, compare
 from memscope.errors import MemscopeError, UsageError
 from memscope.trace import write_whole
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from memscope.analysis.grid import Grid
 from memscope.cli.grid_document import grid_of
 from memscope.errors import UsageError
-from memscope.grid import Grid
 
 __all__ = ["Given", "GivenGrid", "told_apart"]
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from memscope.agreement import agreements
-from memscope.alive import largest
-from memscope.effects import Run, Table1
-from memscope.inferred import how_inferred, inferred_columns
-from memscope.ledger import ledger
+from memscope.analysis.agreement import agreements
+from memscope.analysis.alive import largest
+from memscope.analysis.effects import Run, Table1
+from memscope.analysis.inferred import how_inferred, inferred_columns
+from memscope.analysis.ledger import ledger
 from memscope.trace import Trace
 
 __all__ = ["effects_values", "peak_values", "report_document"]

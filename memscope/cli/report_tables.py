@@ -11,14 +11,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from memscope.agreement import Agreement, agreements
-from memscope.alive import largest, occasion
-from memscope.effects import ROWS, TITLES, Column, Effect, Run, Table1
-from memscope.inferred import how_inferred, marked
-from memscope.ledger import Ledger, ledger
-from memscope.ran_out import ran_out
-from memscope.simulation.cost import last_step_seconds, step_seconds
-from memscope.skipped import how_skipped
+from memscope.analysis.agreement import Agreement, agreements
+from memscope.analysis.alive import largest, occasion
+from memscope.analysis.cost import last_step_seconds, step_seconds
+from memscope.analysis.effects import ROWS, TITLES, Column, Effect, Run, Table1
+from memscope.analysis.inferred import how_inferred, marked
+from memscope.analysis.ledger import Ledger, ledger
+from memscope.analysis.ran_out import ran_out
+from memscope.analysis.skipped import how_skipped
 from memscope.trace import CATEGORIES, Trace
 from memscope.units import format_bytes, format_change
 

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from memscope.analysis.effects import Run, Table1
+from memscope.analysis.inferred import inferred_columns
 from memscope.cli.report_tables import Block, comparison_blocks, headline, largest_blocks, print_blocks
-from memscope.effects import Run, Table1
-from memscope.inferred import inferred_columns
 
 __all__ = ["csv_text", "markdown", "markdown_table", "print_all"]
 

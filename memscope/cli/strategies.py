@@ -9,8 +9,8 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from memscope.settings import format_value, help_of
 from memscope.strategies import available
+from memscope.workload.settings import format_value, help_of
 
 __all__ = ["command"]
 

@@ -8,8 +8,8 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from memscope.settings import format_value, help_of, non_defaults
-from memscope.target import find_target, shipped_targets
+from memscope.workload.settings import format_value, help_of, non_defaults
+from memscope.workload.target import find_target, shipped_targets
 
 __all__ = ["command"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from memscope.effects import Run
+from memscope.analysis.effects import Run
 from memscope.errors import UsageError
 from memscope.trace import Trace
 

@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from memscope.exchange.plain_pickle import Progress
-from memscope.trace import CATEGORIES, PHASES, Ints, Trace
+from memscope.trace import CATEGORIES, PHASES, Ints, Progress, Trace, no_progress
 
 __all__ = ["MOST_SLICES", "chrome_trace_bytes"]
 
@@ -26,7 +25,7 @@ _PROCESS, _COURSE, _ALLOCATIONS = 1, 1, 2
 Event = Mapping[str, Any]
 
 
-def chrome_trace_bytes(trace: Trace, progress: Progress = lambda *_: None) -> bytes:
+def chrome_trace_bytes(trace: Trace, progress: Progress = no_progress) -> bytes:
     """The file: one JSON object, its events in `traceEvents`."""
     file = io.BytesIO()
     about = {"memscope": {"target": trace.meta.get("target"), "inferred": trace.meta.get("inferred", [])}}

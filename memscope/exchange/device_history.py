@@ -13,12 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from memscope.allocator.recorded import BLOCK_COLUMNS, Entry, Memory, RecordedBlocks, read_blocks
+from memscope.allocator.settings import SMALL_SIZE, AllocatorSettings
 from memscope.errors import MemscopeError, UsageError
-from memscope.exchange.layout import SAYING_NOTHING, Annotation, Entry, Frames, Snapshot, bytes_of, damaged
-from memscope.exchange.plain_pickle import Progress
-from memscope.hooks.blocks import BLOCK_COLUMNS, Blocks, Memory, read_blocks
-from memscope.simulation.allocator_settings import SMALL_SIZE, AllocatorSettings
-from memscope.trace import columns_of
+from memscope.exchange.layout import SAYING_NOTHING, Annotation, Frames, Snapshot, bytes_of, damaged
+from memscope.trace import Progress, columns_of, no_progress
 from memscope.units import format_bytes
 
 __all__ = ["DeviceHistory", "read_device", "segments_before"]
@@ -38,7 +37,7 @@ class DeviceHistory:
     """The blocks of one device, and the stacks of what happened to them."""
 
     device: int
-    blocks: Blocks
+    blocks: RecordedBlocks
     entries: Sequence[Entry]
     """What the allocator did, with what was missing put in; `blocks` indexes it."""
     frames_at_end: dict[int, Frames]
@@ -113,7 +112,7 @@ def segments_before(snapshot: Snapshot, device: int) -> list[dict[str, Any]]:
 
 
 def _followed(
-    snapshot: Snapshot, device: int, progress: Progress = lambda *_: None
+    snapshot: Snapshot, device: int, progress: Progress = no_progress
 ) -> tuple[list[dict[str, Any]], _Lifetimes]:
     """A device's segments at the end, and its history."""
     trace = snapshot.traces[device] if device < len(snapshot.traces) else []
@@ -184,7 +183,9 @@ def _follow(lived: _Lifetimes, action: str, entry: Entry) -> None:
     lived.entries.append(entry)
 
 
-def _blocks(after: list[dict[str, Any]], lived: _Lifetimes, settings: AllocatorSettings) -> tuple[Blocks, list[str]]:
+def _blocks(
+    after: list[dict[str, Any]], lived: _Lifetimes, settings: AllocatorSettings
+) -> tuple[RecordedBlocks, list[str]]:
     """The blocks, and what is not exact about them."""
     before, guessed = _blocks_before(after, lived, settings)
     notes = []
@@ -312,7 +313,7 @@ def _rounded_blocks(
     entries: Sequence[Entry],
     before: dict[int, dict[str, Any]],
     settings: AllocatorSettings,
-) -> Blocks:
+) -> RecordedBlocks:
     """The blocks of a history whose segments cannot be followed."""
     changes = [_CHANGES.get(entry["action"], 0) * entry["size"] for entry in entries]
     held = np.cumsum([0, *changes], dtype=np.int64)
@@ -334,7 +335,7 @@ def _rounded_blocks(
             freed[alive.pop(entry["addr"])] = len(events)
             events.append(place)
     event_entry = np.array(events, dtype=np.int64)
-    return Blocks(
+    return RecordedBlocks(
         **columns_of(BLOCK_COLUMNS, rows),
         freed=np.array(freed, dtype=np.int64),
         event_entry=event_entry,

@@ -16,15 +16,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from memscope.exchange.stacks import Place
-from memscope.trace import CATEGORIES, MARK_COLUMNS, PHASES, Category, Ints, Phase
+from memscope.trace import CATEGORIES, MARK_COLUMNS, PHASES, Bools, Category, Ints, Phase
 
 __all__ = ["Course", "categories_of", "course_of"]
 
 _UNKNOWN = -1
-Bools = npt.NDArray[np.bool_]
 
 
 def _codes(*phases: Phase) -> list[int]:

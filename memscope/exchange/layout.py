@@ -21,12 +21,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from memscope.allocator.recorded import Entry
 from memscope.errors import TraceFileError
 
-__all__ = ["SAYING_NOTHING", "Annotation", "Entry", "Frames", "Snapshot", "bytes_of", "damaged", "read_layout"]
+__all__ = ["SAYING_NOTHING", "Annotation", "Frames", "Snapshot", "bytes_of", "damaged", "read_layout"]
 
-Entry = Mapping[str, Any]
-"""An entry of `device_traces`, a segment of `segments`, or a block of a segment."""
 Frames = Sequence[Mapping[str, Any]]
 """A stack, innermost frame first: name, filename, line of each."""
 SAYING_NOTHING = frozenset({"snapshot", "user_defined"})

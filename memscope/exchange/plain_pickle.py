@@ -17,17 +17,15 @@ import os
 import pickle
 import pickletools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 from memscope.errors import TraceFileError
+from memscope.trace import Progress, no_progress
 
-__all__ = ["Progress", "read_plain_pickle"]
-
-Progress = Callable[[str, int, int], None]
-"""`progress(what is being done, done, in all)`."""
+__all__ = ["read_plain_pickle"]
 
 _PROTOCOLS = range(2, 6)
 _INTEGER = rb"(?:K.|M..|J....|\x8a(?:\x00|\x01.|\x02.{2}|\x03.{3}|\x04.{4}|\x05.{5}|\x06.{6}|\x07.{7}|\x08.{8}))"
@@ -61,7 +59,7 @@ _NAMING = ("GLOBAL", "INST", "STACK_GLOBAL")
 _BUFFER_BYTES = 2**20
 
 
-def read_plain_pickle(path: str | os.PathLike[str], progress: Progress = lambda *_: None) -> Any:
+def read_plain_pickle(path: str | os.PathLike[str], progress: Progress = no_progress) -> Any:
     """The plain data in a pickle of protocol 2 to 5; nothing in it is ever executed or imported.
 
     Memory: about 3.3 bytes for each byte of a PyTorch snapshot.

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from memscope.errors import UsageError
-from memscope.exchange.plain_pickle import Progress
-from memscope.trace import CATEGORIES, PHASES, Ints, Trace
+from memscope.trace import CATEGORIES, PHASES, Ints, Progress, Trace, no_progress
 
 __all__ = ["csv_bytes", "parquet_bytes"]
 
@@ -28,7 +27,7 @@ _NUMBERS: Mapping[str, str] = {
 """Columns of numbers, and those of the trace; `freed_event` is empty where an allocation is alive at the end."""
 
 
-def csv_bytes(trace: Trace, progress: Progress = lambda *_: None) -> bytes:
+def csv_bytes(trace: Trace, progress: Progress = no_progress) -> bytes:
     """The file, in UTF-8 with a heading."""
     progress("writing", 0, 1)
     text = io.StringIO()
@@ -41,7 +40,7 @@ def csv_bytes(trace: Trace, progress: Progress = lambda *_: None) -> bytes:
     return text.getvalue().encode("utf-8", "replace")
 
 
-def parquet_bytes(trace: Trace, progress: Progress = lambda *_: None) -> bytes:
+def parquet_bytes(trace: Trace, progress: Progress = no_progress) -> bytes:
     """The file; names are dictionary-encoded, and the schema's metadata holds the trace's as JSON under "memscope".
 
     Raises:

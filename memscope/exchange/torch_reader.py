@@ -9,16 +9,17 @@ from typing import Any
 
 import numpy as np
 
+from memscope.allocator.recorded import Entry
+from memscope.analysis.ran_out import alive_before
 from memscope.errors import TraceFileError, UsageError
 from memscope.exchange import own_snapshot
 from memscope.exchange.annotations import annotated
 from memscope.exchange.device_history import DeviceHistory, read_device
 from memscope.exchange.inference import Course, categories_of, course_of
-from memscope.exchange.layout import Entry, Snapshot, damaged, read_layout
-from memscope.exchange.plain_pickle import Progress, read_plain_pickle
+from memscope.exchange.layout import Snapshot, damaged, read_layout
+from memscope.exchange.plain_pickle import read_plain_pickle
 from memscope.exchange.stacks import NO_STACK, Place, StackReader
-from memscope.ran_out import alive_before
-from memscope.trace import PHASES, Ints, Trace
+from memscope.trace import PHASES, Ints, Progress, Trace, no_progress
 from memscope.units import format_bytes
 
 __all__ = ["INFERRED", "import_snapshot"]
@@ -31,7 +32,7 @@ _TELL_EVERY = 100_000
 
 
 def import_snapshot(
-    path: str | os.PathLike[str], *, device: int | None = None, progress: Progress = lambda *_: None
+    path: str | os.PathLike[str], *, device: int | None = None, progress: Progress = no_progress
 ) -> Trace:
     """A trace of what `torch.cuda.memory._dump_snapshot` wrote; nothing in the file is ever executed.
 

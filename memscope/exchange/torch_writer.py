@@ -12,10 +12,10 @@ import pickle
 from collections.abc import Iterator
 from typing import Any
 
+from memscope.allocator.replay import Replay, replay
+from memscope.allocator.report import Segment, SegmentEvent
 from memscope.exchange.own_snapshot import OwnFrames, about_run
-from memscope.exchange.plain_pickle import Progress
-from memscope.simulation.allocator import Replay, Segment, SegmentEvent, replay
-from memscope.trace import CATEGORIES, Trace
+from memscope.trace import CATEGORIES, Progress, Trace, no_progress
 
 __all__ = ["torch_snapshot", "torch_snapshot_bytes"]
 
@@ -23,12 +23,12 @@ _PROTOCOL = 4
 _TELL_EVERY = 100_000
 
 
-def torch_snapshot_bytes(trace: Trace, progress: Progress = lambda *_: None) -> bytes:
+def torch_snapshot_bytes(trace: Trace, progress: Progress = no_progress) -> bytes:
     """The file of a trace's snapshot: a pickle of plain data."""
     return pickle.dumps(torch_snapshot(trace, progress), protocol=_PROTOCOL)
 
 
-def torch_snapshot(trace: Trace, progress: Progress = lambda *_: None) -> dict[str, Any]:
+def torch_snapshot(trace: Trace, progress: Progress = no_progress) -> dict[str, Any]:
     """What `torch.cuda.memory._snapshot()` would have returned at the end of the run, had it been recorded."""
     progress("replaying the allocator", 0, 1)
     run = replay(trace.requested, trace.born, trace.freed)

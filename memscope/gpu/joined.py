@@ -9,20 +9,20 @@ from typing import Any
 
 import numpy as np
 
+from memscope.allocator.recorded import Entry, RecordedBlocks, Refusal, read_blocks
+from memscope.allocator.settings import AllocatorSettings
+from memscope.analysis.ran_out import alive_before
 from memscope.hooks.allocations import Allocations
-from memscope.hooks.blocks import Blocks, Entry, Refusal, read_blocks
 from memscope.hooks.moments import Moments
-from memscope.ran_out import alive_before
-from memscope.simulation.allocator_settings import AllocatorSettings
 from memscope.trace import CATEGORIES, MARK_COLUMNS, PHASES, Ints, Trace, columns_of
 
-__all__ = ["History", "joined"]
+__all__ = ["Recording", "joined"]
 
 _WORKSPACE, _OTHER = CATEGORIES.index("workspace"), CATEGORIES.index("other")
 
 
 @dataclass(frozen=True)
-class History:
+class Recording:
     """What the allocator of one device did while it was recorded, as `torch.cuda.memory._snapshot()` tells it."""
 
     before: Sequence[Entry]
@@ -39,7 +39,7 @@ class History:
 
 
 def joined(
-    history: History,
+    history: Recording,
     moments: Moments,
     seen: Allocations,
     *,
@@ -105,7 +105,9 @@ def joined(
     return trace
 
 
-def _owners(blocks: Blocks, within: Ints, begun: Ints, moments: Moments, seen: Allocations) -> tuple[list[int], int]:
+def _owners(
+    blocks: RecordedBlocks, within: Ints, begun: Ints, moments: Moments, seen: Allocations
+) -> tuple[list[int], int]:
     """The storage of each block, -1 for none; and the bytes of storages that lie in no block of the allocator."""
     last: dict[tuple[int, int], int] = {}  # the last block an operator took at an address: its output lies there
     by_address: dict[int, tuple[list[int], list[int]]] = {}
@@ -149,7 +151,7 @@ def _whereabouts(moments: Moments, number: int) -> tuple[int, int, int, int, int
     return row.module, row.op, row.phase, row.step, row.micro_batch
 
 
-def _marks(moments: Moments, blocks: Blocks, begun: Ints) -> list[tuple[int, ...]]:
+def _marks(moments: Moments, blocks: RecordedBlocks, begun: Ints) -> list[tuple[int, ...]]:
     """Event, phase, step and micro-batch of each change of phase."""
     of_event = np.where(blocks.event_entry >= 0, np.append(begun, 0)[blocks.event_entry], -1)
     events = np.searchsorted(of_event, moments.marks, side="left").tolist()

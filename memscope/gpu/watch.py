@@ -8,31 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from memscope.allocator.settings import AllocatorSettings
 from memscope.errors import MemscopeError, UsageError
-from memscope.hooks.joined import History
+from memscope.gpu.joined import Recording, joined
+from memscope.gpu.nvml import DriverMemory, driver_memory
+from memscope.hooks.allocations import Allocations
 from memscope.hooks.moments import Moments
-from memscope.hooks.nvml import DriverMemory, driver_memory
-from memscope.simulation.allocator_settings import AllocatorSettings
+from memscope.trace import Trace
 
-__all__ = ["AllocatorWatch", "require_gpu"]
-
-
-def require_gpu() -> None:
-    """Refuse to go on where PyTorch has no CUDA device.
-
-    Raises:
-        UsageError: when there is none; says how to simulate one.
-    """
-    if not torch.cuda.is_available():
-        raise UsageError(
-            'cannot record on "cuda": PyTorch finds no CUDA device on this machine. '
-            "Simulate a GPU: --device gpu, or one of memscope devices (in Python: memscope.simulate)"
-        )
+__all__ = ["AllocatorWatch"]
 
 
 class AllocatorWatch:
@@ -46,7 +35,7 @@ class AllocatorWatch:
         self._device = torch.cuda.current_device() if device.index is None else device.index
         self.moments = Moments()
         self._before: dict[str, Any] = {}
-        self._history: History | None = None
+        self._history: Recording | None = None
         self._driver: list[DriverMemory] = []
 
     def __enter__(self) -> AllocatorWatch:
@@ -82,7 +71,7 @@ class AllocatorWatch:
             torch.cuda.memory._record_memory_history(enabled=None)
 
     @property
-    def history(self) -> History:
+    def history(self) -> Recording:
         """What was recorded; there after leaving.
 
         Raises:
@@ -92,7 +81,20 @@ class AllocatorWatch:
             raise MemscopeError("nothing was recorded: the recorder was not entered and left")
         return self._history
 
-    def meta(self) -> dict[str, Any]:
+    def trace(
+        self,
+        seen: Allocations,
+        *,
+        modules: Sequence[str],
+        ops: Sequence[str],
+        meta: Mapping[str, Any],
+        ran_out: bool,
+    ) -> Trace:
+        """See `DeviceWatch.trace`."""
+        meta = {**meta, **self._meta()}
+        return joined(self.history, self.moments, seen, modules=modules, ops=ops, meta=meta, ran_out=ran_out)
+
+    def _meta(self) -> dict[str, Any]:
         """What the trace keeps of the device and the driver, JSON values."""
         before, after = self._driver
         return {
@@ -105,10 +107,10 @@ class AllocatorWatch:
         """Wait until the device has done all it was asked to."""
         torch.cuda.synchronize(self._device)
 
-    def _read(self, snapshot: dict[str, Any]) -> History:
+    def _read(self, snapshot: dict[str, Any]) -> Recording:
         capacity = torch.cuda.get_device_properties(self._device).total_memory
         fraction = _memory_fraction(self._device)
-        return History(
+        return Recording(
             before=self._segments(self._before),
             entries=snapshot["device_traces"][self._device],
             after=self._segments(snapshot),

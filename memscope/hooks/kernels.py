@@ -3,37 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
 
 __all__ = ["Kernels", "Workspace"]
 
 
-class Workspace(Protocol):
-    """Memory that a kernel takes inside itself; see `memscope.simulation.workspaces`."""
+@dataclass(frozen=True)
+class Workspace:
+    """One allocation made inside an operator."""
 
-    @property
-    def name(self) -> str:
-        """What it holds."""
+    name: str
+    """What it holds."""
+    size_bytes: int
+    """Bytes asked of the allocator."""
+    lifetime: Literal["op", "handle"]
+    """`op`: free when the operator returns. `handle`: kept; a thread takes it once for each stream and `key`.
 
-    @property
-    def size_bytes(self) -> int:
-        """Bytes asked of the allocator."""
+    Autograd runs the backward, and what it recomputes, in a thread of its own: that thread and the main one have one
+    each.
+    """
+    source: str
+    """The file it was read from."""
+    key: str = ""
+    """For the lifetime `handle`: which of a thread's kept workspaces this is."""
+    before_outputs: bool = False
+    """Whether it is taken before the operator's outputs."""
+    frees: tuple[str, ...] = ()
+    """Names of workspaces of the same call that are free again when this one is taken."""
+    estimate: bool = False
+    """Whether the size is not exactly known."""
 
-    @property
-    def lifetime(self) -> str:
-        """`op`: until the operator returns; `handle`: kept."""
-
-    @property
-    def key(self) -> str:
-        """Which of a thread's kept workspaces it is."""
-
-    @property
-    def before_outputs(self) -> bool:
-        """Whether it is taken before the operator's outputs."""
-
-    @property
-    def frees(self) -> tuple[str, ...]:
-        """Names of workspaces of the same call that are free again when this one is taken."""
+    def uncertain(self) -> Workspace:
+        """The same, marked as an estimate."""
+        return replace(self, estimate=True)
 
 
 class Kernels(Protocol):

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from memscope.hooks.allocations import UNKNOWN
+from memscope.hooks.live_state import Forecast, LiveState, MemoryKind, Tell
 from memscope.hooks.recorder import Recorder
-from memscope.live import Forecast, Kind, LiveState, Tell
 from memscope.trace import CATEGORIES, Phase
 
 __all__ = ["LiveStates"]
@@ -58,7 +58,7 @@ class LiveStates:
             )
         )
 
-    def _memory(self) -> dict[Kind, int]:
+    def _memory(self) -> dict[MemoryKind, int]:
         """Bytes of each kind now; brings the peak up to date."""
         seen, clock = self._recorder.tracker.seen, self._recorder.tracker.clock
         births = range(self._next_birth, len(seen.births))
@@ -66,7 +66,7 @@ class LiveStates:
         change = np.zeros(clock - self._clock, dtype=np.int64)
         for index in births:
             change[seen.births[index].born - self._clock] += seen.births[index].size_bytes
-        memory: dict[Kind, int] = {}
+        memory: dict[MemoryKind, int] = {}
         self._alive = []
         for index in known:
             size, freed, category = seen.births[index].size_bytes, seen.freed[index], seen.category[index]
@@ -74,7 +74,7 @@ class LiveStates:
                 change[freed - self._clock] -= size
                 continue
             self._alive.append(index)
-            kind: Kind = "undecided" if category == UNKNOWN else CATEGORIES[category]
+            kind: MemoryKind = "undecided" if category == UNKNOWN else CATEGORIES[category]
             memory[kind] = memory.get(kind, 0) + size
         held = self._held_bytes + np.cumsum(change)
         self._peak_bytes = max(self._peak_bytes, int(held.max(initial=0)))

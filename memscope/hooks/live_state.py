@@ -8,9 +8,9 @@ from typing import Literal, TypeAlias
 
 from memscope.trace import Category, Phase
 
-__all__ = ["Forecast", "Kind", "LiveState", "Tell"]
+__all__ = ["Forecast", "LiveState", "MemoryKind", "Tell"]
 
-Kind: TypeAlias = Category | Literal["undecided", "unseen"]
+MemoryKind: TypeAlias = Category | Literal["undecided", "unseen"]
 """A category, or what has none yet. `undecided`: made, and only what comes tells whether the backward pass needs it.
 `unseen`: on a GPU, what the allocator gave out beyond the tensors: rounding to blocks, and memory inside kernels."""
 
@@ -24,7 +24,7 @@ the optimizer state added that was made at its end. `seen`: a whole step that be
 class LiveState:
     """A run at the beginning of a phase, or at its end."""
 
-    memory: Mapping[Kind, int]
+    memory: Mapping[MemoryKind, int]
     """Bytes held now; kinds without any are left out."""
     peak_bytes: int
     """Most that was held at any moment so far, between the states too."""

@@ -10,16 +10,19 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from memscope.batch import map_tensors
 from memscope.errors import OutOfDeviceMemory, TargetError, UsageError
+from memscope.hooks.device import require_gpu
+from memscope.hooks.live_state import Tell
 from memscope.hooks.recorder import Recorder
-from memscope.hooks.snapshot import require_gpu
-from memscope.hooks.steps import Progress, build_workload, prepare_steps, record_steps, run_meta
-from memscope.live import Tell
+from memscope.hooks.run import MicroBatchProgress, run_meta, run_steps
 from memscope.strategies import Plan
 from memscope.trace import Trace
 from memscope.units import format_bytes
-from memscope.workload import Training, Workload
+from memscope.workload.batch import map_tensors
+from memscope.workload.building import build_workload
+from memscope.workload.description import Workload
+from memscope.workload.micro_batches import prepare_steps
+from memscope.workload.step import Training
 
 __all__ = ["record"]
 
@@ -30,7 +33,7 @@ def record(
     device: str = "cpu",
     strategies: str | Plan = "",
     steps: int = 2,
-    progress: Progress | None = None,
+    progress: MicroBatchProgress | None = None,
     live: Tell | None = None,
 ) -> Trace:
     """Run `steps` real training steps and trace them. The model is really trained: its weights change.
@@ -42,7 +45,7 @@ def record(
         strategies: a plan such as `lora:r=8,amp`, applied to the workload itself before the first step.
         steps: optimizer steps to run; from the second on, the optimizer's state is there.
         progress: called after each micro-batch, `progress(done, in all)`.
-        live: called with a `memscope.live.LiveState` when a phase begins, and when all is done.
+        live: called with a `memscope.hooks.live_state.LiveState` when a phase begins, and when all is done.
 
     Raises:
         TargetError: when the target's code fails.
@@ -55,7 +58,7 @@ def record(
     if device == "cuda":
         require_gpu()
     plan = Plan.parse(strategies) if isinstance(strategies, str) else strategies
-    built = workload if isinstance(workload, Workload) else build_workload(workload)
+    built = build_workload(workload)
     plan.apply(built)
     pieces = prepare_steps(built, steps)
     if device == "cuda":
@@ -68,7 +71,7 @@ def record(
     scaler = training.scaler
     scale = scaler.get_scale() if scaler else 0.0
     try:
-        record_steps(built, pieces, training, recorder, progress, live)
+        run_steps(training, pieces, recorder, progress, live)
     except TargetError as error:
         if not isinstance(error.__cause__, torch.OutOfMemoryError):
             raise

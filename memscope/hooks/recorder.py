@@ -15,17 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from memscope.batch import tensors_in
 from memscope.errors import MemscopeError, UsageError
 from memscope.hooks.calls import ModuleCalls
-from memscope.hooks.joined import joined
+from memscope.hooks.device import watch_of
 from memscope.hooks.kernels import Kernels
 from memscope.hooks.modules import ModuleStack
 from memscope.hooks.optimizer import GradientNamer, OptimizerNamer
-from memscope.hooks.snapshot import AllocatorWatch
 from memscope.hooks.storages import StorageTracker
 from memscope.hooks.work import Execute, WorkDone
 from memscope.trace import MARK_COLUMNS, Phase, Trace, columns_of
+from memscope.workload.batch import tensors_in
 
 __all__ = ["Recorder"]
 
@@ -79,9 +78,7 @@ class Recorder:
         self._model, self._optimizer = model, optimizer
         self._meta = dict(meta or {})
         self._modules = ModuleStack(model, on_call=self._call_begins, on_return=self._call_ends)
-        device = next((parameter.device for parameter in model.parameters()), None)
-        on_cuda = device is not None and device.type == "cuda"
-        self._watch = AllocatorWatch(device) if device is not None and on_cuda else None
+        self._watch = watch_of(next((parameter.device for parameter in model.parameters()), None))
         self._ran_out = False
         self._tracker = StorageTracker(
             self._modules,
@@ -240,13 +237,11 @@ class Recorder:
         """
         seen = self._tracker.seen
         if self._watch:
-            return joined(
-                self._watch.history,
-                self._watch.moments,
+            return self._watch.trace(
                 seen,
                 modules=self._modules.names,
                 ops=self._tracker.ops,
-                meta={**self._finished_meta(), **self._watch.meta()},
+                meta=self._finished_meta(),
                 ran_out=self._ran_out,
             )
         if not seen.births:

@@ -18,12 +18,12 @@ from queue import Empty
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from memscope.errors import MemscopeError, OutOfDeviceMemory, TargetError
-from memscope.processes import cores, interrupts_held, pool
+from memscope.runs.processes import cores, interrupts_held, pool
 
 if TYPE_CHECKING:
-    from memscope.live import LiveState
+    from memscope.hooks.live_state import LiveState
     from memscope.strategies import Plan
-    from memscope.target import Target
+    from memscope.workload.target import Target
 
 __all__ = ["Report", "RunSpec", "check_plans", "run_all", "run_where_there_is_room", "try_all"]
 
@@ -70,7 +70,7 @@ def check_plans(target: Target, config: Any, plans: Sequence[Plan]) -> None:
     """
     import torch
 
-    from memscope.hooks.steps import usable
+    from memscope.workload.building import usable
 
     with torch.device("meta"):
         try:
@@ -179,12 +179,12 @@ def _run(index: int, spec: RunSpec) -> None:
     import torch
 
     from memscope import record, simulate
-    from memscope.hooks.steps import usable
-    from memscope.simulation.allocator_settings import AllocatorSettings
-    from memscope.simulation.devices import get_device, load_devices
+    from memscope.allocator.settings import AllocatorSettings
+    from memscope.simulation.devices.catalogue import get_device, load_devices
     from memscope.strategies import Plan
-    from memscope.target import find_target
-    from memscope.workload import Workload
+    from memscope.workload.building import usable
+    from memscope.workload.description import Workload
+    from memscope.workload.target import find_target
 
     torch.set_num_threads(1 if spec.simulated else cores())
     if spec.memory_bytes is not None:

@@ -16,7 +16,7 @@ from typing import Any
 
 __all__ = ["cores", "interrupts_held", "pool"]
 
-_PRELOADED = ["memscope.simulation.fake", "torch._dynamo"]
+_PRELOADED = ["memscope.simulation.simulate", "torch._dynamo"]
 """The latter is imported by the first optimizer that is built."""
 
 

@@ -19,9 +19,9 @@ from memscope.strategies.plugins import called
 from memscope.trace import Trace
 
 if TYPE_CHECKING:
-    from memscope.runs import RunSpec
-    from memscope.target import Target
-    from memscope.workload import Workload
+    from memscope.runs.plans import RunSpec
+    from memscope.workload.description import Workload
+    from memscope.workload.target import Target
 
 __all__ = ["Remedies", "WouldFree", "would_free"]
 

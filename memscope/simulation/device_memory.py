@@ -13,10 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from memscope.simulation.allocator import AllocatorSettings, OutOfMemory, Replay, replay
-from memscope.simulation.devices import Device
-from memscope.simulation.kernel_results import OWN_ORDER
-from memscope.simulation.workspaces import OPERATORS, KernelSettings, Workspace, describe, workspaces_for
+from memscope.allocator.replay import Replay, replay
+from memscope.allocator.report import OutOfMemory
+from memscope.allocator.settings import AllocatorSettings
+from memscope.hooks.kernels import Workspace
+from memscope.simulation.cuda.kernel_results import OWN_ORDER
+from memscope.simulation.cuda.workspace_call import KernelSettings, describe
+from memscope.simulation.cuda.workspaces import OPERATORS, workspaces_for
+from memscope.simulation.devices.catalogue import Device
 from memscope.trace import CATEGORIES, PHASES, Trace
 
 __all__ = ["SMALL_SEGMENT_BYTES", "KernelWorkspaces", "least_reserved", "on_device"]

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from memscope.hooks.storages import StorageTracker
-from memscope.simulation.stand_in import is_target
+from memscope.simulation.facade.stand_in import is_target
 
 __all__ = ["host_copies"]
 

@@ -17,27 +17,30 @@ from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from memscope.batch import map_tensors
+from memscope.allocator.settings import AllocatorSettings
 from memscope.errors import TargetError, where
+from memscope.hooks.live_state import Tell
 from memscope.hooks.recorder import Recorder
-from memscope.hooks.steps import Choose, Progress, build_workload, prepare_steps, record_steps, run_meta
-from memscope.live import Tell
-from memscope.simulation.allocator import AllocatorSettings
-from memscope.simulation.cost import cost_table
-from memscope.simulation.cuda import cuda_semantics, fake_tensors_use_foreach
+from memscope.hooks.run import MicroBatchProgress, run_meta, run_steps
+from memscope.simulation.cuda.kernel_results import results
+from memscope.simulation.cuda.semantics import cuda_semantics, fake_tensors_use_foreach
 from memscope.simulation.device_memory import KernelWorkspaces, on_device
-from memscope.simulation.devices import Device, get_device
+from memscope.simulation.devices.catalogue import Device, get_device
+from memscope.simulation.devices.cost import cost_table
+from memscope.simulation.devices.roofline import Roofline
 from memscope.simulation.engine import PlainAutograd
+from memscope.simulation.facade.stand_in import replaced
+from memscope.simulation.facade.visible_gpu import VisibleGpu
 from memscope.simulation.host import host_copies
-from memscope.simulation.kernel_results import results
 from memscope.simulation.refusal import NotSimulated
 from memscope.simulation.remember import RememberedOperators
-from memscope.simulation.roofline import Roofline
-from memscope.simulation.stand_in import replaced
-from memscope.simulation.visible_gpu import VisibleGpu
 from memscope.strategies import Plan
 from memscope.trace import Trace
-from memscope.workload import Training, Workload
+from memscope.workload.batch import map_tensors
+from memscope.workload.building import build_workload, usable
+from memscope.workload.description import Workload
+from memscope.workload.micro_batches import Choose, prepare_steps
+from memscope.workload.step import Training
 
 __all__ = ["simulate"]
 
@@ -49,7 +52,7 @@ def simulate(
     strategies: str | Plan = "",
     steps: int = 2,
     allocator: AllocatorSettings | None = None,
-    progress: Progress | None = None,
+    progress: MicroBatchProgress | None = None,
     live: Tell | None = None,
     micro_batches: Choose = list,
     calls_of: Collection[str] = (),
@@ -64,15 +67,15 @@ def simulate(
         steps: optimizer steps to trace; from the second on, the optimizer's state is there.
         allocator: settings of PyTorch's caching allocator; None: what `PYTORCH_CUDA_ALLOC_CONF` says.
         progress: called after each micro-batch, `progress(done, in all)`.
-        live: called with a `memscope.live.LiveState` when a phase begins, and when all is done: bytes as they are asked
-            for, which the trace rounds to the device's blocks.
+        live: called with a `memscope.hooks.live_state.LiveState` when a phase begins, and at the end: bytes as
+            requested, before the trace rounds them to the device's blocks.
         micro_batches: gives those of a step's micro-batches that are to be run; as it stands, all.
         calls_of: names of modules whose calls are noted in `meta["calls"]`.
 
     Returns:
         The trace. Its sizes are the blocks that PyTorch's allocator would give on the device, workspaces of kernels
         included; `meta["out_of_memory"]` says where the device would run out, if it would, and `meta["cost"]` how long
-        it would take, as `memscope.simulation.cost` reads it: an estimate, None where the device's rates are not known.
+        it would take, as `memscope.analysis.cost` reads it: an estimate, None where the device's rates are not known.
 
     Raises:
         TargetError: when the target's code fails, or needs values that a simulation does not have.
@@ -105,7 +108,7 @@ def simulate(
             )
             gpu.seen = recorder.tracker.seen
             with host_copies(recorder.tracker) if kernels else contextlib.nullcontext():
-                record_steps(built, pieces, training, recorder, progress, live)
+                run_steps(training, pieces, recorder, progress, live)
     trace = recorder.trace()
     if kernels is None:
         return trace
@@ -118,6 +121,7 @@ def _build(workload: Workload | Callable[[], Workload], mode: FakeTensorMode) ->
     if not isinstance(workload, Workload):
         with _FakeCopies():
             return build_workload(workload)
+    usable(workload)
     with FakeCopyMode(mode):
         return dataclasses.replace(workload, model=copy.deepcopy(workload.model), settings=dict(workload.settings))
 

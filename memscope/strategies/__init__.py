@@ -16,11 +16,11 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from memscope.errors import UsageError, nearest
-from memscope.settings import fill, is_switch, non_defaults
 from memscope.strategies.plugins import called, loaded
+from memscope.workload.settings import fill, is_switch, non_defaults
 
 if TYPE_CHECKING:
-    from memscope.workload import Workload
+    from memscope.workload.description import Workload
 
 __all__ = ["Plan", "Problem", "Stage", "Strategy", "available", "read_strategies"]
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch.optim import Optimizer
 
 from memscope.strategies import Problem, Stage, Strategy
-from memscope.workload import Workload
+from memscope.workload.description import Workload
 
 __all__ = ["OptimizerStep"]
 

@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from memscope.batch import map_tensors
 from memscope.strategies import Problem, Stage, Strategy
-from memscope.workload import Workload
+from memscope.workload.batch import map_tensors
+from memscope.workload.description import Workload
 
 __all__ = ["BF16"]
 

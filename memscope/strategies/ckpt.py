@@ -15,7 +15,7 @@ from memscope.strategies.ckpt_apply import apply_options
 from memscope.strategies.ckpt_layers import chosen_layers, find_layers, named_layers, planned_layers
 from memscope.strategies.ckpt_options import Option
 from memscope.strategies.layer_plan import LayerPlan
-from memscope.workload import Workload
+from memscope.workload.description import Workload
 
 __all__ = ["Checkpoint", "chosen_layers", "find_layers"]
 

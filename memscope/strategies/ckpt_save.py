@@ -262,7 +262,7 @@ def _random_state(out: Any) -> tuple[torch.device, Tensor]:
 
 
 def _tensors(values: Any) -> list[Tensor]:
-    # Not `memscope.batch.tensors_in`: this runs in every call, and operators know no dataclasses.
+    # Not `memscope.workload.batch.tensors_in`: this runs in every call, and operators know no dataclasses.
     return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
 
 

@@ -9,7 +9,8 @@ from typing import ClassVar
 
 from memscope.errors import UsageError
 from memscope.strategies import Problem, Stage, Strategy
-from memscope.workload import Workload, sample_counts
+from memscope.workload.description import Workload
+from memscope.workload.split import sample_counts
 
 __all__ = ["GradientAccumulation"]
 

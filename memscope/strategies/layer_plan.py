@@ -19,7 +19,7 @@ from memscope.errors import UsageError
 from memscope.strategies import Problem
 from memscope.strategies.ckpt_options import Option, check_segments
 from memscope.trace import write_whole
-from memscope.workload import Workload
+from memscope.workload.description import Workload
 
 __all__ = ["SCHEMA_VERSION", "LayerPlan", "described", "made_for"]
 

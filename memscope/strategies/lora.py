@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from memscope.errors import nearest
 from memscope.strategies import Problem, Stage, Strategy
-from memscope.workload import Workload
+from memscope.workload.description import Workload
 
 __all__ = ["LoRA", "LoRALinear", "adapt", "merge", "unmerge"]
 

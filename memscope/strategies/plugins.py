@@ -10,7 +10,7 @@ from memscope.errors import MemscopeError, UsageError, where
 
 if TYPE_CHECKING:
     from memscope.strategies import Strategy
-    from memscope.workload import Workload
+    from memscope.workload.description import Workload
 
 __all__ = ["called", "loaded"]
 

@@ -15,15 +15,17 @@ from typing import Any, Literal, Union
 import torch
 from torch import Tensor
 
-from memscope.batch import map_tensors
 from memscope.errors import UsageError
 from memscope.hooks.record import record
-from memscope.settings import help_of
-from memscope.simulation.fake import simulate
+from memscope.simulation.simulate import simulate
 from memscope.strategies import Plan, Stage, Strategy, available
-from memscope.toy import toy_workload
+from memscope.testing.toy import toy_workload
 from memscope.trace import CATEGORIES, PHASES, Trace
-from memscope.workload import StepPlan, Training, Workload, micro_batches, run_step
+from memscope.workload.batch import map_tensors
+from memscope.workload.description import StepPlan, Workload
+from memscope.workload.micro_batches import micro_batches
+from memscope.workload.settings import help_of
+from memscope.workload.step import Training, run_step
 
 __all__ = ["TOLERANCE", "check_strategy", "toy_workload"]
 

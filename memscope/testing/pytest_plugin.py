@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from memscope.trace import Trace
-    from memscope.workload import Workload
+    from memscope.workload.description import Workload
 
 __all__ = ["MemscopeTrace", "memscope_trace"]
 
@@ -60,7 +60,7 @@ def memscope_trace(request: pytest.FixtureRequest) -> MemscopeTrace:
     limit_bytes = _limit_bytes(request.node)
 
     def trace(workload: Workload | Callable[[], Workload], **options: Any) -> Trace:
-        from memscope.simulation.fake import simulate
+        from memscope.simulation.simulate import simulate
 
         found = simulate(workload, **options)
         if limit_bytes is not None and found.events and found.peak.allocated_bytes > limit_bytes:

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from memscope.workload import Workload, split_batch
+from memscope.workload.description import Workload
+from memscope.workload.split import split_batch
 
 __all__ = ["toy_workload"]
 

@@ -6,49 +6,20 @@ An allocation is one row. Time is counted in events: each birth and each death o
 
 from __future__ import annotations
 
-import io
-import json
 import os
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from memscope.errors import TraceFileError, UsageError, nearest
+from memscope.trace.columns import CATEGORIES, KEYS, PHASES, Bools, Category, Ints, Key, Phase
+from memscope.trace.file import is_within, read_columns, write_columns
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-__all__ = [
-    "CATEGORIES", "MARK_COLUMNS", "PHASES", "SCHEMA_VERSION", "Category", "Peak", "Phase", "Trace", "columns_of",
-    "damage_of", "write_whole",
-]  # fmt: skip
-
-SCHEMA_VERSION = 1
-_FORMAT = "memscope-trace"
-
-Category = Literal[
-    "parameter", "weight_copy", "buffer", "gradient", "optimizer_state", "activation", "input", "temporary",
-    "workspace", "other",
-]  # fmt: skip
-CATEGORIES: tuple[Category, ...] = get_args(Category)
-"""What memory is for. `weight_copy`: a cast of a parameter. `activation`: made by the forward pass (or its
-recomputation) and still alive when the backward pass that needs it begins. `temporary`: freed before that.
-`workspace`: taken inside a kernel. `other`: outlives its step without any known owner."""
-
-Phase = Literal["setup", "forward", "loss", "backward", "recompute", "optimizer", "zero_grad", "outside"]
-PHASES: tuple[Phase, ...] = get_args(Phase)
-"""When. `recompute` is forward work done again inside the backward pass by activation checkpointing; `outside` is
-between steps and, in a loop that does not say its phases, between forward, backward and optimizer."""
-
-Ints = npt.NDArray[np.int64]
-Key = Literal["category", "module", "op", "phase", "step", "micro_batch"]
-KEYS: tuple[Key, ...] = get_args(Key)
+__all__ = ["Peak", "Trace", "damage_of", "show_traces_with"]
 
 
 class Peak(NamedTuple):
@@ -105,15 +76,11 @@ class Trace:
             return f"{start}>"
         return f"{start}, peak {self.peak.allocated_bytes:,} bytes in {self.peak.phase}, step {self.peak.step}>"
 
-    def __rich__(self) -> Table:
-        from memscope.summary import trace_table
+    def __rich__(self) -> Any:
+        return _views["rich"](self) if "rich" in _views else repr(self)
 
-        return trace_table(self)
-
-    def _repr_html_(self) -> str:
-        from memscope.summary import notebook_html
-
-        return notebook_html(self.__rich__())
+    def _repr_html_(self) -> str | None:
+        return _views["html"](self) if "html" in _views else None
 
     @cached_property
     def events(self) -> int:
@@ -129,7 +96,7 @@ class Trace:
         """Bytes allocated after each event, of one category or of all: int64 `[events]`."""
         return self.allocated if category is None else self._timeline(self.category == _code(category))
 
-    def _timeline(self, chosen: npt.NDArray[np.bool_]) -> Ints:
+    def _timeline(self, chosen: Bools) -> Ints:
         change = np.zeros(self.events, dtype=np.int64)
         change[self.born[chosen]] += self.size[chosen]
         died = chosen & (self.freed >= 0)
@@ -245,17 +212,8 @@ class Trace:
             TraceFileError: when the file exists and `overwrite` is False, it cannot be written, or `meta` is not JSON.
         """
         path = Path(path)
-        if path.exists() and not overwrite:
-            raise TraceFileError(f"{path} exists already: choose another name, or overwrite it with -f")
         texts = {"modules": self.modules, "ops": self.ops, "meta": dict(self.meta)}
-        try:
-            header = json.dumps({"format": _FORMAT, "schema_version": SCHEMA_VERSION} | texts)
-        except (TypeError, ValueError) as error:
-            raise TraceFileError(f"{path}: cannot be written: meta holds more than JSON values ({error})") from None
-        buffer = io.BytesIO()
-        columns: dict[str, Any] = {name: _narrow(getattr(self, name)) for name in _COLUMNS}
-        np.savez_compressed(buffer, header=np.array(header), **columns)
-        write_whole(path, buffer.getvalue())
+        write_columns(path, {name: getattr(self, name) for name in _COLUMNS}, texts, overwrite=overwrite)
         return path
 
     @classmethod
@@ -265,54 +223,23 @@ class Trace:
         Raises:
             TraceFileError: when the file is missing, not a trace, truncated, inconsistent, or of a newer schema.
         """
-        try:
-            with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
-                arrays = {name: stored[name] for name in stored.files}
-        except FileNotFoundError:
-            raise TraceFileError(f"{path}: no such file") from None
-        except OSError as error:
-            raise TraceFileError(f"{path}: cannot be read ({error.strerror or error})") from None
-        except Exception:  # zipfile, zlib and NumPy raise nearly anything on bytes they did not write
-            raise TraceFileError(
-                f"{path}: not a memscope trace, or truncated; expected a file written by memscope profile"
-            ) from None
-        return _from_arrays(path, arrays)
+        columns, header = read_columns(path, _COLUMNS, _TEXTS)
+        modules, ops = (tuple(map(str, header[name])) for name in ("modules", "ops"))
+        trace = cls(**columns, modules=modules, ops=ops, meta=header["meta"])
+        damage = damage_of(trace)
+        if damage:
+            raise TraceFileError(f"{path}: a damaged memscope trace: {damage}")
+        return trace
 
 
 _TEXTS: dict[str, type] = {"modules": list, "ops": list, "meta": dict}
 _COLUMNS = tuple(field.name for field in fields(Trace) if field.name not in _TEXTS)
-MARK_COLUMNS = ("mark_event", "mark_phase", "mark_step", "mark_micro_batch")
+_views: dict[str, Callable[[Trace], Any]] = {}
 
 
-def columns_of(names: Sequence[str], rows: Sequence[Sequence[int]]) -> dict[str, Ints]:
-    """Rows of integers, each in the order of `names`, as columns by name: int64 `[rows]`, empty where there is none."""
-    table = np.array(rows, dtype=np.int64).reshape(-1, len(names)).T
-    return {name: np.ascontiguousarray(column) for name, column in zip(names, table, strict=True)}
-
-
-def _from_arrays(path: str | os.PathLike[str], arrays: dict[str, npt.NDArray[Any]]) -> Trace:
-    try:
-        header = json.loads(str(arrays["header"]))
-        if header["format"] != _FORMAT:
-            raise KeyError("format")
-        version = int(header["schema_version"])
-    except (KeyError, ValueError, TypeError):
-        raise TraceFileError(f"{path}: not a memscope trace: it has no memscope header") from None
-    if version > SCHEMA_VERSION:
-        raise TraceFileError(
-            f"{path}: written with trace schema {version}, this memscope reads up to {SCHEMA_VERSION}: upgrade memscope"
-        )
-    wrong = [n for n in _COLUMNS if n not in arrays or arrays[n].dtype.kind != "i" or arrays[n].ndim != 1]
-    wrong += [name for name, kind in _TEXTS.items() if not isinstance(header.get(name), kind)]
-    if wrong:
-        raise TraceFileError(f"{path}: a damaged memscope trace: {', '.join(wrong)} missing or of a wrong type")
-    columns = {name: arrays[name].astype(np.int64) for name in _COLUMNS}
-    modules, ops = (tuple(map(str, header[name])) for name in ("modules", "ops"))
-    trace = Trace(**columns, modules=modules, ops=ops, meta=header["meta"])
-    damage = damage_of(trace)
-    if damage:
-        raise TraceFileError(f"{path}: a damaged memscope trace: {damage}")
-    return trace
+def show_traces_with(*, rich: Callable[[Trace], Any], html: Callable[[Trace], str]) -> None:
+    """Register how a terminal (rich) and a notebook (HTML) show a trace. Without it, both show its `repr`."""
+    _views.update(rich=rich, html=html)
 
 
 def damage_of(trace: Trace) -> str:
@@ -323,11 +250,11 @@ def damage_of(trace: Trace) -> str:
         return "columns differ in length"
     tables = {"category": CATEGORIES, "phase": PHASES, "module": trace.modules, "op": trace.ops, "mark_phase": PHASES}
     for name, table in tables.items():
-        if not _within(getattr(trace, name), 0, len(table) - 1):
+        if not is_within(getattr(trace, name), 0, len(table) - 1):
             return f"column {name} points outside its table"
     if len(trace) and not trace.mark_event.size:
         return "it has allocations but no phase"
-    if not (_within(trace.mark_event, 0, trace.events) and bool((np.diff(trace.mark_event) >= 0).all())):
+    if not (is_within(trace.mark_event, 0, trace.events) and bool((np.diff(trace.mark_event) >= 0).all())):
         return "its phases are not in the order of its events"
     if bool((trace.size < 0).any()):
         return "an allocation has a negative size"
@@ -339,45 +266,7 @@ def damage_of(trace: Trace) -> str:
     return ""
 
 
-def _within(column: Ints, least: int, most: int) -> bool:
-    return not column.size or bool(least <= column.min() and column.max() <= most)
-
-
-def _narrow(column: Ints) -> npt.NDArray[Any]:
-    """The smallest signed type that holds a column: files stay small, values stay exact."""
-    for dtype in (np.int8, np.int16, np.int32):
-        if _within(column, np.iinfo(dtype).min, np.iinfo(dtype).max):
-            return column.astype(dtype)
-    return column
-
-
 def _code(category: str) -> int:
     if category not in CATEGORIES:
         raise UsageError(f'unknown category "{category}": {nearest(category, CATEGORIES)}')
     return CATEGORIES.index(category)
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file completely or not at all: to a temporary neighbour, then rename.
-
-    Raises:
-        TraceFileError: when the folder is missing or not writable, or the disk is full.
-    """
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
-            file.write(data)
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-    except OSError as error:
-        raise TraceFileError(f"{path}: cannot be written ({error.strerror or error})") from None
-    finally:
-        if temporary:
-            temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

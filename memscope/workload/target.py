@@ -17,8 +17,8 @@ from types import ModuleType
 from typing import Any
 
 from memscope.errors import MemscopeError, TargetError, UsageError, nearest, where
-from memscope.settings import fill, format_value
-from memscope.workload import Workload
+from memscope.workload.description import Workload
+from memscope.workload.settings import fill, format_value
 
 __all__ = ["Target", "find_target", "shipped_targets"]
 

@@ -12,7 +12,7 @@ import torch
 from memscope.errors import MemscopeError
 from memscope.targets.llama2 import alpaca
 from memscope.targets.llama2.alpaca import Sample
-from memscope.workload import Training
+from memscope.workload.step import Training
 
 __all__ = ["perplexity"]
 

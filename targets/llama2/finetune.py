@@ -15,8 +15,6 @@ import click
 from memscope.cli.main import run_command
 from memscope.cli.target_words import RUNS, settings_of
 from memscope.errors import UsageError
-from memscope.settings import format_value
-from memscope.target import find_target
 from memscope.targets.llama2.checkpoints import newest_checkpoint
 from memscope.targets.llama2.device import default_device
 from memscope.targets.llama2.finetune_watch import watched
@@ -31,6 +29,8 @@ from memscope.targets.llama2.target import SHIPPED_TOKENIZER, Config, read_prese
 from memscope.targets.llama2.tokenizer import TOKENIZER, tokenizer_beside
 from memscope.targets.llama2.train import evaluate, save_result, train
 from memscope.units import format_bytes
+from memscope.workload.settings import format_value
+from memscope.workload.target import find_target
 
 __all__ = ["command", "main"]
 

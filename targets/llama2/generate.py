@@ -17,7 +17,6 @@ from memscope.cli.main import run_command
 from memscope.cli.progress import shown_progress
 from memscope.cli.target_words import settings_of
 from memscope.errors import UsageError
-from memscope.settings import fill
 from memscope.targets.llama2.adapters import load_adapter
 from memscope.targets.llama2.alpaca import Instruction
 from memscope.targets.llama2.device import default_device, require_device, room_on_device
@@ -27,6 +26,7 @@ from memscope.targets.llama2.options import device_option, other_settings, setti
 from memscope.targets.llama2.target import Config, read_preset
 from memscope.targets.llama2.tokenizer import Tokenizer, tokenizer_beside
 from memscope.targets.llama2.weights import load_weights, without_initialization
+from memscope.workload.settings import fill
 
 __all__ = ["command", "load_model", "main"]
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from memscope.settings import fill, format_value
 from memscope.strategies import Plan
 from memscope.targets.llama2.device import require_known_device
 from memscope.targets.llama2.recipe import Recipe
 from memscope.targets.llama2.target import Config
+from memscope.workload.settings import fill, format_value
 
 __all__ = ["Job"]
 

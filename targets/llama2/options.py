@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from memscope.settings import format_value, help_of
+from memscope.workload.settings import format_value, help_of
 
 __all__ = ["device_option", "other_settings", "setting_options"]
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from memscope.batch import map_tensors
 from memscope.errors import UsageError
 from memscope.strategies import Plan
 from memscope.targets.llama2.alpaca import Sample
@@ -22,7 +21,8 @@ from memscope.targets.llama2.device import require_device, room_on_device
 from memscope.targets.llama2.job import Job
 from memscope.targets.llama2.target import SHIPPED_TOKENIZER, build_on, read_samples
 from memscope.targets.llama2.tokenizer import Tokenizer
-from memscope.workload import Training
+from memscope.workload.batch import map_tensors
+from memscope.workload.step import Training
 
 __all__ = ["Session", "continue_from", "prepare", "room_to_train"]
 

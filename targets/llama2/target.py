@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memscope.errors import UsageError, nearest
-from memscope.settings import format_value
 from memscope.targets.llama2 import alpaca
 from memscope.targets.llama2.alpaca import IGNORED, Batch, Sample
 from memscope.targets.llama2.model import Architecture, Llama
 from memscope.targets.llama2.tokenizer import Tokenizer
 from memscope.targets.llama2.weights import load_weights, read_shape, without_initialization
-from memscope.workload import StepPlan, Workload, split_batch
+from memscope.workload.description import StepPlan, Workload
+from memscope.workload.settings import format_value
+from memscope.workload.split import split_batch
 
 __all__ = ["PRESETS", "SHIPPED_DATA", "SHIPPED_TOKENIZER", "Config", "build", "build_on", "read_preset", "read_samples"]
 

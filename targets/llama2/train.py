@@ -23,7 +23,8 @@ from memscope.targets.llama2.run_folder import RunFolder
 from memscope.targets.llama2.session import Session, room_to_train
 from memscope.targets.llama2.target import SHIPPED_TOKENIZER
 from memscope.targets.llama2.weights import save_weights
-from memscope.workload import micro_batches, run_step
+from memscope.workload.micro_batches import micro_batches
+from memscope.workload.step import run_step
 
 __all__ = ["Watch", "evaluate", "save_result", "train"]
 

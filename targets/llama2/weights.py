@@ -15,12 +15,12 @@ from torch._subclasses import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from memscope.errors import UsageError
-from memscope.settings import format_value
 from memscope.strategies.lora import LoRALinear
 from memscope.targets.llama2 import hf_format, meta_format
 from memscope.targets.llama2.files import JsonFile, StoredTensor, listed, new_folder
 from memscope.targets.llama2.model import Architecture, Llama
 from memscope.targets.llama2.tokenizer import TOKENIZER
+from memscope.workload.settings import format_value
 
 __all__ = ["load_weights", "read_shape", "save_weights", "without_initialization"]
 

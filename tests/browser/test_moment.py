@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from pages import PLOT, comes_to, html_of, point_at, run
 
+from memscope.analysis.effects import Run
 from memscope.dashboards.breakdown import Node, tree
 from memscope.dashboards.html import html_page
 from memscope.dashboards.run_card import run_card
-from memscope.effects import Run
 from memscope.trace import CATEGORIES, Trace
 from memscope.units import format_bytes
 

@@ -11,15 +11,15 @@ import pytest
 from pages import PLOT, comes_to, html_of, point_at, run
 from traces import TraceBuilder
 
+from memscope.allocator.settings import AllocatorSettings
+from memscope.analysis.effects import Run, compare
 from memscope.dashboards.demo import training_run
 from memscope.dashboards.html import html_page
 from memscope.dashboards.palette import DARK, LIGHT
 from memscope.dashboards.run_card import run_card
 from memscope.dashboards.timeline import timeline
-from memscope.effects import Run, compare
-from memscope.simulation.allocator import AllocatorSettings
 from memscope.simulation.device_memory import on_device
-from memscope.simulation.devices import get_device
+from memscope.simulation.devices.catalogue import get_device
 from memscope.trace import PHASES, Trace
 
 pytestmark = pytest.mark.browser

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from memscope.strategies.ckpt import Checkpoint
 from memscope.strategies.layer_plan import LayerPlan
-from memscope.workload import Workload
+from memscope.workload.description import Workload
 
 pytestmark = [
     pytest.mark.gpu,

@@ -11,8 +11,8 @@ import pytest
 import torch
 from real_gpu import nearest_device
 
-from memscope.grid import Grid, combinations, table2
-from memscope.runs import RunSpec, run_where_there_is_room
+from memscope.analysis.grid import Grid, combinations, table2
+from memscope.runs.plans import RunSpec, run_where_there_is_room
 from memscope.strategies import read_strategies
 from memscope.trace import Trace
 

@@ -8,8 +8,8 @@ from real_gpu import nearest_device
 from torch import nn
 
 from memscope import Recorder, StepPlan, Workload, record, simulate
-from memscope.hooks import snapshot
-from memscope.ledger import ledger
+from memscope.analysis.ledger import ledger
+from memscope.gpu import watch as snapshot
 from memscope.trace import CATEGORIES
 
 pytestmark = [

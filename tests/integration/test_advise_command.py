@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from memscope import Plan, Trace, simulate
-from memscope.simulation.devices import get_device
+from memscope.simulation.devices.catalogue import get_device
 from memscope.strategies.layer_plan import LayerPlan
-from memscope.target import find_target
+from memscope.workload.target import find_target
 
 SMALL = ["targets/llama2", "--preset", "debug", "--device", "a100-40gb"]
 ROOT = Path(__file__).parents[2]

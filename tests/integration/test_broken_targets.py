@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from memscope import Workload, simulate
 from memscope.errors import TargetError
-from memscope.runs import _side_by_side
+from memscope.runs.plans import _side_by_side
 
 HEAD = """
 import dataclasses, sys, torch

@@ -14,9 +14,9 @@ from memscope import Trace, record, simulate
 from memscope.strategies import Plan
 from memscope.strategies.ckpt import Checkpoint, find_layers
 from memscope.strategies.layer_plan import LayerPlan
-from memscope.target import find_target
 from memscope.testing import check_strategy
-from memscope.workload import Workload
+from memscope.workload.description import Workload
+from memscope.workload.target import find_target
 
 TARGET = find_target("llama2")
 SMALL = TARGET.configure("debug", {"n_layers": "4", "dim": "48", "accumulation": "2", "seq_len": "48"})

@@ -14,9 +14,9 @@ import torch
 from memscope import strategies
 from memscope.errors import UsageError
 from memscope.strategies import Plan, Problem, Stage, Strategy, available
-from memscope.target import find_target
 from memscope.testing import check_strategy, toy_workload
-from memscope.workload import Workload
+from memscope.workload.description import Workload
+from memscope.workload.target import find_target
 
 SHIPPED = ("adamw", "amp", "bf16", "ckpt", "ga", "lora")
 Install = Callable[..., None]

@@ -14,7 +14,7 @@ import gpu_finetune
 import gpu_table2
 from gpu_plan import Budget
 
-from memscope.simulation.devices import get_device
+from memscope.simulation.devices.catalogue import get_device
 
 MIB = 2**20
 

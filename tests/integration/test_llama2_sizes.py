@@ -3,8 +3,8 @@
 import pytest
 
 from memscope import simulate
-from memscope.target import find_target
 from memscope.trace import PHASES
+from memscope.workload.target import find_target
 
 TARGET = find_target("llama2")
 D, LAYERS, FFN, VOCABULARY = 4096, 32, 11008, 32000

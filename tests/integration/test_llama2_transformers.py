@@ -14,7 +14,7 @@ from memscope.strategies import Plan
 from memscope.targets.llama2.model import Llama
 from memscope.targets.llama2.target import Config, read_preset
 from memscope.targets.llama2.weights import load_weights, save_weights
-from memscope.workload import Workload
+from memscope.workload.description import Workload
 
 transformers = pytest.importorskip("transformers", reason="the reference, transformers, is not installed")
 

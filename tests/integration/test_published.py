@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from memscope import simulate
-from memscope.target import find_target
+from memscope.workload.target import find_target
 
 SHARED = Path(__file__).parents[2].parent / "shared"
 CASES = json.loads((SHARED / "truth" / "published.json").read_text()) if SHARED.is_dir() else []

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from memscope import record, simulate
-from memscope.target import find_target
+from memscope.workload.target import find_target
 
 STRATEGIES = ("ga:steps=2", "ckpt", "amp", "lora")
 PLANS = [",".join(plan) for count in range(5) for plan in itertools.combinations(STRATEGIES, count)]

@@ -7,14 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from memscope import runs
 from memscope.errors import UsageError
-from memscope.runs import RunSpec
-from memscope.simulation.devices import load_devices
+from memscope.runs.plans import RunSpec
+from memscope.runs.plans import plans as runs
+from memscope.runs.would_free import would_free
+from memscope.simulation.devices.catalogue import load_devices
 from memscope.strategies import available
-from memscope.target import find_target
 from memscope.trace import Trace
-from memscope.would_free import would_free
+from memscope.workload.target import find_target
 
 TOY = """
 import dataclasses, torch

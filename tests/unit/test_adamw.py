@@ -16,7 +16,9 @@ from memscope.strategies import Plan
 from memscope.strategies.adamw import OptimizerStep
 from memscope.testing import toy_workload
 from memscope.trace import PHASES, Trace
-from memscope.workload import Training, Workload, micro_batches, run_step
+from memscope.workload.description import Workload
+from memscope.workload.micro_batches import micro_batches
+from memscope.workload.step import Training, run_step
 
 PLANS = ("adamw", "adamw:foreach=false", "adamw:fused")
 FLAGS = {

@@ -19,12 +19,13 @@ from memscope.advisor.advise import advise, budget_of
 from memscope.advisor.emit import TOOLS, emit
 from memscope.advisor.probe import rounded
 from memscope.advisor.runner import telling
+from memscope.allocator.replay import replay
+from memscope.allocator.settings import AllocatorSettings
 from memscope.errors import TargetError, UsageError
-from memscope.simulation.allocator import AllocatorSettings, replay
-from memscope.simulation.devices import get_device
+from memscope.simulation.devices.catalogue import get_device
 from memscope.strategies import Plan, Stage
 from memscope.strategies.layer_plan import LayerPlan
-from memscope.toy import toy_workload
+from memscope.testing.toy import toy_workload
 from tests.small_chain import BLOCKS, ROWS, WIDTH, build
 
 DEVICE = get_device("a100-40gb")

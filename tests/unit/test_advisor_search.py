@@ -13,8 +13,8 @@ from memscope.advisor.combinations import combinations
 from memscope.advisor.reference import Blocks
 from memscope.advisor.runner import Answer, Asker, InProcess, Probe
 from memscope.advisor.search import Search
-from memscope.simulation.allocator import AllocatorSettings
-from memscope.simulation.devices import get_device
+from memscope.allocator.settings import AllocatorSettings
+from memscope.simulation.devices.catalogue import get_device
 from memscope.strategies import Plan, Stage
 from memscope.strategies.layer_plan import LayerPlan
 from tests.small_chain import BLOCKS, ROWS, WIDTH, build

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from memscope.simulation.allocator import AllocationFailed, AllocatorSettings, CachingAllocator, OutOfMemory
+from memscope.allocator.caching import CachingAllocator
+from memscope.allocator.report import AllocationFailed, OutOfMemory
+from memscope.allocator.settings import AllocatorSettings
 
 MIB = 2**20
 Change = tuple[str, int]

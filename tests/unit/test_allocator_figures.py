@@ -12,12 +12,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from traces import TraceBuilder, random_traces
 
+from memscope.allocator.replay import replay
+from memscope.allocator.settings import AllocatorSettings
+from memscope.allocator.view import allocator_view
 from memscope.dashboards.allocator import fragmentation, look, segments
 from memscope.errors import UsageError
-from memscope.simulation.allocator import AllocatorSettings, replay
-from memscope.simulation.allocator_view import allocator_view
 from memscope.simulation.device_memory import on_device
-from memscope.simulation.devices import Device, get_device
+from memscope.simulation.devices.catalogue import Device, get_device
 from memscope.trace import Trace
 
 MIB = 2**20

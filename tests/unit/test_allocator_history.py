@@ -13,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from memscope.allocator.history import History, first_difference, read_history
+from memscope.allocator.replay import Replay, replay
+from memscope.allocator.settings import AllocatorSettings
 from memscope.errors import TraceFileError
-from memscope.simulation.allocator import AllocatorSettings, Replay, replay
-from memscope.simulation.allocator_history import History, first_difference, read_history
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 MIB = 2**20

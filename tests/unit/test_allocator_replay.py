@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memscope.simulation.allocator import AllocatorSettings, Ints, Replay, Snapshot, replay
+from memscope.allocator.replay import Replay, Snapshot, replay
+from memscope.allocator.settings import AllocatorSettings
+from memscope.trace import Ints
 
 MIB = 2**20
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from memscope.allocator.settings import AllocatorSettings
 from memscope.errors import UsageError
-from memscope.simulation.allocator_settings import AllocatorSettings
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 

@@ -13,7 +13,9 @@ from memscope.errors import UsageError
 from memscope.strategies import Plan
 from memscope.strategies.amp import AMP
 from memscope.testing import toy_workload
-from memscope.workload import StepPlan, Training, Workload, micro_batches, run_step
+from memscope.workload.description import StepPlan, Workload
+from memscope.workload.micro_batches import micro_batches
+from memscope.workload.step import Training, run_step
 
 LOW = {"fp16": torch.float16, "bf16": torch.bfloat16}
 

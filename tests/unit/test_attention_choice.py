@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from memscope.simulation.attention import Attention, Platform, scaled_dot_product_attention
+from memscope.simulation.cuda.attention import AttentionCall, Platform, scaled_dot_product_attention
 
 H100 = Platform((9, 0), (2, 13), 92000)
 A100 = H100._replace(capability=(8, 0))
@@ -31,7 +31,7 @@ def run(platform, *, heads=4, kv_heads=None, queries=32, keys=None, size=64, dty
     with FakeTensorMode(), Calls() as calls:
         query = torch.ones(2, heads, queries, size, dtype=dtype, requires_grad=how.pop("grad", True))
         key = torch.ones(2, kv_heads or heads, keys or queries, size, dtype=dtype)
-        scaled_dot_product_attention(platform, Attention(query, key, key, mask() if mask else None, **how))
+        scaled_dot_product_attention(platform, AttentionCall(query, key, key, mask() if mask else None, **how))
     return dict(calls.seen)
 
 
@@ -169,7 +169,7 @@ def test_the_plain_kernel_computes_what_pytorch_computes():
     mask = torch.rand(6, 6) > 0.3
     for how in ({"gqa": True}, {"gqa": True, "mask": mask}, {"gqa": True, "is_causal": True, "scale": -0.5}):
         with sdpa_kernel(SDPBackend.MATH):
-            ours = scaled_dot_product_attention(A100, Attention(query, key, value, **how))
+            ours = scaled_dot_product_attention(A100, AttentionCall(query, key, value, **how))
             theirs = torch.nn.functional.scaled_dot_product_attention(
                 query,
                 key,

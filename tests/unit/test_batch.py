@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from memscope.batch import map_tensors, tensors_in
-from memscope.workload import split_batch
+from memscope.workload.batch import map_tensors, tensors_in
+from memscope.workload.split import split_batch
 
 ONE, TWO = torch.ones(1), torch.ones(2)
 

@@ -13,9 +13,11 @@ from memscope import record, simulate
 from memscope.errors import UsageError
 from memscope.strategies import Plan
 from memscope.strategies.bf16 import BF16
-from memscope.target import find_target
 from memscope.testing import toy_workload
-from memscope.workload import Training, Workload, micro_batches, run_step
+from memscope.workload.description import Workload
+from memscope.workload.micro_batches import micro_batches
+from memscope.workload.step import Training, run_step
+from memscope.workload.target import find_target
 
 LOW = torch.bfloat16
 

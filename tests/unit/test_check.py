@@ -5,7 +5,7 @@ from fractions import Fraction
 import pytest
 from traces import TraceBuilder
 
-from memscope.check import Limit, budget_verdict, check
+from memscope.analysis.check import Limit, budget_verdict, check
 from memscope.errors import UsageError
 from memscope.trace import Trace
 

@@ -13,7 +13,7 @@ from memscope.errors import UsageError
 from memscope.strategies import Plan
 from memscope.strategies.ckpt import chosen_layers, find_layers
 from memscope.testing import toy_workload
-from memscope.workload import Workload
+from memscope.workload.description import Workload
 
 
 def toy(plan: str = "", *, dropout: float = 0.0, blocks: int = 2) -> Workload:

@@ -18,7 +18,7 @@ from memscope.strategies.ckpt import Checkpoint
 from memscope.strategies.layer_plan import LayerPlan
 from memscope.testing import toy_workload
 from memscope.trace import CATEGORIES, PHASES
-from memscope.workload import Workload
+from memscope.workload.description import Workload
 
 # Options for the two blocks of the toy: LayerNorm, four linear layers of attention, an MLP with GELU and dropout.
 OPTIONS = {

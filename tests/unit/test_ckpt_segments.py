@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from memscope.errors import UsageError
 from memscope.strategies.ckpt import Checkpoint
 from memscope.strategies.layer_plan import LayerPlan
-from memscope.workload import Workload
+from memscope.workload.description import Workload
 
 ALONE = {f"layers.{index}": "none" for index in range(4)}
 TOGETHER = {"layers.0": "none", "layers.1": "full:3", "layers.2": "within:layers.1", "layers.3": "within:layers.1"}

@@ -8,9 +8,9 @@ import plotly.graph_objects as go
 import pytest
 from traces import TraceBuilder
 
-from memscope.agreement import Compared, agreements
+from memscope.analysis.agreement import Compared, agreements
+from memscope.analysis.effects import Run
 from memscope.dashboards.comparison import difference, small_multiples
-from memscope.effects import Run
 from memscope.errors import UsageError
 from memscope.trace import Trace
 

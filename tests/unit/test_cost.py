@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from memscope import Trace, Workload, simulate
+from memscope.analysis.cost import Cost, module_seconds, operator_costs, step_seconds
 from memscope.errors import UsageError
-from memscope.simulation.cost import Cost, module_seconds, operator_costs, step_seconds, transfer_seconds
-from memscope.simulation.devices import Device, get_device
-from memscope.simulation.roofline import LAUNCH_SECONDS, Roofline
-from memscope.simulation.traffic import moved_bytes
+from memscope.simulation.devices.catalogue import Device, get_device
+from memscope.simulation.devices.cost import transfer_seconds
+from memscope.simulation.devices.roofline import LAUNCH_SECONDS, Roofline
+from memscope.simulation.devices.traffic import moved_bytes
 from memscope.testing import toy_workload
 from memscope.trace import Phase
 
@@ -265,7 +266,7 @@ def test_the_estimate_survives_a_trace_file(tmp_path: Path) -> None:
 
 
 def test_a_trace_with_an_estimate_is_read_without_torch() -> None:
-    code = "import sys, memscope.simulation.cost; sys.exit('torch' in sys.modules)"
+    code = "import sys, memscope.analysis.cost; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from memscope import Workload, simulate
 from memscope.errors import TargetError
-from memscope.simulation import autocast
-from memscope.simulation.cuda import cuda_semantics
+from memscope.simulation.cuda import autocast
+from memscope.simulation.cuda.semantics import cuda_semantics
 
 
 class Operators(TorchDispatchMode):

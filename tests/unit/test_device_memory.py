@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from memscope import Workload, record, simulate
-from memscope.ledger import ledger
-from memscope.simulation.allocator import AllocatorSettings
-from memscope.simulation.devices import get_device
+from memscope.allocator.settings import AllocatorSettings
+from memscope.analysis.ledger import ledger
+from memscope.simulation.devices.catalogue import get_device
 from memscope.trace import CATEGORIES
 
 MIB = 2**20

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from memscope.errors import UsageError
-from memscope.simulation.devices import DTYPES, Device, all_devices, get_device, load_devices
+from memscope.simulation.devices.catalogue import DTYPES, Device, all_devices, get_device, load_devices
 
 GIB = 2**30
 MINE = """

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from traces import TraceBuilder, random_traces
 
-from memscope.diff import Change, Setting, changed_settings, diff
+from memscope.analysis.diff import Change, Setting, changed_settings, diff
 from memscope.errors import UsageError
 from memscope.trace import Trace
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from traces import TraceBuilder
 
-from memscope.effects import ROWS, Column, Effect, Run, compare, steady_step
+from memscope.analysis.effects import ROWS, Column, Effect, Run, compare, steady_step
 from memscope.errors import UsageError
 from memscope.trace import Category, Phase, Trace
 

@@ -21,7 +21,7 @@ from memscope.exchange.chrome_trace import chrome_trace_bytes
 from memscope.exchange.tables import csv_bytes, parquet_bytes
 from memscope.exchange.torch_reader import import_snapshot
 from memscope.exchange.torch_writer import torch_snapshot, torch_snapshot_bytes
-from memscope.toy import toy_workload
+from memscope.testing.toy import toy_workload
 from memscope.trace import CATEGORIES, PHASES
 
 MIB = 2**20

@@ -14,7 +14,9 @@ from torch import nn
 
 from memscope.errors import MemscopeError, UsageError
 from memscope.targets.llama2.checkpoints import load_checkpoint, newest_checkpoint, restore, save_checkpoint
-from memscope.workload import StepPlan, Training, Workload, micro_batches, run_step
+from memscope.workload.description import StepPlan, Workload
+from memscope.workload.micro_batches import micro_batches
+from memscope.workload.step import Training, run_step
 
 
 def training(*, seed: int = 0, width: int = 8, scaler: bool = False) -> Training:

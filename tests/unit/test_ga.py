@@ -11,7 +11,9 @@ from memscope.errors import UsageError
 from memscope.strategies import Plan
 from memscope.strategies.ga import GradientAccumulation
 from memscope.testing import toy_workload
-from memscope.workload import StepPlan, Training, Workload, micro_batches, run_step
+from memscope.workload.description import StepPlan, Workload
+from memscope.workload.micro_batches import micro_batches
+from memscope.workload.step import Training, run_step
 
 IGNORED = -100
 

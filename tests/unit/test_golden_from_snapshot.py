@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from golden_from_snapshot import golden_of
 
+from memscope.allocator.history import first_difference, read_history
+from memscope.allocator.replay import replay
 from memscope.errors import UsageError
-from memscope.simulation.allocator import replay
-from memscope.simulation.allocator_history import first_difference, read_history
 
 SMALL = BASE - 64 * MIB
 LARGE = BASE + 64 * MIB

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from memscope.simulation.allocator import AllocatorSettings, Replay, replay
-from memscope.simulation.allocator_history import History, first_difference, read_history
+from memscope.allocator.history import History, first_difference, read_history
+from memscope.allocator.replay import Replay, replay
+from memscope.allocator.settings import AllocatorSettings
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -16,8 +16,8 @@ import gpu_advice
 import gpu_plan
 import gpu_report
 
-from memscope.simulation.allocator import replay
-from memscope.simulation.allocator_history import History
+from memscope.allocator.history import History
+from memscope.allocator.replay import replay
 from memscope.trace import CATEGORIES, PHASES, Trace
 
 MIB = 2**20

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from memscope.analysis.grid import Grid, combinations, table2
+from memscope.analysis.grid_words import grid_notes
 from memscope.cli.grid_report import FORMATS, print_grid
 from memscope.errors import OutOfDeviceMemory, UsageError
-from memscope.grid import Grid, combinations, table2
-from memscope.grid_words import grid_notes
 from memscope.strategies import read_strategies
 from memscope.trace import PHASES, Trace
 from tests.traces import TraceBuilder

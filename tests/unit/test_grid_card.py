@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from memscope.analysis.grid import Cell, Grid
 from memscope.cli.grid_document import grid_document, grid_of
 from memscope.dashboards.grid_card import grid_card, grid_peaks
 from memscope.dashboards.palette import DARK, LIGHT
 from memscope.errors import UsageError
-from memscope.grid import Cell, Grid
 
 GIB = 2**30
 

@@ -12,7 +12,7 @@ from torch.autograd.graph import save_on_cpu
 from memscope import Trace, simulate
 from memscope.errors import TargetError
 from memscope.trace import CATEGORIES, PHASES
-from memscope.workload import Workload
+from memscope.workload.description import Workload
 
 ROWS, DIM = 32, 64
 U = ROWS * DIM * 4

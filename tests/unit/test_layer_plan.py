@@ -16,7 +16,7 @@ from memscope.strategies.ckpt import Checkpoint, find_layers
 from memscope.strategies.ckpt_options import Option
 from memscope.strategies.layer_plan import LayerPlan, described
 from memscope.testing import toy_workload
-from memscope.workload import Workload
+from memscope.workload.description import Workload
 
 LAYERS = {"blocks.0": "none", "blocks.1": "save:up/aten.addmm+./aten.add"}
 MODEL = {"class": "_Toy", "parameters": 5536, "blocks": ["_Block", "_Block"]}

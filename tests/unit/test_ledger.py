@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 from histories import BASE, MIB, Script, block, segment
 
-from memscope.hooks.nvml import DriverMemory
-from memscope.ledger import ledger
+from memscope.analysis.ledger import ledger
+from memscope.gpu.nvml import DriverMemory
 
 GIB = 2**30
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from memscope import Recorder, StepPlan, Workload, record, simulate
 from memscope.cli.live import live_panels, panels
-from memscope.live import LiveState
+from memscope.hooks.live_state import LiveState
 from memscope.trace import PHASES
 
 GIB = 2**30

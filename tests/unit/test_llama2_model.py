@@ -17,7 +17,8 @@ from memscope.targets.llama2 import alpaca
 from memscope.targets.llama2.alpaca import Sample
 from memscope.targets.llama2.model import Architecture, Llama, RMSNorm, repeat_kv, rotate, rotations, stretched
 from memscope.targets.llama2.target import PRESETS, Config, build
-from memscope.workload import Training, micro_batches, run_step
+from memscope.workload.micro_batches import micro_batches
+from memscope.workload.step import Training, run_step
 
 SMALL = Config(
     dim=32, n_layers=2, n_heads=4, vocab_size=1024, multiple_of=8, max_seq_len=512, dtype="fp64", accumulation=4

@@ -12,10 +12,10 @@ import torch
 from llamas import FORMATS, SMALL, Format, saved
 
 from memscope.errors import UsageError
-from memscope.target import find_target
 from memscope.targets.llama2.model import Llama
 from memscope.targets.llama2.target import PRESETS, Config, read_preset
 from memscope.targets.llama2.weights import read_shape, save_weights
+from memscope.workload.target import find_target
 
 HF_CONFIGS = {
     # config.json of mistralai/Mistral-7B-v0.1, meta-llama/Meta-Llama-3-8B, Llama-3.1-8B, Llama-3.2-1B and -3B, and

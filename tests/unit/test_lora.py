@@ -12,7 +12,9 @@ from memscope.errors import UsageError
 from memscope.strategies import Plan
 from memscope.strategies.lora import LoRA, LoRALinear, merge, unmerge
 from memscope.testing import toy_workload
-from memscope.workload import Training, Workload, micro_batches, run_step
+from memscope.workload.description import Workload
+from memscope.workload.micro_batches import micro_batches
+from memscope.workload.step import Training, run_step
 
 DIM = 16  # of the toy: wq, wk, wv, wo are [16, 16], up is [32, 16], down is [16, 32], head is [40, 16]
 

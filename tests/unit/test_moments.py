@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from traces import TraceBuilder, random_traces
 
-from memscope.alive import by_module_together, largest, occasion, together
+from memscope.analysis.alive import by_module_together, largest, occasion, together
 from memscope.dashboards.moments import kept_allocations, page_data
 from memscope.dashboards.timeline import events_to_show
 from memscope.trace import PHASES, Trace

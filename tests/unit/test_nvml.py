@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from memscope.hooks.nvml import DriverMemory, driver_memory
+from memscope.gpu.nvml import DriverMemory, driver_memory
 
 GIB = 2**30
 

@@ -15,9 +15,9 @@ import pytest
 from plotly.offline import get_plotlyjs
 from traces import TraceBuilder
 
+from memscope.analysis.effects import Run, compare
 from memscope.dashboards.demo import training_run
 from memscope.dashboards.page import render_page
-from memscope.effects import Run, compare
 from memscope.errors import UsageError
 from memscope.trace import CATEGORIES, Trace
 

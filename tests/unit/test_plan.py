@@ -21,7 +21,7 @@ from memscope.strategies.ckpt import Checkpoint
 from memscope.strategies.ga import GradientAccumulation
 from memscope.strategies.lora import LoRA
 from memscope.testing import toy_workload
-from memscope.workload import Workload
+from memscope.workload.description import Workload
 
 Install = Callable[..., None]
 

@@ -8,11 +8,11 @@ import pytest
 from rich.console import Console
 
 from memscope import simulate
+from memscope.analysis.effects import Run, compare
 from memscope.cli.profile_report import print_advice, print_report
-from memscope.effects import Run, compare
+from memscope.runs.would_free import Remedies, WouldFree
 from memscope.strategies import Plan
 from memscope.testing import toy_workload
-from memscope.would_free import Remedies, WouldFree
 
 PLANS = ["ckpt:layers=0", "amp:dtype=bf16", "amp:dtype=bf16,ga:steps=2", "lora:r=4,amp:dtype=bf16"]
 

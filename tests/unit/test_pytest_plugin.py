@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from memscope import simulate
-from memscope.toy import toy_workload
+from memscope.testing.toy import toy_workload
 
 pytest_plugins = ["pytester"]
 

@@ -17,11 +17,11 @@ import pytest
 from rich.console import Console
 from traces import TraceBuilder
 
+from memscope.analysis.grid import Cell, Grid
+from memscope.analysis.ledger import Ledger, Line
 from memscope.cli.grid_document import grid_document
 from memscope.cli.main import main
 from memscope.dashboards.demo import training_run
-from memscope.grid import Cell, Grid
-from memscope.ledger import Ledger, Line
 from memscope.trace import SCHEMA_VERSION, Trace
 
 GIB = 2**30

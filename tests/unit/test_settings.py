@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memscope.errors import UsageError
-from memscope.settings import fill, format_value, help_of, is_switch, non_defaults
+from memscope.workload.settings import fill, format_value, help_of, is_switch, non_defaults
 
 
 @dataclass(frozen=True)

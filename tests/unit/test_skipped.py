@@ -10,9 +10,9 @@ from rich.console import Console
 from torch import nn
 
 from memscope import Trace, Workload, record
+from memscope.analysis.effects import Run, Table1
+from memscope.analysis.skipped import how_skipped
 from memscope.cli.report_tables import comparison_blocks, print_blocks
-from memscope.effects import Run, Table1
-from memscope.skipped import how_skipped
 
 
 def recorded(factor: float, steps: int) -> Trace:

@@ -9,10 +9,10 @@ import torch
 from histories import BASE, MIB, Script, block, segment
 
 from memscope import Recorder, record
+from memscope.allocator.recorded import read_blocks
+from memscope.allocator.settings import AllocatorSettings
 from memscope.errors import MemscopeError, UsageError
-from memscope.hooks.blocks import read_blocks
-from memscope.hooks.snapshot import AllocatorWatch
-from memscope.simulation.allocator_settings import AllocatorSettings
+from memscope.gpu.watch import AllocatorWatch
 from memscope.trace import CATEGORIES, PHASES, Trace
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("allocator-torch-*.npz"))

@@ -287,7 +287,7 @@ def test_what_is_inferred_is_marked_and_the_trace_is_one_like_any_other(imported
 
 
 def test_an_imported_trace_has_a_ledger_up_to_reserved_and_says_why_no_further(imported):
-    from memscope.ledger import ledger
+    from memscope.analysis.ledger import ledger
 
     found = ledger(imported(snapshot([segment(block(2 * MIB, requested=MIB), block(18 * MIB, "inactive"))])))
     assert [(line.name, line.total) for line in found.lines] == [

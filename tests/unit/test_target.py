@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from memscope.errors import TargetError, UsageError
-from memscope.target import Target, find_target, shipped_targets
+from memscope.workload.target import Target, find_target, shipped_targets
 
 LLAMA2 = importlib.import_module("memscope.targets.llama2.target")
 

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from memscope.errors import UsageError
-from memscope.workload import MicroBatch, StepPlan, Training, Workload, micro_batches, run_step, split_batch
+from memscope.workload.description import StepPlan, Workload
+from memscope.workload.micro_batches import MicroBatch, micro_batches
+from memscope.workload.split import split_batch
+from memscope.workload.step import Training, run_step
 
 Events = list[tuple[Any, ...]]
 

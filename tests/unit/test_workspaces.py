@@ -10,16 +10,10 @@ import pytest
 import torch
 
 from memscope.errors import UsageError
-from memscope.simulation.devices import get_device
-from memscope.simulation.workspaces import (
-    NOT_MODELLED,
-    OPERATORS,
-    KernelSettings,
-    TensorMeta,
-    Workspace,
-    describe,
-    workspaces_for,
-)
+from memscope.hooks.kernels import Workspace
+from memscope.simulation.cuda.workspace_call import KernelSettings, TensorMeta, describe
+from memscope.simulation.cuda.workspaces import NOT_MODELLED, OPERATORS, workspaces_for
+from memscope.simulation.devices.catalogue import get_device
 
 KIB, MIB = 2**10, 2**20
 POOL = 2 * 4096 * KIB + 8 * 16 * KIB  # ":4096:2:16:8"
@@ -364,5 +358,5 @@ def test_a_call_is_described_without_its_values() -> None:
 
 
 def test_reading_the_table_does_not_load_torch() -> None:
-    code = "import sys, memscope.simulation.workspaces; sys.exit('torch' in sys.modules)"
+    code = "import sys, memscope.simulation.cuda.workspaces; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

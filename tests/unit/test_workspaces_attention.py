@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
-from memscope.simulation.devices import get_device
-from memscope.simulation.workspaces import KernelSettings, TensorMeta, Workspace, workspaces_for
+from memscope.hooks.kernels import Workspace
+from memscope.simulation.cuda.workspace_call import KernelSettings, TensorMeta
+from memscope.simulation.cuda.workspaces import workspaces_for
+from memscope.simulation.devices.catalogue import get_device
 
 FORWARD = "aten._scaled_dot_product_{}_attention.default"
 BACKWARD = "aten._scaled_dot_product_{}_attention_backward.default"

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from memscope.simulation.devices import get_device
-from memscope.simulation.workspaces import TensorMeta, workspaces_for
+from memscope.simulation.cuda.workspace_call import TensorMeta
+from memscope.simulation.cuda.workspaces import workspaces_for
+from memscope.simulation.devices.catalogue import get_device
 
 A100 = get_device("a100-40gb")
 X = TensorMeta((100, 10), "float32")

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Attention", "Platform", "scaled_dot_product_attention"]
+__all__ = ["AttentionCall", "Platform", "scaled_dot_product_attention"]
 
 aten = torch.ops.aten
 _HALF = (torch.float16, torch.bfloat16)
@@ -47,7 +47,7 @@ class Platform(NamedTuple):
         return cls(capability, version, own or packaged[-1])
 
 
-class Attention(NamedTuple):
+class AttentionCall(NamedTuple):
     """The arguments of `torch.nn.functional.scaled_dot_product_attention`."""
 
     query: Tensor
@@ -79,7 +79,7 @@ class Attention(NamedTuple):
         return len(batches) == 1 and (len(heads) == 1 or divides)
 
 
-def scaled_dot_product_attention(platform: Platform, call: Attention) -> Tensor:
+def scaled_dot_product_attention(platform: Platform, call: AttentionCall) -> Tensor:
     """The result `[batch, heads, sequence, head of value]` of the first kernel that accepts the arguments."""
     for kernel in _order(platform):
         if kernel == _CUDNN and _cudnn_accepts(platform, call):
@@ -109,11 +109,11 @@ def _order(platform: Platform) -> list[int]:
     return [_CUDNN, _FLASH, _EFFICIENT, _MATH] if prefers and order == _USUAL_ORDER else order
 
 
-def _same_dtype(call: Attention, allowed: tuple[torch.dtype, ...]) -> bool:
+def _same_dtype(call: AttentionCall, allowed: tuple[torch.dtype, ...]) -> bool:
     return call.query.dtype == call.key.dtype == call.value.dtype and call.query.dtype in allowed
 
 
-def _cudnn_accepts(platform: Platform, call: Attention) -> bool:
+def _cudnn_accepts(platform: Platform, call: AttentionCall) -> bool:
     queries, keys = call.query.shape[-2], call.key.shape[-2]
     repeatable = torch.get_deterministic_debug_mode() == 2  # 1 is a warning only
     coarse = platform.torch >= (2, 12) and call.dropout_p * 16 % 1 != 0  # pytorch/pytorch pull request 174245
@@ -132,7 +132,7 @@ def _cudnn_accepts(platform: Platform, call: Attention) -> bool:
     )
 
 
-def _cudnn_takes_mask(call: Attention) -> bool:
+def _cudnn_takes_mask(call: AttentionCall) -> bool:
     """Source: `check_attn_mask_shape` in sdp_utils_cpp.h."""
     if call.mask is None:
         return True
@@ -142,7 +142,7 @@ def _cudnn_takes_mask(call: Attention) -> bool:
     return all(size in (1, whole) for size, whole in zip(call.mask.shape, full[-call.mask.ndim :], strict=True))
 
 
-def _cudnn_takes_heads(platform: Platform, call: Attention) -> bool:
+def _cudnn_takes_heads(platform: Platform, call: AttentionCall) -> bool:
     """Source: `check_cudnn_tensor_shapes`, and from 2.14 on `check_cudnn_d256_bprop_head_dim`, in sdp_utils.cpp.
 
     The limit of 2.12 and 2.13 for heads of more than 128 was not read: taken as that of 2.11.
@@ -163,7 +163,7 @@ def _cudnn_takes_heads(platform: Platform, call: Attention) -> bool:
     return major == 10 and platform.cudnn >= 9_11_00 and sizes == (192, 128)
 
 
-def _cudnn(call: Attention) -> Tensor:
+def _cudnn(call: AttentionCall) -> Tensor:
     """Source: `convert_boolean_attn_mask_cudnn` in attention.cpp, whose two numbers stay on the host."""
     mask, dtype = call.mask, call.query.dtype
     if mask is not None and mask.dtype is torch.bool:
@@ -174,7 +174,7 @@ def _cudnn(call: Attention) -> Tensor:
     )[0]
 
 
-def _flash_accepts(platform: Platform, call: Attention) -> bool:
+def _flash_accepts(platform: Platform, call: AttentionCall) -> bool:
     head, capability = call.query.shape[-1], platform.capability
     # check_requires_grad_and_head_dim_gt192_constraints_on_sm86_89_or_120 in sdp_utils.cpp
     small = (8, 6) <= capability <= (8, 9) or capability in ((12, 0), (12, 1))
@@ -192,7 +192,7 @@ def _flash_accepts(platform: Platform, call: Attention) -> bool:
     )
 
 
-def _flash(call: Attention) -> Tensor:
+def _flash(call: AttentionCall) -> Tensor:
     """Heads are padded to a multiple of 8 (`pad_last_dim<8>` in attention.cpp), the result is cut back."""
     head = call.query.shape[-1]
     missing = -head % 8
@@ -204,11 +204,11 @@ def _flash(call: Attention) -> Tensor:
     return output[..., :head] if missing else output
 
 
-def _scale(call: Attention) -> float:
+def _scale(call: AttentionCall) -> float:
     return call.query.shape[-1] ** -0.5 if call.scale is None else call.scale
 
 
-def _efficient_accepts(platform: Platform, call: Attention) -> bool:
+def _efficient_accepts(platform: Platform, call: AttentionCall) -> bool:
     query, capability = call.query, platform.capability
     tensor_cores = capability >= (8, 0) or (capability >= (7, 0) and query.dtype in _HALF)
     alignment = max(4 if capability >= (8, 0) else 1, (8 if query.dtype in _HALF else 4) if tensor_cores else 1)
@@ -223,14 +223,14 @@ def _efficient_accepts(platform: Platform, call: Attention) -> bool:
     )
 
 
-def _efficient(call: Attention) -> Tensor:
+def _efficient(call: AttentionCall) -> Tensor:
     keep = torch.is_grad_enabled() and call.needs_gradient
     return aten._scaled_dot_product_efficient_attention(  # type: ignore[no-any-return]
         call.query, call.key, call.value, _bias(call), keep, call.dropout_p, call.is_causal, scale=call.scale
     )[0]
 
 
-def _bias(call: Attention) -> Tensor | None:
+def _bias(call: AttentionCall) -> Tensor | None:
     """A boolean mask becomes an additive one, its last dimension padded to a multiple of 16.
 
     Source: `convert_boolean_attn_mask` and `preprocess_mask` in attention.cpp.
@@ -250,7 +250,7 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(mask.logical_not(), torch.full((), float("-inf"), dtype=dtype), torch.zeros((), dtype=dtype))
 
 
-def _math(call: Attention) -> Tensor:
+def _math(call: AttentionCall) -> Tensor:
     """One operator after the other, the mask added in place.
 
     Source: `_scaled_dot_product_attention_math` in attention.cpp, which adds it out of place on fake tensors.

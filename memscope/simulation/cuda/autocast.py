@@ -50,7 +50,7 @@ _FLOAT32_APPENDED = {
 _WIDEST = "addcdiv addcmul atan2 bilinear cross dot grid_sampler index_put scatter_add tensordot vdot"
 _BANNED = "binary_cross_entropy"
 
-Kernel = Callable[..., Any]
+AutocastKernel = Callable[..., Any]
 
 
 def policies() -> dict[str, str]:
@@ -96,7 +96,7 @@ def cuda_autocast_policy() -> Iterator[None]:
         library._destroy()
 
 
-def _kernels(weights: _CastWeights) -> Iterator[tuple[str, Kernel]]:
+def _kernels(weights: _CastWeights) -> Iterator[tuple[str, AutocastKernel]]:
     on_cuda, on_cpu = registered("AutocastCUDA"), registered("AutocastCPU")
     for name, policy in policies().items():
         if name in on_cuda and policy != "same":
@@ -110,7 +110,7 @@ def _overload(name: str) -> Any:
     return getattr(getattr(torch.ops.aten, packet), overload or "default")
 
 
-def _kernel(op: Any, policy: str, weights: _CastWeights) -> Kernel:
+def _kernel(op: Any, policy: str, weights: _CastWeights) -> AutocastKernel:
     if policy == "append":
         target = _overload(_FLOAT32_APPENDED[op._schema.name[6:] + "." + op._schema.overload_name])
         return lambda *args, **kwargs: _below_autocast(target, (*args, *_float32_of(args[0])), kwargs)

@@ -20,10 +20,10 @@ from memscope.simulation.refusal import NotSimulated
 __all__ = ["OWN_ORDER", "results"]
 
 aten = torch.ops.aten
-Kernel = Callable[..., Any]
+ResultKernel = Callable[..., Any]
 
 
-def results(*, on_gpu: bool) -> Mapping[Any, Kernel]:
+def results(*, on_gpu: bool) -> Mapping[Any, ResultKernel]:
     """By operator: what to call in its place on fake tensors, with the same arguments.
 
     Args:
@@ -32,7 +32,7 @@ def results(*, on_gpu: bool) -> Mapping[Any, Kernel]:
     return {**_ANYWHERE, **_ON_GPU} if on_gpu else _ANYWHERE
 
 
-def _keeps_size_of_input(operator: Any) -> Kernel:
+def _keeps_size_of_input(operator: Any) -> ResultKernel:
     """A loss that is reduced to one number in a storage as large as all losses.
 
     The storage is made for the losses and then given the shape `[]`, which frees nothing. Source: the meta functions of
@@ -52,7 +52,7 @@ def _keeps_size_of_input(operator: Any) -> Kernel:
     return loss
 
 
-def _statistics_in_float32(operator: Any) -> Kernel:
+def _statistics_in_float32(operator: Any) -> ResultKernel:
     """A norm whose mean and inverse deviation are kept in float32, be its input of 16 bits.
 
     Source: layer_norm_cuda in aten/src/ATen/native/cuda/layer_norm_kernel.cu, batch_norm_cuda in cuda/Normalization.cu
@@ -122,7 +122,7 @@ OWN_ORDER: Mapping[str, Callable[[Mapping[str, Any], tuple[int, int]], Order]] =
 }
 """Operator → which of its results are made on a GPU, in which order, by its arguments and the version of PyTorch."""
 
-_ANYWHERE: Mapping[Any, Kernel] = {
+_ANYWHERE: Mapping[Any, ResultKernel] = {
     **{
         operator: _keeps_size_of_input(operator)
         for operator in (
@@ -135,7 +135,7 @@ _ANYWHERE: Mapping[Any, Kernel] = {
     aten._local_scalar_dense.default: _value,
     aten._sparse_coo_tensor_with_dims_and_tensors.default: _sparse,
 }
-_ON_GPU: Mapping[Any, Kernel] = {
+_ON_GPU: Mapping[Any, ResultKernel] = {
     operator: _statistics_in_float32(operator)
     for operator in (aten.native_layer_norm.default, aten.native_batch_norm.default)
 }

@@ -20,10 +20,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import optimizer as torch_optimizer
 from torch.utils import _foreach_utils
 
-from memscope.simulation.attention import Attention, Platform, scaled_dot_product_attention
-from memscope.simulation.autocast import cuda_autocast_policy
+from memscope.simulation.cuda.attention import AttentionCall, Platform, scaled_dot_product_attention
+from memscope.simulation.cuda.autocast import cuda_autocast_policy
+from memscope.simulation.facade.stand_in import replaced
 from memscope.simulation.refusal import NotSimulated
-from memscope.simulation.stand_in import replaced
 
 __all__ = ["cuda_semantics", "fake_tensors_use_foreach"]
 
@@ -107,7 +107,7 @@ def _attention(platform: Platform) -> Callable[..., Tensor]:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        call = Attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        call = AttentionCall(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         return scaled_dot_product_attention(platform, call)
 
     return kernel

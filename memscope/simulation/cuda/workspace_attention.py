@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 
-from memscope.simulation.workspace_call import Call, TensorMeta, Workspace, contiguous_copy, limits
+from memscope.hooks.kernels import Workspace
+from memscope.simulation.cuda.workspace_call import Call, TensorMeta, contiguous_copy, limits
 
 __all__ = [
     "cudnn_backward",

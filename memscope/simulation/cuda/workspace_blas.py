@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from memscope.simulation.workspace_call import Call, TensorMeta, Workspace
+from memscope.hooks.kernels import Workspace
+from memscope.simulation.cuda.workspace_call import Call, TensorMeta
 
 __all__ = ["gemm"]
 

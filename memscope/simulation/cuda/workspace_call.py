@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 from memscope.errors import UsageError
-from memscope.simulation.devices import Device
+from memscope.hooks.kernels import Workspace
+from memscope.simulation.devices.catalogue import Device
 
 __all__ = [
     "Call",
     "KernelSettings",
     "Limits",
     "TensorMeta",
-    "Workspace",
     "broadcast",
     "contiguous_copy",
     "describe",
@@ -86,36 +86,6 @@ class TensorMeta:
         shape[first], shape[second] = shape[second], shape[first]
         strides[first], strides[second] = strides[second], strides[first]
         return TensorMeta(tuple(shape), self.dtype, tuple(strides))
-
-
-@dataclass(frozen=True)
-class Workspace:
-    """One allocation made inside an operator."""
-
-    name: str
-    """What it holds."""
-    size_bytes: int
-    """Bytes asked of the allocator."""
-    lifetime: Literal["op", "handle"]
-    """`op`: free when the operator returns. `handle`: kept; a thread takes it once for each stream and `key`.
-
-    Autograd runs the backward, and what it recomputes, in a thread of its own: that thread and the main one have one
-    each.
-    """
-    source: str
-    """The file it was read from."""
-    key: str = ""
-    """For the lifetime `handle`: which of a thread's kept workspaces this is."""
-    before_outputs: bool = False
-    """Whether it is taken before the operator's outputs."""
-    frees: tuple[str, ...] = ()
-    """Names of workspaces of the same call that are free again when this one is taken."""
-    estimate: bool = False
-    """Whether the size is not exactly known."""
-
-    def uncertain(self) -> Workspace:
-        """The same, marked as an estimate."""
-        return replace(self, estimate=True)
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,14 @@
 """Workspaces of loss functions: what is as large as their input before it becomes one number.
 
-The result of some keeps that size: see `memscope.simulation.kernel_results`. Sums and means inside take what
+The result of some keeps that size: see `memscope.simulation.cuda.kernel_results`. Sums and means inside take what
 `workspace_reduce.reduction` says.
 """
 
 from __future__ import annotations
 
-from memscope.simulation.workspace_call import Call, TensorMeta, Workspace, broadcast
-from memscope.simulation.workspace_reduce import reduction
+from memscope.hooks.kernels import Workspace
+from memscope.simulation.cuda.workspace_call import Call, TensorMeta, broadcast
+from memscope.simulation.cuda.workspace_reduce import reduction
 
 __all__ = [
     "binary_cross_entropy_with_logits",

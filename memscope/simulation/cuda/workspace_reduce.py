@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from memscope.simulation.workspace_call import Call, TensorMeta, Workspace, limits
+from memscope.hooks.kernels import Workspace
+from memscope.simulation.cuda.workspace_call import Call, TensorMeta, limits
 
 __all__ = ["extremum", "foreach_norm", "norm_backward", "reduction"]
 

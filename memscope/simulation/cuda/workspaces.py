@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from memscope.simulation.devices import Device
-from memscope.simulation.workspace_attention import (
+from memscope.hooks.kernels import Workspace
+from memscope.simulation.cuda.workspace_attention import (
     cudnn_backward,
     efficient_backward,
     efficient_forward,
@@ -22,24 +22,24 @@ from memscope.simulation.workspace_attention import (
     flash_forward,
     safe_softmax,
 )
-from memscope.simulation.workspace_blas import gemm
-from memscope.simulation.workspace_call import (
+from memscope.simulation.cuda.workspace_blas import gemm
+from memscope.simulation.cuda.workspace_call import (
     Call,
     KernelSettings,
     TensorMeta,
-    Workspace,
     broadcast,
     contiguous_copy,
     describe,
 )
-from memscope.simulation.workspace_loss import (
+from memscope.simulation.cuda.workspace_loss import (
     binary_cross_entropy_with_logits,
     huber_loss,
     reduced_afterwards,
     reduced_in_place,
     soft_margin_loss_backward,
 )
-from memscope.simulation.workspace_reduce import extremum, foreach_norm, norm_backward, reduction
+from memscope.simulation.cuda.workspace_reduce import extremum, foreach_norm, norm_backward, reduction
+from memscope.simulation.devices.catalogue import Device
 
 __all__ = ["NOT_MODELLED", "OPERATORS", "KernelSettings", "TensorMeta", "Workspace", "describe", "workspaces_for"]
 

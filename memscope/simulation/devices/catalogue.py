@@ -11,8 +11,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
+from memscope.allocator.settings import MIN_BLOCK
 from memscope.errors import UsageError, nearest
-from memscope.simulation.allocator_settings import MIN_BLOCK
 
 __all__ = ["DTYPES", "Device", "all_devices", "get_device", "load_devices"]
 

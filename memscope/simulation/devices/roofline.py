@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from memscope.hooks.work import NOTHING, Work, flops_of
-from memscope.simulation.devices import Device
-from memscope.simulation.traffic import moved_bytes
+from memscope.simulation.devices.catalogue import Device
+from memscope.simulation.devices.traffic import moved_bytes
 
 __all__ = ["LAUNCH_SECONDS", "Roofline"]
 

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from memscope.allocator.replay import Replay, replay
+from memscope.allocator.settings import AllocatorSettings
 from memscope.hooks.allocations import Allocations
-from memscope.simulation.allocator import AllocatorSettings, Replay, replay
-from memscope.simulation.devices import Device
+from memscope.simulation.devices.catalogue import Device
+from memscope.simulation.facade.stand_in import is_target, replaced, tensors_say_cuda
 from memscope.simulation.refusal import NotSimulated
-from memscope.simulation.stand_in import is_target, replaced, tensors_say_cuda
 
 __all__ = ["VisibleGpu"]
 

@@ -1,0 +1,66 @@
+"""The real device that a recorder watches, as far as the recorder needs to know it."""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+
+from memscope.errors import UsageError
+from memscope.hooks.allocations import Allocations
+from memscope.hooks.moments import Moments
+from memscope.trace import Trace
+
+__all__ = ["DeviceWatch", "require_gpu", "watch_of"]
+
+_WATCHES = {"cuda": "memscope.gpu.watch:AllocatorWatch"}
+"""Device type → the class that watches such a device. Named, not imported: `memscope.gpu` is built on these hooks."""
+
+
+class DeviceWatch(AbstractContextManager["DeviceWatch"], Protocol):
+    """Watches the allocator of one real device while it is entered."""
+
+    moments: Moments
+    """Tells a `StorageTracker`'s operators to the watch."""
+
+    def synchronize(self) -> None:
+        """Wait until the device has finished all submitted work."""
+
+    def trace(
+        self,
+        seen: Allocations,
+        *,
+        modules: Sequence[str],
+        ops: Sequence[str],
+        meta: Mapping[str, Any],
+        ran_out: bool,
+    ) -> Trace:
+        """The trace of the device's blocks, each with its owner among `seen`; called after leaving.
+
+        Raises:
+            MemscopeError: nothing was recorded, or the recorded history contradicts itself.
+        """
+
+
+def watch_of(device: torch.device | None) -> DeviceWatch | None:
+    """The watch for a device; None for a device without one, such as the CPU."""
+    if device is None or device.type not in _WATCHES:
+        return None
+    watch: DeviceWatch = pkgutil.resolve_name(_WATCHES[device.type])(device)
+    return watch
+
+
+def require_gpu() -> None:
+    """Refuse to go on where PyTorch has no CUDA device.
+
+    Raises:
+        UsageError: there is none; the message says how to simulate one.
+    """
+    if not torch.cuda.is_available():
+        raise UsageError(
+            'cannot record on "cuda": PyTorch finds no CUDA device on this machine. '
+            "Simulate a GPU: --device gpu, or one of memscope devices (in Python: memscope.simulate)"
+        )

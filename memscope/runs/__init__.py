@@ -1,0 +1,1 @@
+"""Runs of one target in processes of their own."""

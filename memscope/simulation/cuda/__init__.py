@@ -1,0 +1,1 @@
+"""What PyTorch does differently on CUDA: autocast, attention kernels, results and workspaces of kernels."""

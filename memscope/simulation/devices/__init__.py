@@ -1,0 +1,1 @@
+"""The catalogue of devices, and how long an operator takes on one."""

@@ -1,0 +1,1 @@
+"""The GPU as the code under simulation sees it."""

@@ -1,0 +1,60 @@
+"""Building a workload, and the errors of the target's own code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from memscope.errors import MemscopeError, TargetError, UsageError, where
+from memscope.workload.description import Workload
+
+__all__ = ["build_workload", "target_error", "usable"]
+
+
+def build_workload(source: Workload | Callable[[], Workload]) -> Workload:
+    """The workload itself, or the one that a target's `build` returns; checked to be one that can run.
+
+    Raises:
+        TargetError: `build` fails, or returns something other than a workload with a model.
+        UsageError: the batches are not a sequence.
+    """
+    if isinstance(source, Workload):
+        return usable(source)
+    try:
+        built: object = source()
+    except MemscopeError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise target_error("the target", error) from error
+    return usable(built)
+
+
+def usable(built: object) -> Workload:
+    """The workload that `build` returned, checked to be one that can run.
+
+    Raises:
+        TargetError: it is something else, or has no model.
+        UsageError: its batches are not a sequence.
+    """
+    if not isinstance(built, Workload):
+        what = "None" if built is None else f"a {type(built).__name__}"
+        raise TargetError(f"build returned {what}, not a Workload: end it with  return Workload(model=..., ...)")
+    if not isinstance(built.model, torch.nn.Module):
+        raise TargetError(f'the model of "{built.name}" is a {type(built.model).__name__}: expected an nn.Module')
+    if not (hasattr(built.batches, "__len__") and hasattr(built.batches, "__getitem__")):
+        raise UsageError(
+            f'the batches of "{built.name}" are a {type(built.batches).__name__}, not a sequence: '
+            "give a list, for example [next(iter(loader))]"
+        )
+    return built
+
+
+def target_error(name: str, error: BaseException) -> TargetError:
+    """The target's own error as a message that names the line of the target's code it came from."""
+    return TargetError(f'"{name}" failed: {type(error).__name__}: {_first_line(error)}{where(error)}')
+
+
+def _first_line(error: Any) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0]
