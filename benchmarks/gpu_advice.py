@@ -19,7 +19,7 @@ CASES = (
 def advise(job: dict[str, Any]) -> dict[str, Any]:
     """Ask for advice; the plan file is left in a folder, estimates of nothing and everything checkpointed beside it."""
     import torch
-    from gpu_cells import prepare
+    from gpu_training import prepare
 
     import memscope
     from memscope.simulation.devices.catalogue import get_device
@@ -53,7 +53,7 @@ def measure_plan(job: dict[str, Any]) -> dict[str, Any]:
     from statistics import median
 
     import torch
-    from gpu_cells import materialized, start
+    from gpu_training import materialized, start
 
     from memscope.workload.step import run_step
 

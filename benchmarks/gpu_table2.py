@@ -89,7 +89,7 @@ class Table2:
 
 def _workload(job: dict[str, Any]) -> Any:
     """The workload of a combination, before its own strategies: comparable with the others, as `--grid` makes it."""
-    from gpu_cells import prepare
+    from gpu_training import prepare
 
     from memscope.strategies import Plan
 
@@ -104,7 +104,7 @@ def measure_combination(job: dict[str, Any]) -> dict[str, Any]:
     from functools import partial
 
     import torch
-    from gpu_cells import on_device
+    from gpu_training import on_device
 
     from memscope import record
     from memscope.strategies import Plan

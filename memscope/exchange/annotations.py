@@ -10,9 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from memscope.exchange.inference import Bools
 from memscope.exchange.layout import Annotation
-from memscope.trace import PHASES, Ints, Phase
+from memscope.trace import PHASES, Bools, Ints, Phase
 
 __all__ = ["annotated"]
 

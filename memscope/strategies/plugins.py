@@ -1,21 +1,44 @@
-"""Strategies come from other packages too: what is wrong with one is told in words, with its name and its line."""
+"""Installed strategies, found through the entry-point group `memscope.strategies`, built-in ones included.
+
+An error in a strategy of another package names the strategy and the line.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from importlib.metadata import EntryPoint
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, Literal
 
 from memscope.errors import MemscopeError, UsageError, where
+from memscope.strategies.strategy import Stage, Strategy
 
 if TYPE_CHECKING:
-    from memscope.strategies import Strategy
     from memscope.workload.description import Workload
 
-__all__ = ["called", "loaded"]
+__all__ = ["available", "called"]
+
+_GROUP = "memscope.strategies"
 
 
-def loaded(entry: EntryPoint) -> type[Strategy]:
+@cache
+def available() -> dict[str, type[Strategy]]:
+    """Every strategy installed, by name.
+
+    Raises:
+        UsageError: when two packages bring a strategy of the same name, or one cannot be imported or is none.
+    """
+    found: dict[str, type[Strategy]] = {}
+    for entry in sorted(entry_points(group=_GROUP), key=lambda entry: entry.name):
+        if entry.name in found:
+            raise UsageError(
+                f'two installed packages bring a strategy "{entry.name}" ({entry.value}): uninstall one of them'
+            )
+        found[entry.name] = _loaded(entry)
+    return found
+
+
+def _loaded(entry: EntryPoint) -> type[Strategy]:
     """The strategy that an entry point names.
 
     Raises:
@@ -30,14 +53,12 @@ def loaded(entry: EntryPoint) -> type[Strategy]:
         raise UsageError(f"{named} cannot be imported: {type(error).__name__}: {error}{where(error)}") from error
     wrong = _wrong(kind, entry.name)
     if wrong:
-        raise UsageError(f"{named} cannot be used: {wrong}. Mend it, or uninstall its package")
+        raise UsageError(f"{named} cannot be used: {wrong}. Fix or uninstall the package")
     strategy: type[Strategy] = kind
     return strategy
 
 
 def _wrong(kind: Any, name: str) -> str:
-    from memscope.strategies import Stage, Strategy
-
     if Strategy not in getattr(kind, "__mro__", ()):
         return "it is no subclass of memscope.Strategy"
     found: Any = {key: getattr(kind, key, None) for key in ("name", "stage", "exact", "Config")}

@@ -11,9 +11,8 @@ from typing import ClassVar
 import pytest
 import torch
 
-from memscope import strategies
 from memscope.errors import UsageError
-from memscope.strategies import Plan, Problem, Stage, Strategy, available
+from memscope.strategies import Plan, Problem, Stage, Strategy, available, plan, plugins
 from memscope.testing import check_strategy, toy_workload
 from memscope.workload.description import Workload
 from memscope.workload.target import find_target
@@ -29,7 +28,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
     def install(*kinds: type[Strategy]) -> None:
         shipped = [point for point in entry_points(group="memscope.strategies") if point.name in SHIPPED]
         added = [SimpleNamespace(name=kind.name, value=str(kind), load=lambda kind=kind: kind) for kind in kinds]
-        monkeypatch.setattr(strategies, "entry_points", lambda group: [*shipped, *added])
+        monkeypatch.setattr(plugins, "entry_points", lambda group: [*shipped, *added])
         available.cache_clear()
 
     yield install
@@ -323,7 +322,7 @@ def test_a_declared_conflict_is_no_clash(install: Install) -> None:
 
 def test_a_declared_conflict_must_be_refused(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     install(Loner)
-    monkeypatch.setattr(strategies, "_conflicts", lambda ordered: [])
+    monkeypatch.setattr(plan, "_conflicts", lambda ordered: [])
     with pytest.raises(AssertionError, match=r'combined with "amp".*declared, but the plan was accepted'):
         check_strategy(Loner)
     Plan.parse("amp,zz")  # which is what the kit complains of

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memscope import strategies
 from memscope.errors import UsageError
-from memscope.strategies import Plan, Stage, Strategy, available
+from memscope.strategies import Plan, Stage, Strategy, available, plugins
+from memscope.strategies import plan as plan_module
 from memscope.strategies.adamw import OptimizerStep
 from memscope.strategies.amp import AMP
 from memscope.strategies.bf16 import BF16
@@ -92,7 +92,7 @@ class Switches(Strategy):
 def test_the_first_switch_that_is_on_is_written_bare_and_first(
     monkeypatch: pytest.MonkeyPatch, spec: str, settings: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(strategies, "available", lambda: {"switches": Switches})
+    monkeypatch.setattr(plan_module, "available", lambda: {"switches": Switches})
     config = Switches.Config(**settings)
     assert Switches(config).spec == spec
     assert contents(Plan.parse(spec)) == [(Switches, config)]
@@ -289,7 +289,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
 
     def install(*points: tuple[str, str]) -> None:
         table = [EntryPoint(name, value, "memscope.strategies") for name, value in points]
-        monkeypatch.setattr(strategies, "entry_points", lambda group: table)
+        monkeypatch.setattr(plugins, "entry_points", lambda group: table)
         available.cache_clear()
 
     yield install

@@ -10,9 +10,9 @@ from textwrap import dedent
 
 import pytest
 
-from memscope import simulate, strategies
+from memscope import simulate
 from memscope.errors import MemscopeError, UsageError
-from memscope.strategies import Plan, available
+from memscope.strategies import Plan, available, plugins
 from memscope.testing import toy_workload
 
 GOOD = """
@@ -49,7 +49,7 @@ def install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Install
         (tmp_path / "memscope_test_plugin.py").write_text(code)
         monkeypatch.syspath_prepend(str(tmp_path))
         table = [EntryPoint("mine", "memscope_test_plugin:Mine", "memscope.strategies")]
-        monkeypatch.setattr(strategies, "entry_points", lambda group: table)
+        monkeypatch.setattr(plugins, "entry_points", lambda group: table)
         monkeypatch.delitem(sys.modules, "memscope_test_plugin", raising=False)
         available.cache_clear()
 

@@ -1,0 +1,176 @@
+"""Plans: strategies in the order in which they are applied, and the text that names them.
+
+A plan is text such as `lora:r=16,targets=wq+wv,adamw:fused,ckpt`: a comma-separated word with a `=` before any `:`
+belongs to the strategy before it; any other word starts a new strategy. A bare word straight after the colon is a
+switch: `adamw:fused` is `adamw:fused=true`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from memscope.errors import UsageError, nearest
+from memscope.strategies.plugins import available, called
+from memscope.strategies.strategy import Strategy
+from memscope.workload.settings import fill, is_switch
+
+if TYPE_CHECKING:
+    from memscope.workload.description import Workload
+
+__all__ = ["Plan", "read_strategies"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Strategies in the order they are applied: by stage, then by name."""
+
+    strategies: tuple[Strategy, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Plan:
+        """Read a plan.
+
+        Raises:
+            UsageError: when it is malformed, or names an unknown strategy, key or value.
+        """
+        return cls.of(*read_strategies(text))
+
+    @classmethod
+    def of(cls, *strategies: Strategy) -> Plan:
+        """Put strategies into order.
+
+        Raises:
+            UsageError: when one is there twice, two conflict, or one lacks what it requires; all of that at once.
+        """
+        ordered = tuple(sorted(strategies, key=lambda s: (s.stage, s.name)))
+        names = [s.name for s in ordered]
+        wrong = [
+            f'"{name}" is there {names.count(name)} times: name it once'
+            for name in sorted(set(names))
+            if names.count(name) > 1
+        ]
+        wrong += _conflicts(ordered) + _lacks(ordered)
+        if wrong:
+            raise UsageError(_listed("the plan cannot be used", wrong))
+        return cls(ordered)
+
+    @property
+    def specs(self) -> list[str]:
+        """Each strategy as text, in order."""
+        return [strategy.spec for strategy in self.strategies]
+
+    def __str__(self) -> str:
+        return ",".join(self.specs)
+
+    def __bool__(self) -> bool:
+        return bool(self.strategies)
+
+    def check(self, workload: Workload) -> None:
+        """Look for everything that stands against the plan on this workload; changes nothing.
+
+        Raises:
+            UsageError: with every problem of every strategy.
+        """
+        wrong = [f"{s.name}: {problem}" for s in self.strategies for problem in called(s, "check", workload)]
+        if wrong:
+            raise UsageError(_listed(f'the plan "{self}" cannot be applied to "{workload.name}"', wrong))
+
+    def apply(self, workload: Workload) -> None:
+        """Check every strategy against the workload, then apply them in order.
+
+        Raises:
+            UsageError: with every problem of every strategy, before anything is changed.
+        """
+        self.check(workload)
+        self.carry_out(workload)
+
+    def carry_out(self, workload: Workload) -> None:
+        """Apply the strategies in order; for a workload that `check` has let through."""
+        for strategy in self.strategies:
+            called(strategy, "apply", workload)
+
+    def prepare_baseline(self, workload: Workload, applied: Collection[str]) -> None:
+        """Let each strategy whose name is not in `applied` make the run without it comparable."""
+        for strategy in self.strategies:
+            if strategy.name not in applied:
+                called(strategy, "baseline", workload)
+
+
+def read_strategies(text: str) -> list[Strategy]:
+    """The strategies that a plan's text names, in its order, each by itself.
+
+    Raises:
+        UsageError: when the text is malformed, or names an unknown strategy, key or value.
+    """
+    strategies: list[Strategy] = []
+    for name, words in _words(text):
+        if name not in available():
+            hint = nearest(name, available())
+            if strategies and is_switch(strategies[-1].Config, name):
+                hint = f'after a comma, the setting of "{strategies[-1].name}" is written {name}=true'
+            raise UsageError(f'unknown strategy "{name}" in plan "{text}": {hint}')
+        kind = available()[name]
+        strategies.append(kind(fill(kind.Config, words, of=f'strategy "{name}"')))
+    return strategies
+
+
+def _words(text: str) -> list[tuple[str, dict[str, str | None]]]:
+    """The strategies of a plan with their settings, still as text; None for a switch."""
+    found: list[tuple[str, dict[str, str | None]]] = []
+    for word in [w.strip() for w in text.split(",")] if text.strip() else []:
+        equals, colon = word.find("="), word.find(":")
+        if equals >= 0 and (colon < 0 or equals < colon):
+            if not found:
+                raise UsageError(
+                    f'malformed plan "{text}": "{word}" is a setting before any strategy; write STRATEGY:{word}'
+                )
+            setting = word
+        else:
+            name, _, setting = word.partition(":")
+            if not name or (colon >= 0 and not setting):
+                raise UsageError(
+                    f'malformed plan "{text}": expected STRATEGY or STRATEGY:KEY=VALUE,… but found "{word}"'
+                )
+            if "=" not in setting:
+                found.append((name, {setting: None} if setting else {}))
+                continue
+            found.append((name, {}))
+        key, equal, value = setting.partition("=")
+        if not equal or not key or not value:
+            raise UsageError(
+                f'malformed plan "{text}": expected KEY=VALUE after "{found[-1][0]}" but found "{setting}"'
+            )
+        if key in found[-1][1]:
+            raise UsageError(f'malformed plan "{text}": "{key}" is set twice for "{found[-1][0]}"')
+        found[-1][1][key] = value
+    return found
+
+
+def _conflicts(strategies: tuple[Strategy, ...]) -> list[str]:
+    found = []
+    for i, one in enumerate(strategies):
+        for other in strategies[i + 1 :]:
+            features = sorted((one.conflicts & other.provides) | (other.conflicts & one.provides))
+            if other.name in one.conflicts or one.name in other.conflicts:
+                found.append(f'"{one.name}" and "{other.name}" cannot be combined: leave one out')
+            elif features:
+                found.append(
+                    f'"{one.name}" and "{other.name}" cannot be combined, because of "{features[0]}": '
+                    "leave one out, or change the setting that brings it"
+                )
+    return found
+
+
+def _lacks(strategies: tuple[Strategy, ...]) -> list[str]:
+    provided = frozenset().union(*(s.provides | {s.name} for s in strategies)) if strategies else frozenset()
+    return [
+        f'"{s.name}" requires "{feature}": add a strategy that provides it'
+        for s in strategies
+        for feature in sorted(s.requires - provided)
+    ]
+
+
+def _listed(title: str, wrong: list[str]) -> str:
+    return f"{title}: {wrong[0]}" if len(wrong) == 1 else title + ":" + "".join(f"\n  - {line}" for line in wrong)

@@ -1,0 +1,160 @@
+"""The way of the data is the order of the folders: imports point one way, without circles."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+ORDER = (
+    ("memscope.errors", "memscope.units"),
+    ("memscope.trace",),
+    ("memscope.workload",),
+    ("memscope.strategies", "memscope.allocator", "memscope.analysis"),
+    ("memscope.hooks",),
+    ("memscope.gpu", "memscope.simulation", "memscope.exchange"),
+    ("memscope.runs",),
+    ("memscope.testing",),
+    ("memscope.advisor",),
+    ("memscope.dashboards",),
+    ("memscope.cli",),
+    ("memscope.__main__",),
+)
+"""Folders from the bottom up: a folder imports only those on its own line or above it in this list. `memscope` itself,
+the front, has no place in it: it names what it offers, and loads a name on first use."""
+LOOSE = {"__init__", "__main__", "errors", "units"}
+
+
+def sources(*folders: str) -> dict[str, Path]:
+    """Every module by its name; `targets/` and `dashboards/` are installed as subpackages of memscope."""
+    found = {}
+    for folder in folders:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+            found[name if folder in ("memscope", "benchmarks") else f"memscope.{name}"] = path
+    return found
+
+
+def imports_of(path: Path, modules: set[str]) -> set[str]:
+    """The modules that a file imports, wherever in it; also those for type checking only."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found & modules
+
+
+def graph(folders: dict[str, Path]) -> dict[str, set[str]]:
+    """Imports by module; a package stands for its `__init__`."""
+    return {name: imports_of(path, set(folders)) - {name} for name, path in folders.items()}
+
+
+def rank(name: str) -> int | None:
+    for index, level in enumerate(ORDER):
+        if any(name == folder or name.startswith(f"{folder}.") for folder in level):
+            return index
+    return None
+
+
+def upward(imports: dict[str, set[str]]) -> Iterator[str]:
+    for name, imported in imports.items():
+        if (own := rank(name)) is None:
+            continue
+        for other in imported:
+            if (theirs := rank(other)) is not None and theirs > own:
+                yield f"{name} imports {other}"
+
+
+def circle(imports: dict[str, set[str]]) -> list[str]:
+    """A circle of modules, first one found; empty where there is none."""
+    done: set[str] = set()
+
+    def walk(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name in done:
+            return []
+        for other in sorted(imports.get(name, ())):
+            if found := walk(other, [*path, name]):
+                return found
+        done.add(name)
+        return []
+
+    return next((found for name in sorted(imports) if (found := walk(name, []))), [])
+
+
+PACKAGE = sources("memscope", "targets", "dashboards")
+IMPORTS = {name: imported for name, imported in graph(PACKAGE).items() if name != "memscope"}
+
+
+def test_a_folder_imports_only_what_lies_below_it() -> None:
+    assert not list(upward(IMPORTS))
+
+
+def test_every_module_has_a_place_in_the_order() -> None:
+    without = {name for name in IMPORTS if rank(name) is None}
+    assert {name for name in without if not name.startswith("memscope.targets")} == set()
+
+
+def test_targets_do_not_import_the_command_line() -> None:
+    upwards = ("memscope.cli", "memscope.advisor", "memscope.dashboards")
+    of_targets = {name: imported for name, imported in IMPORTS.items() if name.startswith("memscope.targets")}
+    assert not [
+        f"{name} → {other}" for name, found in of_targets.items() for other in found if other.startswith(upwards)
+    ]
+
+
+def test_nothing_but_the_search_for_targets_imports_them() -> None:
+    others = {name: imported for name, imported in IMPORTS.items() if not name.startswith("memscope.targets")}
+    found = {name for name, imported in others.items() if any(one.startswith("memscope.targets") for one in imported)}
+    assert found == {"memscope.workload.target"}
+
+
+def test_no_module_is_part_of_a_circle_of_imports() -> None:
+    assert circle(IMPORTS) == []
+
+
+def test_no_benchmark_is_part_of_a_circle_of_imports() -> None:
+    paths = {path.stem: path for path in (ROOT / "benchmarks").rglob("*.py")}
+    assert circle(graph(paths)) == []
+
+
+def test_trace_imports_nothing_above_numpy() -> None:
+    allowed = {*sys.stdlib_module_names, "numpy"}
+    for name, path in PACKAGE.items():
+        if name.startswith("memscope.trace"):
+            nodes = [node for node in ast.walk(ast.parse(path.read_text()))]
+            roots = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+            roots |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+            outside = {root for root in roots if root.split(".")[0] not in allowed}
+            assert {root for root in outside if not root.startswith(("memscope.trace", "memscope.errors"))} == set()
+
+
+def test_few_modules_lie_loose_beside_the_folders() -> None:
+    assert {path.stem for path in (ROOT / "memscope").glob("*.py")} == LOOSE
+
+
+@pytest.mark.parametrize(
+    ("source", "complaint"),
+    [
+        ("from memscope.cli import main", "memscope.trace.table imports memscope.cli.main"),
+        ("def late():\n    import memscope.hooks.recorder", "memscope.trace.table imports memscope.hooks.recorder"),
+    ],
+)
+def test_the_check_notices_an_import_upwards(source: str, complaint: str, tmp_path: Path) -> None:
+    broken = tmp_path / "table.py"
+    broken.write_text(source)
+    assert complaint in list(upward(graph({**PACKAGE, "memscope.trace.table": broken})))
+
+
+def test_the_check_notices_a_circle(tmp_path: Path) -> None:
+    broken = tmp_path / "errors.py"
+    broken.write_text("from memscope.units import parse_bytes")
+    assert "memscope.errors" in circle(graph({**PACKAGE, "memscope.errors": broken}))
