@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memscope.allocator.replay import Replay, Snapshot, replay
+from memscope.allocator.replay import Replay, replay
+from memscope.allocator.report import HeldSegments
 from memscope.allocator.settings import AllocatorSettings
 from memscope.trace import Ints
 
@@ -112,7 +113,7 @@ def test_snapshots_show_the_blocks_after_the_events_asked_for() -> None:
         done.snapshots([3])
 
 
-def blocks_of(snapshot: Snapshot) -> list[tuple[int, bool]]:
+def blocks_of(snapshot: HeldSegments) -> list[tuple[int, bool]]:
     return [(b.size_bytes, b.allocated) for segment in snapshot.segments for b in segment.blocks]
 
 

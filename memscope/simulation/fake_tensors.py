@@ -1,0 +1,115 @@
+"""Parts of PyTorch that fail, or do not end, on fake tensors; replaced while a simulation runs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import TorchFunctionMode
+
+from memscope.simulation.facade.stand_in import replaced
+
+__all__ = ["FakeCopies", "fake_tensors_train"]
+
+
+@contextlib.contextmanager
+def fake_tensors_train() -> Iterator[None]:
+    """Gradient scalers step, truncated normals are drawn, and modules convert, on tensors without values."""
+    with _gradients_are_finite(), _truncated_normals_are_within_bounds(), _modules_convert_fake_weights():
+        yield
+
+
+@contextlib.contextmanager
+def _gradients_are_finite() -> Iterator[None]:
+    """A gradient scaler steps only if no gradient overflowed; without values, a simulation takes it that none did."""
+    may_step = torch.amp.GradScaler._maybe_opt_step
+
+    def step(scaler: Any, optimizer: torch.optim.Optimizer, state: Any, *args: Any, **kwargs: Any) -> Any:
+        return optimizer.step(*args, **kwargs)
+
+    torch.amp.GradScaler._maybe_opt_step = step  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.amp.GradScaler._maybe_opt_step = may_step  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def _truncated_normals_are_within_bounds() -> Iterator[None]:
+    """`nn.init.trunc_normal_` of 2.13 draws until no value is out of bounds; without values, it is done at once.
+
+    Source: `_no_grad_trunc_normal_` in torch/nn/init.py, 2.13; 2.6 and 2.11 clamp instead.
+    """
+    draw: Callable[..., Tensor] = nn.init._no_grad_trunc_normal_
+
+    def drawn(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return tensor if isinstance(tensor, FakeTensor) else draw(tensor, *args, **kwargs)
+
+    with replaced(nn.init, "_no_grad_trunc_normal_", drawn):
+        yield
+
+
+@contextlib.contextmanager
+def _modules_convert_fake_weights() -> Iterator[None]:
+    """`module.to(...)` puts new weights in place: PyTorch would swap tensors, which fake ones do not allow.
+
+    Source: `Module._apply` in torch/nn/modules/module.py and `torch.utils.swap_tensors` (2.6 to 2.13).
+    """
+    convert: Callable[..., nn.Module] = nn.Module._apply
+    replaced: dict[
+        int, tuple[Tensor, Tensor]
+    ] = {}  # by id of the old tensor, which is kept so that no other takes its id
+
+    def apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        tensors = [*module.parameters(recurse), *module.buffers(recurse)]
+        if not any(isinstance(tensor, FakeTensor) for tensor in tensors):
+            return convert(module, fn, recurse)
+        done: dict[int, Tensor] = {}
+        for part in module.modules() if recurse else [module]:
+            for table in (part._parameters, part._buffers):
+                for name, tensor in table.items():
+                    if tensor is not None:
+                        table[name] = _converted(tensor, fn, replaced, done)
+        return module
+
+    nn.Module._apply = apply  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module._apply = convert  # type: ignore[method-assign]
+
+
+def _converted(
+    tensor: Tensor, fn: Callable[[Tensor], Tensor], replaced: dict[int, tuple[Tensor, Tensor]], done: dict[int, Tensor]
+) -> Any:
+    """The tensor after `fn`, once a call; one that another module shares is found by what it was replaced with."""
+    while id(tensor) in replaced:
+        tensor = replaced[id(tensor)][1]
+    if id(tensor) not in done:
+        with torch.no_grad():
+            result = fn(tensor)
+        if result is not tensor:
+            if isinstance(tensor, nn.Parameter):
+                result = nn.Parameter(result, requires_grad=tensor.requires_grad)
+            replaced[id(tensor)] = (tensor, result)
+        done[id(tensor)] = done[id(result)] = result
+    return done[id(tensor)]
+
+
+class FakeCopies(TorchFunctionMode):
+    """`copy.deepcopy` of a fake tensor: PyTorch's gives a tensor that does not share the storage of its own views."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not Tensor.__deepcopy__ or not isinstance(args[0], FakeTensor):
+            return func(*args, **(kwargs or {}))
+        tensor, memo = args
+        if id(tensor) not in memo:
+            data = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            copied = nn.Parameter(data, requires_grad=False) if is_parameter else data
+            memo[id(tensor)] = copied.requires_grad_(tensor.requires_grad)
+        return memo[id(tensor)]
