@@ -15,7 +15,7 @@ import highspy
 import numpy as np
 from planner_blocks import UNIT, Operator, greedy_order, keeping, saved_bytes
 
-from memscope.advisor.planner import Chain, Choice
+from memscope.advisor.plan.planner import Chain, Choice
 
 __all__ = ["auto_sac"]
 

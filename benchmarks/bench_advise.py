@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from memscope.advisor.blocks import measure
-from memscope.advisor.planner import Chain, Choice, evaluate, plan
-from memscope.advisor.reference import Blocks, Reference, full_probe, none_probe
-from memscope.advisor.runner import InProcess, Seen
+from memscope.advisor.measure.costs import measure
+from memscope.advisor.measure.reference import Blocks, Reference, full_probe, none_probe
+from memscope.advisor.measure.runner import InProcess, Seen
+from memscope.advisor.plan.planner import Chain, Choice, evaluate, plan
 from memscope.simulation.devices import get_device
 from memscope.target import find_target
 

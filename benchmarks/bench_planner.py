@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from planner_blocks import OPERATORS, Operator, chain_of, varied_blocks
 
-from memscope.advisor.planner import Chain, CheckpointPlan, Choice, evaluate, minimum_budget, plan
+from memscope.advisor.plan.planner import Chain, CheckpointPlan, Choice, evaluate, minimum_budget, plan
 
 ALIKE_32, ALIKE_80 = [OPERATORS] * 32, [OPERATORS] * 80
 VARIED_80 = varied_blocks(80)

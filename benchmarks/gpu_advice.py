@@ -23,7 +23,7 @@ def advise(job: dict[str, Any]) -> dict[str, Any]:
 
     import memscope
     from memscope.simulation.devices import get_device
-    from memscope.strategies.layer_plan import LayerPlan
+    from memscope.strategies.ckpt import LayerPlan
 
     torch.set_num_threads(1)
     cell, device = Cell(**job["cell"]), get_device(job["predicted_for"])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from memscope.advisor.planner import Chain, Choice
+from memscope.advisor.plan.planner import Chain, Choice
 
 __all__ = ["OPERATORS", "UNIT", "Operator", "block_choices", "chain_of", "greedy_order", "keeping", "varied_blocks"]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from hypothesis import strategies as st
 
-from memscope.advisor.planner import Chain, Choice
+from memscope.advisor.plan.planner import Chain, Choice
 
 __all__ = ["every_plan", "in_proportion", "random_chains", "takes", "varied"]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import highspy
 
-from memscope.advisor.planner import Chain, Choice
+from memscope.advisor.plan.planner import Chain, Choice
 
 __all__ = ["Answer", "solve"]
 

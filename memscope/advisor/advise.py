@@ -10,9 +10,9 @@ import torch
 
 from memscope.advisor.advice import Advice, Certificate, FrontPoint, Peak, binding_of, in_words
 from memscope.advisor.combinations import combinations, forbidden, require_known
+from memscope.advisor.measure.reference import Blocks, full_probe, seconds_of, uniform
+from memscope.advisor.measure.runner import Asker, InProcess, Progress, Runner, Seen
 from memscope.advisor.planning import Found, device_bytes
-from memscope.advisor.reference import Blocks, full_probe, seconds_of, uniform
-from memscope.advisor.runner import Asker, InProcess, Progress, Runner, Seen
 from memscope.advisor.search import Search
 from memscope.errors import UsageError
 from memscope.hooks.steps import build_workload
@@ -20,7 +20,7 @@ from memscope.simulation.allocator import AllocatorSettings
 from memscope.simulation.device_memory import least_reserved
 from memscope.simulation.devices import Device, get_device
 from memscope.strategies import Plan
-from memscope.strategies.layer_plan import made_for
+from memscope.strategies.ckpt.layer_plan import made_for
 from memscope.trace import Trace
 from memscope.units import format_bytes, parse_budget
 from memscope.workload import Workload

@@ -6,16 +6,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from memscope.advisor.blocks import BlockCosts, measure
-from memscope.advisor.chain import Chain
-from memscope.advisor.planner import CheckpointPlan, NothingFits, evaluate, front, minimum_budget, plan
-from memscope.advisor.probe import rounded
-from memscope.advisor.reference import Reference, layer_plan, uniform
-from memscope.advisor.runner import Asker, Probe, Seen, require
+from memscope.advisor.measure.costs import BlockCosts, measure
+from memscope.advisor.measure.probe import rounded
+from memscope.advisor.measure.reference import Reference, layer_plan, uniform
+from memscope.advisor.measure.runner import Asker, Probe, Seen, require
+from memscope.advisor.plan.chain import Chain
+from memscope.advisor.plan.planner import CheckpointPlan, NothingFits, evaluate, front, minimum_budget, plan
 from memscope.simulation.allocator import AllocatorSettings
 from memscope.simulation.device_memory import SMALL_SEGMENT_BYTES, least_reserved
 from memscope.simulation.devices import Device
-from memscope.strategies.layer_plan import LayerPlan
+from memscope.strategies.ckpt import LayerPlan
 
 __all__ = ["Found", "Planning", "device_bytes", "fits"]
 

@@ -8,16 +8,16 @@ from pathlib import Path
 import torch
 
 from memscope.advisor.advise import budget_of
+from memscope.advisor.measure.reference import Blocks, Reference, full_probe, none_probe
+from memscope.advisor.measure.runner import Asker, Progress, Scene, require, side_by_side
 from memscope.advisor.planning import Planning
-from memscope.advisor.reference import Blocks, Reference, full_probe, none_probe
-from memscope.advisor.runner import Asker, Progress, Scene, require, side_by_side
 from memscope.errors import GateFailed, UsageError
 from memscope.hooks.steps import build_workload
 from memscope.simulation.allocator import AllocatorSettings
 from memscope.simulation.devices import Device
 from memscope.strategies import Plan, Strategy
 from memscope.strategies.ckpt import Checkpoint
-from memscope.strategies.layer_plan import LayerPlan, made_for
+from memscope.strategies.ckpt.layer_plan import LayerPlan, made_for
 from memscope.units import format_bytes
 
 __all__ = ["is_auto", "resolve"]

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from memscope.advisor.measure.reference import Blocks, Reference, full_probe, none_probe, outside_bytes, seconds_of
+from memscope.advisor.measure.runner import Asker, Probe, Seen, require
 from memscope.advisor.planning import Found, Planning, device_bytes, fits
-from memscope.advisor.reference import Blocks, Reference, full_probe, none_probe, outside_bytes, seconds_of
-from memscope.advisor.runner import Asker, Probe, Seen, require
 from memscope.errors import MemscopeError
 from memscope.simulation.allocator import AllocatorSettings
 from memscope.simulation.device_memory import SMALL_SEGMENT_BYTES

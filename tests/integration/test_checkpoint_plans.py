@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from memscope import Trace, record, simulate
 from memscope.strategies import Plan
-from memscope.strategies.ckpt import Checkpoint, find_layers
-from memscope.strategies.layer_plan import LayerPlan
+from memscope.strategies.ckpt import Checkpoint, LayerPlan
+from memscope.strategies.ckpt.layers import find_layers
 from memscope.target import find_target
 from memscope.testing import check_strategy
 from memscope.workload import Workload

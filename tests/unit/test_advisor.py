@@ -17,13 +17,13 @@ from memscope import Strategy, Workload, simulate
 from memscope.advisor.advice import Advice, in_words
 from memscope.advisor.advise import advise, budget_of
 from memscope.advisor.emit import TOOLS, emit
-from memscope.advisor.probe import rounded
-from memscope.advisor.runner import telling
+from memscope.advisor.measure.probe import rounded
+from memscope.advisor.measure.runner import telling
 from memscope.errors import TargetError, UsageError
 from memscope.simulation.allocator import AllocatorSettings, replay
 from memscope.simulation.devices import get_device
 from memscope.strategies import Plan, Stage
-from memscope.strategies.layer_plan import LayerPlan
+from memscope.strategies.ckpt import LayerPlan
 from memscope.toy import toy_workload
 from tests.small_chain import BLOCKS, ROWS, WIDTH, build
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from memscope import Workload, simulate
-from memscope.advisor.probe import ChainSeen, look
+from memscope.advisor.measure.probe import ChainSeen, look
 from memscope.errors import UsageError
 
 ROWS, WIDTH = 64, 256

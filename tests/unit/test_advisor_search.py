@@ -10,13 +10,13 @@ import pytest
 from memscope import Strategy, Workload, simulate, strategies
 from memscope.advisor import combinations as advisor_combinations
 from memscope.advisor.combinations import combinations
-from memscope.advisor.reference import Blocks
-from memscope.advisor.runner import Answer, Asker, InProcess, Probe
+from memscope.advisor.measure.reference import Blocks
+from memscope.advisor.measure.runner import Answer, Asker, InProcess, Probe
 from memscope.advisor.search import Search
 from memscope.simulation.allocator import AllocatorSettings
 from memscope.simulation.devices import get_device
 from memscope.strategies import Plan, Stage
-from memscope.strategies.layer_plan import LayerPlan
+from memscope.strategies.ckpt import LayerPlan
 from tests.small_chain import BLOCKS, ROWS, WIDTH, build
 
 DEVICE = get_device("a100-40gb")

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from memscope import Trace, simulate
 from memscope.errors import UsageError
 from memscope.strategies import Plan
-from memscope.strategies.ckpt import Checkpoint
-from memscope.strategies.layer_plan import LayerPlan
+from memscope.strategies.ckpt import Checkpoint, LayerPlan
 from memscope.testing import toy_workload
 from memscope.trace import CATEGORIES, PHASES
 from memscope.workload import Workload

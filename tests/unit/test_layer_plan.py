@@ -12,9 +12,10 @@ from torch import nn
 
 from memscope.errors import UsageError
 from memscope.strategies import Plan
-from memscope.strategies.ckpt import Checkpoint, find_layers
-from memscope.strategies.ckpt_options import Option
-from memscope.strategies.layer_plan import LayerPlan, described
+from memscope.strategies.ckpt import Checkpoint
+from memscope.strategies.ckpt.layer_plan import LayerPlan, described
+from memscope.strategies.ckpt.layers import find_layers
+from memscope.strategies.ckpt.options import Option
 from memscope.testing import toy_workload
 from memscope.workload import Workload
 

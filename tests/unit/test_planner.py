@@ -11,11 +11,11 @@ from checkpoint_chains import every_plan, in_proportion, random_chains, takes, v
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memscope.advisor.bounds import TimeBound
-from memscope.advisor.labels import TooManyLabels
-from memscope.advisor.moves import Graph
-from memscope.advisor.planner import Chain, Choice, NothingFits, evaluate, front, minimum_budget, plan
-from memscope.advisor.problem import Problem
+from memscope.advisor.plan.bounds import TimeBound
+from memscope.advisor.plan.labels import TooManyLabels
+from memscope.advisor.plan.moves import Graph
+from memscope.advisor.plan.planner import Chain, Choice, NothingFits, evaluate, front, minimum_budget, plan
+from memscope.advisor.plan.problem import Problem
 from memscope.errors import GateFailed, MemscopeError
 
 NONE = Choice("none", 1, 10, 0, 12, 14, 0, saves_input=True, saves_output=False)
@@ -341,5 +341,5 @@ def test_a_front_of_one_point_is_refused() -> None:
 
 
 def test_planning_needs_no_torch() -> None:
-    script = "import sys, memscope.advisor.planner; sys.exit('torch' in sys.modules)"
+    script = "import sys, memscope.advisor.plan.planner; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

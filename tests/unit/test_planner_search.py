@@ -8,11 +8,11 @@ from checkpoint_chains import every_plan, random_chains, takes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memscope.advisor.bounds import TimeBound
-from memscope.advisor.labels import Labels, undominated
-from memscope.advisor.moves import Graph
-from memscope.advisor.needs import needs_of
-from memscope.advisor.planner import Chain, Choice, plan
+from memscope.advisor.plan.bounds import TimeBound
+from memscope.advisor.plan.labels import Labels, undominated
+from memscope.advisor.plan.moves import Graph
+from memscope.advisor.plan.needs import needs_of
+from memscope.advisor.plan.planner import Chain, Choice, plan
 
 Row = tuple[int, int, int]
 

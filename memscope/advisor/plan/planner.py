@@ -10,9 +10,9 @@ import math
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from memscope.advisor.chain import Chain, Choice, Evaluation, evaluate
-from memscope.advisor.labels import TooManyLabels
-from memscope.advisor.problem import Problem
+from memscope.advisor.plan.chain import Chain, Choice, Evaluation, evaluate
+from memscope.advisor.plan.labels import TooManyLabels
+from memscope.advisor.plan.problem import Problem
 from memscope.errors import GateFailed, MemscopeError
 from memscope.units import format_bytes
 

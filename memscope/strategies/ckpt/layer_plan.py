@@ -1,7 +1,7 @@
 """Which option each layer of a model takes, as a value and as a file that can be read and written by hand.
 
 The file is JSON: `{"format": "memscope-checkpoint-plan", "schema_version": 1, "layers": {"layers.0": "none", …},
-"made_for": {…}}`. The options are those of `memscope.strategies.ckpt_options`.
+"made_for": {…}}`. The options are those of `memscope.strategies.ckpt.options`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import nn
 
 from memscope.errors import UsageError
 from memscope.strategies import Problem
-from memscope.strategies.ckpt_options import Option, check_segments
+from memscope.strategies.ckpt.options import Option, check_segments
 from memscope.trace import write_whole
 from memscope.workload import Workload
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from memscope.advisor.bounds import TimeBound
-from memscope.advisor.moves import Graph, Ints, Moves, Node
-from memscope.advisor.needs import Needs
+from memscope.advisor.plan.bounds import TimeBound
+from memscope.advisor.plan.moves import Graph, Ints, Moves, Node
+from memscope.advisor.plan.needs import Needs
 
 __all__ = ["Labels", "Outcome", "TooManyLabels", "search", "undominated"]
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from memscope.advisor.moves import Floats, Graph, Ints, Moves, Node
-from memscope.advisor.needs import staircase
+from memscope.advisor.plan.moves import Floats, Graph, Ints, Moves, Node
+from memscope.advisor.plan.needs import staircase
 
 __all__ = ["Hull", "OfMoves", "extremes", "hulls"]
 

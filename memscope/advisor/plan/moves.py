@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from memscope.advisor.chain import Chain
+from memscope.advisor.plan.chain import Chain
 
 __all__ = ["Floats", "Graph", "Ints", "Moves", "Node"]
 

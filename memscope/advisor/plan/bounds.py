@@ -11,8 +11,8 @@ from functools import cached_property
 
 import numpy as np
 
-from memscope.advisor.hulls import Hull, extremes, hulls
-from memscope.advisor.moves import Floats, Graph, Ints, Moves, Node
+from memscope.advisor.plan.hulls import Hull, extremes, hulls
+from memscope.advisor.plan.moves import Floats, Graph, Ints, Moves, Node
 
 __all__ = ["TimeBound"]
 

@@ -11,14 +11,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from memscope.advisor.chain import Chain, Choice
-from memscope.advisor.options import Call, saving_options
-from memscope.advisor.probe import BlockSeen, ChainSeen, rounded
-from memscope.advisor.reference import Reference, groups_of, layer_plan, outside_bytes, uniform
-from memscope.advisor.runner import Answer, Probe, Seen, require
+from memscope.advisor.measure.options import Call, saving_options
+from memscope.advisor.measure.probe import BlockSeen, ChainSeen, rounded
+from memscope.advisor.measure.reference import Reference, groups_of, layer_plan, outside_bytes, uniform
+from memscope.advisor.measure.runner import Answer, Probe, Seen, require
+from memscope.advisor.plan.chain import Chain, Choice
 from memscope.simulation.cost import operator_costs, transfer_seconds
 from memscope.simulation.devices import Device
-from memscope.strategies.layer_plan import LayerPlan
+from memscope.strategies.ckpt import LayerPlan
 from memscope.trace import PHASES
 
 __all__ = ["BlockCosts", "measure"]

@@ -20,9 +20,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memscope.errors import UsageError
-from memscope.strategies.ckpt_operators import Operator, operator
-from memscope.strategies.ckpt_options import Call
-from memscope.strategies.ckpt_recompute import run_checkpointed
+from memscope.strategies.ckpt.operators import Operator, operator
+from memscope.strategies.ckpt.options import Call
+from memscope.strategies.ckpt.recompute import run_checkpointed
 
 __all__ = ["checkpoint_all_but"]
 

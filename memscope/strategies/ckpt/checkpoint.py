@@ -11,13 +11,13 @@ from torch import nn
 
 from memscope.errors import UsageError
 from memscope.strategies import Problem, Stage, Strategy
-from memscope.strategies.ckpt_apply import apply_options
-from memscope.strategies.ckpt_layers import chosen_layers, find_layers, named_layers, planned_layers
-from memscope.strategies.ckpt_options import Option
-from memscope.strategies.layer_plan import LayerPlan
+from memscope.strategies.ckpt.apply import apply_options
+from memscope.strategies.ckpt.layer_plan import LayerPlan
+from memscope.strategies.ckpt.layers import chosen_layers, named_layers, planned_layers
+from memscope.strategies.ckpt.options import Option
 from memscope.workload import Workload
 
-__all__ = ["Checkpoint", "chosen_layers", "find_layers"]
+__all__ = ["Checkpoint"]
 
 
 class Checkpoint(Strategy):

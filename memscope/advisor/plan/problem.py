@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from memscope.advisor.bounds import TimeBound
-from memscope.advisor.chain import Chain, Choice, Evaluation, evaluate
-from memscope.advisor.labels import TooManyLabels, search
-from memscope.advisor.moves import Graph, Node
-from memscope.advisor.needs import Needs, needs_of
+from memscope.advisor.plan.bounds import TimeBound
+from memscope.advisor.plan.chain import Chain, Choice, Evaluation, evaluate
+from memscope.advisor.plan.labels import TooManyLabels, search
+from memscope.advisor.plan.moves import Graph, Node
+from memscope.advisor.plan.needs import Needs, needs_of
 
 __all__ = ["Problem", "Solution"]
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from memscope.advisor.moves import Floats, Graph, Ints, Node
+from memscope.advisor.plan.moves import Floats, Graph, Ints, Node
 
 __all__ = ["Needs", "needs_of", "staircase"]
 

@@ -15,7 +15,7 @@ from memscope.errors import MemscopeError, TargetError
 from memscope.processes import cores, interrupts_held, pool
 from memscope.simulation.allocator import AllocatorSettings
 from memscope.simulation.devices import Device, get_device, load_devices
-from memscope.strategies.layer_plan import LayerPlan
+from memscope.strategies.ckpt import LayerPlan
 from memscope.trace import Trace
 
 if TYPE_CHECKING:

@@ -8,13 +8,13 @@ from functools import cached_property
 
 from torch import nn
 
-from memscope.advisor.options import child_options
-from memscope.advisor.probe import BlockSeen, ChainSeen, look, rounded
-from memscope.advisor.runner import Probe, Seen
+from memscope.advisor.measure.options import child_options
+from memscope.advisor.measure.probe import BlockSeen, ChainSeen, look, rounded
+from memscope.advisor.measure.runner import Probe, Seen
 from memscope.errors import UsageError
 from memscope.simulation.cost import module_seconds, step_seconds
-from memscope.strategies.ckpt_layers import named_layers, planned_layers
-from memscope.strategies.layer_plan import LayerPlan
+from memscope.strategies.ckpt import LayerPlan
+from memscope.strategies.ckpt.layers import named_layers, planned_layers
 from memscope.trace import Phase, Trace
 
 __all__ = [

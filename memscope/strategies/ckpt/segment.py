@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from memscope.errors import UsageError
-from memscope.strategies.ckpt_recompute import flatten, run_checkpointed
+from memscope.strategies.ckpt.recompute import flatten, run_checkpointed
 
 __all__ = ["checkpoint_together"]
 
