@@ -1,1 +1,1 @@
-"""Which strategies to switch on, and which blocks to checkpoint, so that a training step fits a budget."""
+"""Which strategies to switch on, and which layers to checkpoint, so that a training step fits a budget."""

@@ -11,13 +11,13 @@ import numpy as np
 
 from memscope.trace import PHASES, Trace
 
-__all__ = ["Advice", "Binding", "Certificate", "FrontPoint", "Peak", "binding_of", "in_words", "short_option"]
+__all__ = ["Advice", "Binding", "Certificate", "FrontPoint", "PlanPeak", "binding_of", "in_words", "short_option"]
 
 SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
-class Peak:
+class PlanPeak:
     """Most memory of a plan, in bytes."""
 
     allocated: int
@@ -67,7 +67,7 @@ class FrontPoint:
     strategies: tuple[str, ...]
     recomputed: str
     """What is checkpointed, in words."""
-    peak: Peak
+    peak: PlanPeak
     step_seconds: float
 
     def is_same_plan(self, other: FrontPoint) -> bool:
@@ -95,14 +95,14 @@ class Advice:
     strategies: tuple[str, ...]
     """Strategies and settings, without checkpointing."""
     layers: Mapping[str, str]
-    """Option of each block; empty where nothing is checkpointed."""
-    peak: Peak
+    """Option of each layer; empty where nothing is checkpointed."""
+    peak: PlanPeak
     """Of the plan; where nothing fits, of the one that needs least."""
     step_seconds: float
     overhead_vs_none: float
     """Longer than without any checkpointing, as a share: 0.12 is 12 %."""
     overhead_vs_all: float
-    """Longer than with every block checkpointed whole; below 0 if shorter."""
+    """Longer than with every layer checkpointed whole; below 0 if shorter."""
     certificate: Certificate | None
     minimum_bytes: int
     """Smallest budget that any plan found here fits."""
@@ -172,7 +172,7 @@ def binding_of(trace: Trace, helps: str = "") -> Binding:
 
 
 def in_words(layers: Mapping[str, str]) -> str:
-    """The options of the blocks, alike neighbours as ranges: `layers.0-15 full, layers.16-31 none`."""
+    """The options of the layers, alike neighbours as ranges: `layers.0-15 full, layers.16-31 none`."""
     spans: list[tuple[str, str, str]] = []
     for name, option in layers.items():
         if option.startswith("within:"):

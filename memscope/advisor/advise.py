@@ -1,4 +1,4 @@
-"""Ask the advisor: what to switch on, and which blocks to checkpoint, so that a step fits a budget at least cost."""
+"""Ask the advisor: what to switch on, and which layers to checkpoint, so that a step fits a budget at least cost."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Callable, Collection, Mapping
 
 import torch
 
-from memscope.advisor.advice import Advice, Certificate, FrontPoint, Peak, binding_of, in_words
+from memscope.advisor.advice import Advice, Certificate, FrontPoint, PlanPeak, binding_of, in_words
 from memscope.advisor.combinations import combinations, forbidden, require_known
-from memscope.advisor.measure.reference import Blocks, full_probe, seconds_of, uniform
+from memscope.advisor.measure.reference import LayerList, full_probe, seconds_of, uniform
 from memscope.advisor.measure.runner import Asker, InProcess, Progress, Runner, Seen
 from memscope.advisor.planning import Found, device_bytes
 from memscope.advisor.search import Search
@@ -60,7 +60,7 @@ def advise(
     device: str | Device | None = None,
     strategies: str | Plan = "",
     allow: Collection[str] = (),
-    blocks: str = "",
+    layer_list: str = "",
     allocator: AllocatorSettings | None = None,
     runner: Runner | None = None,
     progress: Progress | None = None,
@@ -74,13 +74,13 @@ def advise(
             `DEFAULT_DEVICE`.
         strategies: a plan that is applied in any case.
         allow: names of strategies that change the mathematics and may be used; all others are.
-        blocks: name of the list of modules to choose from; empty: the largest list of modules of one class.
+        layer_list: name of the list of modules to choose from; empty: the largest list of modules of one class.
         allocator: settings of PyTorch's caching allocator; None: what `PYTORCH_CUDA_ALLOC_CONF` says.
         runner: carries out the simulations; None: one after the other in this process.
         progress: told what is going on, `progress(what, simulations done, known to be needed)`.
 
     Raises:
-        UsageError: when budget, device or strategies cannot be used, or the model's blocks form no chain.
+        UsageError: when budget, device or strategies cannot be used, or the model's layers form no chain.
         TargetError: when the target's code fails, or cannot be simulated.
     """
     named = device is not None
@@ -102,7 +102,7 @@ def advise(
         with torch.device("meta"):
             built = build_workload(workload)
     always.check(built)
-    chain = Blocks.of(built.model, blocks)
+    chain = LayerList.of(built.model, layer_list)
     asker = Asker(runner or InProcess(workload, device, settings), progress or (lambda what, done, needed: None))
     search = Search(asker, chain, device, settings, budget_bytes)
     plans = combinations(built, always, allow)
@@ -153,17 +153,17 @@ def _advice(search: Search, built: Workload, helps: Mapping[str, Plan], *, inter
         simulated=len(search.plain),
         combinations=len(search.plain),
         notes=(*search.planning.refused, *_scattered(shown.seen.trace, peak, settings)),
-        made_for=made_for(built, search.blocks.names, Plan.parse(reference.strategies).specs, device.name),
+        made_for=made_for(built, search.layers.names, Plan.parse(reference.strategies).specs, device.name),
         trace=shown.seen.trace,
     )
 
 
-def _peak(trace: Trace, device: Device, settings: AllocatorSettings) -> Peak:
+def _peak(trace: Trace, device: Device, settings: AllocatorSettings) -> PlanPeak:
     reserved = least_reserved(trace, settings)
-    return Peak(trace.peak.allocated_bytes, reserved, reserved + device.context_bytes)
+    return PlanPeak(trace.peak.allocated_bytes, reserved, reserved + device.context_bytes)
 
 
-def _scattered(trace: Trace, peak: Peak, settings: AllocatorSettings) -> list[str]:
+def _scattered(trace: Trace, peak: PlanPeak, settings: AllocatorSettings) -> list[str]:
     """What expandable segments would save, where memory is scattered over segments that cannot grow."""
     if settings.expandable_segments or peak.reserved - peak.allocated < _WORTH_SAYING * peak.reserved:
         return []
@@ -181,8 +181,8 @@ def _would_help(search: Search, plans: Mapping[str, Plan]) -> str:
     """Which strategies that were not allowed would make the step fit, or come nearest."""
     found = search.simulated(plans.values())
     large = [text for text, seen in found.items() if device_bytes(seen) > search.budget_bytes]
-    probes = [full_probe(text, search.blocks, search.budget_bytes) for text in large]
-    full = dict(zip(large, search.ask("every block checkpointed", probes), strict=True))
+    probes = [full_probe(text, search.layers, search.budget_bytes) for text in large]
+    full = dict(zip(large, search.ask("every layer checkpointed", probes), strict=True))
     lines = []
     for name, text in ((name, str(plan)) for name, plan in plans.items() if str(plan) in found):
         answers = [seen for seen in (found[text], full.get(text)) if isinstance(seen, Seen)]
@@ -192,7 +192,7 @@ def _would_help(search: Search, plans: Mapping[str, Plan]) -> str:
     return "; ".join(lines)
 
 
-def _front(search: Search, shown: Found, least: Found, peak: Peak, *, more: bool) -> tuple[FrontPoint, ...]:
+def _front(search: Search, shown: Found, least: Found, peak: PlanPeak, *, more: bool) -> tuple[FrontPoint, ...]:
     """The plans that were simulated and that no other beats in memory and time, least memory first."""
     first = dataclasses.replace(_point(shown), peak=peak)
     points = [_point(least)]
@@ -201,7 +201,7 @@ def _front(search: Search, shown: Found, least: Found, peak: Peak, *, more: bool
     for text, seen in search.plain.items():
         points.append(_point(Found(text, None, seen, *[seconds_of(seen)] * 2)))
     for text, reference in search.references.items():
-        every = uniform(search.blocks.names, "full")
+        every = uniform(search.layers.names, "full")
         points.append(_point(Found(text, every, reference.full, *[reference.full_seconds] * 2)))
     points = [first, *(point for point in points if not point.is_same_plan(first))]
     points.sort(key=lambda point: (point.peak.device, point.step_seconds))
@@ -214,6 +214,6 @@ def _front(search: Search, shown: Found, least: Found, peak: Peak, *, more: bool
 
 def _point(found: Found) -> FrontPoint:
     trace = found.seen.trace
-    peak = Peak(trace.peak.allocated_bytes, int(trace.meta["peak_reserved"]), device_bytes(found.seen))
+    peak = PlanPeak(trace.peak.allocated_bytes, int(trace.meta["peak_reserved"]), device_bytes(found.seen))
     layers = found.layers.layers if found.layers else {}
     return FrontPoint(tuple(Plan.parse(found.strategies).specs), in_words(layers), peak, found.seconds)

@@ -13,7 +13,7 @@ from memscope.workload import Workload
 __all__ = ["combinations", "forbidden", "require_known"]
 
 CHECKPOINTING = "ckpt"
-"""Planned block by block, not searched."""
+"""Planned layer by layer, not searched."""
 
 
 def require_known(allowed: Collection[str]) -> None:

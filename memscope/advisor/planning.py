@@ -1,4 +1,4 @@
-"""Plans for one combination of strategies: which blocks to checkpoint, each plan simulated before it is believed."""
+"""Plans for one combination of strategies: which layers to checkpoint, each plan simulated before it is believed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from memscope.advisor.measure.costs import BlockCosts, measure
+from memscope.advisor.measure.costs import LayerCosts, measure
 from memscope.advisor.measure.probe import rounded
 from memscope.advisor.measure.reference import Reference, layer_plan, uniform
 from memscope.advisor.measure.runner import Asker, Probe, Seen, require
@@ -50,7 +50,7 @@ def device_bytes(seen: Seen) -> int:
 
 @dataclass
 class Planning:
-    """Plans checkpoints; what was measured of the blocks is kept, and shared by strategies that leave them alone."""
+    """Plans checkpoints; what was measured of the layers is kept, and shared by strategies that leave them alone."""
 
     ask: Asker
     device: Device
@@ -58,7 +58,7 @@ class Planning:
     budget_bytes: int
     refused: list[str] = field(default_factory=list)
     """Plans whose simulation did not show what was predicted, also after that had corrected the costs."""
-    _costs: dict[str, BlockCosts] = field(default_factory=dict)
+    _costs: dict[str, LayerCosts] = field(default_factory=dict)
 
     @property
     def _limit(self) -> int:
@@ -66,7 +66,7 @@ class Planning:
         return self.budget_bytes - self.device.context_bytes
 
     def knows(self, strategies: str) -> bool:
-        """Whether the blocks were measured with these strategies."""
+        """Whether the layers were measured with these strategies."""
         return strategies in self._costs
 
     def promise(self, reference: Reference) -> float:
@@ -123,8 +123,8 @@ class Planning:
     def least(self, reference: Reference) -> Found:
         """The plan that needs least memory, as far as known.
 
-        Least allocated need not be least reserved: a plan of one option for all blocks scatters its memory less. So it
-        is the better of the planner's and of every block checkpointed.
+        Least allocated need not be least reserved: a plan of one option for all layers scatters its memory less. So it
+        is the better of the planner's and of every layer checkpointed.
         """
         costs = self._measured(reference)
         for _ in range(_MOST_ROUNDS):
@@ -135,7 +135,7 @@ class Planning:
             costs = self._costs[reference.strategies] = costs.settle(layers, seen)
         planned = _found(reference, chosen, layers, seen, chosen.nanoseconds)
         seconds = reference.full_seconds
-        full = Found(reference.strategies, uniform(reference.blocks.names, "full"), reference.full, seconds, seconds)
+        full = Found(reference.strategies, uniform(reference.layers.names, "full"), reference.full, seconds, seconds)
         return min(planned, full, key=lambda found: least_reserved(found.seen.trace, self.allocator))
 
     def whole(self, reference: Reference, found: Found) -> Found:
@@ -154,13 +154,13 @@ class Planning:
             for chosen, (layers, seen) in zip(plans, tried, strict=True)
         ]
 
-    def _measured(self, reference: Reference) -> BlockCosts:
+    def _measured(self, reference: Reference) -> LayerCosts:
         if reference.strategies not in self._costs:
             alike = next((c for c in self._costs.values() if c.reference.is_alike(reference)), None)
             self._costs[reference.strategies] = (
-                BlockCosts(reference, alike.measured)
+                LayerCosts(reference, alike.measured)
                 if alike
-                else measure(lambda probes: self.ask("options of the blocks", probes), reference, self.device)
+                else measure(lambda probes: self.ask("options of the layers", probes), reference, self.device)
             )
         return self._costs[reference.strategies]
 
@@ -188,7 +188,7 @@ class Planning:
         return Probe(
             reference.strategies,
             layers if set(layers.layers.values()) != {"none"} else None,
-            calls_of=reference.blocks.names,
+            calls_of=reference.layers.names,
             whole=whole,
             capacity_bytes=self.budget_bytes,
         )
@@ -210,7 +210,7 @@ def _leanest(chain: Chain) -> CheckpointPlan:
 
 
 def _layers_of(reference: Reference, chosen: CheckpointPlan) -> LayerPlan:
-    return layer_plan(reference.blocks.names, [(choice.option, choice.length) for choice in chosen.choices])
+    return layer_plan(reference.layers.names, [(choice.option, choice.length) for choice in chosen.choices])
 
 
 def _found(reference: Reference, chosen: CheckpointPlan, layers: LayerPlan, seen: Seen, bound: int) -> Found:

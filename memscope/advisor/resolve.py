@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from memscope.advisor.advise import budget_of
-from memscope.advisor.measure.reference import Blocks, Reference, full_probe, none_probe
+from memscope.advisor.measure.reference import LayerList, Reference, full_probe, none_probe
 from memscope.advisor.measure.runner import Asker, Progress, Scene, require, side_by_side
 from memscope.advisor.planning import Planning
 from memscope.errors import GateFailed, UsageError
@@ -47,12 +47,12 @@ def resolve(plan: Plan, scene: Scene, device: Device, path: Path, progress: Prog
     budget_bytes = budget_of(auto.config.budget, device, named=True)
     with torch.device("meta"):
         workload = build_workload(scene.build)
-    blocks = Blocks.of(workload.model, auto.config.blocks)
+    layers = LayerList.of(workload.model, auto.config.layer_list)
     text = str(others)
     with side_by_side(scene) as runner:
         ask = Asker(runner, progress)
-        none, full = ask("checkpoints", [probe(text, blocks, budget_bytes) for probe in (none_probe, full_probe)])
-        reference = Reference(text, blocks, require(none), require(full))
+        none, full = ask("checkpoints", [probe(text, layers, budget_bytes) for probe in (none_probe, full_probe)])
+        reference = Reference(text, layers, require(none), require(full))
         settings = AllocatorSettings.from_environment(os.environ)
         if scene.allocator is not None:
             settings = AllocatorSettings.parse(scene.allocator)
@@ -66,7 +66,7 @@ def resolve(plan: Plan, scene: Scene, device: Device, path: Path, progress: Prog
                 "needed; memscope advise also looks for other strategies"
             )
     assert found.layers is not None, "a plan of the planner has layers"
-    origin = made_for(workload, blocks.names, others.specs, device.name)
+    origin = made_for(workload, layers.names, others.specs, device.name)
     LayerPlan(found.layers.layers, origin).save(path, overwrite=overwrite)
     return Plan.of(*others.strategies, Checkpoint(Checkpoint.Config(plan=str(path))))
 

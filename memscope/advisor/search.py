@@ -1,7 +1,7 @@
-"""The cheapest plan that fits a budget: which strategies, and which blocks to checkpoint.
+"""The cheapest plan that fits a budget: which strategies, and which layers to checkpoint.
 
 Combinations of strategies are simulated, never added up. One that fits as it is needs no checkpointing; for those that
-do not, the planner chooses the blocks.
+do not, the planner chooses the layers.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from memscope.advisor.measure.reference import Blocks, Reference, full_probe, none_probe, outside_bytes, seconds_of
+from memscope.advisor.measure.reference import LayerList, Reference, full_probe, none_probe, outside_bytes, seconds_of
 from memscope.advisor.measure.runner import Asker, Probe, Seen, require
 from memscope.advisor.planning import Found, Planning, device_bytes, fits
 from memscope.errors import MemscopeError
@@ -33,14 +33,14 @@ class Search:
     """One search; what it has found so far stays in it if it is interrupted."""
 
     ask: Asker
-    blocks: Blocks
+    layers: LayerList
     device: Device
     allocator: AllocatorSettings
     budget_bytes: int
     plain: dict[str, Seen] = field(default_factory=dict)
     """By strategies: every combination simulated, without checkpointing."""
     references: dict[str, Reference] = field(default_factory=dict)
-    """Those that were simulated with every block checkpointed too."""
+    """Those that were simulated with every layer checkpointed too."""
     refused: dict[str, MemscopeError] = field(default_factory=dict)
     """Combinations that cannot be run, and why."""
     best: Found | None = None
@@ -81,7 +81,7 @@ class Search:
     def least(self) -> Found:
         """The plan that needs least memory; if nothing better fits, it is the best.
 
-        Checkpoints are planned for the combination that needs least with all blocks checkpointed; where that is only
+        Checkpoints are planned for the combination that needs least with all layers checkpointed; where that is only
         another setting of the best one's strategies, for the best one.
         """
         leanest = min(self.plain, key=lambda text: device_bytes(self.plain[text]))
@@ -106,7 +106,7 @@ class Search:
         """Each combination without checkpointing, by its text; those that cannot be run are left out."""
         texts = [str(plan) for plan in plans]
         answers = self.ask(
-            "combinations of strategies", [none_probe(text, self.blocks, self.budget_bytes) for text in texts]
+            "combinations of strategies", [none_probe(text, self.layers, self.budget_bytes) for text in texts]
         )
         found = {}
         for text, answer in zip(texts, answers, strict=True):
@@ -119,8 +119,8 @@ class Search:
     def _worthwhile(self, texts: Sequence[str]) -> list[str]:
         """Combinations, of those in order of cost, that checkpointing may make fit and the cheapest.
 
-        Not one that needs more than there is outside the blocks, where checkpointing changes nothing; and not one that
-        costs as much as another and takes as much memory, both at its peak and outside the blocks.
+        Not one that needs more than there is outside the layers, where checkpointing changes nothing; and not one that
+        costs as much as another and takes as much memory, both at its peak and outside the layers.
         """
         limit = self.budget_bytes - self.device.context_bytes
         kept: list[tuple[str, tuple[int, int]]] = []
@@ -131,15 +131,15 @@ class Search:
         return [text for text, _ in kept]
 
     def _outside(self, text: str) -> int:
-        """Most bytes of a combination outside its blocks: no checkpoint plan needs less."""
-        return outside_bytes(self.plain[text].trace, [[name] for name in self.blocks.names])
+        """Most bytes of a combination outside its layers: no checkpoint plan needs less."""
+        return outside_bytes(self.plain[text].trace, [[name] for name in self.layers.names])
 
     def _checkpoint(self, texts: Sequence[str]) -> None:
-        """Simulate combinations with every block checkpointed."""
+        """Simulate combinations with every layer checkpointed."""
         new = [text for text in dict.fromkeys(texts) if text not in self.references]
-        probes = [full_probe(text, self.blocks, self.budget_bytes) for text in new]
-        for text, answer in zip(new, self.ask("every block checkpointed", probes), strict=True):
-            self.references[text] = Reference(text, self.blocks, self.plain[text], require(answer))
+        probes = [full_probe(text, self.layers, self.budget_bytes) for text in new]
+        for text, answer in zip(new, self.ask("every layer checkpointed", probes), strict=True):
+            self.references[text] = Reference(text, self.layers, self.plain[text], require(answer))
 
     def _by_promise(self, plans: Sequence[Plan], base: Plan) -> list[Plan]:
         """Those first that promise less memory than others of the same time: only an order to try them in."""
@@ -176,7 +176,7 @@ class Search:
 
     def _take_plain(self, text: str) -> bool:
         """Take a combination as it is, if it also fits with every micro-batch run."""
-        probe = Probe(text, calls_of=self.blocks.names, capacity_bytes=self.budget_bytes)
+        probe = Probe(text, calls_of=self.layers.names, capacity_bytes=self.budget_bytes)
         (answer,) = self.ask("the plan", [probe])
         seconds = seconds_of(self.plain[text])
         return self._take(Found(text, None, require(answer), seconds, seconds))

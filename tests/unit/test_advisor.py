@@ -25,7 +25,7 @@ from memscope.simulation.devices import get_device
 from memscope.strategies import Plan, Stage
 from memscope.strategies.ckpt import LayerPlan
 from memscope.toy import toy_workload
-from tests.small_chain import BLOCKS, ROWS, WIDTH, build
+from tests.small_chain import LAYERS, ROWS, WIDTH, build
 
 DEVICE = get_device("a100-40gb")
 CONTEXT = DEVICE.context_bytes
@@ -164,7 +164,7 @@ def test_the_document_has_the_promised_keys() -> None:
         *document
     }
     assert set(document["plan"]) == {"strategies", "layers", "file"}
-    assert list(document["plan"]["layers"]) == [f"layers.{i}" for i in range(BLOCKS)]
+    assert list(document["plan"]["layers"]) == [f"layers.{i}" for i in range(LAYERS)]
     assert all(isinstance(size, int) for size in document["peak"].values())
 
 
@@ -202,7 +202,7 @@ def test_a_device_without_rates_is_refused() -> None:
         advise(build, budget="40GB", device="gpu")
 
 
-def test_a_model_without_repeated_blocks_is_taken_apart_into_its_modules() -> None:
+def test_a_model_without_repeated_layers_is_taken_apart_into_its_modules() -> None:
     class Mixed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -216,7 +216,7 @@ def test_a_model_without_repeated_blocks_is_taken_apart_into_its_modules() -> No
 
     found = advise(mixed, budget="1GB", device=DEVICE)
     assert found.feasible
-    assert any("no list of repeated blocks" in note for note in found.notes)
+    assert any("no list of repeated layers" in note for note in found.notes)
 
 
 def test_a_model_that_is_one_sequence_of_different_modules_gets_a_plan_that_can_be_applied(tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ def lora_everywhere() -> Advice:
     return dataclasses.replace(
         advice(plain_bytes()),
         strategies=("lora:r=8", "amp:dtype=bf16", "adamw:fused"),
-        layers={f"layers.{i}": "full" for i in range(BLOCKS)},
+        layers={f"layers.{i}": "full" for i in range(LAYERS)},
     )
 
 

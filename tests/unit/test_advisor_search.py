@@ -10,17 +10,17 @@ import pytest
 from memscope import Strategy, Workload, simulate, strategies
 from memscope.advisor import combinations as advisor_combinations
 from memscope.advisor.combinations import combinations
-from memscope.advisor.measure.reference import Blocks
+from memscope.advisor.measure.reference import LayerList
 from memscope.advisor.measure.runner import Answer, Asker, InProcess, Probe
 from memscope.advisor.search import Search
 from memscope.simulation.allocator import AllocatorSettings
 from memscope.simulation.devices import get_device
 from memscope.strategies import Plan, Stage
 from memscope.strategies.ckpt import LayerPlan
-from tests.small_chain import BLOCKS, ROWS, WIDTH, build
+from tests.small_chain import LAYERS, ROWS, WIDTH, build
 
 DEVICE = get_device("a100-40gb")
-WEIGHTS_BYTES = BLOCKS * 2 * 2 * (WIDTH * 2 * WIDTH) * 4
+WEIGHTS_BYTES = LAYERS * 2 * 2 * (WIDTH * 2 * WIDTH) * 4
 
 
 @dataclass
@@ -39,7 +39,7 @@ def searched(runner: Noted, reserved_bytes: int, strategies: str, allow: Sequenc
     workload = build()
     asker = Asker(runner, lambda what, done, needed: None)
     budget_bytes = reserved_bytes + DEVICE.context_bytes
-    search = Search(asker, Blocks.of(workload.model), DEVICE, AllocatorSettings(), budget_bytes)
+    search = Search(asker, LayerList.of(workload.model), DEVICE, AllocatorSettings(), budget_bytes)
     search.run(combinations(workload, Plan.parse(strategies), allow))
     return search
 

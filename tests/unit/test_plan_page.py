@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 import pytest
 from traces import TraceBuilder
 
-from memscope.advisor.advice import Advice, Binding, Certificate, FrontPoint, Peak
+from memscope.advisor.advice import Advice, Binding, Certificate, FrontPoint, PlanPeak
 from memscope.dashboards.plan_page import kept_by_layer, pareto_front, plan_card, plan_heatmap, write_plan_page
 from memscope.errors import TraceFileError, UsageError
 from memscope.trace import Trace
@@ -36,8 +36,8 @@ def run() -> Trace:
     return built.trace()
 
 
-def peak(device_gib: int) -> Peak:
-    return Peak((device_gib - 2) * GIB, (device_gib - 1) * GIB, device_gib * GIB)
+def peak(device_gib: int) -> PlanPeak:
+    return PlanPeak((device_gib - 2) * GIB, (device_gib - 1) * GIB, device_gib * GIB)
 
 
 def advice(**changed: Any) -> Advice:

@@ -45,7 +45,7 @@ def test_where_both_sums_decide_a_price_on_one_brings_the_bound_to_the_optimum()
     assert plan(chain, 100).nanoseconds == 12
 
 
-@given(random_chains(most_blocks=4), st.data())
+@given(random_chains(most_layers=4), st.data())
 @settings(max_examples=50, deadline=None)
 def test_every_part_of_a_plan_that_fits_can_be_completed_and_in_no_less_than_its_bound(
     chain: Chain, data: st.DataObject
@@ -53,16 +53,16 @@ def test_every_part_of_a_plan_that_fits_can_be_completed_and_in_no_less_than_its
     every = [(*takes(chain, choices), choices) for choices in every_plan(chain)]
     _, budget, chosen = data.draw(st.sampled_from(every))
     start = chosen[: data.draw(st.integers(0, len(chosen)))]
-    block = kept = held = time = 0
+    layer = kept = held = time = 0
     saved = False
     for choice in start:
-        kept += choice.kept_bytes + (chain.boundary_bytes[block] if choice.saves_input or saved else 0)
+        kept += choice.kept_bytes + (chain.boundary_bytes[layer] if choice.saves_input or saved else 0)
         held += choice.held_bytes
         time += choice.nanoseconds
-        block, saved = block + choice.length, choice.saves_output
+        layer, saved = layer + choice.length, choice.saves_output
     least = min(t for t, peak, choices in every if choices[: len(start)] == start and peak <= budget) - time
     graph = Graph.of(chain)
     sums = np.array([kept]), np.array([kept + held])
-    assert needs_of(graph)[block, saved].are_met(*sums, budget).all()
+    assert needs_of(graph)[layer, saved].are_met(*sums, budget).all()
     for bound in (TimeBound.of(graph, budget), TimeBound.of(graph, budget).sharpened()):
-        assert bound.at((block, saved), *sums)[0] <= least + bound.error
+        assert bound.at((layer, saved), *sums)[0] <= least + bound.error

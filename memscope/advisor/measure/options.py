@@ -1,4 +1,4 @@
-"""The options worth trying on a block: found in its structure and in a trace of it, not in a list of names."""
+"""The options worth trying on a layer: found in its structure and in a trace of it, not in a list of names."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch import nn
 __all__ = ["Call", "child_options", "saving_options"]
 
 Call = tuple[str, str]
-"""Module inside the block and operator without overload, such as `("feed_forward.w1", "aten.mm")`."""
+"""Module inside the layer and operator without overload, such as `("feed_forward.w1", "aten.mm")`."""
 
 _MOST_CALLS = 10
 _MOST_SUBSETS = 5
 _LEAST_SHARE = 0.01
-"""Calls that take less than this part of a block's forward are not worth a choice of their own."""
+"""Calls that take less than this part of a layer's forward are not worth a choice of their own."""
 
 
-def child_options(block: nn.Module) -> list[str]:
-    """Checkpoint direct children of the block, each on its own: every child that has children, and all of them.
+def child_options(layer: nn.Module) -> list[str]:
+    """Checkpoint direct children of the layer, each on its own: every child that has children, and all of them.
 
     A child without any, such as a linear layer, keeps its input either way.
     """
-    names = [name for name, child in block.named_children() if any(True for _ in child.children())]
+    names = [name for name, child in layer.named_children() if any(True for _ in child.children())]
     every = ["+".join(names)] if len(names) > 1 else []
     return [f"recompute:{chosen}" for chosen in [*names, *every]]
 
@@ -35,9 +35,9 @@ def saving_options(seconds: Mapping[Call, float], size_bytes: Mapping[Call, int]
     each one really takes is measured afterwards.
 
     Args:
-        seconds: time of each call in one forward pass of the block.
+        seconds: time of each call in one forward pass of the layer.
         size_bytes: memory of its results.
-        less_than: what the block keeps if nothing is recomputed: who keeps as much gains nothing.
+        less_than: what the layer keeps if nothing is recomputed: who keeps as much gains nothing.
     """
     total = sum(seconds.values())
     calls = [call for call in seconds if size_bytes.get(call) and seconds[call] >= _LEAST_SHARE * total]

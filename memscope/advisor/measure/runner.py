@@ -34,7 +34,7 @@ class Probe:
     strategies: str = ""
     """Plan to apply, without checkpointing."""
     layers: LayerPlan | None = None
-    """Which blocks to checkpoint, and how."""
+    """Which layers to checkpoint, and how."""
     calls_of: tuple[str, ...] = ()
     """Modules whose calls are noted."""
     steps: int = 2

@@ -21,7 +21,7 @@ _PRICES_TRIED, _PRICES_USED = 12, 3
 _LEAST_PRICE = 1e-3
 """Part of the highest price at which a price must help, or none is looked for."""
 _RELATIVE_ERROR = 1e-12
-"""Of a bound, at most: double precision, a few operations for each of some hundred blocks."""
+"""Of a bound, at most: double precision, a few operations for each of some hundred layers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +34,7 @@ class _Relaxation:
     price: float = 0.0
     """Nanoseconds a byte."""
     place: int = -1
-    """Block whose forward has the price."""
+    """Layer whose forward has the price."""
 
     def at(self, node: Node, kept: Ints, alive: Ints) -> Floats:
         if node not in self.hulls:
@@ -155,6 +155,6 @@ def _best_prices(plain: TimeBound) -> list[_Relaxation]:
 
 
 def _fullest_forward(graph: Graph) -> int:
-    """The block whose forward is likely to hold most; the head counts as one."""
+    """The layer whose forward is likely to hold most; the head counts as one."""
     _, alive = extremes(graph, lambda _, moves: moves.alive)
     return max(graph.moves, key=lambda node: alive[node] + min(int(m.forward.min()) for m in graph.moves[node]))[0]

@@ -1,4 +1,4 @@
-"""A model as the planner sees it: a chain of blocks, with choices for each, and what a sequence of them takes."""
+"""A model as the planner sees it: a chain of layers, with choices for each, and what a sequence of them takes."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ _MOST = 2**52
 
 @dataclass(frozen=True)
 class Choice:
-    """One option for `length` consecutive blocks.
+    """One option for `length` consecutive layers.
 
     Raises:
-        ValueError: when it covers no block, or keeps, holds or costs less than nothing.
+        ValueError: when it covers no layer, or keeps, holds or costs less than nothing.
     """
 
     option: str
     length: int
-    """Blocks it covers; more than one: a segment, under one checkpoint."""
+    """Layers it covers; more than one: a segment, under one checkpoint."""
     kept_bytes: int
     """Alive from its forward until its backward, without the boundaries: its input and its output."""
     held_bytes: int
     """Besides, alive until the forward pass of the micro-batch ends: the weights that autocast remembers."""
     forward_bytes: int
-    """Most that is allocated while its forward runs, less what the blocks before keep and hold; its input included."""
+    """Most that is allocated while its forward runs, less what the layers before keep and hold; its input included."""
     backward_bytes: int
-    """Most that is allocated while its backward runs, less what the blocks before keep.
+    """Most that is allocated while its backward runs, less what the layers before keep.
 
     Includes what it kept, its input if it saves it, the gradients so far, and everything static.
     """
@@ -42,7 +42,7 @@ class Choice:
 
     def __post_init__(self) -> None:
         if self.length < 1:
-            raise ValueError(f'option "{self.option}" covers {self.length} blocks: expected 1 or more')
+            raise ValueError(f'option "{self.option}" covers {self.length} layers: expected 1 or more')
         for name in ("kept_bytes", "held_bytes", "nanoseconds"):
             if getattr(self, name) < 0:
                 raise ValueError(f'option "{self.option}": {name} is {getattr(self, name)}: expected 0 or more')
@@ -50,52 +50,52 @@ class Choice:
 
 @dataclass(frozen=True)
 class Chain:
-    """Blocks that run one after the other, with the choices that begin at each.
+    """Layers that run one after the other, with the choices that begin at each.
 
     Raises:
-        ValueError: when the choices cannot cover the blocks, or a size makes no sense.
+        ValueError: when the choices cannot cover the layers, or a size makes no sense.
     """
 
     choices: tuple[tuple[Choice, ...], ...]
-    """Those that begin at each block `[blocks]`; no two of a block have the same option and length."""
+    """Those that begin at each layer `[layers]`; no two of a layer have the same option and length."""
     boundary_bytes: tuple[int, ...]
-    """Size of each block's input, and of the last one's output `[blocks + 1]`."""
+    """Size of each layer's input, and of the last one's output `[layers + 1]`."""
     head_forward_bytes: int
-    """Most allocated from the last block's forward to the end of the forward pass, less what blocks keep and hold."""
+    """Most allocated from the last layer's forward to the end of the forward pass, less what layers keep and hold."""
     head_backward_bytes: int
-    """Most allocated from there to the last block's backward, less what blocks keep."""
+    """Most allocated from there to the last layer's backward, less what layers keep."""
     head_saves_input: bool
-    """What follows the blocks keeps the last boundary, which is then part of the two above."""
+    """What follows the layers keeps the last boundary, which is then part of the two above."""
     fixed_bytes: int
     """Most of everything that depends on no choice: the optimizer step, the backward of an embedding."""
 
     def __post_init__(self) -> None:
-        blocks = len(self.choices)
-        if not blocks:
-            raise ValueError("a chain without blocks: expected 1 or more")
-        if len(self.boundary_bytes) != blocks + 1:
-            raise ValueError(f"{len(self.boundary_bytes)} boundaries for {blocks} blocks: expected {blocks + 1}")
+        layers = len(self.choices)
+        if not layers:
+            raise ValueError("a chain without layers: expected 1 or more")
+        if len(self.boundary_bytes) != layers + 1:
+            raise ValueError(f"{len(self.boundary_bytes)} boundaries for {layers} layers: expected {layers + 1}")
         if min(self.boundary_bytes) < 0 or self.fixed_bytes < 0:
             raise ValueError("a boundary, or what is fixed, is less than 0 bytes")
-        for block, choices in enumerate(self.choices):
-            _check_block(block, choices, blocks - block)
+        for layer, choices in enumerate(self.choices):
+            _check_layer(layer, choices, layers - layer)
         self._check_cover()
         for most, what in ((self.most_bytes, "bytes"), (self.most_nanoseconds, "nanoseconds")):
             if most >= _MOST:
                 raise ValueError(
-                    f"the largest choices of all blocks add up to {most} {what}: expected less than {_MOST}"
+                    f"the largest choices of all layers add up to {most} {what}: expected less than {_MOST}"
                 )
 
-    def choice(self, block: int, option: str, length: int) -> Choice:
-        """The choice that begins at a block and has this option and length.
+    def choice(self, layer: int, option: str, length: int) -> Choice:
+        """The choice that begins at a layer and has this option and length.
 
         Raises:
             ValueError: when there is none.
         """
-        for choice in self.choices[block] if block < len(self.choices) else ():
+        for choice in self.choices[layer] if layer < len(self.choices) else ():
             if choice.option == option and choice.length == length:
                 return choice
-        raise ValueError(f'block {block} of {len(self.choices)} has no option "{option}" that covers {length} blocks')
+        raise ValueError(f'layer {layer} of {len(self.choices)} has no option "{option}" that covers {length} layers')
 
     @property
     def most_bytes(self) -> int:
@@ -112,21 +112,21 @@ class Chain:
 
     def _check_cover(self) -> None:
         reached = {0}
-        for block, choices in enumerate(self.choices):
-            if block in reached:
-                reached.update(block + choice.length for choice in choices)
+        for layer, choices in enumerate(self.choices):
+            if layer in reached:
+                reached.update(layer + choice.length for choice in choices)
         if len(self.choices) not in reached:
             stuck = max(reached)
-            raise ValueError(f"no sequence of choices covers the blocks: none goes on from block {stuck}")
+            raise ValueError(f"no sequence of choices covers the layers: none goes on from layer {stuck}")
 
 
-def _check_block(block: int, choices: Sequence[Choice], left: int) -> None:
+def _check_layer(layer: int, choices: Sequence[Choice], left: int) -> None:
     known: set[tuple[str, int]] = set()
     for choice in choices:
         if choice.length > left:
-            raise ValueError(f'block {block}: option "{choice.option}" covers {choice.length} blocks, {left} are left')
+            raise ValueError(f'layer {layer}: option "{choice.option}" covers {choice.length} layers, {left} are left')
         if (choice.option, choice.length) in known:
-            raise ValueError(f'block {block}: option "{choice.option}" for {choice.length} blocks is there twice')
+            raise ValueError(f'layer {layer}: option "{choice.option}" for {choice.length} layers is there twice')
         known.add((choice.option, choice.length))
 
 
@@ -137,35 +137,35 @@ class Evaluation:
     nanoseconds: int
     peak_bytes: int
     binding: str
-    """Where the peak is: `forward of block 3`, `backward of blocks 4 to 7`, `head` or `fixed`; the first of equals."""
+    """Where the peak is: `forward of layer 3`, `backward of layers 4 to 7`, `head` or `fixed`; the first of equals."""
 
 
 def evaluate(chain: Chain, choices: Sequence[Choice]) -> Evaluation:
     """Add up what a sequence of choices takes.
 
     Args:
-        chain: the blocks, and what the choices cost.
-        choices: from the first block to the last; only their options and lengths count, the costs are the chain's.
+        chain: the layers, and what the choices cost.
+        choices: from the first layer to the last; only their options and lengths count, the costs are the chain's.
 
     Raises:
-        ValueError: when the choices are not the chain's, or do not cover its blocks.
+        ValueError: when the choices are not the chain's, or do not cover its layers.
     """
-    block = kept = held = nanoseconds = 0
-    lent = 0  # bytes of the boundary before this block that the choice before saves
+    layer = kept = held = nanoseconds = 0
+    lent = 0  # bytes of the boundary before this layer that the choice before saves
     sides = [(chain.fixed_bytes, "fixed")]
     for given in choices:
-        choice = chain.choice(block, given.option, given.length)
-        where = f"block {block}" if choice.length == 1 else f"blocks {block} to {block + choice.length - 1}"
-        saved = chain.boundary_bytes[block] if choice.saves_input else 0
+        choice = chain.choice(layer, given.option, given.length)
+        where = f"layer {layer}" if choice.length == 1 else f"layers {layer} to {layer + choice.length - 1}"
+        saved = chain.boundary_bytes[layer] if choice.saves_input else 0
         sides.append((kept + held + choice.forward_bytes, f"forward of {where}"))
         sides.append((kept + choice.backward_bytes + max(lent - saved, 0), f"backward of {where}"))
         kept += choice.kept_bytes + max(lent, saved)
         held += choice.held_bytes
         nanoseconds += choice.nanoseconds
-        block += choice.length
-        lent = chain.boundary_bytes[block] if choice.saves_output else 0
-    if block != len(chain.choices):
-        raise ValueError(f"the choices cover {block} of {len(chain.choices)} blocks")
+        layer += choice.length
+        lent = chain.boundary_bytes[layer] if choice.saves_output else 0
+    if layer != len(chain.choices):
+        raise ValueError(f"the choices cover {layer} of {len(chain.choices)} layers")
     kept += 0 if chain.head_saves_input else lent
     sides.append((kept + held + chain.head_forward_bytes, "head"))
     sides.append((kept + chain.head_backward_bytes, "head"))

@@ -1,4 +1,4 @@
-"""Convex functions of bytes, and the least time of a chain filled up to one at every block."""
+"""Convex functions of bytes, and the least time of a chain filled up to one at every layer."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class Outcome:
     """What a search has found."""
 
     path: tuple[tuple[int, int], ...] | None
-    """Block, and place among its choices, of every choice; None: nothing was found."""
+    """Layer, and place among its choices, of every choice; None: nothing was found."""
     is_complete: bool
     """Nothing was left out that could be better: the path is the fastest, or there is none within the limit."""
 
@@ -49,7 +49,7 @@ class Labels:
     before: Ints
     """Number of the label that each continues; labels are numbered in the order in which they were settled."""
     index: Ints
-    """Place of the last choice among those of its block."""
+    """Place of the last choice among those of its layer."""
 
     def at(self, chosen: Ints | npt.NDArray[np.bool_] | slice) -> Labels:
         """Some of them."""
@@ -63,7 +63,7 @@ class Labels:
 class _Settled:
     """What is left of the labels of a state once they are continued: the way back."""
 
-    block: int
+    layer: int
     first: int
     """Number of the first of them."""
     before: Ints
@@ -142,9 +142,9 @@ def _path(settled: list[_Settled], number: int) -> tuple[tuple[int, int], ...]:
     for state in reversed(settled):
         row = number - state.first
         if 0 <= row < len(state.before):
-            path.append((state.block, index))
+            path.append((state.layer, index))
             number, index = int(state.before[row]), int(state.index[row])
-            if state.block == 0:
+            if state.layer == 0:
                 break
     return tuple(reversed(path[1:]))
 

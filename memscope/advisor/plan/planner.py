@@ -1,4 +1,4 @@
-"""Which blocks to checkpoint, and how, so that a training step fits a budget in the least time.
+"""Which layers to checkpoint, and how, so that a training step fits a budget in the least time.
 
 How plans are found, and why a smaller budget never yields a larger peak, is explained in
 docs/design/0003-how-a-checkpoint-plan-is-found.md.
@@ -49,7 +49,7 @@ class CheckpointPlan:
     """The fastest choices that fit a budget, with the proof of how good they are."""
 
     choices: tuple[Choice, ...]
-    """In order of the blocks, all of which they cover."""
+    """In order of the layers, all of which they cover."""
     nanoseconds: int
     """Time they add to a step."""
     peak_bytes: int
@@ -61,8 +61,8 @@ class CheckpointPlan:
     """No plan that fits the budget adds less."""
 
     @property
-    def first_blocks(self) -> tuple[int, ...]:
-        """The block with which each choice begins."""
+    def first_layers(self) -> tuple[int, ...]:
+        """The layer with which each choice begins."""
         return tuple(accumulate((choice.length for choice in self.choices[:-1]), initial=0))
 
     @property
@@ -76,7 +76,7 @@ class CheckpointPlan:
 def plan(chain: Chain, budget_bytes: int) -> CheckpointPlan:
     """Find the plan that fits a budget in the least time; of those as fast, one with the least peak.
 
-    It is exact (`gap` 0), unless very many plans are nearly as fast as the best: that takes dozens of blocks that all
+    It is exact (`gap` 0), unless very many plans are nearly as fast as the best: that takes dozens of layers that all
     differ, with times in proportion to sizes. Then times are rounded for the search, and the gap is certified. Either
     way, a smaller budget never yields a larger peak.
 

@@ -141,6 +141,6 @@ class Problem:
         return replace(choice, nanoseconds=(choice.nanoseconds + unit // 2) // unit * unit)
 
     def _solution(self, path: Sequence[tuple[int, int]]) -> Solution:
-        choices = tuple(self.chain.choices[block][index] for block, index in path)
-        rounded = sum(self.rounded.choices[block][index].nanoseconds for block, index in path)
+        choices = tuple(self.chain.choices[layer][index] for layer, index in path)
+        rounded = sum(self.rounded.choices[layer][index].nanoseconds for layer, index in path)
         return Solution(choices, evaluate(self.chain, choices), rounded)

@@ -10,6 +10,7 @@ from typing import ClassVar
 from torch import nn
 
 from memscope.errors import UsageError
+from memscope.settings import setting
 from memscope.strategies import Problem, Stage, Strategy
 from memscope.strategies.ckpt.apply import apply_options
 from memscope.strategies.ckpt.layer_plan import LayerPlan
@@ -45,7 +46,7 @@ class Checkpoint(Strategy):
 
         layers: str = "all"
         """Which layers: all, every-2 (the first and each second one after it), 0-15, 3; or several, joined by +."""
-        blocks: str = ""
+        layer_list: str = setting("layer-list", "")
         """Name of the list of modules that are the layers, such as transformer.h; empty: the largest in the model."""
         plan: str = ""
         """File with an option for each layer, as memscope advise writes it."""
@@ -55,8 +56,8 @@ class Checkpoint(Strategy):
         """With auto: what the device may hold, such as 40GB, 37.3GiB or 90%."""
 
         def __post_init__(self) -> None:
-            if self.plan and (self.layers != "all" or self.blocks):
-                raise ValueError("plan names layers and their options: leave layers and blocks out")
+            if self.plan and (self.layers != "all" or self.layer_list):
+                raise ValueError("plan names layers and their options: leave layers and layer-list out")
             if self.auto and (self.plan or self.layers != "all"):
                 raise ValueError("auto chooses layers and their options: leave layers and plan out")
             if self.budget and not self.auto:
@@ -81,7 +82,7 @@ class Checkpoint(Strategy):
         except UsageError as error:
             config = self.config
             given = f"plan={config.plan}" if config.plan else f"layers={config.layers}"
-            return [Problem(f"{given},blocks={config.blocks}" if config.blocks else given, str(error))]
+            return [Problem(f"{given},layer-list={config.layer_list}" if config.layer_list else given, str(error))]
         return self._plan.check(workload.model, layers) if self._plan else []
 
     def apply(self, workload: Workload) -> None:
@@ -108,7 +109,7 @@ class Checkpoint(Strategy):
             self._plan = LayerPlan.load(self.config.plan)
         if self._plan is not None:
             return planned_layers(model, self._plan.layers), self._plan.options
-        layers = named_layers(model, self.config.blocks)
+        layers = named_layers(model, self.config.layer_list)
         modules = list(layers.values())
         chosen = {id(modules[index]) for index in chosen_layers(self.config.layers, len(layers))}
         return layers, {name: Option("full" if id(layer) in chosen else "none") for name, layer in layers.items()}

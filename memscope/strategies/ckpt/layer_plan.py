@@ -124,7 +124,7 @@ class LayerPlan:
             for key, what in (("class", "is a"), ("parameters", "has parameters in number:"))
             if key in made_for and made_for[key] != model_has[key]
         ]
-        if "blocks" in made_for and not missing and not more and made_for["blocks"] != model_has["blocks"]:
+        if "layers" in made_for and not missing and not more and made_for["layers"] != model_has["layers"]:
             differences.append(f"has layers of the classes {_classes(model_has)}, not {_classes(made_for)}")
         fix = "make one for this model with memscope advise"
         return [Problem(f"the checkpoint plan is for another model: this one {text}", fix) for text in differences]
@@ -158,7 +158,7 @@ def described(model: nn.Module, layers: Iterable[str]) -> dict[str, Any]:
     return {
         "class": type(model).__name__,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "blocks": [type(model.get_submodule(name)).__name__ for name in layers],
+        "layers": [type(model.get_submodule(name)).__name__ for name in layers],
     }
 
 
@@ -194,4 +194,4 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _classes(model: Mapping[str, Any]) -> str:
-    return " and ".join(dict.fromkeys(map(str, model["blocks"])))
+    return " and ".join(dict.fromkeys(map(str, model["layers"])))

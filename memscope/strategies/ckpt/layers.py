@@ -12,17 +12,17 @@ from memscope.errors import UsageError, nearest
 __all__ = ["chosen_layers", "find_layers", "named_layers", "planned_layers"]
 
 
-def find_layers(model: nn.Module, blocks: str = "") -> list[nn.Module]:
+def find_layers(model: nn.Module, layer_list: str = "") -> list[nn.Module]:
     """The model's layers in order: the modules of `named_layers`."""
-    return list(named_layers(model, blocks).values())
+    return list(named_layers(model, layer_list).values())
 
 
-def named_layers(model: nn.Module, blocks: str = "") -> dict[str, nn.Module]:
+def named_layers(model: nn.Module, layer_list: str = "") -> dict[str, nn.Module]:
     """The model's layers in order, by their names in the model.
 
     Args:
         model: the model.
-        blocks: name of the list (`nn.ModuleList` or `nn.Sequential`) that holds them; empty: the one with most
+        layer_list: name of the list (`nn.ModuleList` or `nn.Sequential`) that holds them; empty: the one with most
             parameters among those that hold two or more modules of one class.
 
     Raises:
@@ -30,11 +30,13 @@ def named_layers(model: nn.Module, blocks: str = "") -> dict[str, nn.Module]:
     """
     lists = {name: _items(name, module) for name, module in model.named_modules() if isinstance(module, _LISTS)}
     lists = {name: layers for name, layers in lists.items() if layers}
-    if blocks:
-        if blocks not in lists:
-            hint = nearest(blocks, filter(None, lists))
-            raise UsageError(f'the model has no nn.ModuleList or nn.Sequential "{blocks}" with layers in it: {hint}')
-        return lists[blocks]
+    if layer_list:
+        if layer_list not in lists:
+            hint = nearest(layer_list, filter(None, lists))
+            raise UsageError(
+                f'the model has no nn.ModuleList or nn.Sequential "{layer_list}" with layers in it: {hint}'
+            )
+        return lists[layer_list]
     alike = [layers for layers in lists.values() if len({type(layer) for layer in layers.values()}) == 1]
     layers = max(alike, key=_weight, default={})
     if len(layers) < 2:
