@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from memscope.trace import PHASES, Trace
+from memscope.units import format_bytes
 
 __all__ = ["Advice", "Binding", "Certificate", "FrontPoint", "PlanPeak", "binding_of", "in_words", "short_option"]
 
@@ -34,12 +35,32 @@ class PlanPeak:
 
 @dataclass(frozen=True)
 class Certificate:
-    """Why no cheaper plan is to be had: among checkpoint plans, for the strategies chosen."""
+    """How far a plan may be from the fastest one: among checkpoint plans of the options considered, for its strategies.
+
+    All times are estimates; gaps are parts of the plan's step time.
+    """
 
     lower_bound_seconds: float
-    """No plan of the options considered that fits the budget makes a step shorter than this (estimated time)."""
-    gap: float
-    """How far above it the plan is, as a share of the step."""
+    """No such plan whose allocated bytes fit the budget makes a step shorter than this."""
+    search_gap: float
+    """From the lower bound to the fastest plan found whose allocated bytes fit; 0: the planner's search was exact."""
+    fragmentation_gap: float
+    """From there to this plan, whose reserved bytes fit too."""
+
+    @classmethod
+    def of(cls, seconds: float, fastest_seconds: float, lower_bound_seconds: float) -> Certificate:
+        """From the step times of the plan, of the fastest plan found whose allocated bytes fit, and of the bound."""
+        fastest = min(fastest_seconds, seconds)
+        return cls(lower_bound_seconds, (fastest - lower_bound_seconds) / seconds, 1 - fastest / seconds)
+
+    @property
+    def gap(self) -> float:
+        """From the lower bound to this plan."""
+        return self.search_gap + self.fragmentation_gap
+
+    def document(self) -> dict[str, float]:
+        """As JSON values."""
+        return {**vars(self), "gap": self.gap}
 
 
 @dataclass(frozen=True)
@@ -66,7 +87,7 @@ class FrontPoint:
 
     strategies: tuple[str, ...]
     recomputed: str
-    """What is checkpointed, in words."""
+    """Its checkpointing, in words."""
     peak: PlanPeak
     step_seconds: float
 
@@ -122,6 +143,22 @@ class Advice:
     """The whole step with the plan, simulated."""
 
     @property
+    def optimality(self) -> str:
+        """What the certificate proves, as a sentence; empty where nothing fits."""
+        if self.certificate is None:
+            return ""
+        if not self.layers:
+            return "nothing is recomputed: no checkpoint plan is faster with these strategies"
+        proven, extra = self.certificate, self.peak.reserved - self.peak.allocated
+        search = "exact" if proven.search_gap == 0 else f"within {proven.search_gap:.2%}"
+        slower = f"{proven.fragmentation_gap:.2%}" if proven.fragmentation_gap else "nothing"
+        return (
+            f"{search} for allocated bytes: with these strategies, no checkpoint plan of the options considered that "
+            f"fits takes less than {proven.lower_bound_seconds:.3g} s (estimate); fragmentation, {format_bytes(extra)} "
+            f"reserved beyond allocated, adds {slower}"
+        )
+
+    @property
     def plan(self) -> str:
         """The plan as `memscope profile -s` takes it."""
         words = [*self.strategies, *([f"ckpt:plan={self.file}"] if self.file else [])]
@@ -147,7 +184,7 @@ class Advice:
                 "overhead_vs_none": self.overhead_vs_none,
                 "overhead_vs_all": self.overhead_vs_all,
             },
-            "certificate": vars(self.certificate) if self.certificate else None,
+            "certificate": self.certificate.document() if self.certificate else None,
             "minimum_budget": self.minimum_bytes,
             "binding": self.binding.document(),
             "front": [point.document() for point in self.front],

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 
 import torch
 
-from memscope.advisor.advice import Advice, Certificate, FrontPoint, PlanPeak, binding_of, in_words
+from memscope.advisor.advice import Advice, FrontPoint, PlanPeak, binding_of, in_words
 from memscope.advisor.combinations import combinations, forbidden, require_known
 from memscope.advisor.measure.reference import LayerList, full_probe, seconds_of, uniform
 from memscope.advisor.measure.runner import Asker, InProcess, Progress, Runner, Seen
@@ -144,9 +144,7 @@ def _advice(search: Search, built: Workload, helps: Mapping[str, Plan], *, inter
         step_seconds=shown.seconds,
         overhead_vs_none=shown.seconds / reference.none_seconds - 1,
         overhead_vs_all=shown.seconds / reference.full_seconds - 1,
-        certificate=Certificate(found.lower_bound_seconds, 1 - found.lower_bound_seconds / found.seconds)
-        if found
-        else None,
+        certificate=found.certificate if found else None,
         minimum_bytes=smallest,
         binding=binding_of(shown.seen.trace, "" if found else _would_help(search, helps)),
         front=front,
@@ -199,10 +197,10 @@ def _front(search: Search, shown: Found, least: Found, peak: PlanPeak, *, more: 
     if more and search.planning.knows(shown.strategies):
         points += map(_point, search.planning.between(search.references[shown.strategies]))
     for text, seen in search.plain.items():
-        points.append(_point(Found(text, None, seen, *[seconds_of(seen)] * 2)))
+        points.append(_point(Found(text, None, seen, seconds_of(seen))))
     for text, reference in search.references.items():
         every = uniform(search.layers.names, "full")
-        points.append(_point(Found(text, every, reference.full, *[reference.full_seconds] * 2)))
+        points.append(_point(Found(text, every, reference.full, reference.full_seconds)))
     points = [first, *(point for point in points if not point.is_same_plan(first))]
     points.sort(key=lambda point: (point.peak.device, point.step_seconds))
     kept: list[FrontPoint] = []

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from memscope.advisor.advice import Certificate
 from memscope.advisor.measure.costs import LayerCosts, measure
 from memscope.advisor.measure.probe import rounded
 from memscope.advisor.measure.reference import Reference, layer_plan, uniform
@@ -34,8 +35,8 @@ class Found:
     seen: Seen
     seconds: float
     """Estimated time of a step."""
-    lower_bound_seconds: float
-    """No plan for the same strategies and the budget it was made for makes the step shorter."""
+    certificate: Certificate | None = None
+    """Where the plan is for the budget: how far from the fastest it may be."""
 
 
 def fits(seen: Seen) -> bool:
@@ -116,8 +117,7 @@ class Planning:
             elif not whole:
                 allowed, whole = peak, True  # the telling micro-batches say yes: now all of them
             else:
-                bound = plan(costs.chain(), self._limit).lower_bound_nanoseconds
-                return _found(reference, chosen, layers, seen, bound)
+                return self._certified(reference, _found(reference, chosen, layers, seen))
         return None
 
     def least(self, reference: Reference) -> Found:
@@ -133,26 +133,29 @@ class Planning:
             if _rounded_peak(seen) == chosen.peak_bytes:
                 break
             costs = self._costs[reference.strategies] = costs.settle(layers, seen)
-        planned = _found(reference, chosen, layers, seen, chosen.nanoseconds)
-        seconds = reference.full_seconds
-        full = Found(reference.strategies, uniform(reference.layers.names, "full"), reference.full, seconds, seconds)
+        planned = _found(reference, chosen, layers, seen)
+        every = uniform(reference.layers.names, "full")
+        full = Found(reference.strategies, every, reference.full, reference.full_seconds)
         return min(planned, full, key=lambda found: least_reserved(found.seen.trace, self.allocator))
 
     def whole(self, reference: Reference, found: Found) -> Found:
-        """A plan simulated with every micro-batch, and held against what else would fit the budget."""
-        bound = plan(self._measured(reference).chain(), self._limit).lower_bound_nanoseconds
+        """A plan simulated with every micro-batch, with its certificate."""
         assert found.layers is not None, "a plan of the planner has layers"
         (answer,) = self.ask("the plan", [self._probe(reference, found.layers, whole=True)])
-        return replace(found, seen=require(answer), lower_bound_seconds=reference.none_seconds + bound / 1e9)
+        return self._certified(reference, replace(found, seen=require(answer)))
+
+    def _certified(self, reference: Reference, found: Found) -> Found:
+        """A plan with its certificate: it is held against the fastest plan whose allocated bytes fit the budget."""
+        fastest = plan(self._measured(reference).chain(), self._limit)
+        times = (fastest.nanoseconds, fastest.lower_bound_nanoseconds)
+        seconds = [reference.none_seconds + nanoseconds / 1e9 for nanoseconds in times]
+        return replace(found, certificate=Certificate.of(found.seconds, *seconds))
 
     def between(self, reference: Reference) -> list[Found]:
         """Plans for budgets from the least that will do to what no checkpointing takes."""
         plans = front(self._measured(reference).chain(), _FRONT_PLANS)
         tried = self._simulated(reference, plans, whole=False, what="plans for other budgets")
-        return [
-            _found(reference, chosen, layers, seen, chosen.nanoseconds)
-            for chosen, (layers, seen) in zip(plans, tried, strict=True)
-        ]
+        return [_found(reference, chosen, layers, seen) for chosen, (layers, seen) in zip(plans, tried, strict=True)]
 
     def _measured(self, reference: Reference) -> LayerCosts:
         if reference.strategies not in self._costs:
@@ -213,13 +216,12 @@ def _layers_of(reference: Reference, chosen: CheckpointPlan) -> LayerPlan:
     return layer_plan(reference.layers.names, [(choice.option, choice.length) for choice in chosen.choices])
 
 
-def _found(reference: Reference, chosen: CheckpointPlan, layers: LayerPlan, seen: Seen, bound: int) -> Found:
+def _found(reference: Reference, chosen: CheckpointPlan, layers: LayerPlan, seen: Seen) -> Found:
     return Found(
         strategies=reference.strategies,
         layers=layers,
         seen=seen,
         seconds=reference.none_seconds + chosen.nanoseconds / 1e9,
-        lower_bound_seconds=reference.none_seconds + bound / 1e9,
     )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from memscope.advisor.advice import Certificate
 from memscope.advisor.measure.reference import LayerList, Reference, full_probe, none_probe, outside_bytes, seconds_of
 from memscope.advisor.measure.runner import Asker, Probe, Seen, require
 from memscope.advisor.planning import Found, Planning, device_bytes, fits
@@ -179,7 +180,7 @@ class Search:
         probe = Probe(text, calls_of=self.layers.names, capacity_bytes=self.budget_bytes)
         (answer,) = self.ask("the plan", [probe])
         seconds = seconds_of(self.plain[text])
-        return self._take(Found(text, None, require(answer), seconds, seconds))
+        return self._take(Found(text, None, require(answer), seconds, Certificate.of(seconds, seconds, seconds)))
 
 
 def _first_of_kind(texts: Iterable[str]) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from memscope import Strategy, Workload, simulate
-from memscope.advisor.advice import Advice, in_words
+from memscope.advisor.advice import Advice, Certificate, PlanPeak, in_words
 from memscope.advisor.advise import advise, budget_of
 from memscope.advisor.emit import TOOLS, emit
 from memscope.advisor.measure.probe import rounded
@@ -80,8 +80,27 @@ def test_a_smaller_budget_never_gives_a_larger_peak() -> None:
 def test_the_certificate_bounds_the_plan_from_below() -> None:
     certificate = advice(BUDGETS[1]).certificate
     assert certificate is not None
+    assert certificate.search_gap == 0  # the layers are alike
     assert 0 <= certificate.gap < 1
-    assert certificate.lower_bound_seconds <= advice(BUDGETS[1]).step_seconds
+    seconds = advice(BUDGETS[1]).step_seconds
+    assert certificate.lower_bound_seconds == pytest.approx(seconds * (1 - certificate.gap))
+
+
+def test_what_the_search_leaves_open_and_what_fragmentation_adds_are_told_apart() -> None:
+    # Of a step of 10 s: the fastest plan whose allocated bytes fit takes 9 s, and none takes less than 8 s.
+    certificate = Certificate.of(10.0, 9.0, 8.0)
+    assert certificate.document() == pytest.approx(
+        {"lower_bound_seconds": 8.0, "search_gap": 0.1, "fragmentation_gap": 0.1, "gap": 0.2}
+    )
+    peak = PlanPeak(allocated=3 * 2**30, reserved=4 * 2**30, device=5 * 2**30)
+    told = dataclasses.replace(advice(BUDGETS[0]), certificate=certificate, peak=peak).optimality
+    assert told.startswith("within 10.00% for allocated bytes: ")
+    assert told.endswith(
+        "takes less than 8 s (estimate); fragmentation, 1.00 GiB reserved beyond allocated, adds 10.00%"
+    )
+    exact = dataclasses.replace(advice(BUDGETS[0]), certificate=Certificate.of(8.0, 8.0, 8.0), peak=peak).optimality
+    assert exact.startswith("exact for allocated bytes: ")
+    assert exact.endswith("adds nothing")
 
 
 def test_too_small_a_budget_is_refused_with_the_smallest_that_will_do() -> None:
@@ -240,7 +259,7 @@ def test_a_target_that_fails_is_told_in_words() -> None:
 
 
 def test_a_plan_taken_for_want_of_a_better_one_is_not_called_the_best() -> None:
-    """What binds the bound is the budget, not the plan: a cheaper one that fits on paper keeps the gap open."""
+    """The bound belongs to the budget, not to the plan: a faster plan whose allocated bytes fit keeps the gap open."""
     found = advice(advice(2**20).minimum_bytes - CONTEXT)
     assert found.certificate is not None
     assert found.certificate.lower_bound_seconds <= found.step_seconds

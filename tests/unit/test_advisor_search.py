@@ -116,5 +116,7 @@ def test_side_by_side_a_plan_is_found_that_is_as_true() -> None:
     one, two = (searched(Noted(width), reserved_bytes, "adamw:fused,ga:steps=1").best for width in (1, 2))
     assert one is not None
     assert two is not None
+    assert one.certificate is not None
+    assert two.certificate is not None
     assert two.seen.trace.meta["out_of_memory"] is None
-    assert two.lower_bound_seconds == one.lower_bound_seconds <= two.seconds
+    assert two.certificate.lower_bound_seconds == one.certificate.lower_bound_seconds <= two.seconds

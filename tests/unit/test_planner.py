@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memscope.advisor.plan.bounds import TimeBound
+from memscope.advisor.plan.graph import Graph
 from memscope.advisor.plan.labels import TooManyLabels
-from memscope.advisor.plan.moves import Graph
 from memscope.advisor.plan.planner import Chain, Choice, NothingFits, evaluate, front, minimum_budget, plan
-from memscope.advisor.plan.problem import Problem
+from memscope.advisor.plan.search import PlanSearch
 from memscope.errors import GateFailed, MemscopeError
 
 NONE = Choice("none", 1, 10, 0, 12, 14, 0, saves_input=True, saves_output=False)
@@ -197,7 +197,7 @@ def test_plans_for_rounded_times_are_certified_and_never_grow_when_the_budget_sh
     every = sorted(takes(chain, choices) for choices in every_plan(chain))
     peaks = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Problem, "easy", lambda chain: Problem(chain, bits))
+        patch.setattr(PlanSearch, "easy", lambda chain: PlanSearch(chain, bits))
         for budget in budgets(chain):
             found = plan(chain, budget)
             fastest = next(time for time, peak in every if peak <= budget)
@@ -260,7 +260,7 @@ def test_equal_layers_are_planned_without_a_gap() -> None:
 def test_a_chain_with_very_many_plans_as_good_as_the_best_gets_one_within_a_thousandth() -> None:
     chain = in_proportion(layers=40, options=2)
     whole = sum(choices[0].kept_bytes for choices in chain.choices)
-    assert Problem.easy(chain).bits is not None  # exact searches would outgrow their memory
+    assert PlanSearch.easy(chain).bits is not None  # exact searches would outgrow their memory
     for part in (1, 3, 6, 9):
         budget = whole * part // 10
         found = plan(chain, budget)
@@ -282,8 +282,8 @@ def test_a_search_that_outgrows_its_memory_says_so_and_what_to_do() -> None:
         raise TooManyLabels
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Problem, "easy", Problem)
-        patch.setattr(Problem, "fastest", too_many)
+        patch.setattr(PlanSearch, "easy", PlanSearch)
+        patch.setattr(PlanSearch, "fastest", too_many)
         with pytest.raises(MemscopeError, match=r"budget of 22 B .*: try another budget, or round the times"):
             plan(TWO, 22)
 

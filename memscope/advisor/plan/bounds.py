@@ -1,160 +1,164 @@
-"""How much time the rest of a plan takes at least, whatever is chosen.
+"""The least that the rest of a plan takes, whatever is chosen: bytes, exactly, and time, from below.
 
-Two sums must stay under limits: what is kept, and what is alive. A bound follows one of them. The other is left out, or
-gets a price at the one place where it matters most: a Lagrange multiplier.
+Both are found backwards from the end of the chain, state by state.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
-from memscope.advisor.plan.hulls import Hull, extremes, hulls
-from memscope.advisor.plan.moves import Floats, Graph, Ints, Moves, Node
+from memscope.advisor.plan.graph import Floats, Graph, Moves, Node
+from memscope.trace import Ints
 
-__all__ = ["TimeBound"]
+__all__ = ["Needs", "TimeBound", "needs_of"]
 
-_GOLDEN = (5**0.5 - 1) / 2
-_PRICES_TRIED, _PRICES_USED = 12, 3
-_LEAST_PRICE = 1e-3
-"""Part of the highest price at which a price must help, or none is looked for."""
+_NOTHING = -(2**60)
+"""Bytes that the end needs: fewer than any state, and far enough from the least integer."""
 _RELATIVE_ERROR = 1e-12
-"""Of a bound, at most: double precision, a few operations for each of some hundred layers."""
+"""Of a time bound, at most: double precision, a few operations for each of some hundred layers."""
+_Numbers = TypeVar("_Numbers", Ints, Floats)
 
 
 @dataclass(frozen=True, eq=False)
-class _Relaxation:
-    """A bound that follows one of the two sums, with a price on what is alive at one place."""
+class Needs:
+    """The pairs of bytes that suffice for the rest of a plan; no pair is better than another in both `[pairs]`."""
 
-    hulls: dict[Node, Hull]
-    """By state; states from which nothing fits are left out."""
-    follows_alive: bool = False
-    price: float = 0.0
-    """Nanoseconds a byte."""
-    place: int = -1
-    """Layer whose forward has the price."""
+    forward: Ints
+    """For the forwards to come, beyond the bytes that are alive; rising."""
+    backward: Ints
+    """For their backwards, beyond the bytes that are kept; falling."""
 
-    def at(self, node: Node, kept: Ints, alive: Ints) -> Floats:
-        if node not in self.hulls:
-            return np.full(len(kept), np.inf)
-        rest = self.hulls[node].at(alive if self.follows_alive else kept)
-        return rest + self.price * alive if node[0] <= self.place else rest
+    def are_met(self, kept: Ints, alive: Ints, budget_bytes: int) -> npt.NDArray[np.bool_]:
+        """Whether partial plans with these bytes kept and alive can be completed within a budget `[plans]`."""
+        pair = np.searchsorted(self.forward, budget_bytes - alive, side="right") - 1
+        return (pair >= 0) & (kept + self.backward[pair] <= budget_bytes)
 
-    def from_start(self, graph: Graph) -> float:
-        nothing = np.zeros(1, dtype=np.int64)
-        return float(self.at(graph.start, nothing, nothing)[0])
+    @property
+    def least_bytes(self) -> int:
+        """The smallest feasible budget when nothing is alive yet."""
+        return int(np.maximum(self.forward, self.backward).min())
+
+
+def needs_of(graph: Graph) -> dict[Node, Needs]:
+    """The bytes needed from each state on, exactly."""
+    nothing = np.array([_NOTHING], dtype=np.int64)
+    found = {graph.end: Needs(nothing, nothing)}
+    for node in reversed(graph.moves):
+        forward, backward = [], []
+        for moves in graph.moves[node]:
+            rest = found[moves.end]
+            forward.append(np.maximum(moves.forward[:, None], moves.alive[:, None] + rest.forward).ravel())
+            backward.append(np.maximum(moves.backward[:, None], moves.kept[:, None] + rest.backward).ravel())
+        found[node] = Needs(*_staircase(np.concatenate(forward), np.concatenate(backward)))
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Curve:
+    """A convex function that never falls: level up to its first corner, infinite beyond its last `[corners]`."""
+
+    size_bytes: Floats
+    nanoseconds: Floats
+
+    def at(self, size_bytes: Ints | Floats) -> Floats:
+        """Its values `[sizes]`."""
+        return np.interp(size_bytes, self.size_bytes, self.nanoseconds, right=np.inf)
 
 
 @dataclass(frozen=True, eq=False)
 class TimeBound:
-    """The best of several bounds, for one budget."""
+    """The least time from each state to the end within a budget, as a function of the bytes alive before the state.
+
+    The curve of a state is the least over its choices, made convex from below before the states in front of it are
+    looked at: at least as good as a Lagrangian relaxation with any multipliers. Bytes kept are not followed: as many
+    of the bytes alive as the choices in front of a state allow are taken to be held, so backwards find the least kept.
+    """
 
     graph: Graph
-    budget_bytes: int
-    relaxations: tuple[_Relaxation, ...]
+    curves: dict[Node, _Curve]
+    """By state; states from which nothing fits are left out."""
 
     @classmethod
     def of(cls, graph: Graph, budget_bytes: int) -> TimeBound:
-        """Close where one of the sums decides alone."""
-        found = [_following_kept(graph, budget_bytes)]
-        if _is_anything_held(graph):
-            found.append(_following_alive(graph, budget_bytes))
-        return cls(graph, budget_bytes, tuple(found))
+        """The bound for one budget."""
+        least, most = _range(graph, lambda moves: moves.alive)
+        _, most_held = _range(graph, lambda moves: moves.alive - moves.kept)
+        curves = {graph.end: _Curve(np.array([np.inf]), np.array([0.0]))}
+        for node in reversed(graph.moves):
+            parts = []
+            for moves in graph.moves[node]:
+                limit = budget_bytes - np.maximum(moves.forward, moves.backward - most_held[node])
+                if moves.end in curves:
+                    parts.append(_continued(curves[moves.end], moves, limit))
+            if parts:
+                sizes, times = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+                if sizes.max() >= least[node]:
+                    curves[node] = _convex(sizes, times, least[node], most[node])
+        return cls(graph, curves)
 
-    def sharpened(self) -> TimeBound:
-        """Close where both decide, too; this takes some time to make."""
-        if not _is_anything_held(self.graph):
-            return self
-        priced = _best_prices(self)
-        return TimeBound(self.graph, self.budget_bytes, (*self.relaxations, *priced))
+    def at(self, node: Node, alive: Ints) -> Floats:
+        """Nanoseconds that partial plans with these bytes alive take from a state on, at least `[plans]`."""
+        return self.curves[node].at(alive) if node in self.curves else np.full(len(alive), np.inf)
 
-    @cached_property
+    @property
     def nanoseconds(self) -> float:
         """No plan takes less; infinite if none fits."""
-        return max(bound.from_start(self.graph) for bound in self.relaxations)
+        return float(self.at(self.graph.start, np.zeros(1, dtype=np.int64))[0])
 
-    @cached_property
+    @property
     def error(self) -> float:
-        """Nanoseconds by which rounding may make a bound too high."""
-        most = sum(max(int(moves.nanoseconds.max()) for moves in groups) for groups in self.graph.moves.values())
-        return _RELATIVE_ERROR * (most + 4 * self.budget_bytes * max(bound.price for bound in self.relaxations))
-
-    def at(self, node: Node, kept: Ints, alive: Ints) -> Floats:
-        """Time that partial plans, which keep and have alive so much, take at least from a state on `[plans]`."""
-        best = self.relaxations[0].at(node, kept, alive)
-        for bound in self.relaxations[1:]:
-            best = np.maximum(best, bound.at(node, kept, alive))
-        return best
+        """Nanoseconds by which rounding may make the bound too high."""
+        return _RELATIVE_ERROR * sum(
+            max(int(moves.nanoseconds.max()) for moves in groups) for groups in self.graph.moves.values()
+        )
 
 
-def _held(_: Node, moves: Moves) -> Ints:
-    return moves.alive - moves.kept
+def _continued(rest: _Curve, moves: Moves, limit: Ints) -> tuple[Floats, Floats]:
+    """Corners of the curves that choices make of the one behind them: shifted, and cut off at `limit` bytes alive."""
+    sizes = rest.size_bytes - moves.alive[:, None]
+    times = rest.nanoseconds + moves.nanoseconds[:, None]
+    inside = sizes <= limit[:, None]
+    is_cut = sizes[:, -1] > limit
+    at_cut = rest.at(limit[is_cut] + moves.alive[is_cut]) + moves.nanoseconds[is_cut]
+    return np.concatenate([sizes[inside], limit[is_cut]]), np.concatenate([times[inside], at_cut])
 
 
-def _is_anything_held(graph: Graph) -> bool:
-    return any((moves.alive > moves.kept).any() for groups in graph.moves.values() for moves in groups)
+def _convex(sizes: Floats, times: Floats, least: int, most: int) -> _Curve:
+    """The largest convex function below all points that never falls, from `least` to `most` bytes."""
+    falling, times = _staircase(-sizes, times)
+    sizes, times = -falling[::-1], times[::-1]
+    while len(sizes) > 2:
+        width, height = np.diff(sizes), np.diff(times)
+        # A point on or above the line between its neighbours is no corner, whatever is dropped beside it.
+        is_corner = np.concatenate([[True], height[:-1] * width[1:] < height[1:] * width[:-1], [True]])
+        if is_corner.all():
+            break
+        sizes, times = sizes[is_corner], times[is_corner]
+    first = max(int(np.searchsorted(sizes, least, side="right")) - 1, 0)
+    last = int(np.searchsorted(sizes, most, side="right"))
+    return _Curve(sizes[first : last + 1], times[first : last + 1])
 
 
-def _following_kept(graph: Graph, budget_bytes: int, price: float = 0.0, place: int = -1) -> _Relaxation:
-    """Forwards are taken to find as little held as is possible; one of them has a price on what is alive there."""
-    least_held, _ = extremes(graph, _held)
-
-    def limit(node: Node, moves: Moves) -> Ints:
-        return budget_bytes - np.maximum(moves.backward, moves.forward + least_held[node])
-
-    def cost(node: Node, moves: Moves) -> Ints | Floats:
-        if node[0] > place:
-            return moves.nanoseconds
-        charged = moves.alive if moves.end[0] <= place else moves.forward - budget_bytes
-        return moves.nanoseconds + price * charged
-
-    found = hulls(graph, growth=lambda _, moves: moves.kept, limit=limit, cost=cost)
-    return _Relaxation(found, follows_alive=False, price=price, place=place)
+def _staircase(x: _Numbers, y: _Numbers) -> tuple[_Numbers, _Numbers]:
+    """The points that no other beats in both coordinates: x rising, y falling."""
+    order = np.lexsort((y, x))
+    x, y = x[order], y[order]
+    is_new = np.append(True, y[1:] < np.minimum.accumulate(y)[:-1])
+    return x[is_new], y[is_new]
 
 
-def _following_alive(graph: Graph, budget_bytes: int) -> _Relaxation:
-    """Backwards are taken to find as little kept as is possible: as much of what is alive is held as can be."""
-    _, most_held = extremes(graph, _held)
-
-    def limit(node: Node, moves: Moves) -> Ints:
-        return budget_bytes - np.maximum(moves.forward, moves.backward - most_held[node])
-
-    found = hulls(graph, growth=lambda _, moves: moves.alive, limit=limit, cost=lambda _, moves: moves.nanoseconds)
-    return _Relaxation(found, follows_alive=True)
-
-
-def _best_prices(plain: TimeBound) -> list[_Relaxation]:
-    """The relaxations with the best bounds, which are concave in the price: golden-section search."""
-    graph, place = plain.graph, _fullest_forward(plain.graph)
-
-    def relaxation(price: float) -> _Relaxation:
-        return _following_kept(graph, plain.budget_bytes, price, place)
-
-    def bound(found: _Relaxation) -> float:
-        return found.from_start(graph)
-
-    starts = [found.hulls[graph.start] for found in plain.relaxations if graph.start in found.hulls]
-    most = 2 * max((hull.slope for hull in starts), default=0.0)
-    if not most or bound(relaxation(_LEAST_PRICE * most)) <= bound(plain.relaxations[0]):
-        return []
-    low, high = 0.0, most
-    left, right = relaxation(high - _GOLDEN * (high - low)), relaxation(low + _GOLDEN * (high - low))
-    tried = [left, right]
-    while len(tried) < _PRICES_TRIED:
-        if bound(left) >= bound(right):
-            high, right = right.price, left
-            left = relaxation(high - _GOLDEN * (high - low))
-            tried.append(left)
-        else:
-            low, left = left.price, right
-            right = relaxation(low + _GOLDEN * (high - low))
-            tried.append(right)
-    return sorted(tried, key=bound, reverse=True)[:_PRICES_USED]
-
-
-def _fullest_forward(graph: Graph) -> int:
-    """The layer whose forward is likely to hold most; the head counts as one."""
-    _, alive = extremes(graph, lambda _, moves: moves.alive)
-    return max(graph.moves, key=lambda node: alive[node] + min(int(m.forward.min()) for m in graph.moves[node]))[0]
+def _range(graph: Graph, amount: Callable[[Moves], Ints]) -> tuple[dict[Node, int], dict[Node, int]]:
+    """Least and most of a sum over the choices in front of each state."""
+    least, most = {graph.start: 0}, {graph.start: 0}
+    for node, groups in graph.moves.items():
+        for moves in groups:
+            added = amount(moves)
+            low, high = least[node] + int(added.min()), most[node] + int(added.max())
+            least[moves.end] = min(least.get(moves.end, low), low)
+            most[moves.end] = max(most.get(moves.end, high), high)
+    return least, most

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from memscope.advisor.plan.bounds import TimeBound
-from memscope.advisor.plan.moves import Graph, Ints, Moves, Node
-from memscope.advisor.plan.needs import Needs
+from memscope.advisor.plan.bounds import Needs, TimeBound
+from memscope.advisor.plan.graph import Graph, Moves, Node
+from memscope.trace import Ints
 
-__all__ = ["Labels", "Outcome", "TooManyLabels", "search", "undominated"]
+__all__ = ["Labels", "TooManyLabels", "best_path", "undominated"]
 
 _AT_ONCE = 2**20
 """Labels tried at once: a matter of memory, not of the result."""
@@ -27,16 +27,6 @@ _MOST_CANDIDATES = 8
 
 class TooManyLabels(Exception):
     """More partial plans are left than there is room for: many are nearly as good as the best."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a search has found."""
-
-    path: tuple[tuple[int, int], ...] | None
-    """Layer, and place among its choices, of every choice; None: nothing was found."""
-    is_complete: bool
-    """Nothing was left out that could be better: the path is the fastest, or there is none within the limit."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +60,11 @@ class _Settled:
     index: Ints
 
 
-def search(
+Path = tuple[tuple[int, int], ...]
+"""Layer, and place among its choices, of every choice."""
+
+
+def best_path(
     graph: Graph,
     needs: Mapping[Node, Needs],
     bound: TimeBound,
@@ -79,8 +73,10 @@ def search(
     limit_nanoseconds: float,
     width: int | None,
     most_labels: int,
-) -> Outcome:
-    """Look for the fastest plan that fits a budget and takes no longer than a limit.
+) -> tuple[Path | None, bool]:
+    """The fastest plan found that fits a budget and takes no longer than a limit, and whether the search is complete.
+
+    After a complete search, no plan is faster; without a path, no plan fits both budget and limit.
 
     Args:
         graph: the choices.
@@ -101,21 +97,21 @@ def search(
     for node, groups in graph.moves.items():
         labels = undominated(waiting.pop(node, []), most_labels)
         if width is not None and len(labels) > width:
-            promise = labels.nanoseconds + bound.at(node, labels.kept, labels.alive)
+            promise = labels.nanoseconds + bound.at(node, labels.alive)
             labels, is_complete = labels.at(np.sort(np.argsort(promise, kind="stable")[:width])), False
         elif len(labels) > most_labels:
             raise TooManyLabels
         for moves in groups:
             for longer in _continued(labels, count, moves, budget_bytes):
                 found = longer.at(needs[moves.end].are_met(longer.kept, longer.alive, budget_bytes))
-                promise = found.nanoseconds + bound.at(moves.end, found.kept, found.alive)
+                promise = found.nanoseconds + bound.at(moves.end, found.alive)
                 waiting[moves.end].append(found.at(promise <= limit_nanoseconds + bound.error))
         settled.append(_Settled(node[0], count, labels.before, labels.index))
         count += len(labels)
     last = undominated(waiting[graph.end], most_labels)
     if not len(last):
-        return Outcome(None, is_complete)
-    return Outcome(_path(settled, int(last.before[np.argmin(last.nanoseconds)])), is_complete)
+        return None, is_complete
+    return _path(settled, int(last.before[np.argmin(last.nanoseconds)])), is_complete
 
 
 def _continued(labels: Labels, first: int, moves: Moves, budget_bytes: int) -> Iterator[Labels]:
@@ -135,7 +131,7 @@ def _continued(labels: Labels, first: int, moves: Moves, budget_bytes: int) -> I
         )
 
 
-def _path(settled: list[_Settled], number: int) -> tuple[tuple[int, int], ...]:
+def _path(settled: list[_Settled], number: int) -> Path:
     """The choices of a label in front of the head: back from it to the start."""
     path: list[tuple[int, int]] = []
     index = -1

@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from memscope.advisor.plan.chain import Chain
+from memscope.trace import Ints
 
-__all__ = ["Floats", "Graph", "Ints", "Moves", "Node"]
+__all__ = ["Floats", "Graph", "Moves", "Node"]
 
-Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Node = tuple[int, bool]
 """Layer, and whether the choice before it saves its output. Layers count on: the head, then the end."""
