@@ -13,7 +13,7 @@ from typing import Any
 
 import highspy
 import numpy as np
-from planner_layers import UNIT, Operator, greedy_order, keeping, saved_bytes
+from planner_layers import UNIT, Op, greedy_order, keeping, saved_bytes
 
 from memscope.advisor.plan.planner import Chain, Choice
 
@@ -22,7 +22,7 @@ __all__ = ["auto_sac"]
 _MIB = 2**20
 
 
-def auto_sac(chain: Chain, layers: Sequence[Sequence[Operator]], budget_bytes: int) -> list[Choice]:
+def auto_sac(chain: Chain, layers: Sequence[Sequence[Op]], budget_bytes: int) -> list[Choice]:
     """Which part of each layer's memory to discard (`sac_milp`), then which results that leaves room for.
 
     The second step is `get_optimal_checkpointing_policy_per_module`: a knapsack for each layer on its own.
@@ -34,7 +34,7 @@ def auto_sac(chain: Chain, layers: Sequence[Sequence[Operator]], budget_bytes: i
     ]
 
 
-def _discarded_parts(chain: Chain, layers: Sequence[Sequence[Operator]], budget_bytes: int) -> list[float | None]:
+def _discarded_parts(chain: Chain, layers: Sequence[Sequence[Op]], budget_bytes: int) -> list[float | None]:
     solver = highspy.Highs()
     solver.silent()
     budget = budget_bytes / _MIB
@@ -60,7 +60,7 @@ def _discarded_parts(chain: Chain, layers: Sequence[Sequence[Operator]], budget_
     return [solver.val(part) if solver.val(is_checkpointed) > 0.5 else None for is_checkpointed, part in variables]
 
 
-def _tradeoff(operators: Sequence[Operator]) -> list[tuple[float, float]]:
+def _tradeoff(operators: Sequence[Op]) -> list[tuple[float, float]]:
     """Slopes and intercepts of microseconds computed again, over the part of the memory that is discarded."""
     order = greedy_order(operators)
     size = np.cumsum([0, *(operator.size_bytes for operator in order)]) / sum(o.size_bytes for o in operators)
@@ -70,7 +70,7 @@ def _tradeoff(operators: Sequence[Operator]) -> list[tuple[float, float]]:
     return [(slope, y0 - slope * x0) for slope, x0, y0 in slopes]
 
 
-def _policy(layer: int, layers: int, operators: Sequence[Operator], part: float) -> Choice:
+def _policy(layer: int, layers: int, operators: Sequence[Op], part: float) -> Choice:
     """The results to keep in what is left of the layer's memory that save most time: every subset is tried."""
     sizes = np.array([operator.size_bytes for operator in operators])
     times = np.array([operator.nanoseconds for operator in operators])

@@ -13,7 +13,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from planner_layers import OPERATORS, Operator, chain_of, varied_layers
+from planner_layers import OPERATORS, Op, chain_of, varied_layers
 
 from memscope.advisor.plan.planner import Chain, CheckpointPlan, Choice, evaluate, minimum_budget, plan
 
@@ -128,7 +128,7 @@ def best_of_every_nth(chain: Chain, budget: int) -> int:
 
 @pytest.mark.parametrize("layers", [ALIKE_32, varied_layers(32)], ids=["7B", "32-different"])
 def test_recomputation_costs_less_than_with_what_is_used_today(
-    benchmark: BenchmarkFixture, layers: Sequence[Sequence[Operator]]
+    benchmark: BenchmarkFixture, layers: Sequence[Sequence[Op]]
 ) -> None:
     pytest.importorskip("highspy", reason="the solver for Auto-SAC's program, highspy, is not installed")
     from auto_sac import auto_sac

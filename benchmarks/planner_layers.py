@@ -13,7 +13,16 @@ import numpy as np
 
 from memscope.advisor.plan.planner import Chain, Choice
 
-__all__ = ["OPERATORS", "UNIT", "Operator", "chain_of", "greedy_order", "keeping", "layer_choices", "varied_layers"]
+__all__ = [
+    "OPERATORS",
+    "UNIT",
+    "Op",
+    "chain_of",
+    "greedy_order",
+    "keeping",
+    "layer_choices",
+    "varied_layers",
+]
 
 TOKENS, DIM, HIDDEN = 2048, 4096, 11008
 UNIT = TOKENS * DIM * 2
@@ -25,7 +34,7 @@ STATIC_BYTES = 14 * 10**9
 
 
 @dataclass(frozen=True)
-class Operator:
+class Op:
     """One operator of a layer, whose result can be kept or computed again."""
 
     name: str
@@ -33,19 +42,19 @@ class Operator:
     nanoseconds: int
 
 
-def _linear(name: str, inputs: int, outputs: int) -> Operator:
-    return Operator(name, TOKENS * outputs * 2, round(2 * TOKENS * inputs * outputs * _PER_FLOP))
+def _linear(name: str, inputs: int, outputs: int) -> Op:
+    return Op(name, TOKENS * outputs * 2, round(2 * TOKENS * inputs * outputs * _PER_FLOP))
 
 
-def _elementwise(name: str, size_bytes: int, operands: int) -> Operator:
-    return Operator(name, size_bytes, round(size_bytes * operands * _PER_BYTE))
+def _elementwise(name: str, size_bytes: int, operands: int) -> Op:
+    return Op(name, size_bytes, round(size_bytes * operands * _PER_BYTE))
 
 
 OPERATORS = (
     _elementwise("norm1", UNIT, 2),
     _linear("q", DIM, DIM), _linear("k", DIM, DIM), _linear("v", DIM, DIM),
     _elementwise("rotary", 2 * UNIT, 3),
-    Operator("attention", UNIT + TOKENS * 32 * 4, round(2 * TOKENS * TOKENS * DIM * _PER_FLOP)),  # causal: half of all
+    Op("attention", UNIT + TOKENS * 32 * 4, round(2 * TOKENS * TOKENS * DIM * _PER_FLOP)),  # causal: half of all
     _linear("o", DIM, DIM),
     _elementwise("residual", UNIT, 3),
     _elementwise("norm2", UNIT, 2),
@@ -57,17 +66,17 @@ _NOT_SAVED = {"q", "k", "o"}
 """Results that autograd itself does not save: their consumers are linear."""
 
 
-def greedy_order(operators: Sequence[Operator]) -> list[Operator]:
+def greedy_order(operators: Sequence[Op]) -> list[Op]:
     """Most bytes for a nanosecond first: what to compute again first (sac_estimator.py of PyTorch 2.13, MSPS)."""
     return sorted(operators, key=lambda operator: -operator.size_bytes / operator.nanoseconds)
 
 
-def saved_bytes(operators: Iterable[Operator]) -> int:
+def saved_bytes(operators: Iterable[Op]) -> int:
     """What autograd saves without any checkpointing."""
     return sum(operator.size_bytes for operator in operators if operator.name not in _NOT_SAVED)
 
 
-def keeping(name: str, kept: Sequence[Operator], operators: Sequence[Operator], layer: int, layers: int) -> Choice:
+def keeping(name: str, kept: Sequence[Op], operators: Sequence[Op], layer: int, layers: int) -> Choice:
     """A checkpointed layer that keeps some results."""
     kept_bytes = sum(operator.size_bytes for operator in kept)
     again = sum(operator.nanoseconds for operator in operators) - sum(operator.nanoseconds for operator in kept)
@@ -84,7 +93,7 @@ def keeping(name: str, kept: Sequence[Operator], operators: Sequence[Operator], 
     )
 
 
-def layer_choices(operators: Sequence[Operator], layer: int, layers: int, segments: Sequence[int]) -> list[Choice]:
+def layer_choices(operators: Sequence[Op], layer: int, layers: int, segments: Sequence[int]) -> list[Choice]:
     """Twelve options: none, full, and ten that keep more and more of the results; and segments."""
     order = greedy_order(operators)
     full = keeping("full", [], operators, layer, layers)
@@ -102,7 +111,7 @@ def layer_choices(operators: Sequence[Operator], layer: int, layers: int, segmen
     return choices
 
 
-def chain_of(layers: Sequence[Sequence[Operator]], segments: Sequence[int] = ()) -> Chain:
+def chain_of(layers: Sequence[Sequence[Op]], segments: Sequence[int] = ()) -> Chain:
     """Layers with these operators, and a head with 32000 logits a token in float32."""
     logits = TOKENS * 32000 * 4
     choices = [tuple(layer_choices(operators, i, len(layers), segments)) for i, operators in enumerate(layers)]
@@ -116,14 +125,12 @@ def chain_of(layers: Sequence[Sequence[Operator]], segments: Sequence[int] = ())
     )
 
 
-def varied_layers(count: int, seed: int = 7) -> list[list[Operator]]:
+def varied_layers(count: int, seed: int = 7) -> list[list[Op]]:
     """Layers of which no two are alike: sizes and times differ by up to a third."""
     rng = np.random.default_rng(seed)
 
-    def varied(operator: Operator) -> Operator:
+    def varied(operator: Op) -> Op:
         size, time = rng.uniform(2 / 3, 4 / 3, size=2)
-        return Operator(
-            operator.name, round(operator.size_bytes * size / 512) * 512, round(operator.nanoseconds * time)
-        )
+        return Op(operator.name, round(operator.size_bytes * size / 512) * 512, round(operator.nanoseconds * time))
 
     return [[varied(operator) for operator in OPERATORS] for _ in range(count)]

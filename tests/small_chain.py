@@ -10,7 +10,7 @@ from memscope import Workload
 ROWS, WIDTH, LAYERS = 2048, 128, 6
 
 
-class Attention(nn.Module):
+class Half(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH, bias=False), nn.Linear(2 * WIDTH, WIDTH, bias=False)
@@ -23,7 +23,7 @@ class Attention(nn.Module):
 class Layer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.one, self.two = Attention(), Attention()
+        self.one, self.two = Half(), Half()
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.one(x)

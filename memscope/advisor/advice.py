@@ -1,4 +1,4 @@
-"""What the advisor says: the plan, what it takes, why nothing cheaper was found, and what else there is."""
+"""The advice: the plan, its peak and time, its certificate, and the other plans worth considering."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class PlanPeak:
-    """Most memory of a plan, in bytes."""
+    """The peak of a plan, in bytes."""
 
     allocated: int
-    """As `torch.cuda.max_memory_allocated` shows it."""
+    """As `torch.cuda.max_memory_allocated` reports it."""
     reserved: int
-    """Least that PyTorch's allocator must be able to reserve for the plan to run."""
+    """The least that PyTorch's allocator must be able to reserve for the plan to run."""
     device: int
-    """The same with the CUDA context: what the device must hold. The context is an estimate."""
+    """Reserved bytes and CUDA context, which the device must hold. The context is an estimate."""
 
     def document(self) -> dict[str, int]:
         """As JSON values."""
@@ -65,7 +65,7 @@ class Certificate:
 
 @dataclass(frozen=True)
 class Binding:
-    """The event at which a plan needs most."""
+    """The event at the peak of a plan."""
 
     step: int
     phase: str
@@ -74,7 +74,7 @@ class Binding:
     allocated: int
     by_category: Mapping[str, int]
     helps: str = ""
-    """What would lower it."""
+    """Strategies that would lower the peak."""
 
     def document(self) -> dict[str, Any]:
         """As JSON values."""
@@ -83,7 +83,7 @@ class Binding:
 
 @dataclass(frozen=True)
 class FrontPoint:
-    """One plan on the Pareto front of memory against time; simulated as such."""
+    """A simulated plan on the Pareto front of memory against time."""
 
     strategies: tuple[str, ...]
     recomputed: str
@@ -92,7 +92,7 @@ class FrontPoint:
     step_seconds: float
 
     def is_same_plan(self, other: FrontPoint) -> bool:
-        """Whether both say to do the same."""
+        """Whether both are the same plan."""
         return (self.strategies, self.recomputed) == (other.strategies, other.recomputed)
 
     def document(self) -> dict[str, Any]:
@@ -107,36 +107,36 @@ class FrontPoint:
 
 @dataclass(frozen=True)
 class Advice:
-    """The cheapest plan found that fits a budget, or why none does. Times are estimates."""
+    """The cheapest plan found that fits a budget, or why no plan does. Times are estimates."""
 
     target: str
     device: str
     budget_bytes: int
     feasible: bool
     strategies: tuple[str, ...]
-    """Strategies and settings, without checkpointing."""
+    """Strategies with their settings, without checkpointing."""
     layers: Mapping[str, str]
-    """Option of each layer; empty where nothing is checkpointed."""
+    """Option of each layer; empty if nothing is checkpointed."""
     peak: PlanPeak
-    """Of the plan; where nothing fits, of the one that needs least."""
+    """Of the plan; where nothing fits, of the plan that needs least."""
     step_seconds: float
     overhead_vs_none: float
-    """Longer than without any checkpointing, as a share: 0.12 is 12 %."""
+    """Extra step time over no checkpointing, as a share: 0.12 is 12 %."""
     overhead_vs_all: float
-    """Longer than with every layer checkpointed whole; below 0 if shorter."""
+    """Extra step time over checkpointing every layer; negative if shorter."""
     certificate: Certificate | None
     minimum_bytes: int
-    """Smallest budget that any plan found here fits."""
+    """The smallest feasible budget, of the plans found."""
     binding: Binding
     front: tuple[FrontPoint, ...]
     simulated: int
-    """Combinations of strategies that were simulated."""
+    """Number of combinations of strategies simulated."""
     combinations: int
-    """Combinations there are."""
+    """Number of all combinations of strategies."""
     notes: tuple[str, ...] = ()
-    """What the user should know besides, as sentences."""
+    """Further sentences for the user."""
     made_for: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    """What the plan was made for, as a plan file keeps it."""
+    """The workload and device of the plan, as a plan file records them."""
     file: Path | None = None
     """Plan file, once saved."""
     trace: Trace | None = field(default=None, repr=False)
@@ -194,7 +194,7 @@ class Advice:
 
 
 def binding_of(trace: Trace, helps: str = "") -> Binding:
-    """The event of a trace's peak: who asked for memory then, and what was there."""
+    """The event at a trace's peak: the module and operator that allocated, and the bytes by category."""
     peak = trace.peak
     index = int(np.flatnonzero(trace.born == peak.event)[0])
     return Binding(
@@ -209,7 +209,7 @@ def binding_of(trace: Trace, helps: str = "") -> Binding:
 
 
 def in_words(layers: Mapping[str, str]) -> str:
-    """The options of the layers, alike neighbours as ranges: `layers.0-15 full, layers.16-31 none`."""
+    """The options of the layers, with equal neighbours as ranges: `layers.0-15 full, layers.16-31 none`."""
     spans: list[tuple[str, str, str]] = []
     for name, option in layers.items():
         if option.startswith("within:"):
@@ -225,7 +225,7 @@ def in_words(layers: Mapping[str, str]) -> str:
 
 
 def short_option(option: str) -> str:
-    """`save:attention.wq/aten.mm+attention.wk/aten.mm` as `save wq+wk`: the modules whose results are kept."""
+    """An option in short: `save:attention.wq/aten.mm+attention.wk/aten.mm` is `save wq+wk`."""
     kind, _, rest = option.partition(":")
     if kind != "save":
         return option.replace(":", " ")

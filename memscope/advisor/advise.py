@@ -1,4 +1,4 @@
-"""Ask the advisor: what to switch on, and which layers to checkpoint, so that a step fits a budget at least cost."""
+"""Find the strategies, and the layers to checkpoint, that make a step fit a budget at the least cost."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from memscope.workload import Workload
 __all__ = ["DEFAULT_DEVICE", "advise", "budget_of"]
 
 DEFAULT_DEVICE = "a100-80gb"
-"""Whose kernels and rates are assumed where no device is named."""
+"""The device whose kernels and rates are assumed by default."""
 _WORTH_SAYING = 0.01
-"""Share of the reserved memory that a saving must reach to be pointed out."""
+"""Savings below this share of the reserved bytes are not mentioned."""
 
 
 def budget_of(text: str, device: Device, *, named: bool) -> int:
     """Bytes of a budget such as `40GB`, `37.3GiB`, or `90%` of a device that was named.
 
     Raises:
-        UsageError: when it cannot be read, is nothing, or a percentage of an unknown device or outside 0 to 100.
+        UsageError: when the text is no positive size, or a percentage outside 0 to 100 or of a device not named.
     """
     words = text.strip()
     if not words.endswith("%"):
@@ -68,16 +68,16 @@ def advise(
     """Find the plan that makes a training step fit a budget at the least estimated time.
 
     Args:
-        workload: what to train, or a function that builds it.
-        budget: what the device must hold, CUDA context included: bytes, or text such as `40GB` or `90%`.
-        device: the device whose kernels and rates are assumed, a name that `memscope devices` lists; None: see
+        workload: the workload to train, or a function that builds it.
+        budget: memory of the device, CUDA context included, in bytes or as text such as `40GB` or `90%`.
+        device: the device whose kernels and rates are assumed, or its name in `memscope devices`; None:
             `DEFAULT_DEVICE`.
-        strategies: a plan that is applied in any case.
-        allow: names of strategies that change the mathematics and may be used; all others are.
-        layer_list: name of the list of modules to choose from; empty: the largest list of modules of one class.
-        allocator: settings of PyTorch's caching allocator; None: what `PYTORCH_CUDA_ALLOC_CONF` says.
-        runner: carries out the simulations; None: one after the other in this process.
-        progress: told what is going on, `progress(what, simulations done, known to be needed)`.
+        strategies: strategies that every plan must use.
+        allow: names of strategies that change the mathematics and may be used; all exact strategies may be used.
+        layer_list: name of the list of modules that are the layers; empty: the largest list of modules of one class.
+        allocator: settings of PyTorch's caching allocator; None: those of `PYTORCH_CUDA_ALLOC_CONF`.
+        runner: runs the simulations; None: one after the other in this process.
+        progress: called as `progress(activity, simulations done, simulations known to be needed)`.
 
     Raises:
         UsageError: when budget, device or strategies cannot be used, or the model's layers form no chain.
@@ -91,7 +91,7 @@ def advise(
     if not device.peak_flops_per_second:
         raise UsageError(
             f'the rates of device "{device.name}" are not known, and plans are compared by their time: '
-            "choose a certain GPU (memscope devices)"
+            "choose a specific GPU (see: memscope devices)"
         )
     require_known(allow)
     settings = AllocatorSettings.from_environment(os.environ) if allocator is None else allocator
@@ -121,7 +121,7 @@ def advise(
 
 
 def _advice(search: Search, built: Workload, helps: Mapping[str, Plan], *, interrupted: bool) -> Advice:
-    """Put into words and figures what a search has found; `helps` are plans that would be tried, were they allowed."""
+    """The advice from what a search has found; `helps` are plans with strategies that were not allowed."""
     device, settings = search.device, search.allocator
     least = search.best if interrupted and search.best else search.least()
     found = search.best
@@ -162,7 +162,7 @@ def _peak(trace: Trace, device: Device, settings: AllocatorSettings) -> PlanPeak
 
 
 def _scattered(trace: Trace, peak: PlanPeak, settings: AllocatorSettings) -> list[str]:
-    """What expandable segments would save, where memory is scattered over segments that cannot grow."""
+    """A note on the bytes that expandable segments would save, if they are worth it."""
     if settings.expandable_segments or peak.reserved - peak.allocated < _WORTH_SAYING * peak.reserved:
         return []
     reserved = least_reserved(trace, dataclasses.replace(settings, expandable_segments=True))
@@ -170,13 +170,13 @@ def _scattered(trace: Trace, peak: PlanPeak, settings: AllocatorSettings) -> lis
     if saved < _WORTH_SAYING * peak.reserved:
         return []
     return [
-        f"PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True would save {format_bytes(saved)} that are reserved but "
-        "cannot be used; simulate it with --allocator expandable_segments:True"
+        f"PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True would save {format_bytes(saved)} of fragmentation: "
+        "simulate it with --allocator expandable_segments:True"
     ]
 
 
 def _would_help(search: Search, plans: Mapping[str, Plan]) -> str:
-    """Which strategies that were not allowed would make the step fit, or come nearest."""
+    """The bytes needed with each strategy that was not allowed, and whether it fits."""
     found = search.simulated(plans.values())
     large = [text for text, seen in found.items() if device_bytes(seen) > search.budget_bytes]
     probes = [full_probe(text, search.layers, search.budget_bytes) for text in large]
@@ -191,7 +191,7 @@ def _would_help(search: Search, plans: Mapping[str, Plan]) -> str:
 
 
 def _front(search: Search, shown: Found, least: Found, peak: PlanPeak, *, more: bool) -> tuple[FrontPoint, ...]:
-    """The plans that were simulated and that no other beats in memory and time, least memory first."""
+    """The simulated plans that no other beats in both memory and time, least memory first."""
     first = dataclasses.replace(_point(shown), peak=peak)
     points = [_point(least)]
     if more and search.planning.knows(shown.strategies):

@@ -1,4 +1,4 @@
-"""Plans for one combination of strategies: which layers to checkpoint, each plan simulated before it is believed."""
+"""Checkpoint plans for one combination of strategies, each simulated before it is used."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from memscope.strategies.ckpt import LayerPlan
 __all__ = ["Found", "Planning", "device_bytes", "fits"]
 
 _FRONT_PLANS = 4
-"""Plans of the Pareto front of memory against time that are simulated."""
+"""Simulated plans on the Pareto front of memory against time."""
 _MOST_ROUNDS = 6
 
 
@@ -36,34 +36,34 @@ class Found:
     seconds: float
     """Estimated time of a step."""
     certificate: Certificate | None = None
-    """Where the plan is for the budget: how far from the fastest it may be."""
+    """How far from the fastest the plan may be; None for plans that are made for other budgets."""
 
 
 def fits(seen: Seen) -> bool:
-    """Whether a simulated run got through with the memory it was given."""
+    """Whether a simulated run did not run out of memory."""
     return seen.trace.meta["out_of_memory"] is None
 
 
 def device_bytes(seen: Seen) -> int:
-    """What the device must hold for a simulated run: what the allocator reserved, and the context."""
+    """Bytes that the device must hold for a simulated run: peak reserved bytes and CUDA context."""
     return int(seen.trace.meta["peak_reserved"] + seen.trace.meta["context"])
 
 
 @dataclass
 class Planning:
-    """Plans checkpoints; what was measured of the layers is kept, and shared by strategies that leave them alone."""
+    """Plans checkpoints; strategies that do not change the layers share their measured costs."""
 
     ask: Asker
     device: Device
     allocator: AllocatorSettings
     budget_bytes: int
     refused: list[str] = field(default_factory=list)
-    """Plans whose simulation did not show what was predicted, also after that had corrected the costs."""
+    """Sentences on plans whose predicted peak is wrong even after their simulation corrected the costs."""
     _costs: dict[str, LayerCosts] = field(default_factory=dict)
 
     @property
     def _limit(self) -> int:
-        """What the allocator may hold."""
+        """Bytes that the allocator may reserve."""
         return self.budget_bytes - self.device.context_bytes
 
     def knows(self, strategies: str) -> bool:
@@ -71,7 +71,7 @@ class Planning:
         return strategies in self._costs
 
     def promise(self, reference: Reference) -> float:
-        """Estimated time of a step with the cheapest plan, before that is simulated; infinite where none fits."""
+        """Estimated time of a step with the cheapest plan, before its simulation; infinite if no plan fits."""
         try:
             chosen = plan(self._measured(reference).chain(), self._limit)
         except NothingFits:
@@ -79,15 +79,15 @@ class Planning:
         return reference.none_seconds + chosen.nanoseconds / 1e9
 
     def within(self, reference: Reference, *, look_ahead: bool = False) -> Found | None:
-        """The cheapest plan that fits the budget; None where none does.
+        """The cheapest plan that fits the budget; None if no plan does.
 
-        A plan is believed when its simulation shows the peak that was predicted, to the byte. If it shows another one,
-        it corrects the costs, and the planner is asked again. If the memory fits but is too scattered, the planner gets
-        less of it; where simulations run side by side, it also plans at once for as much less again.
+        The simulation of a plan must show the predicted peak, to the byte. If it shows another peak, it corrects the
+        costs, and the planner plans again. If the allocated bytes fit but the reserved bytes do not, the planner gets a
+        smaller budget; a parallel runner tries the next smaller budget at the same time.
 
         Args:
             reference: the strategies.
-            look_ahead: simulate what `least` and `between` ask for, too, while the first plan is.
+            look_ahead: with the first plan, also simulate the plans that `least` and `between` ask for.
         """
         costs = self._measured(reference)
         allowed, lack, whole = self._limit, 0, False
@@ -115,16 +115,16 @@ class Planning:
                 lack = max(least_reserved(seen.trace, self.allocator) - self._limit, SMALL_SEGMENT_BYTES)
                 allowed, whole = peak - lack, True
             elif not whole:
-                allowed, whole = peak, True  # the telling micro-batches say yes: now all of them
+                allowed, whole = peak, True  # the deciding micro-batches fit: now run all of them
             else:
                 return self._certified(reference, _found(reference, chosen, layers, seen))
         return None
 
     def least(self, reference: Reference) -> Found:
-        """The plan that needs least memory, as far as known.
+        """The plan with the least reserved bytes that is known.
 
-        Least allocated need not be least reserved: a plan of one option for all layers scatters its memory less. So it
-        is the better of the planner's and of every layer checkpointed.
+        The least allocated bytes need not be the least reserved bytes: one option for all layers fragments memory less.
+        So this is the better of the planner's plan and of checkpointing every layer.
         """
         costs = self._measured(reference)
         for _ in range(_MOST_ROUNDS):
@@ -152,7 +152,7 @@ class Planning:
         return replace(found, certificate=Certificate.of(found.seconds, *seconds))
 
     def between(self, reference: Reference) -> list[Found]:
-        """Plans for budgets from the least that will do to what no checkpointing takes."""
+        """Plans for budgets from the smallest feasible one to that of no checkpointing."""
         plans = front(self._measured(reference).chain(), _FRONT_PLANS)
         tried = self._simulated(reference, plans, whole=False, what="plans for other budgets")
         return [_found(reference, chosen, layers, seen) for chosen, (layers, seen) in zip(plans, tried, strict=True)]
@@ -180,7 +180,7 @@ class Planning:
         whole: bool,
         what: str = "the plan",
     ) -> list[tuple[LayerPlan, Seen]]:
-        """Each plan, simulated; those `ahead` are simulated besides, for later."""
+        """Each plan with its simulation; the plans `ahead` are simulated too, for later use."""
         layers = [_layers_of(reference, chosen) for chosen in plans]
         probes = [self._probe(reference, one, whole=whole) for one in layers]
         later = [self._probe(reference, _layers_of(reference, chosen), whole=False) for chosen in ahead]
@@ -198,7 +198,7 @@ class Planning:
 
 
 def _affordable(chain: Chain, budgets: Sequence[int]) -> list[CheckpointPlan]:
-    """The cheapest plan for each budget, most first, up to the first that none fits."""
+    """The cheapest plan for each budget, largest budget first, up to the first budget that is not feasible."""
     plans: list[CheckpointPlan] = []
     for budget_bytes in budgets:
         try:
@@ -226,5 +226,5 @@ def _found(reference: Reference, chosen: CheckpointPlan, layers: LayerPlan, seen
 
 
 def _rounded_peak(seen: Seen) -> int:
-    """Most allocated, without what blocks have to spare: as the planner counts."""
+    """Peak allocated bytes as the planner counts them: of rounded requests, without the slack in blocks."""
     return replace(seen.trace, size=rounded(seen.trace)).peak.allocated_bytes

@@ -1,4 +1,4 @@
-"""`ckpt:auto,budget=40GB` in a plan: replaced by the cheapest checkpoints that fit, other strategies as they are."""
+"""Replace `ckpt:auto,budget=40GB` in a plan by the cheapest checkpoint plan that fits."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ __all__ = ["is_auto", "resolve"]
 
 
 def is_auto(plan: Plan) -> bool:
-    """Whether a plan leaves it to memscope which layers to checkpoint."""
+    """Whether a plan contains `ckpt:auto`."""
     return any(_auto(strategy) for strategy in plan.strategies)
 
 
 def resolve(plan: Plan, scene: Scene, device: Device, path: Path, progress: Progress, *, overwrite: bool) -> Plan:
-    """The plan with a checkpoint plan for its budget, which is written to `path`.
+    """The plan with `ckpt:auto` replaced by a checkpoint plan for its budget, which is written to `path`.
 
     Raises:
         UsageError: when there is no budget, or the device's rates are not known.
@@ -42,7 +42,7 @@ def resolve(plan: Plan, scene: Scene, device: Device, path: Path, progress: Prog
     if not device.peak_flops_per_second:
         raise UsageError(
             f'ckpt:auto compares plans by their time, and the rates of device "{device.name}" are not known: '
-            "choose a certain GPU to simulate (memscope devices)"
+            "choose a specific GPU to simulate (see: memscope devices)"
         )
     budget_bytes = budget_of(auto.config.budget, device, named=True)
     with torch.device("meta"):
@@ -61,9 +61,9 @@ def resolve(plan: Plan, scene: Scene, device: Device, path: Path, progress: Prog
         if found is None:
             least = planning.least(reference).seen.trace.meta
             raise GateFailed(
-                f"no checkpoints make {scene.target} with {text or 'no other strategy'} fit "
-                f"{format_bytes(budget_bytes)}: about {format_bytes(least['peak_reserved'] + least['context'])} are "
-                "needed; memscope advise also looks for other strategies"
+                f"no checkpoint plan makes {scene.target} with {text or 'no other strategy'} fit "
+                f"{format_bytes(budget_bytes)}: the smallest feasible budget is about "
+                f"{format_bytes(least['peak_reserved'] + least['context'])}; memscope advise tries other strategies too"
             )
     assert found.layers is not None, "a plan of the planner has layers"
     origin = made_for(workload, layers.names, others.specs, device.name)

@@ -18,7 +18,7 @@ from memscope.advisor.advice import Advice, Certificate, PlanPeak, in_words
 from memscope.advisor.advise import advise, budget_of
 from memscope.advisor.emit import TOOLS, emit
 from memscope.advisor.measure.probe import rounded
-from memscope.advisor.measure.runner import telling
+from memscope.advisor.measure.runner import deciding_indices
 from memscope.errors import TargetError, UsageError
 from memscope.simulation.allocator import AllocatorSettings, replay
 from memscope.simulation.devices import get_device
@@ -279,10 +279,10 @@ def test_a_workload_of_the_user_is_left_as_it_is() -> None:
     ("elements", "indices"),
     [([5], [0]), ([5, 5, 5], [0, 2]), ([9, 5, 7], [0, 2]), ([1, 9, 7], [0, 1]), ([9, 9, 1], [0, 1])],
 )
-def test_the_telling_micro_batches_are_the_first_the_largest_and_the_largest_after_the_first(
+def test_the_deciding_micro_batches_are_the_first_the_largest_and_the_largest_after_the_first(
     elements: Sequence[int], indices: list[int]
 ) -> None:
-    assert telling(elements) == indices
+    assert deciding_indices(elements) == indices
 
 
 def test_alike_neighbours_are_told_as_a_range() -> None:

@@ -231,10 +231,10 @@ def test_a_plan_may_name_modules_that_are_in_no_list() -> None:
     [
         ("recompute:upp", 'blocks.0: recompute:upp: the layer has no child "upp": did you mean "up"? Valid: '),
         ("save:upp/aten.mm", 'blocks.0: save:upp/aten.mm: the layer has no module "upp": did you mean "up"? Valid: '),
-        ("save:up/aten.mmm", 'blocks.0: save:up/aten.mmm: "aten.mmm" is no operator of PyTorch '),
-        ("save:up/mm", 'blocks.0: save:up/mm: "mm" is no operator of PyTorch '),
-        ("save:up/aten.view", '"aten.view" has no result of its own, it shows another one: name the operator that '),
-        ("save:up/aten.add_", '"aten.add_" has no result of its own, it changes another one in place: name the op'),
+        ("save:up/aten.mmm", 'blocks.0: save:up/aten.mmm: "aten.mmm" is not an operator of PyTorch '),
+        ("save:up/mm", 'blocks.0: save:up/mm: "mm" is not an operator of PyTorch '),
+        ("save:up/aten.view", '"aten.view" returns a view: name the operator that makes the viewed tensor'),
+        ("save:up/aten.add_", '"aten.add_" changes a tensor in place: name the operator that makes this tensor'),
     ],
 )
 def test_an_option_that_a_layer_cannot_take_is_refused_before_anything_changes(option: str, message: str) -> None:

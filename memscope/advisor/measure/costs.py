@@ -1,8 +1,8 @@
-"""What every option costs on every layer: bytes and time, from simulated steps of the whole model.
+"""The cost of every option on every layer, in bytes and time, from simulated steps of the whole model.
 
-A layer is measured where it lives, with the strategies applied that change what it saves, between neighbours that are
-checkpointed as a whole: these keep their input and nothing else, so that what is alive besides is the layer's own. One
-simulation holds many options at once, on layers that are alike.
+Each layer is measured in its place in the model, with the strategies applied, between neighbours that are checkpointed
+as a whole. Such a neighbour keeps its input and nothing else, so all other bytes belong to the layer. One simulation
+measures many options at once, each on another of several layers that are alike.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from memscope.advisor.measure.options import Call, saving_options
+from memscope.advisor.measure.options import saving_options
 from memscope.advisor.measure.probe import ChainSeen, LayerSeen, rounded
 from memscope.advisor.measure.reference import Reference, groups_of, layer_plan, outside_bytes, uniform
 from memscope.advisor.measure.runner import Answer, Probe, Seen, require
@@ -19,6 +19,7 @@ from memscope.advisor.plan.chain import Chain, Choice
 from memscope.simulation.cost import operator_costs, transfer_seconds
 from memscope.simulation.devices import Device
 from memscope.strategies.ckpt import LayerPlan
+from memscope.strategies.ckpt.options import Call
 from memscope.trace import PHASES
 
 __all__ = ["LayerCosts", "measure"]
@@ -26,23 +27,23 @@ __all__ = ["LayerCosts", "measure"]
 _SEGMENTS = (2, 4)
 """Layers that one checkpoint may cover."""
 _RARE = 0.1
-"""Share of all layers under which a class of them gets fewer options: each takes a simulation of its own."""
+"""A class with a smaller share of all layers gets fewer options, because each takes a simulation of its own."""
 Kind = tuple[int, ...]
-"""Classes of alike layers that an option covers, one a layer."""
+"""The class of each layer that an option covers; layers of one class are alike."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One option on one kind of layer, in each of the micro-batches that decide."""
+    """One option on one kind of layer, in each deciding micro-batch."""
 
     seen: tuple[LayerSeen, ...]
     seconds: float
-    """Of one step: forward, recomputation and backward of the layer, over all its micro-batches. An estimate."""
+    """Of the layer's forward, recomputation and backward in one step, over all micro-batches. An estimate."""
 
 
 @dataclass(frozen=True)
 class _Around:
-    """What a step takes outside its layers, in bytes; fields as in `Chain`."""
+    """Bytes outside the layers; fields as in `Chain`."""
 
     head_forward_bytes: int
     head_backward_bytes: int
@@ -51,7 +52,7 @@ class _Around:
 
     @classmethod
     def of(cls, seen: Seen, plan: LayerPlan, chains: Sequence[ChainSeen]) -> _Around:
-        """Read from the chains of a probe, and from the whole of its trace."""
+        """Read the bytes from the chains and the trace of a probe."""
         return cls(
             head_forward_bytes=max(chain.head_forward_bytes for chain in chains),
             head_backward_bytes=max(chain.head_backward_bytes for chain in chains),
@@ -62,17 +63,17 @@ class _Around:
 
 @dataclass(frozen=True)
 class LayerCosts:
-    """Every option measured, by the kind of layers it covers."""
+    """The measured options, by the kind of layers each covers."""
 
     reference: Reference
     measured: Mapping[tuple[Kind, str], Measured]
     settled: Mapping[tuple[int, str], Choice] = field(default_factory=dict)
-    """Choices read from a plan that was simulated as a whole: they are exact where it is that plan."""
+    """Choices read from a plan that was simulated as a whole; exact for that plan."""
     around: _Around | None = None
-    """What lies around the layers, read from such a plan."""
+    """Bytes outside the layers, read from such a plan."""
 
     def chain(self) -> Chain:
-        """The choices as the planner takes them; the most of the micro-batches that decide."""
+        """The choices for the planner: the largest figures of all deciding micro-batches."""
         reference, classes = self.reference, self.reference.classes
         full = reference.full_chains
         around = self.around or _Around.of(reference.full, uniform(reference.layers.names, "full"), full)
@@ -119,10 +120,10 @@ class LayerCosts:
         )
 
     def _saves_output(self, kind: Kind, option: str) -> bool:
-        """Whether its graph holds its output: seen where it meets a neighbour that does not keep its own input.
+        """Whether the option's graph keeps its output, as seen where the next layer does not keep its own input.
 
-        A checkpoint around a whole layer keeps no output. Where only some of a layer is recomputed, its end is as it
-        was without.
+        A checkpoint around a whole layer keeps no output. A checkpoint around a part of a layer leaves its end as it
+        was.
         """
         if option.startswith(("full", "save:", "offload")):
             return False
@@ -135,7 +136,7 @@ class LayerCosts:
         return False
 
     def settle(self, plan: LayerPlan, seen: Seen) -> LayerCosts:
-        """The costs corrected by a plan that was simulated whole: what it shows replaces what was put together."""
+        """The costs with those of a plan replaced by what its own simulation shows."""
         reference, names = self.reference, self.reference.layers.names
         chains = reference.look(seen, plan, 1)
         settled = dict(self.settled)
@@ -161,9 +162,9 @@ class LayerCosts:
 
 
 def measure(ask: Callable[[Sequence[Probe]], list[Answer]], found: Reference, device: Device) -> LayerCosts:
-    """Measure every option on every kind of layer, with what `ask` answers to probes.
+    """Measure every option on every kind of layer; `ask` runs the probes.
 
-    Offloading is an option where it is known how fast the device copies to the host.
+    Offloading is an option if the device's copy rate to the host is known.
 
     Raises:
         MemscopeError: when the model cannot be checkpointed.
@@ -194,7 +195,7 @@ def measure(ask: Callable[[Sequence[Probe]], list[Answer]], found: Reference, de
 
 
 def _copied_bytes(found: Reference, plain: Measured, offloaded: Measured) -> int:
-    """Bytes that offloading one layer moves in a step, to the host and back; the copies hide behind no work."""
+    """Bytes that offloading one layer copies in a step, to the host and back; no work hides the copies."""
     before, after = plain.seen[-1], offloaded.seen[-1]
     gone = before.kept_bytes - after.kept_bytes
     gone += before.input_bytes * (before.keeps_input - after.keeps_input)
@@ -202,7 +203,7 @@ def _copied_bytes(found: Reference, plain: Measured, offloaded: Measured) -> int
 
 
 def _tasks(found: Reference, *, offload: bool) -> Iterable[tuple[Kind, str]]:
-    """Everything to measure: options of single layers, and segments that cover layers next to each other."""
+    """Everything to measure: options of single layers, and segments of consecutive layers."""
     classes = found.classes
     for number in dict.fromkeys(classes):
         layer = classes.index(number)
@@ -221,9 +222,9 @@ def _tasks(found: Reference, *, offload: bool) -> Iterable[tuple[Kind, str]]:
 
 
 def _saving(found: Reference, layer: int) -> list[str]:
-    """Subsets of a layer's operators whose results to keep: of its forward, what a checkpoint of it all runs again.
+    """The `save` options of a layer: subsets of the operators that a checkpoint of the whole layer runs again.
 
-    Recomputation stops when all is there that the backward pass needs, so the last operators are not among it.
+    Recomputation stops as soon as the backward pass has all it needs, so the last operators are not among them.
     """
     name, step, piece = found.layers.names[layer], 1, found.deciding[-1]
     forward = operator_costs(found.none.trace, step=step, phase="forward", micro_batch=piece)
@@ -253,7 +254,7 @@ def _packet(op: str) -> str:
 
 
 def _packed(tasks: Sequence[tuple[Kind, str]], classes: Sequence[int]) -> list[dict[int, tuple[Kind, str]]]:
-    """Put the tasks into as few simulations as will do: `{first layer: task}`, with a layer between two tasks."""
+    """Pack the tasks into few simulations, `{first layer: task}`, with at least one layer between two tasks."""
     batches: list[dict[int, tuple[Kind, str]]] = []
     for kind, option in tasks:
         places = [s for s in range(len(classes) - len(kind) + 1) if tuple(classes[s : s + len(kind)]) == kind]
@@ -268,7 +269,7 @@ def _packed(tasks: Sequence[tuple[Kind, str]], classes: Sequence[int]) -> list[d
 
 
 def _is_free(batch: Mapping[int, tuple[Kind, str]], start: int, length: int) -> bool:
-    """Whether neither the layers from `start` nor their neighbours are taken by another task."""
+    """Whether no other task takes the layers from `start` or their neighbours."""
     return all(start > other + len(kind) or start + length < other for other, (kind, _) in batch.items())
 
 

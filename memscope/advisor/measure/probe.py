@@ -1,7 +1,8 @@
-"""What each layer of a model takes, read from a trace in which some of the layers are checkpointed.
+"""The bytes of each layer of a model, read from a trace in which some layers are checkpointed.
 
-A micro-batch passes the layers forwards, then backwards. Whatever is alive when the backward pass begins belongs to the
-layer in whose forward it was born, but for a layer's output: that is the input of the next one, and a *boundary*.
+A micro-batch passes the layers forwards, then backwards. An allocation that is alive when the backward pass begins
+belongs to the layer in whose forward it was born. A layer's output is an exception: it is the next layer's input, and
+called a *boundary*.
 """
 
 from __future__ import annotations
@@ -28,55 +29,55 @@ Bools = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class LayerSeen:
-    """What one layer, or a segment of several, took in one micro-batch. All in bytes, but for the signature."""
+    """The bytes of one layer, or of a segment of several, in one micro-batch."""
 
     kept_bytes: int
     """Alive from its forward to the beginning of the backward pass, without the boundaries."""
     held_bytes: int
-    """Besides, alive until the forward pass of the micro-batch ends: the weights that autocast remembers."""
+    """Also alive until the forward pass of the micro-batch ends: weights that autocast has cast."""
     forward_base_bytes: int
-    """Allocated when its forward begins, less what earlier layers keep and hold; its input is among it."""
+    """Allocated when its forward begins, including its input, less the bytes that earlier layers keep and hold."""
     forward_rise_bytes: int
-    """How much more at most while its forward runs."""
+    """Largest increase while its forward runs."""
     backward_base_bytes: int
-    """Allocated when its backward begins, less what this and earlier layers keep of their own and of boundaries."""
+    """Allocated when its backward begins, less the bytes and boundaries that this and earlier layers keep."""
     backward_rise_bytes: int
-    """How much more at most, from its first backward event to that of the layer before it: what it kept is among it."""
+    """Largest increase from its first backward event to that of the layer before it, including the bytes it kept."""
     input_bytes: int
     """Size of its input."""
     keeps_input: bool
-    """Its input is alive when the backward pass begins: kept by this layer, or by the one before."""
+    """Its input is alive when the backward pass begins: this layer or the one before keeps it."""
     signature: tuple[tuple[int, ...], ...]
-    """Sizes and operators of its forward: layers with the same one are alike."""
+    """Sizes and operators of its forward; layers with the same signature are alike."""
 
 
 @dataclass(frozen=True)
 class ChainSeen:
-    """All layers of one micro-batch, and what lies around them. In bytes."""
+    """The bytes of all layers, and outside them, in one micro-batch."""
 
     layers: tuple[LayerSeen, ...]
     output_bytes: int
     """Size of the last layer's output."""
     head_keeps_input: bool
     head_forward_bytes: int
-    """Most between the last layer's forward and the end of the forward pass, less what layers keep and hold."""
+    """Peak from the last layer's forward to the end of the forward pass, less the bytes that layers keep and hold."""
     head_backward_bytes: int
-    """Most between the end of the forward pass and the last layer's backward, less what layers keep."""
+    """Peak from the end of the forward pass to the last layer's backward, less the bytes that layers keep."""
     span: tuple[int, int]
-    """Events of the first layer's forward and of the end of its backward: outside, nothing depends on the layers."""
+    """Events at which the first layer's forward begins and its backward ends. Nothing outside depends on options."""
 
 
 def rounded(trace: Trace) -> Ints:
-    """Bytes of each allocation, as the allocator rounds requests. Unlike blocks, they do not depend on their order."""
+    """Bytes of each allocation, as the allocator rounds requests. Unlike block sizes, they do not depend on order."""
     return np.maximum(-(-trace.requested // _ROUNDING_BYTES), 1) * _ROUNDING_BYTES
 
 
 def look(trace: Trace, groups: Sequence[Sequence[str]], *, step: int, micro_batch: int) -> ChainSeen:
-    """Read what the layers took in one micro-batch of a trace.
+    """Read the bytes of the layers in one micro-batch of a trace.
 
     Args:
-        trace: a simulation that noted the calls of all layers (`calls_of`).
-        groups: module names of the layers, in order; a segment checkpointed as one is one group.
+        trace: a simulation that recorded the calls of all layers (`calls_of`).
+        groups: module names of the layers, in order; a segment is one group.
         step: optimizer step.
         micro_batch: micro-batch of that step, as it was run.
 
@@ -89,7 +90,7 @@ def look(trace: Trace, groups: Sequence[Sequence[str]], *, step: int, micro_batc
 def _calls_in_order(
     trace: Trace, groups: Sequence[Sequence[str]], step: int, micro_batch: int
 ) -> dict[str, dict[str, Any]]:
-    """The one call of each layer in a micro-batch.
+    """The call of each layer in a micro-batch.
 
     Raises:
         UsageError: when the layers are not a chain: called once each, one after the other.
@@ -100,8 +101,8 @@ def _calls_in_order(
         odd = next((name for name in expected if called.count(name) != 1), None)
         what = f'"{odd}" is called {called.count(odd)} times' if odd else "they are called in another order"
         raise UsageError(
-            f"the layers {expected[0]} to {expected[-1]} form no chain: in one forward pass {what}. Which of them to "
-            "checkpoint can be planned for layers that run once each, in order; point at others with --layer-list"
+            f"the layers {expected[0]} to {expected[-1]} form no chain: in one forward pass {what}. Plans need layers "
+            "that run once each, in order; name another list with --layer-list"
         )
     return {row["module"]: row for row in rows}
 
@@ -142,7 +143,7 @@ class _Reader:
         return int(self.allocated[event - 1]) if event else 0
 
     def most(self, first: int, last: int) -> int:
-        """Most allocated from just before event `first` to just before event `last`."""
+        """Peak allocated bytes from just before event `first` to just before event `last`."""
         return max(self.before(first), int(self.allocated[first:last].max(initial=0)))
 
     def total(self, chosen: Bools) -> int:
@@ -157,7 +158,7 @@ class _Reader:
         return int(trace.mark_event[first]), int(trace.mark_event[after]) if after < len(in_pass) else trace.events
 
     def _boundaries(self, given: list[list[int]], gave: list[int]) -> list[list[int]]:
-        """Allocations of each layer's input, and of the last one's output; what all layers are given is none of it."""
+        """Allocations of each layer's input, and of the last output; arguments shared by all layers are excluded."""
         shared = set(given[0]).intersection(*given) if len(given) > 1 else set()
         return [[index for index in found if index not in shared] for found in [*given, gave]]
 
@@ -171,12 +172,12 @@ class _Reader:
         return np.array(found, dtype=np.int64)
 
     def _forward_of(self) -> Ints:
-        """Layer in whose forward each allocation was born; -1: in none."""
+        """The layer in whose forward each allocation was born, or -1."""
         index = np.searchsorted(np.array([*self.began, self.ended]), self.trace.born, side="right") - 1
         return np.where(index < self.count, index, -1)
 
     def _backward_starts(self) -> list[int]:
-        """First event of each layer's backward, in order of the layers, and its end for the first layer in front."""
+        """First event of each layer's backward, in order of the layers, after the end of the first layer's backward."""
         trace = self.trace
         in_pass = (trace.born >= self.turn) & (trace.born < self.end)
         group = np.where(in_pass, self.group_of_module[trace.module], -1)

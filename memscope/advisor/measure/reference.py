@@ -1,4 +1,4 @@
-"""The chain of a model's layers: how they are named, and the steps in which nothing and everything is checkpointed."""
+"""The layers of a model, and the two steps that options are compared with: no layer and every layer checkpointed."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ __all__ = [
 ]  # fmt: skip
 
 _ONCE: tuple[Phase, ...] = ("optimizer", "zero_grad", "outside")
-"""Phases that come once a step, however many micro-batches it has."""
+"""Phases that run once a step, whatever the number of micro-batches."""
 
 
 @dataclass(frozen=True)
 class LayerList:
-    """The layers of a model, in the order in which they are called."""
+    """The layers of a model, in call order."""
 
     names: tuple[str, ...]
     children: tuple[tuple[str, ...], ...]
-    """Options of each layer that its structure offers."""
+    """Options that the structure of each layer offers."""
 
     note: str = ""
-    """What the user should know about them, as a sentence."""
+    """A sentence for the user, or empty."""
 
     @classmethod
     def of(cls, model: nn.Module, name: str = "") -> LayerList:
@@ -54,22 +54,22 @@ class LayerList:
                 raise
             own = [name for name, child in model.named_children() if any(True for _ in child.parameters())]
             layers = planned_layers(model, own) if own else {}
-            note = "the model has no list of repeated layers: each of its modules is one choice"
+            note = "the model has no list of repeated layers: each of its direct children is one layer"
             if len(layers) < 2:
                 raise UsageError(
-                    f"{type(model).__name__} has no repeated layers and fewer than two modules of its own: "
-                    "there is nothing to choose from; point at a list of modules with --layer-list NAME"
+                    f"{type(model).__name__} has no repeated layers, and fewer than two direct children with "
+                    "parameters: name a list of modules with --layer-list NAME"
                 ) from None
         return cls(tuple(layers), tuple(tuple(child_options(layer)) for layer in layers.values()), note)
 
 
 def uniform(names: Sequence[str], option: str) -> LayerPlan:
-    """The plan with one option for every layer."""
+    """The plan with the same option for every layer."""
     return layer_plan(names, [(option, 1)] * len(names))
 
 
 def layer_plan(names: Sequence[str], options: Sequence[tuple[str, int]]) -> LayerPlan:
-    """A plan from options in order, with the number of layers each covers."""
+    """A plan from options in order, each with the number of layers that it covers."""
     layers: dict[str, str] = {}
     for option, length in options:
         head = names[len(layers)]
@@ -80,7 +80,7 @@ def layer_plan(names: Sequence[str], options: Sequence[tuple[str, int]]) -> Laye
 
 
 def groups_of(plan: LayerPlan) -> list[list[str]]:
-    """The layers of a plan; those that one checkpoint covers are together."""
+    """The layers of a plan; the layers that one checkpoint covers form a group."""
     groups: list[list[str]] = []
     for name, option in plan.layers.items():
         if option.startswith("within:"):
@@ -92,7 +92,7 @@ def groups_of(plan: LayerPlan) -> list[list[str]]:
 
 @dataclass(frozen=True)
 class Reference:
-    """The step without any checkpointing, and with every layer checkpointed as a whole."""
+    """The simulated step without checkpointing, and with every layer checkpointed as a whole."""
 
     strategies: str
     layers: LayerList
@@ -101,23 +101,23 @@ class Reference:
 
     @cached_property
     def steps(self) -> int:
-        """Steps that a probe needs: in the first micro-batch of all, kernels take workspaces that stay."""
+        """Steps that a probe needs: two if the first micro-batch decides, where kernels first take their workspaces."""
         return 2 if 0 in self.deciding else 1
 
     @cached_property
     def deciding(self) -> list[int]:
-        """Micro-batches, as run, that may hold the peak: the last, and the first if it is larger."""
+        """Micro-batches, as run, that may hold the peak: the last one, and the first if it is larger."""
         last = len(self.none.elements) - 1
         return [last] if last and self.none.elements[last] >= self.none.elements[0] else sorted({0, last})
 
     def look(self, seen: Seen, plan: LayerPlan, step: int) -> list[ChainSeen]:
-        """What the layers took in a probe, in each deciding micro-batch."""
+        """The bytes of the layers in a probe, for each deciding micro-batch."""
         groups = groups_of(plan)
         pieces = [seen.indices.index(self.none.indices[piece]) for piece in self.deciding]
         return [look(seen.trace, groups, step=step, micro_batch=piece) for piece in pieces]
 
     def seconds(self, seen: Seen, names: Iterable[str], step: int) -> float:
-        """Estimated time of layers in one step, all its micro-batches: in proportion to their elements."""
+        """Estimated time of layers in one step, scaled to all micro-batches by their elements."""
         return seen.scale * sum(module_seconds(seen.trace, name, step=step) for name in names)
 
     @property
@@ -127,7 +127,7 @@ class Reference:
 
     @property
     def full_seconds(self) -> float:
-        """Estimated time of a whole step in which every layer is checkpointed."""
+        """Estimated time of a whole step with every layer checkpointed."""
         return seconds_of(self.full)
 
     @cached_property
@@ -141,7 +141,7 @@ class Reference:
         return self.look(self.full, uniform(self.layers.names, "full"), 1)
 
     def is_alike(self, other: Reference) -> bool:
-        """Whether the layers take the same with other strategies: these only change what lies around them."""
+        """Whether the layers take the same bytes with the strategies of another reference."""
         return self.deciding == other.deciding and all(
             _alike(one) == _alike(two)
             for mine, theirs in ((self.none_chains, other.none_chains), (self.full_chains, other.full_chains))
@@ -151,7 +151,7 @@ class Reference:
 
     @cached_property
     def classes(self) -> list[int]:
-        """A number for each layer; layers with the same one are alike."""
+        """The class of each layer, as a number; layers of one class are alike."""
         known: dict[object, int] = {}
         return [
             known.setdefault(
@@ -163,7 +163,7 @@ class Reference:
 
 
 def outside_bytes(trace: Trace, groups: Sequence[Sequence[str]]) -> int:
-    """Most allocated where no option changes anything: before and after the layers, and in the optimizer."""
+    """Peak allocated bytes where options change nothing: before and after the layers, and in the optimizer."""
     allocated = replace(trace, size=rounded(trace)).allocated.copy()
     for step, micro_batch in {(row["step"], row["micro_batch"]) for row in trace.meta["calls"]}:
         first, last = look(trace, groups, step=step, micro_batch=micro_batch).span
@@ -172,7 +172,7 @@ def outside_bytes(trace: Trace, groups: Sequence[Sequence[str]]) -> int:
 
 
 def seconds_of(seen: Seen) -> float:
-    """Estimated time of a whole step: what comes once for each micro-batch in proportion to their elements."""
+    """Estimated time of a whole step; phases of micro-batches are scaled by their elements."""
     phases = step_seconds(seen.trace, 1) or {}
     once = sum(phases.get(phase, 0.0) for phase in _ONCE)
     return once + seen.scale * (sum(phases.values()) - once)
@@ -191,5 +191,5 @@ def none_probe(strategies: str, layers: LayerList, capacity_bytes: int) -> Probe
 
 
 def full_probe(strategies: str, layers: LayerList, capacity_bytes: int) -> Probe:
-    """The simulation of a step in which every layer is checkpointed as a whole."""
+    """The simulation of a step with every layer checkpointed as a whole."""
     return replace(none_probe(strategies, layers, capacity_bytes), layers=uniform(layers.names, "full"))

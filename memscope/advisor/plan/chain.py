@@ -1,4 +1,4 @@
-"""A model as the planner sees it: a chain of layers, with choices for each, and what a sequence of them takes."""
+"""The planner's view of a model: a chain of layers with choices for each, and the cost of a sequence of choices."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 __all__ = ["Chain", "Choice", "Evaluation", "evaluate"]
 
 _MOST = 2**52
-"""Sums of sizes and of times stay below this, so that they are exact in double precision too."""
+"""Sums of sizes and of times stay below this, so that they are exact in double precision."""
 
 
 @dataclass(frozen=True)
@@ -16,29 +16,29 @@ class Choice:
     """One option for `length` consecutive layers.
 
     Raises:
-        ValueError: when it covers no layer, or keeps, holds or costs less than nothing.
+        ValueError: when it covers no layer, or a figure is negative.
     """
 
     option: str
     length: int
-    """Layers it covers; more than one: a segment, under one checkpoint."""
+    """Layers it covers; more than one form a segment under one checkpoint."""
     kept_bytes: int
-    """Alive from its forward until its backward, without the boundaries: its input and its output."""
+    """Alive from its forward until its backward, without its input and output (the boundaries)."""
     held_bytes: int
-    """Besides, alive until the forward pass of the micro-batch ends: the weights that autocast remembers."""
+    """Also alive until the forward pass of the micro-batch ends: weights that autocast has cast."""
     forward_bytes: int
-    """Most that is allocated while its forward runs, less what the layers before keep and hold; its input included."""
+    """Peak while its forward runs, including its input, less the bytes that the layers before keep and hold."""
     backward_bytes: int
-    """Most that is allocated while its backward runs, less what the layers before keep.
+    """Peak while its backward runs, less the bytes that the layers before keep.
 
-    Includes what it kept, its input if it saves it, the gradients so far, and everything static.
+    Includes the bytes it kept, its input if it saves it, the gradients so far, and all static bytes.
     """
     nanoseconds: int
-    """Time it adds to that of the option `none`."""
+    """Extra time over the option `none`."""
     saves_input: bool
-    """Its graph keeps its input, the boundary before it."""
+    """Whether its graph keeps its input, the boundary before it."""
     saves_output: bool
-    """Its graph keeps its output, the boundary after it."""
+    """Whether its graph keeps its output, the boundary after it."""
 
     def __post_init__(self) -> None:
         if self.length < 1:
@@ -57,17 +57,17 @@ class Chain:
     """
 
     choices: tuple[tuple[Choice, ...], ...]
-    """Those that begin at each layer `[layers]`; no two of a layer have the same option and length."""
+    """The choices that begin at each layer `[layers]`; those of one layer differ in option or length."""
     boundary_bytes: tuple[int, ...]
-    """Size of each layer's input, and of the last one's output `[layers + 1]`."""
+    """Size of each layer's input, and of the last output `[layers + 1]`."""
     head_forward_bytes: int
-    """Most allocated from the last layer's forward to the end of the forward pass, less what layers keep and hold."""
+    """Peak from the last layer's forward to the end of the forward pass, less the bytes that layers keep and hold."""
     head_backward_bytes: int
-    """Most allocated from there to the last layer's backward, less what layers keep."""
+    """Peak from there to the last layer's backward, less the bytes that layers keep."""
     head_saves_input: bool
-    """What follows the layers keeps the last boundary, which is then part of the two above."""
+    """Whether the head keeps the last boundary, which is then part of the two peaks above."""
     fixed_bytes: int
-    """Most of everything that depends on no choice: the optimizer step, the backward of an embedding."""
+    """Peak of all that depends on no choice: the optimizer step, the backward of an embedding."""
 
     def __post_init__(self) -> None:
         layers = len(self.choices)
@@ -76,7 +76,7 @@ class Chain:
         if len(self.boundary_bytes) != layers + 1:
             raise ValueError(f"{len(self.boundary_bytes)} boundaries for {layers} layers: expected {layers + 1}")
         if min(self.boundary_bytes) < 0 or self.fixed_bytes < 0:
-            raise ValueError("a boundary, or what is fixed, is less than 0 bytes")
+            raise ValueError("a boundary or fixed_bytes is less than 0 bytes")
         for layer, choices in enumerate(self.choices):
             _check_layer(layer, choices, layers - layer)
         self._check_cover()
@@ -132,7 +132,7 @@ def _check_layer(layer: int, choices: Sequence[Choice], left: int) -> None:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a sequence of choices takes."""
+    """The cost of a sequence of choices."""
 
     nanoseconds: int
     peak_bytes: int
@@ -141,10 +141,10 @@ class Evaluation:
 
 
 def evaluate(chain: Chain, choices: Sequence[Choice]) -> Evaluation:
-    """Add up what a sequence of choices takes.
+    """The cost of a sequence of choices.
 
     Args:
-        chain: the layers, and what the choices cost.
+        chain: the layers, and the costs of the choices.
         choices: from the first layer to the last; only their options and lengths count, the costs are the chain's.
 
     Raises:

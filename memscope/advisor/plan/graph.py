@@ -26,13 +26,13 @@ class Moves:
     index: Ints
     """Place among the choices of the layer; 0 for the head."""
     kept: Ints
-    """Bytes by which each makes grow what is kept until the backward pass."""
+    """Bytes that each adds to those kept until the backward pass."""
     alive: Ints
-    """Bytes by which each makes grow what is alive until the forward pass ends: kept or held."""
+    """Bytes that each adds to those alive until the forward pass ends: kept or held."""
     forward: Ints
-    """Most bytes while its forward runs, beyond what is alive before."""
+    """Peak while its forward runs, beyond the bytes alive before."""
     backward: Ints
-    """Most bytes while its backward runs, beyond what is kept before."""
+    """Peak while its backward runs, beyond the bytes kept before."""
     nanoseconds: Ints
 
 
@@ -47,7 +47,7 @@ class Graph:
 
     @classmethod
     def of(cls, chain: Chain) -> Graph:
-        """The choices of a chain; the head comes as one more, without alternative."""
+        """The choices of a chain; the head is one more choice, without alternative."""
         layers = len(chain.choices)
         end = (layers + 1, False)
         moves: dict[Node, tuple[Moves, ...]] = {}

@@ -1,7 +1,7 @@
-"""Search for the fastest plan: partial plans, less all that cannot become the best.
+"""Search for the fastest plan among partial plans, called labels.
 
 A label-setting algorithm (Irnich and Desaulniers, "Shortest path problems with resource constraints", in Column
-Generation, Springer 2005), with bounds on what completes a label.
+Generation, Springer 2005), with bounds on the bytes and the time that complete a label.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from memscope.trace import Ints
 __all__ = ["Labels", "TooManyLabels", "best_path", "undominated"]
 
 _AT_ONCE = 2**20
-"""Labels tried at once: a matter of memory, not of the result."""
+"""Labels tried at once; this limits memory and does not change the result."""
 _MOST_CANDIDATES = 8
-"""Candidates for each label that may be kept: a matter of memory too."""
+"""Candidates for each label that may be kept; this limits memory too."""
 
 
 class TooManyLabels(Exception):
-    """More partial plans are left than there is room for: many are nearly as good as the best."""
+    """There are too many labels: many plans are nearly as good as the best."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,7 @@ class Labels:
     alive: Ints
     nanoseconds: Ints
     before: Ints
-    """Number of the label that each continues; labels are numbered in the order in which they were settled."""
+    """Number of the label that each continues; labels are numbered in the order they are settled."""
     index: Ints
     """Place of the last choice among those of its layer."""
 
@@ -51,7 +51,7 @@ class Labels:
 
 @dataclass(frozen=True, eq=False)
 class _Settled:
-    """What is left of the labels of a state once they are continued: the way back."""
+    """The way back from the labels of a state that were continued."""
 
     layer: int
     first: int
@@ -82,10 +82,10 @@ def best_path(
         graph: the choices.
         needs: bytes needed from each state on.
         bound: time needed from each state on, for this budget.
-        budget_bytes: what no left side of a constraint may exceed.
-        limit_nanoseconds: longer plans are of no interest.
-        width: labels of a state to go on with, those that promise most; None: all.
-        most_labels: labels that a state may have, when all are kept.
+        budget_bytes: limit on the left side of every constraint.
+        limit_nanoseconds: limit on the time of a plan.
+        width: most labels of a state to continue, chosen by their time bounds; None: all.
+        most_labels: most labels of a state when all are continued.
 
     Raises:
         TooManyLabels: when a state has more.
@@ -115,7 +115,7 @@ def best_path(
 
 
 def _continued(labels: Labels, first: int, moves: Moves, budget_bytes: int) -> Iterator[Labels]:
-    """Every label with every choice that fits, some at a time."""
+    """Every label with every choice that fits, in parts."""
     step = max(1, _AT_ONCE // len(moves.index))
     for start in range(0, len(labels), step):
         part = labels.at(slice(start, start + step))
@@ -132,7 +132,7 @@ def _continued(labels: Labels, first: int, moves: Moves, budget_bytes: int) -> I
 
 
 def _path(settled: list[_Settled], number: int) -> Path:
-    """The choices of a label in front of the head: back from it to the start."""
+    """The choices that lead from the start to a label in front of the head."""
     path: list[tuple[int, int]] = []
     index = -1
     for state in reversed(settled):
@@ -146,7 +146,7 @@ def _path(settled: list[_Settled], number: int) -> Path:
 
 
 def undominated(parts: list[Labels], most_labels: int) -> Labels:
-    """The labels that no other beats in what is kept, what is alive and time; one of those that are equal.
+    """The labels that no other label beats in bytes kept, bytes alive and time; one of equal labels.
 
     Raises:
         TooManyLabels: when there are many times `most_labels` to begin with.
@@ -171,10 +171,10 @@ def undominated(parts: list[Labels], most_labels: int) -> Labels:
 
 
 def _dominated(labels: Labels) -> npt.NDArray[np.bool_]:
-    """Which labels an earlier one equals or beats, if they are sorted by what is kept, then by what is alive.
+    """Which labels an earlier label equals or beats, when they are sorted by bytes kept, then by bytes alive.
 
-    One in the upper half of a range can be beaten from its lower half in the two other columns. So pairs, fours, eights
-    and so on are gone through, all ranges of a size at once.
+    A label in the upper half of a range can be beaten from the lower half in the two other columns. So ranges of two,
+    four, eight and so on are compared, all ranges of one size at once.
     """
     count = len(labels)
     by_alive = np.argsort(labels.alive, kind="stable")

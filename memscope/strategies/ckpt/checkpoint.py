@@ -1,4 +1,4 @@
-"""Activation checkpointing of chosen layers: by number, or each with an option of its own from a plan."""
+"""Activation checkpointing of chosen layers: by index, or with an option for each layer from a plan."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ __all__ = ["Checkpoint"]
 class Checkpoint(Strategy):
     """Drop the activations of chosen layers in the forward pass and compute them again in the backward pass.
 
-    A plan file chooses an option for each layer: to recompute nothing, all, or parts of it, or to keep what it saves on
-    the host. `memscope advise` makes one for a budget.
+    A plan file has an option for each layer: recompute nothing, everything or parts of it, or offload its activations
+    to the host. `memscope advise` writes a plan file for a budget.
     """
 
     name = "ckpt"
@@ -45,15 +45,15 @@ class Checkpoint(Strategy):
         """Which layers are recomputed: `layers`, `plan` or `auto`."""
 
         layers: str = "all"
-        """Which layers: all, every-2 (the first and each second one after it), 0-15, 3; or several, joined by +."""
+        """Indices of the layers: all, every-2 (0, 2, 4, …), 0-15, 3; or several, joined by +."""
         layer_list: str = setting("layer-list", "")
-        """Name of the list of modules that are the layers, such as transformer.h; empty: the largest in the model."""
+        """Name of the list of modules that are the layers, such as transformer.h; empty: the largest list."""
         plan: str = ""
-        """File with an option for each layer, as memscope advise writes it."""
+        """File with an option for each layer, as written by memscope advise."""
         auto: bool = False
-        """Let memscope find the cheapest plan that fits into budget."""
+        """Find the cheapest plan that fits the budget."""
         budget: str = ""
-        """With auto: what the device may hold, such as 40GB, 37.3GiB or 90%."""
+        """With auto: memory of the device, such as 40GB, 37.3GiB or 90%."""
 
         def __post_init__(self) -> None:
             if self.plan and (self.layers != "all" or self.layer_list):
@@ -64,17 +64,17 @@ class Checkpoint(Strategy):
                 raise ValueError("budget goes with auto: write ckpt:auto,budget=40GB")
 
     _plan: LayerPlan | None = None
-    """Read from the file when it is needed, or given."""
+    """The plan that was given, or that was read from the file."""
 
     @classmethod
     def of(cls, plan: LayerPlan) -> Checkpoint:
-        """The strategy that applies a plan which is in no file."""
+        """The strategy that applies a plan without a file."""
         strategy = cls(cls.Config(plan="(not in a file)"))
         strategy._plan = plan
         return strategy
 
     def check(self, workload: Workload) -> list[Problem]:
-        """A model without layers, a choice that it does not have, and a plan that is for another model."""
+        """Find that the model has no layers, lacks the chosen ones, or is not the model of the plan."""
         if self.config.auto:
             return [Problem("auto chooses nothing by itself", _HOW_TO_RESOLVE)]
         try:
@@ -86,10 +86,10 @@ class Checkpoint(Strategy):
         return self._plan.check(workload.model, layers) if self._plan else []
 
     def apply(self, workload: Workload) -> None:
-        """Wrap the forwards of the chosen layers, or of parts of them; modules, names and weights stay as they are.
+        """Wrap the forwards of the chosen layers or their parts; modules, names and weights stay unchanged.
 
         Raises:
-            UsageError: when an option names what its layer does not have, or `auto` is not resolved.
+            UsageError: when an option does not suit its layer, or `auto` is not resolved.
         """
         if self.config.auto:
             raise UsageError(f"ckpt: auto chooses nothing by itself: {_HOW_TO_RESOLVE}")
@@ -98,8 +98,8 @@ class Checkpoint(Strategy):
         others = self._plan.other_settings(workload.settings) if self._plan else []
         if others:
             warnings.warn(
-                f"the checkpoint plan {self.config.plan} was made for other settings, so memory and time are not as "
-                f"promised: {'; '.join(others)}",
+                f"the checkpoint plan {self.config.plan} was made for other settings, so its peak and time do not "
+                f"hold: {'; '.join(others)}",
                 stacklevel=2,
             )
 

@@ -1,4 +1,4 @@
-"""Which option each layer of a model takes, as a value and as a file that can be read and written by hand.
+"""Checkpoint plans: an option for each layer of a model, as a value and as a file that people can read and write.
 
 The file is JSON: `{"format": "memscope-checkpoint-plan", "schema_version": 1, "layers": {"layers.0": "none", …},
 "made_for": {…}}`. The options are those of `memscope.strategies.ckpt.options`.
@@ -32,13 +32,13 @@ class LayerPlan:
     """Options of a model's layers.
 
     Raises:
-        UsageError: when there is no layer, an option is unknown, or checkpoints over several layers do not add up.
+        UsageError: when there is no layer, an option is unknown, or segments are inconsistent.
     """
 
     layers: Mapping[str, str]
     """Option of each layer, by its name in the model, in order."""
     made_for: Mapping[str, Any] = field(default_factory=dict)
-    """What the plan was made for: `target`, `settings`, `strategies`, `device`, and `model` as `described` gives it."""
+    """Origin of the plan: `target`, `settings`, `strategies`, `device`, and `model` as returned by `described`."""
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -52,7 +52,7 @@ class LayerPlan:
 
     @property
     def options(self) -> dict[str, Option]:
-        """The options, read."""
+        """The parsed options."""
         options = {}
         for name, text in self.layers.items():
             try:
@@ -105,10 +105,10 @@ class LayerPlan:
             raise UsageError(f"{path}: {error}") from None
 
     def check(self, model: nn.Module, layers: Iterable[str]) -> list[Problem]:
-        """Everything that says the plan is for another model.
+        """Every sign that the plan was made for another model.
 
         Args:
-            model: the model, which no strategy has changed yet.
+            model: the model before any strategy is applied.
             layers: names of its layers, in order.
         """
         found = list(layers)
@@ -130,7 +130,7 @@ class LayerPlan:
         return [Problem(f"the checkpoint plan is for another model: this one {text}", fix) for text in differences]
 
     def other_settings(self, settings: Mapping[str, Any]) -> list[str]:
-        """Settings that are not what the plan was made for, each as `seq_len is 1024, not 2048`."""
+        """Settings that differ from those of the plan's origin, each as `seq_len is 1024, not 2048`."""
         made_for = self.made_for.get("settings", {})
         return [
             f"{key} is {settings[key]}, not {value}"
@@ -143,7 +143,7 @@ _EXPECTED = "expected a file written by memscope advise"
 
 
 def made_for(workload: Workload, layers: Iterable[str], strategies: Sequence[str], device: str) -> dict[str, Any]:
-    """What a plan keeps of the workload it was made for, which no strategy has changed yet."""
+    """The origin that a plan records, from a workload before any strategy is applied."""
     return {
         "target": workload.name,
         "settings": workload.settings,
@@ -154,7 +154,7 @@ def made_for(workload: Workload, layers: Iterable[str], strategies: Sequence[str
 
 
 def described(model: nn.Module, layers: Iterable[str]) -> dict[str, Any]:
-    """What tells a model from another: its class, its number of parameters and the classes of its layers."""
+    """Identifies a model: its class, its number of parameters and the classes of its layers."""
     return {
         "class": type(model).__name__,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -163,7 +163,7 @@ def described(model: nn.Module, layers: Iterable[str]) -> dict[str, Any]:
 
 
 def _parts(content: Any) -> tuple[dict[str, str], dict[str, Any]]:
-    """Layers and made_for of a file's content."""
+    """The fields `layers` and `made_for` of a file."""
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise UsageError(f'not a checkpoint plan: it does not say "format": "{_FORMAT}"; {_EXPECTED}')
     version = content.get("schema_version")

@@ -1,4 +1,4 @@
-"""Which modules are a model's layers, and which of them a text chooses."""
+"""The modules that are a model's layers, and the layers that a text chooses."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def named_layers(model: nn.Module, layer_list: str = "") -> dict[str, nn.Module]
 
     Args:
         model: the model.
-        layer_list: name of the list (`nn.ModuleList` or `nn.Sequential`) that holds them; empty: the one with most
-            parameters among those that hold two or more modules of one class.
+        layer_list: name of the list (`nn.ModuleList` or `nn.Sequential`) of layers; empty: the list with the most
+            parameters among lists of two or more modules of one class.
 
     Raises:
-        UsageError: when there is no such list.
+        UsageError: when the model has no such list.
     """
     lists = {name: _items(name, module) for name, module in model.named_modules() if isinstance(module, _LISTS)}
     lists = {name: layers for name, layers in lists.items() if layers}
@@ -47,9 +47,9 @@ def named_layers(model: nn.Module, layer_list: str = "") -> dict[str, nn.Module]
 
 
 def planned_layers(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
-    """The layers that a plan is about, by name: the whole list that holds those named; of no list, those alone.
+    """The layers of a plan, by name: all modules of the list that the names belong to, or else the named modules.
 
-    Those that are not there are left out.
+    Names that the model does not have are left out.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     parent = next(iter(names)).rpartition(".")[0]
@@ -74,7 +74,7 @@ def chosen_layers(text: str, count: int) -> list[int]:
     """Indices that `all`, `every-2`, `0-15`, `3+7+11` choose out of `count` layers, in order.
 
     Raises:
-        UsageError: when the text is malformed, or names a layer that is not there.
+        UsageError: when the text is malformed, or an index is outside the model.
     """
     chosen: set[int] = set()
     for word in text.split("+"):
