@@ -66,6 +66,7 @@ def with_weights_held(chain: Chain) -> Chain:
         pytest.param(with_weights_held(chain_of(ALIKE_32, (2, 4))), 1.0, id="7B-held"),
         pytest.param(chain_of(ALIKE_80), 1.0, id="80-alike"),
         pytest.param(chain_of(VARIED_80), 10.0, id="80-different"),
+        pytest.param(with_weights_held(chain_of(varied_layers(32), (2, 4))), 10.0, id="32-different-held-segments"),
         pytest.param(with_weights_held(chain_of(VARIED_80, (2, 4))), 60.0, id="80-different-held-segments"),
     ],
 )
