@@ -1,4 +1,4 @@
-"""PyTorch's Auto-SAC, as far as it bears on the choice of checkpoints: its program, in a form that runs here.
+"""The part of PyTorch's Auto-SAC that chooses checkpoints, without its dependencies.
 
 `torch.distributed._tools.sac_ilp` of PyTorch 2.13 needs pulp, and its estimator pwlf. The program below has the same
 variables and constraints, for layers in a row. It is better off than the original: its trade-off curve is exact (the
@@ -71,7 +71,7 @@ def _tradeoff(operators: Sequence[Op]) -> list[tuple[float, float]]:
 
 
 def _policy(layer: int, layers: int, operators: Sequence[Op], part: float) -> Choice:
-    """The results to keep in what is left of the layer's memory that save most time: every subset is tried."""
+    """The results to keep that save the most time in the rest of the layer's memory; all subsets are tried."""
     sizes = np.array([operator.size_bytes for operator in operators])
     times = np.array([operator.nanoseconds for operator in operators])
     subsets = np.arange(2 ** len(operators))[:, None] >> np.arange(len(operators)) & 1

@@ -1,4 +1,4 @@
-"""What planned checkpoints cost, against other ways to choose them, and how long advice takes.
+"""The cost of planned checkpoints, against other ways to choose them, and the time that advice takes.
 
 Costs of the layers come from simulations of the model whose memory is planned, LLaMA2-7B at 2048 tokens as the target
 has it. Times of steps are estimates (memscope.simulation.cost), the same for all that is compared.

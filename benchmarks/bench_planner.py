@@ -1,4 +1,4 @@
-"""Checkpoint plans: how long they take to find, next to a solver, and what they save, next to what people do today."""
+"""Checkpoint plans: the time to find them, against a solver, and the time they save, against today's practice."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def all_of(chain: Chain, option: str) -> list[Choice]:
 
 
 def budget_for_activations(chain: Chain, part: float) -> int:
-    """A budget with room for a part of the activations that there are without checkpointing."""
+    """A budget with room for a part of the activations without checkpointing."""
     peak = evaluate(chain, all_of(chain, "none")).peak_bytes
     return round(chain.fixed_bytes + part * (peak - chain.fixed_bytes))
 
 
 def budget_between(chain: Chain, part: float) -> int:
-    """A budget between the least that will do (0), and what no checkpointing takes (1)."""
+    """A budget between the smallest feasible one (0) and the peak without checkpointing (1)."""
     least, most = minimum_budget(chain), evaluate(chain, all_of(chain, "none")).peak_bytes
     return round(least + part * (most - least))
 
 
 def with_weights_held(chain: Chain) -> Chain:
-    """As under autocast with float32 weights: what is not kept for the backward pass is held until the forward ends.
+    """The chain under autocast with float32 weights: casts that are not kept are held until the forward ends.
 
     The casts of a layer's weights are 404 MB; an option that recomputes keeps none of them, `none` keeps all.
     """
@@ -117,7 +117,7 @@ def test_planning_is_quicker_than_a_solver_and_its_plans_are_as_good(benchmark: 
 
 
 def best_of_every_nth(chain: Chain, budget: int) -> int:
-    """Least time of: every n-th layer checkpointed, for all n, where it fits."""
+    """The least time of checkpointing every n-th layer, over all n that fit."""
     times = []
     for n in range(1, len(chain.choices) + 1):
         options = ["full" if layer % n == 0 else "none" for layer in range(len(chain.choices))]

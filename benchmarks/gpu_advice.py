@@ -1,4 +1,4 @@
-"""The part of `make gpu` that holds advice against the GPU: does a plan keep its budget, and cost what it says."""
+"""The part of `make gpu` that tests advice on the GPU: whether a plan keeps its budget, and its estimated cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chains like LLaMA2-7B's, to plan checkpoints for. Sizes follow from shapes; times are assumed, not measured.
+"""Chains of layers like LLaMA2-7B's. Sizes follow from shapes; times are assumed, not measured.
 
 A layer in bfloat16, one sequence of 2048 tokens: `[1, 2048, 4096]`, and `[1, 2048, 11008]` in the feed-forward. Kernels
 are taken to do 150 TFLOP/s and 1.2 TB/s, about half of what an A100 can.
@@ -35,7 +35,7 @@ STATIC_BYTES = 14 * 10**9
 
 @dataclass(frozen=True)
 class Op:
-    """One operator of a layer, whose result can be kept or computed again."""
+    """One operator of a layer, whose result can be kept or recomputed."""
 
     name: str
     size_bytes: int
@@ -67,12 +67,12 @@ _NOT_SAVED = {"q", "k", "o"}
 
 
 def greedy_order(operators: Sequence[Op]) -> list[Op]:
-    """Most bytes for a nanosecond first: what to compute again first (sac_estimator.py of PyTorch 2.13, MSPS)."""
+    """Operators by bytes a nanosecond, to be recomputed in this order (MSPS in PyTorch 2.13's sac_estimator.py)."""
     return sorted(operators, key=lambda operator: -operator.size_bytes / operator.nanoseconds)
 
 
 def saved_bytes(operators: Iterable[Op]) -> int:
-    """What autograd saves without any checkpointing."""
+    """Bytes that autograd saves without checkpointing."""
     return sum(operator.size_bytes for operator in operators if operator.name not in _NOT_SAVED)
 
 

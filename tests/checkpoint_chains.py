@@ -1,4 +1,4 @@
-"""Chains of layers to plan checkpoints for: random ones, and every plan there is for a small one."""
+"""Random chains of layers, and every plan of a small chain."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def varied(seed: int, *, layers: int, options: int, is_held: bool = True) -> Cha
 
 
 def in_proportion(layers: int, options: int) -> Chain:
-    """Layers that all differ, with times in exact proportion to what is not kept: very many plans are good."""
+    """Layers that all differ, with times in proportion to the bytes not kept: many plans are nearly the fastest."""
     rng = np.random.default_rng(1)
     choices = []
     for most in rng.integers(200_000_000, 1_000_000_000, size=layers):

@@ -14,14 +14,14 @@ __all__ = ["Answer", "solve"]
 
 @dataclass(frozen=True)
 class Answer:
-    """What HiGHS says."""
+    """The answer of HiGHS."""
 
     nanoseconds: float
-    """Of the fastest plan found; infinite if none was."""
+    """Of the fastest plan found; infinite without a plan."""
     peak_bytes: float
     """The least peak found of plans that take no longer."""
     is_proven: bool
-    """Both are the least, or there is no plan."""
+    """Both are proven to be the least, or that there is no plan."""
 
 
 def solve(chain: Chain, budget_bytes: int, *, seconds: float = 60.0, bytes_unit: int = 1, time_unit: int = 1) -> Answer:

@@ -1,4 +1,4 @@
-"""A chain of alike layers, small enough to be simulated in no time, large enough for checkpoints to pay."""
+"""A chain of alike layers, small enough to simulate quickly and large enough for checkpoints to pay."""
 
 from __future__ import annotations
 

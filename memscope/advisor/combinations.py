@@ -56,7 +56,7 @@ def forbidden(workload: Workload, always: Plan, allowed: Collection[str]) -> dic
             for strategy in _candidates(kind, workload)[:1]:
                 try:
                     plans[kind.name] = Plan.of(*always.strategies, strategy)
-                except UsageError:  # it conflicts with what is always there
+                except UsageError:  # it conflicts with a strategy of `always`
                     continue
     return plans
 

@@ -1,4 +1,4 @@
-"""The advisor as a whole, on a model small enough to be simulated in no time."""
+"""The advisor as a whole, on a small model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the advisor searches: what it simulates, and what it leaves out."""
+"""The advisor's search: the simulations it runs, and those it leaves out."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WEIGHTS_BYTES = LAYERS * 2 * 2 * (WIDTH * 2 * WIDTH) * 4
 
 @dataclass
 class Noted:
-    """A runner that notes what it carries out, `width` simulations at a time as it says."""
+    """A runner that records its probes, and claims to run `width` at a time."""
 
     width: int = 1
     probes: list[Probe] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Checkpoint plans: a value, a file, and what is said about one that cannot be used."""
+"""Checkpoint plans: the value, the file, and the errors of plans that cannot be used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which layers to checkpoint: exact, never larger in memory for a smaller budget, with a proof."""
+"""Checkpoint plans: exact, with an honest gap, and never a larger peak for a smaller budget."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_one_checkpoint_over_three_layers_keeps_one_boundary() -> None:
 
 
 def budgets(chain: Chain) -> list[int]:
-    """All at which another plan may be the best, and the last before each."""
+    """Every budget at which the best plan may change, and the budget one byte below."""
     peaks = {takes(chain, choices)[1] for choices in every_plan(chain)}
     return sorted(peaks | {peak - 1 for peak in peaks if peak > min(peaks)})
 

@@ -136,7 +136,7 @@ class LayerCosts:
         return False
 
     def settle(self, plan: LayerPlan, seen: Seen) -> LayerCosts:
-        """The costs with those of a plan replaced by what its own simulation shows."""
+        """The costs corrected by the simulation of a whole plan, for the options of that plan."""
         reference, names = self.reference, self.reference.layers.names
         chains = reference.look(seen, plan, 1)
         settled = dict(self.settled)

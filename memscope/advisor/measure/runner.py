@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from memscope.workload import MicroBatch, Workload
 
 __all__ = [
-    "Answer", "Asker", "InProcess", "Probe", "Progress", "Runner", "Scene", "Seen", "require", "side_by_side",
-    "deciding_indices",
+    "Answer", "Asker", "InProcess", "Probe", "Progress", "Runner", "Scene", "Seen", "deciding_indices",
+    "require", "side_by_side",
 ]  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
@@ -110,7 +111,7 @@ class TimeBound:
         """No plan takes less; infinite if none fits."""
         return float(self.at(self.graph.start, np.zeros(1, dtype=np.int64))[0])
 
-    @property
+    @cached_property
     def error(self) -> float:
         """Nanoseconds by which rounding may make the bound too high."""
         return _RELATIVE_ERROR * sum(

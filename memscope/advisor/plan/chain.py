@@ -90,7 +90,7 @@ class Chain:
         """The choice that begins at a layer and has this option and length.
 
         Raises:
-            ValueError: when there is none.
+            ValueError: when the layer has no such choice.
         """
         for choice in self.choices[layer] if layer < len(self.choices) else ():
             if choice.option == option and choice.length == length:

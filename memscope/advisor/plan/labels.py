@@ -42,7 +42,7 @@ class Labels:
     """Place of the last choice among those of its layer."""
 
     def at(self, chosen: Ints | npt.NDArray[np.bool_] | slice) -> Labels:
-        """Some of them."""
+        """The chosen labels."""
         return Labels(*(column[chosen] for column in vars(self).values()))
 
     def __len__(self) -> int:
