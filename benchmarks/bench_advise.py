@@ -1,6 +1,6 @@
-"""What planned checkpoints cost, against other ways to choose them, and how long advice takes.
+"""The cost of planned checkpoints, against other ways to choose them, and the time that advice takes.
 
-Costs of the blocks come from simulations of the model whose memory is planned, LLaMA2-7B at 2048 tokens as the target
+Costs of the layers come from simulations of the model whose memory is planned, LLaMA2-7B at 2048 tokens as the target
 has it. Times of steps are estimates (memscope.analysis.cost), the same for all that is compared.
 """
 
@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from memscope.advisor.blocks import measure
-from memscope.advisor.planner import Chain, Choice, evaluate, plan
-from memscope.advisor.reference import Blocks, Reference, full_probe, none_probe
-from memscope.advisor.runner import InProcess, Seen
+from memscope.advisor.measure.costs import measure
+from memscope.advisor.measure.reference import LayerList, Reference, full_probe, none_probe
+from memscope.advisor.measure.runner import InProcess, Seen
+from memscope.advisor.plan.planner import Chain, Choice, evaluate, plan
 from memscope.simulation.devices.catalogue import get_device
 from memscope.workload.target import find_target
 
@@ -28,35 +28,35 @@ CASES = {"full": "adamw:fused", "lora": "lora:r=16"}
 
 @cache
 def measured(case: str) -> tuple[Chain, int]:
-    """The chain of the model's blocks, and the budget at which `SHARE` of their activations may be kept."""
+    """The chain of the model's layers, and the budget at which `SHARE` of their activations may be kept."""
     target, device = find_target("targets/llama2"), get_device("a100-80gb")
     config = target.configure("7b", SETTINGS)
     runner = InProcess(lambda: target.build(config), device)
     import torch
 
     with torch.device("meta"):
-        blocks = Blocks.of(target.build(config).model)
+        layers = LayerList.of(target.build(config).model)
     unlimited = 10**13
-    none, full = runner.run([probe(CASES[case], blocks, unlimited) for probe in (none_probe, full_probe)])
+    none, full = runner.run([probe(CASES[case], layers, unlimited) for probe in (none_probe, full_probe)])
     assert isinstance(none, Seen)
     assert isinstance(full, Seen)
-    chain = measure(runner.run, Reference(CASES[case], blocks, none, full), device).chain()
-    plain = [only(chain, block, "none") for block in range(len(chain.choices))]
+    chain = measure(runner.run, Reference(CASES[case], layers, none, full), device).chain()
+    plain = [only(chain, layer, "none") for layer in range(len(chain.choices))]
     kept = sum(choice.kept_bytes for choice in plain)
     return chain, evaluate(chain, plain).peak_bytes - int((1 - SHARE) * kept)
 
 
-def only(chain: Chain, block: int, option: str) -> Choice:
-    return chain.choice(block, option, 1)
+def only(chain: Chain, layer: int, option: str) -> Choice:
+    return chain.choice(layer, option, 1)
 
 
 def every_nth(chain: Chain, n: int, offset: int) -> list[Choice]:
-    blocks = range(len(chain.choices))
-    return [only(chain, block, "full" if block % n == offset else "none") for block in blocks]
+    layers = range(len(chain.choices))
+    return [only(chain, layer, "full" if layer % n == offset else "none") for layer in layers]
 
 
 def best_every_nth(chain: Chain, budget_bytes: int) -> int:
-    """Least time of all ways to checkpoint every n-th block that fit."""
+    """Least time of all ways to checkpoint every n-th layer that fit."""
     tried = [evaluate(chain, every_nth(chain, n, offset)) for n in range(1, 17) for offset in range(n)]
     return min(found.nanoseconds for found in tried if found.peak_bytes <= budget_bytes)
 

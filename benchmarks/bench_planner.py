@@ -1,4 +1,4 @@
-"""Checkpoint plans: how long they take to find, next to a solver, and what they save, next to what people do today."""
+"""Checkpoint plans: the time to find them, against a solver, and the time they save, against today's practice."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from planner_blocks import OPERATORS, Operator, chain_of, varied_blocks
+from planner_layers import OPERATORS, Op, chain_of, varied_layers
 
-from memscope.advisor.planner import Chain, CheckpointPlan, Choice, evaluate, minimum_budget, plan
+from memscope.advisor.plan.planner import Chain, CheckpointPlan, Choice, evaluate, minimum_budget, plan
 
 ALIKE_32, ALIKE_80 = [OPERATORS] * 32, [OPERATORS] * 80
-VARIED_80 = varied_blocks(80)
+VARIED_80 = varied_layers(80)
 PART_OF_ACTIVATIONS = 0.6
 
 
 def all_of(chain: Chain, option: str) -> list[Choice]:
-    return [chain.choice(block, option, 1) for block in range(len(chain.choices))]
+    return [chain.choice(layer, option, 1) for layer in range(len(chain.choices))]
 
 
 def budget_for_activations(chain: Chain, part: float) -> int:
-    """A budget with room for a part of the activations that there are without checkpointing."""
+    """A budget with room for a part of the activations without checkpointing."""
     peak = evaluate(chain, all_of(chain, "none")).peak_bytes
     return round(chain.fixed_bytes + part * (peak - chain.fixed_bytes))
 
 
 def budget_between(chain: Chain, part: float) -> int:
-    """A budget between the least that will do (0), and what no checkpointing takes (1)."""
+    """A budget between the smallest feasible one (0) and the peak without checkpointing (1)."""
     least, most = minimum_budget(chain), evaluate(chain, all_of(chain, "none")).peak_bytes
     return round(least + part * (most - least))
 
 
 def with_weights_held(chain: Chain) -> Chain:
-    """As under autocast with float32 weights: what is not kept for the backward pass is held until the forward ends.
+    """The chain under autocast with float32 weights: casts that are not kept are held until the forward ends.
 
-    The casts of a block's weights are 404 MB; an option that recomputes keeps none of them, `none` keeps all.
+    The casts of a layer's weights are 404 MB; an option that recomputes keeps none of them, `none` keeps all.
     """
     size_bytes = 404_750_336
 
@@ -66,6 +66,7 @@ def with_weights_held(chain: Chain) -> Chain:
         pytest.param(with_weights_held(chain_of(ALIKE_32, (2, 4))), 1.0, id="7B-held"),
         pytest.param(chain_of(ALIKE_80), 1.0, id="80-alike"),
         pytest.param(chain_of(VARIED_80), 10.0, id="80-different"),
+        pytest.param(with_weights_held(chain_of(varied_layers(32), (2, 4))), 10.0, id="32-different-held-segments"),
         pytest.param(with_weights_held(chain_of(VARIED_80, (2, 4))), 60.0, id="80-different-held-segments"),
     ],
 )
@@ -85,7 +86,7 @@ def test_planning_is_quick_and_leaves_no_gap(
     [
         pytest.param(chain_of(ALIKE_32, (2, 4)), id="7B-segments"),
         pytest.param(chain_of(ALIKE_80), id="80-alike"),
-        pytest.param(chain_of(varied_blocks(32)), id="32-different"),
+        pytest.param(chain_of(varied_layers(32)), id="32-different"),
         pytest.param(chain_of(VARIED_80), id="80-different"),
     ],
 )
@@ -116,29 +117,29 @@ def test_planning_is_quicker_than_a_solver_and_its_plans_are_as_good(benchmark: 
 
 
 def best_of_every_nth(chain: Chain, budget: int) -> int:
-    """Least time of: every n-th block checkpointed, for all n, where it fits."""
+    """The least time of checkpointing every n-th layer, over all n that fit."""
     times = []
     for n in range(1, len(chain.choices) + 1):
-        options = ["full" if block % n == 0 else "none" for block in range(len(chain.choices))]
-        found = evaluate(chain, [chain.choice(block, option, 1) for block, option in enumerate(options)])
+        options = ["full" if layer % n == 0 else "none" for layer in range(len(chain.choices))]
+        found = evaluate(chain, [chain.choice(layer, option, 1) for layer, option in enumerate(options)])
         if found.peak_bytes <= budget:
             times.append(found.nanoseconds)
     return min(times)
 
 
-@pytest.mark.parametrize("blocks", [ALIKE_32, varied_blocks(32)], ids=["7B", "32-different"])
+@pytest.mark.parametrize("layers", [ALIKE_32, varied_layers(32)], ids=["7B", "32-different"])
 def test_recomputation_costs_less_than_with_what_is_used_today(
-    benchmark: BenchmarkFixture, blocks: Sequence[Sequence[Operator]]
+    benchmark: BenchmarkFixture, layers: Sequence[Sequence[Op]]
 ) -> None:
     pytest.importorskip("highspy", reason="the solver for Auto-SAC's program, highspy, is not installed")
     from auto_sac import auto_sac
 
-    chain = chain_of(blocks)
+    chain = chain_of(layers)
     budget = budget_for_activations(chain, PART_OF_ACTIVATIONS)
     found: CheckpointPlan = benchmark.pedantic(lambda: plan(chain, budget), rounds=3)  # type: ignore[no-untyped-call]
     every = evaluate(chain, all_of(chain, "full")).nanoseconds
     nth = best_of_every_nth(chain, budget)
-    chosen = auto_sac(chain, blocks, budget)
+    chosen = auto_sac(chain, layers, budget)
     taken = replace(chain, choices=tuple((choice,) for choice in chosen))
     sac = evaluate(taken, chosen)
     benchmark.extra_info.update(

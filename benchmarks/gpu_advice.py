@@ -1,4 +1,4 @@
-"""The part of `make gpu` that holds advice against the GPU: does a plan keep its budget, and cost what it says."""
+"""The part of `make gpu` that tests advice on the GPU: whether a plan keeps its budget, and its estimated cost."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def advise(job: dict[str, Any]) -> dict[str, Any]:
 
     import memscope
     from memscope.simulation.devices.catalogue import get_device
-    from memscope.strategies.layer_plan import LayerPlan
+    from memscope.strategies.ckpt import LayerPlan
 
     torch.set_num_threads(1)
     cell, device = Cell(**job["cell"]), get_device(job["predicted_for"])

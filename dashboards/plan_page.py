@@ -202,7 +202,7 @@ def _facts(advice: Advice) -> list[tuple[str, str]]:
     peak, binding = advice.peak, advice.binding
     event = f"{format_bytes(binding.allocated)} in step {binding.step}, {binding.phase}, {binding.module}"
     found = [
-        ("needs" if advice.feasible else "smallest budget", format_bytes(peak.device)),
+        ("needs" if advice.feasible else "smallest feasible budget", format_bytes(peak.device)),
         ("budget", f"{format_bytes(advice.budget_bytes)} ({format_gb(advice.budget_bytes)})"),
         ("device", advice.device),
         ("strategies", ", ".join(advice.strategies) or "none needed"),
@@ -210,12 +210,12 @@ def _facts(advice: Advice) -> list[tuple[str, str]]:
         ("step time (estimate)", f"{advice.step_seconds:.3g} s"),
         ("against no checkpointing", f"{advice.overhead_vs_none:+.1%}"),
         ("against all layers", f"{advice.overhead_vs_all:+.1%}"),
-        ("the peak is", f"{event}, {binding.op}" if binding.op else event),
+        ("peak", f"{event}, {binding.op}" if binding.op else event),
     ]
     if binding.helps:
         found.append(("what would help", binding.helps))
     if advice.certificate:
-        found.append(("from the best plan", f"at most {advice.certificate.gap:.2%}"))
+        found.append(("optimality", advice.optimality))
     return [*found, *(("note", note) for note in advice.notes)]
 
 

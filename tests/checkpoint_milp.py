@@ -7,28 +7,28 @@ from typing import Any
 
 import highspy
 
-from memscope.advisor.planner import Chain, Choice
+from memscope.advisor.plan.planner import Chain, Choice
 
 __all__ = ["Answer", "solve"]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What HiGHS says."""
+    """The answer of HiGHS."""
 
     nanoseconds: float
-    """Of the fastest plan found; infinite if none was."""
+    """Of the fastest plan found; infinite without a plan."""
     peak_bytes: float
     """The least peak found of plans that take no longer."""
     is_proven: bool
-    """Both are the least, or there is no plan."""
+    """Both are proven to be the least, or that there is no plan."""
 
 
 def solve(chain: Chain, budget_bytes: int, *, seconds: float = 60.0, bytes_unit: int = 1, time_unit: int = 1) -> Answer:
     """Look for the least time that fits a budget, then for the least peak with that time, with no gap left.
 
     Args:
-        chain: the blocks.
+        chain: the layers.
         budget_bytes: what no left side may exceed.
         seconds: when to stop each of the two.
         bytes_unit: what sizes are divided by, so that the solver's absolute tolerances suit them.
@@ -51,7 +51,7 @@ def solve(chain: Chain, budget_bytes: int, *, seconds: float = 60.0, bytes_unit:
 
 
 class _Program:
-    """A 0/1 variable for each choice of each block; what is kept and held before each block is a variable too."""
+    """A 0/1 variable for each choice of each layer; what is kept and held before each layer is a variable too."""
 
     def __init__(self, solver: Any, chain: Chain, budget: float, bytes_unit: int, time_unit: int) -> None:
         self.solver, self.chain, self.unit = solver, chain, bytes_unit
@@ -59,35 +59,35 @@ class _Program:
         self.taken = [[(choice, solver.addBinary()) for choice in choices] for choices in chain.choices]
         every = [pair for pairs in self.taken for pair in pairs]
         self.time = solver.qsum(choice.nanoseconds / time_unit * taken for choice, taken in every)
-        for block in range(len(self.taken)):
-            covering = [x for start in range(block + 1) for c, x in self.taken[start] if block < start + c.length]
+        for layer in range(len(self.taken)):
+            covering = [x for start in range(layer + 1) for c, x in self.taken[start] if layer < start + c.length]
             solver.addConstr(solver.qsum(covering) == 1)
         kept = held = solver.expr()
-        for block in range(len(self.taken)):
-            kept, held = self._block(block, kept, held)
+        for layer in range(len(self.taken)):
+            kept, held = self._layer(layer, kept, held)
         if not chain.head_saves_input:
             kept = kept + chain.boundary_bytes[-1] / bytes_unit * self._lent(len(self.taken))
         solver.addConstr(kept + held + chain.head_forward_bytes / bytes_unit <= self.peak)
         solver.addConstr(kept + chain.head_backward_bytes / bytes_unit <= self.peak)
 
-    def _lent(self, block: int) -> Any:
-        """1 if a choice ends before this block and saves its output."""
-        earlier = [(start, *pair) for start in range(block) for pair in self.taken[start]]
-        return self.solver.qsum(x for start, c, x in earlier if start + c.length == block and c.saves_output)
+    def _lent(self, layer: int) -> Any:
+        """1 if a choice ends before this layer and saves its output."""
+        earlier = [(start, *pair) for start in range(layer) for pair in self.taken[start]]
+        return self.solver.qsum(x for start, c, x in earlier if start + c.length == layer and c.saves_output)
 
     def _sizes(self, pairs: list[tuple[Choice, Any]], name: str) -> Any:
         return self.solver.qsum(getattr(choice, name) / self.unit * taken for choice, taken in pairs)
 
-    def _block(self, block: int, kept: Any, held: Any) -> tuple[Any, Any]:
+    def _layer(self, layer: int, kept: Any, held: Any) -> tuple[Any, Any]:
         """Constrain the choice that begins here, if one does; what is kept and held after it."""
-        solver, pairs = self.solver, self.taken[block]
-        boundary = self.chain.boundary_bytes[block] / self.unit
+        solver, pairs = self.solver, self.taken[layer]
+        boundary = self.chain.boundary_bytes[layer] / self.unit
         begins = solver.qsum(taken for _, taken in pairs)
         saves = solver.qsum(taken for choice, taken in pairs if choice.saves_input)
         is_kept, is_only_lent = solver.addVariable(0, 1), solver.addVariable(0, 1)
         solver.addConstr(is_kept >= saves)
-        solver.addConstr(is_kept >= self._lent(block))
-        solver.addConstr(is_only_lent >= self._lent(block) - saves)
+        solver.addConstr(is_kept >= self._lent(layer))
+        solver.addConstr(is_only_lent >= self._lent(layer) - saves)
         unless_begun = 2 * self.chain.most_bytes / self.unit * (1 - begins)
         forward, backward = self._sizes(pairs, "forward_bytes"), self._sizes(pairs, "backward_bytes")
         solver.addConstr(kept + held + forward <= self.peak + unless_begun)

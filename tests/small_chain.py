@@ -1,4 +1,4 @@
-"""A chain of alike blocks, small enough to be simulated in no time, large enough for checkpoints to pay."""
+"""A chain of alike layers, small enough to simulate quickly and large enough for checkpoints to pay."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from memscope import Workload
 
-ROWS, WIDTH, BLOCKS = 2048, 128, 6
+ROWS, WIDTH, LAYERS = 2048, 128, 6
 
 
-class Attention(nn.Module):
+class Half(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH, bias=False), nn.Linear(2 * WIDTH, WIDTH, bias=False)
@@ -20,10 +20,10 @@ class Attention(nn.Module):
         return h
 
 
-class Block(nn.Module):
+class Layer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.one, self.two = Attention(), Attention()
+        self.one, self.two = Half(), Half()
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.one(x)
@@ -31,9 +31,9 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    def __init__(self, blocks: int = BLOCKS) -> None:
+    def __init__(self, layers: int = LAYERS) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Block() for _ in range(blocks))
+        self.layers = nn.ModuleList(Layer() for _ in range(layers))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:

@@ -1,1 +1,1 @@
-"""Which strategies to switch on, and which blocks to checkpoint, so that a training step fits a budget."""
+"""Finds the strategies, and the layers to checkpoint, that make a training step fit a budget."""

@@ -1,4 +1,4 @@
-"""What the advisor says: the plan, what it takes, why nothing cheaper was found, and what else there is."""
+"""The advice: the plan, its peak and time, its certificate, and the other plans worth considering."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from typing import Any
 import numpy as np
 
 from memscope.trace import PHASES, Trace
+from memscope.units import format_bytes
 
-__all__ = ["Advice", "Binding", "Certificate", "FrontPoint", "Peak", "binding_of", "in_words", "short_option"]
+__all__ = ["Advice", "Binding", "Certificate", "FrontPoint", "PlanPeak", "binding_of", "in_words", "short_option"]
 
 SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
-class Peak:
-    """Most memory of a plan, in bytes."""
+class PlanPeak:
+    """The peak of a plan, in bytes."""
 
     allocated: int
-    """As `torch.cuda.max_memory_allocated` shows it."""
+    """As `torch.cuda.max_memory_allocated` reports it."""
     reserved: int
-    """Least that PyTorch's allocator must be able to reserve for the plan to run."""
+    """The least that PyTorch's allocator must be able to reserve for the plan to run."""
     device: int
-    """The same with the CUDA context: what the device must hold. The context is an estimate."""
+    """Reserved bytes and CUDA context, which the device must hold. The context is an estimate."""
 
     def document(self) -> dict[str, int]:
         """As JSON values."""
@@ -34,17 +35,37 @@ class Peak:
 
 @dataclass(frozen=True)
 class Certificate:
-    """Why no cheaper plan is to be had: among checkpoint plans, for the strategies chosen."""
+    """How far a plan may be from the fastest one: among checkpoint plans of the options considered, for its strategies.
+
+    All times are estimates; gaps are parts of the plan's step time.
+    """
 
     lower_bound_seconds: float
-    """No plan of the options considered that fits the budget makes a step shorter than this (estimated time)."""
-    gap: float
-    """How far above it the plan is, as a share of the step."""
+    """No such plan whose allocated bytes fit the budget makes a step shorter than this."""
+    search_gap: float
+    """From the lower bound to the fastest plan found whose allocated bytes fit; 0: the planner's search was exact."""
+    fragmentation_gap: float
+    """From there to this plan, whose reserved bytes fit too."""
+
+    @classmethod
+    def of(cls, seconds: float, fastest_seconds: float, lower_bound_seconds: float) -> Certificate:
+        """From the step times of the plan, of the fastest plan found whose allocated bytes fit, and of the bound."""
+        fastest = min(fastest_seconds, seconds)
+        return cls(lower_bound_seconds, (fastest - lower_bound_seconds) / seconds, 1 - fastest / seconds)
+
+    @property
+    def gap(self) -> float:
+        """From the lower bound to this plan."""
+        return self.search_gap + self.fragmentation_gap
+
+    def document(self) -> dict[str, float]:
+        """As JSON values."""
+        return {**vars(self), "gap": self.gap}
 
 
 @dataclass(frozen=True)
 class Binding:
-    """The event at which a plan needs most."""
+    """The event at the peak of a plan."""
 
     step: int
     phase: str
@@ -53,7 +74,7 @@ class Binding:
     allocated: int
     by_category: Mapping[str, int]
     helps: str = ""
-    """What would lower it."""
+    """Strategies that would lower the peak."""
 
     def document(self) -> dict[str, Any]:
         """As JSON values."""
@@ -62,16 +83,16 @@ class Binding:
 
 @dataclass(frozen=True)
 class FrontPoint:
-    """One plan on the Pareto front of memory against time; simulated as such."""
+    """A simulated plan on the Pareto front of memory against time."""
 
     strategies: tuple[str, ...]
     recomputed: str
-    """What is checkpointed, in words."""
-    peak: Peak
+    """Its checkpointing, in words."""
+    peak: PlanPeak
     step_seconds: float
 
     def is_same_plan(self, other: FrontPoint) -> bool:
-        """Whether both say to do the same."""
+        """Whether both are the same plan."""
         return (self.strategies, self.recomputed) == (other.strategies, other.recomputed)
 
     def document(self) -> dict[str, Any]:
@@ -86,40 +107,56 @@ class FrontPoint:
 
 @dataclass(frozen=True)
 class Advice:
-    """The cheapest plan found that fits a budget, or why none does. Times are estimates."""
+    """The cheapest plan found that fits a budget, or why no plan does. Times are estimates."""
 
     target: str
     device: str
     budget_bytes: int
     feasible: bool
     strategies: tuple[str, ...]
-    """Strategies and settings, without checkpointing."""
+    """Strategies with their settings, without checkpointing."""
     layers: Mapping[str, str]
-    """Option of each block; empty where nothing is checkpointed."""
-    peak: Peak
-    """Of the plan; where nothing fits, of the one that needs least."""
+    """Option of each layer; empty if nothing is checkpointed."""
+    peak: PlanPeak
+    """Of the plan; where nothing fits, of the plan that needs least."""
     step_seconds: float
     overhead_vs_none: float
-    """Longer than without any checkpointing, as a share: 0.12 is 12 %."""
+    """Extra step time over no checkpointing, as a share: 0.12 is 12 %."""
     overhead_vs_all: float
-    """Longer than with every block checkpointed whole; below 0 if shorter."""
+    """Extra step time over checkpointing every layer; negative if shorter."""
     certificate: Certificate | None
     minimum_bytes: int
-    """Smallest budget that any plan found here fits."""
+    """The smallest feasible budget, of the plans found."""
     binding: Binding
     front: tuple[FrontPoint, ...]
     simulated: int
-    """Combinations of strategies that were simulated."""
+    """Number of combinations of strategies simulated."""
     combinations: int
-    """Combinations there are."""
+    """Number of all combinations of strategies."""
     notes: tuple[str, ...] = ()
-    """What the user should know besides, as sentences."""
+    """Further sentences for the user."""
     made_for: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    """What the plan was made for, as a plan file keeps it."""
+    """The workload and device of the plan, as a plan file records them."""
     file: Path | None = None
     """Plan file, once saved."""
     trace: Trace | None = field(default=None, repr=False)
     """The whole step with the plan, simulated."""
+
+    @property
+    def optimality(self) -> str:
+        """What the certificate proves, as a sentence; empty where nothing fits."""
+        if self.certificate is None:
+            return ""
+        if not self.layers:
+            return "nothing is recomputed: no checkpoint plan is faster with these strategies"
+        proven, extra = self.certificate, self.peak.reserved - self.peak.allocated
+        search = "exact" if proven.search_gap == 0 else f"within {proven.search_gap:.2%}"
+        slower = f"{proven.fragmentation_gap:.2%}" if proven.fragmentation_gap else "nothing"
+        return (
+            f"{search} for allocated bytes: with these strategies, no checkpoint plan of the options considered that "
+            f"fits takes less than {proven.lower_bound_seconds:.3g} s (estimate); fragmentation, {format_bytes(extra)} "
+            f"reserved beyond allocated, adds {slower}"
+        )
 
     @property
     def plan(self) -> str:
@@ -147,7 +184,7 @@ class Advice:
                 "overhead_vs_none": self.overhead_vs_none,
                 "overhead_vs_all": self.overhead_vs_all,
             },
-            "certificate": vars(self.certificate) if self.certificate else None,
+            "certificate": self.certificate.document() if self.certificate else None,
             "minimum_budget": self.minimum_bytes,
             "binding": self.binding.document(),
             "front": [point.document() for point in self.front],
@@ -157,7 +194,7 @@ class Advice:
 
 
 def binding_of(trace: Trace, helps: str = "") -> Binding:
-    """The event of a trace's peak: who asked for memory then, and what was there."""
+    """The event at a trace's peak: the module and operator that allocated, and the bytes by category."""
     peak = trace.peak
     index = int(np.flatnonzero(trace.born == peak.event)[0])
     return Binding(
@@ -172,7 +209,7 @@ def binding_of(trace: Trace, helps: str = "") -> Binding:
 
 
 def in_words(layers: Mapping[str, str]) -> str:
-    """The options of the blocks, alike neighbours as ranges: `layers.0-15 full, layers.16-31 none`."""
+    """The options of the layers, with equal neighbours as ranges: `layers.0-15 full, layers.16-31 none`."""
     spans: list[tuple[str, str, str]] = []
     for name, option in layers.items():
         if option.startswith("within:"):
@@ -188,7 +225,7 @@ def in_words(layers: Mapping[str, str]) -> str:
 
 
 def short_option(option: str) -> str:
-    """`save:attention.wq/aten.mm+attention.wk/aten.mm` as `save wq+wk`: the modules whose results are kept."""
+    """An option in short: `save:attention.wq/aten.mm+attention.wk/aten.mm` is `save wq+wk`."""
     kind, _, rest = option.partition(":")
     if kind != "save":
         return option.replace(":", " ")

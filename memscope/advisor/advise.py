@@ -1,4 +1,4 @@
-"""Ask the advisor: what to switch on, and which blocks to checkpoint, so that a step fits a budget at least cost."""
+"""Find the strategies, and the layers to checkpoint, that make a step fit a budget at the least cost."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Callable, Collection, Mapping
 
 import torch
 
-from memscope.advisor.advice import Advice, Certificate, FrontPoint, Peak, binding_of, in_words
+from memscope.advisor.advice import Advice, FrontPoint, PlanPeak, binding_of, in_words
 from memscope.advisor.combinations import combinations, forbidden, require_known
+from memscope.advisor.measure.reference import LayerList, full_probe, seconds_of, uniform
+from memscope.advisor.measure.runner import Asker, InProcess, Progress, Runner, Seen
 from memscope.advisor.planning import Found, device_bytes
-from memscope.advisor.reference import Blocks, full_probe, seconds_of, uniform
-from memscope.advisor.runner import Asker, InProcess, Progress, Runner, Seen
 from memscope.advisor.search import Search
 from memscope.allocator.settings import AllocatorSettings
 from memscope.errors import UsageError
 from memscope.simulation.device_memory import least_reserved
 from memscope.simulation.devices.catalogue import Device, get_device
 from memscope.strategies import Plan
-from memscope.strategies.layer_plan import made_for
+from memscope.strategies.ckpt.layer_plan import made_for
 from memscope.trace import Trace
 from memscope.units import format_bytes, parse_budget
 from memscope.workload.building import build_workload
@@ -28,16 +28,16 @@ from memscope.workload.description import Workload
 __all__ = ["DEFAULT_DEVICE", "advise", "budget_of"]
 
 DEFAULT_DEVICE = "a100-80gb"
-"""Whose kernels and rates are assumed where no device is named."""
+"""The device whose kernels and rates are assumed by default."""
 _WORTH_SAYING = 0.01
-"""Share of the reserved memory that a saving must reach to be pointed out."""
+"""Savings below this share of the reserved bytes are not mentioned."""
 
 
 def budget_of(text: str, device: Device, *, named: bool) -> int:
     """Bytes of a budget such as `40GB`, `37.3GiB`, or `90%` of a device that was named.
 
     Raises:
-        UsageError: when it cannot be read, is nothing, or a percentage of an unknown device or outside 0 to 100.
+        UsageError: when the text is no positive size, or a percentage outside 0 to 100 or of a device not named.
     """
     words = text.strip()
     if not words.endswith("%"):
@@ -60,7 +60,7 @@ def advise(
     device: str | Device | None = None,
     strategies: str | Plan = "",
     allow: Collection[str] = (),
-    blocks: str = "",
+    layer_list: str = "",
     allocator: AllocatorSettings | None = None,
     runner: Runner | None = None,
     progress: Progress | None = None,
@@ -68,19 +68,19 @@ def advise(
     """Find the plan that makes a training step fit a budget at the least estimated time.
 
     Args:
-        workload: what to train, or a function that builds it.
-        budget: what the device must hold, CUDA context included: bytes, or text such as `40GB` or `90%`.
-        device: the device whose kernels and rates are assumed, a name that `memscope devices` lists; None: see
+        workload: the workload to train, or a function that builds it.
+        budget: memory of the device, CUDA context included, in bytes or as text such as `40GB` or `90%`.
+        device: the device whose kernels and rates are assumed, or its name in `memscope devices`; None:
             `DEFAULT_DEVICE`.
-        strategies: a plan that is applied in any case.
-        allow: names of strategies that change the mathematics and may be used; all others are.
-        blocks: name of the list of modules to choose from; empty: the largest list of modules of one class.
-        allocator: settings of PyTorch's caching allocator; None: what `PYTORCH_CUDA_ALLOC_CONF` says.
-        runner: carries out the simulations; None: one after the other in this process.
-        progress: told what is going on, `progress(what, simulations done, known to be needed)`.
+        strategies: strategies that every plan must use.
+        allow: names of strategies that change the mathematics and may be used; all exact strategies may be used.
+        layer_list: name of the list of modules that are the layers; empty: the largest list of modules of one class.
+        allocator: settings of PyTorch's caching allocator; None: those of `PYTORCH_CUDA_ALLOC_CONF`.
+        runner: runs the simulations; None: one after the other in this process.
+        progress: called as `progress(activity, simulations done, simulations known to be needed)`.
 
     Raises:
-        UsageError: when budget, device or strategies cannot be used, or the model's blocks form no chain.
+        UsageError: when budget, device or strategies cannot be used, or the model's layers form no chain.
         TargetError: when the target's code fails, or cannot be simulated.
     """
     named = device is not None
@@ -91,7 +91,7 @@ def advise(
     if not device.peak_flops_per_second:
         raise UsageError(
             f'the rates of device "{device.name}" are not known, and plans are compared by their time: '
-            "choose a certain GPU (memscope devices)"
+            "choose a specific GPU (see: memscope devices)"
         )
     require_known(allow)
     settings = AllocatorSettings.from_environment(os.environ) if allocator is None else allocator
@@ -102,7 +102,7 @@ def advise(
         with torch.device("meta"):
             built = build_workload(workload)
     always.check(built)
-    chain = Blocks.of(built.model, blocks)
+    chain = LayerList.of(built.model, layer_list)
     asker = Asker(runner or InProcess(workload, device, settings), progress or (lambda what, done, needed: None))
     search = Search(asker, chain, device, settings, budget_bytes)
     plans = combinations(built, always, allow)
@@ -121,7 +121,7 @@ def advise(
 
 
 def _advice(search: Search, built: Workload, helps: Mapping[str, Plan], *, interrupted: bool) -> Advice:
-    """Put into words and figures what a search has found; `helps` are plans that would be tried, were they allowed."""
+    """The advice from what a search has found; `helps` are plans with strategies that were not allowed."""
     device, settings = search.device, search.allocator
     least = search.best if interrupted and search.best else search.least()
     found = search.best
@@ -144,27 +144,25 @@ def _advice(search: Search, built: Workload, helps: Mapping[str, Plan], *, inter
         step_seconds=shown.seconds,
         overhead_vs_none=shown.seconds / reference.none_seconds - 1,
         overhead_vs_all=shown.seconds / reference.full_seconds - 1,
-        certificate=Certificate(found.lower_bound_seconds, 1 - found.lower_bound_seconds / found.seconds)
-        if found
-        else None,
+        certificate=found.certificate if found else None,
         minimum_bytes=smallest,
         binding=binding_of(shown.seen.trace, "" if found else _would_help(search, helps)),
         front=front,
         simulated=len(search.plain),
         combinations=len(search.plain),
         notes=(*search.planning.refused, *_scattered(shown.seen.trace, peak, settings)),
-        made_for=made_for(built, search.blocks.names, Plan.parse(reference.strategies).specs, device.name),
+        made_for=made_for(built, search.layers.names, Plan.parse(reference.strategies).specs, device.name),
         trace=shown.seen.trace,
     )
 
 
-def _peak(trace: Trace, device: Device, settings: AllocatorSettings) -> Peak:
+def _peak(trace: Trace, device: Device, settings: AllocatorSettings) -> PlanPeak:
     reserved = least_reserved(trace, settings)
-    return Peak(trace.peak.allocated_bytes, reserved, reserved + device.context_bytes)
+    return PlanPeak(trace.peak.allocated_bytes, reserved, reserved + device.context_bytes)
 
 
-def _scattered(trace: Trace, peak: Peak, settings: AllocatorSettings) -> list[str]:
-    """What expandable segments would save, where memory is scattered over segments that cannot grow."""
+def _scattered(trace: Trace, peak: PlanPeak, settings: AllocatorSettings) -> list[str]:
+    """A note on the bytes that expandable segments would save, if they are worth it."""
     if settings.expandable_segments or peak.reserved - peak.allocated < _WORTH_SAYING * peak.reserved:
         return []
     reserved = least_reserved(trace, dataclasses.replace(settings, expandable_segments=True))
@@ -172,17 +170,17 @@ def _scattered(trace: Trace, peak: Peak, settings: AllocatorSettings) -> list[st
     if saved < _WORTH_SAYING * peak.reserved:
         return []
     return [
-        f"PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True would save {format_bytes(saved)} that are reserved but "
-        "cannot be used; simulate it with --allocator expandable_segments:True"
+        f"PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True would save {format_bytes(saved)} of fragmentation: "
+        "simulate it with --allocator expandable_segments:True"
     ]
 
 
 def _would_help(search: Search, plans: Mapping[str, Plan]) -> str:
-    """Which strategies that were not allowed would make the step fit, or come nearest."""
+    """The bytes needed with each strategy that was not allowed, and whether it fits."""
     found = search.simulated(plans.values())
     large = [text for text, seen in found.items() if device_bytes(seen) > search.budget_bytes]
-    probes = [full_probe(text, search.blocks, search.budget_bytes) for text in large]
-    full = dict(zip(large, search.ask("every block checkpointed", probes), strict=True))
+    probes = [full_probe(text, search.layers, search.budget_bytes) for text in large]
+    full = dict(zip(large, search.ask("every layer checkpointed", probes), strict=True))
     lines = []
     for name, text in ((name, str(plan)) for name, plan in plans.items() if str(plan) in found):
         answers = [seen for seen in (found[text], full.get(text)) if isinstance(seen, Seen)]
@@ -192,17 +190,17 @@ def _would_help(search: Search, plans: Mapping[str, Plan]) -> str:
     return "; ".join(lines)
 
 
-def _front(search: Search, shown: Found, least: Found, peak: Peak, *, more: bool) -> tuple[FrontPoint, ...]:
-    """The plans that were simulated and that no other beats in memory and time, least memory first."""
+def _front(search: Search, shown: Found, least: Found, peak: PlanPeak, *, more: bool) -> tuple[FrontPoint, ...]:
+    """The simulated plans that no other beats in both memory and time, least memory first."""
     first = dataclasses.replace(_point(shown), peak=peak)
     points = [_point(least)]
     if more and search.planning.knows(shown.strategies):
         points += map(_point, search.planning.between(search.references[shown.strategies]))
     for text, seen in search.plain.items():
-        points.append(_point(Found(text, None, seen, *[seconds_of(seen)] * 2)))
+        points.append(_point(Found(text, None, seen, seconds_of(seen))))
     for text, reference in search.references.items():
-        every = uniform(search.blocks.names, "full")
-        points.append(_point(Found(text, every, reference.full, *[reference.full_seconds] * 2)))
+        every = uniform(search.layers.names, "full")
+        points.append(_point(Found(text, every, reference.full, reference.full_seconds)))
     points = [first, *(point for point in points if not point.is_same_plan(first))]
     points.sort(key=lambda point: (point.peak.device, point.step_seconds))
     kept: list[FrontPoint] = []
@@ -214,6 +212,6 @@ def _front(search: Search, shown: Found, least: Found, peak: Peak, *, more: bool
 
 def _point(found: Found) -> FrontPoint:
     trace = found.seen.trace
-    peak = Peak(trace.peak.allocated_bytes, int(trace.meta["peak_reserved"]), device_bytes(found.seen))
+    peak = PlanPeak(trace.peak.allocated_bytes, int(trace.meta["peak_reserved"]), device_bytes(found.seen))
     layers = found.layers.layers if found.layers else {}
     return FrontPoint(tuple(Plan.parse(found.strategies).specs), in_words(layers), peak, found.seconds)

@@ -1,4 +1,4 @@
-"""The combinations of strategies that may be used, from what the strategies declare of themselves."""
+"""The combinations of strategies that may be used, from what the strategies declare."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from memscope.workload.description import Workload
 __all__ = ["combinations", "forbidden", "require_known"]
 
 CHECKPOINTING = "ckpt"
-"""Planned block by block, not searched."""
+"""Planned layer by layer rather than searched."""
 
 
 def require_known(allowed: Collection[str]) -> None:
-    """Refuse names that no strategy has.
+    """Refuse names of unknown strategies.
 
     Raises:
-        UsageError: naming the first, and the nearest name there is.
+        UsageError: for the first such name, with the nearest valid name.
     """
     for name in allowed:
         if name not in available():
@@ -28,10 +28,10 @@ def require_known(allowed: Collection[str]) -> None:
 
 
 def combinations(workload: Workload, always: Plan, allowed: Collection[str]) -> list[Plan]:
-    """Every combination of `always` with strategies that leave the mathematics alone, or are allowed.
+    """Every combination of `always` with strategies that are exact or allowed.
 
-    Each strategy is left out or used with one of its candidates for this workload; what conflicts, or does not apply,
-    is left out. `always` alone comes first, then those with one strategy more, and so on.
+    Each strategy is left out, or used with one of its candidates for this workload. Combinations that conflict or
+    do not apply are left out. `always` alone comes first, then `always` with one more strategy, and so on.
     """
     choices = [
         [None, *found]
@@ -49,14 +49,14 @@ def combinations(workload: Workload, always: Plan, allowed: Collection[str]) -> 
 
 
 def forbidden(workload: Workload, always: Plan, allowed: Collection[str]) -> dict[str, Plan]:
-    """`always` with one strategy more that could be used, were it allowed; by that strategy's name."""
+    """`always` with one more strategy that was not allowed, by the name of that strategy."""
     plans = {}
     for kind in _others(always):
         if not kind.exact and kind.name not in allowed:
             for strategy in _candidates(kind, workload)[:1]:
                 try:
                     plans[kind.name] = Plan.of(*always.strategies, strategy)
-                except UsageError:  # it conflicts with what is always there
+                except UsageError:  # it conflicts with a strategy of `always`
                     continue
     return plans
 

@@ -1,7 +1,7 @@
-"""A plan in the words of other training tools, as far as they have words for it.
+"""A plan as settings of other training tools.
 
 Names of settings: transformers 5.23 (`TrainingArguments`), PEFT 0.21 (`LoraConfig`), axolotl 0.8 (its YAML), and
-torchtune's recipe configurations (`llama3_2/1B_lora_single_device`). What a tool cannot say is said in a comment.
+torchtune's recipe configurations (`llama3_2/1B_lora_single_device`). A comment names what a tool cannot express.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Plans for one combination of strategies: which blocks to checkpoint, each plan simulated before it is believed."""
+"""Checkpoint plans for one combination of strategies, each simulated before it is used."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from memscope.advisor.blocks import BlockCosts, measure
-from memscope.advisor.chain import Chain
-from memscope.advisor.planner import CheckpointPlan, NothingFits, evaluate, front, minimum_budget, plan
-from memscope.advisor.probe import rounded
-from memscope.advisor.reference import Reference, layer_plan, uniform
-from memscope.advisor.runner import Asker, Probe, Seen, require
+from memscope.advisor.advice import Certificate
+from memscope.advisor.measure.costs import LayerCosts, measure
+from memscope.advisor.measure.probe import rounded
+from memscope.advisor.measure.reference import Reference, layer_plan, uniform
+from memscope.advisor.measure.runner import Asker, Probe, Seen, require
+from memscope.advisor.plan.chain import Chain
+from memscope.advisor.plan.planner import CheckpointPlan, NothingFits, evaluate, front, minimum_budget, plan
 from memscope.allocator.settings import AllocatorSettings
 from memscope.simulation.device_memory import SMALL_SEGMENT_BYTES, least_reserved
 from memscope.simulation.devices.catalogue import Device
-from memscope.strategies.layer_plan import LayerPlan
+from memscope.strategies.ckpt import LayerPlan
 
 __all__ = ["Found", "Planning", "device_bytes", "fits"]
 
 _FRONT_PLANS = 4
-"""Plans of the Pareto front of memory against time that are simulated."""
+"""Simulated plans on the Pareto front of memory against time."""
 _MOST_ROUNDS = 6
 
 
@@ -34,43 +35,43 @@ class Found:
     seen: Seen
     seconds: float
     """Estimated time of a step."""
-    lower_bound_seconds: float
-    """No plan for the same strategies and the budget it was made for makes the step shorter."""
+    certificate: Certificate | None = None
+    """How far from the fastest the plan may be; None for plans that are made for other budgets."""
 
 
 def fits(seen: Seen) -> bool:
-    """Whether a simulated run got through with the memory it was given."""
+    """Whether a simulated run did not run out of memory."""
     return seen.trace.meta["out_of_memory"] is None
 
 
 def device_bytes(seen: Seen) -> int:
-    """What the device must hold for a simulated run: what the allocator reserved, and the context."""
+    """Bytes that the device must hold for a simulated run: peak reserved bytes and CUDA context."""
     return int(seen.trace.meta["peak_reserved"] + seen.trace.meta["context"])
 
 
 @dataclass
 class Planning:
-    """Plans checkpoints; what was measured of the blocks is kept, and shared by strategies that leave them alone."""
+    """Plans checkpoints; strategies that do not change the layers share their measured costs."""
 
     ask: Asker
     device: Device
     allocator: AllocatorSettings
     budget_bytes: int
     refused: list[str] = field(default_factory=list)
-    """Plans whose simulation did not show what was predicted, also after that had corrected the costs."""
-    _costs: dict[str, BlockCosts] = field(default_factory=dict)
+    """Sentences on plans whose predicted peak is wrong even after their simulation corrected the costs."""
+    _costs: dict[str, LayerCosts] = field(default_factory=dict)
 
     @property
     def _limit(self) -> int:
-        """What the allocator may hold."""
+        """Bytes that the allocator may reserve."""
         return self.budget_bytes - self.device.context_bytes
 
     def knows(self, strategies: str) -> bool:
-        """Whether the blocks were measured with these strategies."""
+        """Whether the layers were measured with these strategies."""
         return strategies in self._costs
 
     def promise(self, reference: Reference) -> float:
-        """Estimated time of a step with the cheapest plan, before that is simulated; infinite where none fits."""
+        """Estimated time of a step with the cheapest plan, before its simulation; infinite if no plan fits."""
         try:
             chosen = plan(self._measured(reference).chain(), self._limit)
         except NothingFits:
@@ -78,15 +79,15 @@ class Planning:
         return reference.none_seconds + chosen.nanoseconds / 1e9
 
     def within(self, reference: Reference, *, look_ahead: bool = False) -> Found | None:
-        """The cheapest plan that fits the budget; None where none does.
+        """The cheapest plan that fits the budget; None if no plan does.
 
-        A plan is believed when its simulation shows the peak that was predicted, to the byte. If it shows another one,
-        it corrects the costs, and the planner is asked again. If the memory fits but is too scattered, the planner gets
-        less of it; where simulations run side by side, it also plans at once for as much less again.
+        The simulation of a plan must show the predicted peak, to the byte. If it shows another peak, it corrects the
+        costs, and the planner plans again. If the allocated bytes fit but the reserved bytes do not, the planner gets a
+        smaller budget; a parallel runner tries the next smaller budget at the same time.
 
         Args:
             reference: the strategies.
-            look_ahead: simulate what `least` and `between` ask for, too, while the first plan is.
+            look_ahead: with the first plan, also simulate the plans that `least` and `between` ask for.
         """
         costs = self._measured(reference)
         allowed, lack, whole = self._limit, 0, False
@@ -114,17 +115,16 @@ class Planning:
                 lack = max(least_reserved(seen.trace, self.allocator) - self._limit, SMALL_SEGMENT_BYTES)
                 allowed, whole = peak - lack, True
             elif not whole:
-                allowed, whole = peak, True  # the telling micro-batches say yes: now all of them
+                allowed, whole = peak, True  # the deciding micro-batches fit: now run all of them
             else:
-                bound = plan(costs.chain(), self._limit).lower_bound_nanoseconds
-                return _found(reference, chosen, layers, seen, bound)
+                return self._certified(reference, _found(reference, chosen, layers, seen))
         return None
 
     def least(self, reference: Reference) -> Found:
-        """The plan that needs least memory, as far as known.
+        """The plan with the least reserved bytes that is known.
 
-        Least allocated need not be least reserved: a plan of one option for all blocks scatters its memory less. So it
-        is the better of the planner's and of every block checkpointed.
+        The least allocated bytes need not be the least reserved bytes: one option for all layers fragments memory less.
+        So this is the better of the planner's plan and of checkpointing every layer.
         """
         costs = self._measured(reference)
         for _ in range(_MOST_ROUNDS):
@@ -133,34 +133,37 @@ class Planning:
             if _rounded_peak(seen) == chosen.peak_bytes:
                 break
             costs = self._costs[reference.strategies] = costs.settle(layers, seen)
-        planned = _found(reference, chosen, layers, seen, chosen.nanoseconds)
-        seconds = reference.full_seconds
-        full = Found(reference.strategies, uniform(reference.blocks.names, "full"), reference.full, seconds, seconds)
+        planned = _found(reference, chosen, layers, seen)
+        every = uniform(reference.layers.names, "full")
+        full = Found(reference.strategies, every, reference.full, reference.full_seconds)
         return min(planned, full, key=lambda found: least_reserved(found.seen.trace, self.allocator))
 
     def whole(self, reference: Reference, found: Found) -> Found:
-        """A plan simulated with every micro-batch, and held against what else would fit the budget."""
-        bound = plan(self._measured(reference).chain(), self._limit).lower_bound_nanoseconds
+        """A plan simulated with every micro-batch, with its certificate."""
         assert found.layers is not None, "a plan of the planner has layers"
         (answer,) = self.ask("the plan", [self._probe(reference, found.layers, whole=True)])
-        return replace(found, seen=require(answer), lower_bound_seconds=reference.none_seconds + bound / 1e9)
+        return self._certified(reference, replace(found, seen=require(answer)))
+
+    def _certified(self, reference: Reference, found: Found) -> Found:
+        """A plan with its certificate: it is held against the fastest plan whose allocated bytes fit the budget."""
+        fastest = plan(self._measured(reference).chain(), self._limit)
+        times = (fastest.nanoseconds, fastest.lower_bound_nanoseconds)
+        seconds = [reference.none_seconds + nanoseconds / 1e9 for nanoseconds in times]
+        return replace(found, certificate=Certificate.of(found.seconds, *seconds))
 
     def between(self, reference: Reference) -> list[Found]:
-        """Plans for budgets from the least that will do to what no checkpointing takes."""
+        """Plans for budgets from the smallest feasible one to that of no checkpointing."""
         plans = front(self._measured(reference).chain(), _FRONT_PLANS)
         tried = self._simulated(reference, plans, whole=False, what="plans for other budgets")
-        return [
-            _found(reference, chosen, layers, seen, chosen.nanoseconds)
-            for chosen, (layers, seen) in zip(plans, tried, strict=True)
-        ]
+        return [_found(reference, chosen, layers, seen) for chosen, (layers, seen) in zip(plans, tried, strict=True)]
 
-    def _measured(self, reference: Reference) -> BlockCosts:
+    def _measured(self, reference: Reference) -> LayerCosts:
         if reference.strategies not in self._costs:
             alike = next((c for c in self._costs.values() if c.reference.is_alike(reference)), None)
             self._costs[reference.strategies] = (
-                BlockCosts(reference, alike.measured)
+                LayerCosts(reference, alike.measured)
                 if alike
-                else measure(lambda probes: self.ask("options of the blocks", probes), reference, self.device)
+                else measure(lambda probes: self.ask("options of the layers", probes), reference, self.device)
             )
         return self._costs[reference.strategies]
 
@@ -177,7 +180,7 @@ class Planning:
         whole: bool,
         what: str = "the plan",
     ) -> list[tuple[LayerPlan, Seen]]:
-        """Each plan, simulated; those `ahead` are simulated besides, for later."""
+        """Each plan with its simulation; the plans `ahead` are simulated too, for later use."""
         layers = [_layers_of(reference, chosen) for chosen in plans]
         probes = [self._probe(reference, one, whole=whole) for one in layers]
         later = [self._probe(reference, _layers_of(reference, chosen), whole=False) for chosen in ahead]
@@ -188,14 +191,14 @@ class Planning:
         return Probe(
             reference.strategies,
             layers if set(layers.layers.values()) != {"none"} else None,
-            calls_of=reference.blocks.names,
+            calls_of=reference.layers.names,
             whole=whole,
             capacity_bytes=self.budget_bytes,
         )
 
 
 def _affordable(chain: Chain, budgets: Sequence[int]) -> list[CheckpointPlan]:
-    """The cheapest plan for each budget, most first, up to the first that none fits."""
+    """The cheapest plan for each budget, largest budget first, up to the first budget that is not feasible."""
     plans: list[CheckpointPlan] = []
     for budget_bytes in budgets:
         try:
@@ -210,19 +213,18 @@ def _leanest(chain: Chain) -> CheckpointPlan:
 
 
 def _layers_of(reference: Reference, chosen: CheckpointPlan) -> LayerPlan:
-    return layer_plan(reference.blocks.names, [(choice.option, choice.length) for choice in chosen.choices])
+    return layer_plan(reference.layers.names, [(choice.option, choice.length) for choice in chosen.choices])
 
 
-def _found(reference: Reference, chosen: CheckpointPlan, layers: LayerPlan, seen: Seen, bound: int) -> Found:
+def _found(reference: Reference, chosen: CheckpointPlan, layers: LayerPlan, seen: Seen) -> Found:
     return Found(
         strategies=reference.strategies,
         layers=layers,
         seen=seen,
         seconds=reference.none_seconds + chosen.nanoseconds / 1e9,
-        lower_bound_seconds=reference.none_seconds + bound / 1e9,
     )
 
 
 def _rounded_peak(seen: Seen) -> int:
-    """Most allocated, without what blocks have to spare: as the planner counts."""
+    """Peak allocated bytes as the planner counts them: of rounded requests, without the slack in blocks."""
     return replace(seen.trace, size=rounded(seen.trace)).peak.allocated_bytes

@@ -1,4 +1,4 @@
-"""`ckpt:auto,budget=40GB` in a plan: replaced by the cheapest checkpoints that fit, other strategies as they are."""
+"""Replace `ckpt:auto,budget=40GB` in a plan by the cheapest checkpoint plan that fits."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from pathlib import Path
 import torch
 
 from memscope.advisor.advise import budget_of
+from memscope.advisor.measure.reference import LayerList, Reference, full_probe, none_probe
+from memscope.advisor.measure.runner import Asker, Progress, Scene, require, side_by_side
 from memscope.advisor.planning import Planning
-from memscope.advisor.reference import Blocks, Reference, full_probe, none_probe
-from memscope.advisor.runner import Asker, Progress, Scene, require, side_by_side
 from memscope.allocator.settings import AllocatorSettings
 from memscope.errors import GateFailed, UsageError
 from memscope.simulation.devices.catalogue import Device
 from memscope.strategies import Plan, Strategy
 from memscope.strategies.ckpt import Checkpoint
-from memscope.strategies.layer_plan import LayerPlan, made_for
+from memscope.strategies.ckpt.layer_plan import LayerPlan, made_for
 from memscope.units import format_bytes
 from memscope.workload.building import build_workload
 
@@ -24,12 +24,12 @@ __all__ = ["is_auto", "resolve"]
 
 
 def is_auto(plan: Plan) -> bool:
-    """Whether a plan leaves it to memscope which layers to checkpoint."""
+    """Whether a plan contains `ckpt:auto`."""
     return any(_auto(strategy) for strategy in plan.strategies)
 
 
 def resolve(plan: Plan, scene: Scene, device: Device, path: Path, progress: Progress, *, overwrite: bool) -> Plan:
-    """The plan with a checkpoint plan for its budget, which is written to `path`.
+    """The plan with `ckpt:auto` replaced by a checkpoint plan for its budget, which is written to `path`.
 
     Raises:
         UsageError: when there is no budget, or the device's rates are not known.
@@ -42,17 +42,17 @@ def resolve(plan: Plan, scene: Scene, device: Device, path: Path, progress: Prog
     if not device.peak_flops_per_second:
         raise UsageError(
             f'ckpt:auto compares plans by their time, and the rates of device "{device.name}" are not known: '
-            "choose a certain GPU to simulate (memscope devices)"
+            "choose a specific GPU to simulate (see: memscope devices)"
         )
     budget_bytes = budget_of(auto.config.budget, device, named=True)
     with torch.device("meta"):
         workload = build_workload(scene.build)
-    blocks = Blocks.of(workload.model, auto.config.blocks)
+    layers = LayerList.of(workload.model, auto.config.layer_list)
     text = str(others)
     with side_by_side(scene) as runner:
         ask = Asker(runner, progress)
-        none, full = ask("checkpoints", [probe(text, blocks, budget_bytes) for probe in (none_probe, full_probe)])
-        reference = Reference(text, blocks, require(none), require(full))
+        none, full = ask("checkpoints", [probe(text, layers, budget_bytes) for probe in (none_probe, full_probe)])
+        reference = Reference(text, layers, require(none), require(full))
         settings = AllocatorSettings.from_environment(os.environ)
         if scene.allocator is not None:
             settings = AllocatorSettings.parse(scene.allocator)
@@ -61,12 +61,12 @@ def resolve(plan: Plan, scene: Scene, device: Device, path: Path, progress: Prog
         if found is None:
             least = planning.least(reference).seen.trace.meta
             raise GateFailed(
-                f"no checkpoints make {scene.target} with {text or 'no other strategy'} fit "
-                f"{format_bytes(budget_bytes)}: about {format_bytes(least['peak_reserved'] + least['context'])} are "
-                "needed; memscope advise also looks for other strategies"
+                f"no checkpoint plan makes {scene.target} with {text or 'no other strategy'} fit "
+                f"{format_bytes(budget_bytes)}: the smallest feasible budget is about "
+                f"{format_bytes(least['peak_reserved'] + least['context'])}; memscope advise tries other strategies too"
             )
     assert found.layers is not None, "a plan of the planner has layers"
-    origin = made_for(workload, blocks.names, others.specs, device.name)
+    origin = made_for(workload, layers.names, others.specs, device.name)
     LayerPlan(found.layers.layers, origin).save(path, overwrite=overwrite)
     return Plan.of(*others.strategies, Checkpoint(Checkpoint.Config(plan=str(path))))
 

@@ -1,7 +1,7 @@
-"""The cheapest plan that fits a budget: which strategies, and which blocks to checkpoint.
+"""Search for the cheapest plan that fits a budget: the strategies, and the layers to checkpoint.
 
-Combinations of strategies are simulated, never added up. One that fits as it is needs no checkpointing; for those that
-do not, the planner chooses the blocks.
+Every combination of strategies is simulated; effects are never added up. A combination that fits needs no
+checkpointing; for the others, the planner chooses the layers.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from memscope.advisor.advice import Certificate
+from memscope.advisor.measure.reference import LayerList, Reference, full_probe, none_probe, outside_bytes, seconds_of
+from memscope.advisor.measure.runner import Asker, Probe, Seen, require
 from memscope.advisor.planning import Found, Planning, device_bytes, fits
-from memscope.advisor.reference import Blocks, Reference, full_probe, none_probe, outside_bytes, seconds_of
-from memscope.advisor.runner import Asker, Probe, Seen, require
 from memscope.allocator.settings import AllocatorSettings
 from memscope.errors import MemscopeError
 from memscope.simulation.device_memory import SMALL_SEGMENT_BYTES
@@ -25,36 +26,36 @@ _MOST_COMBINATIONS = 12
 _MOST_FULL = 6
 _MOST_PLANNED = 3
 _WORTH_IT = 1.01
-"""How much longer a step may take with the settings that a strategy prefers, if it changes the mathematics."""
+"""Extra step time that is accepted for the preferred settings of a strategy that changes the mathematics."""
 
 
 @dataclass
 class Search:
-    """One search; what it has found so far stays in it if it is interrupted."""
+    """One search; it keeps what it has found if it is interrupted."""
 
     ask: Asker
-    blocks: Blocks
+    layers: LayerList
     device: Device
     allocator: AllocatorSettings
     budget_bytes: int
     plain: dict[str, Seen] = field(default_factory=dict)
-    """By strategies: every combination simulated, without checkpointing."""
+    """The simulated combinations without checkpointing, by their strategies."""
     references: dict[str, Reference] = field(default_factory=dict)
-    """Those that were simulated with every block checkpointed too."""
+    """The combinations that were also simulated with every layer checkpointed."""
     refused: dict[str, MemscopeError] = field(default_factory=dict)
-    """Combinations that cannot be run, and why."""
+    """The errors of combinations that cannot be run."""
     best: Found | None = None
     _preferred: dict[str, Any] = field(default_factory=dict)
-    """Of each strategy, the settings that it would rather have: the first of its candidates."""
+    """The preferred settings of each strategy: the first of its candidates."""
 
     def __post_init__(self) -> None:
         self.planning = Planning(self.ask, self.device, self.allocator, self.budget_bytes)
 
     def run(self, plans: Sequence[Plan]) -> None:
-        """Look for the cheapest plan among combinations, the first of which changes nothing.
+        """Look for the cheapest plan among combinations; the first has no optional strategy.
 
         Raises:
-            MemscopeError: when none of them can be run.
+            MemscopeError: when no combination can be run.
         """
         for strategy in (strategy for plan in plans for strategy in plan.strategies):
             self._preferred.setdefault(strategy.name, strategy.config)
@@ -79,10 +80,10 @@ class Search:
                 self._take(self.planning.within(self.references[text], look_ahead=self.best is None))
 
     def least(self) -> Found:
-        """The plan that needs least memory; if nothing better fits, it is the best.
+        """The plan that needs the least memory; it becomes the best plan if no other plan fits.
 
-        Checkpoints are planned for the combination that needs least with all blocks checkpointed; where that is only
-        another setting of the best one's strategies, for the best one.
+        Checkpoints are planned for the combination that needs the least with all layers checkpointed, or for the best
+        one if both use the same strategies.
         """
         leanest = min(self.plain, key=lambda text: device_bytes(self.plain[text]))
         self._checkpoint([leanest, min(self.plain, key=self._outside)])
@@ -103,10 +104,10 @@ class Search:
         return self.references[text]
 
     def simulated(self, plans: Iterable[Plan]) -> dict[str, Seen]:
-        """Each combination without checkpointing, by its text; those that cannot be run are left out."""
+        """Each combination without checkpointing, by its text, except those that cannot be run."""
         texts = [str(plan) for plan in plans]
         answers = self.ask(
-            "combinations of strategies", [none_probe(text, self.blocks, self.budget_bytes) for text in texts]
+            "combinations of strategies", [none_probe(text, self.layers, self.budget_bytes) for text in texts]
         )
         found = {}
         for text, answer in zip(texts, answers, strict=True):
@@ -117,10 +118,10 @@ class Search:
         return found
 
     def _worthwhile(self, texts: Sequence[str]) -> list[str]:
-        """Combinations, of those in order of cost, that checkpointing may make fit and the cheapest.
+        """The combinations, given in order of cost, for which checkpointing may give the cheapest plan.
 
-        Not one that needs more than there is outside the blocks, where checkpointing changes nothing; and not one that
-        costs as much as another and takes as much memory, both at its peak and outside the blocks.
+        Left out are combinations that need more than the budget outside the layers, where checkpointing changes
+        nothing, and combinations that a cheaper one equals in memory, both at the peak and outside the layers.
         """
         limit = self.budget_bytes - self.device.context_bytes
         kept: list[tuple[str, tuple[int, int]]] = []
@@ -131,18 +132,18 @@ class Search:
         return [text for text, _ in kept]
 
     def _outside(self, text: str) -> int:
-        """Most bytes of a combination outside its blocks: no checkpoint plan needs less."""
-        return outside_bytes(self.plain[text].trace, [[name] for name in self.blocks.names])
+        """Peak bytes of a combination outside its layers: no checkpoint plan needs less."""
+        return outside_bytes(self.plain[text].trace, [[name] for name in self.layers.names])
 
     def _checkpoint(self, texts: Sequence[str]) -> None:
-        """Simulate combinations with every block checkpointed."""
+        """Simulate combinations with every layer checkpointed."""
         new = [text for text in dict.fromkeys(texts) if text not in self.references]
-        probes = [full_probe(text, self.blocks, self.budget_bytes) for text in new]
-        for text, answer in zip(new, self.ask("every block checkpointed", probes), strict=True):
-            self.references[text] = Reference(text, self.blocks, self.plain[text], require(answer))
+        probes = [full_probe(text, self.layers, self.budget_bytes) for text in new]
+        for text, answer in zip(new, self.ask("every layer checkpointed", probes), strict=True):
+            self.references[text] = Reference(text, self.layers, self.plain[text], require(answer))
 
     def _by_promise(self, plans: Sequence[Plan], base: Plan) -> list[Plan]:
-        """Those first that promise less memory than others of the same time: only an order to try them in."""
+        """The combinations in the order to try them: those that seem to fit first, then by estimated time."""
         start = self.plain.get(str(base)) or next(iter(self.plain.values()))
 
         def promise(plan: Plan) -> tuple[bool, float]:
@@ -157,7 +158,7 @@ class Search:
         return sorted(plans, key=promise)
 
     def _alone(self, strategy: Strategy, base: Plan) -> Seen | None:
-        """What was seen of a strategy without others; None of one that is always there."""
+        """The simulation with this strategy alone; None if every plan uses it."""
         return None if strategy in base.strategies else self.plain.get(str(Plan.of(*base.strategies, strategy)))
 
     def _take(self, found: Found | None) -> bool:
@@ -169,21 +170,21 @@ class Search:
         return self.best is None or self._cost(text, seconds) < self._cost(self.best.strategies, self.best.seconds)
 
     def _cost(self, text: str, seconds: float) -> float:
-        """By what combinations are compared: their time, and a little for each setting that must be worth it."""
+        """The cost by which combinations are compared: time, and a surcharge for each setting that is not preferred."""
         strategies = Plan.parse(text).strategies
         others: int = sum(not s.exact and s.config != self._preferred[s.name] for s in strategies)
         return seconds * _WORTH_IT**others
 
     def _take_plain(self, text: str) -> bool:
-        """Take a combination as it is, if it also fits with every micro-batch run."""
-        probe = Probe(text, calls_of=self.blocks.names, capacity_bytes=self.budget_bytes)
+        """Take a combination without checkpointing, if it also fits with every micro-batch."""
+        probe = Probe(text, calls_of=self.layers.names, capacity_bytes=self.budget_bytes)
         (answer,) = self.ask("the plan", [probe])
         seconds = seconds_of(self.plain[text])
-        return self._take(Found(text, None, require(answer), seconds, seconds))
+        return self._take(Found(text, None, require(answer), seconds, Certificate.of(seconds, seconds, seconds)))
 
 
 def _first_of_kind(texts: Iterable[str]) -> list[str]:
-    """Combinations, without those that only set the same strategies otherwise."""
+    """The first combination of each set of strategies, whatever their settings."""
     kinds: dict[tuple[str, ...], str] = {}
     for text in texts:
         kinds.setdefault(_kind(text), text)
@@ -195,5 +196,5 @@ def _kind(text: str) -> tuple[str, ...]:
 
 
 def _no_more(some: tuple[int, int], others: tuple[int, int]) -> bool:
-    """Whether some peaks are no higher than others; what is less than a segment of the allocator does not count."""
+    """Whether some peaks are no higher than others, up to a small segment of the allocator."""
     return all(a <= b + SMALL_SEGMENT_BYTES for a, b in zip(some, others, strict=True))

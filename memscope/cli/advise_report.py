@@ -1,4 +1,4 @@
-"""What `memscope advise` prints."""
+"""The text output of `memscope advise`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ __all__ = ["print_advice"]
 
 
 def print_advice(console: Console, advice: Advice, profiled: str, emitted: Sequence[str], html: Path | None) -> None:
-    """The plan, peak against budget, cost, what binds, and the other plans worth considering.
+    """Print the plan, its peak against the budget, its cost, and the other plans worth considering.
 
-    `profiled` is what follows `memscope profile` for the same workload on the same device.
+    `profiled`: the arguments of `memscope profile` for the same workload on the same device.
     """
     console.print(Text(f"{advice.target} on {advice.device}: budget {_both(advice.budget_bytes)}", style="bold"))
     if advice.feasible:
@@ -53,13 +53,8 @@ def _print_plan(console: Console, advice: Advice) -> None:
     table.add_row("step time (estimate)", f"{advice.step_seconds:.3g} s")
     table.add_row("against no checkpointing", f"{advice.overhead_vs_none:+.1%}")
     table.add_row("against all layers", f"{advice.overhead_vs_all:+.1%}")
-    table.add_row("the peak is", _event(advice.binding))
-    if advice.certificate:
-        table.add_row(
-            "proof",
-            f"no checkpoint plan of the options tried takes less than {advice.certificate.lower_bound_seconds:.3g} s "
-            f"with these strategies: at most {advice.certificate.gap:.2%} from the best",
-        )
+    table.add_row("peak", _event(advice.binding))
+    table.add_row("optimality", advice.optimality)
     if advice.file:
         table.add_row("plan file", str(advice.file))
     console.print(table)
@@ -69,13 +64,13 @@ def _print_refusal(console: Console, advice: Advice) -> None:
     console.print(
         Text.assemble(
             ("Nothing fits. ", "bold red"),
-            f"The smallest budget that would do is {_both(advice.minimum_bytes)}, with "
-            f"{', '.join(advice.strategies) or 'no strategy'} and {in_words(advice.layers)} checkpointed.",
+            f"The smallest feasible budget is {_both(advice.minimum_bytes)}, with "
+            f"{', '.join(advice.strategies) or 'no strategy'}; checkpointed: {in_words(advice.layers)}.",
         )
     )
-    console.print(Text(f"What binds there: {_event(advice.binding)}"))
+    console.print(Text(f"Its peak: {_event(advice.binding)}"))
     if advice.binding.helps:
-        console.print(Text(f"What would help: {advice.binding.helps}"))
+        console.print(Text(f"To fit the budget: {advice.binding.helps}"))
 
 
 def _event(binding: Binding) -> str:
@@ -88,7 +83,7 @@ def _event(binding: Binding) -> str:
 
 
 def _front(advice: Advice) -> Table:
-    table = Table(title="Memory against time: what no other simulated plan beats")
+    table = Table(title="Memory against time: simulated plans that no other plan beats")
     for heading, justify in (("device must hold", "right"), ("step (estimate)", "right")):
         table.add_column(heading, justify="right" if justify == "right" else "left", no_wrap=True)
     table.add_column("strategies")
@@ -107,13 +102,13 @@ def _front_row(point: FrontPoint, advice: Advice) -> list[str | Text]:
 def _basis(advice: Advice) -> str:
     return (
         f"{advice.simulated} of {advice.combinations} combinations of strategies simulated; "
-        f"smallest budget that any plan found fits: {_both(advice.minimum_bytes)}"
+        f"the smallest feasible budget is {_both(advice.minimum_bytes)}"
     )
 
 
 def _next(advice: Advice, profiled: str) -> str:
     if not advice.feasible:
-        return "allow what would help, or raise the budget"
+        return "allow one of the strategies above, or raise the budget"
     words = f' -s "{advice.plan}"' if advice.plan else ""
     return f"memscope profile {profiled}{words}"
 

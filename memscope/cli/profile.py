@@ -14,8 +14,8 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from memscope.advisor.measure.runner import Scene
 from memscope.advisor.resolve import is_auto, resolve
-from memscope.advisor.runner import Scene
 from memscope.allocator.settings import AllocatorSettings
 from memscope.analysis.effects import Run, compare
 from memscope.cli.grid import asked_grid, show_grid

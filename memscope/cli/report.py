@@ -121,7 +121,7 @@ def _page(runs: Sequence[Run], table: Table1, given: Given) -> str:
 
 def _plan_card(path: Path) -> str:
     from memscope.dashboards.plan_page import plan_card
-    from memscope.strategies.layer_plan import LayerPlan
+    from memscope.strategies.ckpt import LayerPlan
 
     return plan_card(LayerPlan.load(path).layers, path.name)
 

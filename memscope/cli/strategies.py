@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from memscope.strategies import available
-from memscope.workload.settings import format_value, help_of
+from memscope.workload.settings import format_value, help_of, setting_name
 
 __all__ = ["command"]
 
@@ -29,5 +29,5 @@ def command() -> None:
         texts = help_of(strategy.Config)
         for field in dataclasses.fields(strategy.Config):
             default = format_value(getattr(strategy.Config(), field.name))
-            console.print(Text(f"    {field.name}={default}", style="cyan"), Text(texts.get(field.name, "")))
+            console.print(Text(f"    {setting_name(field)}={default}", style="cyan"), Text(texts.get(field.name, "")))
     console.print("\nNext: memscope profile targets/llama2 --strategies lora,amp")

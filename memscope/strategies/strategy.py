@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from memscope.workload.settings import non_defaults
+from memscope.workload.settings import is_switch, non_defaults
 
 if TYPE_CHECKING:
     from memscope.workload.description import Workload
@@ -92,7 +92,7 @@ class Strategy(Protocol):
     def spec(self) -> str:
         """The strategy and its settings, as a plan writes them; settings at their defaults are left out."""
         settings = non_defaults(self.config)
-        switch = next((key for key in settings if getattr(self.config, key) is True), None)
+        switch = next((key for key, text in settings.items() if text == "true" and is_switch(self.config, key)), None)
         words = [switch] if switch else []
         words += [f"{key}={value}" for key, value in settings.items() if key != switch]
         return f"{self.name}:{','.join(words)}" if words else self.name

@@ -13,11 +13,23 @@ from typing import Any, Literal, TypeVar, Union, overload
 
 from memscope.errors import UsageError, nearest
 
-__all__ = ["fill", "format_value", "help_of", "is_switch", "non_defaults"]
+__all__ = ["fill", "format_value", "help_of", "is_switch", "non_defaults", "setting", "setting_name"]
 
 T = TypeVar("T")
 _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+_NAME = "memscope setting"
 _EXPECTED = {int: "a whole number", float: "a number"}
+
+
+def setting(name: str, default: Any) -> Any:
+    """A field whose setting has another name, such as `layer-list` for the field `layer_list`."""
+    return dataclasses.field(default=default, metadata={_NAME: name})
+
+
+def setting_name(field: dataclasses.Field[Any]) -> str:
+    """The name of a field's setting, in texts and in errors: that of the field unless `setting` gave it another."""
+    name: str = field.metadata.get(_NAME, field.name)
+    return name
 
 
 @overload
@@ -38,15 +50,15 @@ def fill(config: type[T] | T, words: Mapping[str, str | None], *, of: str) -> T:
     """
     base: Any = config() if isinstance(config, type) else config
     hints = typing.get_type_hints(type(base))
-    names = [field.name for field in dataclasses.fields(base) if field.init]
+    fields = {setting_name(field): field.name for field in dataclasses.fields(base) if field.init}
     changes = {}
     for key, text in words.items():
-        if key not in names:
-            raise UsageError(f'{of} has no setting "{key}": {nearest(key, names)}')
+        if key not in fields:
+            raise UsageError(f'{of} has no setting "{key}": {nearest(key, fields)}')
         where = f'{of}: setting "{key}"'
         if text is None and not is_switch(base, key):
             raise UsageError(f"{where} is no switch: write {key}=VALUE")
-        changes[key] = _value("true" if text is None else text, hints[key], where)
+        changes[fields[key]] = _value("true" if text is None else text, hints[fields[key]], where)
     try:
         filled: T = dataclasses.replace(base, **changes)
     except ValueError as error:
@@ -55,8 +67,9 @@ def fill(config: type[T] | T, words: Mapping[str, str | None], *, of: str) -> T:
 
 
 def is_switch(config: Any, key: str) -> bool:
-    """Whether a settings dataclass, or an instance of one, has such a field that is a bool or an optional one."""
-    kind = typing.get_type_hints(config if isinstance(config, type) else type(config)).get(key)
+    """Whether a settings dataclass, or an instance of one, has a bool or optional bool setting of this name."""
+    hints = typing.get_type_hints(config if isinstance(config, type) else type(config))
+    kind = next((hints[field.name] for field in dataclasses.fields(config) if setting_name(field) == key), None)
     return kind is bool or (typing.get_origin(kind) in (Union, types.UnionType) and bool in typing.get_args(kind))
 
 
@@ -117,12 +130,16 @@ def format_value(value: Any) -> str:
 def non_defaults(config: Any) -> dict[str, str]:
     """The settings that differ from the defaults, as text."""
     default = type(config)()
-    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    return {name: format_value(value) for name, value in values.items() if value != getattr(default, name)}
+    values = {field: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return {
+        setting_name(field): format_value(value)
+        for field, value in values.items()
+        if value != getattr(default, field.name)
+    }
 
 
 def help_of(config: type) -> dict[str, str]:
-    """What each setting means: the docstring under its field, on one line; empty when it has none."""
+    """What each setting means, by field: the docstring under the field, on one line; empty when it has none."""
     body = ast.parse(textwrap.dedent(inspect.getsource(config))).body[0]
     assert isinstance(body, ast.ClassDef)
     texts: dict[str, str] = {}

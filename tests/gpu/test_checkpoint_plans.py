@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from memscope.strategies.ckpt import Checkpoint
-from memscope.strategies.layer_plan import LayerPlan
+from memscope.strategies.ckpt import Checkpoint, LayerPlan
 from memscope.workload.description import Workload
 
 pytestmark = [

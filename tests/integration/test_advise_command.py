@@ -8,7 +8,7 @@ import pytest
 
 from memscope import Plan, Trace, simulate
 from memscope.simulation.devices.catalogue import get_device
-from memscope.strategies.layer_plan import LayerPlan
+from memscope.strategies.ckpt import LayerPlan
 from memscope.workload.target import find_target
 
 SMALL = ["targets/llama2", "--preset", "debug", "--device", "a100-40gb"]

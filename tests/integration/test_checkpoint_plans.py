@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from memscope import Trace, record, simulate
 from memscope.strategies import Plan
-from memscope.strategies.ckpt import Checkpoint, find_layers
-from memscope.strategies.layer_plan import LayerPlan
+from memscope.strategies.ckpt import Checkpoint, LayerPlan
+from memscope.strategies.ckpt.layers import find_layers
 from memscope.testing import check_strategy
 from memscope.workload.description import Workload
 from memscope.workload.target import find_target
@@ -84,7 +84,7 @@ def test_a_plan_file_keeps_the_promises_of_a_strategy(options: list[str], tmp_pa
 
 
 def test_pointing_at_the_layers_keeps_the_promises_of_a_strategy() -> None:
-    check_strategy("ckpt:blocks=blocks,layers=1")
+    check_strategy("ckpt:layer-list=blocks,layers=1")
 
 
 # A model written elsewhere: layers that take keywords, tuples and None.

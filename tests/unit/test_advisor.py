@@ -1,4 +1,4 @@
-"""The advisor as a whole, on a model small enough to be simulated in no time."""
+"""The advisor as a whole, on a small model."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from memscope import Strategy, Workload, simulate
-from memscope.advisor.advice import Advice, in_words
+from memscope.advisor.advice import Advice, Certificate, PlanPeak, in_words
 from memscope.advisor.advise import advise, budget_of
 from memscope.advisor.emit import TOOLS, emit
-from memscope.advisor.probe import rounded
-from memscope.advisor.runner import telling
+from memscope.advisor.measure.probe import rounded
+from memscope.advisor.measure.runner import deciding_indices
 from memscope.allocator.replay import replay
 from memscope.allocator.settings import AllocatorSettings
 from memscope.errors import TargetError, UsageError
 from memscope.simulation.devices.catalogue import get_device
 from memscope.strategies import Plan, Stage
-from memscope.strategies.layer_plan import LayerPlan
+from memscope.strategies.ckpt import LayerPlan
 from memscope.testing.toy import toy_workload
-from tests.small_chain import BLOCKS, ROWS, WIDTH, build
+from tests.small_chain import LAYERS, ROWS, WIDTH, build
 
 DEVICE = get_device("a100-40gb")
 CONTEXT = DEVICE.context_bytes
@@ -81,8 +81,27 @@ def test_a_smaller_budget_never_gives_a_larger_peak() -> None:
 def test_the_certificate_bounds_the_plan_from_below() -> None:
     certificate = advice(BUDGETS[1]).certificate
     assert certificate is not None
+    assert certificate.search_gap == 0  # the layers are alike
     assert 0 <= certificate.gap < 1
-    assert certificate.lower_bound_seconds <= advice(BUDGETS[1]).step_seconds
+    seconds = advice(BUDGETS[1]).step_seconds
+    assert certificate.lower_bound_seconds == pytest.approx(seconds * (1 - certificate.gap))
+
+
+def test_what_the_search_leaves_open_and_what_fragmentation_adds_are_told_apart() -> None:
+    # Of a step of 10 s: the fastest plan whose allocated bytes fit takes 9 s, and none takes less than 8 s.
+    certificate = Certificate.of(10.0, 9.0, 8.0)
+    assert certificate.document() == pytest.approx(
+        {"lower_bound_seconds": 8.0, "search_gap": 0.1, "fragmentation_gap": 0.1, "gap": 0.2}
+    )
+    peak = PlanPeak(allocated=3 * 2**30, reserved=4 * 2**30, device=5 * 2**30)
+    told = dataclasses.replace(advice(BUDGETS[0]), certificate=certificate, peak=peak).optimality
+    assert told.startswith("within 10.00% for allocated bytes: ")
+    assert told.endswith(
+        "takes less than 8 s (estimate); fragmentation, 1.00 GiB reserved beyond allocated, adds 10.00%"
+    )
+    exact = dataclasses.replace(advice(BUDGETS[0]), certificate=Certificate.of(8.0, 8.0, 8.0), peak=peak).optimality
+    assert exact.startswith("exact for allocated bytes: ")
+    assert exact.endswith("adds nothing")
 
 
 def test_too_small_a_budget_is_refused_with_the_smallest_that_will_do() -> None:
@@ -165,7 +184,7 @@ def test_the_document_has_the_promised_keys() -> None:
         *document
     }
     assert set(document["plan"]) == {"strategies", "layers", "file"}
-    assert list(document["plan"]["layers"]) == [f"layers.{i}" for i in range(BLOCKS)]
+    assert list(document["plan"]["layers"]) == [f"layers.{i}" for i in range(LAYERS)]
     assert all(isinstance(size, int) for size in document["peak"].values())
 
 
@@ -203,7 +222,7 @@ def test_a_device_without_rates_is_refused() -> None:
         advise(build, budget="40GB", device="gpu")
 
 
-def test_a_model_without_repeated_blocks_is_taken_apart_into_its_modules() -> None:
+def test_a_model_without_repeated_layers_is_taken_apart_into_its_modules() -> None:
     class Mixed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -217,7 +236,7 @@ def test_a_model_without_repeated_blocks_is_taken_apart_into_its_modules() -> No
 
     found = advise(mixed, budget="1GB", device=DEVICE)
     assert found.feasible
-    assert any("no list of repeated blocks" in note for note in found.notes)
+    assert any("no list of repeated layers" in note for note in found.notes)
 
 
 def test_a_model_that_is_one_sequence_of_different_modules_gets_a_plan_that_can_be_applied(tmp_path: Path) -> None:
@@ -241,7 +260,7 @@ def test_a_target_that_fails_is_told_in_words() -> None:
 
 
 def test_a_plan_taken_for_want_of_a_better_one_is_not_called_the_best() -> None:
-    """What binds the bound is the budget, not the plan: a cheaper one that fits on paper keeps the gap open."""
+    """The bound belongs to the budget, not to the plan: a faster plan whose allocated bytes fit keeps the gap open."""
     found = advice(advice(2**20).minimum_bytes - CONTEXT)
     assert found.certificate is not None
     assert found.certificate.lower_bound_seconds <= found.step_seconds
@@ -261,10 +280,10 @@ def test_a_workload_of_the_user_is_left_as_it_is() -> None:
     ("elements", "indices"),
     [([5], [0]), ([5, 5, 5], [0, 2]), ([9, 5, 7], [0, 2]), ([1, 9, 7], [0, 1]), ([9, 9, 1], [0, 1])],
 )
-def test_the_telling_micro_batches_are_the_first_the_largest_and_the_largest_after_the_first(
+def test_the_deciding_micro_batches_are_the_first_the_largest_and_the_largest_after_the_first(
     elements: Sequence[int], indices: list[int]
 ) -> None:
-    assert telling(elements) == indices
+    assert deciding_indices(elements) == indices
 
 
 def test_alike_neighbours_are_told_as_a_range() -> None:
@@ -285,7 +304,7 @@ def lora_everywhere() -> Advice:
     return dataclasses.replace(
         advice(plain_bytes()),
         strategies=("lora:r=8", "amp:dtype=bf16", "adamw:fused"),
-        layers={f"layers.{i}": "full" for i in range(BLOCKS)},
+        layers={f"layers.{i}": "full" for i in range(LAYERS)},
     )
 
 

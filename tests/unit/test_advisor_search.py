@@ -1,4 +1,4 @@
-"""How the advisor searches: what it simulates, and what it leaves out."""
+"""The advisor's search: the simulations it runs, and those it leaves out."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import pytest
 from memscope import Strategy, Workload, simulate, strategies
 from memscope.advisor import combinations as advisor_combinations
 from memscope.advisor.combinations import combinations
-from memscope.advisor.reference import Blocks
-from memscope.advisor.runner import Answer, Asker, InProcess, Probe
+from memscope.advisor.measure.reference import LayerList
+from memscope.advisor.measure.runner import Answer, Asker, InProcess, Probe
 from memscope.advisor.search import Search
 from memscope.allocator.settings import AllocatorSettings
 from memscope.simulation.devices.catalogue import get_device
 from memscope.strategies import Plan, Stage
-from memscope.strategies.layer_plan import LayerPlan
-from tests.small_chain import BLOCKS, ROWS, WIDTH, build
+from memscope.strategies.ckpt import LayerPlan
+from tests.small_chain import LAYERS, ROWS, WIDTH, build
 
 DEVICE = get_device("a100-40gb")
-WEIGHTS_BYTES = BLOCKS * 2 * 2 * (WIDTH * 2 * WIDTH) * 4
+WEIGHTS_BYTES = LAYERS * 2 * 2 * (WIDTH * 2 * WIDTH) * 4
 
 
 @dataclass
 class Noted:
-    """A runner that notes what it carries out, `width` simulations at a time as it says."""
+    """A runner that records its probes, and claims to run `width` at a time."""
 
     width: int = 1
     probes: list[Probe] = field(default_factory=list)
@@ -39,7 +39,7 @@ def searched(runner: Noted, reserved_bytes: int, strategies: str, allow: Sequenc
     workload = build()
     asker = Asker(runner, lambda what, done, needed: None)
     budget_bytes = reserved_bytes + DEVICE.context_bytes
-    search = Search(asker, Blocks.of(workload.model), DEVICE, AllocatorSettings(), budget_bytes)
+    search = Search(asker, LayerList.of(workload.model), DEVICE, AllocatorSettings(), budget_bytes)
     search.run(combinations(workload, Plan.parse(strategies), allow))
     return search
 
@@ -116,5 +116,7 @@ def test_side_by_side_a_plan_is_found_that_is_as_true() -> None:
     one, two = (searched(Noted(width), reserved_bytes, "adamw:fused,ga:steps=1").best for width in (1, 2))
     assert one is not None
     assert two is not None
+    assert one.certificate is not None
+    assert two.certificate is not None
     assert two.seen.trace.meta["out_of_memory"] is None
-    assert two.lower_bound_seconds == one.lower_bound_seconds <= two.seconds
+    assert two.certificate.lower_bound_seconds == one.certificate.lower_bound_seconds <= two.seconds

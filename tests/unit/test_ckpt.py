@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from memscope.errors import UsageError
 from memscope.strategies import Plan
-from memscope.strategies.ckpt import chosen_layers, find_layers
+from memscope.strategies.ckpt.layers import chosen_layers, find_layers
 from memscope.testing import toy_workload
 from memscope.workload.description import Workload
 

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from memscope import Trace, simulate
 from memscope.errors import UsageError
 from memscope.strategies import Plan
-from memscope.strategies.ckpt import Checkpoint
-from memscope.strategies.layer_plan import LayerPlan
+from memscope.strategies.ckpt import Checkpoint, LayerPlan
 from memscope.testing import toy_workload
 from memscope.trace import CATEGORIES, PHASES
 from memscope.workload.description import Workload
@@ -124,13 +123,13 @@ def in_place_through_another_argument(x: Tensor) -> Tensor:
     [
         (
             in_place_after_reading,
-            "0: a result that its option save:… keeps is used, and then changed in place by ./aten.add_: what it was "
-            "cannot be had again. Leave the call that makes it out of the option",
+            "0: a result that its option save:… keeps is used, and then changed in place by ./aten.add_: its earlier "
+            "value is lost. Leave the call that makes it out of the option",
         ),
         (
             in_place_through_another_argument,
-            "0: a result that its option save:… keeps may be changed in place by ./aten.add: what it was "
-            "cannot be had again. Leave the call that makes it out of the option",
+            "0: a result that its option save:… keeps may be changed in place by ./aten.add: its earlier "
+            "value is lost. Leave the call that makes it out of the option",
         ),
     ],
 )
@@ -169,7 +168,7 @@ def test_a_kept_result_that_is_changed_after_the_layer_is_refused() -> None:
 def test_kept_results_serve_one_backward_pass() -> None:
     y = selective(torch.exp, "save:./aten.exp")(torch.ones(3, requires_grad=True)).sum()
     y.backward(retain_graph=True)
-    with pytest.raises(UsageError, match=r"^0: what its option save:… keeps serves one backward pass, and retain_gr"):
+    with pytest.raises(UsageError, match=r"^0: its option save:… does not support a second backward pass"):
         y.backward()
 
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from memscope.errors import UsageError
-from memscope.strategies.ckpt import Checkpoint
-from memscope.strategies.layer_plan import LayerPlan
+from memscope.strategies.ckpt import Checkpoint, LayerPlan
 from memscope.workload.description import Workload
 
 ALONE = {f"layers.{index}": "none" for index in range(4)}

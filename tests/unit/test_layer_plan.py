@@ -1,4 +1,4 @@
-"""Checkpoint plans: a value, a file, and what is said about one that cannot be used."""
+"""Checkpoint plans: the value, the file, and the errors of plans that cannot be used."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from torch import nn
 
 from memscope.errors import UsageError
 from memscope.strategies import Plan
-from memscope.strategies.ckpt import Checkpoint, find_layers
-from memscope.strategies.ckpt_options import Option
-from memscope.strategies.layer_plan import LayerPlan, described
+from memscope.strategies.ckpt import Checkpoint
+from memscope.strategies.ckpt.layer_plan import LayerPlan, described
+from memscope.strategies.ckpt.layers import find_layers
+from memscope.strategies.ckpt.options import Option
 from memscope.testing import toy_workload
 from memscope.workload.description import Workload
 
 LAYERS = {"blocks.0": "none", "blocks.1": "save:up/aten.addmm+./aten.add"}
-MODEL = {"class": "_Toy", "parameters": 5536, "blocks": ["_Block", "_Block"]}
+MODEL = {"class": "_Toy", "parameters": 5536, "layers": ["_Block", "_Block"]}
 HEADER = {"format": "memscope-checkpoint-plan", "schema_version": 1}
 
 
@@ -198,8 +199,8 @@ FIX = ": make one for this model with memscope advise"
         (("1", "0"), {}, ["has the same layers in another order"]),
         (("0", "1"), {"class": "Llama"}, ["is a _Toy, not Llama"]),
         (("0", "1"), {"parameters": 7}, ["has parameters in number: 5536, not 7"]),
-        (("0", "1"), {"blocks": ["A", "B"]}, ["has layers of the classes _Block, not A and B"]),
-        (("0",), {"class": "A", "parameters": 7, "blocks": ["A"]}, 3),
+        (("0", "1"), {"layers": ["A", "B"]}, ["has layers of the classes _Block, not A and B"]),
+        (("0",), {"class": "A", "parameters": 7, "layers": ["A"]}, 3),
     ],
 )
 def test_a_plan_for_another_model_is_refused_with_every_difference(
@@ -230,10 +231,10 @@ def test_a_plan_may_name_modules_that_are_in_no_list() -> None:
     [
         ("recompute:upp", 'blocks.0: recompute:upp: the layer has no child "upp": did you mean "up"? Valid: '),
         ("save:upp/aten.mm", 'blocks.0: save:upp/aten.mm: the layer has no module "upp": did you mean "up"? Valid: '),
-        ("save:up/aten.mmm", 'blocks.0: save:up/aten.mmm: "aten.mmm" is no operator of PyTorch '),
-        ("save:up/mm", 'blocks.0: save:up/mm: "mm" is no operator of PyTorch '),
-        ("save:up/aten.view", '"aten.view" has no result of its own, it shows another one: name the operator that '),
-        ("save:up/aten.add_", '"aten.add_" has no result of its own, it changes another one in place: name the op'),
+        ("save:up/aten.mmm", 'blocks.0: save:up/aten.mmm: "aten.mmm" is not an operator of PyTorch '),
+        ("save:up/mm", 'blocks.0: save:up/mm: "mm" is not an operator of PyTorch '),
+        ("save:up/aten.view", '"aten.view" returns a view: name the operator that makes the viewed tensor'),
+        ("save:up/aten.add_", '"aten.add_" changes a tensor in place: name the operator that makes this tensor'),
     ],
 )
 def test_an_option_that_a_layer_cannot_take_is_refused_before_anything_changes(option: str, message: str) -> None:
@@ -288,17 +289,18 @@ def test_the_layers_can_be_pointed_at() -> None:
             self.small = nn.ModuleList([nn.Linear(2, 2), nn.Tanh()])
 
     workload = Workload(Two(), [], lambda m, x: m(x), torch.optim.SGD)
-    Plan.parse("ckpt:blocks=small,layers=1").apply(workload)
+    Plan.parse("ckpt:layer-list=small,layers=1").apply(workload)
     assert [name for name, module in workload.model.named_modules() if "forward" in vars(module)] == ["small.1"]
-    with pytest.raises(UsageError, match=r'ckpt: layers=all,blocks=smal: the model has no .* did you mean "small"\?'):
-        Plan.parse("ckpt:blocks=smal").apply(workload)
+    message = r'ckpt: layers=all,layer-list=smal: the model has no .* did you mean "small"\?'
+    with pytest.raises(UsageError, match=message):
+        Plan.parse("ckpt:layer-list=smal").apply(workload)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("ckpt:plan=p.json,layers=3", "plan names layers and their options: leave layers and blocks out"),
-        ("ckpt:plan=p.json,blocks=h", "plan names layers and their options: leave layers and blocks out"),
+        ("ckpt:plan=p.json,layers=3", "plan names layers and their options: leave layers and layer-list out"),
+        ("ckpt:plan=p.json,layer-list=h", "plan names layers and their options: leave layers and layer-list out"),
         ("ckpt:auto,plan=p.json", "auto chooses layers and their options: leave layers and plan out"),
         ("ckpt:budget=40GB", "budget goes with auto: write ckpt:auto,budget=40GB"),
     ],

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 import pytest
 from traces import TraceBuilder
 
-from memscope.advisor.advice import Advice, Binding, Certificate, FrontPoint, Peak
+from memscope.advisor.advice import Advice, Binding, Certificate, FrontPoint, PlanPeak
 from memscope.dashboards.plan_page import kept_by_layer, pareto_front, plan_card, plan_heatmap, write_plan_page
 from memscope.errors import TraceFileError, UsageError
 from memscope.trace import Trace
@@ -36,8 +36,8 @@ def run() -> Trace:
     return built.trace()
 
 
-def peak(device_gib: int) -> Peak:
-    return Peak((device_gib - 2) * GIB, (device_gib - 1) * GIB, device_gib * GIB)
+def peak(device_gib: int) -> PlanPeak:
+    return PlanPeak((device_gib - 2) * GIB, (device_gib - 1) * GIB, device_gib * GIB)
 
 
 def advice(**changed: Any) -> Advice:
@@ -48,7 +48,7 @@ def advice(**changed: Any) -> Advice:
     found = Advice(
         target="llama2", device="a100-40gb", budget_bytes=25 * GIB, feasible=True, strategies=("lora",), layers=LAYERS,
         peak=peak(24), step_seconds=2.5, overhead_vs_none=0.25, overhead_vs_all=-0.1,
-        certificate=Certificate(2.4, 0.04), minimum_bytes=20 * GIB,
+        certificate=Certificate(2.4, 0.0, 0.04), minimum_bytes=20 * GIB,
         binding=Binding(1, "backward", "layers.3", "aten.mm", 22 * GIB, {"parameter": 20 * GIB}),
         front=front, simulated=2, combinations=4, notes=("a note",), trace=run(),
     )  # fmt: skip
@@ -113,7 +113,7 @@ def test_page_states_the_plan_and_what_it_takes(tmp_path: Path) -> None:
     for text in (
         "<h1>llama2 in 25.0 GiB</h1>",
         "<dt>needs</dt><dd>24.0 GiB</dd>",
-        "<dd>at most 4.00%</dd>",
+        "reserved beyond allocated, adds 4.00%</dd>",
         "<dd>a note</dd>",
         "layers.0-1 full 2, layers.2 save w1+wk, layers.3 none, layers.4 full 2",
         "<td>layers.0-4 full</td>",
@@ -127,7 +127,7 @@ def test_page_says_that_nothing_fits(tmp_path: Path) -> None:
     write_plan_page(nothing, tmp_path / "plan.html", overwrite=False)
     page = (tmp_path / "plan.html").read_text(encoding="utf-8")
     assert "Nothing fits" in page
-    assert "<dt>smallest budget</dt><dd>24.0 GiB</dd>" in page
+    assert "<dt>smallest feasible budget</dt><dd>24.0 GiB</dd>" in page
 
 
 def test_page_is_not_written_over_another_unless_asked(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Which blocks to checkpoint: exact, never larger in memory for a smaller budget, with a proof."""
+"""Checkpoint plans: exact, with an honest gap, and never a larger peak for a smaller budget."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from checkpoint_chains import every_plan, in_proportion, random_chains, takes, v
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memscope.advisor.bounds import TimeBound
-from memscope.advisor.labels import TooManyLabels
-from memscope.advisor.moves import Graph
-from memscope.advisor.planner import Chain, Choice, NothingFits, evaluate, front, minimum_budget, plan
-from memscope.advisor.problem import Problem
+from memscope.advisor.plan.bounds import TimeBound
+from memscope.advisor.plan.graph import Graph
+from memscope.advisor.plan.labels import TooManyLabels
+from memscope.advisor.plan.planner import Chain, Choice, NothingFits, evaluate, front, minimum_budget, plan
+from memscope.advisor.plan.search import PlanSearch
 from memscope.errors import GateFailed, MemscopeError
 
 NONE = Choice("none", 1, 10, 0, 12, 14, 0, saves_input=True, saves_output=False)
@@ -23,12 +23,12 @@ FULL = Choice("full", 1, 0, 0, 12, 16, 5, saves_input=True, saves_output=False)
 TWO = Chain(
     ((NONE, FULL),) * 2, (3, 3, 3), head_forward_bytes=4, head_backward_bytes=6, head_saves_input=True, fixed_bytes=0
 )
-"""Two equal blocks. Kept before block 1: 13 after `none` (10 and the boundary of 3), 3 after `full`.
+"""Two equal layers. Kept before layer 1: 13 after `none` (10 and the boundary of 3), 3 after `full`.
 
-none, none  block 0: 12, 14   block 1: 13 + 12, 13 + 14   head: 26 + 4, 26 + 6 = 32
-full, none  block 0: 12, 16   block 1:  3 + 12,  3 + 14   head: 16 + 4, 16 + 6 = 22
-none, full  block 0: 12, 14   block 1: 13 + 12, 13 + 16 = 29   head: 16 + 4, 16 + 6
-full, full  block 0: 12, 16   block 1:  3 + 12,  3 + 16 = 19   head:  6 + 4,  6 + 6
+none, none  layer 0: 12, 14   layer 1: 13 + 12, 13 + 14   head: 26 + 4, 26 + 6 = 32
+full, none  layer 0: 12, 16   layer 1:  3 + 12,  3 + 14   head: 16 + 4, 16 + 6 = 22
+none, full  layer 0: 12, 14   layer 1: 13 + 12, 13 + 16 = 29   head: 16 + 4, 16 + 6
+full, full  layer 0: 12, 16   layer 1:  3 + 12,  3 + 16 = 19   head:  6 + 4,  6 + 6
 """
 
 
@@ -44,12 +44,12 @@ def names(choices: tuple[Choice, ...]) -> list[str]:
     [
         ((NONE, NONE), 32, "head"),
         ((FULL, NONE), 22, "head"),
-        ((NONE, FULL), 29, "backward of block 1"),
-        ((FULL, FULL), 19, "backward of block 1"),
+        ((NONE, FULL), 29, "backward of layer 1"),
+        ((FULL, FULL), 19, "backward of layer 1"),
     ],
     ids=lambda value: "-".join(names(value)) if isinstance(value, tuple) else None,
 )
-def test_the_peak_of_two_blocks_is_the_largest_left_side(chosen: tuple[Choice, ...], peak: int, binding: str) -> None:
+def test_the_peak_of_two_layers_is_the_largest_left_side(chosen: tuple[Choice, ...], peak: int, binding: str) -> None:
     found = evaluate(TWO, chosen)
     assert (found.peak_bytes, found.binding) == (peak, binding)
     assert found.nanoseconds == 5 * names(chosen).count("full")
@@ -72,7 +72,7 @@ def test_the_fastest_that_fits_is_chosen_and_of_equals_the_one_with_the_least_pe
     found = plan(TWO, budget)
     assert names(found.choices) == options
     assert found.peak_bytes == peak
-    assert found.first_blocks == (0, 1)
+    assert found.first_layers == (0, 1)
     assert found.budget_bytes == budget
     assert found.lower_bound_nanoseconds == found.nanoseconds
     assert found.gap == 0
@@ -91,10 +91,10 @@ def test_the_least_peak_is_found_among_plans_that_are_equally_fast() -> None:
 
 def test_where_nothing_fits_the_least_budget_and_what_binds_are_told() -> None:
     assert minimum_budget(TWO) == 19
-    with pytest.raises(NothingFits, match=r"18 bytes.*19 bytes.*backward of block 1") as caught:
+    with pytest.raises(NothingFits, match=r"18 bytes.*19 bytes.*backward of layer 1") as caught:
         plan(TWO, 18)
     assert isinstance(caught.value, GateFailed)
-    assert (caught.value.minimum_bytes, caught.value.binding) == (19, "backward of block 1")
+    assert (caught.value.minimum_bytes, caught.value.binding) == (19, "backward of layer 1")
 
 
 def test_what_depends_on_no_choice_binds_as_fixed() -> None:
@@ -106,13 +106,13 @@ def test_what_depends_on_no_choice_binds_as_fixed() -> None:
         plan(chain, 39)
 
 
-def test_a_boundary_that_the_block_before_saves_is_there_in_the_backward_and_counted_once() -> None:
+def test_a_boundary_that_the_layer_before_saves_is_there_in_the_backward_and_counted_once() -> None:
     first = Choice("first", 1, 10, 0, 1, 1, 0, saves_input=False, saves_output=True)
     other = Choice("other", 1, 5, 0, 20, 30, 0, saves_input=False, saves_output=False)
     chain = Chain(((first,), (other,)), (2, 7, 1), 0, 0, head_saves_input=True, fixed_bytes=0)
-    # Kept before block 1: 10; the boundary of 7 lives too while its backward runs: 10 + 30 + 7.
+    # Kept before layer 1: 10; the boundary of 7 lives too while its backward runs: 10 + 30 + 7.
     assert evaluate(chain, (first, other)).peak_bytes == 47
-    # Where block 1 saves its input, its own 30 bytes contain it: 10 + 30.
+    # Where layer 1 saves its input, its own 30 bytes contain it: 10 + 30.
     saving = replace(other, saves_input=True)
     assert evaluate(replace(chain, choices=((first,), (saving,))), (first, saving)).peak_bytes == 40
     assert (minimum_budget(chain), minimum_budget(replace(chain, choices=((first,), (saving,))))) == (47, 40)
@@ -127,7 +127,7 @@ def test_a_boundary_that_the_block_before_saves_is_there_in_the_backward_and_cou
 
 
 @pytest.mark.parametrize(("head_saves_input", "peak"), [(True, 110), (False, 118)])
-def test_the_last_boundary_is_the_heads_if_it_saves_it_and_the_last_blocks_otherwise(
+def test_the_last_boundary_is_the_heads_if_it_saves_it_and_the_last_layers_otherwise(
     head_saves_input: bool, peak: int
 ) -> None:
     last = Choice("last", 1, 10, 0, 1, 1, 0, saves_input=False, saves_output=True)
@@ -140,7 +140,7 @@ def test_what_is_held_until_the_forward_ends_counts_in_forwards_only() -> None:
     holding = Choice("holding", 1, 10, 50, 5, 8, 0, saves_input=False, saves_output=False)
     slower = Choice("slower", 1, 10, 0, 5, 8, 3, saves_input=False, saves_output=False)
     chain = Chain(((holding, slower),) * 2, (0, 0, 0), 1, 2, head_saves_input=True, fixed_bytes=0)
-    # Forward of block 1: 10 + 50 + 5; its backward: 10 + 8; the head: 20 + 100 + 1, and in the backward pass 20 + 2.
+    # Forward of layer 1: 10 + 50 + 5; its backward: 10 + 8; the head: 20 + 100 + 1, and in the backward pass 20 + 2.
     found = evaluate(chain, (holding, holding))
     assert (found.peak_bytes, found.binding) == (121, "head")
     assert plan(chain, 121).nanoseconds == 0
@@ -149,7 +149,7 @@ def test_what_is_held_until_the_forward_ends_counts_in_forwards_only() -> None:
     assert minimum_budget(chain) == 22
 
 
-def test_one_checkpoint_over_three_blocks_keeps_one_boundary() -> None:
+def test_one_checkpoint_over_three_layers_keeps_one_boundary() -> None:
     none = Choice("none", 1, 10, 0, 12, 13, 0, saves_input=True, saves_output=False)
     full = Choice("full", 1, 0, 0, 12, 15, 4, saves_input=True, saves_output=False)
     three = Choice("full:3", 3, 0, 0, 12, 28, 12, saves_input=True, saves_output=False)
@@ -158,7 +158,7 @@ def test_one_checkpoint_over_three_blocks_keeps_one_boundary() -> None:
     assert evaluate(chain, (full, full, full)).peak_bytes == 35
     found = plan(chain, 35)
     assert names(found.choices) == ["full:3"]
-    assert (found.peak_bytes, found.binding, found.first_blocks) == (28, "backward of blocks 0 to 2", (0,))
+    assert (found.peak_bytes, found.binding, found.first_layers) == (28, "backward of layers 0 to 2", (0,))
     assert minimum_budget(chain) == 28
 
 
@@ -166,7 +166,7 @@ def test_one_checkpoint_over_three_blocks_keeps_one_boundary() -> None:
 
 
 def budgets(chain: Chain) -> list[int]:
-    """All at which another plan may be the best, and the last before each."""
+    """Every budget at which the best plan may change, and the budget one byte below."""
     peaks = {takes(chain, choices)[1] for choices in every_plan(chain)}
     return sorted(peaks | {peak - 1 for peak in peaks if peak > min(peaks)})
 
@@ -197,7 +197,7 @@ def test_plans_for_rounded_times_are_certified_and_never_grow_when_the_budget_sh
     every = sorted(takes(chain, choices) for choices in every_plan(chain))
     peaks = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Problem, "easy", lambda chain: Problem(chain, bits))
+        patch.setattr(PlanSearch, "easy", lambda chain: PlanSearch(chain, bits))
         for budget in budgets(chain):
             found = plan(chain, budget)
             fastest = next(time for time, peak in every if peak <= budget)
@@ -239,7 +239,7 @@ def test_plans_have_the_time_and_the_peak_of_those_of_a_solver_for_mixed_integer
     pytest.importorskip("highspy", reason="the reference solver, highspy, is not installed")
     from checkpoint_milp import solve
 
-    chain = varied(seed, blocks=8, options=5, is_held=is_held)
+    chain = varied(seed, layers=8, options=5, is_held=is_held)
     least, most = minimum_budget(chain), front(chain, 2)[-1].peak_bytes
     for budget in (least, (3 * least + most) // 4, (least + most) // 2):
         answer = solve(chain, budget)
@@ -249,8 +249,8 @@ def test_plans_have_the_time_and_the_peak_of_those_of_a_solver_for_mixed_integer
     assert solve(chain, least - 1).nanoseconds == float("inf")
 
 
-def test_equal_blocks_are_planned_without_a_gap() -> None:
-    chain = varied(5, blocks=1, options=6)
+def test_equal_layers_are_planned_without_a_gap() -> None:
+    chain = varied(5, layers=1, options=6)
     single = tuple(replace(choice, length=1) for choice in chain.choices[0])
     chain = replace(chain, choices=(single,) * 40, boundary_bytes=(7,) * 41)
     for found in front(chain, 4):
@@ -258,21 +258,21 @@ def test_equal_blocks_are_planned_without_a_gap() -> None:
 
 
 def test_a_chain_with_very_many_plans_as_good_as_the_best_gets_one_within_a_thousandth() -> None:
-    chain = in_proportion(blocks=40, options=2)
+    chain = in_proportion(layers=40, options=2)
     whole = sum(choices[0].kept_bytes for choices in chain.choices)
-    assert Problem.easy(chain).bits is not None  # exact searches would outgrow their memory
+    assert PlanSearch.easy(chain).bits is not None  # exact searches would outgrow their memory
     for part in (1, 3, 6, 9):
         budget = whole * part // 10
         found = plan(chain, budget)
         assert found.peak_bytes <= budget
-        # Time is (bytes not kept) / 100, rounded down in each of 40 blocks.
+        # Time is (bytes not kept) / 100, rounded down in each of 40 layers.
         assert found.lower_bound_nanoseconds <= found.nanoseconds
         assert found.lower_bound_nanoseconds >= (whole - budget) // 100 - 40
         assert found.gap <= 0.001
 
 
 def test_the_same_chain_has_the_same_plan() -> None:
-    chain = varied(4, blocks=20, options=6)
+    chain = varied(4, layers=20, options=6)
     budget = 2 * minimum_budget(chain)
     assert plan(chain, budget) == plan(chain, budget)
 
@@ -282,8 +282,8 @@ def test_a_search_that_outgrows_its_memory_says_so_and_what_to_do() -> None:
         raise TooManyLabels
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Problem, "easy", Problem)
-        patch.setattr(Problem, "fastest", too_many)
+        patch.setattr(PlanSearch, "easy", PlanSearch)
+        patch.setattr(PlanSearch, "fastest", too_many)
         with pytest.raises(MemscopeError, match=r"budget of 22 B .*: try another budget, or round the times"):
             plan(TWO, 22)
 
@@ -294,7 +294,7 @@ def test_a_search_that_outgrows_its_memory_says_so_and_what_to_do() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"length": 0}, '"none" covers 0 blocks'),
+        ({"length": 0}, '"none" covers 0 layers'),
         ({"kept_bytes": -1}, '"none": kept_bytes is -1'),
         ({"held_bytes": -2}, '"none": held_bytes is -2'),
         ({"nanoseconds": -3}, '"none": nanoseconds is -3'),
@@ -308,12 +308,12 @@ def test_a_choice_that_makes_no_sense_is_refused(changes: dict[str, int], messag
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"choices": ()}, "without blocks"),
-        ({"boundary_bytes": (3, 3)}, "2 boundaries for 2 blocks: expected 3"),
+        ({"choices": ()}, "without layers"),
+        ({"boundary_bytes": (3, 3)}, "2 boundaries for 2 layers: expected 3"),
         ({"boundary_bytes": (3, -3, 3)}, "less than 0 bytes"),
-        ({"choices": ((NONE,), (replace(NONE, length=2),))}, 'block 1: option "none" covers 2 blocks, 1 are left'),
-        ({"choices": ((NONE, NONE), (NONE,))}, 'block 0: option "none" for 1 blocks is there twice'),
-        ({"choices": ((NONE,), ())}, "none goes on from block 1"),
+        ({"choices": ((NONE,), (replace(NONE, length=2),))}, 'layer 1: option "none" covers 2 layers, 1 are left'),
+        ({"choices": ((NONE, NONE), (NONE,))}, 'layer 0: option "none" for 1 layers is there twice'),
+        ({"choices": ((NONE,), ())}, "none goes on from layer 1"),
         ({"fixed_bytes": 2**60}, "expected less than"),
     ],
 )
@@ -323,11 +323,11 @@ def test_a_chain_that_makes_no_sense_is_refused(changes: dict[str, object], mess
 
 
 def test_choices_that_are_not_the_chains_are_refused() -> None:
-    with pytest.raises(ValueError, match="cover 1 of 2 blocks"):
+    with pytest.raises(ValueError, match="cover 1 of 2 layers"):
         evaluate(TWO, (NONE,))
-    with pytest.raises(ValueError, match='block 1 of 2 has no option "other" that covers 1 blocks'):
+    with pytest.raises(ValueError, match='layer 1 of 2 has no option "other" that covers 1 layers'):
         evaluate(TWO, (NONE, replace(NONE, option="other")))
-    with pytest.raises(ValueError, match="block 2 of 2 has no option"):
+    with pytest.raises(ValueError, match="layer 2 of 2 has no option"):
         evaluate(TWO, (NONE, NONE, NONE))
 
 
@@ -341,5 +341,5 @@ def test_a_front_of_one_point_is_refused() -> None:
 
 
 def test_planning_needs_no_torch() -> None:
-    script = "import sys, memscope.advisor.planner; sys.exit('torch' in sys.modules)"
+    script = "import sys, memscope.advisor.plan.planner; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

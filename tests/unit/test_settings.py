@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memscope.errors import UsageError
-from memscope.workload.settings import fill, format_value, help_of, is_switch, non_defaults
+from memscope.workload.settings import fill, format_value, help_of, is_switch, non_defaults, setting
 
 
 @dataclass(frozen=True)
@@ -223,3 +223,23 @@ def test_help_is_no_other_constant_under_a_field() -> None:
         ...
 
     assert help_of(Config) == {"r": ""}
+
+
+@dataclass(frozen=True)
+class Dashed:
+    layer_list: str = setting("layer-list", "")
+    """List of layers."""
+    all_of_it: bool = setting("all-of-it", False)
+
+
+def test_a_setting_may_be_written_otherwise_than_its_field() -> None:
+    given = Dashed(layer_list="transformer.h", all_of_it=True)
+    assert fill(Dashed, {"layer-list": "transformer.h", "all-of-it": None}, of="it") == given
+    assert non_defaults(given) == {"layer-list": "transformer.h", "all-of-it": "true"}
+    assert is_switch(Dashed, "all-of-it")
+    assert not is_switch(Dashed, "all_of_it")
+
+
+def test_the_name_of_the_field_is_then_no_setting() -> None:
+    with pytest.raises(UsageError, match=r'it has no setting "layer_list": did you mean "layer-list"\?'):
+        fill(Dashed, {"layer_list": "h"}, of="it")

@@ -1,4 +1,4 @@
-"""The two questions behind a plan: how fast can it be within a budget, and how little memory does that take?"""
+"""The two questions behind a plan: how fast can it be within a budget, and how little memory does that time take?"""
 
 from __future__ import annotations
 
@@ -7,58 +7,58 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from memscope.advisor.bounds import TimeBound
-from memscope.advisor.chain import Chain, Choice, Evaluation, evaluate
-from memscope.advisor.labels import TooManyLabels, search
-from memscope.advisor.moves import Graph, Node
-from memscope.advisor.needs import Needs, needs_of
+from memscope.advisor.plan.bounds import Needs, TimeBound, needs_of
+from memscope.advisor.plan.chain import Chain, Choice, Evaluation, evaluate
+from memscope.advisor.plan.graph import Graph, Node
+from memscope.advisor.plan.labels import TooManyLabels, best_path
 
-__all__ = ["Problem", "Solution"]
+__all__ = ["PlanSearch", "Solution"]
 
 _WIDTHS = (100, 3000, None)
 _MOST_LABELS, _MOST_TO_BE_EASY = 500_000, 10_000
 _PROBES = 4
 _MOST_BITS = 11
-"""So that times are rounded by less than a 2000th at first, and plans are less than a thousandth slower for it."""
+"""Rounds times by less than a 2000th at first, which makes plans less than a thousandth slower."""
 
 
 @dataclass(frozen=True)
 class Solution:
-    """A sequence of choices, and what it takes."""
+    """A sequence of choices, and its cost."""
 
     choices: tuple[Choice, ...]
-    takes: Evaluation
+    cost: Evaluation
     rounded_nanoseconds: int
-    """Its time, as searches see it."""
+    """Its time with the times of its choices rounded."""
 
 
 @dataclass(frozen=True)
-class Problem:
-    """A chain, and how its plans are searched."""
+class PlanSearch:
+    """Searches for the plans of one chain."""
 
     chain: Chain
     bits: int | None = None
-    """Significant bits to which searches see the time of each choice rounded; None: not at all."""
+    """Significant bits to which the time of each choice is rounded; None: times are exact."""
     widths: tuple[int | None, ...] = _WIDTHS
-    """Labels a state of the searches made one after the other, each for something faster. None: all, to be exact."""
+    """Most labels a state may have in each search, one after the other. None: no limit, so the search is exact."""
     most_labels: int = _MOST_LABELS
+    """Labels of one state at which an exact search gives up."""
 
     @classmethod
-    def easy(cls, chain: Chain) -> Problem:
-        """The chain with its times rounded as little as keeps searches small; this depends on the chain alone."""
-        problems = (cls(chain, bits) for bits in (None, *range(_MOST_BITS, 1, -1)))
-        return next((problem for problem in problems if problem._is_easy), cls(chain, 1))
+    def easy(cls, chain: Chain) -> PlanSearch:
+        """A search that rounds times only as far as it must to stay small; that depends on the chain alone."""
+        searches = (cls(chain, bits) for bits in (None, *range(_MOST_BITS, 1, -1)))
+        return next((search for search in searches if search._is_easy), cls(chain, 1))
 
     @cached_property
     def rounded(self) -> Chain:
-        """The chain as searches see it."""
+        """The chain with rounded times."""
         if self.bits is None:
             return self.chain
         return replace(self.chain, choices=tuple(tuple(map(self._round, choices)) for choices in self.chain.choices))
 
     @cached_property
     def graph(self) -> Graph:
-        """The choices as a graph."""
+        """The choices, with rounded times, as a graph."""
         return Graph.of(self.rounded)
 
     @cached_property
@@ -72,7 +72,7 @@ class Problem:
         return max(self.chain.fixed_bytes, self.needs[self.graph.start].least_bytes)
 
     def fastest(self, budget_bytes: int, limit: float = math.inf) -> Solution | None:
-        """The fastest plan that fits a budget and takes at most `limit` nanoseconds, rounded; None if there is none.
+        """The fastest plan that fits a budget and takes at most `limit` rounded nanoseconds; None if no plan does.
 
         Raises:
             TooManyLabels: when too many plans are nearly as fast.
@@ -80,46 +80,42 @@ class Problem:
         bound = TimeBound.of(self.graph, budget_bytes)
         best: Solution | None = None
         for width in self.widths:
-            bound = bound if width else bound.sharpened()
-            outcome = search(
+            path, is_complete = best_path(
                 self.graph, self.needs, bound, budget_bytes,
                 limit_nanoseconds=limit, width=width, most_labels=self.most_labels,
             )  # fmt: skip
-            if outcome.path is not None:
-                best = self._solution(outcome.path)
+            if path is not None:
+                best = self._solution(path)
                 limit = best.rounded_nanoseconds - 1
-            if outcome.is_complete:
+            if is_complete:
                 break
         return best
 
     def leanest(self, start: Solution) -> Solution:
-        """The plan with the least peak of those that take no longer than `start`.
+        """The plan with the least peak among those that take no longer than `start`.
 
-        The peak is sought downwards, in strides that double until there is no such plan, then by bisection.
+        The peak is lowered in strides that double until no plan is left, then by bisection.
 
         Raises:
             TooManyLabels: when too many plans are nearly as fast.
         """
         best, low, stride, is_found = start, self.least_bytes, 1, True
-        while low < best.takes.peak_bytes:
-            budget_bytes = max(low, best.takes.peak_bytes - stride)
+        while low < best.cost.peak_bytes:
+            budget_bytes = max(low, best.cost.peak_bytes - stride)
             found = self.fastest(budget_bytes, start.rounded_nanoseconds)
             if found is None:
                 low, is_found = budget_bytes + 1, False
             else:
                 best = found
-            stride = 2 * stride if is_found else max(1, (best.takes.peak_bytes - low) // 2)
+            stride = 2 * stride if is_found else max(1, (best.cost.peak_bytes - low) // 2)
         return best
 
     def lower_bound(self, budget_bytes: int, fastest: Solution) -> int:
-        """Nanoseconds, not rounded, that every plan takes which fits the budget for which one is the fastest."""
+        """Nanoseconds, not rounded, that every plan takes which fits the budget; `fastest` is the fastest of them."""
         if self.bits is None:
-            return fastest.takes.nanoseconds
-        # Rounding makes no time longer than by a part of 2**-bits, so the fastest of all is at least this slow.
-        scale = 1 << self.bits
-        by_rounding = -(-fastest.rounded_nanoseconds * scale // (scale + 1))
-        relaxed = TimeBound.of(Graph.of(self.chain), budget_bytes).sharpened()
-        return max(by_rounding, math.ceil(relaxed.nanoseconds - relaxed.error))
+            return fastest.cost.nanoseconds
+        bound = TimeBound.of(Graph.of(self.chain), budget_bytes)
+        return max(0, math.ceil(bound.nanoseconds - bound.error))
 
     @cached_property
     def _is_easy(self) -> bool:
@@ -128,7 +124,7 @@ class Problem:
         try:
             highest = probe.fastest(self.chain.most_bytes)
             assert highest is not None
-            span = max(0, highest.takes.peak_bytes - self.least_bytes)
+            span = max(0, highest.cost.peak_bytes - self.least_bytes)
             for part in range(1, _PROBES):
                 probe.fastest(self.least_bytes + span * part // _PROBES)
         except TooManyLabels:
@@ -141,6 +137,6 @@ class Problem:
         return replace(choice, nanoseconds=(choice.nanoseconds + unit // 2) // unit * unit)
 
     def _solution(self, path: Sequence[tuple[int, int]]) -> Solution:
-        choices = tuple(self.chain.choices[block][index] for block, index in path)
-        rounded = sum(self.rounded.choices[block][index].nanoseconds for block, index in path)
+        choices = tuple(self.chain.choices[layer][index] for layer, index in path)
+        rounded = sum(self.rounded.choices[layer][index].nanoseconds for layer, index in path)
         return Solution(choices, evaluate(self.chain, choices), rounded)

@@ -1,10 +1,10 @@
-"""Selective checkpointing: the results of chosen calls are kept, everything else of a layer is computed again.
+"""Selective checkpointing: keep the results of chosen calls of a layer, and recompute everything else.
 
 A call is an operator in a module, such as `aten.mm` in `feed_forward.w1`. PyTorch's own selective checkpointing
 (`create_selective_checkpoint_contexts` in torch/utils/checkpoint.py) finds a kept result by how often its operator ran
-before in the whole region. That number changes when autocast remembers a cast weight; kept results must not be changed
-in place, as `result += update` does in LoRA; and a kept dropout leaves the random numbers of the next one shifted. So
-the two context managers that `checkpoint` takes are written here: they know the module, and have no such limits.
+before in the whole region. That number changes when autocast has cached a cast weight. Kept results must not be changed
+in place, as `result += update` does in LoRA, and a kept dropout shifts the random numbers of the next one. The two
+context managers for `checkpoint` in this file know the module, and have none of these limits.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memscope.errors import UsageError
-from memscope.strategies.ckpt_operators import Operator, operator
-from memscope.strategies.ckpt_options import Call
-from memscope.strategies.ckpt_recompute import run_checkpointed
+from memscope.strategies.ckpt.operators import OperatorTraits, operator
+from memscope.strategies.ckpt.options import Call
+from memscope.strategies.ckpt.recompute import run_checkpointed
 
 __all__ = ["checkpoint_all_but"]
 
@@ -38,14 +38,14 @@ def checkpoint_all_but(name: str, layer: nn.Module, calls: frozenset[Call]) -> N
 
 
 class _Place:
-    """Which module of a layer is at work."""
+    """The module of a layer that is running."""
 
     def __init__(self) -> None:
         self.stack: list[str] = []
 
 
 class _Inside:
-    """A forward function that says in which module of the layer it runs."""
+    """A forward function that records its module while it runs."""
 
     def __init__(self, place: _Place, name: str, forward: Callable[..., Any]) -> None:
         self.place, self.name, self.forward = place, name, forward
@@ -85,23 +85,23 @@ class _Memory:
     version: int = 0
     """How often it has been changed in place when the layer's forward ends; PyTorch counts that."""
     was_read: bool = False
-    """Something was computed from it, and so depends on what it was."""
+    """Something was computed from it, and depends on its value then."""
 
 
 @dataclass(eq=False)
 class _Result:
-    """What a call gave that is not made again."""
+    """The result of a call that is not repeated."""
 
     value: Any = None
-    """Its result, detached; a call in place gives its first argument."""
+    """Its result, detached; that of a call in place is its first argument."""
     memory: list[_Memory] = field(default_factory=list)
     random_state: tuple[torch.device, Tensor] | None = None
-    """State of the random numbers after it, if it drew some."""
+    """Random state after it, if it drew random numbers."""
 
 
 @dataclass(eq=False)
 class _Kept:
-    """What was kept of one forward pass of one layer."""
+    """The kept results of one forward pass of one layer."""
 
     name: str
     calls: frozenset[Call]
@@ -109,14 +109,14 @@ class _Kept:
     made: set[Call] = field(default_factory=set)
     results: dict[Call, deque[_Result]] = field(default_factory=lambda: defaultdict(deque))
     in_place: dict[Call, deque[_Result | None]] = field(default_factory=lambda: defaultdict(deque))
-    """For each call in place: None, or that it changed a kept result, which has the change in it by now."""
+    """For each call in place: None, or a result if it changed a kept result, which now includes the change."""
 
-    def call(self, op: Operator) -> Call:
+    def call(self, op: OperatorTraits) -> Call:
         """The call that is being made."""
         return self.place.stack[-1], op.name
 
     def chooses(self, call: Call, args: Any) -> bool:
-        """Not among them is the cast of a trained weight: autocast makes it once, and again in the recomputation."""
+        """Whether to keep the result; never a trained weight's cast, which autocast repeats in the recomputation."""
         return call in self.calls and not (
             call[1] == "aten._to_copy" and isinstance(args[0], nn.Parameter) and args[0].requires_grad
         )
@@ -167,13 +167,13 @@ class _Keep(TorchDispatchMode):
         self.of_storage.clear()
 
     def _memory(self, *arguments: Any) -> list[_Memory]:
-        """That of kept results which the arguments show."""
+        """The memory of kept results that the arguments are views of."""
         if not self.of_storage:
             return []
         return [self.of_storage[key] for key in map(_storage, _tensors(arguments)) if key in self.of_storage]
 
     def _about_to_change(self, call: Call, args: Any) -> bool:
-        """Whether a call in place changes a kept result: it then has the change in it."""
+        """Whether a call in place changes a kept result, which then includes the change."""
         changed = self._memory(args[0])
         if any(memory.was_read for memory in changed):
             raise self._refused(call, "is used, and then changed in place by")
@@ -181,8 +181,8 @@ class _Keep(TorchDispatchMode):
 
     def _refused(self, call: Call, why: str) -> UsageError:
         return UsageError(
-            f"{self.kept.name}: a result that its option save:… keeps {why} {'/'.join(call)}: what it was cannot be "
-            "had again. Leave the call that makes it out of the option"
+            f"{self.kept.name}: a result that its option save:… keeps {why} {'/'.join(call)}: its earlier value "
+            "is lost. Leave the call that makes it out of the option"
         )
 
     def _keep(self, call: Call, out: Any, state: tuple[torch.device, Tensor] | None) -> None:
@@ -208,8 +208,8 @@ class _Reuse(TorchDispatchMode):
     def __enter__(self) -> _Reuse:
         if self.is_used:
             raise UsageError(
-                f"{self.kept.name}: what its option save:… keeps serves one backward pass, and retain_graph=True "
-                "asks for another: use the option full"
+                f"{self.kept.name}: its option save:… does not support a second backward pass (retain_graph=True): "
+                "use the option full"
             )
         self.is_used = True
         super().__enter__()  # type: ignore[no-untyped-call]

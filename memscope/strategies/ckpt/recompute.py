@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 __all__ = ["Arguments", "Recomputed", "flatten", "run_checkpointed"]
 
 Contexts = Callable[[], tuple[Any, Any]]
-"""Gives the context managers of the forward pass and of the recomputation, new ones at each call."""
+"""Returns new context managers for the forward pass and for the recomputation."""
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -22,12 +22,12 @@ class Recomputed:
         self.forward = forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the forward function gives."""
+        """Call the forward function."""
         return run_checkpointed(self.forward, (args, kwargs))
 
 
 def run_checkpointed(function: Callable[..., Any], arguments: Arguments, contexts: Contexts = noop_context_fn) -> Any:
-    """`function(*args, **kwargs)`, to be called again when its backward needs what it saved.
+    """`function(*args, **kwargs)`, called again when its backward needs the activations.
 
     Keyword arguments and tuples go to PyTorch one tensor at a time: it looks for devices whose random state it must
     preserve, and for tensors it must save, among positional arguments only (torch/utils/checkpoint.py of 2.13,
@@ -57,7 +57,7 @@ def run_checkpointed(function: Callable[..., Any], arguments: Arguments, context
 
 
 def flatten(arguments: Arguments) -> tuple[list[Any], Callable[[Any], Arguments]]:
-    """The arguments one by one, those in tuples too, and what puts them together again.
+    """The arguments one by one, including those in tuples, and a function that puts them together again.
 
     Lists, dictionaries and other containers stay whole: a function may change them in place.
     """

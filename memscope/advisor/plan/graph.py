@@ -1,4 +1,4 @@
-"""The choices of a chain as a graph, in columns: a state is a block and whether the choice before saves its output."""
+"""The choices of a chain as a graph, in columns: a state is a layer and whether the choice before saves its output."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from memscope.advisor.chain import Chain
+from memscope.advisor.plan.chain import Chain
+from memscope.trace import Ints
 
-__all__ = ["Floats", "Graph", "Ints", "Moves", "Node"]
+__all__ = ["Floats", "Graph", "Moves", "Node"]
 
-Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Node = tuple[int, bool]
-"""Block, and whether the choice before it saves its output. Blocks count on: the head, then the end."""
+"""Layer, and whether the choice before it saves its output. Layers count on: the head, then the end."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,37 +24,37 @@ class Moves:
 
     end: Node
     index: Ints
-    """Place among the choices of the block; 0 for the head."""
+    """Place among the choices of the layer; 0 for the head."""
     kept: Ints
-    """Bytes by which each makes grow what is kept until the backward pass."""
+    """Bytes that each adds to those kept until the backward pass."""
     alive: Ints
-    """Bytes by which each makes grow what is alive until the forward pass ends: kept or held."""
+    """Bytes that each adds to those alive until the forward pass ends: kept or held."""
     forward: Ints
-    """Most bytes while its forward runs, beyond what is alive before."""
+    """Peak while its forward runs, beyond the bytes alive before."""
     backward: Ints
-    """Most bytes while its backward runs, beyond what is kept before."""
+    """Peak while its backward runs, beyond the bytes kept before."""
     nanoseconds: Ints
 
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """Every way through a chain: from the first block to the end, behind the head."""
+    """Every way through a chain: from the first layer to the end, behind the head."""
 
     moves: dict[Node, tuple[Moves, ...]]
-    """By state, in order of the blocks; each state can be reached, and the end from it."""
+    """By state, in order of the layers; each state can be reached, and the end from it."""
     end: Node
     start: Node = (0, False)
 
     @classmethod
     def of(cls, chain: Chain) -> Graph:
-        """The choices of a chain; the head comes as one more, without alternative."""
-        blocks = len(chain.choices)
-        end = (blocks + 1, False)
+        """The choices of a chain; the head is one more choice, without alternative."""
+        layers = len(chain.choices)
+        end = (layers + 1, False)
         moves: dict[Node, tuple[Moves, ...]] = {}
         reached = {cls.start}
-        for node in ((block, saved) for block in range(blocks + 1) for saved in (False, True)):
+        for node in ((layer, saved) for layer in range(layers + 1) for saved in (False, True)):
             if node in reached:
-                moves[node] = _moves(chain, node) if node[0] < blocks else (_head(chain, node, end),)
+                moves[node] = _moves(chain, node) if node[0] < layers else (_head(chain, node, end),)
                 reached.update(group.end for group in moves[node])
         leading = {end}
         for node in reversed(moves):
@@ -65,19 +65,19 @@ class Graph:
 
 
 def _moves(chain: Chain, node: Node) -> tuple[Moves, ...]:
-    block, is_saved = node
-    boundary = chain.boundary_bytes[block]
+    layer, is_saved = node
+    boundary = chain.boundary_bytes[layer]
     columns: dict[Node, list[tuple[int, ...]]] = defaultdict(list)
-    for index, choice in enumerate(chain.choices[block]):
+    for index, choice in enumerate(chain.choices[layer]):
         kept = choice.kept_bytes + (boundary if choice.saves_input or is_saved else 0)
         backward = choice.backward_bytes + (boundary if is_saved and not choice.saves_input else 0)
         row = (index, kept, kept + choice.held_bytes, choice.forward_bytes, backward, choice.nanoseconds)
-        columns[block + choice.length, choice.saves_output].append(row)
+        columns[layer + choice.length, choice.saves_output].append(row)
     return tuple(Moves(end, *np.array(rows, dtype=np.int64).T) for end, rows in columns.items())
 
 
 def _head(chain: Chain, node: Node, end: Node) -> Moves:
-    block, is_saved = node
-    kept = chain.boundary_bytes[block] if is_saved and not chain.head_saves_input else 0
+    layer, is_saved = node
+    kept = chain.boundary_bytes[layer] if is_saved and not chain.head_saves_input else 0
     row = (0, kept, kept, kept + chain.head_forward_bytes, kept + chain.head_backward_bytes, 0)
     return Moves(end, *np.array([row], dtype=np.int64).T)

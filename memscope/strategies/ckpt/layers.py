@@ -1,4 +1,4 @@
-"""Which modules are a model's layers, and which of them a text chooses."""
+"""The modules that are a model's layers, and the layers that a text chooses."""
 
 from __future__ import annotations
 
@@ -12,29 +12,31 @@ from memscope.errors import UsageError, nearest
 __all__ = ["chosen_layers", "find_layers", "named_layers", "planned_layers"]
 
 
-def find_layers(model: nn.Module, blocks: str = "") -> list[nn.Module]:
+def find_layers(model: nn.Module, layer_list: str = "") -> list[nn.Module]:
     """The model's layers in order: the modules of `named_layers`."""
-    return list(named_layers(model, blocks).values())
+    return list(named_layers(model, layer_list).values())
 
 
-def named_layers(model: nn.Module, blocks: str = "") -> dict[str, nn.Module]:
+def named_layers(model: nn.Module, layer_list: str = "") -> dict[str, nn.Module]:
     """The model's layers in order, by their names in the model.
 
     Args:
         model: the model.
-        blocks: name of the list (`nn.ModuleList` or `nn.Sequential`) that holds them; empty: the one with most
-            parameters among those that hold two or more modules of one class.
+        layer_list: name of the list (`nn.ModuleList` or `nn.Sequential`) of layers; empty: the list with the most
+            parameters among lists of two or more modules of one class.
 
     Raises:
-        UsageError: when there is no such list.
+        UsageError: when the model has no such list.
     """
     lists = {name: _items(name, module) for name, module in model.named_modules() if isinstance(module, _LISTS)}
     lists = {name: layers for name, layers in lists.items() if layers}
-    if blocks:
-        if blocks not in lists:
-            hint = nearest(blocks, filter(None, lists))
-            raise UsageError(f'the model has no nn.ModuleList or nn.Sequential "{blocks}" with layers in it: {hint}')
-        return lists[blocks]
+    if layer_list:
+        if layer_list not in lists:
+            hint = nearest(layer_list, filter(None, lists))
+            raise UsageError(
+                f'the model has no nn.ModuleList or nn.Sequential "{layer_list}" with layers in it: {hint}'
+            )
+        return lists[layer_list]
     alike = [layers for layers in lists.values() if len({type(layer) for layer in layers.values()}) == 1]
     layers = max(alike, key=_weight, default={})
     if len(layers) < 2:
@@ -45,9 +47,9 @@ def named_layers(model: nn.Module, blocks: str = "") -> dict[str, nn.Module]:
 
 
 def planned_layers(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
-    """The layers that a plan is about, by name: the whole list that holds those named; of no list, those alone.
+    """The layers of a plan, by name: all modules of the list that the names belong to, or else the named modules.
 
-    Those that are not there are left out.
+    Names that the model does not have are left out.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     parent = next(iter(names)).rpartition(".")[0]
@@ -72,7 +74,7 @@ def chosen_layers(text: str, count: int) -> list[int]:
     """Indices that `all`, `every-2`, `0-15`, `3+7+11` choose out of `count` layers, in order.
 
     Raises:
-        UsageError: when the text is malformed, or names a layer that is not there.
+        UsageError: when the text is malformed, or an index is outside the model.
     """
     chosen: set[int] = set()
     for word in text.split("+"):

@@ -1,7 +1,7 @@
-"""Search for the fastest plan: partial plans, less all that cannot become the best.
+"""Search for the fastest plan among partial plans, called labels.
 
 A label-setting algorithm (Irnich and Desaulniers, "Shortest path problems with resource constraints", in Column
-Generation, Springer 2005), with bounds on what completes a label.
+Generation, Springer 2005), with bounds on the bytes and the time that complete a label.
 """
 
 from __future__ import annotations
@@ -13,30 +13,20 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from memscope.advisor.bounds import TimeBound
-from memscope.advisor.moves import Graph, Ints, Moves, Node
-from memscope.advisor.needs import Needs
+from memscope.advisor.plan.bounds import Needs, TimeBound
+from memscope.advisor.plan.graph import Graph, Moves, Node
+from memscope.trace import Ints
 
-__all__ = ["Labels", "Outcome", "TooManyLabels", "search", "undominated"]
+__all__ = ["Labels", "TooManyLabels", "best_path", "undominated"]
 
 _AT_ONCE = 2**20
-"""Labels tried at once: a matter of memory, not of the result."""
+"""Labels tried at once; this limits memory and does not change the result."""
 _MOST_CANDIDATES = 8
-"""Candidates for each label that may be kept: a matter of memory too."""
+"""Candidates for each label that may be kept; this limits memory too."""
 
 
 class TooManyLabels(Exception):
-    """More partial plans are left than there is room for: many are nearly as good as the best."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a search has found."""
-
-    path: tuple[tuple[int, int], ...] | None
-    """Block, and place among its choices, of every choice; None: nothing was found."""
-    is_complete: bool
-    """Nothing was left out that could be better: the path is the fastest, or there is none within the limit."""
+    """There are too many labels: many plans are nearly as good as the best."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,12 +37,12 @@ class Labels:
     alive: Ints
     nanoseconds: Ints
     before: Ints
-    """Number of the label that each continues; labels are numbered in the order in which they were settled."""
+    """Number of the label that each continues; labels are numbered in the order they are settled."""
     index: Ints
-    """Place of the last choice among those of its block."""
+    """Place of the last choice among those of its layer."""
 
     def at(self, chosen: Ints | npt.NDArray[np.bool_] | slice) -> Labels:
-        """Some of them."""
+        """The chosen labels."""
         return Labels(*(column[chosen] for column in vars(self).values()))
 
     def __len__(self) -> int:
@@ -61,16 +51,20 @@ class Labels:
 
 @dataclass(frozen=True, eq=False)
 class _Settled:
-    """What is left of the labels of a state once they are continued: the way back."""
+    """The way back from the labels of a state that were continued."""
 
-    block: int
+    layer: int
     first: int
     """Number of the first of them."""
     before: Ints
     index: Ints
 
 
-def search(
+Path = tuple[tuple[int, int], ...]
+"""Layer, and place among its choices, of every choice."""
+
+
+def best_path(
     graph: Graph,
     needs: Mapping[Node, Needs],
     bound: TimeBound,
@@ -79,17 +73,19 @@ def search(
     limit_nanoseconds: float,
     width: int | None,
     most_labels: int,
-) -> Outcome:
-    """Look for the fastest plan that fits a budget and takes no longer than a limit.
+) -> tuple[Path | None, bool]:
+    """The fastest plan found that fits a budget and takes no longer than a limit, and whether the search is complete.
+
+    After a complete search, no plan is faster; without a path, no plan fits both budget and limit.
 
     Args:
         graph: the choices.
         needs: bytes needed from each state on.
         bound: time needed from each state on, for this budget.
-        budget_bytes: what no left side of a constraint may exceed.
-        limit_nanoseconds: longer plans are of no interest.
-        width: labels of a state to go on with, those that promise most; None: all.
-        most_labels: labels that a state may have, when all are kept.
+        budget_bytes: limit on the left side of every constraint.
+        limit_nanoseconds: limit on the time of a plan.
+        width: most labels of a state to continue, chosen by their time bounds; None: all.
+        most_labels: most labels of a state when all are continued.
 
     Raises:
         TooManyLabels: when a state has more.
@@ -101,25 +97,25 @@ def search(
     for node, groups in graph.moves.items():
         labels = undominated(waiting.pop(node, []), most_labels)
         if width is not None and len(labels) > width:
-            promise = labels.nanoseconds + bound.at(node, labels.kept, labels.alive)
+            promise = labels.nanoseconds + bound.at(node, labels.alive)
             labels, is_complete = labels.at(np.sort(np.argsort(promise, kind="stable")[:width])), False
         elif len(labels) > most_labels:
             raise TooManyLabels
         for moves in groups:
             for longer in _continued(labels, count, moves, budget_bytes):
                 found = longer.at(needs[moves.end].are_met(longer.kept, longer.alive, budget_bytes))
-                promise = found.nanoseconds + bound.at(moves.end, found.kept, found.alive)
+                promise = found.nanoseconds + bound.at(moves.end, found.alive)
                 waiting[moves.end].append(found.at(promise <= limit_nanoseconds + bound.error))
         settled.append(_Settled(node[0], count, labels.before, labels.index))
         count += len(labels)
     last = undominated(waiting[graph.end], most_labels)
     if not len(last):
-        return Outcome(None, is_complete)
-    return Outcome(_path(settled, int(last.before[np.argmin(last.nanoseconds)])), is_complete)
+        return None, is_complete
+    return _path(settled, int(last.before[np.argmin(last.nanoseconds)])), is_complete
 
 
 def _continued(labels: Labels, first: int, moves: Moves, budget_bytes: int) -> Iterator[Labels]:
-    """Every label with every choice that fits, some at a time."""
+    """Every label with every choice that fits, in parts."""
     step = max(1, _AT_ONCE // len(moves.index))
     for start in range(0, len(labels), step):
         part = labels.at(slice(start, start + step))
@@ -135,22 +131,22 @@ def _continued(labels: Labels, first: int, moves: Moves, budget_bytes: int) -> I
         )
 
 
-def _path(settled: list[_Settled], number: int) -> tuple[tuple[int, int], ...]:
-    """The choices of a label in front of the head: back from it to the start."""
+def _path(settled: list[_Settled], number: int) -> Path:
+    """The choices that lead from the start to a label in front of the head."""
     path: list[tuple[int, int]] = []
     index = -1
     for state in reversed(settled):
         row = number - state.first
         if 0 <= row < len(state.before):
-            path.append((state.block, index))
+            path.append((state.layer, index))
             number, index = int(state.before[row]), int(state.index[row])
-            if state.block == 0:
+            if state.layer == 0:
                 break
     return tuple(reversed(path[1:]))
 
 
 def undominated(parts: list[Labels], most_labels: int) -> Labels:
-    """The labels that no other beats in what is kept, what is alive and time; one of those that are equal.
+    """The labels that no other label beats in bytes kept, bytes alive and time; one of equal labels.
 
     Raises:
         TooManyLabels: when there are many times `most_labels` to begin with.
@@ -175,10 +171,10 @@ def undominated(parts: list[Labels], most_labels: int) -> Labels:
 
 
 def _dominated(labels: Labels) -> npt.NDArray[np.bool_]:
-    """Which labels an earlier one equals or beats, if they are sorted by what is kept, then by what is alive.
+    """Which labels an earlier label equals or beats, when they are sorted by bytes kept, then by bytes alive.
 
-    One in the upper half of a range can be beaten from its lower half in the two other columns. So pairs, fours, eights
-    and so on are gone through, all ranges of a size at once.
+    A label in the upper half of a range can be beaten from the lower half in the two other columns. So ranges of two,
+    four, eight and so on are compared, all ranges of one size at once.
     """
     count = len(labels)
     by_alive = np.argsort(labels.alive, kind="stable")

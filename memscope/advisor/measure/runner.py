@@ -1,4 +1,4 @@
-"""Simulations that the advisor asks for, one after the other or side by side."""
+"""The advisor's simulations, run one after the other or in parallel."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from memscope.allocator.settings import AllocatorSettings
 from memscope.errors import MemscopeError, TargetError
 from memscope.runs.processes import cores, interrupts_held, pool
 from memscope.simulation.devices.catalogue import Device, get_device, load_devices
-from memscope.strategies.layer_plan import LayerPlan
+from memscope.strategies.ckpt import LayerPlan
 from memscope.trace import Trace
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from memscope.workload.micro_batches import MicroBatch
 
 __all__ = [
-    "Answer", "Asker", "InProcess", "Probe", "Progress", "Runner", "Scene", "Seen", "require", "side_by_side",
-    "telling",
+    "Answer", "Asker", "InProcess", "Probe", "Progress", "Runner", "Scene", "Seen", "deciding_indices",
+    "require", "side_by_side",
 ]  # fmt: skip
 
 
@@ -35,49 +35,49 @@ class Probe:
     strategies: str = ""
     """Plan to apply, without checkpointing."""
     layers: LayerPlan | None = None
-    """Which blocks to checkpoint, and how."""
+    """The option of each layer; None: nothing is checkpointed."""
     calls_of: tuple[str, ...] = ()
-    """Modules whose calls are noted."""
+    """Modules whose calls are recorded."""
     steps: int = 2
     whole: bool = True
-    """Run every micro-batch of the last step; otherwise only the telling ones."""
+    """Run every micro-batch of the last step, rather than those of `deciding_indices`."""
     capacity_bytes: int | None = None
-    """Memory of the device, where it is not to be the scene's."""
+    """Memory of the device; None: as the device has it."""
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What tells it from others."""
+        """Equal for equal probes."""
         layers = tuple(self.layers.layers.items()) if self.layers else ()
         return self.strategies, layers, self.calls_of, self.steps, self.whole, self.capacity_bytes
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A probe's trace, and what its micro-batches stand for."""
+    """The trace of a probe, and the micro-batches it stands for."""
 
     trace: Trace
     indices: tuple[int, ...]
-    """Which of the last step's micro-batches were run."""
+    """The micro-batches of the last step that were run."""
     elements: tuple[int, ...]
-    """Elements of the tensors of each of them."""
+    """Elements of the tensors of each."""
     elements_of_step: int
-    """The same of the whole step."""
+    """Elements of all micro-batches of the step."""
 
     @property
     def scale(self) -> float:
-        """How much more work the whole step is than the micro-batches that were run."""
+        """Work of the whole step over that of the micro-batches that were run."""
         return self.elements_of_step / sum(self.elements)
 
 
 Answer = Seen | MemscopeError
-"""An error of a probe is an answer: a strategy may not apply to the workload, and the search goes on."""
+"""An error is an answer too: a strategy may not apply to the workload, and the search continues."""
 
 
 def require(answer: Answer) -> Seen:
-    """What a probe saw.
+    """The result of a probe.
 
     Raises:
-        MemscopeError: when it is an error.
+        MemscopeError: when the answer is an error.
     """
     if isinstance(answer, MemscopeError):
         raise answer
@@ -85,11 +85,11 @@ def require(answer: Answer) -> Seen:
 
 
 class Runner(Protocol):
-    """Carries out probes."""
+    """Runs probes."""
 
     @property
     def width(self) -> int:
-        """How many it carries out at a time."""
+        """Probes that run at a time."""
         ...
 
     def run(self, probes: Sequence[Probe], done: Callable[[], None] = lambda: None) -> list[Answer]:
@@ -98,12 +98,12 @@ class Runner(Protocol):
 
 
 Progress = Callable[[str, int, int], None]
-"""`progress(what is going on, simulations done, simulations known to be needed)`."""
+"""`progress(activity, simulations done, simulations known to be needed)`."""
 
 
 @dataclass
 class Asker:
-    """Asks a runner, and tells how far it is. What was asked before is known."""
+    """Asks a runner, reports progress, and remembers answers."""
 
     runner: Runner
     progress: Progress
@@ -111,7 +111,7 @@ class Asker:
     known: dict[tuple[object, ...], Answer] = field(default_factory=dict)
 
     def __call__(self, what: str, probes: Sequence[Probe]) -> list[Answer]:
-        """The answers to probes that are run for `what`."""
+        """The answers to probes; `what` describes them for the progress."""
         new = {probe.key: probe for probe in probes if probe.key not in self.known}
         needed = self.done + len(new)
         self.progress(what, self.done, needed)
@@ -127,10 +127,10 @@ class Asker:
 
 @dataclass(frozen=True)
 class InProcess:
-    """Probes one after the other, of any workload."""
+    """Runs probes one after the other, for any workload."""
 
     workload: Workload | Callable[[], Workload]
-    """What is simulated, as `memscope.simulate` takes it."""
+    """As for `memscope.simulate`."""
     device: Device
     allocator: AllocatorSettings | None = None
     width: ClassVar[int] = 1
@@ -146,7 +146,7 @@ class InProcess:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is advised on, as text that a fresh process can start from."""
+    """The workload and device to advise on, as text that a new process can start from."""
 
     target: str
     preset: str | None
@@ -154,7 +154,7 @@ class Scene:
     device: str
     device_file: Path | None = None
     allocator: str | None = None
-    """Settings of PyTorch's allocator, as PYTORCH_CUDA_ALLOC_CONF has them; None: those of the environment."""
+    """Settings of PyTorch's allocator, as in PYTORCH_CUDA_ALLOC_CONF; None: those of the environment."""
 
     def build(self) -> Workload:
         """The target's workload."""
@@ -173,7 +173,7 @@ class Scene:
 
 @contextlib.contextmanager
 def side_by_side(scene: Scene) -> Iterator[Runner]:
-    """A runner with a process for every core; they end with the context."""
+    """A runner with one process per core; the processes end with the context."""
     width = cores()
     with pool(width, _begin, scene) as workers:
         yield _Pool(workers, width)
@@ -192,15 +192,13 @@ class _Pool:
                 done()
             return [future.result() for future in futures]
         except BrokenProcessPool:
-            raise TargetError(
-                "a simulation ended without a word: its process was killed, most likely for want of host memory"
-            ) from None
+            raise TargetError("a worker process was killed, probably out of host memory") from None
 
 
-def telling(elements: Sequence[int]) -> list[int]:
+def deciding_indices(elements: Sequence[int]) -> list[int]:
     """Indices of the micro-batches that decide a step's peak, by the elements of their tensors.
 
-    They are the first one, the largest, and the largest of those that meet the gradients of others.
+    These are the first, the largest, and the largest of those after the first, which meet gradients.
     """
     later = _largest(elements, first=1) if len(elements) > 1 else 0
     return sorted({0, _largest(elements), later})
@@ -230,9 +228,9 @@ def _answer(
 
     def chosen(pieces: list[MicroBatch]) -> list[MicroBatch]:
         elements[:] = [_elements(piece) for piece in pieces]
-        if next(steps) < probe.steps - 1:  # a step before is there for the optimizer's state
+        if next(steps) < probe.steps - 1:  # earlier steps only create the optimizer state
             return [pieces[_largest(elements)]]
-        indices[:] = range(len(pieces)) if probe.whole else telling(elements)
+        indices[:] = range(len(pieces)) if probe.whole else deciding_indices(elements)
         return [pieces[index] for index in indices]
 
     try:
@@ -254,7 +252,7 @@ def _answer(
 
 
 _in_process: InProcess | None = None
-"""What a process of a pool works on; set once in each."""
+"""Runs the probes of a worker process; set once in each."""
 
 
 def _begin(scene: Scene) -> None:
@@ -263,7 +261,7 @@ def _begin(scene: Scene) -> None:
     global _in_process
     torch.set_num_threads(1)
     _in_process = scene.in_process()
-    gc.freeze()  # what is there now stays: no use in looking through it time and again
+    gc.freeze()  # these objects stay: the collector need not look at them again
 
 
 def _in_child(probe: Probe) -> Answer:

@@ -1,6 +1,6 @@
-"""Chains like LLaMA2-7B's, to plan checkpoints for. Sizes follow from shapes; times are assumed, not measured.
+"""Chains of layers like LLaMA2-7B's. Sizes follow from shapes; times are assumed, not measured.
 
-A block in bfloat16, one sequence of 2048 tokens: `[1, 2048, 4096]`, and `[1, 2048, 11008]` in the feed-forward. Kernels
+A layer in bfloat16, one sequence of 2048 tokens: `[1, 2048, 4096]`, and `[1, 2048, 11008]` in the feed-forward. Kernels
 are taken to do 150 TFLOP/s and 1.2 TB/s, about half of what an A100 can.
 """
 
@@ -11,13 +11,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from memscope.advisor.planner import Chain, Choice
+from memscope.advisor.plan.planner import Chain, Choice
 
-__all__ = ["OPERATORS", "UNIT", "Operator", "block_choices", "chain_of", "greedy_order", "keeping", "varied_blocks"]
+__all__ = [
+    "OPERATORS",
+    "UNIT",
+    "Op",
+    "chain_of",
+    "greedy_order",
+    "keeping",
+    "layer_choices",
+    "varied_layers",
+]
 
 TOKENS, DIM, HIDDEN = 2048, 4096, 11008
 UNIT = TOKENS * DIM * 2
-"""Bytes of a hidden state, the boundary between blocks."""
+"""Bytes of a hidden state, the boundary between layers."""
 _WIDE = TOKENS * HIDDEN * 2
 _PER_FLOP, _PER_BYTE = 1e9 / 150e12, 1e9 / 1.2e12
 STATIC_BYTES = 14 * 10**9
@@ -25,27 +34,27 @@ STATIC_BYTES = 14 * 10**9
 
 
 @dataclass(frozen=True)
-class Operator:
-    """One operator of a block, whose result can be kept or computed again."""
+class Op:
+    """One operator of a layer, whose result can be kept or recomputed."""
 
     name: str
     size_bytes: int
     nanoseconds: int
 
 
-def _linear(name: str, inputs: int, outputs: int) -> Operator:
-    return Operator(name, TOKENS * outputs * 2, round(2 * TOKENS * inputs * outputs * _PER_FLOP))
+def _linear(name: str, inputs: int, outputs: int) -> Op:
+    return Op(name, TOKENS * outputs * 2, round(2 * TOKENS * inputs * outputs * _PER_FLOP))
 
 
-def _elementwise(name: str, size_bytes: int, operands: int) -> Operator:
-    return Operator(name, size_bytes, round(size_bytes * operands * _PER_BYTE))
+def _elementwise(name: str, size_bytes: int, operands: int) -> Op:
+    return Op(name, size_bytes, round(size_bytes * operands * _PER_BYTE))
 
 
 OPERATORS = (
     _elementwise("norm1", UNIT, 2),
     _linear("q", DIM, DIM), _linear("k", DIM, DIM), _linear("v", DIM, DIM),
     _elementwise("rotary", 2 * UNIT, 3),
-    Operator("attention", UNIT + TOKENS * 32 * 4, round(2 * TOKENS * TOKENS * DIM * _PER_FLOP)),  # causal: half of all
+    Op("attention", UNIT + TOKENS * 32 * 4, round(2 * TOKENS * TOKENS * DIM * _PER_FLOP)),  # causal: half of all
     _linear("o", DIM, DIM),
     _elementwise("residual", UNIT, 3),
     _elementwise("norm2", UNIT, 2),
@@ -57,18 +66,18 @@ _NOT_SAVED = {"q", "k", "o"}
 """Results that autograd itself does not save: their consumers are linear."""
 
 
-def greedy_order(operators: Sequence[Operator]) -> list[Operator]:
-    """Most bytes for a nanosecond first: what to compute again first (sac_estimator.py of PyTorch 2.13, MSPS)."""
+def greedy_order(operators: Sequence[Op]) -> list[Op]:
+    """Operators by bytes a nanosecond, to be recomputed in this order (MSPS in PyTorch 2.13's sac_estimator.py)."""
     return sorted(operators, key=lambda operator: -operator.size_bytes / operator.nanoseconds)
 
 
-def saved_bytes(operators: Iterable[Operator]) -> int:
-    """What autograd saves without any checkpointing."""
+def saved_bytes(operators: Iterable[Op]) -> int:
+    """Bytes that autograd saves without checkpointing."""
     return sum(operator.size_bytes for operator in operators if operator.name not in _NOT_SAVED)
 
 
-def keeping(name: str, kept: Sequence[Operator], operators: Sequence[Operator], block: int, blocks: int) -> Choice:
-    """A checkpointed block that keeps some results."""
+def keeping(name: str, kept: Sequence[Op], operators: Sequence[Op], layer: int, layers: int) -> Choice:
+    """A checkpointed layer that keeps some results."""
     kept_bytes = sum(operator.size_bytes for operator in kept)
     again = sum(operator.nanoseconds for operator in operators) - sum(operator.nanoseconds for operator in kept)
     return Choice(
@@ -77,23 +86,23 @@ def keeping(name: str, kept: Sequence[Operator], operators: Sequence[Operator], 
         kept_bytes=kept_bytes,
         held_bytes=0,
         forward_bytes=STATIC_BYTES + UNIT + max(kept_bytes, 4 * _WIDE) + UNIT,
-        backward_bytes=STATIC_BYTES + saved_bytes(operators) + UNIT + 3 * _WIDE + (blocks - block) * 10**6,
+        backward_bytes=STATIC_BYTES + saved_bytes(operators) + UNIT + 3 * _WIDE + (layers - layer) * 10**6,
         nanoseconds=again,
         saves_input=True,
         saves_output=False,
     )
 
 
-def block_choices(operators: Sequence[Operator], block: int, blocks: int, segments: Sequence[int]) -> list[Choice]:
+def layer_choices(operators: Sequence[Op], layer: int, layers: int, segments: Sequence[int]) -> list[Choice]:
     """Twelve options: none, full, and ten that keep more and more of the results; and segments."""
     order = greedy_order(operators)
-    full = keeping("full", [], operators, block, blocks)
+    full = keeping("full", [], operators, layer, layers)
     everything = saved_bytes(operators)
     local = STATIC_BYTES + UNIT + everything + UNIT
     choices = [Choice("none", 1, everything, 0, local, full.backward_bytes, 0, True, False), full]
-    choices += [keeping(f"save:{count}", order[-count:], operators, block, blocks) for count in range(1, 11)]
+    choices += [keeping(f"save:{count}", order[-count:], operators, layer, layers) for count in range(1, 11)]
     for length in segments:
-        if block + length <= blocks:
+        if layer + length <= layers:
             more = (length - 1) * (everything + UNIT)
             choices.append(
                 Choice(f"full:{length}", length, 0, 0, full.forward_bytes, full.backward_bytes + more,
@@ -102,13 +111,13 @@ def block_choices(operators: Sequence[Operator], block: int, blocks: int, segmen
     return choices
 
 
-def chain_of(blocks: Sequence[Sequence[Operator]], segments: Sequence[int] = ()) -> Chain:
-    """Blocks with these operators, and a head with 32000 logits a token in float32."""
+def chain_of(layers: Sequence[Sequence[Op]], segments: Sequence[int] = ()) -> Chain:
+    """Layers with these operators, and a head with 32000 logits a token in float32."""
     logits = TOKENS * 32000 * 4
-    choices = [tuple(block_choices(operators, i, len(blocks), segments)) for i, operators in enumerate(blocks)]
+    choices = [tuple(layer_choices(operators, i, len(layers), segments)) for i, operators in enumerate(layers)]
     return Chain(
         tuple(choices),
-        (UNIT,) * (len(blocks) + 1),
+        (UNIT,) * (len(layers) + 1),
         STATIC_BYTES + 2 * logits,
         STATIC_BYTES + 3 * logits,
         True,
@@ -116,14 +125,12 @@ def chain_of(blocks: Sequence[Sequence[Operator]], segments: Sequence[int] = ())
     )
 
 
-def varied_blocks(count: int, seed: int = 7) -> list[list[Operator]]:
-    """Blocks of which no two are alike: sizes and times differ by up to a third."""
+def varied_layers(count: int, seed: int = 7) -> list[list[Op]]:
+    """Layers of which no two are alike: sizes and times differ by up to a third."""
     rng = np.random.default_rng(seed)
 
-    def varied(operator: Operator) -> Operator:
+    def varied(operator: Op) -> Op:
         size, time = rng.uniform(2 / 3, 4 / 3, size=2)
-        return Operator(
-            operator.name, round(operator.size_bytes * size / 512) * 512, round(operator.nanoseconds * time)
-        )
+        return Op(operator.name, round(operator.size_bytes * size / 512) * 512, round(operator.nanoseconds * time))
 
     return [[varied(operator) for operator in OPERATORS] for _ in range(count)]

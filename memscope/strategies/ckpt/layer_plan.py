@@ -1,7 +1,7 @@
-"""Which option each layer of a model takes, as a value and as a file that can be read and written by hand.
+"""Checkpoint plans: an option for each layer of a model, as a value and as a file that people can read and write.
 
 The file is JSON: `{"format": "memscope-checkpoint-plan", "schema_version": 1, "layers": {"layers.0": "none", …},
-"made_for": {…}}`. The options are those of `memscope.strategies.ckpt_options`.
+"made_for": {…}}`. The options are those of `memscope.strategies.ckpt.options`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import nn
 
 from memscope.errors import UsageError
 from memscope.strategies import Problem
-from memscope.strategies.ckpt_options import Option, check_segments
+from memscope.strategies.ckpt.options import Option, check_segments
 from memscope.trace import write_whole
 from memscope.workload.description import Workload
 
@@ -32,13 +32,13 @@ class LayerPlan:
     """Options of a model's layers.
 
     Raises:
-        UsageError: when there is no layer, an option is unknown, or checkpoints over several layers do not add up.
+        UsageError: when there is no layer, an option is unknown, or segments are inconsistent.
     """
 
     layers: Mapping[str, str]
     """Option of each layer, by its name in the model, in order."""
     made_for: Mapping[str, Any] = field(default_factory=dict)
-    """What the plan was made for: `target`, `settings`, `strategies`, `device`, and `model` as `described` gives it."""
+    """Origin of the plan: `target`, `settings`, `strategies`, `device`, and `model` as returned by `described`."""
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -52,7 +52,7 @@ class LayerPlan:
 
     @property
     def options(self) -> dict[str, Option]:
-        """The options, read."""
+        """The parsed options."""
         options = {}
         for name, text in self.layers.items():
             try:
@@ -105,10 +105,10 @@ class LayerPlan:
             raise UsageError(f"{path}: {error}") from None
 
     def check(self, model: nn.Module, layers: Iterable[str]) -> list[Problem]:
-        """Everything that says the plan is for another model.
+        """Every sign that the plan was made for another model.
 
         Args:
-            model: the model, which no strategy has changed yet.
+            model: the model before any strategy is applied.
             layers: names of its layers, in order.
         """
         found = list(layers)
@@ -124,13 +124,13 @@ class LayerPlan:
             for key, what in (("class", "is a"), ("parameters", "has parameters in number:"))
             if key in made_for and made_for[key] != model_has[key]
         ]
-        if "blocks" in made_for and not missing and not more and made_for["blocks"] != model_has["blocks"]:
+        if "layers" in made_for and not missing and not more and made_for["layers"] != model_has["layers"]:
             differences.append(f"has layers of the classes {_classes(model_has)}, not {_classes(made_for)}")
         fix = "make one for this model with memscope advise"
         return [Problem(f"the checkpoint plan is for another model: this one {text}", fix) for text in differences]
 
     def other_settings(self, settings: Mapping[str, Any]) -> list[str]:
-        """Settings that are not what the plan was made for, each as `seq_len is 1024, not 2048`."""
+        """Settings that differ from those of the plan's origin, each as `seq_len is 1024, not 2048`."""
         made_for = self.made_for.get("settings", {})
         return [
             f"{key} is {settings[key]}, not {value}"
@@ -143,7 +143,7 @@ _EXPECTED = "expected a file written by memscope advise"
 
 
 def made_for(workload: Workload, layers: Iterable[str], strategies: Sequence[str], device: str) -> dict[str, Any]:
-    """What a plan keeps of the workload it was made for, which no strategy has changed yet."""
+    """The origin that a plan records, from a workload before any strategy is applied."""
     return {
         "target": workload.name,
         "settings": workload.settings,
@@ -154,16 +154,16 @@ def made_for(workload: Workload, layers: Iterable[str], strategies: Sequence[str
 
 
 def described(model: nn.Module, layers: Iterable[str]) -> dict[str, Any]:
-    """What tells a model from another: its class, its number of parameters and the classes of its layers."""
+    """Identifies a model: its class, its number of parameters and the classes of its layers."""
     return {
         "class": type(model).__name__,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "blocks": [type(model.get_submodule(name)).__name__ for name in layers],
+        "layers": [type(model.get_submodule(name)).__name__ for name in layers],
     }
 
 
 def _parts(content: Any) -> tuple[dict[str, str], dict[str, Any]]:
-    """Layers and made_for of a file's content."""
+    """The fields `layers` and `made_for` of a file."""
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise UsageError(f'not a checkpoint plan: it does not say "format": "{_FORMAT}"; {_EXPECTED}')
     version = content.get("schema_version")
@@ -194,4 +194,4 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _classes(model: Mapping[str, Any]) -> str:
-    return " and ".join(dict.fromkeys(map(str, model["blocks"])))
+    return " and ".join(dict.fromkeys(map(str, model["layers"])))

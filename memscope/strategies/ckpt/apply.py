@@ -1,4 +1,4 @@
-"""Put options of `ckpt_options` into effect on a model's layers."""
+"""Apply the options of a checkpoint plan to a model's layers."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from collections.abc import Iterator, Mapping
 from torch import nn
 
 from memscope.errors import UsageError, nearest
-from memscope.strategies.ckpt_offload import Offloaded
-from memscope.strategies.ckpt_operators import why_not_kept
-from memscope.strategies.ckpt_options import Option
-from memscope.strategies.ckpt_recompute import Recomputed
-from memscope.strategies.ckpt_save import checkpoint_all_but
-from memscope.strategies.ckpt_segment import checkpoint_together
+from memscope.strategies.ckpt.offload import Offloaded
+from memscope.strategies.ckpt.operators import why_not_kept
+from memscope.strategies.ckpt.options import Option
+from memscope.strategies.ckpt.recompute import Recomputed
+from memscope.strategies.ckpt.save import checkpoint_all_but
+from memscope.strategies.ckpt.segment import checkpoint_together
 
 __all__ = ["apply_options"]
 
 
 def apply_options(layers: Mapping[str, nn.Module], options: Mapping[str, Option]) -> None:
-    """Wrap the layers' forwards as their options say; modules, their names and the state dict stay as they are.
+    """Wrap the layers' forwards as their options say; modules, names and the state dict stay unchanged.
 
     Args:
         layers: the model's layers in order, by name.
         options: the option of each of them.
 
     Raises:
-        UsageError: with everything that stands against it, before anything is changed.
+        UsageError: with every problem, before anything is changed.
     """
     wrong = [problem for name, option in options.items() for problem in _problems(name, layers[name], option)]
     wrong += _disagreements(layers, options)
@@ -41,7 +41,7 @@ def apply_options(layers: Mapping[str, nn.Module], options: Mapping[str, Option]
 
 
 def _apply(layers: Mapping[str, nn.Module], option: Option, done: set[int]) -> None:
-    """Apply an option to its layer, the first; the others are those that its checkpoint covers besides."""
+    """Apply an option to the first layer; its checkpoint also covers the others."""
     name, layer = next(iter(layers.items()))
     if option.kind == "full" and option.length > 1:
         checkpoint_together(layers)
@@ -59,7 +59,7 @@ def _apply(layers: Mapping[str, nn.Module], option: Option, done: set[int]) -> N
 
 
 def _callable(module: nn.Module) -> Iterator[nn.Module]:
-    """The module, or, of a list that is never called itself, its modules."""
+    """The module itself, or the modules of a list, which is never called itself."""
     if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
         for child in module.children():
             yield from _callable(child)
@@ -86,7 +86,7 @@ def _problems(name: str, layer: nn.Module, option: Option) -> Iterator[str]:
 
 
 def _disagreements(layers: Mapping[str, nn.Module], options: Mapping[str, Option]) -> Iterator[str]:
-    """A module that is several layers of the model has one forward, and so one option."""
+    """A module that serves as several layers has one forward, and so one option."""
     places: dict[int, list[str]] = {}
     for name, layer in layers.items():
         places.setdefault(id(layer), []).append(name)

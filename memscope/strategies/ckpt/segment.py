@@ -1,8 +1,8 @@
-"""One checkpoint over several layers in a row: only the first one's input is kept.
+"""One checkpoint over several consecutive layers, which keeps only the input of the first.
 
-The model goes on calling its layers one by one. The first of a segment runs them all; each of the others passes on what
-it is given, which is right as long as the model hands every layer what the one before returned, and the same besides.
-That is checked at each call.
+The model still calls its layers one by one. The first layer of a segment runs all of them; each of the others returns
+its input. That is correct if every layer gets the result of the layer before and the same other arguments, which each
+call checks.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from memscope.errors import UsageError
-from memscope.strategies.ckpt_recompute import flatten, run_checkpointed
+from memscope.strategies.ckpt.recompute import flatten, run_checkpointed
 
 __all__ = ["checkpoint_together"]
 
 
 def checkpoint_together(layers: Mapping[str, nn.Module]) -> None:
-    """Wrap the forwards of layers that follow one another, by name, so that one checkpoint covers them."""
+    """Wrap the forwards of consecutive layers, given by name, so that one checkpoint covers them."""
     segment = _Segment(tuple(layers), tuple(layers.values()))
     for index, layer in enumerate(layers.values()):
         layer.forward = _Member(segment, index, layer.forward)
@@ -30,15 +30,15 @@ def checkpoint_together(layers: Mapping[str, nn.Module]) -> None:
 
 @dataclass
 class _Passing:
-    """What the layers after the first are expected to be given, between their calls."""
+    """The arguments expected by the layers after the first, between their calls."""
 
     result: weakref.ref[Tensor]
     rest: tuple[Any, ...] | None
-    """What a layer returns besides, if it returns a tuple; None: it returns the tensor alone."""
+    """The rest of the tuple that a layer returns; None: it returns the tensor alone."""
     others: list[Any]
-    """The arguments besides."""
+    """The other arguments."""
     index: int
-    """The layer to be called next."""
+    """Index of the layer to be called next."""
 
 
 class _Segment:
@@ -50,7 +50,7 @@ class _Segment:
         self.passing: _Passing | None = None
 
     def run(self, args: Any, kwargs: Any) -> Any:
-        """The forwards of all layers, inside one checkpoint; gives what the last one returns."""
+        """Run the forwards of all layers inside one checkpoint; returns the result of the last one."""
         leaves, _ = flatten((args, kwargs))
         result = run_checkpointed(self._run, (args, kwargs))
         rest = result[1:] if isinstance(result, tuple) else None
@@ -69,7 +69,7 @@ class _Segment:
             self.is_running = outer
 
     def pass_on(self, index: int, args: Any, kwargs: Any) -> Any:
-        """What layer `index` returns, given what the segment has returned."""
+        """The result of layer `index`, whose input is the result of the segment."""
         name, before, passing = self.names[index], self.names[index - 1], self.passing
         if passing is None or passing.index != index:
             raise UsageError(

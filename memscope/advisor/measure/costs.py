@@ -1,8 +1,8 @@
-"""What every option costs on every block: bytes and time, from simulated steps of the whole model.
+"""The cost of every option on every layer, in bytes and time, from simulated steps of the whole model.
 
-A block is measured where it lives, with the strategies applied that change what it saves, between neighbours that are
-checkpointed as a whole: these keep their input and nothing else, so that what is alive besides is the block's own. One
-simulation holds many options at once, on blocks that are alike.
+Each layer is measured in its place in the model, with the strategies applied, between neighbours that are checkpointed
+as a whole. Such a neighbour keeps its input and nothing else, so all other bytes belong to the layer. One simulation
+measures many options at once, each on another of several layers that are alike.
 """
 
 from __future__ import annotations
@@ -11,39 +11,40 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from memscope.advisor.chain import Chain, Choice
-from memscope.advisor.options import Call, saving_options
-from memscope.advisor.probe import BlockSeen, ChainSeen, rounded
-from memscope.advisor.reference import Reference, groups_of, layer_plan, outside_bytes, uniform
-from memscope.advisor.runner import Answer, Probe, Seen, require
+from memscope.advisor.measure.options import saving_options
+from memscope.advisor.measure.probe import ChainSeen, LayerSeen, rounded
+from memscope.advisor.measure.reference import Reference, groups_of, layer_plan, outside_bytes, uniform
+from memscope.advisor.measure.runner import Answer, Probe, Seen, require
+from memscope.advisor.plan.chain import Chain, Choice
 from memscope.analysis.cost import operator_costs
 from memscope.simulation.devices.catalogue import Device
 from memscope.simulation.devices.cost import transfer_seconds
-from memscope.strategies.layer_plan import LayerPlan
+from memscope.strategies.ckpt import LayerPlan
+from memscope.strategies.ckpt.options import Call
 from memscope.trace import PHASES
 
-__all__ = ["BlockCosts", "measure"]
+__all__ = ["LayerCosts", "measure"]
 
 _SEGMENTS = (2, 4)
-"""Blocks that one checkpoint may cover."""
+"""Layers that one checkpoint may cover."""
 _RARE = 0.1
-"""Share of all blocks under which a class of them gets fewer options: each takes a simulation of its own."""
+"""A class with a smaller share of all layers gets fewer options, because each takes a simulation of its own."""
 Kind = tuple[int, ...]
-"""Classes of alike blocks that an option covers, one a block."""
+"""The class of each layer that an option covers; layers of one class are alike."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One option on one kind of block, in each of the micro-batches that decide."""
+    """One option on one kind of layer, in each deciding micro-batch."""
 
-    seen: tuple[BlockSeen, ...]
+    seen: tuple[LayerSeen, ...]
     seconds: float
-    """Of one step: forward, recomputation and backward of the block, over all its micro-batches. An estimate."""
+    """Of the layer's forward, recomputation and backward in one step, over all micro-batches. An estimate."""
 
 
 @dataclass(frozen=True)
 class _Around:
-    """What a step takes outside its blocks, in bytes; fields as in `Chain`."""
+    """Bytes outside the layers; fields as in `Chain`."""
 
     head_forward_bytes: int
     head_backward_bytes: int
@@ -52,7 +53,7 @@ class _Around:
 
     @classmethod
     def of(cls, seen: Seen, plan: LayerPlan, chains: Sequence[ChainSeen]) -> _Around:
-        """Read from the chains of a probe, and from the whole of its trace."""
+        """Read the bytes from the chains and the trace of a probe."""
         return cls(
             head_forward_bytes=max(chain.head_forward_bytes for chain in chains),
             head_backward_bytes=max(chain.head_backward_bytes for chain in chains),
@@ -62,21 +63,21 @@ class _Around:
 
 
 @dataclass(frozen=True)
-class BlockCosts:
-    """Every option measured, by the kind of blocks it covers."""
+class LayerCosts:
+    """The measured options, by the kind of layers each covers."""
 
     reference: Reference
     measured: Mapping[tuple[Kind, str], Measured]
     settled: Mapping[tuple[int, str], Choice] = field(default_factory=dict)
-    """Choices read from a plan that was simulated as a whole: they are exact where it is that plan."""
+    """Choices read from a plan that was simulated as a whole; exact for that plan."""
     around: _Around | None = None
-    """What lies around the blocks, read from such a plan."""
+    """Bytes outside the layers, read from such a plan."""
 
     def chain(self) -> Chain:
-        """The choices as the planner takes them; the most of the micro-batches that decide."""
+        """The choices for the planner: the largest figures of all deciding micro-batches."""
         reference, classes = self.reference, self.reference.classes
         full = reference.full_chains
-        around = self.around or _Around.of(reference.full, uniform(reference.blocks.names, "full"), full)
+        around = self.around or _Around.of(reference.full, uniform(reference.layers.names, "full"), full)
         by_kind: dict[Kind, list[str]] = defaultdict(list)
         for kind, option in self.measured:
             by_kind[kind].append(option)
@@ -90,7 +91,7 @@ class BlockCosts:
             )
             for start in range(len(classes))
         ]
-        inputs = [[block.input_bytes for block in chain.blocks] + [chain.output_bytes] for chain in full]
+        inputs = [[layer.input_bytes for layer in chain.layers] + [chain.output_bytes] for chain in full]
         return Chain(
             choices=tuple(choices),
             boundary_bytes=tuple(map(max, zip(*inputs, strict=True))),
@@ -110,9 +111,9 @@ class BlockCosts:
             length=len(kind),
             kept_bytes=max(seen.kept_bytes for seen in found.seen),
             held_bytes=max(seen.held_bytes for seen in found.seen),
-            forward_bytes=max(c.blocks[start].forward_base_bytes + seen.forward_rise_bytes for seen, c in pairs),
+            forward_bytes=max(c.layers[start].forward_base_bytes + seen.forward_rise_bytes for seen, c in pairs),
             backward_bytes=max(
-                c.blocks[start + len(kind) - 1].backward_base_bytes + seen.backward_rise_bytes for seen, c in pairs
+                c.layers[start + len(kind) - 1].backward_base_bytes + seen.backward_rise_bytes for seen, c in pairs
             ),
             nanoseconds=max(0, round(1e9 * (found.seconds - plain))),
             saves_input=any(seen.keeps_input for seen in found.seen),
@@ -120,58 +121,58 @@ class BlockCosts:
         )
 
     def _saves_output(self, kind: Kind, option: str) -> bool:
-        """Whether its graph holds its output: seen where it meets a neighbour that does not keep its own input.
+        """Whether the option's graph keeps its output, as seen where the next layer does not keep its own input.
 
-        A checkpoint around a whole block keeps no output. Where only some of a block is recomputed, its end is as it
-        was without.
+        A checkpoint around a whole layer keeps no output. A checkpoint around a part of a layer leaves its end as it
+        was.
         """
         if option.startswith(("full", "save:", "offload")):
             return False
         classes = self.reference.classes
-        for block in range(len(classes) - 1):
-            if (classes[block],) == kind:
-                after = self.measured[(classes[block + 1],), "none"]
+        for layer in range(len(classes) - 1):
+            if (classes[layer],) == kind:
+                after = self.measured[(classes[layer + 1],), "none"]
                 if not any(seen.keeps_input for seen in after.seen):
-                    return any(chain.blocks[block + 1].keeps_input for chain in self.reference.none_chains)
+                    return any(chain.layers[layer + 1].keeps_input for chain in self.reference.none_chains)
         return False
 
-    def settle(self, plan: LayerPlan, seen: Seen) -> BlockCosts:
-        """The costs corrected by a plan that was simulated whole: what it shows replaces what was put together."""
-        reference, names = self.reference, self.reference.blocks.names
+    def settle(self, plan: LayerPlan, seen: Seen) -> LayerCosts:
+        """The costs corrected by the simulation of a whole plan, for the options of that plan."""
+        reference, names = self.reference, self.reference.layers.names
         chains = reference.look(seen, plan, 1)
         settled = dict(self.settled)
         previous_saves_output = False
         for index, group in enumerate(groups_of(plan)):
             start, option = names.index(group[0]), plan.layers[group[0]]
             kind = tuple(reference.classes[start : start + len(group)])
-            blocks = [chain.blocks[index] for chain in chains]
+            layers = [chain.layers[index] for chain in chains]
             choice = self._choice(start, kind, option)
-            lent = previous_saves_output and not choice.saves_input  # the planner counts it for the block before
+            lent = previous_saves_output and not choice.saves_input  # the planner counts it for the layer before
             settled[start, option] = replace(
                 choice,
-                kept_bytes=max(block.kept_bytes for block in blocks),
-                held_bytes=max(block.held_bytes for block in blocks),
-                forward_bytes=max(block.forward_base_bytes + block.forward_rise_bytes for block in blocks),
+                kept_bytes=max(layer.kept_bytes for layer in layers),
+                held_bytes=max(layer.held_bytes for layer in layers),
+                forward_bytes=max(layer.forward_base_bytes + layer.forward_rise_bytes for layer in layers),
                 backward_bytes=max(
-                    block.backward_base_bytes + block.backward_rise_bytes - (block.input_bytes if lent else 0)
-                    for block in blocks
+                    layer.backward_base_bytes + layer.backward_rise_bytes - (layer.input_bytes if lent else 0)
+                    for layer in layers
                 ),
             )
             previous_saves_output = choice.saves_output
         return replace(self, settled=settled, around=_Around.of(seen, plan, chains))
 
 
-def measure(ask: Callable[[Sequence[Probe]], list[Answer]], found: Reference, device: Device) -> BlockCosts:
-    """Measure every option on every kind of block, with what `ask` answers to probes.
+def measure(ask: Callable[[Sequence[Probe]], list[Answer]], found: Reference, device: Device) -> LayerCosts:
+    """Measure every option on every kind of layer; `ask` runs the probes.
 
-    Offloading is an option where it is known how fast the device copies to the host.
+    Offloading is an option if the device's copy rate to the host is known.
 
     Raises:
         MemscopeError: when the model cannot be checkpointed.
     """
     tasks = list(_tasks(found, offload=device.host_bytes_per_second is not None))
     batches = _packed(tasks, found.classes)
-    names = found.blocks.names
+    names = found.layers.names
     plans = [_probe_plan(names, batch) for batch in batches]
     probes = [Probe(found.strategies, plan, calls_of=names, steps=found.steps, whole=False) for plan in plans]
     measured: dict[tuple[Kind, str], Measured] = {}
@@ -183,7 +184,7 @@ def measure(ask: Callable[[Sequence[Probe]], list[Answer]], found: Reference, de
         for start, (kind, option) in batch.items():
             index = heads[names[start]]
             measured[kind, option] = Measured(
-                tuple(chain.blocks[index] for chain in chains),
+                tuple(chain.layers[index] for chain in chains),
                 found.seconds(seen, groups[index], found.steps - 1),
             )
     for (kind, option), one in measured.items():
@@ -191,11 +192,11 @@ def measure(ask: Callable[[Sequence[Probe]], list[Answer]], found: Reference, de
             copied = _copied_bytes(found, measured[kind, "none"], one)
             seconds = one.seconds + transfer_seconds(device, copied)
             measured[kind, option] = replace(one, seconds=seconds)
-    return BlockCosts(found, measured)
+    return LayerCosts(found, measured)
 
 
 def _copied_bytes(found: Reference, plain: Measured, offloaded: Measured) -> int:
-    """Bytes that offloading one block moves in a step, to the host and back; the copies hide behind no work."""
+    """Bytes that offloading one layer copies in a step, to the host and back; no work hides the copies."""
     before, after = plain.seen[-1], offloaded.seen[-1]
     gone = before.kept_bytes - after.kept_bytes
     gone += before.input_bytes * (before.keeps_input - after.keeps_input)
@@ -203,11 +204,11 @@ def _copied_bytes(found: Reference, plain: Measured, offloaded: Measured) -> int
 
 
 def _tasks(found: Reference, *, offload: bool) -> Iterable[tuple[Kind, str]]:
-    """Everything to measure: options of single blocks, and segments that cover blocks next to each other."""
+    """Everything to measure: options of single layers, and segments of consecutive layers."""
     classes = found.classes
     for number in dict.fromkeys(classes):
-        block = classes.index(number)
-        saving, children = _saving(found, block), found.blocks.children[block]
+        layer = classes.index(number)
+        saving, children = _saving(found, layer), found.layers.children[layer]
         if classes.count(number) < _RARE * len(classes):
             saving, children = saving[len(saving) // 2 :][:1], ()
         options = ["none", "full", *children, *saving]
@@ -221,12 +222,12 @@ def _tasks(found: Reference, *, offload: bool) -> Iterable[tuple[Kind, str]]:
                 yield kind, f"full:{length}"
 
 
-def _saving(found: Reference, block: int) -> list[str]:
-    """Subsets of a block's operators whose results to keep: of its forward, what a checkpoint of it all runs again.
+def _saving(found: Reference, layer: int) -> list[str]:
+    """The `save` options of a layer: subsets of the operators that a checkpoint of the whole layer runs again.
 
-    Recomputation stops when all is there that the backward pass needs, so the last operators are not among it.
+    Recomputation stops as soon as the backward pass has all it needs, so the last operators are not among them.
     """
-    name, step, piece = found.blocks.names[block], 1, found.deciding[-1]
+    name, step, piece = found.layers.names[layer], 1, found.deciding[-1]
     forward = operator_costs(found.none.trace, step=step, phase="forward", micro_batch=piece)
     again = operator_costs(found.full.trace, step=step, phase="recompute", micro_batch=piece)
     seconds: dict[Call, float] = defaultdict(float)
@@ -241,12 +242,12 @@ def _saving(found: Reference, block: int) -> list[str]:
         module, op = trace.modules[int(trace.module[index])], trace.ops[int(trace.op[index])]
         if module == name or module.startswith(f"{name}."):
             size_bytes[_inside(name, module), _packet(op)] += int(sizes[index])
-    kept = found.none_chains[-1].blocks[block]
+    kept = found.none_chains[-1].layers[layer]
     return saving_options(seconds, size_bytes, kept.kept_bytes + kept.input_bytes * kept.keeps_input)
 
 
-def _inside(block: str, module: str) -> str:
-    return module[len(block) + 1 :] or "."
+def _inside(layer: str, module: str) -> str:
+    return module[len(layer) + 1 :] or "."
 
 
 def _packet(op: str) -> str:
@@ -254,7 +255,7 @@ def _packet(op: str) -> str:
 
 
 def _packed(tasks: Sequence[tuple[Kind, str]], classes: Sequence[int]) -> list[dict[int, tuple[Kind, str]]]:
-    """Put the tasks into as few simulations as will do: `{first block: task}`, with a block between two tasks."""
+    """Pack the tasks into few simulations, `{first layer: task}`, with at least one layer between two tasks."""
     batches: list[dict[int, tuple[Kind, str]]] = []
     for kind, option in tasks:
         places = [s for s in range(len(classes) - len(kind) + 1) if tuple(classes[s : s + len(kind)]) == kind]
@@ -269,15 +270,15 @@ def _packed(tasks: Sequence[tuple[Kind, str]], classes: Sequence[int]) -> list[d
 
 
 def _is_free(batch: Mapping[int, tuple[Kind, str]], start: int, length: int) -> bool:
-    """Whether neither the blocks from `start` nor their neighbours are taken by another task."""
+    """Whether no other task takes the layers from `start` or their neighbours."""
     return all(start > other + len(kind) or start + length < other for other, (kind, _) in batch.items())
 
 
 def _probe_plan(names: Sequence[str], batch: Mapping[int, tuple[Kind, str]]) -> LayerPlan:
     options: list[tuple[str, int]] = []
-    block = 0
-    while block < len(names):
-        kind, option = batch.get(block, ((0,), "full"))
+    layer = 0
+    while layer < len(names):
+        kind, option = batch.get(layer, ((0,), "full"))
         options.append((option, len(kind)))
-        block += len(kind)
+        layer += len(kind)
     return layer_plan(names, options)

@@ -1,9 +1,9 @@
-"""What a layer's forward saves for its backward lives on the host in between.
+"""Offloading: tensors that a layer saves for its backward move to the host until then.
 
-As `torch.autograd.graph.save_on_cpu(pin_memory=True)` does it, but that a piece of memory goes and comes back once,
-however many saved tensors show it, and that what the device holds anyway stays: the layer's parameters and buffers, and
-arguments that need no gradient, which the layers share (masks, rotary tables). A weight that autocast has cast is a
-tensor of its own, and goes. The copies run on the stream of the computation: no work hides them.
+This differs from `torch.autograd.graph.save_on_cpu(pin_memory=True)` in two ways. A piece of memory is copied once in
+each direction, however many saved tensors are views of it. Memory that the device holds anyway stays: the layer's
+parameters and buffers, and arguments without gradient, which layers share (masks, rotary tables). A cast weight is a
+tensor of its own, and moves. The copies run on the computation's stream, so no work hides them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Offloaded:
         self.layer, self.forward = layer, forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the forward function gives."""
+        """Call the forward function."""
         given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         shared = [tensor for tensor in given if not tensor.requires_grad]
         held = [*self.layer.parameters(), *self.layer.buffers(), *shared]
@@ -45,14 +45,14 @@ class _OnHost:
     """A piece of device memory that is on the host."""
 
     storage: weakref.ref[torch.UntypedStorage]
-    """What it was on the device, to be told from a later one at the same address."""
+    """Its storage on the device, to distinguish it from a later storage at the same address."""
     copy: Tensor
     device: torch.device
     back: Tensor | None = None
     """The copy on the device, from the first use in the backward pass until autograd lets go of the last one."""
 
     def restored(self) -> Tensor:
-        """All of it, on the device again."""
+        """The whole piece, on the device again."""
         if self.back is None:
             self.back = self.copy.to(self.device, non_blocking=True)
         return self.back
@@ -77,7 +77,7 @@ class _Trip:
     moved: dict[tuple[Any, ...], _OnHost] = field(default_factory=dict)
 
     def pack(self, tensor: Tensor) -> Tensor | _Packed:
-        """Called by autograd when it saves a tensor, which is detached by then."""
+        """Called by autograd to save a tensor, which is already detached."""
         if tensor.layout is not torch.strided or not tensor.numel() or tensor.untyped_storage()._cdata in self.held:
             return tensor
         storage = tensor.untyped_storage()

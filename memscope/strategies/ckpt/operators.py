@@ -1,4 +1,4 @@
-"""What selective checkpointing must know of an operator, looked up once."""
+"""Properties of operators that selective checkpointing depends on."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["Operator", "operator", "why_not_kept"]
+__all__ = ["OperatorTraits", "operator", "why_not_kept"]
 
 
-class Operator(NamedTuple):
-    """What is true of every call of an operator."""
+class OperatorTraits(NamedTuple):
+    """Properties of every call of an operator."""
 
     name: str
     """Without overload, such as `aten.mm`."""
     is_question: bool
-    """It asks a tensor what it is, not what it holds."""
+    """It reads a tensor's metadata, not its values."""
     changes_first: bool
-    """It changes its first argument in place, and no other."""
+    """It changes only its first argument in place."""
     changes_others: bool
-    """It changes other arguments in place, or several."""
+    """It changes another argument, or several, in place."""
     draws: bool
     """It draws random numbers."""
     dropout: int | None
-    """Position of the argument `dropout_p`: without it, or where it is zero, attention draws none."""
+    """Position of the argument `dropout_p`; an attention call without it, or with zero, draws no random numbers."""
 
     def draws_in(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a call draws random numbers."""
@@ -34,14 +34,14 @@ class Operator(NamedTuple):
 
 
 @cache
-def operator(func: Any) -> Operator:
-    """Of the operator that a dispatch mode is given."""
+def operator(func: Any) -> OperatorTraits:
+    """The properties of an operator that a dispatch mode receives."""
     if not isinstance(func, torch._ops.OpOverload):
-        return Operator(str(func), False, False, False, False, None)
+        return OperatorTraits(str(func), False, False, False, False, None)
     arguments = func._schema.arguments
     written = [a.alias_info is not None and a.alias_info.is_write for a in arguments]
     changes_first = written[:1] == [True] and sum(written) == 1
-    return Operator(
+    return OperatorTraits(
         name=str(func._overloadpacket),
         is_question=func.namespace == "prim",
         changes_first=changes_first,
@@ -56,10 +56,10 @@ def why_not_kept(op: str) -> str | None:
     namespace, _, name = op.partition(".")
     packet = getattr(getattr(torch.ops, namespace), name, None) if namespace and name else None
     if not isinstance(packet, torch._ops.OpOverloadPacket):
-        return f'"{op}" is no operator of PyTorch {torch.__version__}: expected one such as aten.mm'
+        return f'"{op}" is not an operator of PyTorch {torch.__version__}: expected one such as aten.mm'
     overloads = [getattr(packet, overload) for overload in packet.overloads()]
     if any(overload.is_view for overload in overloads):
-        return f'"{op}" has no result of its own, it shows another one: name the operator that makes that'
+        return f'"{op}" returns a view: name the operator that makes the viewed tensor'
     if name.endswith("_") and any(overload._schema.is_mutable for overload in overloads):
-        return f'"{op}" has no result of its own, it changes another one in place: name the operator that makes that'
+        return f'"{op}" changes a tensor in place: name the operator that makes this tensor'
     return None

@@ -1,4 +1,4 @@
-"""The chain of a model's blocks: how they are named, and the steps in which nothing and everything is checkpointed."""
+"""The layers of a model, and the two steps that options are compared with: no layer and every layer checkpointed."""
 
 from __future__ import annotations
 
@@ -8,68 +8,68 @@ from functools import cached_property
 
 from torch import nn
 
-from memscope.advisor.options import child_options
-from memscope.advisor.probe import BlockSeen, ChainSeen, look, rounded
-from memscope.advisor.runner import Probe, Seen
+from memscope.advisor.measure.options import child_options
+from memscope.advisor.measure.probe import ChainSeen, LayerSeen, look, rounded
+from memscope.advisor.measure.runner import Probe, Seen
 from memscope.analysis.cost import module_seconds, step_seconds
 from memscope.errors import UsageError
-from memscope.strategies.ckpt_layers import named_layers, planned_layers
-from memscope.strategies.layer_plan import LayerPlan
+from memscope.strategies.ckpt import LayerPlan
+from memscope.strategies.ckpt.layers import named_layers, planned_layers
 from memscope.trace import Phase, Trace
 
 __all__ = [
-    "Blocks", "Reference", "full_probe", "groups_of", "layer_plan", "none_probe", "outside_bytes", "seconds_of",
+    "LayerList", "Reference", "full_probe", "groups_of", "layer_plan", "none_probe", "outside_bytes", "seconds_of",
     "uniform",
 ]  # fmt: skip
 
 _ONCE: tuple[Phase, ...] = ("optimizer", "zero_grad", "outside")
-"""Phases that come once a step, however many micro-batches it has."""
+"""Phases that run once a step, whatever the number of micro-batches."""
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """The blocks of a model, in the order in which they are called."""
+class LayerList:
+    """The layers of a model, in call order."""
 
     names: tuple[str, ...]
     children: tuple[tuple[str, ...], ...]
-    """Options of each block that its structure offers."""
+    """Options that the structure of each layer offers."""
 
     note: str = ""
-    """What the user should know about them, as a sentence."""
+    """A sentence for the user, or empty."""
 
     @classmethod
-    def of(cls, model: nn.Module, pointed_at: str = "") -> Blocks:
-        """Find them: the modules of the list `pointed_at`, or the largest list of modules of one class.
+    def of(cls, model: nn.Module, name: str = "") -> LayerList:
+        """Find the modules of the list `name`, or else of the largest list of modules of one class.
 
-        A model without any is taken apart into the modules it has directly.
+        Each direct child with parameters is one layer of a model without such a list.
 
         Raises:
-            UsageError: when the model has no such list, or fewer than two modules.
+            UsageError: when the model has no list of that name, or fewer than two such children.
         """
         note = ""
         try:
-            layers = named_layers(model, pointed_at)
+            layers = named_layers(model, name)
         except UsageError:
-            if pointed_at:
+            if name:
                 raise
             own = [name for name, child in model.named_children() if any(True for _ in child.parameters())]
             layers = planned_layers(model, own) if own else {}
-            note = "the model has no list of repeated blocks: each of its modules is one choice"
+            note = "the model has no list of repeated layers: each of its direct children is one layer"
             if len(layers) < 2:
                 raise UsageError(
-                    f"{type(model).__name__} has no repeated blocks and fewer than two modules of its own: "
-                    "there is nothing to choose from; point at a list of modules with --blocks NAME"
+                    f"{type(model).__name__} has no repeated layers, and fewer than two direct children with "
+                    "parameters: name a list of modules with --layer-list NAME"
                 ) from None
         return cls(tuple(layers), tuple(tuple(child_options(layer)) for layer in layers.values()), note)
 
 
 def uniform(names: Sequence[str], option: str) -> LayerPlan:
-    """The plan with one option for every block."""
+    """The plan with the same option for every layer."""
     return layer_plan(names, [(option, 1)] * len(names))
 
 
 def layer_plan(names: Sequence[str], options: Sequence[tuple[str, int]]) -> LayerPlan:
-    """A plan from options in order, with the number of blocks each covers."""
+    """A plan from options in order, each with the number of layers that it covers."""
     layers: dict[str, str] = {}
     for option, length in options:
         head = names[len(layers)]
@@ -80,7 +80,7 @@ def layer_plan(names: Sequence[str], options: Sequence[tuple[str, int]]) -> Laye
 
 
 def groups_of(plan: LayerPlan) -> list[list[str]]:
-    """The blocks of a plan; those that one checkpoint covers are together."""
+    """The layers of a plan; the layers that one checkpoint covers form a group."""
     groups: list[list[str]] = []
     for name, option in plan.layers.items():
         if option.startswith("within:"):
@@ -92,32 +92,32 @@ def groups_of(plan: LayerPlan) -> list[list[str]]:
 
 @dataclass(frozen=True)
 class Reference:
-    """The step without any checkpointing, and with every block checkpointed as a whole."""
+    """The simulated step without checkpointing, and with every layer checkpointed as a whole."""
 
     strategies: str
-    blocks: Blocks
+    layers: LayerList
     none: Seen
     full: Seen
 
     @cached_property
     def steps(self) -> int:
-        """Steps that a probe needs: in the first micro-batch of all, kernels take workspaces that stay."""
+        """Steps that a probe needs: two if the first micro-batch decides, where kernels first take their workspaces."""
         return 2 if 0 in self.deciding else 1
 
     @cached_property
     def deciding(self) -> list[int]:
-        """Micro-batches, as run, that may hold the peak: the last, and the first if it is larger."""
+        """Micro-batches, as run, that may hold the peak: the last one, and the first if it is larger."""
         last = len(self.none.elements) - 1
         return [last] if last and self.none.elements[last] >= self.none.elements[0] else sorted({0, last})
 
     def look(self, seen: Seen, plan: LayerPlan, step: int) -> list[ChainSeen]:
-        """What the blocks took in a probe, in each deciding micro-batch."""
+        """The bytes of the layers in a probe, for each deciding micro-batch."""
         groups = groups_of(plan)
         pieces = [seen.indices.index(self.none.indices[piece]) for piece in self.deciding]
         return [look(seen.trace, groups, step=step, micro_batch=piece) for piece in pieces]
 
     def seconds(self, seen: Seen, names: Iterable[str], step: int) -> float:
-        """Estimated time of blocks in one step, all its micro-batches: in proportion to their elements."""
+        """Estimated time of layers in one step, scaled to all micro-batches by their elements."""
         return seen.scale * sum(module_seconds(seen.trace, name, step=step) for name in names)
 
     @property
@@ -127,43 +127,43 @@ class Reference:
 
     @property
     def full_seconds(self) -> float:
-        """Estimated time of a whole step in which every block is checkpointed."""
+        """Estimated time of a whole step with every layer checkpointed."""
         return seconds_of(self.full)
 
     @cached_property
     def none_chains(self) -> list[ChainSeen]:
-        """The blocks without checkpointing, in each deciding micro-batch."""
-        return self.look(self.none, uniform(self.blocks.names, "none"), 1)
+        """The layers without checkpointing, in each deciding micro-batch."""
+        return self.look(self.none, uniform(self.layers.names, "none"), 1)
 
     @cached_property
     def full_chains(self) -> list[ChainSeen]:
-        """The blocks, each checkpointed as a whole, in each deciding micro-batch."""
-        return self.look(self.full, uniform(self.blocks.names, "full"), 1)
+        """The layers, each checkpointed as a whole, in each deciding micro-batch."""
+        return self.look(self.full, uniform(self.layers.names, "full"), 1)
 
     def is_alike(self, other: Reference) -> bool:
-        """Whether the blocks take the same with other strategies: these only change what lies around them."""
+        """Whether the layers take the same bytes with the strategies of another reference."""
         return self.deciding == other.deciding and all(
             _alike(one) == _alike(two)
             for mine, theirs in ((self.none_chains, other.none_chains), (self.full_chains, other.full_chains))
             for a, b in zip(mine, theirs, strict=True)
-            for one, two in zip(a.blocks, b.blocks, strict=True)
+            for one, two in zip(a.layers, b.layers, strict=True)
         )
 
     @cached_property
     def classes(self) -> list[int]:
-        """A number for each block; blocks with the same one are alike."""
+        """The class of each layer, as a number; layers of one class are alike."""
         known: dict[object, int] = {}
         return [
             known.setdefault(
-                (self.blocks.children[block], tuple(_alike(chain.blocks[block]) for chain in self.none_chains)),
+                (self.layers.children[layer], tuple(_alike(chain.layers[layer]) for chain in self.none_chains)),
                 len(known),
             )
-            for block in range(len(self.blocks.names))
+            for layer in range(len(self.layers.names))
         ]
 
 
 def outside_bytes(trace: Trace, groups: Sequence[Sequence[str]]) -> int:
-    """Most allocated where no option changes anything: before and after the blocks, and in the optimizer."""
+    """Peak allocated bytes where options change nothing: before and after the layers, and in the optimizer."""
     allocated = replace(trace, size=rounded(trace)).allocated.copy()
     for step, micro_batch in {(row["step"], row["micro_batch"]) for row in trace.meta["calls"]}:
         first, last = look(trace, groups, step=step, micro_batch=micro_batch).span
@@ -172,24 +172,24 @@ def outside_bytes(trace: Trace, groups: Sequence[Sequence[str]]) -> int:
 
 
 def seconds_of(seen: Seen) -> float:
-    """Estimated time of a whole step: what comes once for each micro-batch in proportion to their elements."""
+    """Estimated time of a whole step; phases of micro-batches are scaled by their elements."""
     phases = step_seconds(seen.trace, 1) or {}
     once = sum(phases.get(phase, 0.0) for phase in _ONCE)
     return once + seen.scale * (sum(phases.values()) - once)
 
 
-def _alike(seen: BlockSeen) -> tuple[object, ...]:
+def _alike(seen: LayerSeen) -> tuple[object, ...]:
     return (
         seen.signature, seen.kept_bytes, seen.held_bytes, seen.input_bytes, seen.keeps_input, seen.forward_rise_bytes,
         seen.backward_rise_bytes,
     )  # fmt: skip
 
 
-def none_probe(strategies: str, blocks: Blocks, capacity_bytes: int) -> Probe:
+def none_probe(strategies: str, layers: LayerList, capacity_bytes: int) -> Probe:
     """The simulation of a step without checkpointing."""
-    return Probe(strategies, calls_of=blocks.names, whole=False, capacity_bytes=capacity_bytes)
+    return Probe(strategies, calls_of=layers.names, whole=False, capacity_bytes=capacity_bytes)
 
 
-def full_probe(strategies: str, blocks: Blocks, capacity_bytes: int) -> Probe:
-    """The simulation of a step in which every block is checkpointed as a whole."""
-    return replace(none_probe(strategies, blocks, capacity_bytes), layers=uniform(blocks.names, "full"))
+def full_probe(strategies: str, layers: LayerList, capacity_bytes: int) -> Probe:
+    """The simulation of a step with every layer checkpointed as a whole."""
+    return replace(none_probe(strategies, layers, capacity_bytes), layers=uniform(layers.names, "full"))

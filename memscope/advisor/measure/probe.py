@@ -1,7 +1,8 @@
-"""What each block of a model takes, read from a trace in which some of the blocks are checkpointed.
+"""The bytes of each layer of a model, read from a trace in which some layers are checkpointed.
 
-A micro-batch passes the blocks forwards, then backwards. Whatever is alive when the backward pass begins belongs to the
-block in whose forward it was born, but for a block's output: that is the input of the next one, and a *boundary*.
+A micro-batch passes the layers forwards, then backwards. An allocation that is alive when the backward pass begins
+belongs to the layer in whose forward it was born. A layer's output is an exception: it is the next layer's input, and
+called a *boundary*.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy.typing as npt
 from memscope.errors import UsageError
 from memscope.trace import PHASES, Ints, Trace
 
-__all__ = ["BlockSeen", "ChainSeen", "look", "rounded"]
+__all__ = ["ChainSeen", "LayerSeen", "look", "rounded"]
 
 _ROUNDING_BYTES = (
     512  # kMinBlockSize of PyTorch's c10/cuda/CUDACachingAllocator.h (c10/core/AllocatorConfig.h from 2.9)
@@ -27,61 +28,61 @@ Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class BlockSeen:
-    """What one block, or a segment of several, took in one micro-batch. All in bytes, but for the signature."""
+class LayerSeen:
+    """The bytes of one layer, or of a segment of several, in one micro-batch."""
 
     kept_bytes: int
     """Alive from its forward to the beginning of the backward pass, without the boundaries."""
     held_bytes: int
-    """Besides, alive until the forward pass of the micro-batch ends: the weights that autocast remembers."""
+    """Also alive until the forward pass of the micro-batch ends: weights that autocast has cast."""
     forward_base_bytes: int
-    """Allocated when its forward begins, less what earlier blocks keep and hold; its input is among it."""
+    """Allocated when its forward begins, including its input, less the bytes that earlier layers keep and hold."""
     forward_rise_bytes: int
-    """How much more at most while its forward runs."""
+    """Largest increase while its forward runs."""
     backward_base_bytes: int
-    """Allocated when its backward begins, less what this and earlier blocks keep of their own and of boundaries."""
+    """Allocated when its backward begins, less the bytes and boundaries that this and earlier layers keep."""
     backward_rise_bytes: int
-    """How much more at most, from its first backward event to that of the block before it: what it kept is among it."""
+    """Largest increase from its first backward event to that of the layer before it, including the bytes it kept."""
     input_bytes: int
     """Size of its input."""
     keeps_input: bool
-    """Its input is alive when the backward pass begins: kept by this block, or by the one before."""
+    """Its input is alive when the backward pass begins: this layer or the one before keeps it."""
     signature: tuple[tuple[int, ...], ...]
-    """Sizes and operators of its forward: blocks with the same one are alike."""
+    """Sizes and operators of its forward; layers with the same signature are alike."""
 
 
 @dataclass(frozen=True)
 class ChainSeen:
-    """All blocks of one micro-batch, and what lies around them. In bytes."""
+    """The bytes of all layers, and outside them, in one micro-batch."""
 
-    blocks: tuple[BlockSeen, ...]
+    layers: tuple[LayerSeen, ...]
     output_bytes: int
-    """Size of the last block's output."""
+    """Size of the last layer's output."""
     head_keeps_input: bool
     head_forward_bytes: int
-    """Most between the last block's forward and the end of the forward pass, less what blocks keep and hold."""
+    """Peak from the last layer's forward to the end of the forward pass, less the bytes that layers keep and hold."""
     head_backward_bytes: int
-    """Most between the end of the forward pass and the last block's backward, less what blocks keep."""
+    """Peak from the end of the forward pass to the last layer's backward, less the bytes that layers keep."""
     span: tuple[int, int]
-    """Events of the first block's forward and of the end of its backward: outside, nothing depends on the blocks."""
+    """Events at which the first layer's forward begins and its backward ends. Nothing outside depends on options."""
 
 
 def rounded(trace: Trace) -> Ints:
-    """Bytes of each allocation, as the allocator rounds requests. Unlike blocks, they do not depend on their order."""
+    """Bytes of each allocation, as the allocator rounds requests. Unlike block sizes, they do not depend on order."""
     return np.maximum(-(-trace.requested // _ROUNDING_BYTES), 1) * _ROUNDING_BYTES
 
 
 def look(trace: Trace, groups: Sequence[Sequence[str]], *, step: int, micro_batch: int) -> ChainSeen:
-    """Read what the blocks took in one micro-batch of a trace.
+    """Read the bytes of the layers in one micro-batch of a trace.
 
     Args:
-        trace: a simulation that noted the calls of all blocks (`calls_of`).
-        groups: module names of the blocks, in order; a segment checkpointed as one is one group.
+        trace: a simulation that recorded the calls of all layers (`calls_of`).
+        groups: module names of the layers, in order; a segment is one group.
         step: optimizer step.
         micro_batch: micro-batch of that step, as it was run.
 
     Raises:
-        UsageError: when the blocks are not a chain.
+        UsageError: when the layers are not a chain.
     """
     return _Reader(trace, groups, step, micro_batch).chain()
 
@@ -89,10 +90,10 @@ def look(trace: Trace, groups: Sequence[Sequence[str]], *, step: int, micro_batc
 def _calls_in_order(
     trace: Trace, groups: Sequence[Sequence[str]], step: int, micro_batch: int
 ) -> dict[str, dict[str, Any]]:
-    """The one call of each block in a micro-batch.
+    """The call of each layer in a micro-batch.
 
     Raises:
-        UsageError: when the blocks are not a chain: called once each, one after the other.
+        UsageError: when the layers are not a chain: called once each, one after the other.
     """
     rows = [row for row in trace.meta["calls"] if row["step"] == step and row["micro_batch"] == micro_batch]
     called, expected = [row["module"] for row in rows], [name for names in groups for name in names]
@@ -100,14 +101,14 @@ def _calls_in_order(
         odd = next((name for name in expected if called.count(name) != 1), None)
         what = f'"{odd}" is called {called.count(odd)} times' if odd else "they are called in another order"
         raise UsageError(
-            f"the blocks {expected[0]} to {expected[-1]} form no chain: in one forward pass {what}. Which of them to "
-            "checkpoint can be planned for blocks that run once each, in order; point at others with --blocks"
+            f"the layers {expected[0]} to {expected[-1]} form no chain: in one forward pass {what}. Plans need layers "
+            "that run once each, in order; name another list with --layer-list"
         )
     return {row["module"]: row for row in rows}
 
 
 class _Reader:
-    """One micro-batch of a trace, cut at the events where a block begins."""
+    """One micro-batch of a trace, cut at the events where a layer begins."""
 
     def __init__(self, trace: Trace, groups: Sequence[Sequence[str]], step: int, micro_batch: int) -> None:
         self.trace, self.count = trace, len(groups)
@@ -142,7 +143,7 @@ class _Reader:
         return int(self.allocated[event - 1]) if event else 0
 
     def most(self, first: int, last: int) -> int:
-        """Most allocated from just before event `first` to just before event `last`."""
+        """Peak allocated bytes from just before event `first` to just before event `last`."""
         return max(self.before(first), int(self.allocated[first:last].max(initial=0)))
 
     def total(self, chosen: Bools) -> int:
@@ -157,7 +158,7 @@ class _Reader:
         return int(trace.mark_event[first]), int(trace.mark_event[after]) if after < len(in_pass) else trace.events
 
     def _boundaries(self, given: list[list[int]], gave: list[int]) -> list[list[int]]:
-        """Allocations of each block's input, and of the last one's output; what all blocks are given is none of it."""
+        """Allocations of each layer's input, and of the last output; arguments shared by all layers are excluded."""
         shared = set(given[0]).intersection(*given) if len(given) > 1 else set()
         return [[index for index in found if index not in shared] for found in [*given, gave]]
 
@@ -171,19 +172,19 @@ class _Reader:
         return np.array(found, dtype=np.int64)
 
     def _forward_of(self) -> Ints:
-        """Block in whose forward each allocation was born; -1: in none."""
+        """The layer in whose forward each allocation was born, or -1."""
         index = np.searchsorted(np.array([*self.began, self.ended]), self.trace.born, side="right") - 1
         return np.where(index < self.count, index, -1)
 
     def _backward_starts(self) -> list[int]:
-        """First event of each block's backward, in order of the blocks, and its end for the first block in front."""
+        """First event of each layer's backward, in order of the layers, after the end of the first layer's backward."""
         trace = self.trace
         in_pass = (trace.born >= self.turn) & (trace.born < self.end)
         group = np.where(in_pass, self.group_of_module[trace.module], -1)
         starts, least = [self.end] * self.count, self.turn
-        for block in reversed(range(self.count)):
-            born = trace.born[(group == block) & (trace.born >= least)]
-            least = starts[block] = int(born[0]) if born.size else least
+        for layer in reversed(range(self.count)):
+            born = trace.born[(group == layer) & (trace.born >= least)]
+            least = starts[layer] = int(born[0]) if born.size else least
         last = trace.born[group == 0].max(initial=starts[0])
         others = trace.born[in_pass & (group < 0) & (trace.born > last)]
         return [int(others[0]) if others.size else self.end, *starts]
@@ -193,15 +194,15 @@ class _Reader:
         outputs[[index for boundary in self.boundaries for index in boundary]] = True
         is_own = (self.forward_of >= 0) & ~outputs
         until_end = self.alive_before(self.ended) & ~self.is_kept
-        blocks, kept_before, held_before = [], 0, 0
-        for block in range(self.count):
-            mine = is_own & (self.forward_of == block)
+        layers, kept_before, held_before = [], 0, 0
+        for layer in range(self.count):
+            mine = is_own & (self.forward_of == layer)
             kept, held = self.total(mine & self.is_kept), self.total(mine & until_end)
-            blocks.append(self._block(block, kept, held, kept_before, held_before))
-            kept_before += kept + (self.boundary_bytes(block) if self._is_kept(block) else 0)
+            layers.append(self._layer(layer, kept, held, kept_before, held_before))
+            kept_before += kept + (self.boundary_bytes(layer) if self._is_kept(layer) else 0)
             held_before += held
         return ChainSeen(
-            blocks=tuple(blocks),
+            layers=tuple(layers),
             output_bytes=self.boundary_bytes(self.count),
             head_keeps_input=self._is_kept(self.count),
             head_forward_bytes=self.most(self.ended, self.turn) - kept_before - held_before,
@@ -209,28 +210,28 @@ class _Reader:
             span=(self.began[0], self.backward_began[0]),
         )
 
-    def _block(self, block: int, kept: int, held: int, kept_before: int, held_before: int) -> BlockSeen:
-        forward = self.began[block]
-        forward_end = self.began[block + 1] if block + 1 < self.count else self.ended
-        backward, backward_end = self.backward_began[block + 1], self.backward_began[block]
-        own = (self.forward_of == block) & self.alive_before(backward)
-        own[self.boundaries[block]] |= self.is_kept[self.boundaries[block]]
+    def _layer(self, layer: int, kept: int, held: int, kept_before: int, held_before: int) -> LayerSeen:
+        forward = self.began[layer]
+        forward_end = self.began[layer + 1] if layer + 1 < self.count else self.ended
+        backward, backward_end = self.backward_began[layer + 1], self.backward_began[layer]
+        own = (self.forward_of == layer) & self.alive_before(backward)
+        own[self.boundaries[layer]] |= self.is_kept[self.boundaries[layer]]
         base = self.before(backward) - kept_before - self.total(own)
-        mine = self.forward_of == block
-        return BlockSeen(
+        mine = self.forward_of == layer
+        return LayerSeen(
             kept_bytes=kept,
             held_bytes=held,
             forward_base_bytes=self.before(forward) - kept_before - held_before,
             forward_rise_bytes=self.most(forward, forward_end) - self.before(forward),
             backward_base_bytes=base,
             backward_rise_bytes=self.most(backward, backward_end) - kept_before - base,
-            input_bytes=self.boundary_bytes(block),
-            keeps_input=self._is_kept(block),
+            input_bytes=self.boundary_bytes(layer),
+            keeps_input=self._is_kept(layer),
             signature=tuple(map(tuple, np.stack([self.size[mine], self.trace.op[mine]], axis=1).tolist())),
         )
 
-    def boundary_bytes(self, block: int) -> int:
-        return int(self.size[self.boundaries[block]].sum())
+    def boundary_bytes(self, layer: int) -> int:
+        return int(self.size[self.boundaries[layer]].sum())
 
-    def _is_kept(self, block: int) -> bool:
-        return bool(self.is_kept[self.boundaries[block]].any())
+    def _is_kept(self, layer: int) -> bool:
+        return bool(self.is_kept[self.boundaries[layer]].any())

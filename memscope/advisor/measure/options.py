@@ -1,4 +1,4 @@
-"""The options worth trying on a block: found in its structure and in a trace of it, not in a list of names."""
+"""The options worth trying on a layer, derived from its structure and its trace rather than from names."""
 
 from __future__ import annotations
 
@@ -7,37 +7,36 @@ from itertools import combinations
 
 from torch import nn
 
-__all__ = ["Call", "child_options", "saving_options"]
+from memscope.strategies.ckpt.options import Call
 
-Call = tuple[str, str]
-"""Module inside the block and operator without overload, such as `("feed_forward.w1", "aten.mm")`."""
+__all__ = ["child_options", "saving_options"]
 
 _MOST_CALLS = 10
 _MOST_SUBSETS = 5
 _LEAST_SHARE = 0.01
-"""Calls that take less than this part of a block's forward are not worth a choice of their own."""
+"""Calls that take a smaller part of a layer's forward get no option."""
 
 
-def child_options(block: nn.Module) -> list[str]:
-    """Checkpoint direct children of the block, each on its own: every child that has children, and all of them.
+def child_options(layer: nn.Module) -> list[str]:
+    """Options that checkpoint direct children of a layer: each child that has children, and all such children.
 
-    A child without any, such as a linear layer, keeps its input either way.
+    A child without children, such as `nn.Linear`, keeps its input either way.
     """
-    names = [name for name, child in block.named_children() if any(True for _ in child.children())]
+    names = [name for name, child in layer.named_children() if any(True for _ in child.children())]
     every = ["+".join(names)] if len(names) > 1 else []
     return [f"recompute:{chosen}" for chosen in [*names, *every]]
 
 
 def saving_options(seconds: Mapping[Call, float], size_bytes: Mapping[Call, int], less_than: int) -> list[str]:
-    """Keep the results of some operators and recompute the rest: the subsets that nothing beats, thinned out.
+    """Options that keep the results of some operators and recompute the rest.
 
-    Time saved and bytes kept add up over calls, so the non-dominated subsets of the calls are found by trying all; what
-    each one really takes is measured afterwards.
+    Time saved and bytes kept add up over calls, so all subsets of calls are tried, and some that no other subset beats
+    are returned. Their real costs are measured afterwards.
 
     Args:
-        seconds: time of each call in one forward pass of the block.
+        seconds: time of each call in one forward pass of the layer.
         size_bytes: memory of its results.
-        less_than: what the block keeps if nothing is recomputed: who keeps as much gains nothing.
+        less_than: bytes that the layer keeps if nothing is recomputed; a subset that keeps as many gains nothing.
     """
     total = sum(seconds.values())
     calls = [call for call in seconds if size_bytes.get(call) and seconds[call] >= _LEAST_SHARE * total]

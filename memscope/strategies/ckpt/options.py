@@ -1,4 +1,4 @@
-"""What can be done about one layer's activations, as text.
+"""The options for one layer's activations, as text.
 
 - `none`: nothing is recomputed.
 - `full`: the layer's forward is computed again in the backward pass; only its input is kept.
@@ -6,7 +6,7 @@
 - `recompute:attention+mlp`: these direct children of the layer are recomputed, each on its own.
 - `save:mlp.up/aten.mm+./aten.add`: the layer is recomputed but for the results of these calls: a module of the layer
   (`.` is the layer itself) and an operator.
-- `offload`: what the layer saves for its backward lives on the host meanwhile.
+- `offload`: the tensors that the layer saves for its backward move to the host until then.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _EXAMPLES = {
 
 @dataclass(frozen=True)
 class Option:
-    """One option, read. Fields that its kind does not use keep their defaults."""
+    """A parsed option. Fields that its kind does not use keep their defaults."""
 
     kind: Kind
     length: int = 1
@@ -50,7 +50,7 @@ class Option:
         """Read an option.
 
         Raises:
-            UsageError: when it is none, or malformed.
+            UsageError: when the option is unknown or malformed.
         """
         word, colon, rest = text.partition(":")
         kind = _KINDS.get(word)
@@ -89,10 +89,10 @@ def _calls(text: str, words: tuple[str, ...]) -> tuple[Call, ...]:
 
 
 def check_segments(options: Mapping[str, Option]) -> None:
-    """See that every checkpoint over several layers covers the layers that say so, and no others.
+    """Check that every segment covers exactly the layers whose options say so.
 
     Raises:
-        UsageError: naming the first layer where it does not.
+        UsageError: for the first layer that does not fit.
     """
     names = list(options)
     expected: dict[str, str] = {}

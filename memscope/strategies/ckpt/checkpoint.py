@@ -1,4 +1,4 @@
-"""Activation checkpointing of chosen layers: by number, or each with an option of its own from a plan."""
+"""Activation checkpointing of chosen layers: by index, or with an option for each layer from a plan."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from torch import nn
 
 from memscope.errors import UsageError
 from memscope.strategies import Problem, Stage, Strategy
-from memscope.strategies.ckpt_apply import apply_options
-from memscope.strategies.ckpt_layers import chosen_layers, find_layers, named_layers, planned_layers
-from memscope.strategies.ckpt_options import Option
-from memscope.strategies.layer_plan import LayerPlan
+from memscope.strategies.ckpt.apply import apply_options
+from memscope.strategies.ckpt.layer_plan import LayerPlan
+from memscope.strategies.ckpt.layers import chosen_layers, named_layers, planned_layers
+from memscope.strategies.ckpt.options import Option
 from memscope.workload.description import Workload
+from memscope.workload.settings import setting
 
-__all__ = ["Checkpoint", "chosen_layers", "find_layers"]
+__all__ = ["Checkpoint"]
 
 
 class Checkpoint(Strategy):
     """Drop the activations of chosen layers in the forward pass and compute them again in the backward pass.
 
-    A plan file chooses an option for each layer: to recompute nothing, all, or parts of it, or to keep what it saves on
-    the host. `memscope advise` makes one for a budget.
+    A plan file has an option for each layer: recompute nothing, everything or parts of it, or offload its activations
+    to the host. `memscope advise` writes a plan file for a budget.
     """
 
     name = "ckpt"
@@ -44,36 +45,36 @@ class Checkpoint(Strategy):
         """Which layers are recomputed: `layers`, `plan` or `auto`."""
 
         layers: str = "all"
-        """Which layers: all, every-2 (the first and each second one after it), 0-15, 3; or several, joined by +."""
-        blocks: str = ""
-        """Name of the list of modules that are the layers, such as transformer.h; empty: the largest in the model."""
+        """Indices of the layers: all, every-2 (0, 2, 4, …), 0-15, 3; or several, joined by +."""
+        layer_list: str = setting("layer-list", "")
+        """Name of the list of modules that are the layers, such as transformer.h; empty: the largest list."""
         plan: str = ""
-        """File with an option for each layer, as memscope advise writes it."""
+        """File with an option for each layer, as written by memscope advise."""
         auto: bool = False
-        """Let memscope find the cheapest plan that fits into budget."""
+        """Find the cheapest plan that fits the budget."""
         budget: str = ""
-        """With auto: what the device may hold, such as 40GB, 37.3GiB or 90%."""
+        """With auto: memory of the device, such as 40GB, 37.3GiB or 90%."""
 
         def __post_init__(self) -> None:
-            if self.plan and (self.layers != "all" or self.blocks):
-                raise ValueError("plan names layers and their options: leave layers and blocks out")
+            if self.plan and (self.layers != "all" or self.layer_list):
+                raise ValueError("plan names layers and their options: leave layers and layer-list out")
             if self.auto and (self.plan or self.layers != "all"):
                 raise ValueError("auto chooses layers and their options: leave layers and plan out")
             if self.budget and not self.auto:
                 raise ValueError("budget goes with auto: write ckpt:auto,budget=40GB")
 
     _plan: LayerPlan | None = None
-    """Read from the file when it is needed, or given."""
+    """The plan that was given, or that was read from the file."""
 
     @classmethod
     def of(cls, plan: LayerPlan) -> Checkpoint:
-        """The strategy that applies a plan which is in no file."""
+        """The strategy that applies a plan without a file."""
         strategy = cls(cls.Config(plan="(not in a file)"))
         strategy._plan = plan
         return strategy
 
     def check(self, workload: Workload) -> list[Problem]:
-        """A model without layers, a choice that it does not have, and a plan that is for another model."""
+        """Find that the model has no layers, lacks the chosen ones, or is not the model of the plan."""
         if self.config.auto:
             return [Problem("auto chooses nothing by itself", _HOW_TO_RESOLVE)]
         try:
@@ -81,14 +82,14 @@ class Checkpoint(Strategy):
         except UsageError as error:
             config = self.config
             given = f"plan={config.plan}" if config.plan else f"layers={config.layers}"
-            return [Problem(f"{given},blocks={config.blocks}" if config.blocks else given, str(error))]
+            return [Problem(f"{given},layer-list={config.layer_list}" if config.layer_list else given, str(error))]
         return self._plan.check(workload.model, layers) if self._plan else []
 
     def apply(self, workload: Workload) -> None:
-        """Wrap the forwards of the chosen layers, or of parts of them; modules, names and weights stay as they are.
+        """Wrap the forwards of the chosen layers or their parts; modules, names and weights stay unchanged.
 
         Raises:
-            UsageError: when an option names what its layer does not have, or `auto` is not resolved.
+            UsageError: when an option does not suit its layer, or `auto` is not resolved.
         """
         if self.config.auto:
             raise UsageError(f"ckpt: auto chooses nothing by itself: {_HOW_TO_RESOLVE}")
@@ -97,8 +98,8 @@ class Checkpoint(Strategy):
         others = self._plan.other_settings(workload.settings) if self._plan else []
         if others:
             warnings.warn(
-                f"the checkpoint plan {self.config.plan} was made for other settings, so memory and time are not as "
-                f"promised: {'; '.join(others)}",
+                f"the checkpoint plan {self.config.plan} was made for other settings, so its peak and time do not "
+                f"hold: {'; '.join(others)}",
                 stacklevel=2,
             )
 
@@ -108,7 +109,7 @@ class Checkpoint(Strategy):
             self._plan = LayerPlan.load(self.config.plan)
         if self._plan is not None:
             return planned_layers(model, self._plan.layers), self._plan.options
-        layers = named_layers(model, self.config.blocks)
+        layers = named_layers(model, self.config.layer_list)
         modules = list(layers.values())
         chosen = {id(modules[index]) for index in chosen_layers(self.config.layers, len(layers))}
         return layers, {name: Option("full" if id(layer) in chosen else "none") for name, layer in layers.items()}

@@ -1,0 +1,1 @@
+"""What each option costs on each layer, measured in simulated steps of the whole model."""
