@@ -1,4 +1,4 @@
-"""A trace and a ledger at a glance, as a table: in a terminal through rich, in a notebook as HTML."""
+"""A trace and a ledger as a table: in a terminal through rich, in a notebook as HTML."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _BAR = 24
 
 
 def trace_table(trace: Trace) -> Table:
-    """What the run was, its peak, and what is alive there by category."""
+    """The run, its peak, and the categories of memory at the peak."""
     meta = trace.meta
     table = Table(title=Text(f"{meta.get('target', 'a run')}: {len(trace):,} allocations"), title_justify="left")
     table.add_column(marked("at the peak", "category", trace))
@@ -46,7 +46,8 @@ def _about(trace: Trace) -> Text:
     words = []
     if trace.events:
         peak = trace.peak
-        words.append(peak.phase if peak.step < 0 else f"step {peak.step}, {peak.phase}")
+        phase = peak.phase.replace("_", " ")
+        words.append(phase if peak.step < 0 else f"step {peak.step}, {phase}")
     match trace.meta.get("device"):
         case {"name": name, "simulated": bool(simulated)}:
             words.append(f"{name}, {'simulated' if simulated else 'measured'}")
@@ -57,7 +58,7 @@ def _about(trace: Trace) -> Text:
 
 
 def ledger_table(ledger: Ledger) -> Table:
-    """Each line with what it adds, the total, and the tool that shows it."""
+    """Each line of the ledger: the bytes it adds, the total, and the tool that shows the total."""
     table = Table(title="Ledger", title_justify="left")
     for heading in ("", "added", "total", "seen in"):
         table.add_column(heading, justify="right" if heading in ("added", "total") else "left")

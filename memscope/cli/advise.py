@@ -15,8 +15,8 @@ from memscope.advisor.advise import DEFAULT_DEVICE, advise, budget_of
 from memscope.advisor.emit import TOOLS, emit
 from memscope.advisor.runner import Scene, side_by_side
 from memscope.cli.advise_report import print_advice
-from memscope.cli.progress import shown_progress
-from memscope.cli.target_words import last_profiled, settings_of
+from memscope.command.progress import shown_progress
+from memscope.command.target_words import last_profiled, settings_of
 from memscope.errors import GateFailed, UsageError
 from memscope.simulation.allocator_settings import AllocatorSettings
 from memscope.simulation.devices import get_device, load_devices

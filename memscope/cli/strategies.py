@@ -9,6 +9,8 @@ import click
 from rich.console import Console
 from rich.text import Text
 
+from memscope.cli.next_command import FIRST_PROFILE, print_next
+from memscope.command.options import debug_option
 from memscope.settings import format_value, help_of
 from memscope.strategies import available
 
@@ -16,18 +18,20 @@ __all__ = ["command"]
 
 
 @click.command("strategies")
+@debug_option
 def command() -> None:
-    """List the strategies and their settings, with defaults, as a plan takes them: NAME:KEY=VALUE,KEY=VALUE.
+    """List the strategies and their settings, with defaults, as a plan names them: NAME:KEY=VALUE,KEY=VALUE.
 
-    A setting that is true or false is switched on by its name alone, straight after the colon: adamw:fused.
+    The name of a true-or-false setting alone, directly after the colon, switches it on: adamw:fused.
     """
     console = Console(highlight=False)
     for name, strategy in sorted(available().items()):
         console.print(Text(name, style="bold"), Text(" ".join((inspect.getdoc(strategy) or "").split())))
-        effect = "losses and gradients stay, up to rounding" if strategy.exact else f"changes {strategy.changes}"
+        effect = "keeps losses and gradients, up to rounding" if strategy.exact else f"changes {strategy.changes}"
         console.print(Text(f"    {effect}", style="dim"))
         texts = help_of(strategy.Config)
         for field in dataclasses.fields(strategy.Config):
             default = format_value(getattr(strategy.Config(), field.name))
             console.print(Text(f"    {field.name}={default}", style="cyan"), Text(texts.get(field.name, "")))
-    console.print("\nNext: memscope profile targets/llama2 --strategies lora,amp")
+    console.print()
+    print_next(console, [*FIRST_PROFILE, "--strategies", "lora,amp"])

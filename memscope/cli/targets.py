@@ -8,6 +8,8 @@ import click
 from rich.console import Console
 from rich.text import Text
 
+from memscope.cli.next_command import FIRST_PROFILE, print_next
+from memscope.command.options import debug_option
 from memscope.settings import format_value, help_of, non_defaults
 from memscope.target import find_target, shipped_targets
 
@@ -15,8 +17,9 @@ __all__ = ["command"]
 
 
 @click.command("targets")
+@debug_option
 def command() -> None:
-    """List the targets that come with memscope, their presets (--preset) and their settings (--set KEY=VALUE)."""
+    """List the targets that come with memscope, with presets (--preset) and settings (--set KEY=VALUE)."""
     console = Console(highlight=False)
     for name in shipped_targets():
         target = find_target(name)
@@ -31,4 +34,5 @@ def command() -> None:
                 Text(f"    --set {field.name}={format_value(getattr(default, field.name))}", style="cyan"),
                 Text(texts.get(field.name, "")),
             )
-    console.print("\nNext: memscope profile targets/llama2 --strategies lora,amp")
+    console.print()
+    print_next(console, [*FIRST_PROFILE, "--strategies", "lora,amp"])

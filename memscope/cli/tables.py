@@ -1,0 +1,81 @@
+"""Tables on a terminal of any width: below 70 columns a table is stacked, as blocks of lines `name  value`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from rich.console import Console, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+__all__ = ["NARROW", "Direction", "StackedBlock", "is_narrow", "print_stacked", "print_table"]
+
+NARROW = 70
+"""Terminals with fewer columns show no tables."""
+Direction: TypeAlias = Literal["rows", "columns"]
+"""What becomes a block of lines. `rows`: each row, for lists of things that have several figures each. `columns`: each
+column after the first, for comparisons of runs, one run after the other."""
+
+
+@dataclass(frozen=True)
+class StackedBlock:
+    """A heading, and lines `name  value` below it."""
+
+    heading: RenderableType
+    lines: Sequence[tuple[RenderableType, RenderableType]]
+    style: str = ""
+
+
+def is_narrow(console: Console) -> bool:
+    """Whether tables are stacked on this terminal."""
+    return console.width < NARROW
+
+
+def print_table(console: Console, table: Table, direction: Direction = "rows") -> None:
+    """Print a table; stacked where the terminal is narrow."""
+    if is_narrow(console):
+        print_stacked(console, table.title, _blocks_of(table, direction), table.caption)
+    else:
+        console.print(table)
+
+
+def print_stacked(
+    console: Console,
+    title: RenderableType | None,
+    blocks: Iterable[StackedBlock],
+    caption: RenderableType | None = None,
+) -> None:
+    """Print blocks one below the other."""
+    if title:
+        console.print(Text(str(title), style="bold italic"))
+    for block in blocks:
+        lines = Table.grid(padding=(0, 2))
+        lines.add_column(no_wrap=True)
+        lines.add_column(overflow="fold")
+        for name, value in block.lines:
+            lines.add_row(name, value, style=block.style)
+        if str(block.heading):
+            console.print(block.heading, style=f"bold {block.style}".strip())
+        console.print(Padding(lines, (0, 0, 0, 2)))
+    if caption:
+        console.print(caption, style="dim italic")
+    console.print()
+
+
+def _blocks_of(table: Table, direction: Direction) -> Iterable[StackedBlock]:
+    names, *others = table.columns
+    if direction == "columns":
+        for column in others:
+            yield StackedBlock(column.header, _filled(zip(names.cells, column.cells, strict=True)))
+        return
+    headings = [column.header for column in others]
+    for row, (name, *values) in enumerate(zip(*(column.cells for column in table.columns), strict=True)):
+        style = str(table.rows[row].style or "")
+        yield StackedBlock(name, _filled(zip(headings, values, strict=True)), style)
+
+
+def _filled(lines: Iterable[tuple[RenderableType, RenderableType]]) -> list[tuple[RenderableType, RenderableType]]:
+    return [(name, value) for name, value in lines if str(value)]
