@@ -134,7 +134,7 @@ def _tables(found: Difference, traces: Sequence[Trace]) -> Iterable[Table]:
             parts = ", ".join(
                 f"{_spaced(name)} {format_change(c.change)}" for name, c in list(step.categories.items())[:3]
             )
-            table.add_row(str(step.step), *_sizes(step), parts)
+            table.add_row(f"step {step.step}", *_sizes(step), parts)
         yield table
 
 

@@ -120,7 +120,7 @@ def _print_in_parts(console: Console, section: Section) -> None:
             ),
             columns[:1],
         )
-        console.print(section.table_of(part))
+        print_table(console, section.table_of(part), section.stacked)
         columns = columns[len(part) :]
 
 

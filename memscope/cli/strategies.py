@@ -7,6 +7,7 @@ import inspect
 
 import click
 from rich.console import Console
+from rich.padding import Padding
 from rich.text import Text
 
 from memscope.cli.next_command import FIRST_PROFILE, print_next
@@ -15,6 +16,8 @@ from memscope.settings import format_value, help_of
 from memscope.strategies import available
 
 __all__ = ["command"]
+
+_INDENT = (0, 0, 0, 4)
 
 
 @click.command("strategies")
@@ -28,10 +31,11 @@ def command() -> None:
     for name, strategy in sorted(available().items()):
         console.print(Text(name, style="bold"), Text(" ".join((inspect.getdoc(strategy) or "").split())))
         effect = "keeps losses and gradients, up to rounding" if strategy.exact else f"changes {strategy.changes}"
-        console.print(Text(f"    {effect}", style="dim"))
+        console.print(Padding(Text(effect, style="dim"), _INDENT))
         texts = help_of(strategy.Config)
         for field in dataclasses.fields(strategy.Config):
             default = format_value(getattr(strategy.Config(), field.name))
-            console.print(Text(f"    {field.name}={default}", style="cyan"), Text(texts.get(field.name, "")))
+            setting = Text.assemble((f"{field.name}={default}", "cyan"), " ", texts.get(field.name, ""))
+            console.print(Padding(setting, _INDENT))
     console.print()
     print_next(console, [*FIRST_PROFILE, "--strategies", "lora,amp"])

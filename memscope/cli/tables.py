@@ -1,7 +1,8 @@
-"""Tables on a terminal of any width: below 70 columns a table is stacked, as blocks of lines `name  value`."""
+"""Tables on a terminal of any width: one that does not fit is stacked, as blocks of lines `name  value`."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -14,7 +15,7 @@ from rich.text import Text
 __all__ = ["NARROW", "Direction", "StackedBlock", "is_narrow", "print_stacked", "print_table"]
 
 NARROW = 70
-"""Terminals with fewer columns show no tables."""
+"""Columns below which a terminal shows no table."""
 Direction: TypeAlias = Literal["rows", "columns"]
 """What becomes a block of lines. `rows`: each row, for lists of things that have several figures each. `columns`: each
 column after the first, for comparisons of runs, one run after the other."""
@@ -30,13 +31,14 @@ class StackedBlock:
 
 
 def is_narrow(console: Console) -> bool:
-    """Whether tables are stacked on this terminal."""
+    """Whether every table is stacked on this terminal."""
     return console.width < NARROW
 
 
 def print_table(console: Console, table: Table, direction: Direction = "rows") -> None:
-    """Print a table; stacked where the terminal is narrow."""
-    if is_narrow(console):
+    """Print a table; stacked where the terminal is narrow, or the table would break a word."""
+    least = console.measure(table, options=console.options.update_width(sys.maxsize)).minimum
+    if is_narrow(console) or least > console.width:
         print_stacked(console, table.title, _blocks_of(table, direction), table.caption)
     else:
         console.print(table)

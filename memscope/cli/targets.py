@@ -6,6 +6,7 @@ import dataclasses
 
 import click
 from rich.console import Console
+from rich.padding import Padding
 from rich.text import Text
 
 from memscope.cli.next_command import FIRST_PROFILE, print_next
@@ -14,6 +15,8 @@ from memscope.settings import format_value, help_of, non_defaults
 from memscope.target import find_target, shipped_targets
 
 __all__ = ["command"]
+
+_INDENT = (0, 0, 0, 4)
 
 
 @click.command("targets")
@@ -27,12 +30,11 @@ def command() -> None:
         default = next(iter(target.presets.values()))
         for preset, config in target.presets.items():
             changed = ", ".join(f"{k}={v}" for k, v in non_defaults(config).items()) or "the defaults below"
-            console.print(Text(f"    --preset {preset}", style="cyan"), Text(changed))
+            console.print(Padding(Text.assemble((f"--preset {preset}", "cyan"), " ", changed), _INDENT))
         texts = help_of(type(default))
         for field in dataclasses.fields(default):
-            console.print(
-                Text(f"    --set {field.name}={format_value(getattr(default, field.name))}", style="cyan"),
-                Text(texts.get(field.name, "")),
-            )
+            default_value = format_value(getattr(default, field.name))
+            setting = Text.assemble((f"--set {field.name}={default_value}", "cyan"), " ", texts.get(field.name, ""))
+            console.print(Padding(setting, _INDENT))
     console.print()
     print_next(console, [*FIRST_PROFILE, "--strategies", "lora,amp"])
