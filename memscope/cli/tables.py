@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -37,8 +37,11 @@ def is_narrow(console: Console) -> bool:
 
 def print_table(console: Console, table: Table, direction: Direction = "rows") -> None:
     """Print a table; stacked where the terminal is narrow, or the table would break a word."""
-    least = console.measure(table, options=console.options.update_width(sys.maxsize)).minimum
-    if is_narrow(console) or least > console.width:
+    for column in table.columns:
+        least = _length if column.no_wrap else _longest_word
+        column.min_width = max(map(least, (column.header, *column.cells)))
+    without_limit = console.options.update_width(sys.maxsize)
+    if is_narrow(console) or console.measure(table, options=without_limit).minimum > console.width:
         print_stacked(console, table.title, _blocks_of(table, direction), table.caption)
     else:
         console.print(table)
@@ -54,17 +57,33 @@ def print_stacked(
     if title:
         console.print(Text(str(title), style="bold italic"))
     for block in blocks:
-        lines = Table.grid(padding=(0, 2))
-        lines.add_column(no_wrap=True)
-        lines.add_column(overflow="fold")
-        for name, value in block.lines:
-            lines.add_row(name, value, style=block.style)
         if str(block.heading):
             console.print(block.heading, style=f"bold {block.style}".strip())
-        console.print(Padding(lines, (0, 0, 0, 2)))
+        names = max((len(str(name)) for name, _ in block.lines), default=0)
+        for name, value in block.lines:
+            console.print(Padding(_line(name, value, names, console.width), (0, 0, 0, 2)), style=block.style)
     if caption:
         console.print(caption, style="dim italic")
     console.print()
+
+
+def _line(name: RenderableType, value: RenderableType, names: int, columns: int) -> RenderableType:
+    """`name  value`, the value in line with those of other names; on a line of its own if a word of it is too long."""
+    if _longest_word(value) > columns - names - 4:
+        return Group(name, Padding(value, (0, 0, 0, 2)))
+    line = Table.grid(padding=(0, 2))
+    line.add_column(width=names)
+    line.add_column(overflow="fold")
+    line.add_row(name, value)
+    return line
+
+
+def _length(cell: RenderableType) -> int:
+    return len(str(cell))
+
+
+def _longest_word(cell: RenderableType) -> int:
+    return max(map(len, str(cell).split()), default=0)
 
 
 def _blocks_of(table: Table, direction: Direction) -> Iterable[StackedBlock]:

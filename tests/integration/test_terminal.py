@@ -156,6 +156,7 @@ def test_every_table_is_whole_on_every_terminal(run, files, monkeypatch, words, 
     assert max(map(len, lines)) <= columns
     assert "…" not in out
     assert not re.search(r"\d[ │]*$", "\n".join(line for line in lines if "MiB" in line)), "a size without its unit"
+    assert all(line.endswith(line[0]) for line in lines if line[:1] in ("│", "┃")), "a row is cut"
     if columns < 70:
         assert "│" not in out
     if words[0] in ("diff", "report"):
