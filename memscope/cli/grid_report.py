@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from memscope.cli.tables import StackedBlock, is_narrow, print_stacked
+from memscope.cli.tables import StackedBlock, print_table
 from memscope.grid import Grid
 from memscope.grid_words import grid_headings, grid_rows, grid_title
 
@@ -20,17 +20,13 @@ __all__ = ["FORMATS", "print_grid"]
 
 def print_grid(console: Console, grid: Grid, notes: Sequence[str]) -> None:
     """Print Table 2 and the notes on its basis."""
-    title = Text(grid_title(grid))
-    if is_narrow(console):
-        print_stacked(console, title, _stacked(grid))
-    else:
-        console.print(_table(grid, title))
+    print_table(console, _table(grid), blocks=_stacked(grid))
     for note in notes:
         console.print(Text(note, style="dim"))
 
 
-def _table(grid: Grid, title: Text) -> Table:
-    table = Table(title=title)
+def _table(grid: Grid) -> Table:
+    table = Table(title=Text(grid_title(grid)))
     for index, heading in enumerate(grid_headings(grid)):
         is_factor = index < len(grid.factors)
         table.add_column(Text(heading), justify="center" if is_factor else "right", overflow="fold")

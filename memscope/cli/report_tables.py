@@ -128,7 +128,7 @@ def _empty_table(title: str, headings: Sequence[str]) -> Table:
     table = Table(title=title)
     table.add_column("", overflow="fold")
     for heading in headings:
-        table.add_column(Text(heading), justify="right", overflow="fold")
+        table.add_column(Text(heading), justify="right", no_wrap=True)
     return table
 
 

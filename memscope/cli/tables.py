@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -12,10 +11,12 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["NARROW", "Direction", "StackedBlock", "is_narrow", "print_stacked", "print_table"]
+__all__ = ["NARROW", "Direction", "StackedBlock", "is_narrow", "print_table"]
 
 NARROW = 70
 """Columns below which a terminal shows no table."""
+_BORDER, _BESIDE_A_COLUMN = 1, 3
+"""Characters of a table beside its cells: the left border; two of padding and a border a column."""
 Direction: TypeAlias = Literal["rows", "columns"]
 """What becomes a block of lines. `rows`: each row, for lists of things that have several figures each. `columns`: each
 column after the first, for comparisons of runs, one run after the other."""
@@ -35,35 +36,49 @@ def is_narrow(console: Console) -> bool:
     return console.width < NARROW
 
 
-def print_table(console: Console, table: Table, direction: Direction = "rows") -> None:
-    """Print a table; stacked where the terminal is narrow, or the table would break a word."""
-    for column in table.columns:
-        least = _length if column.no_wrap else _longest_word
-        column.min_width = max(map(least, (column.header, *column.cells)))
-    without_limit = console.options.update_width(sys.maxsize)
-    if is_narrow(console) or console.measure(table, options=without_limit).minimum > console.width:
-        print_stacked(console, table.title, _blocks_of(table, direction), table.caption)
+def print_table(
+    console: Console, table: Table, direction: Direction = "rows", blocks: Iterable[StackedBlock] | None = None
+) -> None:
+    """Print a table; stacked where the terminal is narrow, or the table would break a word.
+
+    `blocks` replace those that `direction` makes of the table.
+    """
+    if is_narrow(console) or not _fits(table, console.width):
+        _print_stacked(console, table, _blocks_of(table, direction) if blocks is None else blocks)
     else:
         console.print(table)
 
 
-def print_stacked(
-    console: Console,
-    title: RenderableType | None,
-    blocks: Iterable[StackedBlock],
-    caption: RenderableType | None = None,
-) -> None:
-    """Print blocks one below the other."""
-    if title:
-        console.print(Text(str(title), style="bold italic"))
+def _fits(table: Table, columns: int) -> bool:
+    """Give each column of the table a width at which no word is broken; whether that is possible."""
+    whole = [max(map(_length, (column.header, *column.cells))) for column in table.columns]
+    words = [max(map(_longest_word, (column.header, *column.cells))) for column in table.columns]
+    widths = [
+        length if column.no_wrap else word for column, length, word in zip(table.columns, whole, words, strict=True)
+    ]
+    room = columns - sum(widths) - _BORDER - _BESIDE_A_COLUMN * len(widths)
+    if room < 0:
+        return False
+    for _ in range(room):  # a character more for the column that lacks most
+        lacking = [length - width for length, width in zip(whole, widths, strict=True)]
+        widest = lacking.index(max(lacking))
+        widths[widest] += lacking[widest] > 0
+    for column, width in zip(table.columns, widths, strict=True):
+        column.width = width
+    return True
+
+
+def _print_stacked(console: Console, table: Table, blocks: Iterable[StackedBlock]) -> None:
+    if table.title:
+        console.print(Text(str(table.title), style="bold italic"))
     for block in blocks:
         if str(block.heading):
             console.print(block.heading, style=f"bold {block.style}".strip())
         names = max((len(str(name)) for name, _ in block.lines), default=0)
         for name, value in block.lines:
             console.print(Padding(_line(name, value, names, console.width), (0, 0, 0, 2)), style=block.style)
-    if caption:
-        console.print(caption, style="dim italic")
+    if table.caption:
+        console.print(table.caption, style="dim italic")
     console.print()
 
 
