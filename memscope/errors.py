@@ -3,7 +3,7 @@
     MemscopeError                exit code 1
     ├── UsageError               2   a wrong name, key, value or combination was given
     ├── TargetError              1   the target's own code failed or cannot be simulated
-    ├── TraceFileError           1   a trace file is unreadable, truncated, foreign or too new
+    ├── TraceFileError           2   a file that was named is missing, foreign, damaged, too new, or cannot be written
     ├── GateFailed               3   a check failed, or nothing fits
     └── OutOfDeviceMemory        4   the target ran out of device memory
 
@@ -51,7 +51,9 @@ class TargetError(MemscopeError):
 
 
 class TraceFileError(MemscopeError):
-    """A trace file cannot be read or written."""
+    """A file that was named cannot be read or written, or is not the kind of file it should be."""
+
+    exit_code = 2
 
 
 class GateFailed(MemscopeError):

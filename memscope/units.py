@@ -1,6 +1,6 @@
-"""Sizes as people write and read them.
+"""Sizes, times and operation counts as text.
 
-GB is 10⁹ bytes, GiB is 2³⁰; both are understood, neither stands for the other.
+GB is 10⁹ bytes and GiB is 2³⁰ bytes; both are read, and neither stands for the other.
 """
 
 from __future__ import annotations
@@ -10,24 +10,33 @@ from fractions import Fraction
 
 from memscope.errors import UsageError
 
-__all__ = ["format_bytes", "format_change", "format_gb", "parse_budget", "parse_bytes"]
+__all__ = [
+    "format_both", "format_bytes", "format_change", "format_flop", "format_flop_change", "format_gb", "format_given",
+    "format_part", "format_seconds", "parse_budget", "parse_bytes",
+]  # fmt: skip
 
 _SCALE = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _SCALE |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_BINARY = (("KiB", 2**10), ("MiB", 2**20), ("GiB", 2**30), ("TiB", 2**40))
+_FLOP = (("kFLOP", 10**3), ("MFLOP", 10**6), ("GFLOP", 10**9), ("TFLOP", 10**12), ("PFLOP", 10**15))
 _LEAST_BUDGET = 2**20
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([A-Za-z]*)\s*")
 
 
 def format_bytes(size_bytes: int) -> str:
-    """`41.2 GiB`, `1.25 MiB`, `512 B`: in binary units, with two decimals below 10 and one from there."""
+    """`41.2 GiB`, `1.25 MiB`, `512 B`: binary units, with two decimals below 10 and one from there."""
     sign, rest = ("-", -size_bytes) if size_bytes < 0 else ("", size_bytes)
     if rest < 1024:
         return f"{sign}{rest} B"
-    for unit, scale in (("KiB", 2**10), ("MiB", 2**20), ("GiB", 2**30), ("TiB", 2**40)):
+    for unit, scale in _BINARY:
         value = rest / scale
         if value < 1023.95 or unit == "TiB":
-            return f"{sign}{value:.{1 if value >= 9.995 else 2}f} {unit}"
+            return f"{sign}{_decimals(value)} {unit}"
     raise AssertionError("unreachable: TiB ends the loop")
+
+
+def _decimals(value: float) -> str:
+    return f"{value:.{1 if value >= 9.995 else 2}f}"
 
 
 def format_change(change_bytes: int) -> str:
@@ -35,20 +44,78 @@ def format_change(change_bytes: int) -> str:
     return ("+" if change_bytes >= 0 else "") + format_bytes(change_bytes)
 
 
+def format_part(part_bytes: int, whole_bytes: int) -> str:
+    """`38.9 of 40.0 GiB`, or `512.0 MiB of 40.0 GiB` where the units differ."""
+    part, whole = format_bytes(part_bytes), format_bytes(whole_bytes)
+    unit = whole.rpartition(" ")[2]
+    return f"{part.removesuffix(f' {unit}')} of {whole}"
+
+
 def format_gb(size_bytes: int) -> str:
-    """`40 GB`, `37.25 GB`: in decimal gigabytes, as budgets and clouds have them, with at most two decimals."""
-    return f"{size_bytes / 1e9:.2f}".rstrip("0").rstrip(".") + " GB"
+    """`40 GB`, `37.25 GB`, `500 MB`: decimal units, as budgets and clouds have them, with at most two decimals."""
+    unit, scale = ("GB", 10**9) if size_bytes >= 10**9 else ("MB", 10**6)
+    return f"{size_bytes / scale:.2f}".rstrip("0").rstrip(".") + f" {unit}"
+
+
+def format_given(size_bytes: int) -> str:
+    """`40 GB`, `28.0 GiB`: a limit in the unit in which it was given.
+
+    That is a decimal unit where two decimals of it are exact: no size that people give in binary units is.
+    """
+    return _both(size_bytes)[0]
+
+
+def format_both(size_bytes: int) -> str:
+    """`40 GB (37.3 GiB)`, `28.0 GiB (30.06 GB)`: a limit in both kinds of units, as it was given first."""
+    first, second = _both(size_bytes)
+    return f"{first} ({second})"
+
+
+def _both(size_bytes: int) -> tuple[str, str]:
+    decimal, binary = format_gb(size_bytes), format_bytes(size_bytes)
+    number, unit = decimal.split()
+    return (decimal, binary) if Fraction(number) * _SCALE[unit] == size_bytes else (binary, decimal)
+
+
+def format_flop(count: float) -> str:
+    """`14.7 TFLOP`, `512 FLOP`: floating-point operations, with as many decimals as a size."""
+    sign, rest = ("-", -count) if count < 0 else ("", count)
+    if rest < 1000:
+        return f"{sign}{rest:.0f} FLOP"
+    for unit, scale in _FLOP:
+        value = rest / scale
+        if value < 999.95 or unit == "PFLOP":
+            return f"{sign}{_decimals(value)} {unit}"
+    raise AssertionError("unreachable: PFLOP ends the loop")
+
+
+def format_flop_change(change: float) -> str:
+    """`-14.7 TFLOP`: a difference, always with its sign."""
+    return ("+" if change >= 0 else "") + format_flop(change)
+
+
+def format_seconds(seconds: float) -> str:
+    """`2.34 s`, `12.3 ms`, `812 µs`: three digits, and all digits before the decimal point."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= 0.9995 * scale:
+            return f"{_three_digits(seconds / scale)} {unit}"
+    return f"{_three_digits(seconds / 1e-6)} µs" if seconds else "0 s"
+
+
+def _three_digits(value: float) -> str:
+    decimals = 2 if value < 9.995 else 1 if value < 99.95 else 0
+    return f"{value:,.{decimals}f}"
 
 
 def parse_budget(text: str) -> int:
     """Bytes of a device's memory, as `parse_bytes` reads them.
 
     Raises:
-        UsageError: also when there is less than no device has: most likely the unit was forgotten.
+        UsageError: also when the size is below 1 MiB: most likely the unit is missing.
     """
     size_bytes = parse_bytes(text)
     if size_bytes < _LEAST_BUDGET:
-        raise UsageError(f'a budget of "{text}" is {format_bytes(size_bytes)}: give it a unit, for example 40GB')
+        raise UsageError(f'a budget of "{text}" is {format_bytes(size_bytes)}: add a unit, for example 40GB')
     return size_bytes
 
 

@@ -41,8 +41,8 @@ class Alive:
 def occasion(step: int, phase: Phase, micro_batch: int | None = None) -> str:
     """`step 1 · backward · micro-batch 0`; before the first step there is neither step nor micro-batch."""
     if step < 0:
-        return phase
-    return f"step {step} · {phase}" + ("" if micro_batch is None else f" · micro-batch {micro_batch}")
+        return phase.replace("_", " ")
+    return f"step {step} · {phase.replace('_', ' ')}" + ("" if micro_batch is None else f" · micro-batch {micro_batch}")
 
 
 def largest(trace: Trace, count: int, at: int | Literal["peak"] = "peak") -> tuple[Alive, ...]:

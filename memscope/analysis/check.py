@@ -11,7 +11,7 @@ from memscope.analysis.cost import step_seconds
 from memscope.analysis.ledger import ledger
 from memscope.errors import UsageError, nearest
 from memscope.trace import CATEGORIES, Trace
-from memscope.units import format_bytes, format_gb, parse_bytes
+from memscope.units import format_bytes, format_given, format_seconds, parse_bytes
 
 __all__ = ["KEYS", "Limit", "Verdict", "budget_verdict", "check", "format_value"]
 
@@ -126,7 +126,7 @@ def budget_verdict(trace: Trace, budget_bytes: int) -> Verdict:
     known = [key for key in ("device", "reserved") if found and found.total(key) is not None]
     key = known[0] if known else "peak"
     value, estimate = _value(trace, key, "the trace")
-    return Verdict(key, f"budget {format_gb(budget_bytes)}", value, Fraction(budget_bytes), None, estimate)
+    return Verdict(key, f"budget {format_given(budget_bytes)}", value, Fraction(budget_bytes), None, estimate)
 
 
 def _value(trace: Trace, key: str, whose: str) -> tuple[Fraction, bool]:
@@ -158,5 +158,5 @@ def _step_seconds(trace: Trace, whose: str) -> tuple[Fraction, bool]:
 
 
 def format_value(key: str, value: Fraction) -> str:
-    """Bytes or, of step_time, seconds as people read them."""
-    return f"{float(value):.3f} s" if key == "step_time" else format_bytes(int(value))
+    """A value of a key as text: seconds for step_time, else bytes."""
+    return format_seconds(float(value)) if key == "step_time" else format_bytes(int(value))

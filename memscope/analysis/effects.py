@@ -15,7 +15,7 @@ import numpy as np
 
 from memscope.errors import UsageError
 from memscope.trace import CATEGORIES, PHASES, Category, Ints, Trace
-from memscope.units import format_bytes, format_change
+from memscope.units import format_bytes, format_change, format_flop, format_flop_change
 
 __all__ = ["ROWS", "TITLES", "Column", "Effect", "Run", "Table1", "compare", "steady_step"]
 
@@ -75,9 +75,12 @@ class Effect:
 
     def __str__(self) -> str:
         change = self.after - self.before
-        shown = f"{change:+.2e} FLOPs" if self.row == "computation" else format_change(change)
+        if not change:
+            return self.arrow
+        shown = format_flop_change(change) if self.row == "computation" else format_change(change)
         share = "new" if self.share == float("inf") else f"{self.share:+.1%}"
-        return f"{self.arrow} {shown} ({share})"
+        # In brackets, an unchanged row's dash does not read as a minus.
+        return f"– ({shown}, {share})" if self.arrow == "–" else f"{self.arrow} {shown} ({share})"
 
 
 @dataclass(frozen=True)
@@ -179,7 +182,7 @@ def _largest(trace: Trace, *categories: Category) -> int:
 
 
 def _computation_reason(effect: Effect) -> str:
-    return _became(f"{effect.before:.3e} FLOPs", f"{effect.after:.3e} FLOPs")
+    return _became(format_flop(effect.before), format_flop(effect.after))
 
 
 def _memory_reason(effect: Effect, baseline: Trace, trace: Trace) -> str:
@@ -191,7 +194,8 @@ def _memory_reason(effect: Effect, baseline: Trace, trace: Trace) -> str:
     sign = 1 if effect.arrow == "↑" else -1
     category, op, phase = origin = max(changes, key=lambda origin: sign * changes[origin])
     kept = _kept(trace, *origin) if effect.arrow == "↑" else ""
-    return f"{format_change(changes[origin])} of {category} made by {op or 'the model'} in {phase}{kept}"
+    made = f"{op or 'the model'} in {phase.replace('_', ' ')}{kept}"
+    return f"{format_change(changes[origin])} of {category.replace('_', ' ')} made by {made}"
 
 
 def _became(before: str, after: str) -> str:

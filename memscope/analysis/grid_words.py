@@ -1,16 +1,16 @@
-"""Table 2 in words: its title, headings, cells and notes, as every form of it has them."""
+"""Table 2 as text: the title, headings, cells and notes that all its formats share."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
 from memscope.analysis.grid import Cell, Grid
-from memscope.units import format_bytes
+from memscope.units import format_both, format_seconds
 
 __all__ = ["RUNS_OUT", "grid_headings", "grid_notes", "grid_rows", "grid_title"]
 
 RUNS_OUT = "×"
-"""Stands where a combination runs out of memory."""
+"""Marks a combination that runs out of memory."""
 
 
 def grid_title(grid: Grid) -> str:
@@ -19,8 +19,8 @@ def grid_title(grid: Grid) -> str:
 
 
 def grid_headings(grid: Grid) -> list[str]:
-    """One for each column: the factors, then the figures."""
-    time = "run time (s), estimate" if grid.predicted else "run time (s)"
+    """The heading of each column: the factors, then the figures."""
+    time = "run time, estimate" if grid.predicted else "run time"
     return [*grid.factors, "peak allocated (MiB)", "peak reserved (MiB)", time]
 
 
@@ -31,7 +31,7 @@ def grid_rows(grid: Grid) -> list[list[str]]:
 
 def _words(cell: Cell) -> list[str]:
     sizes = [_size(cell, size) for size in (cell.allocated_bytes, cell.reserved_bytes)]
-    time = "–" if cell.seconds is None else f"{cell.seconds:,.{1 if cell.seconds >= 10 else 2}f}"
+    time = "–" if cell.seconds is None else format_seconds(cell.seconds)
     return [*("✓" if on else "–" for on in cell.applied), *sizes, time if cell.fits else RUNS_OUT]
 
 
@@ -41,22 +41,22 @@ def _size(cell: Cell, size_bytes: int | None) -> str:
 
 
 def grid_notes(grid: Grid, baselines: Sequence[str]) -> Iterator[str]:
-    """What the table rests on; `baselines` says in words what strategies asked of the runs without them."""
+    """Sentences on the basis of the table; `baselines` says in words what strategies asked of the runs without them."""
     if grid.predicted:
-        yield "Predicted: nothing was computed. Peaks are simulated, the run time is an estimate."
+        yield "Predicted: nothing was computed. Peaks are simulated, and the run time is an estimate."
     if grid.memory_bytes is not None:
-        yield f"PyTorch could take {format_bytes(grid.memory_bytes)} of the GPU."
+        yield f"PyTorch could use {format_both(grid.memory_bytes)} of the GPU."
     if any(not cell.fits for cell in grid.cells):
-        needed = "; beside it what it would need" if grid.predicted else ""
+        needed = "; the figures beside it assume unlimited memory" if grid.predicted else ""
         yield f"{RUNS_OUT}: runs out of memory{needed}."
     for text in baselines:
         yield f"Off means: {text[0].lower()}{text[1:]}."
     if grid.steps is None:
-        yield "No run time: the samples in a step's batch cannot be counted."
+        yield "No run time: the samples in the batch of a step cannot be counted."
     elif any(cell.seconds is not None for cell in grid.cells):
         yield (
             f"Run time: {grid.samples} samples are {grid.steps} optimizer steps of {grid.samples_per_step} samples; "
-            "each counts as long as the one that was run, on the target's first batch."
+            "each is assumed to take as long as the step that was run, on the target's first batch."
         )
     elif grid.predicted and any(cell.fits for cell in grid.cells):
-        yield f'No run time: the rates of "{grid.device}" are not known; choose a certain GPU, such as a100-40gb.'
+        yield f'No run time: the rates of "{grid.device}" are unknown; choose a specific GPU, such as a100-40gb.'

@@ -1,4 +1,4 @@
-"""What of a trace was not recorded but inferred, and how: said wherever it is shown."""
+"""The columns of a trace that were inferred instead of recorded; marked wherever they are shown."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _NAMES = {"op": "operator", "micro_batch": "micro-batch"}
 
 
 def inferred_columns(trace: Trace) -> tuple[str, ...]:
-    """Names of the trace's columns that were inferred, such as `category`; none of a recorded or simulated trace."""
+    """Names of the inferred columns of a trace, such as `category`; empty for a recorded or simulated trace."""
     match trace.meta.get("inferred"):
         case [*names]:
             return tuple(map(str, names))
@@ -18,17 +18,17 @@ def inferred_columns(trace: Trace) -> tuple[str, ...]:
 
 
 def marked(name: str, column: str, *traces: Trace) -> str:
-    """`By category (inferred)`: what is shown under a name, marked where that column was inferred in a trace."""
+    """`category (inferred)`: a heading, marked where its column was inferred in one of the traces."""
     return f"{name} (inferred)" if any(column in inferred_columns(trace) for trace in traces) else name
 
 
 def how_inferred(trace: Trace) -> str:
-    """In a sentence what was inferred, and how; empty where nothing was."""
+    """One sentence on the inferred columns and how they were inferred; empty where all were recorded."""
     names = [_NAMES.get(name, name) for name in inferred_columns(trace)]
     if not names:
         return ""
     listed = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
     return (
-        f"Inferred from stacks, not recorded: {listed}, by the functions that ran at each birth and by how long "
-        "each allocation lived. Sizes and lifetimes are PyTorch's own"
+        f"Inferred from stacks, not recorded: {listed}, by the functions that ran at each allocation and by its "
+        "lifetime. Sizes and lifetimes are PyTorch's own"
     )

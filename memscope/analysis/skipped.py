@@ -1,4 +1,4 @@
-"""Optimizer steps that a gradient scaler left out, because gradients overflowed: said wherever such a run is shown."""
+"""Optimizer steps that a gradient scaler skipped because gradients overflowed; noted wherever such a run is shown."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ __all__ = ["how_skipped"]
 
 
 def how_skipped(trace: Trace) -> str:
-    """In a sentence what is missing of a run; empty where nothing is."""
+    """One sentence on the skipped steps; empty where there are none."""
     count = trace.meta.get("skipped_steps", 0)
     if not count:
         return ""
     return (
-        f"Gradients overflowed, and the gradient scaler left out {count} of {len(trace.steps)} optimizer steps: what "
-        "the optimizer takes may be missing. Record more steps (--steps), or use amp:dtype=bf16"
+        f"Gradients overflowed, and the gradient scaler skipped {count} of {len(trace.steps)} optimizer steps: "
+        "optimizer state may be missing. Record more steps (--steps), or use amp:dtype=bf16"
     )

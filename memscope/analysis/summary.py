@@ -1,4 +1,4 @@
-"""A trace at a glance, as a table: in a terminal through rich, in a notebook as HTML."""
+"""A trace as a table: in a terminal through rich, in a notebook as HTML."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _BAR = 24
 
 
 def trace_table(trace: Trace) -> Table:
-    """What the run was, its peak, and what is alive there by category."""
+    """The run, its peak, and the categories of memory at the peak."""
     meta = trace.meta
     table = Table(title=Text(f"{meta.get('target', 'a run')}: {len(trace):,} allocations"), title_justify="left")
     table.add_column(marked("at the peak", "category", trace))
@@ -41,7 +41,8 @@ def _about(trace: Trace) -> Text:
     words = []
     if trace.events:
         peak = trace.peak
-        words.append(peak.phase if peak.step < 0 else f"step {peak.step}, {peak.phase}")
+        phase = peak.phase.replace("_", " ")
+        words.append(phase if peak.step < 0 else f"step {peak.step}, {phase}")
     match trace.meta.get("device"):
         case {"name": name, "simulated": bool(simulated)}:
             words.append(f"{name}, {'simulated' if simulated else 'measured'}")

@@ -19,8 +19,8 @@ from memscope.advisor.emit import TOOLS, emit
 from memscope.advisor.measure.runner import Scene, side_by_side
 from memscope.allocator.settings import AllocatorSettings
 from memscope.cli.advise_report import print_advice
-from memscope.cli.progress import shown_progress
-from memscope.cli.target_words import last_profiled, settings_of
+from memscope.command.progress import shown_progress
+from memscope.command.target_words import last_profiled, settings_of
 from memscope.errors import GateFailed, UsageError
 from memscope.simulation.devices.catalogue import get_device, load_devices
 from memscope.strategies.ckpt import LayerPlan

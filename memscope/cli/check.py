@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import click
 from rich.console import Console
@@ -17,7 +17,10 @@ from rich.text import Text
 from memscope.analysis.check import Limit, Verdict, budget_verdict, check, format_value
 from memscope.analysis.diff import Setting, changed_settings
 from memscope.analysis.inferred import how_inferred
+from memscope.cli.next_command import print_next, report_words
+from memscope.cli.tables import print_table
 from memscope.cli.trace_files import load_run
+from memscope.command.options import FILE, argument, option, with_options
 from memscope.errors import GateFailed, UsageError
 from memscope.trace import CATEGORIES, Trace
 from memscope.units import parse_budget
@@ -25,42 +28,53 @@ from memscope.units import parse_budget
 __all__ = ["command"]
 
 
-@click.command("check")
-@click.argument("file", type=click.Path(path_type=Path))
-@click.option("--budget", metavar="SIZE", help="What the device has for the run, such as 40GB.")
-@click.option(
-    "--fail-if",
-    "limits",
-    multiple=True,
-    metavar="KEY:LIMIT",
-    help="A limit: peak:40GB, or over the baseline peak:+5%, peak:+500MiB. Repeat for more. KEY: peak, reserved, "
-    "device, a category such as activation, or step_time (2.5s, 800ms, +5%).",
-)
-@click.option("--baseline", type=click.Path(path_type=Path), metavar="FILE", help="Trace that growth is counted from.")
-@click.option(
-    "--format",
-    "kind",
-    type=click.Choice(["terminal", "github", "junit", "json"]),
-    default="terminal",
-    show_default=True,
-    help="What to print: a table, annotations of GitHub Actions, JUnit XML, or JSON.",
-)
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def command(
-    file: Path, budget: str | None, limits: tuple[str, ...], baseline: Path | None, kind: str, debug: bool
-) -> int:
-    """Hold the trace in FILE to limits. Exit code 3 when one is passed.
+@dataclass(frozen=True)
+class CheckOptions:
+    """The options of `memscope check`."""
 
-    The budget is compared with what the driver would count of the process, where the trace knows it; else with reserved
-    or allocated memory. A run that ran out of memory fails, whatever the limits are.
+    file: Annotated[Path, argument(type=FILE)]
+    budget: Annotated[str | None, option("--budget", metavar="SIZE", help="Memory of the device, such as 40GB.")]
+    limits: Annotated[
+        tuple[str, ...],
+        option(
+            "--fail-if",
+            multiple=True,
+            metavar="KEY:LIMIT",
+            help="A limit, such as peak:40GB, or over the baseline peak:+5% or peak:+500MiB; repeatable. KEY: peak, "
+            "reserved, device, a category such as activation, or step_time (2.5s, 800ms, +5%).",
+        ),
+    ]
+    baseline: Annotated[
+        Path | None, option("--baseline", type=FILE, metavar="FILE", help="Trace from which growth is counted.")
+    ]
+    kind: Annotated[
+        str,
+        option(
+            "--format",
+            type=click.Choice(["terminal", "github", "junit", "json"]),
+            default="terminal",
+            show_default=True,
+            help="Format of the output: a table, annotations of GitHub Actions, JUnit XML, or JSON.",
+        ),
+    ]
+
+
+@click.command("check")
+@with_options(CheckOptions)
+def command(options: CheckOptions) -> int:
+    """Check the trace in FILE against limits. Exit code 3 if one is exceeded.
+
+    The budget is compared with the memory that the driver counts for the process if the trace knows it, else with
+    reserved or allocated memory. A measured run that ran out of memory fails whatever the limits are.
     """
-    budget_bytes = None if budget is None else parse_budget(budget)
-    parsed = [Limit.parse(text) for text in limits]
-    _require_use(budget_bytes, parsed, baseline)
+    file, baseline = options.file, options.baseline
+    budget_bytes = None if options.budget is None else parse_budget(options.budget)
+    limits = [Limit.parse(text) for text in options.limits]
+    _require_use(budget_bytes, limits, baseline)
     trace = load_run(file).trace
     base = None if baseline is None else load_run(baseline).trace
     verdicts = [] if budget_bytes is None else [budget_verdict(trace, budget_bytes)]
-    verdicts += check(trace, parsed, base)
+    verdicts += check(trace, limits, base)
     found = _Checked(
         file=file,
         baseline=baseline,
@@ -69,11 +83,11 @@ def command(
         differs=() if base is None else tuple(s for s in changed_settings(base, trace) if s.name != "strategies"),
         inferred=_inferred(verdicts, [trace] if base is None else [trace, base]),
     )
-    if kind == "json":
+    if options.kind == "json":
         click.echo(json.dumps(_document(found), ensure_ascii=False, indent=2))
-    elif kind == "junit":
+    elif options.kind == "junit":
         click.echo(_junit(file, verdicts, found.ended))
-    elif kind == "github":
+    elif options.kind == "github":
         for line in _github(file, verdicts, found.ended):
             click.echo(line)
     else:
@@ -83,7 +97,7 @@ def command(
 
 @dataclass(frozen=True)
 class _Checked:
-    """A trace held to its limits, and what is to be said besides."""
+    """A trace with its verdicts and the notes on them."""
 
     file: Path
     baseline: Path | None
@@ -94,33 +108,36 @@ class _Checked:
 
     @property
     def ok(self) -> bool:
-        """Whether the run came to its end and every limit holds."""
+        """Whether the run was complete and every limit holds."""
         return not self.ended and all(verdict.holds for verdict in self.verdicts)
 
 
 def _require_use(budget_bytes: int | None, limits: Sequence[Limit], baseline: Path | None) -> None:
     relative = [limit for limit in limits if limit.relative]
     if budget_bytes is None and not limits:
-        raise UsageError("nothing to check: give --budget 40GB, --fail-if peak:40GB, or a baseline and peak:+5%")
+        raise UsageError(
+            "no limit is given: add --budget 40GB, --fail-if peak:40GB, or --baseline base.npz --fail-if peak:+5%"
+        )
     if relative and baseline is None:
         raise UsageError(
-            f"{relative[0].key}:{relative[0].text} is a growth over a baseline: name it, --baseline base.npz"
+            f"{relative[0].key}:{relative[0].text} is a growth over a baseline: name one with --baseline base.npz"
         )
     if baseline is not None and not relative:
-        raise UsageError(f"nothing is compared with {baseline}: give a growth too, for example --fail-if peak:+5%")
+        raise UsageError(f"no limit uses the baseline {baseline}: add a growth, for example --fail-if peak:+5%")
 
 
 def _ended_early(trace: Trace) -> str:
-    """That a real run ran out of memory, so that its trace ends there; empty otherwise."""
+    """A sentence on a measured run that ran out of memory, whose trace ends there; empty otherwise."""
     match trace.meta:
         case {"out_of_memory": {"step": step, "phase": phase}, "device": {"simulated": False}}:
-            return f"the run ran out of memory in step {step}, {phase}: its trace ends there, and says too little"
+            when = f"step {step}, {phase.replace('_', ' ')}"
+            return f"the run ran out of memory in {when}: its trace ends there and shows too low a peak"
     return ""
 
 
 def _inferred(verdicts: Sequence[Verdict], traces: Sequence[Trace]) -> str:
-    """That the size of a category that is limited was inferred, and how; empty otherwise."""
-    limited = [verdict.key for verdict in verdicts if verdict.key in CATEGORIES]
+    """A sentence on limited categories whose sizes were inferred; empty otherwise."""
+    limited = [verdict.key.replace("_", " ") for verdict in verdicts if verdict.key in CATEGORIES]
     how = next((told for trace in traces if (told := how_inferred(trace))), "")
     return f"{', '.join(limited)}: {how}." if limited and how else ""
 
@@ -128,8 +145,8 @@ def _inferred(verdicts: Sequence[Verdict], traces: Sequence[Trace]) -> str:
 def _sentence(verdict: Verdict) -> str:
     value, allowed = (format_value(verdict.key, size) for size in (verdict.value, verdict.allowed))
     word = "within" if verdict.holds else "above"
-    base = "" if verdict.baseline is None else f", baseline {format_value(verdict.key, verdict.baseline)}"
-    return f"{_name(verdict)} is {value}, {word} the {allowed} that are allowed ({verdict.limit}{base})"
+    base = "" if verdict.baseline is None else f"; baseline {format_value(verdict.key, verdict.baseline)}"
+    return f"{_name(verdict)} is {value}, {word} the limit of {allowed} ({verdict.limit}{base})"
 
 
 def _name(verdict: Verdict) -> str:
@@ -138,27 +155,29 @@ def _name(verdict: Verdict) -> str:
 
 def _print(console: Console, found: _Checked) -> None:
     table = Table(title=f"Limits of {found.file.name}")
-    table.add_column("")
-    for heading in ("limit", "baseline", "allowed", "is"):
-        table.add_column(heading, justify="right")
-    table.add_column("")
+    table.add_column("", overflow="fold")
+    for heading in ("limit", "baseline", "allowed", "value"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("result")
     for one in sorted(found.verdicts, key=lambda verdict: verdict.holds):
         base = "" if one.baseline is None else format_value(one.key, one.baseline)
         sizes = base, format_value(one.key, one.allowed), format_value(one.key, one.value)
         table.add_row(_name(one), one.limit, *sizes, Text("ok", "green") if one.holds else Text("FAILED", "bold red"))
-    console.print(table)
+    print_table(console, table)
     if found.ended:
         console.print(Text(f"FAILED: {found.ended}", style="bold red"))
     if found.inferred:
         console.print(Text(found.inferred, "yellow"))
     for setting in found.differs:
         console.print(Text(f"Differs from the baseline: {setting.name}: {setting.before} → {setting.after}", "yellow"))
-    if found.baseline is not None and not all(verdict.holds for verdict in found.verdicts):
-        console.print(Text(f"Next: memscope diff {found.baseline} {found.file}"), soft_wrap=True)
+    if not found.ok and found.baseline is not None:
+        print_next(console, ["memscope", "diff", found.baseline, found.file])
+    elif not found.ok:
+        print_next(console, report_words([found.file]))
 
 
 def _document(found: _Checked) -> dict[str, Any]:
-    """Everything, in bytes; of step_time in seconds."""
+    """The JSON document: sizes in bytes, step_time in seconds."""
     return {
         "schema_version": 1,
         "trace": str(found.file),
@@ -201,7 +220,7 @@ def _escaped(message: str) -> str:
 
 def _junit(file: Path, verdicts: Sequence[Verdict], ended: str) -> str:
     results = [(f"{one.key} {one.limit}", "" if one.holds else _sentence(one)) for one in verdicts]
-    results += [("runs to its end", ended)] if ended else []
+    results += [("the run is complete", ended)] if ended else []
     failed = sum(bool(message) for _, message in results)
     suite = ET.Element("testsuite", name="memscope", tests=str(len(results)), failures=str(failed), errors="0")
     for name, message in results:

@@ -6,32 +6,38 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from memscope.cli.next_command import FIRST_PROFILE, print_next
+from memscope.cli.tables import print_table
+from memscope.command.options import debug_option
 from memscope.simulation.devices.catalogue import Device, all_devices
+from memscope.units import format_bytes
 
 __all__ = ["command"]
 
 
 @click.command("devices")
+@debug_option
 def command() -> None:
     """List the devices that can be simulated.
 
-    Memory is what PyTorch reports of it, TFLOP/s are dense peak rates, GB/s is the bandwidth of the memory.
+    Memory is the total that PyTorch reports, sm the compute capability, TFLOP/s are dense peak rates, and GB/s is the
+    bandwidth of the memory.
     """
     table = Table()
-    for heading in ("--device", ""):
-        table.add_column(heading)
+    for heading in ("--device", "name"):
+        table.add_column(heading, no_wrap=heading == "--device", overflow="fold")
     for heading in ("memory", "sm", "TFLOP/s fp32", "fp16", "bf16", "GB/s"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=heading != "TFLOP/s fp32")
     for device in all_devices():
         table.add_row(*_row(device))
     console = Console(highlight=False)
-    console.print(table)
-    console.print("--device cpu runs for real; every other one is simulated, on any machine.")
-    console.print("Next: memscope profile targets/llama2 --strategies lora,amp --device a100-40gb")
+    print_table(console, table)
+    console.print("--device cpu runs the step for real; every other device is simulated, on any machine.")
+    print_next(console, [*FIRST_PROFILE, "--device", "a100-40gb"])
 
 
 def _row(device: Device) -> list[str]:
-    memory = f"{device.capacity_bytes / 2**30:.2f} GiB" if device.capacity_bytes else "no limit"
+    memory = format_bytes(device.capacity_bytes) if device.capacity_bytes else "no limit"
     rates = [device.peak_flops_per_second.get(dtype) for dtype in ("fp32", "fp16", "bf16")]
     speed = device.bandwidth_bytes_per_second
     is_gpu = device.kind == "cuda"

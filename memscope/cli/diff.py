@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import click
 from rich.console import Console
@@ -16,8 +17,11 @@ from rich.text import Text
 from memscope.analysis.alive import occasion
 from memscope.analysis.diff import AllocationChange, Change, Difference, diff
 from memscope.analysis.inferred import how_inferred, inferred_columns, marked
+from memscope.cli.next_command import print_next, report_words
 from memscope.cli.report_text import markdown_table
+from memscope.cli.tables import print_table
 from memscope.cli.trace_files import load_run
+from memscope.command.options import FILE, argument, option, with_options
 from memscope.trace import Peak, Trace
 from memscope.units import format_bytes, format_change
 
@@ -25,45 +29,55 @@ __all__ = ["command"]
 
 _SIDES = ("before", "after")
 _TOP = 10
-"""Modules, and allocations, that tables list; the JSON document has all."""
+"""Number of modules and of allocations in tables; the JSON document has all."""
+
+
+@dataclass(frozen=True)
+class DiffOptions:
+    """The options of `memscope diff`."""
+
+    before: Annotated[Path, argument(type=FILE)]
+    after: Annotated[Path, argument(type=FILE)]
+    kind: Annotated[
+        str,
+        option(
+            "--format",
+            type=click.Choice(["terminal", "markdown", "json"]),
+            default="terminal",
+            show_default=True,
+            help="Format of the output.",
+        ),
+    ]
+    as_json: Annotated[bool, option("--json", is_flag=True, help="The same as --format json.")]
 
 
 @click.command("diff")
-@click.argument("before", type=click.Path(path_type=Path))
-@click.argument("after", type=click.Path(path_type=Path))
-@click.option(
-    "--format",
-    "kind",
-    type=click.Choice(["terminal", "markdown", "json"]),
-    default="terminal",
-    show_default=True,
-    help="What to print.",
-)
-@click.option("--json", "kind", flag_value="json", help="The same as --format json.")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def command(before: Path, after: Path, kind: str, debug: bool) -> None:
-    """Show what grew and what shrank from the trace BEFORE to the trace AFTER, and which setting differs.
+@with_options(DiffOptions)
+def command(options: DiffOptions) -> None:
+    """Show what grew and shrank from the trace BEFORE to the trace AFTER, and which settings differ.
 
-    Each run is taken at its own peak. Allocations are matched by module, operator and phase, those of one size first,
-    the rest in order of birth. Traces of different targets can be compared too.
+    Each run is taken at its own peak. Allocations are matched by module, operator and phase: those of equal size first,
+    the others in the order of allocation. Traces of different targets can be compared, too.
     """
-    traces = load_run(before).trace, load_run(after).trace
+    files = options.before, options.after
+    traces = load_run(options.before).trace, load_run(options.after).trace
     found = diff(*traces)
-    notes = [*_inferred((before, after), traces), *_notes(found)]
-    if kind == "json":
+    notes = [*_inferred(files, traces), *_notes(found)]
+    if options.as_json or options.kind == "json":
         inferred = {"inferred": {name: list(inferred_columns(one)) for name, one in zip(_SIDES, traces, strict=True)}}
-        document = {"schema_version": 1, "before": str(before), "after": str(after), **inferred, **_document(found)}
+        names = dict(zip(_SIDES, map(str, files), strict=True))
+        document = {"schema_version": 1, **names, **inferred, **_document(found)}
         click.echo(json.dumps(document, ensure_ascii=False, indent=2))
-    elif kind == "markdown":
-        click.echo("\n".join(_markdown(_headline(found, before, after), notes, _tables(found, traces))))
+    elif options.kind == "markdown":
+        click.echo("\n".join(_markdown(_headline(found, *files), notes, _tables(found, traces))))
     else:
         console = Console(highlight=False)
-        console.print(Text(_headline(found, before, after), style="bold"))
+        console.print(Text(_headline(found, *files), style="bold"))
         for note in notes:
             console.print(Text(note))
         for table in _tables(found, traces):
-            console.print(table)
-        console.print(Text(f"Next: memscope report {before} {after}"), soft_wrap=True)
+            print_table(console, table)
+        print_next(console, report_words(list(dict.fromkeys(files))))
 
 
 def _headline(found: Difference, before: Path, after: Path) -> str:
@@ -80,20 +94,20 @@ def _moment(peak: Peak) -> str:
 
 
 def _inferred(files: Sequence[Path], traces: Sequence[Trace]) -> Iterable[str]:
-    """What is not exact about what is compared."""
+    """A sentence for each trace with inferred columns."""
     for path, trace in zip(files, traces, strict=True):
         if how := how_inferred(trace):
             yield f"{path}: {how}."
 
 
 def _notes(found: Difference) -> Iterable[str]:
-    """The settings that differ, which are the reason, as far as it was recorded."""
+    """The settings that differ: the recorded part of the reason."""
     if not found.same_target:
-        yield "These are traces of different targets: modules are matched where they have the same name."
+        yield "The traces are of different targets: modules are matched by name."
     for setting in found.settings:
         yield f"Differs: {setting.name}: {_value(setting.before)} → {_value(setting.after)}"
     if found and not found.settings:
-        yield "No recorded setting differs: the change is in the code or in the data."
+        yield "No recorded setting differs: the change is in the code or the data."
 
 
 def _value(value: Any) -> str:
@@ -104,17 +118,23 @@ def _value(value: Any) -> str:
 
 def _tables(found: Difference, traces: Sequence[Trace]) -> Iterable[Table]:
     if found.categories:
-        yield _bytes_table("By category, at the peak", marked("category", "category", *traces), found.categories)
+        yield _bytes_table(
+            "By category, at the peak",
+            marked("category", "category", *traces),
+            {_spaced(name): change for name, change in found.categories.items()},
+        )
     if found.modules:
         yield _bytes_table("By module, at the peak", marked("module", "module", *traces), found.modules)
     if found.allocations:
         yield _allocations_table(marked("module, operator", "module", *traces), found.allocations)
     if found.steps:
-        columns = ("before", "after", "change", marked("most of it", "category", *traces))
+        columns = ("before", "after", "change", marked("mostly", "category", *traces))
         table = _table("By step", marked("step", "step", *traces), *columns)
         for step in found.steps:
-            parts = ", ".join(f"{name} {format_change(c.change)}" for name, c in list(step.categories.items())[:3])
-            table.add_row(str(step.step), *_sizes(step), parts)
+            parts = ", ".join(
+                f"{_spaced(name)} {format_change(c.change)}" for name, c in list(step.categories.items())[:3]
+            )
+            table.add_row(f"step {step.step}", *_sizes(step), parts)
         yield table
 
 
@@ -136,23 +156,30 @@ def _bytes_table(title: str, first: str, changes: Mapping[str, Change]) -> Table
 
 
 def _allocations_table(first: str, changes: tuple[AllocationChange, ...]) -> Table:
-    table = _table("By allocation, at the peak", first, "what", "count", "before", "after", "change")
+    table = _table("By allocation, at the peak", first, "kind", "count", "before", "after", "change")
     for one in changes[:_TOP]:
         where = ", ".join(name for name in (one.module, one.op) if name)
-        table.add_row(Text(f"{where} ({one.category}, {one.phase})"), _what(one), str(one.count), *_sizes(one))
+        table.add_row(
+            Text(f"{where} ({_spaced(one.category)}, {_spaced(one.phase)})"), _what(one), str(one.count), *_sizes(one)
+        )
     _say_how_many_more(table, len(changes))
     return table
 
 
 def _what(one: AllocationChange) -> str:
     if one.freed_before and one.freed_after and one.freed_before != one.freed_after:
-        return f"{one.kind}: lives until {one.freed_before} → {one.freed_after}"
+        return f"{one.kind}: freed in {_spaced(one.freed_before)} → {_spaced(one.freed_after)}"
     return one.kind
+
+
+def _spaced(name: str) -> str:
+    """A category or phase as people read it."""
+    return name.replace("_", " ")
 
 
 def _say_how_many_more(table: Table, count: int) -> None:
     if count > _TOP:
-        table.caption = f"and {count - _TOP:,} smaller ones: --json has all"
+        table.caption = f"and {count - _TOP:,} smaller ones; --json lists all"
 
 
 def _sizes(change: Change) -> tuple[str, str, Text]:

@@ -1,4 +1,4 @@
-"""`memscope profile --grid`: what was asked for, and what comes of the runs."""
+"""`memscope profile --grid`: the combinations to run, and Table 2 of their traces."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from memscope.analysis.grid_words import grid_notes
 from memscope.analysis.skipped import how_skipped
 from memscope.cli.grid_document import grid_document
 from memscope.cli.grid_report import FORMATS, print_grid
-from memscope.cli.profile_report import print_next, write_page
+from memscope.cli.next_command import compare_words, print_next
+from memscope.cli.profile_options import ProfileOptions
+from memscope.cli.profile_report import print_places, write_page
+from memscope.command.output import require_writable
 from memscope.errors import UsageError
 from memscope.strategies import Plan, Strategy, read_strategies
 from memscope.trace import Trace, write_whole
@@ -26,7 +29,7 @@ from memscope.units import format_bytes, parse_bytes
 __all__ = ["AskedGrid", "asked_grid", "show_grid"]
 
 _SAMPLES = 200
-"""Samples of a run where nothing else is said: as many as LLaMA2 is tuned on by default."""
+"""Default number of samples of a run: that of the LLaMA2 target."""
 
 
 @dataclass(frozen=True)
@@ -35,65 +38,57 @@ class AskedGrid:
 
     factors: tuple[Strategy, ...]
     applied: tuple[tuple[bool, ...], ...]
-    """Of each combination, which factors it applies."""
+    """For each combination, whether it applies each factor."""
     plans: tuple[Plan, ...]
-    """Of each combination: first none, last all."""
+    """The plan of each combination: the first has no strategy, the last has all."""
     samples: int
     memory_bytes: int | None
-    """Most that PyTorch may take of the GPU; None: all of it."""
+    """Most GPU memory that PyTorch may use; None: all of it."""
     table: Path | None
 
     @property
     def labels(self) -> list[str]:
-        """What each run is called."""
+        """The name of each run."""
         return [str(plan) or "baseline" for plan in self.plans]
 
 
-def asked_grid(
-    text: str | None,
-    plans: Sequence[str],
-    samples: int | None,
-    memory: str | None,
-    table: Path | None,
-    device: str,
-    force: bool,
-) -> AskedGrid | None:
-    """The grid that was asked for; None without `--grid`.
+def asked_grid(options: ProfileOptions, device: str) -> AskedGrid | None:
+    """The grid of the options; None without `--grid`.
 
     Raises:
-        UsageError: when options do not go together, or the grid, the memory or the table's file cannot be used.
+        UsageError: when options exclude each other, or the grid, the memory or the file of the table cannot be used.
     """
-    options = {"--samples": samples, "--memory": memory, "--table": table}
+    text, table = options.grid, options.table
     if text is None:
-        given = [name for name, value in options.items() if value is not None]
+        others = {"--samples": options.samples, "--memory": options.memory, "--table": table}
+        given = [name for name, value in others.items() if value is not None]
         if given:
-            raise UsageError(f"{given[0]} is for Table 2: give --grid as well, for example --grid ga,amp,lora")
+            raise UsageError(f"{given[0]} needs Table 2: add --grid, for example --grid ga,amp,lora")
         return None
-    if plans:
+    if options.plans:
         raise UsageError(
-            f'--grid runs every combination of its strategies and no other plan: leave out -s "{plans[0]}", '
+            f'--grid runs every combination of its strategies and no other plan: leave out -s "{options.plans[0]}", '
             "or name its strategies in --grid"
         )
     factors = tuple(read_strategies(text))
     found = combinations(factors)
     if is_auto(found[-1][1]):
-        raise UsageError("ckpt:auto is planned for one combination alone: in --grid, say which layers to checkpoint")
+        raise UsageError("ckpt:auto makes a plan for one combination only: in --grid, name the layers to checkpoint")
     if table is not None:
-        _refuse_table(table, force)
+        _require_table(table, options.force)
     applied, combined = zip(*found, strict=True)
-    return AskedGrid(factors, applied, combined, samples or _SAMPLES, _memory_bytes(memory, device), table)
+    memory_bytes = _memory_bytes(options.memory, device)
+    return AskedGrid(factors, applied, combined, options.samples or _SAMPLES, memory_bytes, table)
 
 
-def show_grid(
-    asked: AskedGrid, paths: Sequence[Path], html: Path, baselines: Sequence[str], *, overwrite: bool, as_json: bool
-) -> None:
-    """Print Table 2, and write it and the page; `paths` are those of the traces, where there is one."""
+def show_grid(asked: AskedGrid, paths: Sequence[Path], page: Path, baselines: Sequence[str], *, as_json: bool) -> None:
+    """Print Table 2, and write it and the page; `paths` are those of the traces, which may not all exist."""
     traces = [Trace.load(path) if path.exists() else None for path in paths]
     grid = table2(asked.factors, list(zip(asked.applied, traces, strict=True)), asked.samples, asked.memory_bytes)
     runs = [Run(label, trace) for label, trace in zip(asked.labels, traces, strict=True) if trace is not None]
     skipped = (f"{run.label}: {how}." for run in runs if (how := how_skipped(run.trace)))
     notes = [*grid_notes(grid, baselines), *skipped]
-    write_page(runs, Table1(()), baselines, html, more=[_card(grid, notes)], overwrite=overwrite)
+    write_page(runs, Table1(()), baselines, page, more=[_card(grid, notes)])
     if asked.table is not None:
         write_whole(asked.table, FORMATS[asked.table.suffix](grid, notes).encode())
     if as_json:
@@ -102,7 +97,8 @@ def show_grid(
         return
     console = Console(highlight=False)
     print_grid(console, grid, notes)
-    print_next(console, paths[0].parent, html)
+    print_places(console, paths[0].parent, page)
+    print_next(console, compare_words([path for path in paths if path.exists()]))
 
 
 def _card(grid: Grid, notes: Sequence[str]) -> str:
@@ -111,13 +107,10 @@ def _card(grid: Grid, notes: Sequence[str]) -> str:
     return grid_card(grid, notes)
 
 
-def _refuse_table(path: Path, force: bool) -> None:
+def _require_table(path: Path, force: bool) -> None:
     if path.suffix not in FORMATS:
         raise UsageError(f"--table {path}: expected a name that ends in {' or '.join(FORMATS)}")
-    if not path.parent.is_dir():
-        raise UsageError(f"--table {path}: there is no folder {path.parent}: make it, or choose another file")
-    if path.exists() and not force:
-        raise UsageError(f"{path} exists already: choose another file with --table, or overwrite with -f")
+    require_writable(path, overwrite=force, option="--table")
 
 
 def _memory_bytes(text: str | None, device: str) -> int | None:
@@ -126,12 +119,12 @@ def _memory_bytes(text: str | None, device: str) -> int | None:
     size_bytes = parse_bytes(text)
     if device != "cuda":
         raise UsageError(
-            f'--memory limits what a measured run may take of the GPU, and this one is for "{device}": to predict a '
-            "smaller card name it with --device (see: memscope devices), or describe it with --device-file"
+            f'--memory limits the GPU memory of a measured run, and this run is for "{device}": to predict a smaller '
+            "card, name it with --device (see: memscope devices), or describe it with --device-file"
         )
     import torch
 
     total_bytes = torch.cuda.mem_get_info()[1]
     if size_bytes > total_bytes:
-        raise UsageError(f"--memory {text}: the GPU has {format_bytes(total_bytes)}: expected no more than that")
+        raise UsageError(f"--memory {text}: expected at most the memory of the GPU, {format_bytes(total_bytes)}")
     return size_bytes

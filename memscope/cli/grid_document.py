@@ -1,4 +1,4 @@
-"""Table 2 as one JSON value: what `memscope profile --grid … --json` prints, and `memscope report` reads again."""
+"""Table 2 as one JSON value: the output of `memscope profile --grid … --json`, which `memscope report` reads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SCHEMA_VERSION = 1
 def grid_document(
     grid: Grid, plans: Sequence[Sequence[str]], paths: Sequence[Path], notes: Sequence[str]
 ) -> dict[str, Any]:
-    """Sizes are in bytes; `paths` of traces that are not there are null."""
+    """Table 2 as a JSON value, sizes in bytes; `paths` of traces that do not exist are null."""
     return {
         "schema_version": _SCHEMA_VERSION,
         "target": grid.target,
@@ -48,7 +48,7 @@ def grid_of(document: Mapping[str, Any]) -> tuple[Grid, list[str]]:
     """Table 2 of a document, and its notes.
 
     Raises:
-        UsageError: when it is of a newer memscope, or something is missing or of a wrong type.
+        UsageError: when a newer memscope wrote it, or a value is missing or has a wrong type.
     """
     version = document.get("schema_version")
     if isinstance(version, int) and version > _SCHEMA_VERSION:
@@ -72,10 +72,11 @@ def grid_of(document: Mapping[str, Any]) -> tuple[Grid, list[str]]:
         notes = [str(note) for note in document["notes"]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(
-            f"a damaged Table 2 ({type(error).__name__}: {error}): expected what memscope profile --grid --json prints"
+            f"a damaged Table 2 ({type(error).__name__}: {error}): expected the output of memscope profile --grid … "
+            "--json"
         ) from None
     if not grid.cells:
-        raise UsageError("Table 2 has no combination: expected what memscope profile --grid --json prints")
+        raise UsageError("Table 2 has no combination: expected the output of memscope profile --grid … --json")
     return grid, notes
 
 

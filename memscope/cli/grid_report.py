@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -12,25 +13,39 @@ from rich.text import Text
 
 from memscope.analysis.grid import Grid
 from memscope.analysis.grid_words import grid_headings, grid_rows, grid_title
+from memscope.cli.tables import StackedBlock, print_table
 
 __all__ = ["FORMATS", "print_grid"]
 
 
 def print_grid(console: Console, grid: Grid, notes: Sequence[str]) -> None:
-    """Table 2, and below it `notes`: what it rests on."""
+    """Print Table 2 and the notes on its basis."""
+    print_table(console, _table(grid), blocks=_stacked(grid))
+    for note in notes:
+        console.print(Text(note, style="dim"))
+
+
+def _table(grid: Grid) -> Table:
     table = Table(title=Text(grid_title(grid)))
     for index, heading in enumerate(grid_headings(grid)):
         is_factor = index < len(grid.factors)
         table.add_column(Text(heading), justify="center" if is_factor else "right", overflow="fold")
     for cell, words in zip(grid.cells, grid_rows(grid), strict=True):
         table.add_row(*words, style="" if cell.fits else "red")
-    console.print(table)
-    for note in notes:
-        console.print(Text(note, style="dim"))
+    return table
+
+
+def _stacked(grid: Grid) -> Iterator[StackedBlock]:
+    """A block for each combination, under the strategies that it applies."""
+    figures = slice(len(grid.factors), None)
+    for cell, words in zip(grid.cells, grid_rows(grid), strict=True):
+        heading = ", ".join(itertools.compress(grid.factors, cell.applied)) or "no strategy"
+        lines = list(zip(grid_headings(grid)[figures], words[figures], strict=True))
+        yield StackedBlock(Text(heading), lines, "" if cell.fits else "red")
 
 
 def _csv(grid: Grid, notes: Sequence[str]) -> str:
-    """One row a combination; numbers are empty where they are not known. What is predicted says so in each row."""
+    """One row a combination; unknown numbers are empty, and each row says whether it is predicted or measured."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     columns = ["fits", "peak_allocated_mib", "peak_reserved_mib", "run_seconds", "samples", "device", "how"]
@@ -44,7 +59,7 @@ def _csv(grid: Grid, notes: Sequence[str]) -> str:
 
 
 def _markdown(grid: Grid, notes: Sequence[str]) -> str:
-    """A table with its title above and its notes below."""
+    """The title, the table and the notes."""
     headings = grid_headings(grid)
     rule = [":-:"] * len(grid.factors) + ["--:"] * (len(headings) - len(grid.factors))
     lines = [f"| {' | '.join(row)} |" for row in (headings, rule, *grid_rows(grid))]
@@ -52,4 +67,4 @@ def _markdown(grid: Grid, notes: Sequence[str]) -> str:
 
 
 FORMATS: Mapping[str, Callable[[Grid, Sequence[str]], str]] = {".csv": _csv, ".md": _markdown}
-"""How a file's name ends, and the text that is written into it: of a table and its notes."""
+"""The text of a table with its notes, by the suffix of the file."""

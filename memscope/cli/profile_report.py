@@ -1,4 +1,4 @@
-"""What `memscope profile` shows: tables, the JSON document, the page."""
+"""The output of `memscope profile`: tables, the JSON document, the page."""
 
 from __future__ import annotations
 
@@ -11,29 +11,30 @@ from rich.text import Text
 
 from memscope.analysis.effects import Run, Table1
 from memscope.cli.report_json import effects_values, peak_values
-from memscope.cli.report_tables import comparison_blocks, estimated_seconds, headline, print_blocks
-from memscope.errors import UsageError
+from memscope.cli.report_tables import comparison_sections, do_not_fit, estimated_seconds, headline, print_sections
 from memscope.runs.would_free import Remedies, WouldFree
 from memscope.trace import write_whole
 from memscope.units import format_bytes, format_change
 
-__all__ = ["document", "print_advice", "print_next", "print_report", "write_page"]
+__all__ = ["document", "print_places", "print_remedies", "print_report", "write_page"]
 
 
 def print_report(console: Console, runs: Sequence[Run], table: Table1, baselines: Sequence[str]) -> None:
-    """Where the memory is at each run's peak, and Table 1 with its notes.
+    """Print the memory at the peak of each run, and Table 1 with its notes.
 
     `baselines` says in words what strategies asked of the baseline, for a fair comparison.
     """
     console.print(Text(headline(runs[0].trace), style="bold"))
-    print_blocks(console, comparison_blocks(runs, table, baselines))
+    for note in do_not_fit(runs):
+        console.print(note)
+    print_sections(console, comparison_sections(runs, table, baselines))
 
 
-def print_advice(console: Console, label: str, advice: Remedies) -> None:
-    """What each strategy not yet used would free of a run that does not fit."""
-    helpful = [one for one in advice.tried if one.change_bytes < 0]
+def print_remedies(console: Console, label: str, remedies: Remedies) -> None:
+    """Print what each further strategy would free of a run that does not fit."""
+    helpful = [one for one in remedies.tried if one.change_bytes < 0]
     if helpful:
-        console.print(Text(f"What would help {label}, simulated together with it:", style="bold"))
+        console.print(Text(f"Strategies that would help {label}, simulated together with it:", style="bold"))
     longest = max((len(one.strategy.spec) for one in helpful), default=0)
     for one in helpful:
         size = format_bytes(one.trace.peak.allocated_bytes)
@@ -41,35 +42,36 @@ def print_advice(console: Console, label: str, advice: Remedies) -> None:
         changes = "" if one.strategy.exact else f"; changes {one.strategy.changes or 'the result'}"
         change = f"{one.strategy.spec:{longest}}  {format_change(one.change_bytes):>9}"
         console.print(Text.assemble(f"  {change}  ({size}, ", fits, f"){changes}"))
-    useless = [f"{one.strategy.spec} ({format_change(one.change_bytes)})" for one in advice.tried[len(helpful) :]]
+    useless = [f"{one.strategy.spec} ({format_change(one.change_bytes)})" for one in remedies.tried[len(helpful) :]]
     if useless:
-        console.print(f"What would not help {label}: {', '.join(useless)}")
-    for name, error in advice.failed.items():
+        console.print(f"Strategies that would not help {label}: {', '.join(useless)}")
+    for name, error in remedies.failed.items():
         console.print(Text(f"{name} could not be simulated: {error}", style="dim"))
 
 
-def print_next(console: Console, folder: Path, html: Path) -> None:
-    """Where everything is, and what to do next."""
-    console.print(f"\nPage: {html}   Traces: {folder}")
-    console.print("Next: open the page; compare plans with  memscope profile TARGET -s lora -s lora,ckpt")
+def print_places(console: Console, folder: Path, page: Path) -> None:
+    """Print where the page and the traces are."""
+    console.print()
+    console.print(Text(f"Page: {page}"), soft_wrap=True)
+    console.print(Text(f"Traces: {folder}"), soft_wrap=True)
 
 
 def document(
-    target: str, runs: Sequence[Run], paths: Sequence[Path], table: Table1, advice: Remedies | None
+    target: str, runs: Sequence[Run], paths: Sequence[Path], table: Table1, remedies: Remedies | None
 ) -> dict[str, Any]:
-    """Everything as one JSON value, sizes in bytes; `advice` is for the last run, if that does not fit."""
-    advised = [None] * (len(runs) - 1) + [advice]
+    """The JSON document, sizes in bytes; `remedies` are for the last run, if it does not fit."""
+    remedied = [None] * (len(runs) - 1) + [remedies]
     return {
         "schema_version": 1,
         "target": target,
         "device": runs[0].trace.meta["device"],
-        "runs": [_run(*one) for one in zip(runs, paths, advised, strict=True)],
+        "runs": [_run(*one) for one in zip(runs, paths, remedied, strict=True)],
         "table1": table.arrows(),
         "effects": effects_values(table),
     }
 
 
-def _run(run: Run, path: Path, advice: Remedies | None) -> dict[str, Any]:
+def _run(run: Run, path: Path, remedies: Remedies | None) -> dict[str, Any]:
     trace = run.trace
     seconds = trace.meta["seconds"]
     return {
@@ -77,7 +79,7 @@ def _run(run: Run, path: Path, advice: Remedies | None) -> dict[str, Any]:
         "parameters": trace.meta["parameters"],
         "peak": peak_values(trace),
         "out_of_memory": trace.meta.get("out_of_memory"),
-        "would_free": None if advice is None else [_would_free(one) for one in advice.tried],
+        "would_free": None if remedies is None else [_would_free(one) for one in remedies.tried],
         "at_peak": trace.by_category(),
         "max_by_category": trace.max_by_category(),
         "flops": trace.meta["flops"][-1],
@@ -98,21 +100,9 @@ def _would_free(one: WouldFree) -> dict[str, Any]:
 
 
 def write_page(
-    runs: Sequence[Run],
-    table: Table1,
-    baselines: Sequence[str],
-    path: Path,
-    *,
-    more: Sequence[str] = (),
-    overwrite: bool,
+    runs: Sequence[Run], table: Table1, baselines: Sequence[str], path: Path, *, more: Sequence[str] = ()
 ) -> None:
-    """One HTML page with a timeline for each run and Table 1; `more` is HTML of further cards.
-
-    Raises:
-        UsageError: when the file exists and `overwrite` is False.
-    """
+    """Write one HTML page with a timeline for each run and Table 1; `more` is the HTML of further cards."""
     from memscope.dashboards.page import render_page
 
-    if path.exists() and not overwrite:
-        raise UsageError(f"{path} exists already: choose another name with --html, or overwrite with -f")
     write_whole(path, render_page(runs, table, baselines, more).encode())

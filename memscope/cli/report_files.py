@@ -1,4 +1,4 @@
-"""What `memscope report` is given: traces, checkpoint plans and Table 2, told apart by what is in the files."""
+"""The files of `memscope report`: traces, checkpoint plans and Table 2, recognized by their content."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ from memscope.analysis.grid import Grid
 from memscope.cli.grid_document import grid_of
 from memscope.errors import UsageError
 
-__all__ = ["Given", "GivenGrid", "told_apart"]
+__all__ = ["GivenFiles", "GivenGrid", "files_by_kind"]
 
 _EXPECTED = (
-    "expected a trace, a checkpoint plan as memscope advise writes it, or Table 2 as memscope profile --grid … --json "
-    "prints it"
+    "expected a trace, a checkpoint plan of memscope advise, or Table 2, the output of memscope profile --grid … --json"
 )
 
 
 @dataclass(frozen=True)
 class GivenGrid:
-    """Table 2 of a file, as a document and as a value."""
+    """A file with Table 2: its JSON document and its value."""
 
     path: Path
     document: dict[str, Any]
@@ -31,19 +30,19 @@ class GivenGrid:
 
 
 @dataclass(frozen=True)
-class Given:
-    """The files of a report, each kind in the order it was named."""
+class GivenFiles:
+    """The files of a report by kind, each in the order of the command line."""
 
     traces: tuple[Path, ...]
     plans: tuple[Path, ...]
     grids: tuple[GivenGrid, ...]
 
 
-def told_apart(files: Sequence[Path]) -> Given:
-    """Which of the files is what. What is no JSON counts as a trace: loading it says what is wrong with it.
+def files_by_kind(files: Sequence[Path]) -> GivenFiles:
+    """Sort files by kind. A file that is not JSON counts as a trace: loading it reports what is wrong with it.
 
     Raises:
-        UsageError: when a JSON file is damaged, or is neither a checkpoint plan nor Table 2.
+        UsageError: when a JSON file is damaged, or neither a checkpoint plan nor Table 2.
     """
     traces, plans, grids = list[Path](), list[Path](), list[GivenGrid]()
     for path in files:
@@ -61,11 +60,11 @@ def told_apart(files: Sequence[Path]) -> Given:
                 plans.append(path)
             case _:
                 raise UsageError(f"{path}: neither a checkpoint plan nor Table 2: {_EXPECTED}")
-    return Given(tuple(traces), tuple(plans), tuple(grids))
+    return GivenFiles(tuple(traces), tuple(plans), tuple(grids))
 
 
 def _json_of(path: Path) -> Any:
-    """What a JSON file holds; None where the file is none."""
+    """The content of a JSON file; None for any other file."""
     try:
         with open(path, "rb") as opened:
             beginning = opened.read(64).lstrip()
@@ -74,6 +73,6 @@ def _json_of(path: Path) -> Any:
             opened.seek(0)
             return json.loads(opened.read())
     except OSError:
-        return None  # loading it says why
+        return None  # loading the trace reports why
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: truncated or damaged JSON ({error}); {_EXPECTED}") from None

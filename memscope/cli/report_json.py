@@ -17,11 +17,11 @@ from memscope.trace import Trace
 __all__ = ["effects_values", "peak_values", "report_document"]
 
 _TOP = 20
-"""Largest allocations that are listed of each run."""
+"""Number of the largest allocations that are listed for each run."""
 
 
 def report_document(runs: Sequence[Run], files: Sequence[Path], table: Table1) -> dict[str, Any]:
-    """Everything a report says, as one JSON value."""
+    """A report as one JSON value."""
     return {
         "schema_version": 1,
         "runs": [_run(run, file) for run, file in zip(runs, files, strict=True)],
@@ -59,7 +59,7 @@ def _run(run: Run, file: Path) -> dict[str, Any]:
 
 
 def peak_values(trace: Trace) -> dict[str, Any]:
-    """The peak, and what other tools would show of it."""
+    """The peak, and the figures that other tools show for it."""
     peak, found = trace.peak, ledger(trace)
     totals = {name: found.total(name) if found else None for name in ("requested", "reserved", "device")}
     return {

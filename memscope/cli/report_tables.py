@@ -1,4 +1,4 @@
-"""Runs as tables with notes: where the memory is at each peak, what other tools show, what each strategy changes."""
+"""Runs as tables with notes: memory at each peak, the ledger, the effects of strategies, the largest allocations."""
 
 from __future__ import annotations
 
@@ -19,25 +19,31 @@ from memscope.analysis.inferred import how_inferred, marked
 from memscope.analysis.ledger import Ledger, ledger
 from memscope.analysis.ran_out import ran_out
 from memscope.analysis.skipped import how_skipped
+from memscope.cli.tables import Direction, is_narrow, print_table
 from memscope.trace import CATEGORIES, Trace
-from memscope.units import format_bytes, format_change
+from memscope.units import format_bytes, format_change, format_seconds
 
-__all__ = ["Block", "comparison_blocks", "estimated_seconds", "headline", "largest_blocks", "print_blocks", "rests_on"]
+__all__ = [
+    "Section", "comparison_sections", "do_not_fit", "estimated_seconds", "headline", "largest_sections",
+    "print_sections", "rests_on",
+]  # fmt: skip
 
 _TOP = 10
-"""Largest allocations that are listed of each run."""
+"""Number of the largest allocations that are listed for each run."""
 _ONLY_ADDED = ("context", "unexplained", "others")
 """Lines of the ledger whose total no tool shows."""
 _COLOR = {"↑": "red", "↓": "green", "–": ""}
 
 
 @dataclass(frozen=True)
-class Block:
-    """A table that can be made of all its columns or of some, and what is to be said below it."""
+class Section:
+    """A table that can be made of all its columns or of some of them, and the notes below it."""
 
     columns: Sequence[Any]
     table_of: Callable[[Sequence[Any]], Table]
     notes: Sequence[Text] = ()
+    stacked: Direction = "columns"
+    """How the table is stacked on a narrow terminal."""
 
     @property
     def table(self) -> Table:
@@ -57,49 +63,64 @@ def headline(trace: Trace) -> str:
     return f"{trace.meta.get('target', 'a run')}{how}"
 
 
-def comparison_blocks(runs: Sequence[Run], table: Table1, baselines: Sequence[str]) -> Iterator[Block]:
-    """What each run has at its peak, the ledgers, and Table 1.
+def do_not_fit(runs: Sequence[Run]) -> Iterator[Text]:
+    """A line for each run that does not fit; stands above the tables, whose values it explains."""
+    for run in runs:
+        if run.trace.meta.get("out_of_memory"):
+            yield Text.assemble((f"{run.label} does not fit: ", "bold red"), ran_out(run.trace))
+
+
+def comparison_sections(runs: Sequence[Run], table: Table1, baselines: Sequence[str]) -> Iterator[Section]:
+    """The peak of each run, the ledgers, Table 1, and predictions against measurements.
 
     `baselines` says in words what strategies asked of the baseline, for a fair comparison.
     """
-    yield Block(runs, _peaks, [*_do_not_fit(runs), *_trained(runs), *_inexact(runs)])
+    yield Section(runs, _peaks, [*_trained(runs), *_inexact(runs)])
     if all(ledger(run.trace) for run in runs):
         notes = sorted({found.note for run in runs if (found := ledger(run.trace)) and found.note})
-        yield Block(runs, _ledgers, [Text(note, style="dim") for note in notes])
+        yield Section(runs, _ledgers, [Text(note, style="dim") for note in notes])
     if table.columns:
         effects = [(column, effect) for column in table.columns for effect in column.effects if effect.note]
         notes_of = [
             Text.assemble((f"{column.label}, {TITLES[effect.row]}: ", "bold"), effect.note)
             for column, effect in effects
         ]
-        yield Block(table.columns, _table1, [Text(rests_on(table, baselines), style="dim"), *notes_of])
+        yield Section(table.columns, _table1, [Text(rests_on(table, baselines), style="dim"), *notes_of])
     for one in agreements(runs):
-        yield Block([one], _agreement)
+        yield Section([one], _agreement, stacked="rows")
 
 
-def largest_blocks(runs: Sequence[Run]) -> Iterator[Block]:
+def largest_sections(runs: Sequence[Run]) -> Iterator[Section]:
     """The largest allocations at the peak of each run."""
     for run in runs:
-        yield Block([run], _largest)
+        yield Section([run], _largest, stacked="rows")
 
 
-def print_blocks(console: Console, blocks: Iterable[Block]) -> None:
-    """Tables, each in several parts where the terminal is too narrow for all of it."""
-    for block in blocks:
-        _print_in_width(console, block.columns, block.table_of)
-        for note in block.notes:
+def print_sections(console: Console, sections: Iterable[Section]) -> None:
+    """Print tables and their notes; a table that is too wide is printed in several parts, or stacked."""
+    for section in sections:
+        if is_narrow(console):
+            print_table(console, section.table, section.stacked)
+        else:
+            _print_in_parts(console, section)
+        for note in section.notes:
             console.print(note)
 
 
-def _print_in_width(console: Console, columns: Sequence[Any], table_of: Callable[[Sequence[Any]], Table]) -> None:
+def _print_in_parts(console: Console, section: Section) -> None:
     without_limit = console.options.update_width(sys.maxsize)
+    columns = section.columns
     while columns:
         parts = (columns[:count] for count in range(len(columns), 1, -1))
         part = next(
-            (p for p in parts if console.measure(table_of(p), options=without_limit).maximum <= console.width),
+            (
+                part
+                for part in parts
+                if console.measure(section.table_of(part), options=without_limit).maximum <= console.width
+            ),
             columns[:1],
         )
-        console.print(table_of(part))
+        print_table(console, section.table_of(part), section.stacked)
         columns = columns[len(part) :]
 
 
@@ -107,12 +128,12 @@ def _empty_table(title: str, headings: Sequence[str]) -> Table:
     table = Table(title=title)
     table.add_column("", overflow="fold")
     for heading in headings:
-        table.add_column(Text(heading), justify="right", overflow="fold")
+        table.add_column(Text(heading), justify="right", no_wrap=True)
     return table
 
 
 def rests_on(table: Table1, baselines: Sequence[str]) -> str:
-    """The comparison behind every column, in one line; columns of one profile all have the same steps."""
+    """One line on the comparison behind the columns; all columns of a profile compare the same steps."""
     return ". ".join([f"Each column: {table.columns[0].comparison}", *(f"Baseline: {text}" for text in baselines)])
 
 
@@ -120,7 +141,7 @@ def _peaks(runs: Sequence[Run]) -> Table:
     table = _empty_table("Allocated at the peak", [run.label for run in runs])
     peaks = [run.trace.peak for run in runs]
     table.add_row("peak", *(Text(format_bytes(p.allocated_bytes), style="bold") for p in peaks))
-    table.add_row("at", *(p.phase if p.step < 0 else f"step {p.step}, {p.phase}" for p in peaks), end_section=True)
+    table.add_row("at", *(occasion(p.step, p.phase).replace(" · ", ", ") for p in peaks), end_section=True)
     columns = [run.trace.by_category() for run in runs]
     for category in CATEGORIES:
         if any(column[category] for column in columns):
@@ -131,7 +152,7 @@ def _peaks(runs: Sequence[Run]) -> Table:
         estimates = any(seconds and not run.trace.meta.get("seconds") for seconds, run in zip(times, runs, strict=True))
         table.add_section()
         name = "step time (estimate)" if estimates else "step time"
-        table.add_row(name, *("" if seconds is None else f"{seconds:.3f} s" for seconds in times))
+        table.add_row(name, *("" if seconds is None else format_seconds(seconds) for seconds in times))
     return table
 
 
@@ -159,18 +180,12 @@ def _ledger_cell(found: Ledger, name: str) -> str:
     return format_change(found[name].added) if name in _ONLY_ADDED else format_bytes(total)
 
 
-def _do_not_fit(runs: Sequence[Run]) -> Iterator[Text]:
-    for run in runs:
-        if run.trace.meta.get("out_of_memory"):
-            yield Text.assemble((f"{run.label} does not fit: ", "bold red"), ran_out(run.trace))
-
-
 def _trained(runs: Sequence[Run]) -> Iterator[Text]:
     for run in runs:
         match run.trace.meta.get("parameters"):
             case {"total": int(total), "trainable": int(trained)} if trained != total:
                 share = trained / max(total, 1)
-                yield Text(f"{run.label}: {trained:,} of {total:,} parameters are trained ({share:.2%})")
+                yield Text(f"{run.label} trains {trained:,} of {total:,} parameters ({share:.2%})")
 
 
 def _inexact(runs: Sequence[Run]) -> Iterator[Text]:
@@ -188,7 +203,7 @@ def _table1(columns: Sequence[Column]) -> Table:
                 sizes = (column[row].parts[index][1:] for column in columns)
                 shown.add_row(f"  {part.replace('_', ' ')}", *(Text(_plain(*s), style="dim") for s in sizes))
         if row == "computation" and any(column[row].seconds for column in columns):
-            shown.add_row("  seconds a step", *(Text(_seconds(column[row]), style="dim") for column in columns))
+            shown.add_row("  time a step", *(Text(_seconds(column[row]), style="dim") for column in columns))
     return shown
 
 
@@ -201,12 +216,13 @@ def _plain(before: int, after: int) -> str:
 
 
 def _seconds(effect: Effect) -> str:
-    return f"{effect.seconds[0]:.3f} → {effect.seconds[1]:.3f}" if effect.seconds else ""
+    return " → ".join(map(format_seconds, effect.seconds)) if effect.seconds else ""
 
 
 def _agreement(one: Sequence[Agreement]) -> Table:
     (found,) = one
-    table = _empty_table("Predicted against measured", [found.predicted, found.measured, "difference", "of measured"])
+    headings = [f"{found.predicted} (predicted)", f"{found.measured} (measured)", "difference", "of measured"]
+    table = _empty_table("Predicted against measured", headings)
     for row in found.figures:
         sizes = format_bytes(row.predicted), format_bytes(row.measured), format_change(row.predicted - row.measured)
         table.add_row(row.name.replace("_", " "), *sizes, str(row))
@@ -217,13 +233,13 @@ def _largest(one: Sequence[Run]) -> Table:
     (run,) = one
     table = Table(title=Text(f"Largest allocations at the peak of {run.label}"))
     table.add_column("size", justify="right", no_wrap=True)
-    for heading, column in (("category",) * 2, ("module, operator", "module"), ("born in", "phase")):
+    for heading, column in (("category",) * 2, ("module, operator", "module"), ("allocated in", "phase")):
         table.add_column(marked(heading, column, run.trace), overflow="fold")
-    table.add_column("lives until", overflow="fold")
+    table.add_column("freed in", overflow="fold")
     for found in largest(run.trace, _TOP):
         where = ", ".join(name for name in (found.module, found.op) if name)
         size, category = format_bytes(found.size_bytes), found.category.replace("_", " ")
-        table.add_row(size, category, Text(where), found.born_in, found.freed_in or "the end")
+        table.add_row(size, category, Text(where), found.born_in, found.freed_in or "never")
     peak = run.trace.peak
     table.caption = f"{len(run.trace.at(peak.event)):,} allocations alive in {occasion(peak.step, peak.phase)}"
     return table

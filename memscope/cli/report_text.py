@@ -1,4 +1,4 @@
-"""A report as text for other tools: Markdown to paste where Markdown is read, CSV for a spreadsheet."""
+"""A report as text: in the terminal, as Markdown, or as CSV for a spreadsheet."""
 
 from __future__ import annotations
 
@@ -12,33 +12,43 @@ from rich.text import Text
 
 from memscope.analysis.effects import Run, Table1
 from memscope.analysis.inferred import inferred_columns
-from memscope.cli.report_tables import Block, comparison_blocks, headline, largest_blocks, print_blocks
+from memscope.cli.report_tables import (
+    Section,
+    comparison_sections,
+    do_not_fit,
+    headline,
+    largest_sections,
+    print_sections,
+)
 
 __all__ = ["csv_text", "markdown", "markdown_table", "print_all"]
 
 
-def _blocks(runs: Sequence[Run], table: Table1) -> Iterable[Block]:
-    yield from comparison_blocks(runs, table, [])
-    yield from largest_blocks(runs)
+def _sections(runs: Sequence[Run], table: Table1) -> Iterable[Section]:
+    yield from comparison_sections(runs, table, [])
+    yield from largest_sections(runs)
 
 
 def print_all(console: Console, runs: Sequence[Run], table: Table1) -> None:
-    """Every table, in the terminal."""
+    """Print every table of the report."""
     console.print(Text(headline(runs[0].trace), style="bold"))
-    print_blocks(console, _blocks(runs, table))
+    for note in do_not_fit(runs):
+        console.print(note)
+    print_sections(console, _sections(runs, table))
 
 
 def markdown(runs: Sequence[Run], table: Table1) -> str:
     """Every table of the report, as Markdown."""
     lines = [f"# {_escaped(headline(runs[0].trace))}"]
-    for block in _blocks(runs, table):
-        lines += ["", *markdown_table(block.table)]
-        lines += [line for note in block.notes for line in ("", _escaped(note.plain))]
+    lines += [line for note in do_not_fit(runs) for line in ("", _escaped(note.plain))]
+    for section in _sections(runs, table):
+        lines += ["", *markdown_table(section.table)]
+        lines += [line for note in section.notes for line in ("", _escaped(note.plain))]
     return "\n".join(lines) + "\n"
 
 
 def markdown_table(table: Table) -> list[str]:
-    """The lines of a table in Markdown, its title above as a heading, its caption below."""
+    """The lines of a table in Markdown: its title as a heading, the table, its caption."""
     columns = [[_cell(column.header), *map(_cell, column.cells)] for column in table.columns]
     right = ["---:" if column.justify == "right" else "---" for column in table.columns]
     header, *rows = ["| " + " | ".join(cells) + " |" for cells in zip(*columns, strict=True)]
@@ -55,14 +65,14 @@ def _plain(value: object) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Without what Markdown would take for HTML or emphasis, such as the stars of `layers.*`."""
+    """Escape characters that Markdown would read as HTML or emphasis, such as the stars of `layers.*`."""
     for character in "\\`*_<>[]":
         text = text.replace(character, f"\\{character}")
     return " ".join(text.split())
 
 
 def csv_text(runs: Sequence[Run]) -> str:
-    """What is alive at each run's peak: a line for every category, module and operator; `inferred` names columns."""
+    """Allocations at each run's peak: a row a category, module and operator; `inferred` names inferred columns."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["run", "category", "module", "op", "bytes", "inferred"])

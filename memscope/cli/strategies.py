@@ -7,27 +7,35 @@ import inspect
 
 import click
 from rich.console import Console
+from rich.padding import Padding
 from rich.text import Text
 
+from memscope.cli.next_command import FIRST_PROFILE, print_next
+from memscope.command.options import debug_option
 from memscope.strategies import available
 from memscope.workload.settings import format_value, help_of, setting_name
 
 __all__ = ["command"]
 
+_INDENT = (0, 0, 0, 4)
+
 
 @click.command("strategies")
+@debug_option
 def command() -> None:
-    """List the strategies and their settings, with defaults, as a plan takes them: NAME:KEY=VALUE,KEY=VALUE.
+    """List the strategies and their settings, with defaults, as a plan names them: NAME:KEY=VALUE,KEY=VALUE.
 
-    A setting that is true or false is switched on by its name alone, straight after the colon: adamw:fused.
+    The name of a true-or-false setting alone, directly after the colon, switches it on: adamw:fused.
     """
     console = Console(highlight=False)
     for name, strategy in sorted(available().items()):
         console.print(Text(name, style="bold"), Text(" ".join((inspect.getdoc(strategy) or "").split())))
-        effect = "losses and gradients stay, up to rounding" if strategy.exact else f"changes {strategy.changes}"
-        console.print(Text(f"    {effect}", style="dim"))
+        effect = "keeps losses and gradients, up to rounding" if strategy.exact else f"changes {strategy.changes}"
+        console.print(Padding(Text(effect, style="dim"), _INDENT))
         texts = help_of(strategy.Config)
         for field in dataclasses.fields(strategy.Config):
             default = format_value(getattr(strategy.Config(), field.name))
-            console.print(Text(f"    {setting_name(field)}={default}", style="cyan"), Text(texts.get(field.name, "")))
-    console.print("\nNext: memscope profile targets/llama2 --strategies lora,amp")
+            setting = Text.assemble((f"{setting_name(field)}={default}", "cyan"), " ", texts.get(field.name, ""))
+            console.print(Padding(setting, _INDENT))
+    console.print()
+    print_next(console, [*FIRST_PROFILE, "--strategies", "lora,amp"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,21 +14,21 @@ __all__ = ["load_run", "load_runs", "refuse_pickle"]
 
 
 def load_run(path: Path) -> Run:
-    """The trace in a file, named for the file.
+    """The trace in a file, as a run that has the name of the file.
 
     Raises:
-        TraceFileError: when it cannot be read, is no trace, or one of a newer memscope.
-        UsageError: when it is a pickle, which `memscope import` turns into a trace, or holds no allocation.
+        TraceFileError: when the file cannot be read, is not a trace, or was written by a newer memscope.
+        UsageError: when the file is a pickle, which `memscope import` converts, or the trace has no allocation.
     """
     refuse_pickle(path)
     trace = Trace.load(path)
     if not trace.events:
-        raise UsageError(f"{path}: the trace is empty: nothing was allocated in that run, so there is nothing to show")
+        raise UsageError(f"{path}: the trace is empty: the run allocated nothing, so there is nothing to show")
     return Run(path.stem, trace)
 
 
 def load_runs(paths: Sequence[Path]) -> list[Run]:
-    """The traces in several files; files alike in name are named by their whole path.
+    """The traces in several files; where names are equal, runs have the whole path as their name.
 
     Raises:
         TraceFileError: as `load_run`.
@@ -44,15 +45,17 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def refuse_pickle(path: Path) -> None:
-    """See that a file does not begin as a pickle does.
+    """Refuse a file that begins as a pickle does.
 
     Raises:
-        UsageError: when it does.
+        UsageError: when the file is a pickle.
     """
     try:
         with open(path, "rb") as opened:
             beginning = opened.read(1)
     except OSError:
-        return  # loading it says why
+        return  # loading the trace reports why
     if beginning == b"\x80":
-        raise UsageError(f"{path} is a pickle, not a trace: turn it into one first, memscope import {path}")
+        raise UsageError(
+            f"{path} is a pickle, not a trace: convert it first with memscope import {shlex.quote(str(path))}"
+        )

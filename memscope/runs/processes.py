@@ -53,7 +53,7 @@ def _context() -> BaseContext:
 
 @contextmanager
 def interrupts_held() -> Iterator[None]:
-    """Ctrl-C waits until the end of this, and processes started meanwhile are deaf to it: the parent ends them.
+    """Ctrl-C waits until the end of the block, and child processes started in it ignore SIGINT: the parent ends them.
 
     A pool starts its processes when work is submitted. One whose start was interrupted would be nobody's.
     """

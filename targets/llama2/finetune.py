@@ -12,8 +12,8 @@ from typing import Any
 
 import click
 
-from memscope.cli.main import run_command
-from memscope.cli.target_words import RUNS, settings_of
+from memscope.command.run import run_command
+from memscope.command.target_words import RUNS, settings_of
 from memscope.errors import UsageError
 from memscope.targets.llama2.checkpoints import newest_checkpoint
 from memscope.targets.llama2.device import default_device

@@ -7,15 +7,17 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import click
 import torch
 
-from memscope.cli.main import run_command
-from memscope.cli.progress import shown_progress
-from memscope.cli.target_words import settings_of
+from memscope.command.options import FILE, option, with_options
+from memscope.command.progress import shown_progress
+from memscope.command.run import run_command
+from memscope.command.target_words import settings_of
 from memscope.errors import UsageError
 from memscope.targets.llama2.adapters import load_adapter
 from memscope.targets.llama2.alpaca import Instruction
@@ -34,62 +36,77 @@ OnToken = Callable[[list[tuple[int, ...]]], None]
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
+@dataclass(frozen=True)
+class GenerateOptions:
+    """The options of this command that are not settings of the model or of decoding."""
+
+    weights: Annotated[
+        Path,
+        option(
+            "--weights",
+            required=True,
+            type=_FOLDER,
+            metavar="FOLDER",
+            help="Model, in Meta's or Hugging Face's format.",
+        ),
+    ]
+    adapter: Annotated[
+        Path | None, option("--adapter", type=_FOLDER, metavar="FOLDER", help="LoRA updates, in PEFT's format.")
+    ]
+    tokenizer: Annotated[
+        Path | None,
+        option(
+            "--tokenizer",
+            type=FILE,
+            metavar="FILE",
+            help="SentencePiece model.  [default: tokenizer.model in the folder of the weights]",
+        ),
+    ]
+    prompts: Annotated[
+        tuple[str, ...], option("--prompt", multiple=True, metavar="TEXT", help="Text to continue; repeatable.")
+    ]
+    instructions: Annotated[
+        tuple[str, ...],
+        option(
+            "--instruction",
+            multiple=True,
+            metavar="TEXT",
+            help="Instruction for a model tuned on Alpaca's format, put into its template; repeatable.",
+        ),
+    ]
+    about: Annotated[str | None, option("--input", metavar="TEXT", help="Input of the one instruction.")]
+    as_json: Annotated[bool, option("--json", is_flag=True, help="Print one JSON document instead of text.")]
+
+
 @click.command("generate", context_settings={"help_option_names": ["-h", "--help"]})
-@click.option(
-    "--weights", required=True, type=_FOLDER, metavar="FOLDER", help="The model, in Meta's or Hugging Face's format."
-)
-@click.option("--adapter", type=_FOLDER, metavar="FOLDER", help="LoRA updates of it, in PEFT's format.")
-@click.option(
-    "--tokenizer",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="SentencePiece model.  [default: tokenizer.model in the folder of the weights]",
-)
-@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="Text to continue; may be repeated.")
-@click.option(
-    "--instruction",
-    "instructions",
-    multiple=True,
-    metavar="TEXT",
-    help="The same for models tuned on Alpaca's format: the text is put into its template; may be repeated.",
-)
-@click.option("--input", "about", metavar="TEXT", help="What the one instruction is about.")
+@with_options(GenerateOptions)
 @setting_options(Decoding)
 @other_settings
 @device_option
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def command(
+    options: GenerateOptions,
     settings: tuple[str, ...],
-    weights: Path,
-    adapter: Path | None,
-    tokenizer: Path | None,
-    prompts: tuple[str, ...],
-    instructions: tuple[str, ...],
-    about: str | None,
     changed: tuple[str, ...],
     device: str | None,
-    as_json: bool,
-    debug: bool,
     **texts: str | None,
 ) -> None:
-    """Continue texts with LLaMA2, or a model of its family; several at once, each as it would be alone.
+    """Continue texts with LLaMA2, or a model of its family. Several texts run at once, each as it would alone.
 
-    Greedy, unless a --temperature or --beams is given. There is no KV cache: every token is one forward pass over all
-    the text before it. Text goes to stdout, as it comes where there is one prompt and no beam search.
+    Decoding is greedy unless --temperature or --beams is given. There is no KV cache: every token takes one forward
+    pass over all the text before it. Text goes to stdout; a single prompt without beam search is printed as it grows.
     """
     decoding = fill(Decoding, {key: text for key, text in texts.items() if text is not None}, of="generation")
-    config = fill(read_preset(weights), settings_of([*changed, *settings]), of='target "llama2"')
-    pieces = Tokenizer.load(tokenizer or tokenizer_beside(weights), config.vocab_size)
-    asked = _prompts(prompts, instructions, about)
+    config = fill(read_preset(options.weights), settings_of([*changed, *settings]), of='target "llama2"')
+    pieces = Tokenizer.load(options.tokenizer or tokenizer_beside(options.weights), config.vocab_size)
+    asked = _prompts(options.prompts, options.instructions, options.about)
     encoded = [[pieces.bos_id, *pieces.encode(text)] for text in asked]
     check_prompts(encoded, config.architecture)
     device = device or default_device()
     require_device(device)
     began = time.perf_counter()
     with room_on_device(_REMEDY):
-        model = load_model(weights, config, adapter=adapter, device=device)
-        streamed = len(asked) == 1 and decoding.beams == 1 and not as_json
+        model = load_model(options.weights, config, adapter=options.adapter, device=device)
+        streamed = len(asked) == 1 and decoding.beams == 1 and not options.as_json
         began = time.perf_counter()
         with _streamed(pieces, encoded[0]) if streamed else _progress(decoding) as on_token:
             found = generate(model, encoded, decoding, eos_id=pieces.eos_id, on_token=on_token)
@@ -98,8 +115,9 @@ def command(
         {"prompt": text, "text": _text(pieces, ids, one.tokens), **dataclasses.asdict(one)}
         for text, ids, one in zip(asked, encoded, found, strict=True)
     ]
-    if as_json:
-        about_run = {"weights": str(weights), "adapter": str(adapter) if adapter else None, "device": device}
+    if options.as_json:
+        adapter = str(options.adapter) if options.adapter else None
+        about_run = {"weights": str(options.weights), "adapter": adapter, "device": device}
         document = {"schema_version": 1, **about_run, "decoding": dataclasses.asdict(decoding), "seconds": seconds}
         click.echo(json.dumps(document | {"results": results}, ensure_ascii=False, indent=2))
         return
@@ -140,9 +158,9 @@ def _prompts(prompts: Sequence[str], instructions: Sequence[str], about: str | N
     if about is not None and len(instructions) != 1:
         raise UsageError(f"--input belongs to one --instruction, {len(instructions)} are given")
     given = [("--prompt", text) for text in prompts] + [("--instruction", text) for text in instructions]
-    for option, text in given:
+    for name, text in given:
         if not text.strip():
-            raise UsageError(f"{option} {json.dumps(text)} is empty: there is nothing to continue")
+            raise UsageError(f"{name} {json.dumps(text)} is empty: there is nothing to continue")
     return [*prompts, *(Instruction(text, about or "", "").prompt for text in instructions)]
 
 

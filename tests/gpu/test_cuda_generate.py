@@ -11,7 +11,7 @@ import pytest
 import torch
 from llamas import FORMATS, SMALL, Format, saved, split_by_rank
 
-from memscope.cli.main import run_command
+from memscope.command.run import run_command
 from memscope.strategies.lora import LoRALinear, adapt
 from memscope.targets.llama2.adapters import save_adapter
 from memscope.targets.llama2.generate import command, load_model

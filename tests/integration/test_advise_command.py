@@ -58,7 +58,7 @@ def test_a_budget_without_its_unit_is_refused_before_anything_is_simulated(run):
     for command in (["advise", *SMALL], ["check", "run.npz"]):
         code, out, err = run(*command, "--budget", "40")
         assert (code, out) == (2, "")
-        assert 'a budget of "40" is 40 B: give it a unit, for example 40GB' in err
+        assert 'a budget of "40" is 40 B: add a unit, for example 40GB' in err
 
 
 def test_nothing_fits_is_exit_code_3_with_the_smallest_budget(run):

@@ -60,17 +60,18 @@ def test_a_real_run_that_fails_leaves_no_traceback_of_the_runs_after_it(run, tmp
     assert "Traceback" not in err
 
 
-def test_an_error_nobody_foresaw_is_told_in_words(run, tmp_path, monkeypatch):
+def test_a_bug_in_memscope_is_one_message_that_asks_for_a_report(run, tmp_path, monkeypatch):
     monkeypatch.setattr("memscope.cli.profile.find_target", lambda text: 1 / 0)
     code, _, err = run("profile", "llama2")
     assert code == 1
     assert err.startswith("memscope: error: ZeroDivisionError: division by zero\n")
+    assert "This is a bug in memscope" in err
     assert "--debug" in err
     assert "Traceback" not in err
 
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="signals of this system have no mask")
-def test_the_processes_of_runs_are_deaf_to_ctrl_c_from_their_first_moment():
+def test_child_processes_ignore_sigint_from_their_first_moment():
     # Called in a process of a run, as work(index, spec): adds nothing to what is blocked there, and says what is.
     (blocked,) = _side_by_side(signal.pthread_sigmask, [(signal.SIG_BLOCK, ())], lambda *message: None)
     assert signal.SIGINT in blocked

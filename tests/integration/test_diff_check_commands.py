@@ -91,7 +91,7 @@ def test_diff_of_different_targets_says_so(run, base, tmp_path):
     other = saved(tmp_path / "other.npz", MIB, {"target": "llama2"})
     code, out, _ = run("diff", base, other)
     assert code == 0
-    assert "traces of different targets" in out
+    assert "The traces are of different targets" in out
     assert "Differs: target: toy → llama2" in out
 
 
@@ -119,8 +119,8 @@ def test_check_as_json_says_what_failed(run, base, grown):
 def test_check_for_github_annotates_with_percent_signs_escaped(run, base, grown):
     _, out, _ = run("check", "grown.npz", "--baseline", "base.npz", "--fail-if", "peak:+5%", "--format", "github")
     assert out == (
-        "::error title=memscope peak::grown.npz: peak is 6.00 MiB, above the 4.20 MiB that are allowed "
-        "(+5%25, baseline 4.00 MiB)\n"
+        "::error title=memscope peak::grown.npz: peak is 6.00 MiB, above the limit of 4.20 MiB "
+        "(+5%25; baseline 4.00 MiB)\n"
     )
 
 
@@ -142,9 +142,9 @@ def test_a_real_run_that_ran_out_of_memory_fails_whatever_the_limit(run, tmp_pat
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ([], "nothing to check: give --budget 40GB"),
-        (["--fail-if", "peak:+5%"], "peak:+5% is a growth over a baseline: name it, --baseline base.npz"),
-        (["--baseline", "base.npz", "--budget", "1GB"], "nothing is compared with base.npz"),
+        ([], "no limit is given: add --budget 40GB"),
+        (["--fail-if", "peak:+5%"], "peak:+5% is a growth over a baseline: name one with --baseline base.npz"),
+        (["--baseline", "base.npz", "--budget", "1GB"], "no limit uses the baseline base.npz"),
         (["--budget", "40 parsec"], 'unknown unit "parsec"'),
         (["--fail-if", "peek:1GB"], 'did you mean "peak"?'),
         (["--fail-if", "reserved:1GB"], "does not know reserved memory"),
@@ -160,7 +160,7 @@ def test_a_check_that_cannot_be_made_is_a_usage_error(run, base, words, says):
 def test_what_is_no_trace_is_refused_in_one_message(run, base, tmp_path, command):
     (tmp_path / "no.npz").write_text("nothing")
     code, _, err = run(*command, "no.npz")
-    assert code == 1
+    assert code == 2
     assert "not a memscope trace" in err
     assert "Traceback" not in err
 

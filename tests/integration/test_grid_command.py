@@ -54,7 +54,7 @@ BAD = {
     "less memory of a simulated device": (["--grid", "lora", "--memory", "40GB"], "--memory", "--device-file"),
     "memory that is no size": (["--grid", "lora", "--memory", "much"], '"much" is not a size', "40GB"),
     "a table of an unknown kind": (["--grid", "lora", "--table", "t.xls"], "t.xls", ".csv or .md"),
-    "a table in no folder": (["--grid", "lora", "--table", "no/t.md"], "there is no folder no", "make it"),
+    "a table in no folder": (["--grid", "lora", "--table", "no/t.md"], "there is no folder no", "create it"),
 }
 
 

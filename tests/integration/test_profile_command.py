@@ -8,6 +8,7 @@ import torch
 
 from memscope.cli.main import main
 from memscope.trace import CATEGORIES, Trace
+from memscope.units import format_seconds
 
 DEBUG = ["llama2", "--device", "gpu", "--preset", "debug", "--set", "n_layers=2", "accumulation=2", "seq_len=32"]
 
@@ -138,7 +139,7 @@ def test_a_run_simulated_on_a_certain_gpu_has_an_estimate_by_phase(run):
     assert list(estimate["phases"]) == ["forward", "loss", "backward", "optimizer"]
     assert estimate["step"] == pytest.approx(sum(estimate["phases"].values()))
     code, out, _ = run("profile", *DEBUG, "--device", "l4", "-o", "again")
-    assert f"step time (estimate) │ {estimate['step']:.3f} s │" in " ".join(out.split())
+    assert f"step time (estimate) │ {format_seconds(estimate['step'])} │" in " ".join(out.split())
 
 
 BAD = {
@@ -146,7 +147,12 @@ BAD = {
     "unknown preset": (["profile", "llama2", "--preset", "7B"], 2, 'no preset "7B"', "7b"),
     "unknown field": (["profile", "llama2", "--set", "layers=1"], 2, 'no setting "layers"', "n_layers"),
     "value of the wrong kind": (["profile", "llama2", "--set", "n_layers=two"], 2, '"two"', "whole number"),
-    "no setting": (["profile", "llama2", "--set", "n_layers"], 2, '"n_layers" is no setting', "KEY=VALUE"),
+    "not a setting": (
+        ["profile", "llama2", "--set", "n_layers"],
+        2,
+        '"n_layers" is not a KEY=VALUE setting',
+        "n_layers=1",
+    ),
     "unknown strategy": (["profile", "llama2", "-s", "lor"], 2, 'unknown strategy "lor"', 'did you mean "lora"'),
     "unknown strategy key": (["profile", "llama2", "-s", "lora:rank=4"], 2, 'no setting "rank"', "targets"),
     "wrong strategy value": (["profile", "llama2", "-s", "amp:dtype=fp8"], 2, '"fp8"', "fp16"),
@@ -201,7 +207,7 @@ def test_an_output_folder_that_cannot_be_made_is_refused(run, tmp_path):
     (tmp_path / "file").write_text("in the way")
     code, _, err = run("profile", *DEBUG, "-o", tmp_path / "file" / "runs")
     assert code == 2
-    assert "file/runs: the folder cannot be made (Not a directory)" in err
+    assert "file/runs: the folder cannot be created (Not a directory)" in err
     assert "Traceback" not in err
 
 
@@ -271,9 +277,9 @@ def test_a_target_that_does_not_fit_ends_in_exit_code_4_and_says_where_it_runs_o
     text = " ".join(out.split())
     # The context leaves 412 MiB of 512. Two layers of about 12 x 1536^2 weights of 4 bytes, embedding and head fit
     # once, not four times.
-    assert "baseline does not fit: runs out in step 0" in text
+    assert "baseline does not fit: it runs out of memory in step 0" in text
     assert "412.0 MiB" in text
-    assert "what is shown is what it would need" in text
+    assert "values below assume unlimited memory" in text
     code, out, _ = run(*words, "-s", "lora:r=1", "--json")
     document = json.loads(out)
     assert code == 0, "the plan that was asked for fits"

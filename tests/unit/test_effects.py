@@ -172,10 +172,16 @@ def test_table_has_a_column_a_plan() -> None:
     ("found", "text"),
     [
         (effect("gradient", 200 * MIB, 50 * MIB), "↓ -150.0 MiB (-75.0%)"),
-        (effect("gradient", 200 * MIB, 200 * MIB), "– +0 B (+0.0%)"),
+        (effect("gradient", 200 * MIB, 200 * MIB), "–"),
         (effect("gradient", 0, 3 * MIB), "↑ +3.00 MiB (new)"),
-        (effect("gradient", 0, 0), "– +0 B (+0.0%)"),
-        (Effect("computation", "↑", 2 * 10**12, 3 * 10**12), "↑ +1.00e+12 FLOPs (+50.0%)"),
+        (effect("gradient", 0, 0), "–"),
+        # Below 1 MiB is no change: the dash stands apart from the sign of what little there is.
+        (effect("gradient", 4 * MIB, 4 * MIB + MIB // 2), "– (+512.0 KiB, +12.5%)"),
+        (effect("gradient", 0, MIB // 2), "– (+512.0 KiB, new)"),
+        (effect("gradient", 400 * MIB, 399 * MIB), "– (-1.00 MiB, -0.2%)"),
+        (Effect("computation", "↑", 2 * 10**12, 3 * 10**12), "↑ +1.00 TFLOP (+50.0%)"),
+        (Effect("computation", "↓", 4_430 * 10**10, 2_960 * 10**10), "↓ -14.7 TFLOP (-33.2%)"),
+        (Effect("computation", "–", 2 * 10**12, 2 * 10**12), "–"),
     ],
 )
 def test_cell_reads_as_arrow_change_and_share(found: Effect, text: str) -> None:
@@ -211,7 +217,7 @@ def casts(kept: int, dropped: int, *, phase: Phase = "forward") -> Trace:
 def test_note_names_category_operator_phase_and_how_many_are_kept(phase: Phase) -> None:
     # All three casts and the clone are alive at the peak; the clone's 2 MiB are the smaller part of the change.
     assert note(trace_of({"parameter": 40 * MIB}), casts(2, 1, phase=phase), "parameter", "↓") == (
-        f"usually ↓, here ↑: +12.0 MiB of weight_copy made by aten._to_copy in {phase}; "
+        f"usually ↓, here ↑: +12.0 MiB of weight copy made by aten._to_copy in {phase}; "
         "2 of 3 kept for the backward pass"
     )
 
@@ -226,7 +232,7 @@ def test_note_counts_the_allocations_of_one_phase_in_one_step() -> None:
         build.phase("backward", step)
         build.free(*made)
     assert note(trace_of({}), build.trace({"flops": [1, 1]}), "parameter", "↓") == (
-        "usually ↓, here ↑: +8.00 MiB of weight_copy made by cast in forward; 2 of 2 kept for the backward pass"
+        "usually ↓, here ↑: +8.00 MiB of weight copy made by cast in forward; 2 of 2 kept for the backward pass"
     )
 
 
@@ -237,13 +243,13 @@ def test_note_counts_what_is_alive_at_the_end_as_kept() -> None:
     build.phase("backward", 0)
     build.new("gradient", 1)
     assert note(trace_of({}), build.trace({"flops": [1]}), "parameter", "–") == (
-        "usually –, here ↑: +4.00 MiB of weight_copy made by cast in forward; 1 of 1 kept for the backward pass"
+        "usually –, here ↑: +4.00 MiB of weight copy made by cast in forward; 1 of 1 kept for the backward pass"
     )
 
 
 def test_note_says_nothing_of_keeping_when_nothing_is_kept() -> None:
     assert note(trace_of({"parameter": 40 * MIB}), casts(0, 3), "parameter", "↓") == (
-        "usually ↓, here ↑: +12.0 MiB of weight_copy made by aten._to_copy in forward"
+        "usually ↓, here ↑: +12.0 MiB of weight copy made by aten._to_copy in forward"
     )
 
 
@@ -300,5 +306,5 @@ def test_note_on_no_change_states_the_sizes() -> None:
 
 def test_note_on_computation_states_the_operations() -> None:
     before, after = trace_of({}, flops=10**9), trace_of({}, flops=5 * 10**8)
-    assert note(before, after, "computation", "↑") == ("usually ↑, here ↓: 1.000e+09 FLOPs became 5.000e+08 FLOPs")
-    assert note(before, before, "computation", "↓") == "usually ↓, here –: 1.000e+09 FLOPs, as before"
+    assert note(before, after, "computation", "↑") == ("usually ↑, here ↓: 1.00 GFLOP became 500.0 MFLOP")
+    assert note(before, before, "computation", "↓") == "usually ↓, here –: 1.00 GFLOP, as before"

@@ -103,11 +103,11 @@ def mixed() -> Grid:
 def test_markdown_marks_what_is_on_and_what_runs_out() -> None:
     lines = FORMATS[".md"](mixed(), list(grid_notes(mixed(), ["The same batch in one go (ga)"]))).splitlines()
     assert lines[0] == "Table 2: mine on a100-40gb, predicted"
-    assert lines[2] == "| ga:steps=2 | lora | peak allocated (MiB) | peak reserved (MiB) | run time (s), estimate |"
+    assert lines[2] == "| ga:steps=2 | lora | peak allocated (MiB) | peak reserved (MiB) | run time, estimate |"
     assert lines[4] == "| – | – | × 70,000.0 | × | × |"
-    assert lines[7] == "| ✓ | ✓ | 1,536.0 | – | 12.5 |"
+    assert lines[7] == "| ✓ | ✓ | 1,536.0 | – | 12.5 s |"
     assert "- Off means: the same batch in one go (ga)." in lines
-    assert "- ×: runs out of memory; beside it what it would need." in lines
+    assert "- ×: runs out of memory; the figures beside it assume unlimited memory." in lines
 
 
 def test_csv_has_plain_numbers_and_says_in_each_row_that_they_are_predicted() -> None:
@@ -122,10 +122,25 @@ def test_csv_has_plain_numbers_and_says_in_each_row_that_they_are_predicted() ->
 
 @pytest.mark.parametrize(
     ("meta", "reason"),
-    [({}, 'the rates of "a100-40gb" are not known'), ({"samples_per_step": None}, "samples in a step's batch cannot")],
+    [
+        ({}, 'the rates of "a100-40gb" are unknown'),
+        ({"samples_per_step": None}, "samples in the batch of a step cannot"),
+    ],
 )
 def test_where_there_is_no_run_time_the_table_says_why(meta: dict[str, Any], reason: str) -> None:
     one, out = trace(1, **meta), io.StringIO()
     found = grid_of(one, one, one, one)
     print_grid(Console(file=out, width=200), found, list(grid_notes(found, [])))
     assert reason in out.getvalue()
+
+
+def test_a_narrow_terminal_has_a_block_for_each_combination() -> None:
+    out = io.StringIO()
+    print_grid(Console(file=out, width=60), mixed(), [])
+    lines = [line.rstrip() for line in out.getvalue().splitlines()]
+    assert lines[0] == "Table 2: mine on a100-40gb, predicted"
+    assert [line for line in lines[1:] if line and not line.startswith(" ")] == [
+        "no strategy", "lora", "ga:steps=2", "ga:steps=2, lora",
+    ]  # fmt: skip
+    assert "  peak allocated (MiB)  × 70,000.0" in lines
+    assert lines[-3:-1] == ["  peak reserved (MiB)   –", "  run time, estimate    12.5 s"]

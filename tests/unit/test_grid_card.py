@@ -61,7 +61,7 @@ def test_the_card_has_every_figure_and_says_that_it_is_predicted() -> None:
     html = grid_card(grid(), ["Predicted: <nothing> was computed."])
     assert "Table 2: mine on a100-40gb, predicted" in html
     assert "<td>× 59,392.0</td><td>× 61,440.0</td><td>×</td>" in html
-    assert "<td>✓</td><td>31,744.0</td><td>33,792.0</td><td>120.0</td>" in html
+    assert "<td>✓</td><td>31,744.0</td><td>33,792.0</td><td>120 s</td>" in html
     assert "Predicted: &lt;nothing&gt; was computed." in html
 
 

@@ -15,6 +15,7 @@ ORDER = (
     ("memscope.errors", "memscope.units"),
     ("memscope.trace",),
     ("memscope.workload",),
+    ("memscope.command",),
     ("memscope.strategies", "memscope.allocator", "memscope.analysis"),
     ("memscope.hooks",),
     ("memscope.gpu", "memscope.simulation", "memscope.exchange"),

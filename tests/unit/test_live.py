@@ -30,9 +30,9 @@ STATE = LiveState(
 )
 
 
-def text(*states):
-    console = Console(file=io.StringIO(), width=120)
-    console.print(panels([f"run{index}" for index in range(len(states))], states))
+def text(*states, width=120):
+    console = Console(file=io.StringIO(), width=width)
+    console.print(panels([f"run{index}" for index in range(len(states))], states, width))
     return console.file.getvalue()
 
 
@@ -59,12 +59,23 @@ def test_the_panel_says_where_the_run_is():
 
 @pytest.mark.parametrize(
     ("forecast", "size", "words"),
-    [("so far", "30.0 GiB", "largest so far"), ("estimate", "~30.0 GiB", "estimate"), ("seen", "30.0 GiB", "seen")],
+    [("so far", "30.0 GiB", "peak so far"), ("estimate", "~30.0 GiB", "estimate"), ("seen", "30.0 GiB", "seen")],
 )
 def test_a_forecast_says_what_it_rests_on(forecast, size, words):
-    *figures, why = row(text(replace(STATE, forecast=forecast)), "peak")[1:]
-    assert figures == [size, "75.0%"]
-    assert why.startswith(words)
+    shown = text(replace(STATE, forecast=forecast))
+    assert row(shown, "peak")[1:] == [size, "75.0%"]
+    assert f"peak: {words}" in shown
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_a_narrow_terminal_has_every_figure_whole(width):
+    shown = text(replace(STATE, memory={**STATE.memory, "unseen": GIB}, forecast_bytes=50 * GIB), width=width)
+    assert "…" not in shown
+    assert max(map(len, shown.splitlines())) <= width
+    assert row(shown, "rounding, inside kernels")[1:3] == ["1.00 GiB", "2.5%"]
+    assert row(shown, "peak")[1:] == ["~50.0 GiB", "125.0%"]
+    for words in ("step 1, backward, micro-batch 2 of 4", "5 of 8 micro-batches done", "does not fit"):
+        assert words in " ".join(shown.split())
 
 
 def test_without_a_capacity_shares_are_of_the_peak():
@@ -74,8 +85,8 @@ def test_without_a_capacity_shares_are_of_the_peak():
 
 
 def test_a_forecast_beyond_the_capacity_says_so():
-    assert row(text(replace(STATE, forecast_bytes=50 * GIB)), "peak")[-1].endswith("does not fit")
-    assert not row(text(STATE), "peak")[-1].endswith("does not fit")
+    assert "; does not fit" in text(replace(STATE, forecast_bytes=50 * GIB))
+    assert "does not fit" not in text(STATE)
 
 
 def test_runs_that_wait_or_are_over_take_one_line():

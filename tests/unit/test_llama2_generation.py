@@ -14,7 +14,7 @@ import torch
 from llamas import SMALL, model_of, saved
 
 from memscope import Recorder, Trace
-from memscope.cli.main import run_command
+from memscope.command.run import run_command
 from memscope.errors import MemscopeError, UsageError
 from memscope.strategies.lora import LoRALinear, adapt
 from memscope.targets.llama2.adapters import save_adapter

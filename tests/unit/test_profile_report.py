@@ -8,11 +8,13 @@ import pytest
 from rich.console import Console
 
 from memscope import simulate
+from memscope.analysis.cost import last_step_seconds
 from memscope.analysis.effects import Run, compare
-from memscope.cli.profile_report import print_advice, print_report
+from memscope.cli.profile_report import print_remedies, print_report
 from memscope.runs.would_free import Remedies, WouldFree
 from memscope.strategies import Plan
 from memscope.testing import toy_workload
+from memscope.units import format_bytes, format_seconds
 
 PLANS = ["ckpt:layers=0", "amp:dtype=bf16", "amp:dtype=bf16,ga:steps=2", "lora:r=4,amp:dtype=bf16"]
 
@@ -43,15 +45,27 @@ def test_no_table_is_cut_or_wider_than_the_terminal(runs: list[Run], columns: in
         assert run.label in out
 
 
-def test_a_wide_terminal_has_every_table_once_and_a_narrow_one_has_it_in_parts(runs: list[Run]) -> None:
+def test_a_wide_terminal_has_every_table_once_and_a_narrower_one_has_it_in_parts(runs: list[Run]) -> None:
     assert printed(runs, 250).count("Allocated at the peak") == 1
-    assert printed(runs, 60).count("Allocated at the peak") > 1
+    assert printed(runs, 80).count("Allocated at the peak") > 1
 
 
-def test_figures_are_never_broken_over_two_lines(runs: list[Run]) -> None:
-    narrow = printed(runs[:2], 60)
-    for number in (line.split("│")[-2].strip() for line in narrow.splitlines() if line.startswith("│ peak ")):
-        assert number.endswith("iB")
+def test_below_70_columns_one_run_stands_below_the_other(runs: list[Run]) -> None:
+    assert "│" in printed(runs, 70)
+    narrow = printed(runs, 69)
+    assert "│" not in narrow
+    lines = [line.rstrip() for line in narrow.splitlines()]
+    starts = [lines.index(run.label) for run in runs]
+    assert starts == sorted(starts)
+    peaks = [line.split(maxsplit=1)[1] for line in lines if line.startswith("  peak ")]
+    assert peaks == [format_bytes(run.trace.peak.allocated_bytes) for run in runs]
+
+
+def test_a_small_step_time_is_in_ms_or_µs(runs: list[Run]) -> None:
+    seconds = last_step_seconds(runs[0].trace)
+    assert seconds is not None
+    assert seconds < 1
+    assert f"step time (estimate) │ {format_seconds(seconds)}" in " ".join(printed(runs[:1], 120).split())
 
 
 def test_a_device_without_a_known_context_has_no_row_for_the_driver(runs: list[Run]) -> None:
@@ -65,7 +79,7 @@ def test_a_device_without_a_known_context_has_no_row_for_the_driver(runs: list[R
 def advice_on(runs: list[Run], before_bytes: int, **failed: str) -> str:
     tried = tuple(WouldFree(Plan.parse(run.label).strategies[0], run.trace, before_bytes) for run in runs)
     out = io.StringIO()
-    print_advice(Console(file=out, width=200, highlight=False), "baseline", Remedies(tried, failed))
+    print_remedies(Console(file=out, width=200, highlight=False), "baseline", Remedies(tried, failed))
     return out.getvalue()
 
 
@@ -73,9 +87,9 @@ def test_advice_tells_what_helps_from_what_does_not(runs: list[Run]) -> None:
     ckpt, amp = runs[1:3]
     peak = ckpt.trace.peak.allocated_bytes
     helps = advice_on([ckpt], peak + 2**20)
-    assert helps.splitlines()[0] == "What would help baseline, simulated together with it:"
+    assert helps.splitlines()[0] == "Strategies that would help baseline, simulated together with it:"
     assert helps.splitlines()[1].split()[:2] == ["ckpt:layers=0", "-1.00"]
     assert helps.rstrip().endswith(", fits)")
-    assert advice_on([ckpt], peak) == "What would not help baseline: ckpt:layers=0 (+0 B)\n"
+    assert advice_on([ckpt], peak) == "Strategies that would not help baseline: ckpt:layers=0 (+0 B)\n"
     assert advice_on([amp], 2**40).rstrip().endswith("; changes the precision of matrix products and attention")
     assert advice_on([], 0, ga="no samples") == "ga could not be simulated: no samples\n"

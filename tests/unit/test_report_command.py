@@ -65,7 +65,7 @@ def test_a_page_is_written_beside_the_trace(report: Report, trace_file: Path) ->
     page = trace_file.with_suffix(".html")
     assert code == 0
     assert f"Page: {page}" in out
-    assert "Next: open it in a browser; memscope export" in out
+    assert f"Next: memscope export {trace_file} --to perfetto" in out
     assert "<dd>3.00 GiB</dd>" in page.read_text(encoding="utf-8")
 
 
@@ -75,7 +75,7 @@ def test_several_traces_are_one_page_that_compares_them(report: Report, trace_fi
     page = trace_file.parent / "report.html"
     assert (code, f"Page: {page}" in out) == (0, True)
     assert "other against run: +4.00 GiB" in page.read_text(encoding="utf-8")
-    assert "No Table 1: steps and operations are not known of run, other" in out
+    assert "No Table 1: steps or operations are unknown for run, other" in out
 
 
 def test_files_alike_in_name_are_named_by_their_path(report: Report, trace_file: Path) -> None:
@@ -115,7 +115,7 @@ def test_csv_has_what_is_alive_at_the_peak(report: Report, trace_file: Path) -> 
 
 def test_what_is_inferred_is_said_beside_it_in_every_format(report: Report, tmp_path: Path) -> None:
     file = run(inferred=["category", "micro_batch"]).save(tmp_path / "run.npz")
-    how = "Inferred from stacks, not recorded: category and micro-batch, by the functions that ran at each birth"
+    how = "Inferred from stacks, not recorded: category and micro-batch, by the functions that ran at each allocation"
     terminal, markdown, document, table = (report(file, "--format", f)[1] for f in _TEXTS)
     for text in (terminal, markdown):
         assert "parameter (inferred)" in text
@@ -196,7 +196,7 @@ def refusal(report: Report, *words: object) -> tuple[int, str]:
 def test_what_is_not_a_trace_is_refused(report: Report, tmp_path: Path) -> None:
     (tmp_path / "text.npz").write_text("hello")
     assert refusal(report, tmp_path / "text.npz") == (
-        1,
+        2,
         f"memscope: error: {tmp_path}/text.npz: not a memscope trace, or truncated; expected a file written by "
         "memscope profile",
     )
@@ -215,7 +215,7 @@ def test_a_trace_of_a_newer_memscope_is_refused(report: Report, trace_file: Path
     header = json.loads(str(arrays["header"])) | {"schema_version": SCHEMA_VERSION + 1}
     np.savez(trace_file, **arrays | {"header": np.array(json.dumps(header))})
     code, told = refusal(report, trace_file)
-    assert (code, told.endswith("upgrade memscope")) == (1, True)
+    assert (code, told.endswith("upgrade memscope")) == (2, True)
 
 
 def test_an_empty_trace_is_refused(report: Report, tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def test_an_output_that_cannot_be_written_is_told_before_anything_is_drawn(repor
     code, told = refusal(report, trace_file, "-o", trace_file.parent / "absent" / "page.html")
     assert (code, "there is no folder" in told) == (2, True)
     code, told = refusal(report, trace_file, "-o", trace_file.parent, "-f")
-    assert (code, "cannot be written" in told) == (1, True)
+    assert (code, "is a folder: -o takes a file" in told) == (2, True)
 
 
 PLAN = {"format": "memscope-checkpoint-plan", "schema_version": 1, "layers": {"layers.0": "full"}, "made_for": {}}
@@ -248,9 +248,9 @@ def test_a_plan_alone_or_in_a_text_is_refused(report: Report, trace_file: Path) 
     plan = trace_file.parent / "plan.json"
     plan.write_text(json.dumps(PLAN))
     code, told = refusal(report, plan)
-    assert (code, "name a trace too" in told) == (2, True)
+    assert (code, "add a trace of memscope profile" in told) == (2, True)
     code, told = refusal(report, trace_file, plan, "--format", "markdown")
-    assert (code, "drawn on a page only" in told) == (2, True)
+    assert (code, "only a page can show" in told) == (2, True)
 
 
 @pytest.fixture

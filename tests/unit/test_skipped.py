@@ -12,7 +12,7 @@ from torch import nn
 from memscope import Trace, Workload, record
 from memscope.analysis.effects import Run, Table1
 from memscope.analysis.skipped import how_skipped
-from memscope.cli.report_tables import comparison_blocks, print_blocks
+from memscope.cli.report_tables import comparison_sections, print_sections
 
 
 def recorded(factor: float, steps: int) -> Trace:
@@ -27,7 +27,7 @@ def recorded(factor: float, steps: int) -> Trace:
 
 def shown(trace: Trace) -> str:
     out = io.StringIO()
-    print_blocks(Console(file=out, width=200), comparison_blocks([Run("amp", trace)], Table1(()), ()))
+    print_sections(Console(file=out, width=200), comparison_sections([Run("amp", trace)], Table1(()), ()))
     return out.getvalue()
 
 
@@ -36,5 +36,5 @@ def test_steps_left_out_are_counted_and_told(factor: float, left_out: int) -> No
     trace = recorded(factor, steps=2)
     assert trace.meta.get("skipped_steps", 0) == left_out
     assert (trace.max_by_category()["optimizer_state"] > 0) == (left_out < 2)
-    told = f"left out {left_out} of 2 optimizer steps"
+    told = f"skipped {left_out} of 2 optimizer steps"
     assert (told in how_skipped(trace)) == (told in shown(trace)) == (left_out > 0)

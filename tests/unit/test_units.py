@@ -7,7 +7,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memscope.errors import UsageError
-from memscope.units import format_bytes, format_change, parse_bytes
+from memscope.units import (
+    format_both,
+    format_bytes,
+    format_change,
+    format_flop,
+    format_flop_change,
+    format_given,
+    format_part,
+    format_seconds,
+    parse_budget,
+    parse_bytes,
+)
 
 
 @pytest.mark.parametrize(
@@ -112,3 +123,84 @@ def test_shown_size_reads_back_within_half_of_its_last_digit(size_bytes: int) ->
 @given(st.integers(1, 2**60))
 def test_negative_size_is_the_positive_one_with_a_sign(size_bytes: int) -> None:
     assert format_bytes(-size_bytes) == "-" + format_bytes(size_bytes)
+
+
+@pytest.mark.parametrize(
+    ("given_as", "text", "both"),
+    [
+        # 40e9 / 2³⁰ = 37.253, 30,064,771,072 / 1e9 = 30.065, 500e6 / 2²⁰ = 476.84
+        ("40GB", "40 GB", "40 GB (37.3 GiB)"),
+        ("28GiB", "28.0 GiB", "28.0 GiB (30.06 GB)"),
+        ("37.25GB", "37.25 GB", "37.25 GB (34.7 GiB)"),
+        ("500MB", "500 MB", "500 MB (476.8 MiB)"),
+        ("512MiB", "512.0 MiB", "512.0 MiB (536.87 MB)"),
+        ("2TB", "2000 GB", "2000 GB (1.82 TiB)"),
+    ],
+)
+def test_a_limit_is_shown_first_in_the_unit_in_which_it_was_given(given_as: str, text: str, both: str) -> None:
+    assert format_given(parse_bytes(given_as)) == text
+    assert format_both(parse_bytes(given_as)) == both
+
+
+@given(st.integers(1, 2000))
+def test_a_whole_number_of_units_comes_back_in_its_unit(count: int) -> None:
+    assert format_given(count * 10**9) == f"{count} GB"
+    assert format_given(count * 2**30).endswith("iB")
+
+
+@pytest.mark.parametrize(
+    ("part", "whole", "text"),
+    [
+        (389 * 2**30 // 10, 40 * 2**30, "38.9 of 40.0 GiB"),
+        (512 * 2**20, 40 * 2**30, "512.0 MiB of 40.0 GiB"),
+    ],
+)
+def test_a_part_repeats_the_unit_only_where_it_differs(part: int, whole: int, text: str) -> None:
+    assert format_part(part, whole) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 FLOP"),
+        (999, "999 FLOP"),
+        (1000, "1.00 kFLOP"),
+        (999_940, "999.9 kFLOP"),
+        # 999,960 would round to 1000.0 of its unit.
+        (999_960, "1.00 MFLOP"),
+        (14_700_000_000_000, "14.7 TFLOP"),
+        (-4_390_000_000, "-4.39 GFLOP"),
+        (2 * 10**18, "2000.0 PFLOP"),
+    ],
+)
+def test_operations_have_the_unit_of_their_size(count: int, text: str) -> None:
+    assert format_flop(count) == text
+
+
+def test_a_change_in_operations_has_its_sign() -> None:
+    assert (format_flop_change(10**12), format_flop_change(-(10**12))) == ("+1.00 TFLOP", "-1.00 TFLOP")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.0, "0 s"),
+        (0.000_000_25, "0.25 µs"),
+        (0.000_812, "812 µs"),
+        (0.000_999_4, "999 µs"),
+        # 999.6 µs would round to 1000 of its unit.
+        (0.000_999_6, "1.00 ms"),
+        (0.0251, "25.1 ms"),
+        (0.9996, "1.00 s"),
+        (2.345, "2.35 s"),
+        (12.34, "12.3 s"),
+        (3720.0, "3,720 s"),
+    ],
+)
+def test_times_have_three_digits_and_the_unit_of_their_size(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text
+
+
+def test_a_budget_without_its_unit_is_refused() -> None:
+    with pytest.raises(UsageError, match='a budget of "40" is 40 B: add a unit, for example 40GB'):
+        parse_budget("40")

@@ -1,4 +1,4 @@
-"""Progress on stderr, for work that tells what it does and how far it is."""
+"""Progress on stderr, for work that reports how far it is."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["shown_progress"]
 
 @contextmanager
 def shown_progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar that goes away when all is done; gives what to call: with what is being done, how much, out of how much."""
+    """A bar on stderr while work goes on; yields the function that moves it: `moved(doing, done, total)`."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         task = bars.add_task("starting", total=None)
 
-        def told(doing: str, done: int, total: int) -> None:
+        def moved(doing: str, done: int, total: int) -> None:
             bars.update(task, description=doing, completed=done, total=total)
 
-        yield told
+        yield moved

@@ -1,17 +1,17 @@
-"""Which target a command is about, and with which settings, from the words of the command line."""
+"""The words of a command line that name a target, its preset and its settings."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from memscope.errors import TraceFileError, UsageError
 from memscope.trace import Trace
 
-__all__ = ["RUNS", "last_profiled", "settings_of"]
+__all__ = ["RUNS", "last_profiled", "settings_of", "words_of"]
 
 RUNS = Path("memscope-runs")
-"""Where `memscope profile` puts its traces, one folder a run."""
+"""Folder of the runs, one folder each; traces of `memscope profile`, results of fine-tuning."""
 _DEFAULT_TARGET = "targets/llama2"
 
 
@@ -19,25 +19,30 @@ def settings_of(texts: Sequence[str]) -> dict[str, str]:
     """`{key: value}` of words KEY=VALUE.
 
     Raises:
-        UsageError: when a word is no setting, or a key is there twice.
+        UsageError: when a word is not KEY=VALUE, or a key is given twice.
     """
     words: dict[str, str] = {}
     for text in texts:
         key, equal, value = text.partition("=")
         if not equal or not key:
-            raise UsageError(
-                f'"{text}" is no setting: expected KEY=VALUE, for example n_layers=1. See: memscope targets'
-            )
+            raise UsageError(f'"{text}" is not a KEY=VALUE setting, for example n_layers=1. See: memscope targets')
         if key in words:
             raise UsageError(f'setting "{key}" is given twice: "{words[key]}" and "{value}"')
         words[key] = value
     return words
 
 
-def last_profiled(preset: str | None, settings: dict[str, str]) -> tuple[str, str | None, dict[str, str]]:
-    """Target, preset and settings of the newest trace in `RUNS`, or the target that comes with memscope.
+def words_of(target: str, preset: str | None, settings: Mapping[str, str]) -> list[str]:
+    """The words that name a target with its preset and settings, as commands take them."""
+    chosen = [] if preset is None else ["--preset", preset]
+    changed = [f"{key}={value}" for key, value in settings.items()]
+    return [target, *chosen, *(["--set", *changed] if changed else [])]
 
-    A preset given here replaces preset and settings of the trace; settings given here come on top.
+
+def last_profiled(preset: str | None, settings: dict[str, str]) -> tuple[str, str | None, dict[str, str]]:
+    """Target, preset and settings of the newest trace in `RUNS`, or else the target that comes with memscope.
+
+    A preset given here replaces preset and settings of the trace; settings given here are added to them.
     """
     for path in sorted(RUNS.glob("*/*.npz"), key=lambda path: path.stat().st_mtime, reverse=True):
         try:

@@ -1,0 +1,121 @@
+"""The options of `memscope profile`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import click
+
+from memscope.command.options import FILE, argument, option
+
+__all__ = ["DEFAULT_STEPS", "ProfileOptions"]
+
+DEFAULT_STEPS = 2
+"""The fewest steps that show the optimizer state in forward and backward passes."""
+
+
+@dataclass(frozen=True)
+class ProfileOptions:
+    """The options of `memscope profile`."""
+
+    target: Annotated[str, argument()]
+    settings: Annotated[tuple[str, ...], argument(nargs=-1, metavar="[KEY=VALUE]...")]
+    plans: Annotated[
+        tuple[str, ...],
+        option(
+            "-s",
+            "--strategies",
+            multiple=True,
+            metavar="PLAN",
+            help="Strategies to apply, such as lora:r=8,amp. Once: each strategy alone and all together. Repeated: "
+            "each plan as given.",
+        ),
+    ]
+    grid: Annotated[
+        str | None,
+        option(
+            "--grid",
+            metavar="PLAN",
+            help="Table 2: every combination of the strategies of PLAN, each on or off, such as ga:steps=8,amp,lora.",
+        ),
+    ]
+    samples: Annotated[
+        int | None,
+        option(
+            "--samples",
+            type=click.IntRange(1),
+            help="With --grid: number of samples that the run time is for. [default: 200]",
+        ),
+    ]
+    memory: Annotated[
+        str | None,
+        option("--memory", metavar="SIZE", help="With --grid on cuda: most memory PyTorch may use, such as 40GB."),
+    ]
+    table: Annotated[
+        Path | None,
+        option("--table", type=FILE, metavar="FILE", help="With --grid: write Table 2 to a .csv or .md file."),
+    ]
+    preset: Annotated[
+        str | None,
+        option(
+            "--preset",
+            metavar="NAME|PATH",
+            help="Preset of the target, or a file or folder with one. Default: the first. See: memscope targets.",
+        ),
+    ]
+    changed: Annotated[
+        tuple[str, ...],
+        option(
+            "--set",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Change a setting of the target; more may follow as KEY=VALUE.",
+        ),
+    ]
+    device: Annotated[
+        str | None,
+        option(
+            "--device",
+            help="cuda or cpu for a real run, or the device to simulate (see: memscope devices). Default: cuda if "
+            "PyTorch has a GPU, else gpu.",
+        ),
+    ]
+    device_file: Annotated[
+        Path | None,
+        option("--device-file", type=FILE, metavar="FILE", help="TOML file with devices of your own."),
+    ]
+    allocator: Annotated[
+        str | None,
+        option(
+            "--allocator",
+            metavar="CONF",
+            help="Settings of PyTorch's allocator, as in PYTORCH_CUDA_ALLOC_CONF, which is the default.",
+        ),
+    ]
+    simulate: Annotated[
+        bool, option("--simulate", is_flag=True, help="Simulate even if the run could be real, as on --device cpu.")
+    ]
+    steps: Annotated[
+        int,
+        option(
+            "--steps",
+            default=DEFAULT_STEPS,
+            show_default=True,
+            type=click.IntRange(1),
+            help="Optimizer steps; effects are those of the second step.",
+        ),
+    ]
+    output: Annotated[
+        Path | None,
+        option("-o", "--output", type=FILE, metavar="FOLDER", help="Folder for traces and page. Default: a new one."),
+    ]
+    html: Annotated[
+        Path | None, option("--html", type=FILE, metavar="FILE", help="Page to write. Default: in that folder.")
+    ]
+    force: Annotated[bool, option("-f", "--force", is_flag=True, help="Overwrite files that exist.")]
+    live: Annotated[
+        bool, option("--live", is_flag=True, help="Show memory by category in the terminal while runs are in progress.")
+    ]
+    as_json: Annotated[bool, option("--json", is_flag=True, help="Print one JSON document instead of tables.")]

@@ -1,0 +1,1 @@
+"""What every command has, memscope's own and those of targets: options, exit codes, files, progress."""
