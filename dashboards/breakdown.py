@@ -70,7 +70,12 @@ def breakdown(
             # The root has no category, and Plotly writes its label in the colour of text on any background.
             marker={"colors": [LIGHT.grid, *(LIGHT.categories[node.category] for _, _, node in rows[1:])]},
             customdata=[
-                [format_bytes(node.size_bytes), f"{node.size_bytes / total:.1%}", f"{node.count:,}", spoken(node.category)]
+                [
+                    format_bytes(node.size_bytes),
+                    f"{node.size_bytes / total:.1%}",
+                    f"{node.count:,}",
+                    spoken(node.category),
+                ]
                 for _, _, node in rows
             ],
             texttemplate="%{label}<br>%{customdata[0]}",

@@ -64,7 +64,9 @@ def _overview(runs: Sequence[Run]) -> Section:
     label = "Memory over time of every run, on the same axes; the table above has their peaks"
     figure = small_multiples(runs)
     figure.update_layout(
-        showlegend=False, height=figure.layout.height - figure.layout.margin.t + _COMPACT_MARGIN, margin_t=_COMPACT_MARGIN
+        showlegend=False,
+        height=figure.layout.height - figure.layout.margin.t + _COMPACT_MARGIN,
+        margin_t=_COMPACT_MARGIN,
     )
     names = {curve.name for curve in figure.data}
     body = f"{listed}{figure_box(figure, label)}{_legend(names)}"
@@ -163,7 +165,7 @@ def _changes_table(changes: Iterable[AllocationChange], traces: Sequence[Trace],
 def _small_changes(found: Difference) -> str:
     """Categories and modules that changed by less than 0.1 % of the larger peak, folded."""
     rows = [
-        [what, code(spoken(name) if what == "category" else name), format_change(one.change)]
+        [what, f"{swatch(name)}{spoken(name)}" if what == "category" else code(name), format_change(one.change)]
         for what, name, one in (*_named("category", found.categories), *_named("module", found.modules))
         if is_small(one.change, found)
     ]

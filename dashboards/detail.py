@@ -60,7 +60,9 @@ def curve_data(trace: Trace, held: Ints) -> dict[str, Any]:
     return {
         "runEvents": trace.events,
         "events": differences(held),
-        "sizes": {spoken(category): differences(trace.timeline(category)[held]) for category in shown_categories(trace)},
+        "sizes": {
+            spoken(category): differences(trace.timeline(category)[held]) for category in shown_categories(trace)
+        },
         "reserved": differences(trace.reserved[held]) if trace.reserved.size else None,
         "happened": {name: column.tolist() for name, column in happened.items()},
         "marks": {name: column.tolist() for name, column in marks.items()} | {"event": differences(trace.mark_event)},

@@ -210,6 +210,7 @@ async function moments(section) {
     return refresh();
   });
   area.drawAreas = drawAreas;
+  section.querySelector("summary .gist").ariaLive = "polite";
   sums();
   drawAreas();
   const state = { data, show, find, whenShown: () => {}, hide: (names) => { hidden = names; return refresh(); } };

@@ -11,6 +11,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from memscope.advisor.advice import Advice, FrontPoint, in_words, short_option
+from memscope.dashboards.head import page_head
 from memscope.dashboards.html import Section, card, facts, figure_box, html_page, table
 from memscope.dashboards.page import run_sections
 from memscope.dashboards.palette import LIGHT, Theme, dressed, themed
@@ -186,7 +187,7 @@ def write_plan_page(advice: Advice, path: Path, *, overwrite: bool) -> None:
     """
     if path.exists() and not overwrite:
         raise UsageError(f"{path} exists already: choose another name with --html, or overwrite with -f")
-    heading = "The plan" if advice.feasible else "Nothing fits"
+    head, heading = "", "The plan" if advice.feasible else "Nothing fits"
     sections = [Section("advice", heading, card(facts(_facts(advice)), key="advice", title=heading))]
     if advice.layers:
         kept = kept_by_layer(advice.trace, list(advice.layers)) if advice.trace else None
@@ -194,9 +195,11 @@ def write_plan_page(advice: Advice, path: Path, *, overwrite: bool) -> None:
     if advice.front:
         sections.append(_front_card(advice))
     if advice.trace is not None and advice.trace.events:
-        sections += run_sections([Run("The step with this plan", advice.trace)])
+        runs = [Run("The step with this plan", advice.trace)]
+        sections += run_sections(runs)
+        head = page_head(runs)
     title = f"{advice.target} in {format_bytes(advice.budget_bytes)}"
-    write_whole(path, html_page(f"memscope: {title}", title, sections).encode())
+    write_whole(path, html_page(f"memscope: {title}", title, sections, head).encode())
 
 
 def _facts(advice: Advice) -> list[tuple[str, str]]:

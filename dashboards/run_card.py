@@ -91,13 +91,11 @@ def run_section(run: Run, key: str, room: Room, *, opened: bool) -> Section:
 
 
 def _facts(trace: Trace) -> Iterator[tuple[str, str]]:
-    """The facts of a run that its metadata gives."""
+    """The facts of one run; the head of the page has those that runs share."""
     meta, peak = trace.meta, trace.peak
     within = f" · micro-batch {peak.micro_batch}" if peak.step >= 0 else ""
     yield "peak", format_bytes(peak.allocated_bytes)
     yield "reached in", f"{moment(peak)}{within} · event {peak.event:,} of {trace.events:,}"
-    if "target" in meta:
-        yield "target", str(meta["target"])
     strategies = meta.get("strategies")
     if isinstance(strategies, Sequence):
         named = [strategies] if isinstance(strategies, str) else strategies
@@ -105,15 +103,9 @@ def _facts(trace: Trace) -> Iterator[tuple[str, str]]:
     if device := device_of(trace):
         how = how_made(trace)
         yield "device", f"{device} ({how})" if how else device
-    match meta.get("capacity"):
-        case int(capacity):
-            yield "capacity", format_bytes(capacity)
     match meta.get("parameters"):
         case {"total": int(total), "trainable": int(trainable)}:
-            yield "parameters", f"{total:,}, trainable {trainable:,} ({trainable / max(total, 1):.2%})"
-    match meta.get("versions"):
-        case {"torch": version}:
-            yield "torch", str(version)
+            yield "trainable parameters", f"{trainable:,} of {total:,} ({trainable / max(total, 1):.2%})"
     yield "allocations", f"{len(trace):,}"
 
 
