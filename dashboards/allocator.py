@@ -1,4 +1,4 @@
-"""What the allocator holds beyond what was asked for: over time, and segment by segment at the peak."""
+"""Reserved memory that no tensor requested: over time, and segment by segment at the peak."""
 
 from __future__ import annotations
 
@@ -9,45 +9,44 @@ from html import escape
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import plotly.graph_objects as go
 
 from memscope.allocator.report import Segment
 from memscope.allocator.view import SAMPLES, AllocatorView, allocator_view
 from memscope.dashboards.downsample import shown_events
+from memscope.dashboards.names import spoken
 from memscope.dashboards.palette import LIGHT, Theme, Unused, dressed, themed
 from memscope.dashboards.timeline import unit_of
 from memscope.errors import UsageError
-from memscope.trace import CATEGORIES, Trace
+from memscope.trace import CATEGORIES, Ints, Trace
 from memscope.units import format_bytes
 
 __all__ = ["SHOWN_SEGMENTS", "fragmentation", "look", "segments"]
 
 SHOWN_SEGMENTS = 16
-"""Most segments drawn: those with the most free bytes that cannot be given back."""
+"""The most segments that are drawn: those with the most free bytes that cannot be released."""
 _FREE = "cached"
 _ROW_HEIGHT = 19
 
-Ints = npt.NDArray[np.int64]
-
 
 def look(trace: Trace) -> AllocatorView | None:
-    """What the allocator held where there was most and least that it could not hand out; None on the CPU."""
+    """The state of the allocator at the extremes of its cached memory; None for a run on the CPU."""
     if not trace.reserved.size:
         return None
     return allocator_view(trace, shown_events(trace.reserved - trace.allocated, np.zeros(0, dtype=np.int64), SAMPLES))
 
 
 def fragmentation(trace: Trace, theme: Theme = LIGHT, *, view: AllocatorView | None = None) -> go.Figure:
-    """Reserved bytes that nobody asked for, over time: what blocks are too large by, and what is cached.
+    """Reserved bytes that no tensor requested, over time: the rounding of blocks, and cached memory.
 
-    Of a simulated run, what is cached is told apart: what the allocator would give back before it runs out of memory,
-    and what it cannot, as its segment holds something allocated. A line is the largest cached block.
+    For a simulated run, cached memory is split into the bytes that the allocator would release before it runs out of
+    memory, and those it cannot release because their segment holds an allocated block. The line is the largest cached
+    block.
 
     Args:
-        trace: of a run on a device with an allocator.
+        trace: a run on a device with an allocator.
         theme: colours.
-        view: what `look` gave for the trace, if it is there.
+        view: the result of `look` for the trace, if it is known already.
 
     Raises:
         UsageError: when the run had no allocator.
@@ -55,12 +54,12 @@ def fragmentation(trace: Trace, theme: Theme = LIGHT, *, view: AllocatorView | N
     view = _required(view or look(trace))
     areas: dict[Unused, Ints]
     if view.unreleasable is None:
-        areas = {"block rounding": view.rounding, "cached, can be given back": view.cached}
+        areas = {"block rounding": view.rounding, "cached, releasable": view.cached}
     else:
         areas = {
             "block rounding": view.rounding,
-            "cached, cannot be given back": view.unreleasable,
-            "cached, can be given back": view.cached - view.unreleasable,
+            "cached, not releasable": view.unreleasable,
+            "cached, releasable": view.cached - view.unreleasable,
         }
     top = int(sum(areas.values(), np.zeros_like(view.events)).max(initial=0))
     unit, scale = unit_of(top)
@@ -89,14 +88,14 @@ def fragmentation(trace: Trace, theme: Theme = LIGHT, *, view: AllocatorView | N
 
 
 def segments(trace: Trace, theme: Theme = LIGHT, *, view: AllocatorView | None = None) -> go.Figure:
-    """The segments with the most free bytes that cannot be given back at the peak, each as a bar of its blocks.
+    """The segments with the most free bytes that cannot be released at the peak, each as a bar of its blocks.
 
-    The blocks are in order of address.
+    Blocks are in order of address.
 
     Args:
-        trace: of a simulated run.
+        trace: a simulated run.
         theme: colours.
-        view: what `look` gave for the trace, if it is there.
+        view: the result of `look` for the trace, if it is known already.
 
     Raises:
         UsageError: when the run had no allocator, or its segments are not known.
@@ -108,10 +107,10 @@ def segments(trace: Trace, theme: Theme = LIGHT, *, view: AllocatorView | None =
     unit, scale = unit_of(max((segment.size_bytes for segment in chosen), default=0))
     pieces = [piece for row, one in enumerate(chosen) for piece in _pieces(row, one, trace, view.peak.owners)]
     figure = go.Figure()
-    for kind in (*CATEGORIES, _FREE):
+    for kind, colour in (*_category_colours(), (_FREE, "")):
         alike = [piece for piece in pieces if piece.kind == kind]
         if alike:
-            figure.add_trace(_bars(kind, alike, scale))
+            figure.add_trace(_bars(kind, alike, scale, colour))
     figure.update_layout(
         dressed(
             height=110 + _ROW_HEIGHT * len(chosen),
@@ -131,7 +130,7 @@ def segments(trace: Trace, theme: Theme = LIGHT, *, view: AllocatorView | None =
 
 def _required(view: AllocatorView | None) -> AllocatorView:
     if view is None:
-        raise UsageError("this run had no allocator to look at: it ran on the CPU")
+        raise UsageError("this run had no allocator: it ran on the CPU")
     return view
 
 
@@ -160,8 +159,8 @@ def _least_usable(all_segments: Sequence[Segment]) -> list[Segment]:
     return sorted(found, key=lambda segment: -stuck[segment.address])[:SHOWN_SEGMENTS]
 
 
-class _Piece(NamedTuple):
-    """Neighbouring blocks of one segment that hold the same, drawn as one."""
+class _BlockGroup(NamedTuple):
+    """Neighbouring blocks of one segment with the same owner, drawn as one."""
 
     kind: str
     row: int
@@ -170,35 +169,39 @@ class _Piece(NamedTuple):
     text: str
 
 
-def _pieces(row: int, segment: Segment, trace: Trace, owners: Mapping[int, int]) -> Iterator[_Piece]:
+def _pieces(row: int, segment: Segment, trace: Trace, owners: Mapping[int, int]) -> Iterator[_BlockGroup]:
     offset = 0
     held = [(owners.get(block.address) if block.allocated else None, block.size_bytes) for block in segment.blocks]
-    for what, blocks in itertools.groupby(held, key=lambda one: _what(trace, one[0])):
+    for holder, blocks in itertools.groupby(held, key=lambda one: _holder(trace, one[0])):
         sizes = [size for _, size in blocks]
-        kind, where = what
+        kind, where = holder
         count = f"{len(sizes):,} blocks" if len(sizes) > 1 else "1 block"
-        yield _Piece(kind, row, offset, sum(sizes), f"{kind}, {format_bytes(sum(sizes))} in {count}<br>{where}")
+        yield _BlockGroup(kind, row, offset, sum(sizes), f"{kind}, {format_bytes(sum(sizes))} in {count}<br>{where}")
         offset += sum(sizes)
 
 
-def _what(trace: Trace, allocation: int | None) -> tuple[str, str]:
-    """What a block holds: its category, and module and operator."""
+def _holder(trace: Trace, allocation: int | None) -> tuple[str, str]:
+    """The category of the allocation in a block, and its module and operator."""
     if allocation is None:
         return _FREE, "free"
     module, op = trace.modules[int(trace.module[allocation])], trace.ops[int(trace.op[allocation])]
-    return CATEGORIES[int(trace.category[allocation])], escape(f"{module} · {op}" if op else module)
+    return spoken(CATEGORIES[int(trace.category[allocation])]), escape(f"{module} · {op}" if op else module)
 
 
-def _bars(kind: str, pieces: Sequence[_Piece], scale: int) -> go.Bar:
-    free = kind == _FREE
-    colour = LIGHT.muted if free else LIGHT.categories[kind]  # type: ignore[index]  # every kind but one is a category
+def _category_colours() -> Iterator[tuple[str, str]]:
+    return ((spoken(name), LIGHT.categories[name]) for name in CATEGORIES)
+
+
+def _bars(kind: str, pieces: Sequence[_BlockGroup], scale: int, colour: str) -> go.Bar:
+    """Blocks of one kind; free blocks, which have no colour, are hatched."""
+    free = not colour
     return go.Bar(
         name=kind, orientation="h", y=[piece.row for piece in pieces], base=[p.offset_bytes / scale for p in pieces],
         x=[piece.size_bytes / scale for piece in pieces], customdata=[piece.text for piece in pieces],
         hovertemplate="%{customdata}<extra></extra>",
         marker={
-            "color": LIGHT.surface if free else colour, "line": {"width": 0.5, "color": LIGHT.muted},
-            "pattern": {"shape": "/" if free else "", "fgcolor": colour, "size": 5},
+            "color": colour or LIGHT.surface, "line": {"width": 0.5, "color": LIGHT.muted},
+            "pattern": {"shape": "/" if free else "", "fgcolor": colour or LIGHT.muted, "size": 5},
         },
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What is alive at a moment, as areas: modules within modules, in them operators, in these categories."""
+"""The allocations alive at a moment, as areas: modules within modules, in them operators, in these categories."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from memscope.analysis.alive import together
+from memscope.dashboards.names import spoken
 from memscope.dashboards.palette import LIGHT, Theme, dressed, themed
 from memscope.trace import CATEGORIES, Category, Trace
 from memscope.units import format_bytes
@@ -20,35 +21,37 @@ from memscope.units import format_bytes
 __all__ = ["Node", "breakdown", "tree"]
 
 _SMALLEST_SHARE = 1 / 2000
-"""What holds less than this of the whole is gathered with its like: nobody would see it."""
+"""Siblings with less than this share of the whole become one area: each alone would be invisible."""
+SMALLEST_TEXT_PX = 10
+"""Labels of areas are hidden where they would have to be smaller."""
 SMALLER = "smaller ones"
 _SEPARATOR = "\x1f"
-"""Between the labels of an id; no name has it."""
+"""Separates the labels in an id; no name contains it."""
 _PART = re.compile(r"\.(?!(?:\d+|\*)(?:\.|$))")
-"""Where a module's name is cut: not before the number of a layer, which stays with its list."""
+"""Where the name of a module is split: not before the number of a layer, which stays with the name of its list."""
 
 
 @dataclass
 class Node:
-    """One area: a module, an operator in it, or a category of what that operator made."""
+    """One area: a module, an operator in it, or a category of the allocations of that operator."""
 
     label: str
     size_bytes: int = 0
     count: int = 0
     category: Category = "other"
-    """The one with the most bytes in it."""
+    """The category with the most bytes in it."""
     inner: dict[str, Node] = field(default_factory=dict)
 
 
 def breakdown(
     trace: Trace, at: int | Literal["peak"] = "peak", *, layers_together: bool = True, theme: Theme = LIGHT
 ) -> go.Figure:
-    """What is alive after an event, as a treemap: module, operator, category; coloured by the largest category.
+    """The allocations alive after an event, as a treemap of modules, operators, categories, coloured by category.
 
     Args:
         trace: the run.
         at: the event.
-        layers_together: count modules together whose names differ by a layer's number only.
+        layers_together: count modules whose names differ only by the number of a layer together.
         theme: colours.
 
     Raises:
@@ -64,28 +67,39 @@ def breakdown(
             labels=[escape(node.label) for _, _, node in rows],
             values=[node.size_bytes for _, _, node in rows],
             branchvalues="total",
-            # The whole is no category: plotly writes its label in the text's colour whatever lies below.
+            # The root has no category, and Plotly writes its label in the colour of text on any background.
             marker={"colors": [LIGHT.grid, *(LIGHT.categories[node.category] for _, _, node in rows[1:])]},
             customdata=[
-                [format_bytes(node.size_bytes), f"{node.size_bytes / total:.1%}", f"{node.count:,}", node.category]
+                [
+                    format_bytes(node.size_bytes),
+                    f"{node.size_bytes / total:.1%}",
+                    f"{node.count:,}",
+                    spoken(node.category),
+                ]
                 for _, _, node in rows
             ],
             texttemplate="%{label}<br>%{customdata[0]}",
-            hovertemplate="%{label}<br>%{customdata[0]}, %{customdata[1]} of all<br>%{customdata[2]} allocations, most "
-            "of it %{customdata[3]}<extra></extra>",
+            hovertemplate="%{label}<br>%{customdata[0]}, %{customdata[1]} of all<br>%{customdata[2]} allocations, "
+            "mostly %{customdata[3]}<extra></extra>",
             pathbar={"thickness": 22},
             sort=True,
         )
     )
-    figure.update_layout(dressed(height=420, margin={"l": 0, "r": 0, "t": 26, "b": 4}))
+    figure.update_layout(
+        dressed(
+            height=420,
+            margin={"l": 0, "r": 0, "t": 26, "b": 4},
+            uniformtext={"minsize": SMALLEST_TEXT_PX, "mode": "hide"},
+        )
+    )
     return themed(figure, theme)
 
 
 def tree(trace: Trace, event: int, *, layers_together: bool = True) -> Node:
     """Everything alive after an event, from the whole down to categories.
 
-    Nodes that hold less than a two-thousandth of the whole are one node "smaller ones" with their siblings alike, so
-    that the bytes within a node always sum to its own.
+    Siblings with less than a two-thousandth of the whole become one node, "smaller ones", so that the bytes of a node
+    are always the sum of the bytes of its parts.
 
     Raises:
         UsageError: when the event is outside the trace.
@@ -107,7 +121,7 @@ def tree(trace: Trace, event: int, *, layers_together: bool = True) -> Node:
 
 def _add(root: Node, within: list[str], category: Category, size_bytes: int, count: int) -> None:
     path = [root]
-    for label in (*within, category):
+    for label in (*within, spoken(category)):
         path.append(path[-1].inner.setdefault(label, Node(label)))
     path[-1].category = category
     for node in path:
@@ -116,7 +130,7 @@ def _add(root: Node, within: list[str], category: Category, size_bytes: int, cou
 
 
 def _finish(node: Node, smallest: float) -> dict[Category, int]:
-    """Gather what is too small, and say of each node which category holds most of it; gives its bytes by category."""
+    """Gather nodes that are too small, set the largest category of each node, and return its bytes by category."""
     if not node.inner:
         return {node.category: node.size_bytes}
     sums: dict[Category, int] = {}
@@ -133,12 +147,12 @@ def _finish(node: Node, smallest: float) -> dict[Category, int]:
 
 
 def _most(sums: dict[Category, int]) -> Category:
-    """The largest; of equal ones the first in the order of `CATEGORIES`."""
+    """The largest category; of equal ones, the first in the order of `CATEGORIES`."""
     return max(CATEGORIES, key=lambda category: sums.get(category, -1))
 
 
 def _rows(parent: str, node: Node) -> Iterable[tuple[str, str, Node]]:
-    """`(id, id of the parent, node)` of a node and all within it."""
+    """`(id, id of the parent, node)` of a node and of all nodes within it."""
     key = f"{parent}{_SEPARATOR}{node.label}" if parent else node.label
     yield key, parent, node
     for inner in node.inner.values():

@@ -1,11 +1,11 @@
-// A run's curves at the events that the page holds: more than are shown at first, for a reader who zooms in.
+// The curves of a run at all events that the page holds, which a zoom shows.
 
 function summed(differences) {
   let value = 0;
   return differences.map((difference) => (value += difference));
 }
 
-// Position of the first value that is at least so large.
+// Position of the first value that is at least `least`.
 function lowerBound(values, least) {
   let [low, high] = [0, values.length];
   while (low < high) {
@@ -24,7 +24,7 @@ function decodeCurves(data) {
   data.total = data.events.map((_, index) => Object.values(data.sizes).reduce((sum, curve) => sum + curve[index], 0));
 }
 
-// What happened at an event, in the words of the figure's hover text.
+// An event in the words of the figure's hover text.
 function described(data, index) {
   const { happened, marks, modules, ops } = data;
   const mark = Math.max(0, lowerBound(marks.event, data.events[index] + 1) - 1);
@@ -40,7 +40,7 @@ function described(data, index) {
   ].join("<br>");
 }
 
-// Of each of equal stretches of positions the one with the largest and the one with the smallest value.
+// The positions of the largest and of the smallest value in each of equal stretches.
 function extremes(values, first, last, stretches) {
   const found = [];
   for (let stretch = 0; stretch < stretches; stretch++) {
@@ -56,8 +56,8 @@ function extremes(values, first, last, stretches) {
   return found;
 }
 
-// Positions to show between two events: all that are held where they are few; else what the whole run shows of them,
-// with the peaks of its steps, and the extremes of stretches. One lies on either side, for the lines to leave the view.
+// Positions to show between two events: all that are held, if few; otherwise those shown of the whole run, which include
+// the peaks of steps, and the extremes of stretches. One more on either side lets the lines leave the view.
 function positionsIn(data, low, high) {
   const first = Math.max(0, lowerBound(data.events, low + 1) - 1);
   const last = Math.min(data.events.length - 1, lowerBound(data.events, high));
@@ -77,7 +77,7 @@ function resolution(data, shown, low, high) {
   return seen < held ? `${what}; zoom in for more.` : `${what}: as many as this page holds here.`;
 }
 
-// The phases between two events, neighbours alike joined; of too many only those found at even distances.
+// The phases between two events, equal neighbours joined; if there are too many, those at even distances.
 function phasesIn(data, low, high) {
   const { event, phase, step } = data.marks;
   const found = [];
@@ -96,7 +96,7 @@ function phasesIn(data, low, high) {
   return kept.map((here, index) => ({ ...here, last: kept[index + 1]?.first ?? here.last }));
 }
 
-// The bars of a phase, as phases.py draws them, and the names of those with room for it.
+// The bars of a phase, as phases.py draws them, or the names of the phases that have room for one.
 function phaseCurve(name, found, low, high) {
   if (name !== "phase names") {
     const here = found.filter(({ phase }) => PHASES[phase] === name);
@@ -114,7 +114,7 @@ function phaseCurve(name, found, low, high) {
   };
 }
 
-// Draws the curves again with what the page holds of the view, and says how much that is.
+// Draws the curves again with the events held in the view, and says how many those are.
 async function refine(element, data, note) {
   const [low, high] = element.layout.xaxis.range;
   const positions = positionsIn(data, low, high);
@@ -125,10 +125,10 @@ async function refine(element, data, note) {
     if (name === "phase names" || PHASES.includes(name)) return phaseCurve(name, phases, low, high);
     if (!curves[name]) return {};
     const sizes = positions.map((where) => curves[name][where]);
-    const told = name === "allocated" ? positions.map((where) => described(data, where)) : sizes.map(formatBytes);
+    const told = name === "allocated" ? positions.map((where) => described(data, where)) : undefined;
     return { x: events, y: sizes.map((size) => size / data.scale), customdata: told };
   });
-  // What a curve does not have stays as it is.
+  // Values that a curve lacks stay unchanged.
   await Plotly.restyle(element, Object.fromEntries(
     ["x", "y", "customdata", "text"].map((key) => [key, found.map((curve) => curve[key])])));
   note.textContent = resolution(data, events, low, high);

@@ -1,4 +1,4 @@
-"""A small made-up training run, for demonstrations and tests that need a trace but no model."""
+"""A small made-up training run, for demonstrations and for tests that need a trace but no model."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ __all__ = ["training_run", "write_page"]
 _MIB = 2**20
 
 
-class _Run:
-    """The allocations of a run while it is made up: rows, and the events that separate them."""
+class _MadeUpRun:
+    """The rows and marks of a made-up run while it grows."""
 
     def __init__(self) -> None:
         self.rows: list[list[int]] = []
@@ -47,16 +47,16 @@ def training_run(
     layer_bytes: int = 256 * _MIB,
     target: str = "made-up model",
 ) -> Trace:
-    """A transformer-like run: each layer has parameters, gradients and AdamW state, which the second step starts with.
+    """A transformer-like run: each layer has parameters, gradients and, from the end of step 0 on, AdamW state.
 
     Args:
         layers: number of layers.
         steps: optimizer steps.
         micro_batches: forward and backward passes in each step.
-        layer_bytes: size of one layer's parameters; activations and state are in proportion.
+        layer_bytes: size of one layer's parameters; activations and optimizer state are in proportion.
         target: name of the target in the trace's metadata.
     """
-    run = _Run()
+    run = _MadeUpRun()
     names = [f"layers.{i}.{part}" for i in range(layers) for part in ("attention", "feed_forward")]
     run.phase("setup", -1, 0)
     for name in names:
@@ -79,7 +79,7 @@ def training_run(
 
 
 def _forward_backward(
-    run: _Run, names: list[str], step: int, micro_batch: int, layer_bytes: int, gradients: list[int]
+    run: _MadeUpRun, names: list[str], step: int, micro_batch: int, layer_bytes: int, gradients: list[int]
 ) -> None:
     run.phase("forward", step, micro_batch)
     inputs = run.take("input", layer_bytes // 4096, "(model)")
@@ -105,7 +105,7 @@ def _forward_backward(
     run.free(inputs)
 
 
-def _as_trace(run: _Run, target: str) -> Trace:
+def _as_trace(run: _MadeUpRun, target: str) -> Trace:
     names = ("size", "category", "module", "op", "phase", "step", "micro_batch", "born", "freed")
     rows = columns_of(names, run.rows)
     return Trace(
@@ -119,10 +119,10 @@ def _as_trace(run: _Run, target: str) -> Trace:
 
 
 def write_page(arguments: Sequence[str]) -> None:
-    """Write `memscope-page.html` in the current folder, of the trace files named, or of a made-up run.
+    """Write `memscope-page.html` into the current folder, from the named trace files, or from a made-up run.
 
     Raises:
-        FileExistsError: when the page is there already.
+        FileExistsError: when the page exists already.
         TraceFileError: when a file is not a trace.
     """
     from memscope.analysis.effects import Run

@@ -1,36 +1,35 @@
-"""What a page holds of a run's curves, to show more of them where a reader zooms in."""
+"""The data with which a page draws the curves of a run in more detail when a reader zooms in."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from memscope.dashboards.downsample import shown_events
+from memscope.dashboards.names import spoken
 from memscope.dashboards.timeline import shown_categories
-from memscope.trace import Trace
+from memscope.trace import Ints, Trace
 
 __all__ = ["MOST_HELD", "curve_data", "differences", "events_to_hold"]
 
 MOST_HELD = 80_000
-"""Events of one run that a page holds by default, beside those it shows at first; one takes 5 to 20 bytes, packed."""
+"""Events of one run that a page holds by default, in addition to those it shows at first; one takes 5 to 20 bytes,
+packed."""
 _NEAR_PEAK = 8
-"""One in so many of the events held lies before the peak without a gap, and as many after it."""
-
-Ints = npt.NDArray[np.int64]
+"""So large a part of the events held, one in so many, lies just before the peak, and as large a part just after it."""
 
 
 def events_to_hold(trace: Trace, shown: Ints, most: int = MOST_HELD) -> Ints:
     """The events whose values a page holds, in order: int64 `[held]`.
 
-    All of them when they are few enough. Otherwise those shown at first, all around the peak, and of equal stretches of
-    the run the highest and the lowest.
+    A short run keeps all its events. A long run keeps those shown at first, all events around the peak, and the highest
+    and the lowest of each of equal stretches.
 
     Args:
         trace: the run.
-        shown: events shown of the whole run: int64 `[shown]`.
-        most: largest number of further events to hold, at least 8.
+        shown: events shown at first: int64 `[shown]`.
+        most: the most further events to hold, at least 8.
 
     Raises:
         UsageError: when the trace is empty.
@@ -41,9 +40,9 @@ def events_to_hold(trace: Trace, shown: Ints, most: int = MOST_HELD) -> Ints:
 
 
 def curve_data(trace: Trace, held: Ints) -> dict[str, Any]:
-    """The curves at the events held and what happened there, as JSON values for curves.js.
+    """The curves at the events held, and each event, as JSON values for curves.js.
 
-    Numbers that go up and down from event to event are given as differences, which pack well.
+    Values that change from event to event are given as differences, which pack well.
     """
     row = np.empty(trace.events, dtype=np.int64)
     row[trace.born] = np.arange(len(trace))
@@ -61,7 +60,9 @@ def curve_data(trace: Trace, held: Ints) -> dict[str, Any]:
     return {
         "runEvents": trace.events,
         "events": differences(held),
-        "sizes": {category: differences(trace.timeline(category)[held]) for category in shown_categories(trace)},
+        "sizes": {
+            spoken(category): differences(trace.timeline(category)[held]) for category in shown_categories(trace)
+        },
         "reserved": differences(trace.reserved[held]) if trace.reserved.size else None,
         "happened": {name: column.tolist() for name, column in happened.items()},
         "marks": {name: column.tolist() for name, column in marks.items()} | {"event": differences(trace.mark_event)},
@@ -69,6 +70,6 @@ def curve_data(trace: Trace, held: Ints) -> dict[str, Any]:
 
 
 def differences(values: Ints) -> list[int]:
-    """Each value less the one before it; the first as it is."""
+    """Each value minus the one before it; the first is unchanged."""
     changes: list[int] = np.diff(values, prepend=0).tolist()
     return changes

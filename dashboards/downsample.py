@@ -1,29 +1,28 @@
-"""Fewer points for the eye, the same curve: which events of a trace a figure shows."""
+"""Down-sampling: the events of a trace that a figure shows, chosen so that the curve looks the same."""
 
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
+
+from memscope.trace import Ints
 
 __all__ = ["MOST_POSITIONS", "shown_events"]
 
 MOST_POSITIONS = 4000
 """Default number of events shown: about two for each pixel column of a wide screen."""
 
-Ints = npt.NDArray[np.int64]
-
 
 def shown_events(allocated: Ints, marked: Ints, most: int = MOST_POSITIONS) -> Ints:
-    """The events to show of a curve, in order: int64 `[shown]`, at most `most` of them.
+    """The events of a curve to show, in order: int64 `[shown]`, at most `most` of them.
 
-    All of them when they are few enough. Otherwise the run is cut into equal stretches, and of each the events with the
-    largest and the smallest value stay. So the largest value overall is always shown, at its first event, and so is
-    every local maximum that is the largest of its stretch. The first and the last event stay too.
+    A short run keeps all its events. A long run is cut into equal stretches, each of which keeps the events with its
+    largest and its smallest value. So the result contains the first event of the largest value overall, and every local
+    maximum that is the largest of its stretch. The first and the last event are kept too.
 
     Args:
         allocated: the curve, one value after each event: int64 `[events]`.
-        marked: events to keep as well, such as the first of each phase: int64 `[marked]`. When they would take more
-            than half of the positions they are thinned evenly.
+        marked: further events to keep, such as the first of each phase: int64 `[marked]`. If they need more than half
+            of the positions, they are thinned evenly.
         most: largest number of events to show, at least 8.
 
     Raises:
@@ -44,7 +43,7 @@ def shown_events(allocated: Ints, marked: Ints, most: int = MOST_POSITIONS) -> I
 
 
 def _extremes(values: Ints, width: int, largest: bool) -> Ints:
-    """Index of the first largest (or smallest) value of each stretch of `width` values."""
+    """Index of the first largest (or smallest) value in each stretch of `width` values."""
     stretches = -(-values.size // width)
     # A value no allocation can have, so that padding is never chosen.
     padding = np.iinfo(np.int64).min if largest else np.iinfo(np.int64).max

@@ -1,11 +1,11 @@
-// Figures: unpacked, coloured for light or dark, drawn when they come into sight.
+// Figures: unpacked, coloured for light or dark, drawn, resized when unfolded, and scaled for print.
 
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const narrow = matchMedia("(max-width: 800px)");
 const coarse = matchMedia("(pointer: coarse)");
 const LIGHT_COLOURS = Object.fromEntries(Object.entries(DARK_COLOURS).map(([light, other]) => [other, light]));
 
-// Text that was deflated and put in base64.
+// Text that was deflated and encoded in base64.
 async function unpack(text) {
   const packed = atob(text);
   const bytes = new Uint8Array(packed.length);
@@ -21,12 +21,12 @@ function recolour(value, colours) {
   return Object.fromEntries(Object.entries(value).map(([key, inner]) => [key, recolour(inner, colours)]));
 }
 
-// A figure comes in light colours.
+// Figures are packed in light colours.
 function coloured(value) {
   return dark.matches ? recolour(value, DARK_COLOURS) : value;
 }
 
-// Draws a figure into its element, or another one in its place.
+// Draws a figure into its element, in place of any other.
 function plot(element, { data, layout }, config) {
   element.config = { responsive: true, displaylogo: false, displayModeBar: false, ...config };
   return Plotly.react(element, coloured(data), coloured(layout), element.config);
@@ -44,3 +44,21 @@ async function drawPlain(element) {
   element.replaceChildren();
   await plot(element, figure);
 }
+
+// A figure that was drawn, and folded while the window changed its width, takes the new width when it is unfolded.
+document.addEventListener("toggle", ({ target }) => {
+  if (!target.open) return;
+  for (const element of target.querySelectorAll(".figure.js-plotly-plot")) {
+    if (element.offsetParent && element.clientWidth !== element._fullLayout.width) Plotly.Plots.resize(element);
+  }
+}, true);
+
+// Paper has another width than the window: figures are scaled to it.
+addEventListener("beforeprint", () => {
+  for (const image of document.querySelectorAll(".figure .main-svg")) {
+    image.setAttribute("viewBox", `0 0 ${image.getAttribute("width")} ${image.getAttribute("height")}`);
+  }
+});
+addEventListener("afterprint", () => {
+  for (const image of document.querySelectorAll(".figure .main-svg")) image.removeAttribute("viewBox");
+});

@@ -1,4 +1,4 @@
-"""Table 2 on a page: what each combination of strategies needs, against what the device has."""
+"""Table 2 on a page: the memory that each combination of strategies needs, and the memory of the device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 
 from memscope.analysis.grid import Cell, Grid
 from memscope.analysis.grid_words import RUNS_OUT, grid_headings, grid_rows, grid_title
-from memscope.dashboards.html import card, figure_box, table
+from memscope.dashboards.html import Section, card, figure_box, table
 from memscope.dashboards.palette import LIGHT, Theme, dressed, themed
 from memscope.dashboards.timeline import unit_of
 from memscope.units import format_bytes
@@ -21,14 +21,14 @@ _ROW_HEIGHT = 30
 _BAR_WIDTH = 0.64
 _LONGEST_NAME = 34
 _LIMIT_IN_SIGHT = 3
-"""The device's limit is drawn where it is at most so many times the largest need: further away it would press the bars
-flat."""
+"""The limit of the device is drawn if it is at most so many times the largest need; a higher limit would flatten the
+bars."""
 
 
 def grid_peaks(grid: Grid, theme: Theme = LIGHT) -> go.Figure:
-    """Peak memory of each combination as a bar, with what the device has; × where it runs out of memory.
+    """Peak memory of each combination as a bar, with the limit of the device; × marks running out of memory.
 
-    A combination whose need is not known, as it ran out on a real device, has its × at what there was.
+    A combination that ran out on a real device, so that its need is unknown, has its × at the limit.
     """
     names = [_name(grid, cell) for cell in grid.cells]
     most = max((size for cell in grid.cells for size in _sizes(cell)), default=0)
@@ -53,7 +53,7 @@ def grid_peaks(grid: Grid, theme: Theme = LIGHT) -> go.Figure:
         figure.add_trace(_marks("runs out of memory", out, scale, "x-thin-open", LIGHT.accent))
     axis = f"{unit}, {'predicted' if grid.predicted else 'measured'}"
     if grid.limit_bytes is not None:
-        axis += f"<br>{'dotted: ' if limit else ''}{format_bytes(grid.limit_bytes)} can be reserved"
+        axis += f"<br>{'dotted: ' if limit else ''}{format_bytes(grid.limit_bytes)} is the limit"
     if limit is not None:
         figure.add_vline(limit / scale, line={"color": LIGHT.accent, "dash": "dot", "width": 1.4})
     figure.update_layout(
@@ -80,7 +80,7 @@ def _sizes(cell: Cell) -> list[int]:
 
 
 def _name(grid: Grid, cell: Cell) -> str:
-    """`ga + lora`: what is on, without its settings; Table 2 below has them."""
+    """`ga + lora`: the strategies that are on, without their settings, which Table 2 has."""
     on = [factor.partition(":")[0] for factor, is_on in zip(grid.factors, cell.applied, strict=True) if is_on]
     name = " + ".join(on) or "none"
     return escape(name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…")
@@ -102,17 +102,16 @@ def _marks(name: str, points: Sequence[tuple[int, int]], scale: int, symbol: str
     )  # fmt: skip
 
 
-def grid_card(grid: Grid, notes: Sequence[str], key: str = "table2") -> str:
-    """Table 2 as a section of a page: the figure, the table, and what it rests on."""
+def grid_card(grid: Grid, notes: Sequence[str], key: str = "table2") -> Section:
+    """Table 2 as a section of a page: the figure, the table, and its notes."""
     how = "predicted" if grid.predicted else "measured"
-    label = (
-        f"Peak memory of each combination, {how}; {RUNS_OUT} where it runs out of memory. The table below has it all"
-    )
+    label = f"Peak memory of each combination, {how}; {RUNS_OUT} where it runs out of memory. The table below has the same figures"
     headings = ["combination", *map(escape, grid_headings(grid))]
     rows = [[_name(grid, cell), *map(escape, words)] for cell, words in zip(grid.cells, grid_rows(grid), strict=True)]
     listed = table(headings, rows, f"Every combination, each strategy on (✓) or off (–), {how}", "numbers grid")
     told = "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
-    return card(figure_box(grid_peaks(grid), label) + listed + told, key=key, title=grid_title(grid))
+    title = grid_title(grid)
+    return Section(key, title, card(figure_box(grid_peaks(grid), label) + listed + told, key=key, title=title))
 
 
 if __name__ == "__main__":

@@ -1,41 +1,10 @@
-// What is alive at a moment: areas, sums and the largest allocations, from those that the page holds.
+// The allocations alive at a moment: sums and the largest allocations, from those that the page holds.
 
-const SMALLEST_SHARE = 1 / 2000;
-const SMALLER = "smaller ones";
-const SEPARATOR = "\x1f";
 const PART = /\.(?!(?:\d+|\*)(?:\.|$))/;
 const TOP_MODULES = 8;
 const TOP_ALLOCATIONS = 15;
 
-// As Python writes it: of two equally near decimals the even one.
-function decimals(value, digits) {
-  const scaled = value * 10 ** digits;
-  const tie = scaled - Math.floor(scaled) === 0.5 && Math.floor(scaled) % 2 === 0;
-  return (tie ? Math.floor(scaled) / 10 ** digits : value).toFixed(digits);
-}
-
-function formatBytes(size) {
-  if (size < 1024) return `${size} B`;
-  for (const [unit, scale] of [["KiB", 2 ** 10], ["MiB", 2 ** 20], ["GiB", 2 ** 30], ["TiB", 2 ** 40]]) {
-    const value = size / scale;
-    if (value < 1023.95 || unit === "TiB") return `${decimals(value, value >= 9.995 ? 1 : 2)} ${unit}`;
-  }
-}
-
-const share = (part, whole) => `${decimals((part / (whole || 1)) * 100, 1)}%`;
-const count = (number) => number.toLocaleString("en-US");
-const together = (module) => module.replace(/\.\d+(?=\.|$)/g, ".*");
-const escaped = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
-
-function occasion(step, phase) {
-  return step < 0 ? PHASES[phase] : `step ${step} · ${PHASES[phase]}`;
-}
-
-function add(sums, key, value) {
-  sums.set(key, (sums.get(key) ?? 0) + value);
-}
-
-// Births come as differences, deaths as lives; a life of 0 does not end.
+// Births are packed as differences, deaths as lifetimes; a lifetime of 0 does not end.
 function decode(data) {
   const columns = data.columns;
   decodeCurves(data);
@@ -56,119 +25,19 @@ function moduleOf({ columns, modules }, row, layersTogether) {
   return (layersTogether ? together(module) : module) || "(no module)";
 }
 
-// Where an allocation lies: modules, operator, category.
+// The path to an allocation: modules, operator, category.
 function pathOf(data, row, layersTogether) {
   const { columns, ops } = data;
   const parts = moduleOf(data, row, layersTogether).split(PART);
   return [...parts, ops[columns.op[row]], CATEGORIES[columns.category[row]]].filter(Boolean);
 }
 
-function insert(root, path, size, number) {
-  const nodes = [root];
-  for (const label of path) {
-    const { inner } = nodes.at(-1);
-    if (!inner.has(label)) inner.set(label, { label, size: 0, number: 0, inner: new Map(), category: label });
-    nodes.push(inner.get(label));
-  }
-  for (const node of nodes) {
-    node.size += size;
-    node.number += number;
-  }
-}
-
-// Gathers what is too small to see, and says of each node which category holds most of it.
-function finish(node, smallest) {
-  if (!node.inner.size) return new Map([[node.category, node.size]]);
-  const sums = new Map();
-  for (const inner of node.inner.values()) for (const [name, size] of finish(inner, smallest)) add(sums, name, size);
-  node.category = CATEGORIES.reduce((best, name) => ((sums.get(name) ?? -1) > (sums.get(best) ?? -1) ? name : best));
-  const small = [...node.inner.values()].filter((inner) => inner.size < smallest);
-  if (small.length) {
-    const rest = { label: SMALLER, size: 0, number: 0, inner: new Map(), category: small[0].category };
-    let largest = -1;
-    for (const inner of small) {
-      node.inner.delete(inner.label);
-      rest.size += inner.size;
-      rest.number += inner.number;
-      if (inner.size > largest) [largest, rest.category] = [inner.size, inner.category];
-    }
-    node.inner.set(SMALLER, rest);
-  }
-  return sums;
-}
-
-function listed(node, parent, rows) {
-  const id = parent ? parent + SEPARATOR + node.label : node.label;
-  rows.push({ ...node, id, parent });
-  for (const inner of node.inner.values()) listed(inner, id, rows);
-  return rows;
-}
-
-function treemap(root) {
-  finish(root, root.size * SMALLEST_SHARE);
-  const rows = listed(root, "", []);
-  const areas = {
-    type: "treemap",
-    ids: rows.map((row) => row.id),
-    parents: rows.map((row) => row.parent),
-    labels: rows.map((row) => escaped(row.label)),
-    values: rows.map((row) => row.size),
-    branchvalues: "total",
-    // The whole is no category: plotly writes its label in the text's colour whatever lies below.
-    marker: { colors: [GRID, ...rows.slice(1).map((row) => CATEGORY_COLOURS[row.category])] },
-    customdata: rows.map((row) => [formatBytes(row.size), share(row.size, root.size), count(row.number), row.category]),
-    texttemplate: "%{label}<br>%{customdata[0]}",
-    hovertemplate: "%{label}<br>%{customdata[0]}, %{customdata[1]} of all<br>%{customdata[2]} allocations, most of it " +
-      "%{customdata[3]}<extra></extra>",
-    pathbar: { thickness: 22 },
-    tiling: { pad: 1 },
-  };
-  const font = { family: "system-ui, sans-serif", size: 12, color: TEXT };
-  const hoverlabel = { bgcolor: SURFACE, bordercolor: TEXT, font, align: "left" };
-  const layout = { margin: { l: 0, r: 0, t: 26, b: 4 }, font, paper_bgcolor: SURFACE, hoverlabel };
-  return { data: [areas], layout };
-}
-
-// The areas as a list within lists, for keyboards and screen readers: what is within a node is made when it is opened.
-function branch(node, total, path, choose) {
-  const words = `${formatBytes(node.size)}, ${share(node.size, total)}, ${count(node.number)} allocations`;
-  const colour = path.length ? content(["swatch", node.category]).slice(0, 1) : [];
-  const line = [...colour, `${node.label} `, make("span", words)];
-  const item = document.createElement("li");
-  if (!node.inner.size) {
-    item.append(...line);
-    return item;
-  }
-  const [details, summary, list] = ["details", "summary", "ul"].map((tag) => make(tag, ""));
-  summary.append(...line);
-  details.append(summary, list);
-  item.append(details);
-  const open = () => list.replaceChildren(...[...node.inner.values()].sort((one, other) => other.size - one.size)
-    .map((inner) => branch(inner, total, [...path, inner.label], choose)));
-  summary.addEventListener("click", () => {
-    if (!list.children.length) open();
-    choose(details.open ? path.slice(0, -1) : path);
-  });
-  if (!path.length) {
-    open();
-    details.open = true;
-  }
-  return item;
-}
-
-function make(tag, text, properties = {}) {
-  return Object.assign(document.createElement(tag), { textContent: text }, properties);
-}
-
-// What a cell holds: text; [kind, text] for code, for a category with its colour, and for a module to choose.
+// The content of a cell, given as text, or as [kind, text]: code, a category with its colour, a module to choose.
 function content(cell) {
   const [kind, text] = Array.isArray(cell) ? cell : ["", cell];
-  if (kind === "code") return [make("code", text)];
-  if (kind === "module") return [make("button", text, { type: "button", className: "pick" })];
-  if (kind === "") return [text];
-  const swatch = make("span", "", { className: "swatch" });
-  swatch.style.setProperty("--swatch", `var(--${text})`);
-  return [swatch, text];
+  if (kind === "code") return [breakable("code", text)];
+  if (kind === "module") return [breakable("button", text, { type: "button", className: "pick" })];
+  return kind === "" ? [text] : [swatch(text), text];
 }
 
 function fill(table, rows) {
@@ -183,8 +52,8 @@ function fill(table, rows) {
   }));
 }
 
-// The figures of one moment: all bytes by category, exact; which of the allocations held are alive; and by category the
-// bytes of those that are not held. Of the last two, only categories that are not hidden.
+// One moment: the exact bytes of every category, the allocations held that are alive, and the bytes of those not held by
+// category. The last two leave out hidden categories.
 function momentAt(data, position, hidden) {
   const event = data.events[position];
   const rows = aliveAt(data.columns, event);
@@ -210,14 +79,16 @@ function treeOf(data, moment, layersTogether) {
   return root;
 }
 
-function tellSums(section, data, moment, layersTogether) {
+// `found` tells which allocations a search matches; null without a search.
+function tellSums(section, data, moment, layersTogether, found) {
   fill(section.querySelector("table.categories"), [
     ...moment.sizes.toReversed().map(([name, size]) =>
       [["swatch", name], formatBytes(size), share(size, moment.total), count(size)]),
     ["allocated", formatBytes(moment.total), share(moment.total, moment.total), count(moment.total)],
   ]);
   const byModule = new Map();
-  for (const row of moment.rows) add(byModule, moduleOf(data, row, layersTogether), data.columns.size[row]);
+  const rows = found ? moment.rows.filter(found) : moment.rows;
+  for (const row of rows) add(byModule, moduleOf(data, row, layersTogether), data.columns.size[row]);
   const largest = [...byModule].sort((one, other) => other[1] - one[1]).slice(0, TOP_MODULES);
   fill(section.querySelector("table.modules"), largest.map(
     ([name, size]) => [["module", name], formatBytes(size), share(size, moment.total)]));
@@ -237,17 +108,17 @@ function cellsOf({ columns, modules, ops }, row) {
   ];
 }
 
-// The largest allocations, of all or of what lies within the labels chosen in the areas.
-function tellLargest(section, data, moment, chosen, layersTogether) {
+// The largest allocations: all, or those within the labels chosen in the areas, or those that a search matches.
+function tellLargest(section, data, moment, chosen, layersTogether, found) {
   const sizes = data.columns.size;
   const isWithin = (path) => chosen.every((label, index) => path[index] === label);
-  const within = moment.rows.filter((row) => isWithin(pathOf(data, row, layersTogether)));
+  const within = moment.rows.filter((row) => isWithin(pathOf(data, row, layersTogether)) && (!found || found(row)));
   const largest = within.toSorted((one, other) => sizes[other] - sizes[one]).slice(0, TOP_ALLOCATIONS);
   const table = section.querySelector("table.allocations");
   fill(table, largest.map((row) => cellsOf(data, row)));
-  const all = within.length + (chosen.length ? 0 : moment.notHeld);
-  table.caption.textContent =
-    `Largest allocations${chosen.length ? ` in ${chosen.join(" / ")}` : ""} (${largest.length} of ${count(all)})`;
+  const all = within.length + (chosen.length || found ? 0 : moment.notHeld);
+  const where = `${chosen.length ? ` in ${chosen.join(" / ")}` : ""}${found ? " that match the search" : ""}`;
+  table.caption.textContent = `Largest allocations${where} (${largest.length} of ${count(all)})`;
   const note = section.querySelector(".rest");
   const left = moment.rest.reduce((sum, [, size]) => sum + size, 0);
   note.hidden = !moment.notHeld;
@@ -255,8 +126,17 @@ function tellLargest(section, data, moment, chosen, layersTogether) {
     `are counted by category only: ${formatBytes(left)} together.`;
 }
 
-// Shows moments in a section; `show` takes an event of the timeline, `hide` the names of categories to leave out.
-async function moments(section, onShow) {
+const loaded = new WeakMap();
+
+// The moments of a run, read when they are first needed.
+function momentsOf(section) {
+  if (!loaded.has(section)) loaded.set(section, moments(section));
+  return loaded.get(section);
+}
+
+// Shows moments in a part of a run: `show` takes an event of the timeline, `hide` the names of categories to hide,
+// `find` whether a name matches a search. `whenShown` is called with each event shown.
+async function moments(section) {
   const data = decode(JSON.parse(await unpack(section.dataset.moment)));
   const area = section.querySelector(".areas");
   const [toPeak, layers] = ["peak", "together"].map((name) => section.querySelector(`button[data-show=${name}]`));
@@ -265,16 +145,18 @@ async function moments(section, onShow) {
   let position = peak;
   let hidden = new Set();
   let chosen = [];
+  let found = null;
 
   const now = () => momentAt(data, position, hidden);
-  const list = () => tellLargest(section, data, now(), chosen, layersTogether());
+  const list = () => tellLargest(section, data, now(), chosen, layersTogether(), found);
+  const sums = () => tellSums(section, data, now(), layersTogether(), found);
 
   function choose(path) {
     chosen = path.at(-1) === SMALLER ? path.slice(0, -1) : path;
     list();
   }
 
-  // Plotly forgets neither the level it was drawn at nor its listeners; both begin anew.
+  // Plotly keeps neither the level of a treemap nor its listeners; both start anew.
   async function drawAreas() {
     if (!area.dataset.inSight) return;
     const root = treeOf(data, now(), layersTogether());
@@ -288,7 +170,7 @@ async function moments(section, onShow) {
 
   async function refresh() {
     chosen = [];
-    tellSums(section, data, now(), layersTogether());
+    sums();
     list();
     await drawAreas();
   }
@@ -298,9 +180,23 @@ async function moments(section, onShow) {
     const when = described(data, position).split("<br>")[1].replace("before the first step · ", "");
     const { event, total } = now();
     toPeak.setAttribute("aria-pressed", String(position === peak));
-    section.querySelector("h3").firstChild.textContent = position === peak ? "Alive at the peak: " : "Alive then: ";
-    section.querySelector(".what").textContent = `${formatBytes(total)} · ${when} · event ${count(event)}`;
-    await Promise.all([onShow(event), refresh()]);
+    section.querySelector("h3").textContent = position === peak ? "Alive at the peak" : "Alive then";
+    section.querySelector("summary .gist").textContent = `${formatBytes(total)} · ${when} · event ${count(event)}`;
+    section.open = true;
+    await Promise.all([state.whenShown(event), refresh()]);
+  }
+
+  // The positions of the events whose module or operator matches; 0 of them where nothing in the run does.
+  function find(matches) {
+    const [byModule, byOp] = [data.modules, data.ops].map((names) => names.map((name) => Boolean(matches?.(name))));
+    const { columns, happened } = data;
+    const known = byModule.includes(true) || byOp.includes(true);
+    found = known ? (row) => byModule[columns.module[row]] || byOp[columns.op[row]] : null;
+    chosen = [];
+    sums();
+    list();
+    if (!known) return [];
+    return Array.from(data.events.keys()).filter((at) => byModule[happened.module[at]] || byOp[happened.op[at]]);
   }
 
   section.querySelector("table.modules").addEventListener("click", ({ target }) => {
@@ -314,7 +210,9 @@ async function moments(section, onShow) {
     return refresh();
   });
   area.drawAreas = drawAreas;
-  tellSums(section, data, now(), true);
+  section.querySelector("summary .gist").ariaLive = "polite";
+  sums();
   drawAreas();
-  return { data, show, hide: (names) => { hidden = names; return refresh(); } };
+  const state = { data, show, find, whenShown: () => {}, hide: (names) => { hidden = names; return refresh(); } };
+  return state;
 }

@@ -1,51 +1,48 @@
-"""What a page holds to say what is alive at any moment it can show: the largest allocations, and how many there are."""
+"""The data with which a page lists the allocations alive at any moment: the largest ones, and the number of all."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from memscope.dashboards.detail import differences
-from memscope.trace import Trace
+from memscope.trace import Ints, Trace
 
-__all__ = ["MOST_KEPT", "Kept", "kept_allocations", "page_data"]
+__all__ = ["MOST_KEPT", "KeptAllocations", "kept_allocations", "page_data"]
 
 MOST_KEPT = 60_000
-"""Allocations of one run that a page holds by default; one takes some 10 bytes of it, packed."""
-
-Ints = npt.NDArray[np.int64]
+"""Allocations of one run that a page holds by default; one takes about 10 bytes, packed."""
 
 
-class Kept(NamedTuple):
-    """Allocations that are alive at one of the events shown, or the largest of them."""
+class KeptAllocations(NamedTuple):
+    """The allocations alive at one of the events shown, or the largest of them."""
 
     rows: Ints
     """Their indices in the trace, in order of birth."""
     largest_left_out_bytes: int
-    """Size of the largest that is alive at an event shown and not among them; 0 when none is left out."""
+    """Size of the largest allocation left out although it is alive at an event shown; 0 when there is no such one."""
 
 
-def kept_allocations(trace: Trace, shown: Ints, most: int = MOST_KEPT) -> Kept:
-    """Which allocations to keep for the events shown: all that are alive at one of them, if they are few enough.
+def kept_allocations(trace: Trace, shown: Ints, most: int = MOST_KEPT) -> KeptAllocations:
+    """The allocations to keep for the events shown: all that are alive at one of them, if few enough.
 
-    Otherwise those alive at the peak come first, then the others; the larger ones before the smaller, each time.
+    Otherwise those alive at the peak come first, then the others; within both, larger ones come before smaller ones.
 
     Args:
         trace: the run.
         shown: the events, in order: int64 `[shown]`.
-        most: largest number to keep.
+        most: the most to keep.
     """
     ends = np.where(trace.freed < 0, trace.events, trace.freed)
     seen = np.flatnonzero(np.searchsorted(shown, trace.born) < np.searchsorted(shown, ends))
     if seen.size <= most:
-        return Kept(seen, 0)
+        return KeptAllocations(seen, 0)
     peak = trace.peak.event
     at_peak = (trace.born[seen] <= peak) & (peak < ends[seen])
     order = np.lexsort((-trace.size[seen], ~at_peak))
     left_out = seen[order[most:]]
-    return Kept(np.sort(seen[order[:most]]), int(trace.size[left_out].max()))
+    return KeptAllocations(np.sort(seen[order[:most]]), int(trace.size[left_out].max()))
 
 
 def page_data(trace: Trace, held: Ints, most: int = MOST_KEPT) -> dict[str, Any]:

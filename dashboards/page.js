@@ -1,4 +1,4 @@
-// Starts the page: plotly is unpacked, then each figure is drawn when it comes into sight.
+// Starts the page: unpacks Plotly, then draws each figure when it comes into sight.
 
 function startPlotly(source) {
   const script = document.createElement("script");
@@ -15,19 +15,19 @@ async function draw(element) {
     } else await drawPlain(element);
     element.removeAttribute("data-figure");
   } catch (error) {
-    element.textContent = `This figure cannot be drawn by this browser (${error}); it needs one of 2023 or later.`;
+    element.textContent = `This browser cannot draw this figure (${error}). It needs a browser of 2023 or later.`;
     throw error;
   }
 }
 
-// All that was in sight is drawn.
+// Everything in sight is drawn.
 function shown() {
   if (document.body.dataset.drawn) return;
   performance.mark("drawn");
   document.body.dataset.drawn = "true";
 }
 
-// The still pictures are on the screen; a page in the background has none to wait for.
+// The still pictures are on the screen; a page in the background shows none.
 async function painted() {
   if (!document.hidden) await new Promise((next) => requestAnimationFrame(() => setTimeout(next)));
   performance.mark("painted");

@@ -1,4 +1,4 @@
-"""Colours of categories and phases, for light and dark pages, chosen to stay apart for colour-blind eyes."""
+"""Colours of categories and phases for light and dark pages, distinguishable with colour-blind eyes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from memscope.trace import Category, Phase
 
 __all__ = ["DARK", "LIGHT", "SHADE", "Theme", "Unused", "css_variables", "dressed", "replacements", "themed"]
 
-Unused = Literal["block rounding", "cached, can be given back", "cached, cannot be given back"]
-"""What an allocator holds beyond the bytes that were asked for."""
+Unused = Literal["block rounding", "cached, releasable", "cached, not releasable"]
+"""Reserved bytes beyond those requested."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Theme:
     """Cards, tables and hover labels, drawn on the background."""
     text: str
     muted: str
-    """Text of lesser weight; still readable (4.5 to 1) on background and surface."""
+    """Secondary text; readable (4.5 to 1) on background and surface."""
     grid: str
     accent: str
     """Links, the peak, keyboard focus."""
@@ -36,12 +36,12 @@ class Theme:
 
     @property
     def colours(self) -> tuple[str, ...]:
-        """Every colour once, in an order that all themes share."""
+        """Every colour once, in the same order in all themes."""
         return (*self.plain.values(), *self.categories.values(), *self.phases.values(), *self.unused.values())
 
     @property
     def plain(self) -> dict[str, str]:
-        """The colours that stand for no data, by name."""
+        """The colours that represent no data, by name."""
         names = ("background", "surface", "text", "muted", "grid", "accent")
         return {name: getattr(self, name) for name in names}
 
@@ -63,7 +63,7 @@ LIGHT = Theme(
         "optimizer": "#228833", "zero_grad": "#AA3377", "outside": "#888888",
     },
     unused={
-        "block rounding": "#EECC66", "cached, can be given back": "#6699CC", "cached, cannot be given back": "#994455",
+        "block rounding": "#EECC66", "cached, releasable": "#6699CC", "cached, not releasable": "#994455",
     },
 )  # fmt: skip
 """Categories: the "muted" scheme of P. Tol, Colour Schemes, SRON/EPS/TN/09-002, issue 3.2 (2021); phases: "bright",
@@ -86,17 +86,17 @@ DARK = Theme(
         "optimizer": "#3AA552", "zero_grad": "#C85A96", "outside": "#BBBBBB",
     },
     unused={
-        "block rounding": "#F0D27A", "cached, can be given back": "#7FB0DE", "cached, cannot be given back": "#C26A7B",
+        "block rounding": "#F0D27A", "cached, releasable": "#7FB0DE", "cached, not releasable": "#C26A7B",
     },
 )  # fmt: skip
 """The hues of `LIGHT`, lightened until each category stands out from a dark surface by 3 to 1 (WCAG 2.1, 1.4.11)."""
 
 SHADE = "rgba(128,128,128,0.10)"
-"""Background of every second step: visible on light and dark alike."""
+"""Background of every second step, visible on light and dark surfaces."""
 
 
 def dressed(**more: Any) -> dict[str, Any]:
-    """The layout that all figures share, in the colours of `LIGHT`, and what one of them has besides."""
+    """The layout that all figures share, in the colours of `LIGHT`, with additions for one figure."""
     axis = {"gridcolor": LIGHT.grid, "zeroline": False, "exponentformat": "none", "separatethousands": True}
     shared = {
         "template": "none",
@@ -118,12 +118,12 @@ def dressed(**more: Any) -> dict[str, Any]:
 
 
 def themed(figure: go.Figure, theme: Theme) -> go.Figure:
-    """The figure, drawn in the colours of `LIGHT`, in those of another theme."""
+    """A figure that is drawn in the colours of `LIGHT`, in those of another theme."""
     return figure if theme is LIGHT else go.Figure(_recoloured(figure.to_dict(), replacements(theme)))
 
 
 def replacements(theme: Theme) -> dict[str, str]:
-    """What each colour of `LIGHT` becomes in another theme."""
+    """Each colour of `LIGHT` with the corresponding colour of another theme."""
     return dict(zip(LIGHT.colours, theme.colours, strict=True))
 
 

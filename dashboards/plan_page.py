@@ -1,4 +1,4 @@
-"""A checkpoint plan as a page: which option each layer takes, what else there was, and the step it makes."""
+"""A checkpoint plan as a page: the option of each layer, the alternatives, and the step with the plan."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import plotly.graph_objects as go
 
 from memscope.advisor.advice import Advice, FrontPoint, in_words, short_option
 from memscope.analysis.effects import Run
-from memscope.dashboards.html import card, facts, figure_box, html_page, table
-from memscope.dashboards.page import run_cards
+from memscope.dashboards.head import page_head
+from memscope.dashboards.html import Section, card, facts, figure_box, html_page, table
+from memscope.dashboards.page import run_sections
 from memscope.dashboards.palette import LIGHT, Theme, dressed, themed
 from memscope.dashboards.timeline import unit_of
 from memscope.errors import UsageError
@@ -29,11 +30,11 @@ _WITHIN = "within:"
 def plan_heatmap(
     layers: Mapping[str, str], kept_bytes: Mapping[str, int] | None = None, theme: Theme = LIGHT
 ) -> go.Figure:
-    """Which option each layer of a plan takes: layers from left to right, options from top to bottom.
+    """The option that each layer of a plan takes: layers from left to right, options from top to bottom.
 
     Args:
-        layers: option of each layer by its name, in order, as a plan file has them.
-        kept_bytes: what each layer keeps for its backward pass, as `kept_by_layer` finds it; colours the cells.
+        layers: option of each layer by its name, in the order of a plan file.
+        kept_bytes: bytes that each layer keeps for its backward pass, from `kept_by_layer`; colours the cells.
         theme: colours.
 
     Raises:
@@ -79,7 +80,7 @@ def plan_heatmap(
 
 
 def _options(layers: Mapping[str, str]) -> dict[str, str]:
-    """The option of each layer; of one within a checkpoint over several, the option of the first of them."""
+    """The option of each layer; within a checkpoint over several layers, the option of the first of them."""
     return {name: layers.get(option.removeprefix(_WITHIN), option) for name, option in layers.items()}
 
 
@@ -100,7 +101,7 @@ def _shortened(option: str) -> str:
 
 
 def kept_by_layer(trace: Trace, layers: Sequence[str]) -> dict[str, int]:
-    """Bytes of activations by layer, where the activations of the whole run are largest.
+    """Bytes of activations by layer, at the event where the activations of the run are largest.
 
     Raises:
         UsageError: when the trace is empty.
@@ -115,7 +116,7 @@ def kept_by_layer(trace: Trace, layers: Sequence[str]) -> dict[str, int]:
 
 
 def pareto_front(advice: Advice, theme: Theme = LIGHT) -> go.Figure:
-    """Memory against time: every plan that no other beats in both, and the budget. Times are estimates."""
+    """Memory against time: every plan that no other plan beats in both, and the budget. Times are estimates."""
     fits = [point for point in advice.front if point.peak.device <= advice.budget_bytes]
     others = [point for point in advice.front if point not in fits]
     figure = go.Figure()
@@ -134,7 +135,7 @@ def pareto_front(advice: Advice, theme: Theme = LIGHT) -> go.Figure:
         dressed(
             height=360,
             margin={"l": 60, "r": 12, "t": 34, "b": 50},
-            xaxis={"title": {"text": "GiB the device must hold", "standoff": 6}},
+            xaxis={"title": {"text": "GiB on the device", "standoff": 6}},
             yaxis={"title": {"text": "seconds a step (estimate)", "standoff": 6}},
             legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0},
         )
@@ -166,7 +167,7 @@ def _point_text(point: FrontPoint) -> str:
     )
 
 
-def plan_card(layers: Mapping[str, str], title: str, kept_bytes: Mapping[str, int] | None = None) -> str:
+def plan_card(layers: Mapping[str, str], title: str, kept_bytes: Mapping[str, int] | None = None) -> Section:
     """The heatmap of a plan as a section of a page.
 
     Raises:
@@ -174,11 +175,11 @@ def plan_card(layers: Mapping[str, str], title: str, kept_bytes: Mapping[str, in
     """
     words = f"Checkpointed: {in_words(layers)}"
     body = f"<p>{escape(words)}</p>{figure_box(plan_heatmap(layers, kept_bytes), f'Option of each layer. {words}')}"
-    return card(body, key="plan", title=title)
+    return Section("plan", title, card(body, key="plan", title=title))
 
 
 def write_plan_page(advice: Advice, path: Path, *, overwrite: bool) -> None:
-    """The page of an advice: the plan, layer by layer; the plans it was chosen from; the step as it was simulated.
+    """The page of an advice: the plan, layer by layer, the plans it was chosen from, and the simulated step.
 
     Raises:
         UsageError: when the file exists and `overwrite` is False.
@@ -186,16 +187,19 @@ def write_plan_page(advice: Advice, path: Path, *, overwrite: bool) -> None:
     """
     if path.exists() and not overwrite:
         raise UsageError(f"{path} exists already: choose another name with --html, or overwrite with -f")
-    cards = [card(facts(_facts(advice)), key="advice", title="The plan" if advice.feasible else "Nothing fits")]
+    head, heading = "", "The plan" if advice.feasible else "Nothing fits"
+    sections = [Section("advice", heading, card(facts(_facts(advice)), key="advice", title=heading))]
     if advice.layers:
         kept = kept_by_layer(advice.trace, list(advice.layers)) if advice.trace else None
-        cards.append(plan_card(advice.layers, "Layers", kept))
+        sections.append(plan_card(advice.layers, "Layers", kept))
     if advice.front:
-        cards.append(_front_card(advice))
+        sections.append(_front_card(advice))
     if advice.trace is not None and advice.trace.events:
-        cards += run_cards([Run("The step with this plan", advice.trace)])
+        runs = [Run("The step with this plan", advice.trace)]
+        sections += run_sections(runs)
+        head = page_head(runs)
     title = f"{advice.target} in {format_bytes(advice.budget_bytes)}"
-    write_whole(path, html_page(f"memscope: {title}", title, cards).encode())
+    write_whole(path, html_page(f"memscope: {title}", title, sections, head).encode())
 
 
 def _facts(advice: Advice) -> list[tuple[str, str]]:
@@ -213,13 +217,13 @@ def _facts(advice: Advice) -> list[tuple[str, str]]:
         ("peak", f"{event}, {binding.op}" if binding.op else event),
     ]
     if binding.helps:
-        found.append(("what would help", binding.helps))
+        found.append(("to reduce the peak", binding.helps))
     if advice.certificate:
         found.append(("optimality", advice.optimality))
     return [*found, *(("note", note) for note in advice.notes)]
 
 
-def _front_card(advice: Advice) -> str:
+def _front_card(advice: Advice) -> Section:
     rows = [
         [
             format_bytes(point.peak.device),
@@ -229,10 +233,11 @@ def _front_card(advice: Advice) -> str:
         ]
         for point in advice.front
     ]
-    headers = ("device must hold", "step (estimate)", "strategies", "checkpointed")
-    listed = table(headers, rows, "What no other plan beats", "front")
+    headers = ("on the device", "step (estimate)", "strategies", "checkpointed")
+    listed = table(headers, rows, "Plans that no other plan beats in both", "front")
     label = "Memory against time of every plan that no other beats in both; the table below has the same"
-    return card(figure_box(pareto_front(advice), label) + listed, key="front", title="Memory against time")
+    title = "Memory against time"
+    return Section("front", title, card(figure_box(pareto_front(advice), label) + listed, key="front", title=title))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Memory over time: what is allocated after each event, stacked by category, with steps, phases and the peak marked."""
+"""Memory over time: bytes allocated after each event, stacked by category, with steps, phases and the peak marked."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from html import escape
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import plotly.graph_objects as go
 
 from memscope.analysis.alive import occasion
 from memscope.dashboards.downsample import MOST_POSITIONS, shown_events
+from memscope.dashboards.names import spoken
 from memscope.dashboards.palette import LIGHT, SHADE, Theme, dressed, themed
 from memscope.dashboards.phases import LABELLED_SHARE, phase_curves, stretches
-from memscope.trace import CATEGORIES, PHASES, Category, Peak, Trace
+from memscope.trace import CATEGORIES, PHASES, Category, Ints, Peak, Trace
 from memscope.units import format_bytes
 
 __all__ = [
@@ -34,19 +34,17 @@ __all__ = [
 TOTAL = "allocated"
 """Name of the curve that sums all categories."""
 RESERVED = "reserved"
-"""Name of the curve of what the allocator holds."""
+"""Name of the curve of reserved bytes."""
 
 _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 _MOST_BUTTONS = 8
-"""More steps than that are offered in a menu."""
+"""With more buttons than that, a menu offers the steps."""
 _SHADED_SHARE = 0.01
-"""Steps narrower than this are not shaded: nobody would see it, and a run may have thousands."""
+"""Steps narrower than this are not shaded: the shade would be invisible, and a run may have thousands."""
 _HEADROOM = 1.14
 _LIMIT_IN_SIGHT = 1.5
-"""The device's limit is drawn where it is at most so many times the highest curve: further away it would press them
-flat."""
-
-Ints = npt.NDArray[np.int64]
+"""The limit of the device is drawn if it is at most so many times the highest curve; a higher limit would flatten the
+curves."""
 
 
 class View(NamedTuple):
@@ -60,9 +58,9 @@ class View(NamedTuple):
 def timeline(trace: Trace, theme: Theme = LIGHT, most_positions: int = MOST_POSITIONS) -> go.Figure:
     """The memory timeline of a trace: stacked areas over events, in GiB (MiB or KiB for runs that never reach one GiB).
 
-    Every birth and death of an allocation is an event. Long runs show at most `most_positions` of them; the peak is
-    always among them, and each value shown is exact. Categories that are never used are left out. Where an allocator
-    reserved memory, a line says how much; another says how much it can have, where that is near.
+    Every allocation and every release is an event. Long runs show at most `most_positions` events; the peak is always
+    among them, and each value shown is exact. Unused categories are left out. A dashed line shows reserved memory, a
+    dotted line the most that the allocator can reserve, if that is near.
 
     Raises:
         UsageError: when the trace is empty.
@@ -84,7 +82,7 @@ def timeline(trace: Trace, theme: Theme = LIGHT, most_positions: int = MOST_POSI
 
 
 def events_to_show(trace: Trace, most: int = MOST_POSITIONS) -> Ints:
-    """The events a timeline shows: the beginnings of phases, the peaks of all steps and of reserved memory, and more.
+    """The events that a timeline shows: starts of phases, peaks of all steps and of reserved memory, and extremes.
 
     Raises:
         UsageError: when the trace is empty.
@@ -99,13 +97,13 @@ def events_to_show(trace: Trace, most: int = MOST_POSITIONS) -> Ints:
 
 
 def views(trace: Trace) -> tuple[View, ...]:
-    """What a reader may want to zoom to: the whole run, then each step."""
+    """The stretches to offer for zooming: the whole run, then each step."""
     steps = (View(f"step {step}", *trace.step_range(step)) for step in _lasting_steps(trace))
     return (View("whole run", 0, trace.events), *steps)
 
 
 def _lasting_steps(trace: Trace) -> list[int]:
-    """Steps with at least one event: a run stopped by an error may end with a step in which nothing happened."""
+    """Steps with at least one event: a run stopped by an error may end with an empty step."""
     ranges = ((step, trace.step_range(step)) for step in trace.steps)
     return [step for step, (first, last) in ranges if last > first]
 
@@ -117,8 +115,8 @@ def shown_categories(trace: Trace) -> tuple[Category, ...]:
 
 
 def moment(peak: Peak) -> str:
-    """`step 1 · backward`: when a peak is; memory at its highest before the first step has no step."""
-    return occasion(peak.step, peak.phase)
+    """`step 1 · backward`: when a peak occurs; before the first step, only the phase."""
+    return spoken(occasion(peak.step, peak.phase))
 
 
 def peak_text(trace: Trace) -> str:
@@ -127,13 +125,15 @@ def peak_text(trace: Trace) -> str:
 
 
 def unit_of(size_bytes: int) -> tuple[str, int]:
-    """The unit in which a size is drawn, and its bytes."""
+    """The unit in which a size is drawn, and the bytes of that unit."""
     return next((unit for unit in _UNITS if size_bytes >= unit[1]), _UNITS[-1])
 
 
 def _area(category: Category, shown: Ints, size_bytes: Ints, scale: int) -> go.Scatter:
     return go.Scatter(
-        name=category, x=shown, y=size_bytes / scale, customdata=[format_bytes(size) for size in size_bytes.tolist()],
+        name=spoken(category), x=shown, y=size_bytes / scale,
+        customdata=[format_bytes(size) for size in size_bytes.tolist()],
+        hoverinfo=["all" if size else "none" for size in size_bytes.tolist()],  # no row for a category of 0 bytes
         hovertemplate="%{customdata}", mode="lines", stackgroup="memory", fillcolor=LIGHT.categories[category],
         line={"width": 0, "shape": "hv", "color": LIGHT.categories[category]},
     )  # fmt: skip
@@ -156,7 +156,7 @@ def _reserved(trace: Trace, shown: Ints, scale: int) -> go.Scatter:
 
 
 def _descriptions(trace: Trace, shown: Ints) -> list[str]:
-    """What happened at each event, in four lines: bytes allocated after it, the moment, the change, module and op."""
+    """Each event in four lines: bytes allocated after it, the moment, the change, and module and operator."""
     row = np.empty(trace.events, dtype=np.int64)
     row[trace.born] = np.arange(len(trace))
     died = np.flatnonzero(trace.freed >= 0)
@@ -168,10 +168,11 @@ def _descriptions(trace: Trace, shown: Ints) -> list[str]:
         trace.allocated[shown], trace.mark_step[mark], trace.mark_phase[mark], trace.mark_micro_batch[mark],
         trace.born[row] == shown, trace.size[row], trace.category[row], trace.module[row], trace.op[row],
     )  # fmt: skip
+    phases, categories = [spoken(name) for name in PHASES], [spoken(name) for name in CATEGORIES]
     return [
-        f"{format_bytes(total)}<br>{f'step {step}' if step >= 0 else 'before the first step'} · {PHASES[phase]}"
+        f"{format_bytes(total)}<br>{f'step {step}' if step >= 0 else 'before the first step'} · {phases[phase]}"
         f"{f' · micro-batch {micro_batch}' if step >= 0 else ''}"
-        f"<br>{'+' if born else '−'}{format_bytes(size)} {CATEGORIES[category]} {'allocated' if born else 'freed'}"
+        f"<br>{'+' if born else '−'}{format_bytes(size)} {categories[category]} {'allocated' if born else 'freed'}"
         f"<br>{modules[module]} · {ops[op]}"
         for total, step, phase, micro_batch, born, size, category, module, op in zip(
             *(column.tolist() for column in columns), strict=True
@@ -217,13 +218,13 @@ def _lay_out(figure: go.Figure, trace: Trace, unit: str, scale: int) -> None:
 
 
 def highest_drawn(trace: Trace) -> float:
-    """Bytes at the upper end of the timeline: above all curves, with room for the note of the peak."""
+    """Bytes at the upper end of the timeline: above all curves, with room for the note at the peak."""
     highest = max(trace.peak.allocated_bytes, int(trace.reserved.max(initial=0)), _limit_in_sight(trace) or 0)
     return _HEADROOM * (highest or 1)
 
 
 def _limit_in_sight(trace: Trace) -> int | None:
-    """What the allocator can reserve at most, if that is known and not far above the curves."""
+    """The most that the allocator can reserve, if that is known and not far above the curves."""
     capacity = trace.meta.get("capacity")
     if capacity is None:
         return None
@@ -235,10 +236,10 @@ def _limit_in_sight(trace: Trace) -> int | None:
 def _mark_limit(figure: go.Figure, trace: Trace, limit: int, scale: int) -> None:
     line = {"color": LIGHT.accent, "width": 1.2, "dash": "dot"}
     figure.add_shape(type="line", xref="paper", x0=0, x1=1, y0=limit / scale, y1=limit / scale, line=line)
-    # Under its line, where the note of the peak never is.
+    # Under the line: the note at the peak is always above it or further right.
     figure.add_annotation(
         xref="paper", x=0, xanchor="left", y=limit / scale, yanchor="top", showarrow=False,
-        text=f"can be reserved: {format_bytes(limit)}", font={"color": LIGHT.accent}, bgcolor=LIGHT.surface,
+        text=f"reserved memory limit: {format_bytes(limit)}", font={"color": LIGHT.accent}, bgcolor=LIGHT.surface,
     )  # fmt: skip
     out = trace.meta.get("out_of_memory")
     if out:
@@ -261,7 +262,7 @@ def _peak_note(trace: Trace, scale: int) -> dict[str, object]:
 
 
 def _mark_steps(figure: go.Figure, trace: Trace) -> None:
-    """Shade every second step, name them above the plot and offer a zoom to each."""
+    """Shade every second step, name the steps above the plot and offer a zoom to each."""
     offered = views(trace)
     for index, (label, first, last) in enumerate(offered[1:]):
         share = (last - first) / trace.events

@@ -1,16 +1,20 @@
-"""What browser tests have in common: a run to look at, and where to look."""
+"""Shared by the browser tests: runs to look at, and where to look."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from memscope.allocator.settings import AllocatorSettings
 from memscope.analysis.effects import Run
 from memscope.dashboards.demo import training_run
 from memscope.dashboards.page import render_page
+from memscope.simulation.device_memory import on_device
+from memscope.simulation.devices.catalogue import get_device
 from memscope.trace import Trace
 
-__all__ = ["PLOT", "comes_to", "html_of", "point_at", "run"]
+__all__ = ["PLOT", "comes_to", "html_of", "on_a_device", "point_at", "run"]
 
 PLOT = ".timeline .nsewdrag"
 """The area inside the axes; the first of each timeline is the stack, the second the phase bar."""
@@ -19,6 +23,13 @@ PLOT = ".timeline .nsewdrag"
 def run() -> Trace:
     """2 layers of 1 GiB in 2 parts; the peak is in the second micro-batch of step 1."""
     return training_run(layers=2, micro_batches=3, layer_bytes=2**30)
+
+
+def on_a_device() -> Trace:
+    """`run` on a device with an allocator and too little memory, so that its page has every part."""
+    device = dataclasses.replace(get_device("gpu"), capacity_bytes=9 * 2**30, context_bytes=2**28)
+    trace = on_device(run(), device, AllocatorSettings())
+    return dataclasses.replace(trace, meta={**trace.meta, "flops": [10, 10]})
 
 
 def html_of(*runs: Run | Trace, **more: Any) -> str:

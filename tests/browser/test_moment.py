@@ -12,7 +12,8 @@ from pages import PLOT, comes_to, html_of, point_at, run
 from memscope.analysis.effects import Run
 from memscope.dashboards.breakdown import Node, tree
 from memscope.dashboards.html import html_page
-from memscope.dashboards.run_card import run_card
+from memscope.dashboards.names import spoken
+from memscope.dashboards.run_card import Room, run_section
 from memscope.trace import CATEGORIES, Trace
 from memscope.units import format_bytes
 
@@ -22,8 +23,8 @@ Visit = Callable[..., Any]
 
 
 def heading(page: Any) -> str:
-    text: str = page.locator(".moment h3").first.inner_text()
-    return text
+    part = page.locator("[data-moment] > summary").first
+    return f"{part.locator('h3').inner_text()}: {part.locator('.gist').inner_text()}"
 
 
 def cells(page: Any, table: str) -> list[list[str]]:
@@ -73,7 +74,7 @@ def test_a_click_on_the_peak_fills_the_breakdown(visit: Visit) -> None:
     assert comes_to(page, lambda p: heading(p).startswith("Alive at the peak: 9.51 GiB · step 1 · backward"), True)
     draw_areas(page)
     assert areas(page) == flat(tree(trace, trace.peak.event))
-    assert cells(page, "allocations")[0][:4] == ["1.00 GiB", "optimizer_state", "layers.0.attention", "aten.zeros_like"]
+    assert cells(page, "allocations")[0][:4] == ["1.00 GiB", "optimizer state", "layers.0.attention", "aten.zeros_like"]
 
 
 def test_the_breakdown_of_any_moment_is_that_of_the_trace(visit: Visit) -> None:
@@ -87,7 +88,7 @@ def test_the_breakdown_of_any_moment_is_that_of_the_trace(visit: Visit) -> None:
         sizes = {row[0]: int(row[3].replace(",", "")) for row in cells(page, "categories")}
         total = sizes.pop("allocated")
         alive = trace.by_category(at=event)
-        assert sizes == {name: alive[name] for name in CATEGORIES if name in sizes}
+        assert sizes == {spoken(name): alive[name] for name in CATEGORIES if spoken(name) in sizes}
         assert total == trace.allocated[event]
 
 
@@ -123,13 +124,13 @@ def test_a_moment_is_chosen_with_the_keyboard(visit: Visit) -> None:
 def test_a_category_that_is_hidden_is_left_out_below_too(visit: Visit) -> None:
     page = visit(html_of(run()))
     draw_areas(page)
-    page.get_by_role("button", name="optimizer_state").click()
+    page.get_by_role("button", name="optimizer state").click()
     assert comes_to(page, lambda p: cells(p, "allocations")[0][1], "parameter")
-    assert not [key for key in areas(page) if "optimizer_state" in key]
+    assert not [key for key in areas(page) if "optimizer state" in key]
     # What is allocated in all stays in sight.
     assert heading(page).startswith("Alive at the peak: 9.51 GiB")
-    page.get_by_role("button", name="optimizer_state").click()
-    assert comes_to(page, lambda p: cells(p, "allocations")[0][1], "optimizer_state")
+    page.get_by_role("button", name="optimizer state").click()
+    assert comes_to(page, lambda p: cells(p, "allocations")[0][1], "optimizer state")
 
 
 def test_a_module_lists_what_is_in_it(visit: Visit) -> None:
@@ -186,8 +187,8 @@ def test_the_areas_can_be_walked_as_a_list_by_keyboard_alone(visit: Visit) -> No
 
 def test_of_more_than_the_page_holds_the_rest_is_counted_by_category(visit: Visit) -> None:
     trace = run()
-    card = run_card(Run("few", trace), "run0", 4000, 4000, 10)
-    page = visit(html_page("few", "few", [card]))
+    section = run_section(Run("few", trace), "run0", Room(4000, 4000, 10), opened=True)
+    page = visit(html_page("few", "few", [section]))
     draw_areas(page)
     alive = trace.at(trace.peak.event)
     largest = sorted(trace.size[alive].tolist(), reverse=True)

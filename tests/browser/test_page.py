@@ -8,18 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pages import PLOT, comes_to, html_of, point_at, run
+from pages import PLOT, comes_to, html_of, on_a_device, point_at, run
 from traces import TraceBuilder
 
-from memscope.allocator.settings import AllocatorSettings
-from memscope.analysis.effects import Run, compare
+from memscope.analysis.effects import Run
 from memscope.dashboards.demo import training_run
-from memscope.dashboards.html import html_page
+from memscope.dashboards.html import Section, html_page
 from memscope.dashboards.palette import DARK, LIGHT
-from memscope.dashboards.run_card import run_card
+from memscope.dashboards.run_card import Room, run_section
 from memscope.dashboards.timeline import timeline
-from memscope.simulation.device_memory import on_device
-from memscope.simulation.devices.catalogue import get_device
 from memscope.trace import PHASES, Trace
 
 pytestmark = pytest.mark.browser
@@ -79,12 +76,12 @@ def test_hover_names_category_module_and_op(visit: Visit) -> None:
     trace = run()
     page = visit(html_of(trace))
     page.mouse.move(*point_at(page, trace, trace.peak.event))
-    label = page.locator(".hoverlayer .legend", has_text=f"event {trace.peak.event}").text_content()
+    label = page.locator(".hoverbox", has_text=f"event {trace.peak.event}").inner_text()
     for text in (
         "step 1 · backward · micro-batch 1",
         "workspace allocated",
-        "activation : 1.50 GiB",
-        "parameter : 2.00 GiB",
+        "activation\n1.50 GiB",
+        "parameter\n2.00 GiB",
         "output · aten.mm",
     ):
         assert text in label
@@ -131,10 +128,10 @@ def test_drag_zooms_and_double_click_goes_back(visit: Visit) -> None:
     assert comes_to(page, shown_range, [0, trace.events])
 
 
-def detailed() -> tuple[Trace, Any]:
+def detailed() -> tuple[Trace, Section]:
     """A run of some 3,700 events of which its timeline shows 300 at first, and its page holds 1,200 more."""
     trace = training_run(layers=16, micro_batches=6)
-    return trace, run_card(Run("long", trace), "run0", 300, 1200, 5000)
+    return trace, run_section(Run("long", trace), "run0", Room(300, 1200, 5000), opened=True)
 
 
 def drawn(page: Any) -> dict[int, tuple[float, str]]:
@@ -152,8 +149,8 @@ def told(page: Any) -> str:
 
 
 def test_a_zoom_shows_more_events_of_what_the_page_holds_each_exact(visit: Visit) -> None:
-    trace, card = detailed()
-    page = visit(html_page("long", "long", [card]))
+    trace, section = detailed()
+    page = visit(html_page("long", "long", [section]))
     at_first = drawn(page)
     assert told(page) == (
         f"{len(at_first):,} of {trace.events:,} events in view are shown, the highest and lowest of each stretch; zoom "
@@ -172,8 +169,8 @@ def test_a_zoom_shows_more_events_of_what_the_page_holds_each_exact(visit: Visit
 
 
 def test_around_the_peak_every_event_is_held_and_told_as_the_figure_tells_it(visit: Visit) -> None:
-    trace, card = detailed()
-    page = visit(html_page("long", "long", [card]))
+    trace, section = detailed()
+    page = visit(html_page("long", "long", [section]))
     low, high = trace.peak.event - 60, trace.peak.event + 60
     page.evaluate(f"Plotly.relayout(document.querySelector('.timeline'), {{'xaxis.range': [{low}, {high}]}})")
     assert comes_to(page, told, "All 120 events in view are shown.")
@@ -185,7 +182,9 @@ def test_around_the_peak_every_event_is_held_and_told_as_the_figure_tells_it(vis
 
 def test_phases_too_many_for_the_whole_run_are_all_there_in_a_zoom(visit: Visit) -> None:
     trace = training_run(layers=1, micro_batches=200)
-    page = visit(html_page("many", "many", [run_card(Run("many", trace), "run0", 100, 1000, 5000)]))
+    page = visit(
+        html_page("many", "many", [run_section(Run("many", trace), "run0", Room(100, 1000, 5000), opened=True)])
+    )
     first = int(trace.mark_event[trace.mark_micro_batch == 100][0])
     curve = "(n => document.querySelector('.timeline').data.find(c => c.name == n))"
     page.evaluate(f"Plotly.relayout(document.querySelector('.timeline'), {{'xaxis.range': [{first}, {first + 26}]}})")
@@ -216,6 +215,13 @@ def test_the_picture_is_there_without_scripts(browser: Any, tmp_path: Path) -> N
     assert page.locator(".sketch b").inner_text() == PEAK
     assert page.locator(".sketch svg").bounding_box()["height"] > 300
     assert not page.locator(".areas").is_visible()
+    assert not page.locator("#search").is_visible()
+    # The axes have their ticks and units: up to 1.14 × 9.51 GiB in steps of 2, and the phases their names.
+    assert page.locator(".sketch .unit").inner_text() == "GiB"
+    assert page.locator(".sketch .tick").all_inner_texts() == ["0", "2", "4", "6", "8", "10"]
+    assert page.locator(".sketch .event").first.inner_text() == "event 0"
+    assert page.locator(".sketch .step").all_inner_texts() == ["step 0", "step 1"]
+    assert "backward" in page.locator(".sketched-phases i").all_inner_texts()
     context.close()
 
 
@@ -259,8 +265,8 @@ def test_texts_of_a_trace_run_no_script(visit: Visit) -> None:
     x, y = point_at(page, run(), 20)
     page.mouse.move(x, y)
     page.mouse.move(x + 40, y)
-    page.wait_for_selector(".hoverlayer .legend")
-    assert "<script>document" in page.locator(".hoverlayer .legend").text_content()
+    page.wait_for_selector("#run0 .hoverbox:not([hidden])")
+    assert "<script>document" in page.locator("#run0 .hoverbox").inner_text()
     page.mouse.click(x + 40, y)
     page.locator("#run0 .areas .slicetext").first.wait_for()
     assert "<script>document" in page.locator("#run0 table.allocations").inner_text()
@@ -286,42 +292,15 @@ def test_page_and_figures_follow_the_colour_scheme(visit: Visit, scheme: str, th
     assert comes_to(page, colours, expected)
 
 
-def on_a_device() -> Trace:
-    """A run with an allocator, so that its page has everything; it does not fit."""
-    device = dataclasses.replace(get_device("gpu"), capacity_bytes=9 * 2**30, context_bytes=2**28)
-    trace = on_device(run(), device, AllocatorSettings())
-    return dataclasses.replace(trace, meta={**trace.meta, "flops": [10, 10]})
-
-
-@pytest.mark.parametrize("width", [1400, 900, 400])
-def test_page_fits_its_width(visit: Visit, width: int) -> None:
-    trace = on_a_device()
-    label = "lora:r=16,alpha=32,targets=q_proj+v_proj+k_proj+o_proj"
-    runs = [Run("baseline", trace), Run(label, trace)]
-    page = visit(html_of(*runs, table1=compare(trace, runs[1:])), width=width)
-    page.locator("#run0 .timeline").scroll_into_view_if_needed()
-    note = page.locator("#run0 .annotation-text", has_text="peak").first
-    note.wait_for()
-    for figure in page.locator(".figure").all():
-        figure.scroll_into_view_if_needed()
-        figure.locator(".main-svg").first.wait_for()
-        box = figure.bounding_box()
-        assert box["x"] >= 0
-        assert box["x"] + box["width"] <= width
-    assert page.evaluate("document.documentElement.scrollWidth") == width
-    box = note.bounding_box()
-    assert box["x"] >= 0
-    assert box["x"] + box["width"] <= width
-
-
 def test_allocator_is_drawn_with_its_segments(visit: Visit) -> None:
     trace = on_a_device()
     page = visit(html_of(trace))
-    for figure in page.locator(".allocator .figure").all():
+    page.locator("#run0-allocator > summary").click()
+    for figure in page.locator("#run0-allocator .figure").all():
         figure.scroll_into_view_if_needed()
         figure.locator(".main-svg").first.wait_for()
-    assert page.locator(".allocator .barlayer .point").count() > 0
-    assert "could not, as they share their segments" in page.locator(".allocator p").first.inner_text()
+    assert page.locator("#run0-allocator .barlayer .point").count() > 0
+    assert "which share segments with live allocations" in page.locator("#run0-allocator p").first.inner_text()
     assert "runs out in step 1, forward, layers.1.attention" in page.locator(".warning").inner_text()
 
 

@@ -71,8 +71,8 @@ def test_a_segment_that_nobody_uses_can_be_given_back() -> None:
 
 def test_fragmentation_is_drawn_in_mib() -> None:
     figure = fragmentation(run())
-    assert curve(figure, "cached, cannot be given back").y[-1] == pytest.approx(10 - 1 / 1024)
-    assert curve(figure, "cached, can be given back").y.tolist() == [0] * 6
+    assert curve(figure, "cached, not releasable").y[-1] == pytest.approx(10 - 1 / 1024)
+    assert curve(figure, "cached, releasable").y.tolist() == [0] * 6
     assert curve(figure, "largest free block").y[-1] == 6
 
 

@@ -38,17 +38,33 @@ def test_small_multiples_share_their_axes() -> None:
     figure = small_multiples([Run("one", run(1)), Run("five", run(5))])
     assert figure.layout.xaxis.range == figure.layout.xaxis2.range == (0, 7)
     assert figure.layout.yaxis.range == figure.layout.yaxis2.range
-    assert figure.layout.yaxis.range[1] == pytest.approx(7 * 1.3)
+    assert figure.layout.yaxis.range[1] == pytest.approx(7 * 1.36)
 
 
 def test_small_multiples_name_each_run_and_its_peak() -> None:
-    texts = [note.text for note in small_multiples([Run("one", run(1)), Run("<b>", run(5))]).layout.annotations]
-    assert texts == ["<b>one</b>  peak 3.00 GiB, step 0 · forward", "<b>&lt;b></b>  peak 7.00 GiB, step 0 · forward"]
+    notes = small_multiples([Run("one", run(1)), Run("<b>", run(5))]).layout.annotations
+    assert [note.text for note in notes if "peak" in note.text] == [
+        "<b>one</b>  peak 3.00 GiB, step 0 · forward",
+        "<b>&lt;b></b>  peak 7.00 GiB, step 0 · forward",
+    ]
 
 
 def test_small_multiples_show_every_category_once_in_the_legend() -> None:
     figure = small_multiples([Run("one", run(1)), Run("five", run(5))])
-    assert [curve.name for curve in figure.data if curve.showlegend] == ["parameter", "activation"]
+    named = [curve.name for curve in figure.data if curve.showlegend]
+    assert named == ["parameter", "activation", "setup", "forward"]
+
+
+def test_small_multiples_show_the_phases_and_steps_of_each_run() -> None:
+    figure = small_multiples([Run("one", run(1)), Run("five", run(5))])
+    # Of the second run: setup are events 0 to 4, the forward pass of step 0 events 5 and 6.
+    bars = [curve for curve in figure.data if curve.yaxis == "y2" and curve.fill == "toself"]
+    assert [(bar.name, bar.x[0], bar.x[2]) for bar in bars] == [("setup", 0, 5), ("forward", 5, 7)]
+    # Their bar lies under the axis, where no memory is drawn.
+    assert max(max(bar.y[:4]) for bar in bars) < 0
+    steps = [(note.text, note.xref, note.x) for note in figure.layout.annotations if note.text.startswith("step")]
+    assert steps == [("step 0", "x", 2), ("step 0", "x2", 6)]
+    assert [(shape.xref, shape.x0, shape.x1) for shape in figure.layout.shapes] == [("x", 1, 3), ("x2", 5, 7)]
 
 
 def test_small_multiples_need_a_run() -> None:
@@ -64,6 +80,26 @@ def test_difference_is_drawn_by_category_and_by_module_with_layers_together() ->
 
 def test_a_run_does_not_differ_from_itself() -> None:
     assert bars(difference(run(3), run(3))) == {}
+
+
+def test_changes_below_a_thousandth_of_the_peak_are_not_drawn() -> None:
+    def with_buffers(size_bytes: int) -> Trace:
+        built = TraceBuilder()
+        built.phase("setup")
+        built.new("parameter", 1000 * GIB, module="large")
+        built.new("optimizer_state", 2 * GIB, module="state")
+        built.new("buffer", size_bytes, module="small")
+        return built.trace()
+
+    def without_state(size_bytes: int) -> Trace:
+        built = TraceBuilder()
+        built.phase("setup")
+        built.new("parameter", 1000 * GIB, module="large")
+        built.new("buffer", size_bytes, module="small")
+        return built.trace()
+
+    # The larger peak is 1002 GiB and 2 KiB: a change of 2 GiB is above a thousandth of it, one of 1 KiB is not.
+    assert bars(difference(with_buffers(2048), without_state(1024))) == {"optimizer state": -2, "state": -2}
 
 
 def test_difference_says_each_change_in_words() -> None:

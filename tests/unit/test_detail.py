@@ -11,6 +11,7 @@ from traces import TraceBuilder, random_traces
 
 from memscope.dashboards.demo import training_run
 from memscope.dashboards.detail import curve_data, events_to_hold
+from memscope.dashboards.names import spoken
 from memscope.dashboards.sketch import sketch
 from memscope.dashboards.timeline import events_to_show
 from memscope.trace import CATEGORIES, Trace
@@ -47,7 +48,7 @@ def test_the_curves_can_be_had_back_from_the_page(trace: Trace) -> None:
     events = np.cumsum(data["events"])
     assert events.tolist() == held.tolist()
     for category in CATEGORIES:
-        curve = np.cumsum(data["sizes"].get(category, [0] * len(held)))
+        curve = np.cumsum(data["sizes"].get(spoken(category), [0] * len(held)))
         assert curve.tolist() == trace.timeline(category)[held].tolist()
 
 

@@ -36,7 +36,7 @@ def test_each_combination_is_a_bar_and_what_runs_out_has_a_cross() -> None:
     assert (curve("runs out of memory", figure).y, curve("runs out of memory", figure).x) == ((0,), (60,))
     assert figure.layout.yaxis.ticktext == ("none", "lora")
     assert [shape.x0 for shape in figure.layout.shapes] == [39]
-    assert figure.layout.xaxis.title.text == "GiB, predicted<br>dotted: 39.0 GiB can be reserved"
+    assert figure.layout.xaxis.title.text == "GiB, predicted<br>dotted: 39.0 GiB is the limit"
 
 
 def test_a_measured_combination_that_ran_out_has_its_cross_at_what_there_was() -> None:
@@ -49,7 +49,7 @@ def test_a_measured_combination_that_ran_out_has_its_cross_at_what_there_was() -
 def test_a_limit_far_away_is_told_and_not_drawn() -> None:
     figure = grid_peaks(grid(limit=800 * GIB))
     assert len(figure.layout.shapes) == 0
-    assert figure.layout.xaxis.title.text == "GiB, predicted<br>800.0 GiB can be reserved"
+    assert figure.layout.xaxis.title.text == "GiB, predicted<br>800.0 GiB is the limit"
 
 
 def test_the_figure_is_painted_in_its_theme() -> None:
@@ -58,7 +58,7 @@ def test_the_figure_is_painted_in_its_theme() -> None:
 
 
 def test_the_card_has_every_figure_and_says_that_it_is_predicted() -> None:
-    html = grid_card(grid(), ["Predicted: <nothing> was computed."])
+    html = grid_card(grid(), ["Predicted: <nothing> was computed."]).html
     assert "Table 2: mine on a100-40gb, predicted" in html
     assert "<td>× 59,392.0</td><td>× 61,440.0</td><td>×</td>" in html
     assert "<td>✓</td><td>31,744.0</td><td>33,792.0</td><td>120 s</td>" in html

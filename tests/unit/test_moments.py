@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from traces import TraceBuilder, random_traces
@@ -11,9 +10,7 @@ from traces import TraceBuilder, random_traces
 from memscope.analysis.alive import by_module_together, largest, occasion, together
 from memscope.dashboards.moments import kept_allocations, page_data
 from memscope.dashboards.timeline import events_to_show
-from memscope.trace import PHASES, Trace
-
-Ints = npt.NDArray[np.int64]
+from memscope.trace import PHASES, Ints, Trace
 
 
 def run() -> Trace:

@@ -113,7 +113,7 @@ def test_page_states_the_run_and_its_peak() -> None:
         "<dd>A100 (simulated)</dd>",
         "<dd>40.0 GiB</dd>",
         "<dd>2.13.0</dd>",
-        "<dd>2,000, trainable 5 (0.25%)</dd>",
+        "<dd>5 of 2,000 (0.25%)</dd>",
     ):
         assert text in page
 
@@ -140,7 +140,7 @@ def test_breakdown_at_the_peak_sums_to_the_peak() -> None:
 
 
 def test_layers_of_a_stack_are_counted_together() -> None:
-    assert "<code>layers.*.w</code></th><td>7.00 GiB</td>" in page_of()
+    assert "<code>layers.<wbr>*.<wbr>w</code></th><td>7.00 GiB</td>" in page_of()
 
 
 def test_largest_allocations_are_listed_with_birth_and_death() -> None:
@@ -153,7 +153,7 @@ def test_largest_allocations_are_listed_with_birth_and_death() -> None:
 def test_a_run_without_an_allocator_has_neither_ledger_nor_segments() -> None:
     page = page_of()
     assert "Ledger" not in page
-    assert 'aria-label="allocator"' not in page
+    assert 'id="run0-allocator"' not in page
 
 
 def test_several_runs_are_drawn_on_the_same_axes_and_compared_with_the_first() -> None:
@@ -161,14 +161,14 @@ def test_several_runs_are_drawn_on_the_same_axes_and_compared_with_the_first() -
     page = page_of(Run("plain", small()), Run("half", half))
     assert "All runs on the same axes" in page
     # 3.5 against 7 GiB.
-    assert "half against plain: -3.50 GiB, each at its own peak" in page
+    assert '<h3>half against plain</h3> <span class="gist">-3.50 GiB, each at its own peak</span>' in page
     assert "All runs on the same axes" not in page_of()
 
 
 def test_what_was_set_otherwise_is_named_with_the_allocations_that_changed() -> None:
     double = dataclasses.replace(small(strategies=["lora"]), size=2 * small().size)
     page = page_of(Run("plain", small(strategies=[])), Run("double", double))
-    assert "Set otherwise: strategies none → lora" in page
+    assert "Settings that differ: strategies none → lora" in page
     # At the peak a parameter and a gradient of 3 GiB each, which are 6 GiB in the other run.
     assert "+3.00 GiB</td>" in page
 
@@ -178,10 +178,10 @@ def test_table_1_stands_above_the_runs_with_what_it_rests_on() -> None:
     trace = dataclasses.replace(run, meta={**run.meta, "flops": [10, 10]})
     table = compare(trace, [Run("same", trace, {"gradient": "↓"})])
     page = page_of(Run("baseline", trace), Run("same", trace), table1=table, baselines=["Dropout is off (lora)"])
-    assert "gradient</th><td>– +0 B (+0.0%)</td>" in page
+    assert f"gradient</th><td>{table.columns[0]['gradient']}</td>" in page
     assert "Baseline: Dropout is off (lora)" in page
     assert "same, gradient: usually ↓, here –" in page
-    assert 0 < page.index("Table 1") < page.index('id="run0"')
+    assert 0 < page.index('id="table1"') < page.index('id="run0"')
 
 
 def test_prediction_is_held_against_measurement_of_the_same_plan() -> None:

@@ -146,5 +146,5 @@ def test_page_that_cannot_be_written_is_told(tmp_path: Path) -> None:
 
 
 def test_plan_of_hostile_names_is_no_markup() -> None:
-    card = plan_card({"<script>alert(1)</script>": "none"}, "<script>alert(1)</script>")
+    card = plan_card({"<script>alert(1)</script>": "none"}, "<script>alert(1)</script>").html
     assert "<script>alert" not in card

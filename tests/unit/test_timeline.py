@@ -176,7 +176,8 @@ def test_every_value_shown_is_the_traces_own(trace: Trace, most: int) -> None:
     assert shown.size <= most
     for area in (c for c in figure.data if c.stackgroup):
         # Scales are powers of two and sizes below 2**53, so the division loses nothing.
-        assert np.array_equal(np.asarray(area.y) * scale, trace.timeline(area.name)[shown])
+        category = next(name for name in CATEGORIES if name.replace("_", " ") == area.name)
+        assert np.array_equal(np.asarray(area.y) * scale, trace.timeline(category)[shown])
     assert np.array_equal(np.asarray(curve(figure, "allocated").y) * scale, trace.allocated[shown])
 
 
@@ -298,7 +299,7 @@ def test_limit_of_the_device_is_drawn_where_it_is_near() -> None:
     # 9 GiB of which the context takes half: 8.5 GiB can be reserved, within 1.5 times the 8 that are.
     figure = timeline(with_allocator([GIB * 8] * 6, capacity=9 * GIB, context=GIB // 2))
     assert [shape.y0 for shape in figure.layout.shapes if shape.line.dash == "dot"] == [8.5]
-    assert "can be reserved: 8.50 GiB" in [note.text for note in figure.layout.annotations]
+    assert "reserved memory limit: 8.50 GiB" in [note.text for note in figure.layout.annotations]
     far = timeline(with_allocator([GIB * 8] * 6, capacity=80 * GIB, context=GIB))
     assert [shape for shape in far.layout.shapes if shape.line.dash == "dot"] == []
 
