@@ -56,7 +56,29 @@ class Problem:
 
 
 class Strategy(Protocol):
-    """One way to change a training step. Subclass it, name it, write `apply`; the class docstring is its help text."""
+    """One way to change a training step. Subclass it, name it, write `apply`; the class docstring is its help text.
+
+    Examples:
+        >>> from dataclasses import dataclass, replace
+        >>> from memscope import Plan, Strategy
+        >>> from memscope.strategies import Stage
+        >>> from memscope.toy import toy_workload
+        >>> class Clip(Strategy):
+        ...     '''Clip the total norm of the gradients.'''
+        ...
+        ...     name, stage, exact = "clip", Stage.STEP, False
+        ...
+        ...     @dataclass(frozen=True)
+        ...     class Config:
+        ...         norm: float = 1.0
+        ...
+        ...     def apply(self, workload):
+        ...         workload.plan = replace(workload.plan, clip_grad_norm=self.config.norm)
+        >>> workload = toy_workload()
+        >>> Plan.of(Clip(Clip.Config(norm=0.5))).apply(workload)
+        >>> workload.plan.clip_grad_norm
+        0.5
+    """
 
     name: ClassVar[str]
     stage: ClassVar[Stage]
@@ -129,7 +151,14 @@ def available() -> dict[str, type[Strategy]]:
 
 @dataclass(frozen=True)
 class Plan:
-    """Strategies in the order they are applied: by stage, then by name."""
+    """Strategies in the order they are applied: by stage, then by name.
+
+    Examples:
+        >>> from memscope import Plan
+        >>> plan = Plan.parse("amp,lora:r=8")
+        >>> str(plan)
+        'lora:r=8,amp'
+    """
 
     strategies: tuple[Strategy, ...] = ()
 
