@@ -1,4 +1,4 @@
-"""The reference of the documentation: its examples run, and each public name has one page."""
+"""The documentation site: the reference's examples run, each public name has one page, nothing is loaded from afar."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SOURCES = {
 }
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from docs_site import link_sources  # noqa: E402
+from docs_site import link_sources, loaded_from_network  # noqa: E402
 from reference_pages import public_names, read_package, reference_pages  # noqa: E402
 
 
@@ -113,3 +113,24 @@ def package_of(folder: Path, files: dict[str, str]) -> griffe.Module:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     return read_package("p", folder)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "text"),
+    [
+        (".html", '<script src="https://cdn.example/x.js"></script>'),
+        (".html", '<link rel="stylesheet" href="https://fonts.example/css">'),
+        (".html", '<link href="https://fonts.example" rel="preconnect" crossorigin>'),
+        (".html", '<img src="//img.example/x.png">'),
+        (".css", '@import "https://fonts.example/css";'),
+        (".css", "body { background: url( 'http://img.example/x.png') }"),
+    ],
+)
+def test_what_a_page_loads_from_the_network_is_found(suffix: str, text: str) -> None:
+    assert len(list(loaded_from_network(text, suffix))) == 1
+
+
+def test_links_and_local_files_are_not_loaded_from_the_network() -> None:
+    page = '<a href="https://pytorch.org">x</a><img src="pictures/x.webp"><link rel="icon" href="../favicon.png">'
+    assert not list(loaded_from_network(page, ".html"))
+    assert not list(loaded_from_network("a { background: url(data:image/svg+xml;base64,AA) }", ".css"))
