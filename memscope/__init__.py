@@ -38,3 +38,8 @@ def __getattr__(name: str) -> Any:
     import_module("memscope.analysis.summary")  # registers how a trace is shown
     value = globals()[name] = getattr(import_module(_HOME[name]), name)
     return value
+
+
+def __dir__() -> list[str]:
+    """The public names, also before any of them is loaded."""
+    return [*__all__, "__version__"]

@@ -82,6 +82,23 @@ def advise(
     Raises:
         UsageError: when budget, device or strategies cannot be used, or the model's layers form no chain.
         TargetError: when the target's code fails, or cannot be simulated.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> from memscope import Workload, advise
+        >>> def build():
+        ...     return Workload(
+        ...         model=nn.Sequential(*[nn.Linear(256, 256, bias=False) for _ in range(2)]),
+        ...         batches=[torch.randn(1, 256)],
+        ...         loss=lambda model, x: model(x).square().mean(),
+        ...         optimizer_factory=torch.optim.AdamW,
+        ...     )
+        >>> advice = advise(build, budget="600MB", device="a100-40gb")
+        >>> advice.feasible, advice.peak.device <= 600_000_000
+        (True, True)
+        >>> advice.layers  # it fits without checkpointing
+        {}
     """
     named = device is not None
     device = device if isinstance(device, Device) else get_device(device or DEFAULT_DEVICE)

@@ -50,6 +50,21 @@ def record(
     Raises:
         TargetError: when the target's code fails.
         UsageError: when strategies, device or data cannot be used.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> from memscope import Workload, record
+        >>> def build():
+        ...     return Workload(
+        ...         model=nn.Linear(1024, 1024, bias=False),
+        ...         batches=[torch.randn(8, 1024)],
+        ...         loss=lambda model, x: model(x).square().mean(),
+        ...         optimizer_factory=torch.optim.AdamW,
+        ...     )
+        >>> trace = record(build, steps=1)
+        >>> trace.by("category", at="peak")["gradient"]
+        4194304
     """
     if device not in ("cpu", "cuda"):
         raise UsageError(

@@ -40,15 +40,23 @@ class Recorder:
     of it, with gradients on; a backward pass by the autograd engine; the optimizer by its `step`. What comes between
     them is `outside`. A step ends after `optimizer.step()`, when the next forward pass begins.
 
-        with Recorder(model, optimizer) as recorder:
-            for batch in loader:
-                model(batch).mean().backward()
-                optimizer.step()
-                optimizer.zero_grad()
-        trace = recorder.trace()
-
     Also a `StepObserver`: `run_step` tells it the phases that cannot be recognised. Hooks are removed on leaving, also
     after an exception; the model comes back as it was, but for the training it went through.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> from memscope import Recorder
+        >>> model = nn.Linear(1024, 1024, bias=False)
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> with Recorder(model, optimizer) as recorder:
+        ...     for _ in range(2):
+        ...         model(torch.randn(8, 1024)).mean().backward()
+        ...         optimizer.step()
+        ...         optimizer.zero_grad()
+        >>> trace = recorder.trace()
+        >>> trace.by("category", at="peak")["parameter"]
+        4194304
     """
 
     def __init__(

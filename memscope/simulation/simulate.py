@@ -78,6 +78,23 @@ def simulate(
     Raises:
         TargetError: when the target's code fails, or needs values that a simulation does not have.
         UsageError: when strategies, device or data cannot be used.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> from memscope import Workload, simulate
+        >>> def build():
+        ...     return Workload(
+        ...         model=nn.Linear(1024, 1024, bias=False),
+        ...         batches=[torch.randn(8, 1024)],
+        ...         loss=lambda model, x: model(x).square().mean(),
+        ...         optimizer_factory=torch.optim.AdamW,
+        ...     )
+        >>> trace = simulate(build, device="a100-40gb")
+        >>> trace.peak.phase
+        'optimizer'
+        >>> trace.by("category", at="peak")["optimizer_state"]  # two moments of 1024 * 1024 float32
+        8388608
     """
     device = get_device(device) if isinstance(device, str) else device
     plan = Plan.parse(strategies) if isinstance(strategies, str) else strategies

@@ -24,7 +24,14 @@ __all__ = ["Plan", "read_strategies"]
 
 @dataclass(frozen=True)
 class Plan:
-    """Strategies in the order they are applied: by stage, then by name."""
+    """Strategies in the order they are applied: by stage, then by name.
+
+    Examples:
+        >>> from memscope import Plan
+        >>> plan = Plan.parse("amp,lora:r=8")
+        >>> str(plan)
+        'lora:r=8,amp'
+    """
 
     strategies: tuple[Strategy, ...] = ()
 

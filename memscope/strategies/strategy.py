@@ -44,7 +44,29 @@ class Problem:
 
 
 class Strategy(Protocol):
-    """One way to change a training step. Subclass it, name it, write `apply`; the class docstring is its help text."""
+    """One way to change a training step. Subclass it, name it, write `apply`; the class docstring is its help text.
+
+    Examples:
+        >>> from dataclasses import dataclass, replace
+        >>> from memscope import Plan, Strategy
+        >>> from memscope.strategies import Stage
+        >>> from memscope.testing import toy_workload
+        >>> class Clip(Strategy):
+        ...     '''Clip the total norm of the gradients.'''
+        ...
+        ...     name, stage, exact = "clip", Stage.STEP, False
+        ...
+        ...     @dataclass(frozen=True)
+        ...     class Config:
+        ...         norm: float = 1.0
+        ...
+        ...     def apply(self, workload):
+        ...         workload.plan = replace(workload.plan, clip_grad_norm=self.config.norm)
+        >>> workload = toy_workload()
+        >>> Plan.of(Clip(Clip.Config(norm=0.5))).apply(workload)
+        >>> workload.plan.clip_grad_norm
+        0.5
+    """
 
     name: ClassVar[str]
     stage: ClassVar[Stage]

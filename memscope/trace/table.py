@@ -38,6 +38,17 @@ class Trace:
 
     Columns are int64 arrays `[allocations]`; `category`, `module`, `op` and `phase` index `CATEGORIES`, `modules`,
     `ops` and `PHASES`. The `mark_*` columns `[marks]` say when (first event) a new phase began, and which.
+
+    Examples:
+        >>> from memscope import simulate
+        >>> from memscope.testing import toy_workload
+        >>> trace = simulate(toy_workload)
+        >>> sum(trace.by("category", at="peak").values()) == trace.peak.allocated_bytes
+        True
+        >>> trace.by("module", at="peak")["blocks.0.wq"] % 512  # sizes are blocks of the allocator
+        0
+        >>> len(trace.timeline("activation")) == trace.events
+        True
     """
 
     size: Ints

@@ -20,7 +20,14 @@ Scope = Callable[[], contextlib.AbstractContextManager[Any]]
 
 @dataclass(frozen=True)
 class StepPlan:
-    """How one optimizer step is carried out; strategies replace it with `dataclasses.replace`."""
+    """How one optimizer step is carried out; strategies replace it with `dataclasses.replace`.
+
+    Examples:
+        >>> from dataclasses import replace
+        >>> from memscope import StepPlan
+        >>> replace(StepPlan(), micro_batches=4, clip_grad_norm=1.0)
+        StepPlan(micro_batches=4, autocast=None, grad_scaler=False, clip_grad_norm=1.0, contexts=())
+    """
 
     micro_batches: int = 1
     """Pieces the step's batch is split into; gradients accumulate over them."""
@@ -36,7 +43,21 @@ class StepPlan:
 
 @dataclass
 class Workload:
-    """What is trained, and how one step goes. Works for any `nn.Module` and any `torch.optim.Optimizer`."""
+    """What is trained, and how one step goes. Works for any `nn.Module` and any `torch.optim.Optimizer`.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> from memscope import Workload
+        >>> workload = Workload(
+        ...     model=nn.Linear(1024, 1024, bias=False),
+        ...     batches=[torch.randn(8, 1024)],
+        ...     loss=lambda model, x: model(x).square().mean(),
+        ...     optimizer_factory=torch.optim.AdamW,
+        ... )
+        >>> workload.parameter_counts()
+        (1048576, 1048576)
+    """
 
     model: nn.Module
     """The model; strategies may change it in place before the first step."""

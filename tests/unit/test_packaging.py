@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tomllib
 import zipfile
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, entry_points, packages_distributions
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -130,6 +131,26 @@ def test_reading_a_trace_needs_no_torch(module: str, tmp_path: Path) -> None:
     loaded = modules_loaded_by("-c", f"import {module}", cwd=tmp_path)
     assert module in loaded
     assert "torch" not in loaded
+
+
+def test_the_distribution_is_not_the_one_of_the_same_name_on_the_package_index() -> None:
+    # `memscope` on PyPI is a C++ tool of somebody else.
+    assert PYPROJECT["project"]["name"] == "torch-memscope"
+    assert set(packages_distributions()["memscope"]) == {"torch-memscope"}
+
+
+@pytest.mark.parametrize(
+    "text", [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("targets/**/*.md")], ids=str
+)
+def test_no_document_installs_the_package_of_the_same_name(text: Path) -> None:
+    assert not re.search(r"pip install (-\S+ )*[\"']?memscope\b", text.read_text(encoding="utf-8"))
+
+
+def test_dir_lists_the_public_names_before_they_are_loaded(tmp_path: Path) -> None:
+    done = python("-c", "import memscope; print(*dir(memscope))", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    public = "Plan Recorder StepPlan Strategy Trace Workload advise record simulate"
+    assert done.stdout.split() == sorted(["__version__", *public.split()])
 
 
 def test_the_strategies_that_come_with_memscope_are_registered() -> None:

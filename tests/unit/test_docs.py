@@ -1,0 +1,84 @@
+"""The documents show what is printed today; the check of it can fail."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from run_docs import BlockFailed, differences, pages, read_blocks, run_blocks, updated  # noqa: E402
+
+SMALL = {
+    page.relative_to(ROOT).as_posix(): small
+    for page in pages()
+    if (small := [b for b in read_blocks(page.name, page.read_text(encoding="utf-8")) if b.size == "small"])
+}
+
+
+def page_of(text: str, mark: str = "run: small", language: str = "") -> str:
+    return f"Before.\n\n<!-- {mark} -->\n```{language}\n{text}\n```\n\nAfter.\n"
+
+
+def result(page: str) -> list[str]:
+    ((block, lines),) = run_blocks(read_blocks("page.md", page))
+    return differences(block, lines)
+
+
+@pytest.mark.parametrize("page", SMALL)
+def test_small_blocks_print_what_the_page_shows(page: str) -> None:
+    for block, lines in run_blocks(SMALL[page]):
+        assert not differences(block, lines), "\n".join(differences(block, lines))
+
+
+def test_a_changed_number_is_a_difference_and_updated() -> None:
+    page = page_of("$ echo 12 MiB\n11 MiB\n$ echo end\nend")
+    results = list(run_blocks(read_blocks("page.md", page)))
+    assert result(page)[-4:] == ["-11 MiB", "+12 MiB", " $ echo end", " end"]
+    assert updated(page, results) == page_of("$ echo 12 MiB\n12 MiB\n$ echo end\nend")
+
+
+def test_measured_times_are_no_difference_but_estimated_ones_are() -> None:
+    assert not result(page_of("$ echo simulated in 3.2 s\nsimulated in 17 s"))
+    assert result(page_of("$ echo step time 3.2 s\nstep time 17 s"))
+
+
+def test_a_part_of_the_output_can_be_shown() -> None:
+    assert not result(page_of("$ seq 9\n3\n4\n5", 'run: small from=3 to="5"'))
+    with pytest.raises(BlockFailed, match=r"page\.md:3: no line of the output has '12'"):
+        result(page_of("$ seq 9\n3", "run: small from=12"))
+
+
+def test_a_command_must_end_as_expected() -> None:
+    assert not result(page_of("$ exit 4", "run: small exit=4"))
+    with pytest.raises(BlockFailed, match=r"page\.md:3: exit code 4"):
+        result(page_of("$ exit 4"))
+    with pytest.raises(BlockFailed, match=r"page\.md:3: exit code 1"):
+        result(page_of("true\nfalse\ntrue", "run: small quiet"))
+
+
+def test_commands_find_the_targets_and_files_of_their_page() -> None:
+    page = page_of("hello", "run: small file=a/b.txt quiet").replace("hello", "echo hello") + page_of(
+        "$ cat a/b.txt; ls -d targets/llama2\necho hello\ntargets/llama2"
+    )
+    assert not [diff for block, lines in run_blocks(read_blocks("page.md", page)) for diff in differences(block, lines)]
+
+
+def test_python_blocks_of_a_page_share_names_and_their_tests_are_called() -> None:
+    page = page_of("x = 3", language="python") + page_of("def test_x():\n    assert x == 4", language="python")
+    with pytest.raises(BlockFailed, match=r"page\.md:11: AssertionError"):
+        list(run_blocks(read_blocks("page.md", page)))
+
+
+@pytest.mark.parametrize("mark", ["run: tiny", "run:", "run: small -- no", "run: small lines=3"])
+def test_a_mark_that_cannot_be_read_is_refused(mark: str) -> None:
+    with pytest.raises(BlockFailed, match=r"page\.md:3"):
+        read_blocks("page.md", page_of("$ true", mark))
+
+
+def test_a_mark_without_a_block_is_refused() -> None:
+    with pytest.raises(BlockFailed, match="a fenced block in the next line"):
+        read_blocks("page.md", "<!-- run: small -->\n\n```\n$ true\n```\n")
