@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from memscope.cli.tables import NARROW
-from memscope.hooks.live_state import Forecast, Kind, LiveState
+from memscope.hooks.live_state import Forecast, LiveState, MemoryKind
 from memscope.runs.plans import Report
 from memscope.trace import CATEGORIES
 from memscope.units import format_bytes
@@ -23,8 +23,8 @@ _BAR = 30
 """Characters of a bar for the whole capacity, on a terminal that is wide enough."""
 _BESIDE_THE_BAR = 50
 """Columns that the frame, the longest name, a size and a share take."""
-_KINDS: tuple[Kind, ...] = (*CATEGORIES, "undecided", "unseen")
-_WORDS: Mapping[Kind, str] = {"undecided": "not decided yet", "unseen": "rounding, inside kernels"}
+_KINDS: tuple[MemoryKind, ...] = (*CATEGORIES, "undecided", "unseen")
+_WORDS: Mapping[MemoryKind, str] = {"undecided": "not decided yet", "unseen": "rounding, inside kernels"}
 _RESTS_ON: Mapping[Forecast, str] = {
     "so far": "peak so far; no forecast in the first step",
     "estimate": "estimate: first step plus optimizer state",

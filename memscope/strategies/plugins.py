@@ -29,7 +29,8 @@ def available() -> dict[str, type[Strategy]]:
         UsageError: when two packages bring a strategy of the same name, or one cannot be imported or is none.
     """
     found: dict[str, type[Strategy]] = {}
-    for entry in sorted(entry_points(group=_GROUP), key=lambda entry: entry.name):
+    # A checkout beside an installation lists the same class twice: that is one strategy.
+    for entry in sorted({(e.name, e.value): e for e in entry_points(group=_GROUP)}.values(), key=lambda e: e.name):
         if entry.name in found:
             raise UsageError(
                 f'two installed packages bring a strategy "{entry.name}" ({entry.value}): uninstall one of them'

@@ -301,6 +301,11 @@ def test_a_strategy_of_another_package_is_found_by_its_entry_point(install: Inst
     assert available() == {"lora": LoRA}
 
 
+def test_one_class_that_is_listed_twice_is_one_strategy(install: Install) -> None:
+    install(("lora", "memscope.strategies.lora:LoRA"), ("lora", "memscope.strategies.lora:LoRA"))
+    assert available() == {"lora": LoRA}
+
+
 def test_a_name_that_two_packages_bring_is_refused(install: Install) -> None:
     install(("lora", "memscope.strategies.lora:LoRA"), ("amp", "memscope.strategies.amp:AMP"), ("lora", "mine:LoRA"))
     with pytest.raises(UsageError) as caught:
