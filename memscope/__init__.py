@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -33,8 +40,6 @@ def __getattr__(name: str) -> Any:
     """Public names load what they need when first used, so that `memscope --help` needs no torch."""
     if name not in _HOME:
         raise AttributeError(f"module 'memscope' has no attribute '{name}'")
-    from importlib import import_module
-
     import_module("memscope.analysis.summary")  # registers how a trace is shown
     value = globals()[name] = getattr(import_module(_HOME[name]), name)
     return value
@@ -43,3 +48,30 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     """The public names, also before any of them is loaded."""
     return [*__all__, "__version__"]
+
+
+_MOVED = {
+    "memscope.diff": "memscope.analysis.diff",
+    "memscope.grid": "memscope.analysis.grid",
+    "memscope.live": "memscope.hooks.live_state",
+    "memscope.simulation.cost": "memscope.analysis.cost",
+    "memscope.strategies.layer_plan": "memscope.strategies.ckpt.layer_plan",
+}
+"""Modules under the names that the documentation of 0.1 gave them → their names now."""
+
+
+class _MovedModules(MetaPathFinder, Loader):
+    """Imports a moved module under its old name, with a warning that tells the new one."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        return ModuleSpec(fullname, self) if fullname in _MOVED else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        old = module.__name__
+        warnings.warn(f"{old} has moved: import {_MOVED[old]}", DeprecationWarning, stacklevel=2)
+        sys.modules[old] = import_module(_MOVED[old])
+
+
+sys.meta_path.append(_MovedModules())
