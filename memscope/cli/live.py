@@ -73,7 +73,7 @@ def _table(state: LiveState, bar: int) -> Table:
     whole = state.capacity_bytes or max(state.forecast_bytes, 1)
     table = Table.grid(padding=(0, 2))
     for justify in ("left", "right", "right", "left"):
-        table.add_column(justify=justify, no_wrap=True)  # type: ignore[arg-type]  # a literal of rich
+        table.add_column(justify=justify, no_wrap=True)
 
     def row(name: str, size_bytes: int, style: str = "", about: str = "", *, has_bar: bool = True) -> None:
         share = size_bytes / whole
