@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
@@ -22,6 +23,9 @@ from memscope.skipped import how_skipped
 from memscope.strategies import Plan, Strategy, read_strategies
 from memscope.trace import Trace, write_whole
 from memscope.units import format_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    from memscope.dashboards.html import Section
 
 __all__ = ["AskedGrid", "asked_grid", "show_grid"]
 
@@ -105,7 +109,7 @@ def show_grid(
     print_next(console, paths[0].parent, html)
 
 
-def _card(grid: Grid, notes: Sequence[str]) -> str:
+def _card(grid: Grid, notes: Sequence[str]) -> Section:
     from memscope.dashboards.grid_card import grid_card
 
     return grid_card(grid, notes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
@@ -16,6 +16,9 @@ from memscope.errors import UsageError
 from memscope.trace import write_whole
 from memscope.units import format_bytes, format_change
 from memscope.would_free import Remedies, WouldFree
+
+if TYPE_CHECKING:
+    from memscope.dashboards.html import Section
 
 __all__ = ["document", "print_advice", "print_next", "print_report", "write_page"]
 
@@ -103,10 +106,10 @@ def write_page(
     baselines: Sequence[str],
     path: Path,
     *,
-    more: Sequence[str] = (),
+    more: Sequence[Section] = (),
     overwrite: bool,
 ) -> None:
-    """One HTML page with a timeline for each run and Table 1; `more` is HTML of further cards.
+    """One HTML page with a timeline for each run and Table 1; `more` are further sections.
 
     Raises:
         UsageError: when the file exists and `overwrite` is False.

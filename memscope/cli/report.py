@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
@@ -22,6 +23,9 @@ from memscope.cli.trace_files import load_runs
 from memscope.effects import Run, Table1, compare
 from memscope.errors import MemscopeError, UsageError
 from memscope.trace import write_whole
+
+if TYPE_CHECKING:
+    from memscope.dashboards.html import Section
 
 __all__ = ["command"]
 
@@ -119,7 +123,7 @@ def _page(runs: Sequence[Run], table: Table1, given: Given) -> str:
         return render_page(runs, table, more=cards, progress=progress)
 
 
-def _plan_card(path: Path) -> str:
+def _plan_card(path: Path) -> Section:
     from memscope.dashboards.plan_page import plan_card
     from memscope.strategies.layer_plan import LayerPlan
 
