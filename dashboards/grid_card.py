@@ -105,7 +105,10 @@ def _marks(name: str, points: Sequence[tuple[int, int]], scale: int, symbol: str
 def grid_card(grid: Grid, notes: Sequence[str], key: str = "table2") -> Section:
     """Table 2 as a section of a page: the figure, the table, and its notes."""
     how = "predicted" if grid.predicted else "measured"
-    label = f"Peak memory of each combination, {how}; {RUNS_OUT} where it runs out of memory. The table below has the same figures"
+    label = (
+        f"Peak memory of each combination, {how}; {RUNS_OUT} where it runs out of memory. The table below has the same "
+        "figures"
+    )
     headings = ["combination", *map(escape, grid_headings(grid))]
     rows = [[_name(grid, cell), *map(escape, words)] for cell, words in zip(grid.cells, grid_rows(grid), strict=True)]
     listed = table(headings, rows, f"Every combination, each strategy on (✓) or off (–), {how}", "numbers grid")

@@ -67,8 +67,9 @@ def html_page(title: str, heading: str, sections: Sequence[Section], head: str =
             f'<meta name="color-scheme" content="light dark">\n<title>{escape(title)}</title>\n<style>',
             f":root{{{css_variables(LIGHT)}}}\n@media (prefers-color-scheme: dark){{:root{{{css_variables(DARK)}}}}}",
             f'{style}</style>\n</head>\n<body>\n<a class="skip" href="#main">Skip to the figures</a>',
-            f'{_contents(sections)}\n<div class="page">\n<header><p class="made">Page made on <time datetime="{today.isoformat()}">'
-            f"{today.day} {today:%B %Y}</time></p><h1>{escape(heading)}</h1>{head}</header>",
+            f'{_contents(sections)}\n<div class="page">\n<header><p class="made">Page made on '
+            f'<time datetime="{today.isoformat()}">{today.day} {today:%B %Y}</time></p>',
+            f"<h1>{escape(heading)}</h1>{head}</header>",
             '<main id="main">',
             *(section.html for section in sections),
             f"</main>\n</div>\n{_scripts()}\n</body>\n</html>\n",

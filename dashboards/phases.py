@@ -65,7 +65,8 @@ def _phase_bar(found: Stretches, phase: int) -> go.Scatter:
     x = np.stack([first, first, last, last, np.full(first.size, np.nan)], axis=1).reshape(-1)
     y = np.tile([*PHASE_BAR, np.nan], first.size)
     return go.Scatter(
-        name=spoken(PHASES[phase]), x=x, y=y, yaxis="y2", fill="toself", fillcolor=LIGHT.phases[PHASES[phase]], mode="lines",
+        name=spoken(PHASES[phase]), x=x, y=y, yaxis="y2", fill="toself", mode="lines",
+        fillcolor=LIGHT.phases[PHASES[phase]],
         line={"width": 0, "color": LIGHT.phases[PHASES[phase]]}, hoverinfo="skip", legend="legend2",
     )  # fmt: skip
 

@@ -2,8 +2,8 @@
 
     python scripts/make_docs_pictures.py [FOLDER]
 
-Needs playwright and the system's Chromium, as the browser tests do. Traces and pages go to FOLDER, which is made if it
-is not there; what it holds already is not made again. Without FOLDER they are made anew and thrown away.
+Needs playwright and the system's Chromium, as the browser tests do. Traces and pages go to FOLDER, which is created if
+needed; traces in it are reused. Without FOLDER everything is made anew and thrown away.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ QUALITY = 72
 
 @dataclass(frozen=True)
 class Picture:
-    """What to photograph: from the top of one element to the bottom of another, on a page."""
+    """A part of a page to photograph: from the top of one element to the bottom of another."""
 
     name: str
     page: str
@@ -41,19 +41,24 @@ class Picture:
     width: int = WIDTH
     scheme: str = "light"
     click: float | None = None
-    """Where to click the first timeline before, as a share of the run."""
+    """Where to click the first timeline first, as a share of the run."""
     hide: Sequence[str] = ()
-    """Categories to hide before."""
+    """Categories to hide first."""
+    search: str = ""
+    """What to search for first."""
 
 
 LEFT_OUT = ("parameter",)
+WITH_CONTENTS = ("header", ".search")
+"""Pictures that begin there show the list of sections too."""
 PICTURES_TO_MAKE = (
     Picture("page", "lora+amp.html", "header", "#run0 .phases"),
-    Picture("moment", "lora+amp.html", "#run0 .moment", "#run0 .moment .tables", hide=LEFT_OUT),
-    Picture("largest", "lora+amp.html", "#run0 .moment h3", "#run0 table.allocations", click=0.36, hide=LEFT_OUT),
-    Picture("allocator", "lora+amp.html", "#run0 .allocator", "#run0 .allocator .figure:nth-of-type(2)"),
+    Picture("moment", "lora+amp.html", "#run0-alive", "#run0-alive .tables", hide=LEFT_OUT),
+    Picture("largest", "lora+amp.html", "#run0-alive", "#run0 table.allocations", click=0.36, hide=LEFT_OUT),
+    Picture("search", "lora+amp.html", ".search", "#run0 .phases", search="attention.wq"),
+    Picture("allocator", "lora+amp.html", "#run0-allocator", "#run0-allocator .figure:nth-of-type(2)"),
     Picture("runs", "report.html", "#runs", "#runs .figure"),
-    Picture("differences", "report.html", "#differences h2", "#differences .figure"),
+    Picture("differences", "report.html", "#difference1", "#difference1 .figure"),
     Picture("plan", "plan.html", "#plan", "#front .figure"),
     Picture("phone", "lora+amp.html", "header", "#run0 .phases", width=PHONE_WIDTH, scheme="dark"),
 )
@@ -95,12 +100,17 @@ def photograph(browser: Any, picture: Picture, folder: Path) -> bytes:
     page = context.new_page()
     page.goto((folder / picture.page).as_uri())
     page.wait_for_selector("body[data-drawn]")
+    reveal = "selector => reveal(document.querySelector(selector))"
+    page.evaluate(reveal, picture.last)
     for name in picture.hide:
         page.get_by_role("button", name=name, exact=True).first.click()
     if picture.click is not None:
         box = page.locator(".timeline .nsewdrag").first.bounding_box()
         page.mouse.click(box["x"] + box["width"] * picture.click, box["y"] + box["height"] / 2)
-    for figure in page.locator(".figure").all()[:12]:
+    if picture.search:
+        page.locator("#search").fill(picture.search)
+        page.locator("tr.hit").first.wait_for()
+    for figure in page.locator(".figure:visible").all()[:12]:
         figure.scroll_into_view_if_needed()
         figure.locator(".main-svg").first.wait_for()
     page.evaluate("window.scrollTo(0, 0)")
@@ -108,7 +118,9 @@ def photograph(browser: Any, picture: Picture, folder: Path) -> bytes:
     page.wait_for_timeout(800)
     first, last = (page.locator(name).first.bounding_box() for name in (picture.first, picture.last))
     top = max(0, first["y"] - 12)
-    clip = {"x": 0, "y": top, "width": picture.width, "height": last["y"] + last["height"] + 14 - top, "scale": 1}
+    left = 0 if picture.first in WITH_CONTENTS else max(0, first["x"] - 12)
+    height = last["y"] + last["height"] + 14 - top
+    clip = {"x": left, "y": top, "width": picture.width - left, "height": height, "scale": 1}
     asked = {"format": "webp", "quality": QUALITY, "clip": clip, "captureBeyondViewport": True}
     taken = context.new_cdp_session(page).send("Page.captureScreenshot", asked)
     context.close()

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
@@ -25,6 +26,9 @@ from memscope.errors import UsageError
 from memscope.strategies import Plan, Strategy, read_strategies
 from memscope.trace import Trace, write_whole
 from memscope.units import format_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    from memscope.dashboards.html import Section
 
 __all__ = ["AskedGrid", "asked_grid", "show_grid"]
 
@@ -101,7 +105,7 @@ def show_grid(asked: AskedGrid, paths: Sequence[Path], page: Path, baselines: Se
     print_next(console, compare_words([path for path in paths if path.exists()]))
 
 
-def _card(grid: Grid, notes: Sequence[str]) -> str:
+def _card(grid: Grid, notes: Sequence[str]) -> Section:
     from memscope.dashboards.grid_card import grid_card
 
     return grid_card(grid, notes)

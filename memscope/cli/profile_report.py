@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
@@ -15,6 +15,9 @@ from memscope.cli.report_tables import comparison_sections, do_not_fit, estimate
 from memscope.runs.would_free import Remedies, WouldFree
 from memscope.trace import write_whole
 from memscope.units import format_bytes, format_change
+
+if TYPE_CHECKING:
+    from memscope.dashboards.html import Section
 
 __all__ = ["document", "print_places", "print_remedies", "print_report", "write_page"]
 
@@ -100,9 +103,9 @@ def _would_free(one: WouldFree) -> dict[str, Any]:
 
 
 def write_page(
-    runs: Sequence[Run], table: Table1, baselines: Sequence[str], path: Path, *, more: Sequence[str] = ()
+    runs: Sequence[Run], table: Table1, baselines: Sequence[str], path: Path, *, more: Sequence[Section] = ()
 ) -> None:
-    """Write one HTML page with a timeline for each run and Table 1; `more` is the HTML of further cards."""
+    """Write one HTML page with a timeline for each run and Table 1; `more` are further sections."""
     from memscope.dashboards.page import render_page
 
     write_whole(path, render_page(runs, table, baselines, more).encode())

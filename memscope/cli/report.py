@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import click
 from rich.console import Console
@@ -27,6 +27,9 @@ from memscope.command.output import require_writable
 from memscope.command.progress import shown_progress
 from memscope.errors import MemscopeError, UsageError
 from memscope.trace import write_whole
+
+if TYPE_CHECKING:
+    from memscope.dashboards.html import Section
 
 __all__ = ["command"]
 
@@ -125,7 +128,7 @@ def _page(runs: Sequence[Run], table: Table1, given: GivenFiles) -> str:
         return render_page(runs, table, more=cards, progress=moved)
 
 
-def _plan_card(path: Path) -> str:
+def _plan_card(path: Path) -> Section:
     from memscope.dashboards.plan_page import plan_card
     from memscope.strategies.ckpt.layer_plan import LayerPlan
 

@@ -62,7 +62,7 @@ def test_peak_shown_is_that_of_the_trace(visit: Visit) -> None:
         "(c => [c.x[0], c.y[0]])(document.querySelector('.timeline').data.find(c => c.name == 'peak'))"
     )
     assert [shown[0], shown[1] * 2**30] == [trace.peak.event, trace.peak.allocated_bytes]
-    assert page.locator(".facts dd").first.inner_text() == "9.51 GiB"
+    assert page.locator("#run0 .facts dd").first.inner_text() == "9.51 GiB"
 
 
 def test_figures_out_of_sight_are_drawn_when_they_come_into_it(visit: Visit) -> None:
