@@ -187,8 +187,8 @@ def test_an_unknown_strategy_is_refused_with_the_nearest_name() -> None:
         ("ga:steps=1.5", 'strategy "ga": setting "steps" cannot be "1.5": expected a whole number'),
         ("lora:r=4=8", 'strategy "lora": setting "r" cannot be "4=8": expected a whole number'),
         ("lora:alpha=much", 'strategy "lora": setting "alpha" cannot be "much": expected a number'),
-        ("lora:r", 'strategy "lora": setting "r" is no switch: write r=VALUE'),
-        ("lora:targets,r=4", 'strategy "lora": setting "targets" is no switch: write targets=VALUE'),
+        ("lora:r", 'strategy "lora": setting "r" is not a switch: write r=VALUE'),
+        ("lora:targets,r=4", 'strategy "lora": setting "targets" is not a switch: write targets=VALUE'),
         (
             "adamw:fuse",
             'strategy "adamw" has no setting "fuse": did you mean "fused"? Valid: foreach, fused',
