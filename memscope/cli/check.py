@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from memscope.analysis.check import Limit, Verdict, budget_verdict, check, format_value
+from memscope.analysis.check import TraceLimit, Verdict, budget_verdict, check, format_value
 from memscope.analysis.diff import Setting, changed_settings
 from memscope.analysis.inferred import how_inferred
 from memscope.cli.trace_files import load_run
@@ -55,7 +55,7 @@ def command(
     or allocated memory. A run that ran out of memory fails, whatever the limits are.
     """
     budget_bytes = None if budget is None else parse_budget(budget)
-    parsed = [Limit.parse(text) for text in limits]
+    parsed = [TraceLimit.parse(text) for text in limits]
     _require_use(budget_bytes, parsed, baseline)
     trace = load_run(file).trace
     base = None if baseline is None else load_run(baseline).trace
@@ -98,7 +98,7 @@ class _Checked:
         return not self.ended and all(verdict.holds for verdict in self.verdicts)
 
 
-def _require_use(budget_bytes: int | None, limits: Sequence[Limit], baseline: Path | None) -> None:
+def _require_use(budget_bytes: int | None, limits: Sequence[TraceLimit], baseline: Path | None) -> None:
     relative = [limit for limit in limits if limit.relative]
     if budget_bytes is None and not limits:
         raise UsageError("nothing to check: give --budget 40GB, --fail-if peak:40GB, or a baseline and peak:+5%")

@@ -155,8 +155,8 @@ class Warm(torch.optim.AdamW):
          'the optimizer LBFGS has no "fused" argument: remove this strategy, or train with an optimizer that has '
          '"fused", such as torch.optim.AdamW'),
         (torch.optim.SparseAdam, "adamw:foreach=false",
-         'the optimizer SparseAdam has no "foreach" argument: remove this strategy, or train with an optimizer that has '
-         '"foreach", such as torch.optim.AdamW'),
+         'the optimizer SparseAdam has no "foreach" argument: remove this strategy, or train with an optimizer that '
+         'has "foreach", such as torch.optim.AdamW'),
         (Warm, "adamw:fused",
          'the optimizer Warm cannot be rebuilt: its defaults do not contain "warmup": remove this strategy and pass '
          "fused to the optimizer where it is built"),

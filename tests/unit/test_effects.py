@@ -139,7 +139,7 @@ def test_trace_without_a_step_cannot_be_compared() -> None:
     build = TraceBuilder()
     build.phase("setup")
     build.new("parameter", 10)
-    with pytest.raises(UsageError, match="the trace has no training step: there is nothing to compare"):
+    with pytest.raises(UsageError, match="the trace has no training step to compare"):
         column(trace_of({}), build.trace({"flops": []}))
 
 
@@ -156,7 +156,7 @@ def test_seconds_are_given_only_when_both_were_measured(
 
 def test_comparison_is_stated() -> None:
     assert column(trace_of({}), trace_of({}, {})).comparison == (
-        "largest size of each category in step 1 with the strategy, against step 0 of the baseline; "
+        "peak of each category in step 1 with the strategy, compared with step 0 of the baseline; "
         "computation: floating-point operations of the same steps"
     )
 
@@ -211,7 +211,7 @@ def casts(kept: int, dropped: int, *, phase: Phase = "forward") -> Trace:
 def test_note_names_category_operator_phase_and_how_many_are_kept(phase: Phase) -> None:
     # All three casts and the clone are alive at the peak; the clone's 2 MiB are the smaller part of the change.
     assert note(trace_of({"parameter": 40 * MIB}), casts(2, 1, phase=phase), "parameter", "↓") == (
-        f"usually ↓, here ↑: +12.0 MiB of weight_copy made by aten._to_copy in {phase}; "
+        f"usually ↓, here ↑: +12.0 MiB of weight copy made by aten._to_copy in {phase}; "
         "2 of 3 kept for the backward pass"
     )
 
@@ -226,7 +226,7 @@ def test_note_counts_the_allocations_of_one_phase_in_one_step() -> None:
         build.phase("backward", step)
         build.free(*made)
     assert note(trace_of({}), build.trace({"flops": [1, 1]}), "parameter", "↓") == (
-        "usually ↓, here ↑: +8.00 MiB of weight_copy made by cast in forward; 2 of 2 kept for the backward pass"
+        "usually ↓, here ↑: +8.00 MiB of weight copy made by cast in forward; 2 of 2 kept for the backward pass"
     )
 
 
@@ -237,13 +237,13 @@ def test_note_counts_what_is_alive_at_the_end_as_kept() -> None:
     build.phase("backward", 0)
     build.new("gradient", 1)
     assert note(trace_of({}), build.trace({"flops": [1]}), "parameter", "–") == (
-        "usually –, here ↑: +4.00 MiB of weight_copy made by cast in forward; 1 of 1 kept for the backward pass"
+        "usually –, here ↑: +4.00 MiB of weight copy made by cast in forward; 1 of 1 kept for the backward pass"
     )
 
 
 def test_note_says_nothing_of_keeping_when_nothing_is_kept() -> None:
     assert note(trace_of({"parameter": 40 * MIB}), casts(0, 3), "parameter", "↓") == (
-        "usually ↓, here ↑: +12.0 MiB of weight_copy made by aten._to_copy in forward"
+        "usually ↓, here ↑: +12.0 MiB of weight copy made by aten._to_copy in forward"
     )
 
 

@@ -196,8 +196,7 @@ def test_an_unknown_strategy_is_refused_with_the_nearest_name() -> None:
         ("adamw:fused=maybe", 'strategy "adamw": setting "fused" cannot be "maybe": expected true or false'),
         (
             "adamw,fused",
-            'unknown strategy "fused" in plan "adamw,fused": '
-            'after a comma, write the setting of "adamw" as fused=true',
+            'unknown strategy "fused" in plan "adamw,fused": after a comma, write the setting of "adamw" as fused=true',
         ),
     ],
 )
