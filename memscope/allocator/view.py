@@ -119,7 +119,7 @@ def _replayed(trace: Trace, at: Ints) -> tuple[Ints, Ints, Segments]:
 
 
 def _allocator(trace: Trace) -> CachingAllocator:
-    """The run's allocator; without a limit if the run ran out of memory, because the trace goes on all the same."""
+    """The run's allocator; without a limit if the run ran out of memory, because the simulation then continues."""
     meta = trace.meta
     given = dict(meta["allocator"]["settings"])
     settings = AllocatorSettings(**given | {"roundup_power2_divisions": tuple(given["roundup_power2_divisions"])})

@@ -163,7 +163,7 @@ class StorageTracker(TorchDispatchMode):
         return self._phase in _KEPT or (self._phase == _OUTSIDE and self._is_recorded)
 
     def _keep_activations(self) -> None:
-        """Categorize as activation what forward or recomputation made and is still alive when backward goes on."""
+        """Categorize as activation what forward or recomputation made and is still alive in the backward pass."""
         category, freed = self.seen.category, self.seen.freed
         for index in self._pending:
             if freed[index] < 0 and category[index] == UNKNOWN:

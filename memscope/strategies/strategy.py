@@ -54,8 +54,8 @@ class Strategy(Protocol):
     exact: ClassVar[bool]
     """True: losses and gradients are unchanged, up to rounding; `memscope.testing.check_strategy` tests it."""
     changes: ClassVar[str] = ""
-    """If not `exact`: what the strategy changes, in a few words, such as "what is trained". `memscope advise` uses such
-    a strategy only if it is told that the change is acceptable."""
+    """What a strategy that is not `exact` changes, in a few words, such as "what is trained". `memscope advise` uses it
+    only if `--allow` names it."""
     Config: ClassVar[type]
     """Frozen dataclass of the settings, all with defaults; the docstring under each field is its help text."""
     requires: ClassVar[frozenset[str]] = frozenset()
