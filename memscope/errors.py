@@ -3,8 +3,8 @@
     MemscopeError                exit code 1
     ├── UsageError               2   a name, key, value or combination is wrong
     ├── TargetError              1   the target's own code failed or cannot be simulated
-    ├── TraceFileError           1   a trace file cannot be read or written
-    ├── GateFailed               3   a check failed, or no plan fits
+    ├── TraceFileError           1   a trace file is unreadable, truncated, foreign or too new
+    ├── GateFailed               3   a check failed, or nothing fits
     └── OutOfDeviceMemory        4   the target ran out of device memory
 
 A message tells the user what was given and where, what was expected, and what to do next.

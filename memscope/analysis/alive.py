@@ -40,10 +40,9 @@ class Alive:
 
 def occasion(step: int, phase: Phase, micro_batch: int | None = None) -> str:
     """Step, phase and micro-batch, as in `step 1 · backward · micro-batch 0`; before the first step, only the phase."""
-    words = phase.replace("_", " ")
     if step < 0:
-        return words
-    return f"step {step} · {words}" + ("" if micro_batch is None else f" · micro-batch {micro_batch}")
+        return phase.replace("_", " ")
+    return f"step {step} · {phase.replace('_', ' ')}" + ("" if micro_batch is None else f" · micro-batch {micro_batch}")
 
 
 def largest(trace: Trace, count: int, at: int | Literal["peak"] = "peak") -> tuple[Alive, ...]:

@@ -158,5 +158,5 @@ def _step_seconds(trace: Trace, whose: str) -> tuple[Fraction, bool]:
 
 
 def format_value(key: str, value: Fraction) -> str:
-    """Format bytes or, for step_time, seconds for people."""
+    """A value of a key as text: seconds for step_time, else bytes."""
     return f"{float(value):.3f} s" if key == "step_time" else format_bytes(int(value))

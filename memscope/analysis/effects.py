@@ -191,8 +191,8 @@ def _memory_reason(effect: Effect, baseline: Trace, trace: Trace) -> str:
     sign = 1 if effect.arrow == "↑" else -1
     category, op, phase = origin = max(changes, key=lambda origin: sign * changes[origin])
     kept = _kept(trace, *origin) if effect.arrow == "↑" else ""
-    names = category.replace("_", " "), op or "the model", phase.replace("_", " ")
-    return f"{format_change(changes[origin])} of {names[0]} made by {names[1]} in {names[2]}{kept}"
+    made = f"{op or 'the model'} in {phase.replace('_', ' ')}{kept}"
+    return f"{format_change(changes[origin])} of {category.replace('_', ' ')} made by {made}"
 
 
 def _became(before: str, after: str) -> str:

@@ -53,7 +53,7 @@ def _context() -> BaseContext:
 
 @contextmanager
 def interrupts_held() -> Iterator[None]:
-    """Delay Ctrl-C until the end of the block. Child processes started in it ignore SIGINT; the parent ends them.
+    """Ctrl-C waits until the end of the block, and child processes started in it ignore SIGINT: the parent ends them.
 
     A pool starts its processes when work is submitted. A process whose start was interrupted would be orphaned.
     """
