@@ -1,13 +1,13 @@
-"""What can go wrong, as one tree.
+"""The tree of memscope's errors.
 
     MemscopeError                exit code 1
-    ├── UsageError               2   a wrong name, key, value or combination was given
+    ├── UsageError               2   a name, key, value or combination is wrong
     ├── TargetError              1   the target's own code failed or cannot be simulated
     ├── TraceFileError           2   a file that was named is missing, foreign, damaged, too new, or cannot be written
     ├── GateFailed               3   a check failed, or nothing fits
     └── OutOfDeviceMemory        4   the target ran out of device memory
 
-Messages are for the person who meets them: what was given, where, what was expected and what to do next.
+A message tells the user what was given and where, what was expected, and what to do next.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _MOST_NAMES = 3
 
 
 class MemscopeError(Exception):
-    """Any error memscope explains to its user; `exit_code` is what the command line returns."""
+    """Base class of the errors that memscope explains to its user; `exit_code` is the exit code of the command."""
 
     exit_code = 1
 
@@ -47,7 +47,7 @@ class UsageError(MemscopeError):
 
 
 class TargetError(MemscopeError):
-    """The target's own code failed, or does something that cannot be simulated."""
+    """The target's own code failed or cannot be simulated."""
 
 
 class TraceFileError(MemscopeError):
@@ -57,21 +57,21 @@ class TraceFileError(MemscopeError):
 
 
 class GateFailed(MemscopeError):
-    """A check did not hold, or no plan fits."""
+    """A check failed, or no plan fits."""
 
     exit_code = 3
 
 
 class OutOfDeviceMemory(MemscopeError):
-    """The target asked for more memory than the device has."""
+    """The target ran out of device memory."""
 
     exit_code = 4
 
 
 def nearest(given: str, valid: Iterable[str]) -> str:
-    """`did you mean "x"? ` for the closest valid name, followed by all of them: one sentence for an error message.
+    """The closest valid names, then all of them, for an error message: `did you mean "x"? Valid: x, y`.
 
-    Names that go on from what was given are closer than any other; there may be several.
+    Names that begin with the given text are preferred; up to three of them are offered.
     """
     names = sorted(valid)
     longer = [name for name in names if given and name.lower().startswith(given.lower())]
@@ -81,9 +81,10 @@ def nearest(given: str, valid: Iterable[str]) -> str:
 
 
 def where(error: BaseException) -> str:
-    """Where an error came from, as ` (at file:line, in function: code)`.
+    """The origin of an error as ` (at file:line, in function: code)`.
 
-    The innermost line that is neither PyTorch's nor memscope's own; empty if there is none.
+    This is the innermost line outside PyTorch and memscope; the targets that memscope ships count as outside. The text
+    is empty if there is no such line.
     """
     frames = [
         frame

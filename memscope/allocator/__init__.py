@@ -1,1 +1,1 @@
-"""PyTorch's caching allocator: its settings, blocks and segments, their replay, and histories of real allocators."""
+"""PyTorch's caching allocator: settings, blocks and segments, replay, and histories of real allocators."""

@@ -1,4 +1,4 @@
-"""What the allocator works on: blocks of memory, pools of those that are cached, addresses of expandable segments.
+"""The allocator's data structures: blocks, pools of cached blocks, and address ranges of expandable segments.
 
 Source: structs Block, BlockPool and ExpandableSegment of c10/cuda/CUDACachingAllocator.cpp, PyTorch 2.13.0.
 """
@@ -11,7 +11,7 @@ __all__ = ["AddressRange", "Block", "Pool"]
 
 
 class AddressRange:
-    """Addresses set aside for one expandable segment; memory is put behind them page by page.
+    """Addresses reserved for one expandable segment; memory is mapped to them page by page.
 
     Args:
         base: first address.
@@ -25,7 +25,7 @@ class AddressRange:
         self.base, self.size, self.page = base, size, page
 
     def pages_within(self, block: Block) -> tuple[int, int]:
-        """Addresses where the whole pages inside a block begin and end; the same address twice if there are none."""
+        """Start and end address of the whole pages inside a block; both are equal if the block has no whole page."""
         first = block.address + (self.base - block.address) % self.page
         end = block.address + block.size
         last = end - (end - self.base) % self.page
@@ -33,7 +33,7 @@ class AddressRange:
 
 
 class Block:
-    """A stretch of device memory, as `CachingAllocator.malloc` hands it out. Read it; only the allocator writes it."""
+    """A contiguous range of device memory, as returned by `CachingAllocator.malloc`. Only the allocator changes it."""
 
     __slots__ = ("address", "allocated", "gc_base", "mapped", "next", "pool", "previous", "range", "requested", "size")
 
@@ -52,7 +52,7 @@ class Block:
         self.next: Block | None = None
 
     def cut(self, size: int) -> Block:
-        """Keep the first `size` bytes; the rest becomes a block of its own, the next neighbour, and is returned."""
+        """Keep the first `size` bytes, and return the rest as a new block, the next neighbour."""
         rest = Block(self.address + size, self.size - size, self.pool, self.range, mapped=self.mapped)
         self.size = size
         rest.previous, rest.next = self, self.next
@@ -62,7 +62,7 @@ class Block:
         return rest
 
     def absorb_next(self) -> None:
-        """Become one block with the next neighbour, which is no more."""
+        """Merge with the next neighbour, which ceases to exist."""
         after = self.next
         assert after is not None
         self.size += after.size
@@ -71,7 +71,7 @@ class Block:
             after.next.previous = self
 
     def room(self, size: int) -> bool:
-        """Whether nothing is allocated from here on for `size` bytes, be it mapped or not."""
+        """Whether `size` bytes from the start of this block are free, mapped or unmapped."""
         found, block = 0, self
         while not block.allocated:
             found += block.size
@@ -84,15 +84,15 @@ class Block:
 
     @property
     def extent(self) -> int:
-        """Bytes the block has, or can have by mapping what lies unmapped behind it."""
+        """Bytes of the block, plus those of the unmapped range behind it, which it could grow into."""
         after = self.next
         return self.size if after is None or after.mapped else self.size + after.size
 
 
 class Pool:
-    """Blocks of one stream, small or large, that are not allocated.
+    """The free blocks of one stream, small or large.
 
-    PyTorch keeps those of all streams in one std::set whose order begins with the stream; here each stream has its own.
+    PyTorch keeps the blocks of all streams in one std::set, sorted by stream first; here each stream has its own pool.
     """
 
     __slots__ = ("cached", "small", "stream", "unmapped")
@@ -101,19 +101,19 @@ class Pool:
         self.small = small
         self.stream = stream
         self.cached: list[tuple[int, int, Block]] = []
-        """(size, address, block) in ascending order: the first that is large enough is the best fit."""
+        """(size, address, block) in ascending order: the first block that is large enough is the best fit."""
         self.unmapped: list[tuple[int, Block]] = []
-        """(address, block) of expandable segments' stretches without memory, in ascending order."""
+        """(address, block) of the unmapped ranges of expandable segments, in ascending order."""
 
     def add(self, block: Block) -> None:
-        """Take in a block that is not allocated."""
+        """Add a free block."""
         if block.mapped:
             insort(self.cached, (block.size, block.address, block))
         else:
             insort(self.unmapped, (block.address, block))
 
     def remove(self, block: Block) -> None:
-        """Let go of a block, before it is allocated, changed or given back."""
+        """Remove a block, before it is allocated, changed or released."""
         if block.mapped:
             del self.cached[bisect_left(self.cached, (block.size, block.address))]
         else:

@@ -1,15 +1,14 @@
 """PyTorch's CUDACachingAllocator without CUDA: the same blocks, at the same places, in the same order.
 
-Source: class DeviceCachingAllocator of c10/cuda/CUDACachingAllocator.cpp, PyTorch 2.13.0; its function names are in the
-docstrings here. Left out: private pools (CUDA graphs, MemPool), free-memory callbacks (CUDA IPC), and the deferred
-frees of `Tensor.record_stream`. As a block freed here is free at once, *active* and *allocated* are the same; to
-replay a program that uses record_stream, free each block where PyTorch completes its free.
+Source: class DeviceCachingAllocator of c10/cuda/CUDACachingAllocator.cpp, PyTorch 2.13.0; docstrings here name its
+functions. Not implemented: private pools (CUDA graphs, MemPool), free-memory callbacks (CUDA IPC), and the deferred
+frees of `Tensor.record_stream`. A block freed here is free at once, so *active* and *allocated* are equal; to replay a
+program that uses record_stream, free each block where PyTorch completes its free.
 
-Of blocks of equal size, PyTorch from 2.13 takes one of the segment that was made first, and in it the lowest; up to
-2.11 it takes the one with the lowest address that the driver gave. Here it is the lowest address, and each segment
-lies above those before it, so that both mean the same. To follow a run of 2.11 to the byte, pass the driver's
-addresses. 2.12 goes by the age of the block itself, which is not replayed: of blocks of equal size it may take
-another.
+Among cached blocks of equal size, PyTorch 2.13 and later takes the lowest one in the oldest segment; PyTorch 2.11 and
+older takes the one with the lowest driver address. This allocator takes the lowest address and places each new segment
+above the earlier ones, so both rules agree. To follow a run of 2.11 to the byte, pass the driver's addresses. PyTorch
+2.12 goes by the age of the block itself, which is not replayed: it may choose another block of equal size.
 """
 
 from __future__ import annotations
@@ -23,25 +22,28 @@ from memscope.allocator.settings import MIN_BLOCK, SMALL_SEGMENT, SMALL_SIZE, Al
 
 __all__ = ["CachingAllocator"]
 
-_UNLIMITED = 1 << 47  # bytes: all addresses a process has
-_FIRST_ADDRESS = 1 << 60  # above any that a driver gives
+_UNLIMITED = 1 << 47  # bytes: the whole address space of a process
+_FIRST_ADDRESS = 1 << 60  # above any address of a driver
 
 
 class CachingAllocator:
     """The caching allocator of one device. Counts bytes as torch.cuda.memory_stats does.
 
     Args:
-        settings: as PyTorch would read them from PYTORCH_CUDA_ALLOC_CONF; None is PyTorch's default.
-        capacity_bytes: what the driver can give to this allocator: the device's memory less the CUDA context and what
-            others hold. None: as much as is asked for.
-        device_bytes: all memory of the device (cudaDeviceProp.totalGlobalMem), of which `per_process_memory_fraction`
-            is a part and from which the length of an expandable segment follows. None: the capacity.
-        segment_addresses: by event, where the driver put the segment made in it. One that would lie over another is
-            put elsewhere: what is replayed is then no more what the driver saw.
+        settings: the allocator's settings (PYTORCH_CUDA_ALLOC_CONF); None: PyTorch's defaults.
+        capacity_bytes: bytes that the driver can give to this allocator: the device's memory minus the CUDA context and
+            the memory of other processes. None: no limit.
+        device_bytes: total memory of the device (cudaDeviceProp.totalGlobalMem). `per_process_memory_fraction` is a
+            fraction of it, and it determines the length of an expandable segment. None: the capacity.
+        segment_addresses: the driver's address of the segment created in each event, by event. A segment that would
+            overlap another is placed elsewhere; from then on the replay differs from the real run.
 
-    `allocated` is the bytes in blocks handed out, `requested` what they were asked for, `reserved` what is held from
-    the driver, `events` the number of mallocs and frees so far, and `segment_events` all that was taken and given
-    back.
+    Attributes:
+        allocated: bytes in allocated blocks.
+        requested: bytes requested for these blocks.
+        reserved: bytes reserved from the driver.
+        events: number of mallocs and frees so far.
+        segment_events: every reservation and release of driver memory, in order.
     """
 
     def __init__(
@@ -71,22 +73,22 @@ class CachingAllocator:
         self._expands = settings.expandable_segments
         self._pools: dict[tuple[bool, int], Pool] = {}
         self._heads: dict[int, Block] = {}
-        self._ends: dict[int, int] = {}  # of segments, by address
-        # Searches of the large and of the small pool: the clock by which garbage collection tells the age of blocks.
+        self._ends: dict[int, int] = {}  # end of each segment, by its address
+        # Number of searches in the large and the small pool: the clock by which garbage collection measures age.
         self._searches = [0, 0]
         self._addresses = segment_addresses or {}
         self._next_address = _FIRST_ADDRESS
 
     @property
     def active(self) -> int:
-        """Bytes that cannot be handed out: `allocated`, as no free is deferred here."""
+        """Bytes in use: equal to `allocated`, because no free is deferred here."""
         return self.allocated
 
     def malloc(self, size_bytes: int, stream: int = 0) -> Block:
-        """A block of at least `size_bytes` for work on `stream`. It is the caller's until `free`.
+        """Allocate a block of at least `size_bytes` for work on `stream`. The caller owns the block until `free`.
 
         Raises:
-            AllocationFailed: when the memory is not there, after all that PyTorch tries has been tried.
+            AllocationFailed: the device is out of memory, even after releasing cached memory as PyTorch does.
         """
         if size_bytes <= 0:
             raise ValueError(f"malloc of {size_bytes} bytes: PyTorch allocates nothing for an empty tensor")
@@ -108,7 +110,7 @@ class CachingAllocator:
         return block
 
     def free(self, block: Block) -> None:
-        """Give a block back to the cache, where it joins its free neighbours."""
+        """Return a block to the cache and merge it with its free neighbours."""
         if not block.allocated:
             raise ValueError(f"free of the block at {block.address:#x}, which is not allocated")
         block.allocated = False
@@ -118,7 +120,7 @@ class CachingAllocator:
         self.events += 1
 
     def empty_cache(self) -> None:
-        """Give unused segments, and unused pages of expandable ones, back to the driver (release_cached_blocks)."""
+        """Release unused segments and unused pages of expandable segments to the driver (release_cached_blocks)."""
         for small in (False, True):
             found = [block for pool in self._pools_in_order(small) for _, _, block in pool.cached]
             for block in found:
@@ -129,7 +131,7 @@ class CachingAllocator:
                     self._unmap(block, block.range)
 
     def snapshot(self) -> HeldSegments:
-        """Everything it holds now."""
+        """The segments held now."""
         return HeldSegments.of(head for _, head in sorted(self._heads.items()))
 
     def largest_free(self) -> int:
@@ -137,7 +139,7 @@ class CachingAllocator:
         return max((pool.cached[-1][0] for pool in self._pools.values() if pool.cached), default=0)
 
     def unreleasable(self) -> int:
-        """Cached bytes that `empty_cache` would keep, as they share a segment, or a page, with something allocated."""
+        """Cached bytes that `empty_cache` cannot release: they share a segment or a page with an allocated block."""
         return sum(_unreleasable(block) for pool in self._pools.values() for _, _, block in pool.cached)
 
     # Cached blocks.
@@ -147,7 +149,7 @@ class CachingAllocator:
         block.pool.add(block)
 
     def _take_cached(self, pool: Pool, size: int) -> Block | None:
-        """The smallest cached block that is large enough (get_free_block), if it may be used for this size."""
+        """The smallest cached block that is large enough (get_free_block); None if it may not be used for this size."""
         if self._collects:
             self._searches[pool.small] += 1
         cached = pool.cached
@@ -155,7 +157,7 @@ class CachingAllocator:
         if at == len(cached):
             return None
         if self._expands:
-            # A block that can grow counts as what it can become, to be used last.
+            # A block that can grow is ranked by the size it can grow to, so that it is used last.
             while at + 1 < len(cached) and cached[at + 1][2].extent < cached[at][2].extent:
                 at += 1
         block = cached[at][2]
@@ -170,7 +172,7 @@ class CachingAllocator:
         return remaining > SMALL_SIZE and size < self._max_split
 
     def _join(self, block: Block) -> Block:
-        """Make one block of it and its neighbours in the same state (try_merge_blocks): the lowest, in no pool."""
+        """Merge a block with its neighbours in the same state (try_merge_blocks); the merged block is in no pool."""
         below, above = block.previous, block.next
         if above is not None and not above.allocated and above.mapped == block.mapped:
             above.pool.remove(above)
@@ -187,7 +189,7 @@ class CachingAllocator:
     # Memory of the driver.
 
     def _obtain(self, pool: Pool, size: int, size_bytes: int) -> Block:
-        """New memory, with room made for it in PyTorch's order: old segments, oversize ones, all that are unused."""
+        """A block in new memory. Makes room in PyTorch's order: old segments, oversize segments, all unused ones."""
         if self._collects:
             self._collect_garbage()
         segment = self.settings.segment_size(size)
@@ -214,7 +216,7 @@ class CachingAllocator:
         return block
 
     def _allocate(self, pool: Pool, size: int, segment: int) -> Block | None:
-        """A block, in no pool, with memory not held before (alloc_block); None when the driver would refuse."""
+        """A block, in no pool, with new memory of the driver (alloc_block); None if the driver would refuse."""
         if self.reserved + segment > self._allowed:
             return None
         if self._rejects and self.reserved + segment > self._device:
@@ -238,7 +240,7 @@ class CachingAllocator:
         return block
 
     def _place(self, head: Block) -> None:
-        """Move a segment, in no pool and all one block, to where the driver put the one that was made in this event."""
+        """Move a segment, which is one block in no pool, to the driver's address of the segment made in this event."""
         address = self._addresses.get(self.events)
         if address is None:
             return
@@ -257,13 +259,13 @@ class CachingAllocator:
         self.segment_events.append(event)
 
     def _release(self, block: Block) -> None:
-        """Give a whole segment back (release_block)."""
+        """Release a whole segment (release_block)."""
         block.pool.remove(block)
         del self._heads[block.address], self._ends[block.address]
         self._log("segment_free", block.address, block.size, block.pool.stream)
 
     def _release_oversize(self, pool: Pool, size: int) -> bool:
-        """Give back an oversize block large enough, or several, largest first (release_available_cached_blocks)."""
+        """Release one oversize block that is large enough, or several (release_available_cached_blocks)."""
         if self.settings.max_split_size_bytes is None:
             return False
         target = max(size, self._max_split)
@@ -282,7 +284,7 @@ class CachingAllocator:
         return released >= target
 
     def _collect_garbage(self) -> None:
-        """Give back unused large segments that are older than the average (garbage_collect_cached_blocks)."""
+        """Release unused large segments of at least average age (garbage_collect_cached_blocks)."""
         threshold = self.settings.garbage_collection_threshold
         assert threshold is not None
         target = self.reserved - int(threshold * self._allowed)
@@ -311,7 +313,7 @@ class CachingAllocator:
     # Expandable segments.
 
     def _expand(self, pool: Pool, size: int) -> Block | None:
-        """Map pages until `size` bytes lie together (try_allocate_expandable_block)."""
+        """Map pages until `size` contiguous bytes are mapped (try_allocate_expandable_block)."""
         block = self._find_room(pool, size)
         if not block.mapped:
             mapped = self._map(block, min(block.size, size))
@@ -329,21 +331,21 @@ class CachingAllocator:
         return block
 
     def _find_room(self, pool: Pool, size: int) -> Block:
-        """The lowest block from which on nothing is allocated for `size` bytes (find_expandable_block)."""
+        """The lowest block at which `size` contiguous bytes are free (find_expandable_block)."""
         for _, unmapped in pool.unmapped:
             below = unmapped.previous
             start = unmapped if below is None or below.allocated else below
             if start.room(size):
                 return start
         page = SMALL_SEGMENT if pool.small else self.settings.large_segment_size_bytes
-        # An eighth more than the device has, for pages that are unmapped and mapped again elsewhere.
+        # An eighth more than the device's memory, for pages that are unmapped and mapped again elsewhere.
         pages = -(-(self._device + self._device // 8) // page)
         block = self._new_head(pool, pages * page, page)
         pool.add(block)
         return block
 
     def _map(self, block: Block, size: int) -> Block | None:
-        """Put memory behind the first `size` bytes of an unmapped block (map_block): the cached block it is now in."""
+        """Map the first `size` bytes of an unmapped block (map_block) and return the cached block they are now in."""
         assert block.range is not None
         mapped = -(-size // block.range.page) * block.range.page
         if self.reserved + mapped > self._capacity:
@@ -361,7 +363,7 @@ class CachingAllocator:
         return block
 
     def _unmap(self, block: Block, within: AddressRange) -> None:
-        """Give back the whole pages inside a cached block (unmap_block), and the addresses of a segment without any."""
+        """Release the whole pages inside a cached block (unmap_block), and the address range of an empty segment."""
         first, last = within.pages_within(block)
         if first == last:
             return

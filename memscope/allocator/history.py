@@ -1,4 +1,4 @@
-"""What PyTorch's own allocator did, read from a snapshot, and the first point where a replay of it does something else.
+"""Read the history of PyTorch's own allocator from a snapshot, and find the first event where a replay differs from it.
 
 A history is one of the lists in `torch.cuda.memory._snapshot()["device_traces"]`, recorded from before the first
 allocation on the device. Source of its entries: TraceEntry in c10/core/CachingDeviceAllocator.h, PyTorch 2.13.0.
@@ -26,43 +26,43 @@ _SEGMENT_ACTIONS = frozenset({"segment_alloc", "segment_free", "segment_map", "s
 
 @dataclass(frozen=True, eq=False)
 class History:
-    """Allocations of a real run in the columns that `replay` takes, `[allocations]`, and where PyTorch put them.
+    """Allocations of a real run and their addresses, in the columns that `replay` takes: int64 `[allocations]`.
 
-    A request that ran out of memory ends the history: it is the last allocation, with the size of the block it needed.
+    A request that ran out of memory ends the history. It is the last allocation, with the size of the block it needed.
     """
 
     sizes: Ints
-    """Bytes asked for."""
+    """Bytes requested."""
     born: Ints
     freed: Ints
-    """Event in which the block could be used again, -1 for never; after `Tensor.record_stream`, later than the free."""
+    """Event at which the block became reusable, -1 for never; after `Tensor.record_stream`, later than the free."""
     streams: Ints
     addresses: Ints
-    """Where the block lies; -1 for the request that ran out of memory."""
+    """Address of the block; -1 for the request that ran out of memory."""
     segment_events: tuple[SegmentEvent, ...]
-    """Memory taken from the driver and given back to it."""
+    """Driver memory reserved and released."""
 
     @property
     def cache_emptied(self) -> tuple[int, ...]:
-        """Events before which memory was given back and none was taken: torch.cuda.empty_cache() was called."""
+        """Events before which memory was released but none reserved: torch.cuda.empty_cache() was called."""
         taken = {event.event for event in self.segment_events if event.change_bytes > 0}
         return tuple(event for event in self.given_back if event not in taken)
 
     @property
     def given_back(self) -> tuple[int, ...]:
-        """Events before which memory was given back, by torch.cuda.empty_cache() or because the limit was reached.
+        """Events before which memory was released, by torch.cuda.empty_cache() or because the limit was reached.
 
-        To replay a run without knowing the limit, pass these for `cache_emptied`. The outcome is the same, as at the
-        limit nothing cached is of use. Not so with `max_split_size_mb` or `garbage_collection_threshold`: they give
-        back less.
+        To replay a run whose limit is unknown, pass these as `cache_emptied`. The result is the same, because at the
+        limit no cached memory could be used. With `max_split_size_mb` or `garbage_collection_threshold` it is not the
+        same: these release less.
         """
         failed = set(self.born[self.addresses < 0].tolist())
         return tuple(sorted({event.event for event in self.segment_events if event.change_bytes < 0} - failed))
 
     @property
     def segment_addresses(self) -> dict[int, int]:
-        """By event, where the segment made in it lies: for `replay`, to follow PyTorch 2.11 and older."""
-        # Pages of other segments may have been mapped before, in vain: the last is of the segment made.
+        """Address of the segment created in each event, by event: for `replay`, to follow PyTorch 2.11 and older."""
+        # An event may first have mapped pages of other segments, in vain: the last address is the new segment's.
         return {event.event: event.address for event in self.segment_events if event.change_bytes > 0}
 
 
@@ -70,7 +70,7 @@ def read_history(entries: Iterable[Mapping[str, Any]]) -> History:
     """Sort the entries of one device's trace into allocations and segments, up to the first out-of-memory error.
 
     Raises:
-        TraceFileError: when the history began after the first allocation, or its oldest entries were dropped.
+        TraceFileError: the history began after the first allocation, or its oldest entries were dropped.
     """
     sizes: list[int] = []
     born: list[int] = []
@@ -82,7 +82,7 @@ def read_history(entries: Iterable[Mapping[str, Any]]) -> History:
     events = 0
     for entry in entries:
         action, size, stream = entry["action"], entry["size"], entry["stream"]
-        address = -1 if action == "oom" else entry["addr"]  # PyTorch gives `device_free` in its place
+        address = -1 if action == "oom" else entry["addr"]  # an `oom` entry has `device_free` instead
         if action in _SEGMENT_ACTIONS:
             segment_events.append(SegmentEvent(events, action, address, size, stream))
         elif action in ("alloc", "oom"):
@@ -120,10 +120,10 @@ def _truncated(because: str) -> TraceFileError:
 
 
 def first_difference(history: History, replay: Replay) -> str | None:
-    """Where a replay first does not do what PyTorch did, as a sentence; None when it does the same to the byte.
+    """The first difference between a replay and PyTorch's history, as a sentence; None if they agree to the byte.
 
-    The same means: each event takes the same segments and gives back the same, and each block lies at the same place in
-    its segment. Where the segments themselves lie is up to the driver.
+    They agree if each event reserves and releases the same segments, and each block lies at the same place in its
+    segment. The addresses of the segments themselves are up to the driver.
     """
     places = _Places()
     found = _compare_segments(history.segment_events, replay.segment_events, places)
@@ -136,12 +136,12 @@ def first_difference(history: History, replay: Replay) -> str | None:
         if found is not None and born == found[0]:
             break
         if ours >= 0 and theirs != places.of(ours):
-            return f"event {born}: PyTorch took the block at {theirs:#x}, the replay the one at {places.of(ours):#x}"
+            return f"event {born}: PyTorch used the block at {theirs:#x}, the replay the block at {places.of(ours):#x}"
     return None if found is None else f"event {found[0]}: {found[1]}"
 
 
 class _Places:
-    """Where the memory of a replay lies in the real run."""
+    """Translates addresses of a replay into addresses of the real run."""
 
     def __init__(self) -> None:
         self._starts: list[int] = []
@@ -158,7 +158,7 @@ class _Places:
 def _compare_segments(
     theirs: tuple[SegmentEvent, ...], ours: tuple[SegmentEvent, ...], places: _Places
 ) -> tuple[int, str] | None:
-    """Event and kind of the first difference; on the way, `places` learns where the segments lie."""
+    """Event and description of the first difference; adds the segments' addresses to `places`."""
     for their, our in zip_longest(theirs, ours):
         if their is None or our is None or (their.event, _told(their)) != (our.event, _told(our)):
             event = min(change.event for change in (their, our) if change is not None)
@@ -166,7 +166,7 @@ def _compare_segments(
         if our.change_bytes > 0:
             places.add(our.address, their.address)
         elif their.address != places.of(our.address):
-            return our.event, f"PyTorch gave back {their.address:#x}, the replay {places.of(our.address):#x}"
+            return our.event, f"PyTorch released {their.address:#x}, the replay {places.of(our.address):#x}"
     return None
 
 

@@ -1,11 +1,12 @@
-"""The allocator's blocks, read from its own history: how large each was, when it was there, what was reserved.
+"""Reconstruct the allocator's blocks from its own history: their sizes and lifetimes, and the reserved memory.
 
-A history tells where a block begins and how much was asked for, not how large the block is: that follows from what lay
-free behind it and from PyTorch's rule for splitting. Needs neither CUDA nor torch.
+A history has the address of each block and the bytes requested, but not the block's size. The size follows from the
+free memory behind the address and from PyTorch's rule for splitting. Needs neither CUDA nor torch.
 
 Sources: `alloc_found_block`, `should_split`, `free` and `free_block` in c10/cuda/CUDACachingAllocator.cpp and
-`TraceEntry` in c10/core/CachingDeviceAllocator.h, PyTorch 2.11 and 2.13. `alloc`, `free_requested` and `free_completed`
-carry the bytes asked for; `oom` carries the bytes that were not to be had, and `device_free` in place of an address.
+`TraceEntry` in c10/core/CachingDeviceAllocator.h, PyTorch 2.11 and 2.13. The size in `alloc`, `free_requested` and
+`free_completed` entries is the bytes requested. In an `oom` entry it is the bytes that could not be allocated;
+`device_free` takes the place of the address.
 """
 
 from __future__ import annotations
@@ -27,27 +28,27 @@ Entry = Mapping[str, Any]
 """An entry of `device_traces`, or a segment of `segments`, of `torch.cuda.memory._snapshot()`."""
 _ALLOCATED = "active_allocated"
 BLOCK_COLUMNS = ("address", "size", "requested", "born", "entry")
-"""Of `RecordedBlocks`, what is known of a block when it is born."""
+"""Columns of `RecordedBlocks` that are known at a block's birth."""
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """A request that ran out of memory, and what there was. Bytes."""
+    """A request that ran out of memory, and the memory in use at that moment."""
 
     entry: int
-    """Its place in the history."""
+    """Index of the request in the history."""
     event: int
-    """Events before it."""
+    """Number of events before it."""
     requested_bytes: int
     allocated_bytes: int
     reserved_bytes: int
     largest_free_bytes: int
-    """Largest free piece of what the allocator holds."""
+    """Largest free range in the allocator's segments."""
     device_free_bytes: int
-    """What the driver had left."""
+    """Bytes that the driver had left."""
 
     def sizes(self, limit_bytes: int | None = None) -> dict[str, int]:
-        """As `meta["out_of_memory"]` of a trace has them; `limit_bytes`: what the process may take, if less."""
+        """The sizes for `meta["out_of_memory"]` of a trace; `limit_bytes`: the process's own memory limit, if any."""
         offered = self.reserved_bytes + self.device_free_bytes
         return {
             "requested": self.requested_bytes,
@@ -60,30 +61,30 @@ class Refusal:
 
 @dataclass(frozen=True, eq=False)
 class RecordedBlocks:
-    """Every block of a history, in order of birth; those there before it come first. Columns are int64 `[blocks]`."""
+    """Every block of a history, in order of birth, earlier blocks first. Columns are int64 `[blocks]`."""
 
     address: Ints
     size: Ints
-    """Bytes of the block: what `torch.cuda.memory_allocated` counts."""
+    """Bytes of the block, as counted by `torch.cuda.memory_allocated`."""
     requested: Ints
     born: Ints
-    """Event: births, and frees as they are asked for, are counted from 0."""
+    """Event of its birth. Events are births and requested frees, counted from 0."""
     freed: Ints
-    """Event; -1 when it is alive at the end."""
+    """Event of its requested free; -1 if it is alive at the end."""
     entry: Ints
-    """Place in the history of its birth; -1 when it was there before."""
+    """Index of its birth in the history; -1 if it was born before the history began."""
     event_entry: Ints
-    """Place in the history of each event `[events]`; -1 for the births of what was there before."""
+    """Index of each event in the history `[events]`; -1 for births before the history began."""
     reserved: Ints
-    """Bytes held from the driver after each event `[events]`."""
+    """Reserved bytes after each event `[events]`."""
     peak_reserved: int
-    """Most bytes held from the driver, be it within an event."""
+    """Peak reserved bytes, including within an event."""
     peak_active: int
-    """Most bytes in blocks that are handed out or wait for a stream to be done with them."""
+    """Peak bytes in blocks that are allocated or still in use by a stream."""
     refusals: tuple[Refusal, ...]
 
     def size_differences(self, segments: Sequence[Entry]) -> int:
-        """Bytes by which the blocks alive at the end differ from those in a snapshot of then: 0 when all agree."""
+        """Bytes by which the blocks alive at the end differ from a snapshot taken then; 0 if all agree."""
         alive = self.freed < 0
         ours = dict(zip(self.address[alive].tolist(), self.size[alive].tolist(), strict=True))
         theirs = {address: block["size"] for address, block in _blocks_of(segments) if block["state"] == _ALLOCATED}
@@ -93,18 +94,18 @@ class RecordedBlocks:
 def read_blocks(
     before: Sequence[Entry], entries: Sequence[Entry], settings: AllocatorSettings, first: Sequence[int] = ()
 ) -> RecordedBlocks:
-    """Follow a history from a snapshot's segments on.
+    """Reconstruct the blocks of a history that begins with a snapshot's segments.
 
     Args:
         before: `segments` of one device when the history began.
         entries: the device's `device_traces` since then, none of them dropped.
-        settings: what the allocator was told; they decide how blocks are rounded and split.
-        first: addresses, in the order in which the blocks there before are taken in; the others follow by address.
+        settings: the allocator's settings, which decide how blocks are rounded and split.
+        first: addresses of earlier blocks, in the order in which to list them; other earlier blocks follow by address.
 
     Raises:
-        MemscopeError: when the history contradicts itself or the snapshot.
+        MemscopeError: the history contradicts itself or the snapshot.
     """
-    reader = _Reader(settings)
+    reader = _HistoryReader(settings)
     reader.take_in(before, {address: place for place, address in reversed([*enumerate(first)])})
     for place, entry in enumerate(entries):
         reader.read(place, entry)
@@ -112,7 +113,7 @@ def read_blocks(
 
 
 class Memory:
-    """What is held from the driver, as ranges of addresses, and which parts of it are taken."""
+    """Reserved memory as ranges of addresses, and the blocks in it."""
 
     def __init__(self) -> None:
         self._starts: list[int] = []
@@ -122,11 +123,11 @@ class Memory:
         self.sizes: dict[int, int] = {}
 
     def ranges(self) -> list[tuple[int, int, bool]]:
-        """Start, end and whether it can grow, of each range, by address."""
+        """`(start, end, whether it can grow)` of each range, in order of address."""
         return [(start, self._ends[start], self._grows[start]) for start in self._starts]
 
     def hold(self, start: int, size: int, *, grows: bool) -> None:
-        """Memory from the driver; pages of a growing segment join those beside them."""
+        """Add reserved memory; pages of a growing segment are merged with their neighbours."""
         end, at = start + size, bisect_left(self._starts, start)
         if grows:
             after = self._starts[at] if at < len(self._starts) else -1
@@ -139,36 +140,36 @@ class Memory:
         self._add(start, end, grows)
 
     def give_back(self, start: int, size: int) -> None:
-        """Memory for the driver: a segment, or pages out of one."""
+        """Remove released memory: a segment, or pages of one."""
         first = self._range_of(start)
         grows, end = self._grows[first], self._drop(first)
         if start + size > end:
-            raise _contradiction(f"{size} bytes at {start:#x} are given back, which reach beyond their segment")
+            raise _contradiction(f"it releases {size} bytes at {start:#x}, which reach beyond their segment")
         if first < start:
             self._add(first, start, grows)
         if start + size < end:
             self._add(start + size, end, grows)
 
     def room(self, address: int) -> int:
-        """Free bytes from an address on."""
+        """Contiguous free bytes from an address on."""
         end = self._ends[self._range_of(address)]
         at = bisect_left(self._taken, address)
         return (min(end, self._taken[at]) if at < len(self._taken) else end) - address
 
     def take(self, address: int, size: int) -> None:
-        """A block of `size` bytes begins at an address."""
+        """Add a block of `size` bytes at an address."""
         insort(self._taken, address)
         self.sizes[address] = size
 
     def free(self, address: int) -> int:
-        """Bytes that are free again."""
+        """Remove a block and return its size in bytes."""
         if address not in self.sizes:
-            raise _contradiction(f"the block at {address:#x} is freed, which was not there")
+            raise _contradiction(f"it frees a block at {address:#x}, where there is none")
         del self._taken[bisect_left(self._taken, address)]
         return self.sizes.pop(address)
 
     def largest_free(self) -> int:
-        """Bytes of the largest range in a segment that no block takes."""
+        """Bytes of the largest free range in a segment."""
         largest = 0
         for start in self._starts:
             end, at = self._ends[start], bisect_left(self._taken, start)
@@ -182,7 +183,7 @@ class Memory:
     def _range_of(self, address: int) -> int:
         at = bisect_right(self._starts, address) - 1
         if at < 0 or address >= self._ends[self._starts[at]]:
-            raise _contradiction(f"the block at {address:#x} lies in no segment")
+            raise _contradiction(f"the address {address:#x} is in no segment")
         return self._starts[at]
 
     def _add(self, start: int, end: int, grows: bool) -> None:
@@ -195,8 +196,8 @@ class Memory:
         return self._ends.pop(start)
 
 
-class _Reader:
-    """The state of the allocator at one point of its history, and what came before."""
+class _HistoryReader:
+    """The allocator's state at one point of its history, and the blocks so far."""
 
     def __init__(self, settings: AllocatorSettings) -> None:
         self._settings = settings
@@ -240,10 +241,10 @@ class _Reader:
             self._hold(-size)
 
     def _block_size(self, address: int, requested: int) -> int:
-        """The request rounded up, and with it what is left of a free block that is too little to be split off."""
+        """The rounded request, plus the rest of the free block if it is too small to be split off."""
         room, size = self._memory.room(address), self._settings.block_size(requested)
         if room < size:
-            raise _contradiction(f"the block at {address:#x} for {requested} bytes has room for {room}")
+            raise _contradiction(f"it puts {requested} bytes at {address:#x}, where only {room} are free")
         if size <= SMALL_SIZE or self._settings.expandable_segments:
             splits = room - size >= MIN_BLOCK
         else:
@@ -261,7 +262,7 @@ class _Reader:
 
     def _end(self, place: int, address: int) -> None:
         if address not in self._alive:
-            raise _contradiction(f"the block at {address:#x} is freed, which was not there")
+            raise _contradiction(f"it frees a block at {address:#x}, where there is none")
         row = self._alive.pop(address)
         self._allocated -= self._rows[row][1]
         self._freed[row] = len(self._event_entry)
@@ -318,6 +319,6 @@ def _blocks_of(segments: Sequence[Entry]) -> list[tuple[int, Entry]]:
 
 def _contradiction(what: str) -> MemscopeError:
     return MemscopeError(
-        f"the history of PyTorch's allocator contradicts itself: {what}. Was it stopped, cleared or started anew "
-        "(torch.cuda.memory._record_memory_history), or the allocator set up differently, while memscope recorded?"
+        f"the history of PyTorch's allocator contradicts itself: {what}. Check that nothing stopped, cleared or "
+        "restarted it (torch.cuda.memory._record_memory_history), or changed the allocator's settings, during recording"
     )

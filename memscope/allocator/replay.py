@@ -1,7 +1,7 @@
-"""A run's allocations replayed through PyTorch's CUDA caching allocator: what it reserves, and when it runs out.
+"""Replay a run's allocations through PyTorch's CUDA caching allocator, to find reserved memory and running out of it.
 
-Which allocations are made, and in what order, comes from a trace; here they get the blocks, segments and addresses they
-would get on a device of a given capacity. Needs neither CUDA nor torch.
+The allocations and their order come from a trace; the replay gives them the blocks, segments and addresses they would
+get on a device of a given capacity. Needs neither CUDA nor torch.
 """
 
 from __future__ import annotations
@@ -23,54 +23,54 @@ __all__ = ["Replay", "follow", "replay"]
 
 @dataclass(frozen=True, eq=False)
 class Replay:
-    """What the allocator did. Columns have one value for each allocation, or one after each event that took place."""
+    """The result of a replay. Columns have one value per allocation, or one after each event that took place."""
 
     block_sizes: Ints
-    """Bytes of each allocation's block `[allocations]`; 0 for an empty tensor, and for what comes after running out."""
+    """Bytes of each allocation's block `[allocations]`; 0 for an empty tensor and after running out of memory."""
     addresses: Ints
-    """Where each block begins `[allocations]`; -1 where there is none."""
+    """Start address of each block `[allocations]`; -1 for an allocation without a block."""
     allocated: Ints
-    """Bytes in blocks that are handed out `[events]`: torch.cuda.memory_allocated()."""
+    """Bytes in allocated blocks `[events]`: torch.cuda.memory_allocated()."""
     requested: Ints
-    """Bytes they were asked for `[events]`: `requested_bytes` of torch.cuda.memory_stats()."""
+    """Bytes requested for these blocks `[events]`: `requested_bytes` of torch.cuda.memory_stats()."""
     reserved: Ints
-    """Bytes held from the driver `[events]`: torch.cuda.memory_reserved()."""
+    """Bytes reserved from the driver `[events]`: torch.cuda.memory_reserved()."""
     segment_events: tuple[SegmentEvent, ...]
-    """Everything taken from the driver and given back, in order."""
+    """Driver memory reserved and released, in order."""
     oom: OutOfMemory | None
-    """The request at which the replay ended; None when all were met."""
+    """The request that ran out of memory and ended the replay; None if all requests succeeded."""
     _run: _Run = field(repr=False)
 
     @property
     def active(self) -> Ints:
-        """Bytes that could not be handed out `[events]`: `allocated`, as no free is deferred in a replay."""
+        """Bytes in use `[events]`: equal to `allocated`, because a replay defers no free."""
         return self.allocated
 
     @property
     def peak_allocated(self) -> int:
-        """Most bytes allocated at once: torch.cuda.max_memory_allocated()."""
+        """Peak allocated bytes: torch.cuda.max_memory_allocated()."""
         return int(self.allocated.max(initial=0))
 
     @property
     def peak_reserved(self) -> int:
-        """Most bytes reserved at once, be it within an event: torch.cuda.max_memory_reserved()."""
+        """Peak reserved bytes, including within an event: torch.cuda.max_memory_reserved()."""
         changes = np.array([event.change_bytes for event in self.segment_events], dtype=np.int64)
         return int(changes.cumsum().max(initial=0))
 
     @property
     def failed_allocation(self) -> int | None:
-        """Which allocation ran out of memory."""
+        """Index of the allocation that ran out of memory; None if none did."""
         return None if self.oom is None else self._run.order[self.oom.event]
 
     @cached_property
     def largest_free(self) -> Ints:
-        """Bytes of the largest cached block `[events]`; when first asked for, the events are gone through once more."""
+        """Bytes of the largest cached block `[events]`. The first access repeats the replay."""
         allocator = self._run.allocator()
         steps = zip(range(len(self.allocated)), self._run.steps(allocator), strict=False)
         return np.fromiter((allocator.largest_free() for _ in steps), dtype=np.int64, count=len(self.allocated))
 
     def snapshots(self, events: Iterable[int]) -> dict[int, HeldSegments]:
-        """All segments and blocks after each of these events, by event; the events are gone through once more."""
+        """All segments and blocks after each of these events, by event. Repeats the replay."""
         wanted = set(events)
         absent = [event for event in sorted(wanted) if not 0 <= event < len(self.allocated)]
         if absent:
@@ -82,20 +82,20 @@ class Replay:
 
 @dataclass(frozen=True, eq=False)
 class _Run:
-    """All a replay depends on, to go through it again."""
+    """The inputs of a replay, kept to repeat it."""
 
     order: list[int]
-    """By event: allocation `i` where it is born, `~i` where it is freed."""
+    """By event: `i` for the birth of allocation `i`, `~i` for its free."""
     sizes: list[int]
     streams: list[int]
     cache_emptied: frozenset[int]
     allocator: Callable[[], CachingAllocator]
 
     def steps(self, allocator: CachingAllocator) -> Iterator[tuple[int, Block | None]]:
-        """Do one event after the other; each yields its entry of `order` and the block, None for an empty tensor.
+        """Run one event after the other; each yields its entry of `order` and its block (None for an empty tensor).
 
         Raises:
-            AllocationFailed: as `CachingAllocator.malloc`.
+            AllocationFailed: the device is out of memory.
         """
         held: dict[int, Block] = {}
         for event, entry in enumerate(self.order):
@@ -128,22 +128,22 @@ def replay(
     cache_emptied: Sequence[int] = (),
     segment_addresses: Mapping[int, int] | None = None,
 ) -> Replay:
-    """Make and free allocations in order, until all is done or memory runs out.
+    """Make and free allocations in order, until the last event or until memory runs out.
 
     Args:
-        sizes: bytes asked for `[allocations]`.
+        sizes: bytes requested `[allocations]`.
         born: event of each allocation `[allocations]`. Each allocation and each free is one event, numbered from 0
             without gaps.
-        freed: event of its free `[allocations]`; -1 when it is never freed.
-        settings: of the allocator; None is PyTorch's default.
-        capacity_bytes: what the driver can give; None for no limit. See `CachingAllocator` for this and `device_bytes`.
-        device_bytes: total memory of the device; None is the capacity.
-        streams: CUDA stream of each allocation `[allocations]`; None puts all on the default one, 0.
-        cache_emptied: events before which torch.cuda.empty_cache() is called; the number of events: after the last.
-        segment_addresses: by event, where the driver put the segment made in it; to follow PyTorch 2.11 and older.
+        freed: event of its free `[allocations]`; -1 if it is never freed.
+        settings: the allocator's settings; None: PyTorch's defaults.
+        capacity_bytes: bytes that the driver can give; None: no limit. See `CachingAllocator`, also for `device_bytes`.
+        device_bytes: total memory of the device; None: the capacity.
+        streams: CUDA stream of each allocation `[allocations]`; None: all on the default stream, 0.
+        cache_emptied: events before which torch.cuda.empty_cache() is called; the number of events stands for the end.
+        segment_addresses: the driver's address of the segment created in each event; to follow PyTorch 2.11 and older.
 
     Raises:
-        ValueError: when the columns do not describe a sequence of events.
+        ValueError: the columns do not describe a sequence of events.
     """
     run = _Run(
         order=_order(sizes, born, freed),
@@ -184,26 +184,26 @@ def replay(
 def follow(
     allocator: CachingAllocator, sizes: Ints, born: Ints, freed: Ints, cache_emptied: Sequence[int] = ()
 ) -> Iterator[tuple[int, Block | None]]:
-    """Make and free allocations in order on an allocator, one event at each turn, to look at it in between.
+    """Replay allocations on a given allocator, one event per iteration, so that the caller can inspect it in between.
 
-    Each turn gives allocation `i` where it is born and `~i` where it is freed, and its block: None for an empty tensor.
-    The other arguments are as in `replay`.
+    Each iteration yields `i` for the birth of allocation `i` or `~i` for its free, and its block (None for an empty
+    tensor). The other arguments are as in `replay`.
 
     Raises:
-        ValueError: when the columns do not describe a sequence of events.
-        AllocationFailed: when memory runs out.
+        ValueError: the columns do not describe a sequence of events.
+        AllocationFailed: the device is out of memory.
     """
     order, streams = _order(sizes, born, freed), [0] * len(sizes)
     return _Run(order, sizes.tolist(), streams, frozenset(cache_emptied), lambda: allocator).steps(allocator)
 
 
 def _order(sizes: Ints, born: Ints, freed: Ints) -> list[int]:
-    """By event: allocation `i` where it is born, `~i` where it is freed."""
+    """By event: `i` for the birth of allocation `i`, `~i` for its free."""
     count = len(sizes)
     is_freed = freed >= 0
     events = count + int(is_freed.sum())
     if len(born) != count or len(freed) != count:
-        raise ValueError(f"{count} sizes, {len(born)} births, {len(freed)} frees: there must be as many of each")
+        raise ValueError(f"{count} sizes, {len(born)} births, {len(freed)} frees: expected the same number of each")
     if (sizes < 0).any():
         raise ValueError(f"allocation {int((sizes < 0).argmax())} has {int(sizes.min())} bytes")
     if (is_freed & (freed <= born)).any():

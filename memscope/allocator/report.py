@@ -1,4 +1,4 @@
-"""What the allocator reports: segments taken and given back, all that it holds at a moment, the request that failed."""
+"""The allocator's reports: segments reserved and released, segments held at a moment, and the request that failed."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ SegmentAction = Literal["segment_alloc", "segment_free", "segment_map", "segment
 
 @dataclass(frozen=True)
 class SegmentEvent:
-    """Memory taken from the driver or given back to it, as the traces of `torch.cuda.memory._snapshot()` list it."""
+    """Driver memory reserved or released, as listed in the traces of `torch.cuda.memory._snapshot()`."""
 
     event: int
-    """Mallocs and frees before the one that caused it."""
+    """Number of mallocs and frees before the one that caused it."""
     action: SegmentAction
     address: int
     size_bytes: int
@@ -28,7 +28,7 @@ class SegmentEvent:
 
     @property
     def change_bytes(self) -> int:
-        """What it adds to the reserved memory; negative when memory is given back."""
+        """Change of reserved memory; negative if memory is released."""
         return self.size_bytes if self.action in ("segment_alloc", "segment_map") else -self.size_bytes
 
 
@@ -39,13 +39,13 @@ class BlockState:
     address: int
     size_bytes: int
     requested_bytes: int
-    """Bytes it was asked for; 0 when it is cached."""
+    """Bytes requested; 0 for a cached block."""
     allocated: bool
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Memory of the driver in one piece; of an expandable segment, a stretch that is mapped without a gap."""
+    """One contiguous piece of driver memory; of an expandable segment, a range that is mapped without gaps."""
 
     address: int
     size_bytes: int
@@ -53,9 +53,9 @@ class Segment:
     pool: Literal["small", "large"]
     expandable: bool
     releasable_bytes: int
-    """Bytes torch.cuda.empty_cache() would give back: all of a segment that is not in use, or whole unused pages."""
+    """Bytes that torch.cuda.empty_cache() would release: a whole unused segment, or whole unused pages."""
     blocks: tuple[BlockState, ...]
-    """Its blocks in order of address, without gaps."""
+    """The segment's blocks in order of address, without gaps."""
 
 
 @dataclass(frozen=True)
@@ -66,22 +66,22 @@ class HeldSegments:
 
     @classmethod
     def of(cls, heads: Iterable[Block]) -> HeldSegments:
-        """The segments that begin with these blocks; an expandable one without memory anywhere is none."""
+        """The segments that begin with these blocks; expandable segments without mapped memory are left out."""
         return cls(tuple(_segment(stretch) for head in heads for stretch in _mapped_stretches(head)))
 
     @property
     def free_bytes(self) -> int:
-        """Reserved and not allocated."""
+        """Bytes reserved but not allocated."""
         return sum(self._cached())
 
     @property
     def largest_free_bytes(self) -> int:
-        """The largest cached block."""
+        """Bytes of the largest cached block."""
         return max(self._cached(), default=0)
 
     @property
     def unreleasable_bytes(self) -> int:
-        """Free bytes that cannot be given back, as they share a segment, or a page, with something allocated."""
+        """Free bytes that cannot be released: they share a segment or a page with an allocated block."""
         return self.free_bytes - sum(segment.releasable_bytes for segment in self.segments)
 
     def _cached(self) -> list[int]:
@@ -122,37 +122,37 @@ def _segment(blocks: list[Block]) -> Segment:
 
 @dataclass(frozen=True)
 class OutOfMemory:
-    """A request that could not be met, and what there was after all that can be released had been."""
+    """A request that failed, and the memory in use after everything releasable had been released."""
 
     event: int
-    """Mallocs and frees before it."""
+    """Number of mallocs and frees before it."""
     requested_bytes: int
     segment_bytes: int
-    """Bytes asked of the driver for it: "Tried to allocate" in PyTorch's message."""
+    """Bytes requested from the driver for it: "Tried to allocate" in PyTorch's message."""
     stream: int
     allocated_bytes: int
     reserved_bytes: int
     largest_free_bytes: int
-    """The largest cached block, of any stream and pool."""
+    """Bytes of the largest cached block, of any stream and pool."""
     limit_bytes: int
-    """What may be reserved: the capacity, or less by `per_process_memory_fraction`."""
+    """Bytes that may be reserved: the capacity, or less if `per_process_memory_fraction` is set."""
 
     @property
     def free_cached_bytes(self) -> int:
-        """Reserved and not allocated."""
+        """Bytes reserved but not allocated."""
         return self.reserved_bytes - self.allocated_bytes
 
     def __str__(self) -> str:
         return (
-            f"asking {format_bytes(self.requested_bytes)} with {format_bytes(self.reserved_bytes)} of "
-            f"{format_bytes(self.limit_bytes)} taken: {format_bytes(self.allocated_bytes)} allocated, "
-            f"{format_bytes(self.free_cached_bytes)} free in blocks of at most {format_bytes(self.largest_free_bytes)}"
+            f"while allocating {format_bytes(self.requested_bytes)} ({format_bytes(self.reserved_bytes)} of "
+            f"{format_bytes(self.limit_bytes)} reserved: {format_bytes(self.allocated_bytes)} allocated, "
+            f"{format_bytes(self.free_cached_bytes)} free in blocks of at most {format_bytes(self.largest_free_bytes)})"
         )
 
 
 class AllocationFailed(OutOfDeviceMemory):
-    """The allocator could not meet a request; `record` says which, and what there was."""
+    """The allocator ran out of memory; `record` describes the request and the memory in use."""
 
     def __init__(self, record: OutOfMemory) -> None:
-        super().__init__(f"out of device memory, {record}")
+        super().__init__(f"out of device memory {record}")
         self.record = record

@@ -1,4 +1,4 @@
-"""What PYTORCH_CUDA_ALLOC_CONF asks of the allocator, and the two sizes that follow from it: of a block, of a segment.
+"""The allocator settings of PYTORCH_CUDA_ALLOC_CONF, and the block and segment sizes that follow from them.
 
 Sources: c10/core/AllocatorConfig.h and .cpp, c10/cuda/CUDAAllocatorConfig.h and .cpp, and for the two sizes
 c10/cuda/CUDACachingAllocator.cpp, all of PyTorch 2.13.0. 2.11.0 and 2.15.0 have the same constants and rules.
@@ -17,24 +17,24 @@ __all__ = ["ENVIRONMENT_VARIABLES", "LARGE_SEGMENT", "MIN_BLOCK", "SMALL_SEGMENT
 MIB = 1 << 20
 
 MIN_BLOCK = 512
-"""Bytes every block is a multiple of, and at least (kMinBlockSize)."""
+"""Minimum size of a block in bytes; all sizes are multiples of it (kMinBlockSize)."""
 SMALL_SIZE = 1 * MIB
-"""Largest block, in bytes, of the small pool (kSmallSize); also the slack a block of the large pool may carry."""
+"""Maximum bytes of a block in the small pool (kSmallSize), and of the unused rest of a block in the large pool."""
 SMALL_SEGMENT = 2 * MIB
-"""Bytes of a segment, or page, of the small pool (kSmallBuffer)."""
+"""Bytes of a segment or page of the small pool (kSmallBuffer)."""
 LARGE_SEGMENT = 20 * MIB
 """Bytes of a segment for blocks under 10 MiB, and of a page of the large pool, unless large_segment_size_mb is set."""
 MIN_LARGE = 10 * MIB
-"""Blocks from here on, in bytes, get a segment of their own size (kMinLargeAlloc), rounded up to ROUND_LARGE."""
+"""Blocks of at least this many bytes get a segment of their own size (kMinLargeAlloc), rounded up to ROUND_LARGE."""
 ROUND_LARGE = 2 * MIB
-"""Bytes by which such a segment is rounded up (kRoundLarge)."""
+"""Such a segment is a multiple of this many bytes (kRoundLarge)."""
 INTERVALS = 16
-"""Powers of two with their own roundup_power2_divisions, from 1 MiB up; smaller and larger sizes use the nearest."""
+"""Number of powers of two, from 1 MiB, with their own roundup_power2_divisions; other sizes use the nearest."""
 
 ENVIRONMENT_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-"""Where PyTorch reads its settings from: the first that is set, even if it is empty (AllocatorConfig.cpp)."""
+"""Variables that PyTorch reads its settings from: the first one that is set, even if empty (AllocatorConfig.cpp)."""
 
-# Read by PyTorch, without influence on where device memory is placed.
+# PyTorch reads these keys, but they do not influence the placement of device memory.
 _PASSED_OVER = frozenset(
     {
         "graph_capture_record_stream_reuse",
@@ -54,30 +54,30 @@ _PASSED_OVER = frozenset(
 
 @dataclass(frozen=True)
 class AllocatorSettings:
-    """How PyTorch's CUDA caching allocator is set up. The default is PyTorch's own.
+    """Settings of PyTorch's CUDA caching allocator. The defaults are PyTorch's own.
 
     Raises:
-        UsageError: for a value PyTorch would refuse.
+        UsageError: PyTorch would refuse a value.
     """
 
     expandable_segments: bool = False
-    """One growing segment a stream and pool, mapped page by page, instead of one segment a cudaMalloc."""
+    """One growing segment per stream and pool, mapped page by page, instead of one segment per cudaMalloc."""
     max_split_size_bytes: int | None = None
-    """Blocks from this size on are neither split nor given to smaller requests. None: no limit."""
+    """Blocks of at least this size are neither split nor given to smaller requests. None: no limit."""
     max_non_split_rounding_bytes: int | None = None
-    """How much larger than asked for an unsplittable block may be. None: `large_segment_size_bytes`."""
+    """Maximum bytes by which an unsplittable block may exceed a request. None: `large_segment_size_bytes`."""
     roundup_power2_divisions: tuple[int, ...] = (0,) * INTERVALS
-    """Steps from one power of two to the next, to which sizes are rounded up: first for sizes under 2 MiB, then for
-    each power of two, last for 32 GiB and more. 0 and 1: sizes are rounded up to 512 bytes."""
+    """Number of steps between one power of two and the next, to which sizes are rounded up: the first entry for sizes
+    under 2 MiB, then one per power of two, the last for 32 GiB and more. 0 and 1: sizes are rounded up to 512 bytes."""
     garbage_collection_threshold: float | None = None
-    """Part of the allowed memory above which old cached segments are given back before new ones are made. Without
+    """Fraction of the allowed memory above which old cached segments are released before new ones are reserved. Without
     effect, in PyTorch as here, unless `per_process_memory_fraction` is below 1."""
     large_segment_size_bytes: int = LARGE_SEGMENT
     """Bytes of a segment for blocks between 1 and 10 MiB, and of a page of an expandable segment for large blocks."""
     per_process_memory_fraction: float = 1.0
-    """Part of the device's memory the process may reserve; also set by torch.cuda.set_per_process_memory_fraction."""
+    """Fraction of the device's memory that the process may reserve (torch.cuda.set_per_process_memory_fraction)."""
     throw_on_cudamalloc_oom: bool = False
-    """Refuse what exceeds the device's memory without giving back cached segments first (PyTorch 2.13)."""
+    """Reject a request that exceeds the device's memory without releasing cached segments first (PyTorch 2.13)."""
 
     def __post_init__(self) -> None:
         segment = self.large_segment_size_bytes
@@ -100,14 +100,15 @@ class AllocatorSettings:
 
     @classmethod
     def parse(cls, text: str) -> AllocatorSettings:
-        """Settings of a PYTORCH_CUDA_ALLOC_CONF or PYTORCH_ALLOC_CONF value, for example `expandable_segments:True`.
+        """Parse a PYTORCH_CUDA_ALLOC_CONF or PYTORCH_ALLOC_CONF value, for example `expandable_segments:True`.
 
-        Keys without influence on device memory (pinned memory, locks) are accepted and passed over. Three mistakes that
-        PyTorch lets pass are refused: what is not a number to its end (it reads `20.5` as 20, `-1` as 2⁶⁴−1), a key
-        given twice (it keeps the last), and `>` before the end of its list.
+        Keys without influence on device memory (pinned memory, locks) are accepted and ignored. Three mistakes that
+        PyTorch accepts are errors here: text that is only partly a number (PyTorch reads `20.5` as 20 and `-1` as
+        2⁶⁴−1), a key given twice (PyTorch keeps the last), and `>` before the end of its list.
 
         Raises:
-            UsageError: for these, what PyTorch refuses, and `backend:cudaMallocAsync`, which is another allocator.
+            UsageError: the text has one of these mistakes, PyTorch would refuse it, or it selects another allocator
+                (`backend:cudaMallocAsync`).
         """
         given: dict[str, object] = {}
         seen: dict[str, str] = {}
@@ -129,10 +130,10 @@ class AllocatorSettings:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> AllocatorSettings:
-        """Settings a process with these environment variables would have: of the first variable that PyTorch looks at.
+        """The settings of a process with these environment variables: those of the first variable PyTorch looks at.
 
         Raises:
-            UsageError: as `parse`, naming the variable.
+            UsageError: the variable's value cannot be used (see `parse`).
         """
         for name in ENVIRONMENT_VARIABLES:
             if name in environment:
@@ -144,7 +145,7 @@ class AllocatorSettings:
 
     @property
     def without_effect(self) -> tuple[str, ...]:
-        """Settings that were made and that PyTorch silently passes over, each as a sentence for the user."""
+        """Settings that PyTorch silently ignores, each as a sentence for the user."""
         idle = []
         if self.garbage_collection_threshold is not None and self.per_process_memory_fraction == 1:
             idle.append("garbage_collection_threshold does nothing unless per_process_memory_fraction is below 1")
@@ -153,7 +154,7 @@ class AllocatorSettings:
         return tuple(idle)
 
     def block_size(self, size_bytes: int) -> int:
-        """Bytes of the block for a request (round_size): a multiple of 512, at least that."""
+        """Bytes of the block for a request (round_size): a positive multiple of 512."""
         if size_bytes < MIN_BLOCK:
             return MIN_BLOCK
         power = size_bytes.bit_length() - 1
@@ -164,7 +165,7 @@ class AllocatorSettings:
         return -(-size_bytes // MIN_BLOCK) * MIN_BLOCK
 
     def segment_size(self, block_bytes: int) -> int:
-        """Bytes asked of the driver for a block that is not cached (get_allocation_size)."""
+        """Bytes requested from the driver for a block that is not cached (get_allocation_size)."""
         if block_bytes <= SMALL_SIZE:
             return SMALL_SEGMENT
         if block_bytes < MIN_LARGE:
@@ -184,14 +185,14 @@ _PAIR = re.compile(r"([^,:\[\]]+):(\[[^\[\]]*\]|[^,:\[\]]+)")
 
 
 def _pairs(text: str) -> list[tuple[str, str]]:
-    """`key:value` pairs between commas; a value may be a list in brackets, with commas and colons of its own."""
+    """Split comma-separated `key:value` pairs; a value may be a list in brackets that contains commas and colons."""
     rest, pairs = "".join(text.split()), []
     while rest:
         match = _PAIR.match(rest)
         end = match.end() if match else 0
         if match is None or rest[end : end + 1] not in ("", ",") or rest[end:] == ",":
             raise UsageError(
-                f'allocator settings "{text}": cannot read "{rest}"; expected key:value pairs with commas between, '
+                f'allocator settings "{text}": cannot read "{rest}"; expected comma-separated key:value pairs, '
                 "for example max_split_size_mb:128,roundup_power2_divisions:[256:1,512:2,>:4]"
             )
         pairs.append((match[1], match[2]))
@@ -202,7 +203,7 @@ def _pairs(text: str) -> list[tuple[str, str]]:
 def _check_backend(value: str) -> None:
     if value == "cudaMallocAsync":
         raise UsageError(
-            "allocator setting backend:cudaMallocAsync: CUDA's allocator, not PyTorch's, cannot be replayed; "
+            "allocator setting backend:cudaMallocAsync: this is CUDA's own allocator, which memscope cannot replay; "
             "use backend:native, or measure on a GPU"
         )
     if value != "native":
@@ -233,9 +234,9 @@ def _read_number(key: str, value: str) -> float:
 
 
 def _read_divisions(key: str, value: str) -> tuple[int, ...]:
-    """One number for all sizes, or `[256:1,512:2,>:4]`: 1 from 256 MiB, 2 from 512 MiB, 4 above that.
+    """Parse one number for all sizes, or a list such as `[256:1,512:2,>:4]`: 1 from 256 MiB, 2 from 512 MiB, then 4.
 
-    Below the first interval named, its number holds; an interval passed over between two that are named has none.
+    The first number also applies below its interval; an interval left out between two others has no divisions.
     """
     if not value.startswith("["):
         count = _read_whole(key, value)

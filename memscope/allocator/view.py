@@ -1,7 +1,7 @@
-"""An allocator's memory as a trace tells of it: segments and blocks at the peak, and what could not be used, over time.
+"""The allocator's view of a trace: segments and blocks at the peak, and unusable memory over time.
 
-A trace knows no addresses. Those of a simulated run are had again by replaying it; whether that gave the same reserved
-memory as the trace has is checked on the way. Needs neither CUDA nor torch.
+A trace has no addresses. Replaying a simulated run restores them; the replay is checked against the trace's reserved
+memory. Needs neither CUDA nor torch.
 """
 
 from __future__ import annotations
@@ -20,52 +20,52 @@ from memscope.trace import Ints, Trace
 __all__ = ["AllocatorView", "Segments", "allocator_view"]
 
 SAMPLES = 600
-"""Events that are looked at unless others are asked for."""
+"""Default number of sampled events."""
 
 
 @dataclass(frozen=True)
 class Segments:
-    """Everything the allocator held at the peak of allocated memory."""
+    """All segments of the allocator at the peak of allocated memory."""
 
     snapshot: HeldSegments
     owners: Mapping[int, int]
-    """Which allocation of the trace has the block at an address."""
+    """Address of a block → index of its allocation in the trace."""
 
 
 @dataclass(frozen=True, eq=False)
 class AllocatorView:
-    """Columns have one value for each event looked at: int64 `[samples]`."""
+    """The allocator's memory at sampled events. Columns are int64 `[samples]`."""
 
     events: Ints
     requested: Ints
     allocated: Ints
     reserved: Ints
     unreleasable: Ints | None
-    """Cached bytes that share a segment with something allocated: they fit nothing larger, and no other program has
-    them. None where the segments are not known."""
+    """Cached bytes that cannot be released, because they share a segment or a page with an allocated block. None if the
+    segments are not known."""
     largest_free: Ints | None
-    """Bytes of the largest cached block: what can be asked for without a new segment. None as above."""
+    """Bytes of the largest cached block: the largest request that needs no new segment. None as above."""
     peak: Segments | None
     unknown: str = ""
-    """Why the segments are not known, as a sentence; empty when they are."""
+    """Why the segments are not known, as a sentence; empty if they are known."""
 
     @property
     def rounding(self) -> Ints:
-        """Bytes by which blocks are larger than what was asked for."""
+        """Bytes by which blocks exceed the bytes requested."""
         return self.allocated - self.requested
 
     @property
     def cached(self) -> Ints:
-        """Reserved and not allocated."""
+        """Bytes reserved but not allocated."""
         return self.reserved - self.allocated
 
 
 def allocator_view(trace: Trace, events: Iterable[int] | None = None) -> AllocatorView | None:
-    """What an allocator held through a run; None where there was none (a run on the CPU).
+    """The allocator's memory over a run; None for a run without an allocator (on the CPU).
 
     Args:
-        trace: of a simulated run, or of a measured one; of the latter the segments are not known.
-        events: when to look; None: `SAMPLES` events evenly, and the peak.
+        trace: a simulated or measured run. The segments of a measured run are not known.
+        events: the events to sample, besides the peak; None: `SAMPLES` evenly spaced events.
     """
     if not trace.reserved.size:
         return None
@@ -77,20 +77,21 @@ def allocator_view(trace: Trace, events: Iterable[int] | None = None) -> Allocat
     try:
         return AllocatorView(*sums, *_replayed(trace, at))
     except (_OtherMemory, AllocationFailed):
-        return AllocatorView(*sums, None, None, None, "a replay does not reserve what this trace says: no segments")
+        reason = "a replay reserves other memory than this trace, so its segments are not known"
+        return AllocatorView(*sums, None, None, None, reason)
 
 
 def _why_unknown(trace: Trace) -> str:
     match trace.meta.get("device"):
         case {"simulated": True}:
-            return "this trace does not say how its allocator was set, so no segments are known: simulate it again"
+            return "this trace has no allocator settings, so its segments are not known: simulate it again"
         case {"simulated": False}:
-            return "no addresses are kept of a measured run, so no segments are known"
-    return "this trace says neither where its blocks lay nor how its allocator was set, so no segments are known"
+            return "the trace of a measured run has no addresses, so its segments are not known"
+    return "this trace has neither addresses nor allocator settings, so its segments are not known"
 
 
 class _OtherMemory(Exception):
-    """A replay reserves other memory than the trace."""
+    """The replay's reserved memory differs from the trace's."""
 
 
 def _replayed(trace: Trace, at: Ints) -> tuple[Ints, Ints, Segments]:
@@ -118,7 +119,7 @@ def _replayed(trace: Trace, at: Ints) -> tuple[Ints, Ints, Segments]:
 
 
 def _allocator(trace: Trace) -> CachingAllocator:
-    """One as it was set up for the run: without limit where memory ran out, since the trace goes on all the same."""
+    """The run's allocator; without a limit if the run ran out of memory, because the simulation then continues."""
     meta = trace.meta
     given = dict(meta["allocator"]["settings"])
     settings = AllocatorSettings(**given | {"roundup_power2_divisions": tuple(given["roundup_power2_divisions"])})
@@ -128,7 +129,7 @@ def _allocator(trace: Trace) -> CachingAllocator:
 
 
 def _requested(trace: Trace) -> Ints:
-    """Bytes asked for of what is allocated, after each event: int64 `[events]`."""
+    """Bytes requested for the allocations alive after each event: int64 `[events]`."""
     change = np.zeros(trace.events, dtype=np.int64)
     change[trace.born] = trace.requested
     died = trace.freed >= 0

@@ -1,4 +1,4 @@
-"""A prediction held against a measurement: a simulated and a measured run of the same plan, category by category."""
+"""Compare predictions with measurements: simulated and measured runs of the same plan, category by category."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Agreement", "Compared", "agreements"]
 
 @dataclass(frozen=True)
 class Compared:
-    """One number of both runs, in bytes."""
+    """One figure of both runs, in bytes."""
 
     name: str
     predicted: int
@@ -22,7 +22,7 @@ class Compared:
 
     @property
     def error(self) -> float:
-        """Of the prediction, as a share of the measurement; infinite where nothing was measured."""
+        """Error of the prediction as a fraction of the measurement; infinite if only the prediction is not zero."""
         if self.measured:
             return (self.predicted - self.measured) / self.measured
         return float("inf") if self.predicted else 0.0
@@ -33,17 +33,18 @@ class Compared:
 
 @dataclass(frozen=True)
 class Agreement:
-    """A simulated run and a measured one of the same target, settings and strategies, each at its own peak."""
+    """A simulated and a measured run of the same target, settings and strategies, each at its own peak."""
 
     predicted: str
     """Label of the simulated run."""
     measured: str
+    """Label of the measured run."""
     figures: tuple[Compared, ...]
-    """The categories that one of them has; then what is allocated, reserved, and seen by the driver, where known."""
+    """The categories that either run has, then allocated bytes and, if known, reserved bytes and the driver's count."""
 
 
 def agreements(runs: Sequence[Run]) -> tuple[Agreement, ...]:
-    """Every simulated run of several with every measured run of the same plan."""
+    """Pair every simulated run with every measured run of the same plan."""
     found = []
     for predicted in runs:
         for measured in runs:
@@ -55,7 +56,7 @@ def agreements(runs: Sequence[Run]) -> tuple[Agreement, ...]:
 
 
 def _kind(trace: Trace) -> str:
-    """How a trace came to be; empty when it does not say, and for what another tool recorded."""
+    """`simulated` or `measured`; empty if the trace does not say, or was recorded by another tool."""
     match trace.meta:
         case {"imported": _}:
             return ""

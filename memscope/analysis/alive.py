@@ -1,4 +1,4 @@
-"""What is alive at a moment: the largest allocations with birth and death, and sums with layers counted together."""
+"""The allocations alive at an event: the largest ones with their lifetimes, and sums over the modules of all layers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _INDEX = re.compile(r"\.\d+(?=\.|$)")
 
 @dataclass(frozen=True)
 class Alive:
-    """One allocation, where it was born and until when it lives."""
+    """One allocation and its lifetime."""
 
     size_bytes: int
     category: Category
@@ -28,28 +28,28 @@ class Alive:
     born_in: str
     """`step 1 · forward · micro-batch 0`."""
     freed: int | None
-    """Event of its death; None when it is alive at the end."""
+    """Event of its death; None if it is alive at the end."""
     freed_in: str
-    """`step 1 · backward`; empty when it is alive at the end."""
+    """`step 1 · backward`; empty if it is alive at the end."""
 
     @property
     def life(self) -> str:
-        """From when to when, in events."""
+        """The lifetime in events, such as `12 to 40` or `12 to the end`."""
         return f"{self.born:,} to {'the end' if self.freed is None else f'{self.freed:,}'}"
 
 
 def occasion(step: int, phase: Phase, micro_batch: int | None = None) -> str:
-    """`step 1 · backward · micro-batch 0`; before the first step there is neither step nor micro-batch."""
+    """Step, phase and micro-batch, as in `step 1 · backward · micro-batch 0`; before the first step, only the phase."""
     if step < 0:
         return phase.replace("_", " ")
     return f"step {step} · {phase.replace('_', ' ')}" + ("" if micro_batch is None else f" · micro-batch {micro_batch}")
 
 
 def largest(trace: Trace, count: int, at: int | Literal["peak"] = "peak") -> tuple[Alive, ...]:
-    """The largest allocations alive after an event, largest first; of equal ones the older first.
+    """The largest allocations alive after an event, largest first; equal ones in order of birth.
 
     Raises:
-        UsageError: when the event is outside the trace.
+        UsageError: the event is outside the trace.
     """
     alive = trace.at(trace.peak.event if at == "peak" else at)
     chosen = alive[np.argsort(-trace.size[alive], kind="stable")][:count]
@@ -72,15 +72,15 @@ def _alive(trace: Trace, row: int) -> Alive:
 
 
 def together(module: str) -> str:
-    """`layers.3.mlp` as `layers.*.mlp`: one name for a module of every layer."""
+    """Replace layer indices in a module's name by `*`: `layers.3.mlp` becomes `layers.*.mlp`."""
     return _INDEX.sub(".*", module)
 
 
 def by_module_together(trace: Trace, at: int | Literal["peak"] = "peak") -> dict[str, int]:
-    """Bytes alive at a moment by module, names that differ by a layer's number only counted together; largest first.
+    """Bytes alive at an event by module, largest first; names that differ only in a layer's index are merged.
 
     Raises:
-        UsageError: when the event is outside the trace.
+        UsageError: the event is outside the trace.
     """
     sizes: dict[str, int] = {}
     for name, size_bytes in trace.by("module", at=at).items():

@@ -1,4 +1,4 @@
-"""Limits that a trace must keep: a budget, an absolute size, or a growth over a baseline."""
+"""Check a trace against limits: a budget, an absolute limit, or a growth over a baseline."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ from memscope.errors import UsageError, nearest
 from memscope.trace import CATEGORIES, Trace
 from memscope.units import format_bytes, format_given, format_seconds, parse_bytes
 
-__all__ = ["KEYS", "Limit", "Verdict", "budget_verdict", "check", "format_value"]
+__all__ = ["KEYS", "TraceLimit", "Verdict", "budget_verdict", "check", "format_value"]
 
 KEYS: tuple[str, ...] = ("peak", "reserved", "device", *CATEGORIES, "step_time")
-"""What can be limited. `peak`: most allocated. `reserved`: most that the allocator held. `device`: what the driver
-counts of the process. A category: its largest size. `step_time`: seconds of the last step."""
+"""Quantities that can be limited. `peak`: peak allocated bytes. `reserved`: peak reserved bytes. `device`: memory as
+counted by the driver. A category: its peak bytes. `step_time`: seconds of the last step."""
 _SECONDS = {"ms": Fraction(1, 1000), "s": Fraction(1)}
 _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*(ms|s)\s*")
 _PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*%\s*")
 
 
 @dataclass(frozen=True)
-class Limit:
-    """`peak:40GB`, `peak:+5%` or `peak:+500MiB`; those with a plus are over a baseline."""
+class TraceLimit:
+    """A limit such as `peak:40GB`, `peak:+5%` or `peak:+500MiB`; a plus means relative to a baseline."""
 
     key: str
     text: str
-    """As it was given, without the key."""
+    """The limit as given, without the key."""
     added: Fraction = Fraction(0)
-    """Bytes (of step_time: seconds): all that is allowed, or, where `relative`, what is on top of the baseline."""
+    """The limit in bytes (step_time: seconds); if `relative`, the amount allowed on top of the baseline."""
     share: Fraction = Fraction(0)
-    """Of the baseline, on top of it."""
+    """Fraction of the baseline that is allowed on top of it."""
     relative: bool = False
 
     @classmethod
-    def parse(cls, text: str) -> Limit:
-        """Read `KEY:LIMIT`.
+    def parse(cls, text: str) -> TraceLimit:
+        """Parse `KEY:LIMIT`.
 
         Raises:
-            UsageError: for an unknown key, or a limit that is no size, duration or growth.
+            UsageError: the key is unknown, or the limit is not a size, duration or growth.
         """
         key, colon, limit = (part.strip() for part in text.partition(":"))
         if not colon or not limit:
             raise UsageError(
-                f'"{text}" is no limit: expected KEY:LIMIT, for example peak:40GB, peak:+5% or peak:+500MiB'
+                f'"{text}" is not a limit: expected KEY:LIMIT, for example peak:40GB, peak:+5% or peak:+500MiB'
             )
         name = key.replace(" ", "_").replace("-", "_")
         if name not in KEYS:
@@ -56,14 +56,14 @@ class Limit:
         if percent and relative:
             return cls(name, limit, share=Fraction(percent[1]) / 100, relative=True)
         if percent:
-            raise UsageError(f'limit "{text}": a share is a growth over a baseline: write {key}:+{amount}')
+            raise UsageError(f'limit "{text}": a percentage must be a growth over a baseline: write {key}:+{amount}')
         return cls(name, limit, added=_amount(name, amount, text), relative=relative)
 
     def allowed(self, baseline: Fraction | None) -> Fraction:
-        """The most that is allowed, in bytes or seconds."""
+        """The limit in bytes or seconds, given the baseline's value."""
         if not self.relative:
             return self.added
-        assert baseline is not None, "a relative limit is over a baseline"
+        assert baseline is not None, "a relative limit needs a baseline"
         return baseline * (1 + self.share) + self.added
 
 
@@ -74,7 +74,7 @@ def _amount(key: str, amount: str, text: str) -> Fraction:
             raise UsageError(f'limit "{text}": expected seconds, for example {key}:2.5s, {key}:800ms or {key}:+5%')
         return Fraction(duration[1]) * _SECONDS[duration[2]]
     if amount.strip().replace(".", "").isdigit():
-        raise UsageError(f'limit "{text}" has no unit: write {key}:{amount}GB, or B, MiB, GiB; or a growth, {key}:+5%')
+        raise UsageError(f'limit "{text}" has no unit: write {key}:{amount}GB (or B, MiB, GiB), or a growth, {key}:+5%')
     try:
         return Fraction(parse_bytes(amount))
     except UsageError as error:
@@ -83,7 +83,7 @@ def _amount(key: str, amount: str, text: str) -> Fraction:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A limit, and what it was held against: bytes, of step_time seconds."""
+    """A checked limit: the value and the limit in bytes (step_time: seconds)."""
 
     key: str
     limit: str
@@ -91,37 +91,37 @@ class Verdict:
     allowed: Fraction
     baseline: Fraction | None = None
     estimate: bool = False
-    """The value, or the baseline's, is an estimate."""
+    """Whether the value or the baseline's value is an estimate."""
 
     @property
     def holds(self) -> bool:
-        """Whether the value is not over what is allowed."""
+        """Whether the value does not exceed the limit."""
         return self.value <= self.allowed
 
 
-def check(trace: Trace, limits: Sequence[Limit], baseline: Trace | None = None) -> tuple[Verdict, ...]:
-    """Hold a trace against each limit.
+def check(trace: Trace, limits: Sequence[TraceLimit], baseline: Trace | None = None) -> tuple[Verdict, ...]:
+    """Check a trace against each limit.
 
     Raises:
-        UsageError: when a trace does not have what is limited, or a limit needs a baseline and there is none.
+        UsageError: a trace has no value for a limited quantity, or a limit needs a baseline and none is given.
     """
     return tuple(_verdict(trace, limit, baseline) for limit in limits)
 
 
-def _verdict(trace: Trace, limit: Limit, baseline: Trace | None) -> Verdict:
+def _verdict(trace: Trace, limit: TraceLimit, baseline: Trace | None) -> Verdict:
     value, estimate = _value(trace, limit.key, "the trace")
     if not limit.relative:
         return Verdict(limit.key, limit.text, value, limit.allowed(None), None, estimate)
     if baseline is None:
         raise UsageError(
-            f"{limit.key}:{limit.text} is a growth over a baseline, and there is none: name it, --baseline base.npz"
+            f"{limit.key}:{limit.text} is a growth over a baseline, but no baseline is given: add --baseline base.npz"
         )
     before, also = _value(baseline, limit.key, "the baseline")
     return Verdict(limit.key, limit.text, value, limit.allowed(before), before, estimate or also)
 
 
 def budget_verdict(trace: Trace, budget_bytes: int) -> Verdict:
-    """Whether a run fits a budget: by what the driver counts, or the nearest to that which the trace knows."""
+    """Check whether a run fits a budget, by the driver's count or, if unknown, by reserved or else allocated memory."""
     found = ledger(trace)
     known = [key for key in ("device", "reserved") if found and found.total(key) is not None]
     key = known[0] if known else "peak"
@@ -130,7 +130,7 @@ def budget_verdict(trace: Trace, budget_bytes: int) -> Verdict:
 
 
 def _value(trace: Trace, key: str, whose: str) -> tuple[Fraction, bool]:
-    """What is limited, in bytes or seconds, and whether it is an estimate."""
+    """The value of a limited quantity, in bytes or seconds, and whether it is an estimate."""
     if key == "peak":
         return Fraction(trace.peak.allocated_bytes), False
     if key == "step_time":
@@ -140,8 +140,8 @@ def _value(trace: Trace, key: str, whose: str) -> tuple[Fraction, bool]:
     found = ledger(trace)
     total = found.total(key) if found else None
     if found is None or total is None:
-        why = found.note if found else "it was recorded where no allocator holds memory"
-        raise UsageError(f"{whose} does not know {key} memory ({why}): limit peak instead")
+        why = found.note if found else "it was recorded on a device without a caching allocator"
+        raise UsageError(f"{whose} has no value for {key} memory ({why}): limit peak instead")
     return Fraction(total), found[key].estimate
 
 
@@ -152,7 +152,7 @@ def _step_seconds(trace: Trace, whose: str) -> tuple[Fraction, bool]:
     phases = step_seconds(trace, trace.steps[-1]) if trace.steps else None
     if phases is None:
         raise UsageError(
-            f"{whose} does not know step_time: it was not measured, and there is no estimate for its device"
+            f"{whose} has no value for step_time: it was not measured, and its device has no time estimate"
         )
     return Fraction(sum(phases.values())), True
 

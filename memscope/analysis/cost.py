@@ -1,4 +1,4 @@
-"""The estimate of step time in a trace: its rows, by phase, module and operator."""
+"""Read the estimated step time in a trace, by phase, module and operator."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = [
 ]
 
 COLUMNS = ("step", "micro_batch", "phase", "module", "op", "calls", "flops", "bytes", "seconds")
-"""Of a row in `meta["cost"]`; phase, module and op index `PHASES` and the trace's `modules` and `ops`."""
+"""Columns of a row in `meta["cost"]`; phase, module and op index `PHASES` and the trace's `modules` and `ops`."""
 
 
 class Cost(NamedTuple):
-    """What an operator does in a module, all its calls together."""
+    """The cost of all calls of an operator in a module."""
 
     calls: int
     flops: int
@@ -43,7 +43,7 @@ class _Row(NamedTuple):
 
 
 def step_seconds(trace: Trace, step: int) -> dict[Phase, float] | None:
-    """Estimated seconds of each phase of a step, in the order of `PHASES`; None where there is no estimate."""
+    """Estimated seconds of each phase of a step, in the order of `PHASES`; None if the trace has no estimate."""
     if trace.meta.get("cost") is None:
         return None
     seconds = [0.0] * len(PHASES)
@@ -53,7 +53,7 @@ def step_seconds(trace: Trace, step: int) -> dict[Phase, float] | None:
 
 
 def last_step_seconds(trace: Trace) -> float | None:
-    """Seconds of the last step: measured where it was really run, else estimated; None where they are not known."""
+    """Seconds of the last step: measured if the step really ran, else estimated; None if neither is known."""
     if trace.meta.get("seconds"):
         return float(trace.meta["seconds"][-1])
     estimate = step_seconds(trace, trace.steps[-1]) if trace.steps else None
@@ -63,10 +63,10 @@ def last_step_seconds(trace: Trace) -> float | None:
 def module_seconds(
     trace: Trace, prefix: str, *, step: int, phase: Phase | None = None, micro_batch: int | None = None
 ) -> float:
-    """Estimated seconds of the module called `prefix` and all within it, in one phase or in all of a step.
+    """Estimated seconds of the module named `prefix` and its submodules, in one phase or in a whole step.
 
     Raises:
-        UsageError: when the trace has no estimate.
+        UsageError: the trace has no estimate.
     """
     wanted = {i for i, name in enumerate(trace.modules) if name == prefix or name.startswith(f"{prefix}.")}
     return sum(row.seconds for row in _rows(trace, step, phase, micro_batch) if row.module in wanted)
@@ -75,12 +75,12 @@ def module_seconds(
 def operator_costs(
     trace: Trace, *, step: int, phase: Phase | None = None, micro_batch: int | None = None
 ) -> dict[tuple[str, str], Cost]:
-    """By (module, operator): what was done in one phase and micro-batch, or in all of a step.
+    """Costs by (module, operator), in one phase and micro-batch or in a whole step.
 
-    Operators are named with their overload, such as `aten.mm.default`. Calls that run no kernel are not there.
+    Operators are named with their overload, such as `aten.mm.default`. Calls that run no kernel are left out.
 
     Raises:
-        UsageError: when the trace has no estimate.
+        UsageError: the trace has no estimate.
     """
     costs: dict[tuple[str, str], Cost] = {}
     for row in _rows(trace, step, phase, micro_batch):
@@ -95,8 +95,8 @@ def _rows(trace: Trace, step: int, phase: Phase | None = None, micro_batch: int 
     if cost is None:
         device = trace.meta.get("device", {}).get("name", "?")
         raise UsageError(
-            f'the trace has no estimate of time: the rates of device "{device}" are not known, or it was really run. '
-            "Simulate a certain GPU, such as --device a100-40gb"
+            f'the trace has no time estimate: the rates of device "{device}" are not known, or the run was measured. '
+            "Simulate a specific GPU, such as --device a100-40gb"
         )
     wanted = None if phase is None else PHASES.index(phase)
     for values in cost["rows"]:

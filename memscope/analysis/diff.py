@@ -1,7 +1,7 @@
-"""What grew and what shrank from one trace to another: by category, module and allocation, at the peak and per step.
+"""Compare two traces by category, module and allocation, at the peak and per step.
 
-Each run is taken at its own peak. Allocations alive there are matched: those of the same category, module, operator
-and phase are first matched by size, then, what is left, in order of birth. So every table sums to the difference of
+Each run is taken at its own peak. The allocations alive there are matched: among those of the same category, module,
+operator and phase, first by size, then the remaining ones in order of birth. So every table sums to the difference of
 the two peaks, and a trace does not differ from itself.
 """
 
@@ -30,48 +30,50 @@ __all__ = [
 ]
 
 ChangeKind = Literal["grew", "shrank", "new", "gone", "now alive", "no longer alive", "other lifetime"]
-"""`new` and `gone`: only one of the runs makes such an allocation. `now alive` and `no longer alive`: both make it, but
-only the second, or only the first, has it at its peak. `other lifetime`: as large, but freed in another phase."""
+"""`new` and `gone`: only one of the runs makes such an allocation. `now alive` and `no longer alive`: both runs make
+it, but it is alive only at the peak of the second, or only of the first. `other lifetime`: equal size, but freed in
+another phase."""
 _KINDS: tuple[ChangeKind, ...] = get_args(ChangeKind)
 _GREW, _SHRANK, _NEW, _GONE, _NOW, _NO_LONGER, _OTHER_LIFETIME = range(len(_KINDS))
 _NEVER = len(PHASES)
-"""Where the phase of a death is expected: alive at the end."""
+"""In place of the phase of a death: alive at the end."""
 _SETTINGS = ("target", "strategies", "device", "versions", "settings", "parameters", "capacity")
 
 
 @dataclass(frozen=True)
 class Change:
-    """Bytes of something in the first and in the second trace."""
+    """Bytes before (in the first trace) and after (in the second)."""
 
     before: int
     after: int
 
     @property
     def change(self) -> int:
-        """Bytes more (or, negative, fewer) than before."""
+        """Bytes added; negative if memory shrank."""
         return self.after - self.before
 
 
 @dataclass(frozen=True)
 class AllocationChange(Change):
-    """Allocations that changed in the same way; modules that differ by a layer's number only are counted together."""
+    """Allocations that changed in the same way; modules that differ only in a layer's index are merged."""
 
     kind: ChangeKind
     count: int
     category: Category
     module: str
-    """`layers.*.wq`: this module of one or more layers."""
+    """Module of one or more layers, such as `layers.*.wq`."""
     op: str
     phase: Phase
-    """They are born in."""
+    """Phase of their birth."""
     freed_before: str
-    """Phase they are freed in; `the end` where they are not, empty where they are not alive at the peak."""
+    """Phase of their death in the first trace; `the end` if never freed, empty if not alive at the peak."""
     freed_after: str
+    """The same in the second trace."""
 
 
 @dataclass(frozen=True)
 class StepChange(Change):
-    """The peak of one step; the categories are those of each run's own peak of that step, and sum to it."""
+    """The peak of one step. The categories are taken at each run's own peak of that step, and sum to it."""
 
     step: int
     categories: Mapping[str, Change]
@@ -79,7 +81,7 @@ class StepChange(Change):
 
 @dataclass(frozen=True)
 class Setting:
-    """Something that was set, or is given, otherwise: a reason for what changed."""
+    """A setting or property that differs between the traces, and may explain the change."""
 
     name: str
     before: Any
@@ -88,30 +90,30 @@ class Setting:
 
 @dataclass(frozen=True)
 class Difference:
-    """What changed; only what did, largest change first."""
+    """The differences between two traces, largest first; unchanged entries are left out."""
 
     peak: Change
     peak_before: Peak
     peak_after: Peak
     categories: Mapping[str, Change]
     modules: Mapping[str, Change]
-    """By module, names that differ by a layer's number only counted together."""
+    """By module; names that differ only in a layer's index are merged."""
     allocations: tuple[AllocationChange, ...]
     steps: tuple[StepChange, ...]
-    """Steps that both traces have, and whose peak or its categories changed."""
+    """Steps of both traces whose peak, or the categories at the peak, changed."""
     settings: tuple[Setting, ...]
     same_target: bool
-    """Whether both are of one target; modules of different targets may have different names."""
+    """Whether both traces are of one target; modules of different targets may have different names."""
 
     def __bool__(self) -> bool:
         return bool(self.categories or self.modules or self.allocations or self.steps)
 
 
 def diff(before: Trace, after: Trace) -> Difference:
-    """What changed from one trace to another, each at its own peak.
+    """Compare two traces, each at its own peak.
 
     Raises:
-        UsageError: when a trace is empty.
+        UsageError: a trace is empty.
     """
     at_peak = before.at(before.peak.event), after.at(after.peak.event)
     keys = _keys(before, after)
@@ -153,7 +155,7 @@ def _steps(before: Trace, after: Trace) -> Iterable[StepChange]:
 
 
 def _step(trace: Trace, step: int) -> tuple[int, dict[Category, int]] | None:
-    """Peak of a step, and its categories; None where nothing happens in it."""
+    """The peak of a step and its categories; None for a step without events."""
     try:
         peak = trace.peak_of(step)
     except UsageError:
@@ -162,7 +164,7 @@ def _step(trace: Trace, step: int) -> tuple[int, dict[Category, int]] | None:
 
 
 def changed_settings(before: Trace, after: Trace) -> tuple[Setting, ...]:
-    """What was set otherwise: target, strategies, device, versions, settings of the target and of the allocator."""
+    """The settings that differ: target, strategies, device, versions, settings of the target and of the allocator."""
     first, second = _settings(before), _settings(after)
     return tuple(
         Setting(name, first.get(name), second.get(name))
@@ -185,7 +187,7 @@ def _settings(trace: Trace) -> dict[str, Any]:
 
 
 def _keys(before: Trace, after: Trace) -> tuple[Ints, Ints]:
-    """For every allocation a number: equal where category, module, operator and phase are, in both traces."""
+    """A number for every allocation of both traces, equal if category, module, operator and phase are equal."""
     modules = {name: code for code, name in enumerate(dict.fromkeys((*before.modules, *after.modules)))}
     ops = {name: code for code, name in enumerate(dict.fromkeys((*before.ops, *after.ops)))}
 
@@ -211,7 +213,7 @@ def _allocations(
     one, other = _pairs(keys[0][here], keys[1][there])
     resized = here[one], there[other]
     here, there = np.delete(here, one), np.delete(there, other)
-    # How long an allocation lives decides its category: one that both make may have another in each.
+    # An allocation's category depends on its lifetime: one that both runs make may have a different category in each.
     made = [_joined(key // len(CATEGORIES), trace.size, sizes) for key, trace in zip(keys, traces, strict=True)]
     ends = _ends(before), _ends(after)
     moved = ends[0][same[0]] != ends[1][same[1]]
@@ -226,14 +228,14 @@ def _allocations(
 
 
 def _joined(key: Ints, value: Ints, values: Ints) -> Ints:
-    """One number for a key and a value; `values` has all that there are."""
+    """Combine a key and a value into one number; `values` are all values, sorted."""
     number: Ints = key * len(values) + np.searchsorted(values, value)
     return number
 
 
 def _pairs(before: Ints, after: Ints) -> tuple[Ints, Ints]:
-    """Positions with the same key: the first there is with the first, the second with the second, and so on."""
-    _, codes = np.unique(np.concatenate([before, after]), return_inverse=True)  # small enough to be multiplied
+    """Positions of equal keys: the first occurrence with the first, the second with the second, and so on."""
+    _, codes = np.unique(np.concatenate([before, after]), return_inverse=True)  # small enough to multiply below
     first, second = codes[: before.size], codes[before.size :]
     most = max(before.size, after.size)
     _, one, other = np.intersect1d(
@@ -243,7 +245,7 @@ def _pairs(before: Ints, after: Ints) -> tuple[Ints, Ints]:
 
 
 def _occurrence(keys: Ints) -> Ints:
-    """How often each key has been there before: int64 `[keys]`."""
+    """Number of earlier occurrences of each key: int64 `[keys]`."""
     order = np.argsort(keys, kind="stable")
     starts = np.flatnonzero(np.diff(keys[order], prepend=-1))
     counted = np.empty(keys.size, dtype=np.int64)
@@ -252,7 +254,7 @@ def _occurrence(keys: Ints) -> Ints:
 
 
 def _ends(trace: Trace) -> Ints:
-    """Phase in which each allocation is freed; `_NEVER` where it is alive at the end."""
+    """Phase in which each allocation is freed; `_NEVER` if it is alive at the end."""
     marks = np.maximum(np.searchsorted(trace.mark_event, trace.freed, side="right") - 1, 0)
     ends: Ints = np.where(trace.freed < 0, _NEVER, trace.mark_phase[marks])
     return ends
@@ -261,7 +263,7 @@ def _ends(trace: Trace) -> Ints:
 def _together(
     traces: tuple[Trace, Trace], ends: tuple[Ints, Ints], here: Ints, there: Ints, kind: Ints
 ) -> tuple[AllocationChange, ...]:
-    """Changes of the same kind, category, module of any layer, operator and phases as one; row -1 for none."""
+    """Merge changes of the same kind, category, module (of any layer), operator and phases; row -1: no allocation."""
     found: dict[tuple[Any, ...], npt.NDArray[np.int64]] = {}
     before, after = traces
     for row_before, row_after, code in zip(here.tolist(), there.tolist(), kind.tolist(), strict=True):

@@ -1,7 +1,7 @@
-"""Table 1: what each strategy does to parameter, activation, gradient and optimizer memory and to computation.
+"""Table 1: the effect of each strategy on parameter, activation, gradient and optimizer memory, and on computation.
 
-Memory rows compare each category's largest size over a steady step: the second one, where the optimizer's state is
-there. An arrow is drawn only for a change beyond 1 % and 1 MiB (computation: beyond 1 %).
+Memory rows compare each category's peak over a steady step: the second step, when the optimizer state exists. An arrow
+is drawn only for a change of more than 1 % and 1 MiB (computation: more than 1 %).
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ TITLES: Mapping[Row, str] = {
     "optimizer_state": "optimizer state",
     "computation": "computation (FLOPs)",
 }
-"""What each row is called where people read it."""
+"""Title of each row."""
 _COUNTED: Mapping[Row, tuple[Category, ...]] = {
     "parameter": ("parameter", "weight_copy"),
     "activation": ("activation",),
     "gradient": ("gradient",),
     "optimizer_state": ("optimizer_state",),
 }
-"""Categories that each memory row counts together."""
+"""Categories that each memory row sums."""
 _LEAST_PERCENT, _LEAST_BYTES = 1, 2**20
 _FORWARD = ("forward", "loss", "recompute")
-"""Phases whose allocations can be kept for the backward pass."""
+"""Phases whose allocations autograd can keep for the backward pass."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A trace with the name of its plan, and what is usually said of that plan (row to arrow; empty for none)."""
+    """A trace, the label of its plan, and the plan's textbook effect (row to arrow; may be empty)."""
 
     label: str
     trace: Trace
@@ -53,22 +53,22 @@ class Run:
 
 @dataclass(frozen=True)
 class Effect:
-    """One cell: bytes (of a memory row) or floating-point operations (of computation) before and after."""
+    """One cell: bytes (memory rows) or floating-point operations (computation) before and after."""
 
     row: Row
     arrow: Arrow
     before: int
     after: int
     parts: tuple[tuple[str, int, int], ...] = ()
-    """Categories that a row counts together, each with its own largest size before and after."""
+    """Categories that the row sums, each with its own peak before and after; empty for a row of one category."""
     seconds: tuple[float, float] | None = None
-    """Of the steady step before and after, where both were really run."""
+    """Seconds of the steady step before and after, if both were measured."""
     note: str = ""
-    """Why it is not what is usually said; empty when it is, or nothing is said."""
+    """Why the effect differs from the textbook; empty if it does not, or the textbook says nothing."""
 
     @property
     def share(self) -> float:
-        """Change as a share of `before`; infinite when that was zero."""
+        """Change as a fraction of `before`; infinite if only `before` is zero."""
         if self.before:
             return (self.after - self.before) / self.before
         return float("inf") if self.after else 0.0
@@ -85,7 +85,7 @@ class Effect:
 
 @dataclass(frozen=True)
 class Column:
-    """The effects of one plan, and the two runs they rest on."""
+    """The effects of one plan, and a description of the comparison."""
 
     label: str
     comparison: str
@@ -97,38 +97,38 @@ class Column:
 
 @dataclass(frozen=True)
 class Table1:
-    """One column a plan, all against the same baseline."""
+    """One column per plan, all compared with the same baseline."""
 
     columns: tuple[Column, ...]
 
     def arrows(self) -> dict[str, dict[str, str]]:
-        """`{plan: {row: arrow}}`."""
+        """The arrows as `{plan: {row: arrow}}`."""
         return {column.label: {effect.row: effect.arrow for effect in column.effects} for column in self.columns}
 
 
 def compare(baseline: Trace, runs: Sequence[Run]) -> Table1:
-    """Each run against the baseline.
+    """Compare each run with the baseline.
 
     Raises:
-        UsageError: when a trace has no training step.
+        UsageError: a trace has no training step.
     """
     return Table1(tuple(_column(baseline, run) for run in runs))
 
 
 def steady_step(trace: Trace) -> int:
-    """The second step, or the only one.
+    """The step to compare: the second one, or the only one.
 
     Raises:
-        UsageError: when the trace has no training step.
+        UsageError: the trace has no training step.
     """
     if not trace.steps:
-        raise UsageError("the trace has no training step: there is nothing to compare; record at least one, better two")
+        raise UsageError("the trace has no training step to compare: record at least one, or better two")
     return trace.steps[:2][-1]
 
 
 def _column(baseline: Trace, run: Run) -> Column:
     comparison = (
-        f"largest size of each category in step {steady_step(run.trace)} with the strategy, against step "
+        f"peak of each category in step {steady_step(run.trace)} with the strategy, compared with step "
         f"{steady_step(baseline)} of the baseline; computation: floating-point operations of the same steps"
     )
     return Column(run.label, comparison, tuple(_effect(row, baseline, run) for row in ROWS))
@@ -165,13 +165,13 @@ def _arrow(before: int, after: int, least: int) -> Arrow:
 
 
 def _in_steady_step(trace: Trace, name: str) -> Any:
-    """An entry of a list in `meta` that has one for each step; None when the run has no such list."""
+    """The steady step's entry of a list in `meta` that has one entry per step; None if the run has no such list."""
     values = trace.meta.get(name)
     return values[steady_step(trace)] if values else None
 
 
 def _curve(trace: Trace, *categories: Category) -> Ints:
-    """Bytes of several categories together after each event of the steady step: int64 `[events of the step]`."""
+    """Total bytes of several categories after each event of the steady step: int64 `[events of the step]`."""
     first, last = trace.step_range(steady_step(trace))
     curve: Ints = np.sum([trace.timeline(category)[first:last] for category in categories], axis=0)
     return curve
@@ -186,7 +186,7 @@ def _computation_reason(effect: Effect) -> str:
 
 
 def _memory_reason(effect: Effect, baseline: Trace, trace: Trace) -> str:
-    """What the two traces differ in most, at the moments where the row is largest."""
+    """The largest difference between the two traces, at the moments where the row peaks."""
     if effect.arrow == "–":
         return _became(format_bytes(effect.before), format_bytes(effect.after))
     before, after = (_origins(t, _COUNTED[effect.row]) for t in (baseline, trace))
@@ -203,7 +203,7 @@ def _became(before: str, after: str) -> str:
 
 
 def _origins(trace: Trace, categories: tuple[Category, ...]) -> dict[tuple[Category, str, str], int]:
-    """Bytes by category, operator and phase, where the categories together are largest in the steady step."""
+    """Bytes by category, operator and phase, at the event of the steady step where the sum of the categories peaks."""
     first, _ = trace.step_range(steady_step(trace))
     at = first + int(np.argmax(_curve(trace, *categories)))
     return {
@@ -212,7 +212,7 @@ def _origins(trace: Trace, categories: tuple[Category, ...]) -> dict[tuple[Categ
 
 
 def _kept(trace: Trace, category: Category, op: str, phase: str) -> str:
-    """How many allocations of one origin are alive when the backward pass after them begins, in words."""
+    """How many allocations of one origin are still alive when the next backward pass begins, in words."""
     if phase not in _FORWARD:
         return ""
     chosen = (trace.category == CATEGORIES.index(category)) & (trace.phase == PHASES.index(phase))

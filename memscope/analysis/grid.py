@@ -1,7 +1,7 @@
-"""Table 2: every combination of some strategies, each on or off, with the memory it needs and the time a run takes.
+"""Table 2: the memory and time of every combination of several strategies, each on or off.
 
-All combinations process the same samples a step: a strategy that changes how they are processed says what the run
-without it is (`Strategy.baseline`), such as the same effective batch in one go without gradient accumulation.
+All combinations process the same samples per step. A strategy that changes how samples are processed defines the run
+without it (`Strategy.baseline`): gradient accumulation, for example, by the same effective batch in one micro-batch.
 """
 
 from __future__ import annotations
@@ -20,52 +20,52 @@ __all__ = ["Cell", "Grid", "combinations", "table2"]
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination."""
+    """One combination of strategies."""
 
     applied: tuple[bool, ...]
-    """Which of the grid's factors, in their order."""
+    """Whether each of the grid's factors is applied, in their order."""
     fits: bool
     allocated_bytes: int | None
-    """Most memory allocated. Where it does not fit: what it would need, if that was simulated; else None."""
+    """Peak allocated bytes. If the combination does not fit: with unlimited memory if simulated, None if measured."""
     reserved_bytes: int | None
-    """The same of reserved memory; None also where there is no allocator to reserve any."""
+    """Peak reserved bytes, likewise; None also on a device without a caching allocator."""
     seconds: float | None
-    """What the run of all samples takes; None where it does not fit, or that is not known."""
+    """Time of a run over all samples; None if the combination does not fit, or the time is not known."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Table 2: a cell for each combination, the one without any strategy first."""
+    """Table 2: one cell per combination, beginning with no strategy at all."""
 
     target: str
     device: str
     predicted: bool
-    """True: memory is simulated and time an estimate. False: both were measured."""
+    """True: memory is simulated and time is estimated. False: both were measured."""
     factors: tuple[str, ...]
-    """Strategies with their settings, as a plan writes them."""
+    """Strategies with their settings, in plan syntax."""
     cells: tuple[Cell, ...]
     samples: int
     memory_bytes: int | None
-    """Most that PyTorch could take of the GPU where that was limited; else None."""
+    """PyTorch's memory limit on the GPU, if one was set; else None."""
     limit_bytes: int | None
-    """`memory_bytes`, or what the device has, less its context where that is known; None on the CPU."""
+    """`memory_bytes`, or else the device's memory minus its CUDA context, if known; None on the CPU."""
     samples_per_step: int | None
-    """None where the samples of a batch cannot be counted: then there is no time."""
+    """None if the samples of a batch cannot be counted; the cells then have no time."""
 
     @property
     def steps(self) -> int | None:
-        """Optimizer steps that the samples take; the last one is whole, too."""
+        """Optimizer steps needed for all samples, rounded up; None if the samples per step are not known."""
         return None if not self.samples_per_step else -(-self.samples // self.samples_per_step)
 
 
 def combinations(factors: Sequence[Strategy]) -> list[tuple[tuple[bool, ...], Plan]]:
-    """Which factors each combination applies, and its plan: first none, last all; the first factor changes last.
+    """The factors of each combination and its plan, from none to all; the first factor changes slowest.
 
     Raises:
-        UsageError: when there is no factor, one is there twice, or a combination of them cannot be used.
+        UsageError: `factors` is empty, has a strategy twice, or has a combination that cannot be used.
     """
     if not factors:
-        raise UsageError("the grid has no strategy: name those to combine, for example --grid ga,amp,lora")
+        raise UsageError("the grid has no strategy: name the strategies to combine, for example --grid ga,amp,lora")
     Plan.of(*factors)
     choices = itertools.product((False, True), repeat=len(factors))
     return [(applied, Plan.of(*itertools.compress(factors, applied))) for applied in choices]
@@ -77,22 +77,22 @@ def table2(
     samples: int,
     memory_bytes: int | None = None,
 ) -> Grid:
-    """Table 2 of the traces of all combinations; None stands for a run that had no room even for the weights.
+    """Build Table 2 from the traces of all combinations; None stands for a run whose weights alone do not fit.
 
-    A run's time is that of its last step, measured or estimated, times the steps that `samples` take.
+    The time of a run is that of its last step, measured or estimated, times the number of steps for `samples`.
 
     Raises:
-        OutOfDeviceMemory: when no run has a trace.
-        UsageError: when runs differ in the samples of a step, so that they cannot be compared.
+        OutOfDeviceMemory: no run has a trace.
+        UsageError: the runs process different numbers of samples per step, so they cannot be compared.
     """
     traces = [trace for _, trace in runs if trace is not None]
     if not traces:
         raise OutOfDeviceMemory(
-            "no combination has room for the weights: choose a larger device, a smaller preset, or more --memory"
+            "the weights do not fit in any combination: choose a larger device, a smaller preset, or more --memory"
         )
     counts = {trace.meta.get("samples_per_step") for trace in traces}
     if len(counts) > 1:
-        raise UsageError(f"the runs process different numbers of samples a step ({counts}): they cannot be compared")
+        raise UsageError(f"the runs process different numbers of samples per step ({counts}): they cannot be compared")
     device = traces[0].meta["device"]
     empty = Grid(
         target=traces[0].meta["target"],

@@ -1,7 +1,7 @@
-"""The ledger: how the numbers that different tools show for one run follow from each other.
+"""The ledger: reconciles the figures that different tools show for one run.
 
-requested → allocated (whole blocks) → reserved (segments; what is not allocated of them is cached or unusable) →
-context and libraries → what the driver reports, with a row for what nobody explains; other processes apart.
+requested → allocated (whole blocks) → reserved (segments, including cached and unusable memory) → CUDA context and
+libraries → the driver's count, with an explicit unexplained row; other processes are listed separately.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["Ledger", "Line", "ledger"]
 
 @dataclass(frozen=True)
 class Line:
-    """One step of the way: `added` bytes lead from the line above to `total`."""
+    """One line: `added` bytes lead from the total of the line above to this `total`."""
 
     name: str
     added: int
@@ -32,11 +32,11 @@ class Line:
 
 @dataclass(frozen=True)
 class Ledger:
-    """From what was asked for at the peak to what the device shows."""
+    """The figures of one run, from the bytes requested at the peak to the memory the device reports."""
 
     lines: tuple[Line, ...]
     note: str = ""
-    """Why a line is missing, as a sentence."""
+    """Why lines are missing, as a sentence; empty if none is."""
 
     def __getitem__(self, name: str) -> Line:
         return next(line for line in self.lines if line.name == name)
@@ -55,17 +55,17 @@ class Ledger:
         return notebook_html(self.__rich__())
 
     def total(self, name: str) -> int | None:
-        """The total of a line; None where the ledger has no such line."""
+        """The total of a line; None if the ledger has no such line."""
         return next((line.total for line in self.lines if line.name == name), None)
 
 
 def ledger(trace: Trace) -> Ledger | None:
-    """The ledger of a trace's peak; None where there is no allocator to account for (a run on the CPU).
+    """The ledger of a trace's peak; None for a run without a caching allocator (on the CPU).
 
-    Requested and allocated are those of the moment with the most allocated memory; reserved is the most of the whole
-    run, as `torch.cuda.max_memory_reserved` shows it. In a measured run `context` is what the driver counted beyond
-    reserved memory before the first step, and `unexplained` how much more that was after the last one: kernels loaded
-    on first use, and what libraries took past PyTorch's allocator.
+    Requested and allocated bytes are those at the allocated peak; reserved is the peak of the whole run, as shown by
+    `torch.cuda.max_memory_reserved`. In a measured run, `context` is the memory that the driver counted beyond reserved
+    memory before the first step, and `unexplained` is its growth until the end of the last step: kernels loaded on
+    first use, and memory that libraries took outside PyTorch's allocator.
     """
     if not trace.reserved.size:
         return None
@@ -82,28 +82,28 @@ def ledger(trace: Trace) -> Ledger | None:
         seen, note = _seen_by_driver(trace, reserved)
         return Ledger((*lines, *seen), note)
     context = int(trace.meta["context"])
-    if not context:  # `gpu` is no certain device
-        return Ledger(tuple(lines), "what the driver would count beyond reserved memory is not known of this device")
+    if not context:  # `gpu` is not a specific device
+        return Ledger(tuple(lines), "the driver's memory beyond reserved memory is not known for this device")
     lines.append(Line("device", context, reserved + context, "nvidia-smi, of this process", estimate=True))
     return Ledger(tuple(lines))
 
 
 def _seen_by_driver(trace: Trace, reserved: int) -> tuple[list[Line], str]:
-    """The lines from reserved memory to what the driver counted, and why there are none or fewer."""
+    """The lines from reserved memory to the driver's count, and why lines are missing."""
     before, after = trace.meta["driver"]["before"], trace.meta["driver"]["after"]
     alone = before["process_bytes"] is not None and after["process_bytes"] is not None
     kind, whose = ("process_bytes", "of this process") if alone else ("used_bytes", "of all processes together")
     if before[kind] is None or after[kind] is None:
-        return [], f"what the driver counts is not known: {after['reason'] or before['reason']}"
+        return [], f"the driver's count is not known: {after['reason'] or before['reason']}"
     context = before[kind] - trace.meta["reserved_before"]
     unexplained = after[kind] - trace.meta["reserved_at_end"] - context
     device = reserved + context + unexplained
     lines = [
         Line("context", context, reserved + context, f"nvidia-smi before the first step, {whose}, beyond reserved"),
-        Line("unexplained", unexplained, device, "what is left"),
+        Line("unexplained", unexplained, device, "the remainder"),
         Line("device", 0, device, f"nvidia-smi, {whose}"),
     ]
     if not alone:
-        return lines, f"this process cannot be told from others: {after['reason'] or before['reason']}"
+        return lines, f"this process cannot be distinguished from others: {after['reason'] or before['reason']}"
     others = after["others_bytes"]
-    return [*lines, Line("others", others, device + others, "nvidia-smi, with other processes")], ""
+    return [*lines, Line("others", others, device + others, "nvidia-smi, all processes")], ""

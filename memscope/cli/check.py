@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from memscope.analysis.check import Limit, Verdict, budget_verdict, check, format_value
+from memscope.analysis.check import TraceLimit, Verdict, budget_verdict, check, format_value
 from memscope.analysis.diff import Setting, changed_settings
 from memscope.analysis.inferred import how_inferred
 from memscope.cli.next_command import print_next, report_words
@@ -69,7 +69,7 @@ def command(options: CheckOptions) -> int:
     """
     file, baseline = options.file, options.baseline
     budget_bytes = None if options.budget is None else parse_budget(options.budget)
-    limits = [Limit.parse(text) for text in options.limits]
+    limits = [TraceLimit.parse(text) for text in options.limits]
     _require_use(budget_bytes, limits, baseline)
     trace = load_run(file).trace
     base = None if baseline is None else load_run(baseline).trace
@@ -112,7 +112,7 @@ class _Checked:
         return not self.ended and all(verdict.holds for verdict in self.verdicts)
 
 
-def _require_use(budget_bytes: int | None, limits: Sequence[Limit], baseline: Path | None) -> None:
+def _require_use(budget_bytes: int | None, limits: Sequence[TraceLimit], baseline: Path | None) -> None:
     relative = [limit for limit in limits if limit.relative]
     if budget_bytes is None and not limits:
         raise UsageError(

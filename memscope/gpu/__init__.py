@@ -1,1 +1,1 @@
-"""A real GPU: the history of its allocator, what its driver counts, and both joined with the tags of the hooks."""
+"""A real GPU: its allocator's history, its driver's memory count, and both joined with the tags of the hooks."""

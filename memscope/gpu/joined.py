@@ -1,4 +1,4 @@
-"""The allocator's blocks and the tracker's storages, joined into one Trace: every byte has an owner."""
+"""Join the allocator's blocks with the tracker's storages into one Trace, so that every byte has an owner."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ _WORKSPACE, _OTHER = CATEGORIES.index("workspace"), CATEGORIES.index("other")
 
 @dataclass(frozen=True)
 class Recording:
-    """What the allocator of one device did while it was recorded, as `torch.cuda.memory._snapshot()` tells it."""
+    """The recorded history of one device's allocator, from `torch.cuda.memory._snapshot()`."""
 
     before: Sequence[Entry]
     """The device's segments when recording began."""
     entries: Sequence[Entry]
-    """What it did since then, nothing dropped."""
+    """All entries of the history since then, none of them dropped."""
     after: Sequence[Entry]
-    """Its segments when recording ended."""
+    """The device's segments when recording ended."""
     settings: AllocatorSettings
     capacity_bytes: int
     """`torch.cuda.get_device_properties().total_memory`."""
     limit_bytes: int | None = None
-    """What the process may take of it, if less: `torch.cuda.set_per_process_memory_fraction`."""
+    """The process's own memory limit, if one is set: `torch.cuda.set_per_process_memory_fraction`."""
 
 
 def joined(
@@ -48,25 +48,25 @@ def joined(
     meta: Mapping[str, Any],
     ran_out: bool = False,
 ) -> Trace:
-    """A trace with a row for every block of the history.
+    """Build a trace with a row for every block of the history.
 
-    A block belongs to the storage that was first seen at its address, in the operator it was taken in. A block without
-    a storage is a `workspace` of the operator that took it; one that no operator took, or that was there before and has
-    no known owner, is `other`. A block is dead when its memory is given back to the allocator (`free_requested`), as
-    `torch.cuda.memory_allocated` has it, even while another stream still uses it.
+    A block belongs to the storage first seen at its address, in the operator that allocated the block. A block without
+    a storage is a `workspace` of the operator that allocated it. A block that no operator allocated, or that is older
+    than the recording and has no known owner, is `other`. A block dies when its memory is returned to the allocator
+    (`free_requested`), as counted by `torch.cuda.memory_allocated`, even if another stream still uses it.
 
     Args:
-        history: what the allocator did.
-        moments: what the host did; its sightings are of the births in `seen`, in the same order.
-        seen: the storages the tracker saw, every one with its category.
-        modules: names of the modules; `seen` indexes them.
-        ops: names of the operators; `seen` and `moments` index them.
-        meta: what the trace keeps beside what the allocator says.
-        ran_out: the last request of the history that was not met ended the recording. `meta["out_of_memory"]` says
-            which, as in a simulation; the trace ends there.
+        history: the allocator's history.
+        moments: the host's activity; its sightings belong to the births in `seen`, in the same order.
+        seen: the storages that the tracker saw, each with its category.
+        modules: names of the modules, indexed by `seen`.
+        ops: names of the operators, indexed by `seen` and `moments`.
+        meta: further entries for the trace's `meta`.
+        ran_out: whether running out of memory ended the recording. `meta["out_of_memory"]` then describes the last
+            failed request of the history, as in a simulation; the trace ends there.
 
     Raises:
-        MemscopeError: when the history contradicts itself.
+        MemscopeError: the history contradicts itself.
     """
     taken_in = [address for moment, address in moments.sightings if moment == 0]
     blocks = read_blocks(history.before, history.entries, history.settings, taken_in)
@@ -108,8 +108,8 @@ def joined(
 def _owners(
     blocks: RecordedBlocks, within: Ints, begun: Ints, moments: Moments, seen: Allocations
 ) -> tuple[list[int], int]:
-    """The storage of each block, -1 for none; and the bytes of storages that lie in no block of the allocator."""
-    last: dict[tuple[int, int], int] = {}  # the last block an operator took at an address: its output lies there
+    """The storage of each block (-1: none), and the bytes of storages that are in no block of the allocator."""
+    last: dict[tuple[int, int], int] = {}  # the last block an operator allocated at an address holds its output
     by_address: dict[int, tuple[list[int], list[int]]] = {}
     for row, (address, entry) in enumerate(zip(blocks.address.tolist(), blocks.entry.tolist(), strict=True)):
         if entry >= 0:
@@ -120,7 +120,7 @@ def _owners(
     owners, strange_bytes = [-1] * len(blocks.size), 0
     for storage, (moment, address) in enumerate(moments.sightings):
         row = last.get((moment, address), -1)
-        if row < 0 and address in by_address:  # seen by another operator than the one that took it
+        if row < 0 and address in by_address:  # seen in another operator than the one that allocated it
             since, rows = by_address[address]
             at = bisect_right(since, moment) - 1
             row = rows[at] if at >= 0 else -1
@@ -132,13 +132,13 @@ def _owners(
 
 
 def _of_storage(seen: Allocations, storage: int) -> tuple[int, int, int, int, int, int]:
-    """Category, module, op, phase, step and micro-batch."""
+    """Category, module, op, phase, step and micro-batch of a storage."""
     birth = seen.births[storage]
     return seen.category[storage], birth.module, birth.op, birth.phase, birth.step, birth.micro_batch
 
 
 def _of_block(moments: Moments, within: Ints, begun: Ints, entry: int) -> tuple[int, int, int, int, int, int]:
-    """The same of a block that has no storage; `entry` is -1 for one that was there before."""
+    """The same for a block without a storage; `entry` is -1 for a block older than the recording."""
     number = int(within[entry]) if entry >= 0 else -1
     if number >= 0:
         return _WORKSPACE, *_whereabouts(moments, number)
@@ -155,7 +155,7 @@ def _marks(moments: Moments, blocks: RecordedBlocks, begun: Ints) -> list[tuple[
     """Event, phase, step and micro-batch of each change of phase."""
     of_event = np.where(blocks.event_entry >= 0, np.append(begun, 0)[blocks.event_entry], -1)
     events = np.searchsorted(of_event, moments.marks, side="left").tolist()
-    events[0] = 0  # what was there before belongs to the setup
+    events[0] = 0  # blocks older than the recording belong to the setup
     marks: list[tuple[int, ...]] = []
     for number, event in zip(moments.marks, events, strict=True):
         row = moments.rows[number]
@@ -169,7 +169,7 @@ def _marks(moments: Moments, blocks: RecordedBlocks, begun: Ints) -> list[tuple[
 def _described(
     trace: Trace, refusal: Refusal, place: tuple[int, int, int, int, int, int], limit_bytes: int | None
 ) -> dict[str, Any]:
-    """The request that failed and what there was, as JSON values."""
+    """The failed request and the memory in use, as JSON values."""
     _, module, op, phase, step, micro_batch = place
     return {
         "event": refusal.event,

@@ -1,4 +1,4 @@
-"""What the driver sees of a device's memory: this process, the others, and how much there is. Read through NVML."""
+"""A device's memory as the driver counts it: the total, this process and other processes. Read through NVML."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ __all__ = ["DriverMemory", "driver_memory"]
 
 @dataclass(frozen=True)
 class DriverMemory:
-    """A device's memory in bytes, as nvidia-smi shows it; None: not known, and `reason` says why."""
+    """A device's memory in bytes, as shown by nvidia-smi. None: not known; `reason` says why."""
 
     total_bytes: int | None = None
     used_bytes: int | None = None
-    """By all processes. What the driver keeps for itself counts only where it does not tell it apart (before 510)."""
+    """Used by all processes. Drivers before 510 include their own reserved memory."""
     process_bytes: int | None = None
-    """By this process: what its allocators hold, the CUDA context, and what libraries took."""
+    """Used by this process: memory reserved by its allocators, the CUDA context, and memory of libraries."""
     others_bytes: int | None = None
-    """By the other processes."""
+    """Used by other processes."""
     reason: str = ""
 
 
 def driver_memory(uuid: str, pid: int | None = None, library: Any = None) -> DriverMemory:
-    """Ask the driver; whatever is missing (library, driver, permission, the process itself) is a reason, not an error.
+    """Query the driver. A missing library, driver, permission or process becomes a `reason`, not an error.
 
     Args:
-        uuid: of the device, with or without `GPU-` before it (`torch.cuda.get_device_properties().uuid`).
-        pid: of the process to be told apart; None: this one.
+        uuid: the device's UUID, with or without the prefix `GPU-` (`torch.cuda.get_device_properties().uuid`).
+        pid: ID of the process to count separately; None: this process.
         library: NVML's Python module; None: `pynvml` of the package nvidia-ml-py.
     """
     if library is None:
         try:
             library = importlib.import_module("pynvml")
         except ImportError:
-            return DriverMemory(reason="the package nvidia-ml-py, which asks the driver, is not installed")
+            return DriverMemory(reason="the package nvidia-ml-py, which queries the driver, is not installed")
     try:
         with _initialized(library):
             handle = library.nvmlDeviceGetHandleByUUID(_full(uuid))
@@ -65,13 +65,13 @@ def _asked(library: Any, handle: Any, pid: int) -> DriverMemory:
     try:
         taken = _by_process(library, handle)
     except library.NVMLError as error:
-        return DriverMemory(total, used, reason=f"the driver does not tell processes apart: {error}")
+        return DriverMemory(total, used, reason=f"the driver does not list processes: {error}")
     own = taken.get(pid)
     if pid not in taken:
-        reason = f"the driver lists no process {pid}: inside a container it may know it by another number"
+        reason = f"the driver does not list process {pid}: inside a container, the driver may use another process ID"
         return DriverMemory(total, used, reason=reason)
     if own is None:
-        return DriverMemory(total, used, reason="the driver does not tell how much each process takes")
+        return DriverMemory(total, used, reason="the driver does not report the memory of each process")
     return DriverMemory(total, used, own, max(0, used - own))
 
 
@@ -88,7 +88,7 @@ def _totals(library: Any, handle: Any) -> tuple[int, int]:
 
 
 def _by_process(library: Any, handle: Any) -> dict[int, int | None]:
-    """Bytes by process; a process that computes and draws is listed twice, with the same bytes."""
+    """Bytes of each process that computes on the device, by process ID."""
     taken: dict[int, int | None] = {}
     for process in library.nvmlDeviceGetComputeRunningProcesses(handle):
         taken[process.pid] = process.usedGpuMemory

@@ -1,7 +1,7 @@
-"""Recording of what PyTorch's CUDA allocator does, for as long as a recorder is entered.
+"""Record the history of PyTorch's CUDA allocator while a recorder is entered.
 
-Sources: torch/cuda/memory.py and torch/csrc/cuda/Module.cpp, PyTorch 2.6 to 2.13. Recording is switched on and off for
-every device of the process; the history read is that of one.
+Sources: torch/cuda/memory.py and torch/csrc/cuda/Module.cpp, PyTorch 2.6 to 2.13. PyTorch switches recording on and off
+for all devices of the process; the watch reads the history of one device.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class AllocatorWatch:
     """Records one device's allocator while it is entered.
 
     Attributes:
-        moments: for a `StorageTracker`, which tells it what the host does.
+        moments: the host's activity, filled in by a `StorageTracker`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -42,16 +42,16 @@ class AllocatorWatch:
         if torch.cuda.get_allocator_backend() != "native":
             raise UsageError(
                 f'the allocator "{torch.cuda.get_allocator_backend()}" keeps no history: '
-                "record with PyTorch's own, backend:native in PYTORCH_CUDA_ALLOC_CONF"
+                "record with PyTorch's native allocator (backend:native in PYTORCH_CUDA_ALLOC_CONF)"
             )
         if torch._C._cuda_isHistoryEnabled():
             raise UsageError(
-                "the history of CUDA allocations is being recorded already, and there is only one: "
-                "stop that first, with torch.cuda.memory._record_memory_history(enabled=None)"
+                "PyTorch is already recording its history of CUDA allocations, and it has only one: "
+                "stop that recording first with torch.cuda.memory._record_memory_history(enabled=None)"
             )
         self._history = None
         self._driver = [self._asked_driver()]
-        # Kept by PyTorch from one matrix product to the next: given back here, they are recorded where they are taken.
+        # PyTorch keeps these from one matrix product to the next. Freed here, they are recorded when allocated again.
         torch._C._cuda_clearCublasWorkspaces()
         _start_history()
         try:
@@ -72,10 +72,10 @@ class AllocatorWatch:
 
     @property
     def history(self) -> Recording:
-        """What was recorded; there after leaving.
+        """The recorded history; available after leaving.
 
         Raises:
-            MemscopeError: when nothing was recorded.
+            MemscopeError: nothing was recorded.
         """
         if self._history is None:
             raise MemscopeError("nothing was recorded: the recorder was not entered and left")
@@ -95,7 +95,7 @@ class AllocatorWatch:
         return joined(self.history, self.moments, seen, modules=modules, ops=ops, meta=meta, ran_out=ran_out)
 
     def _meta(self) -> dict[str, Any]:
-        """What the trace keeps of the device and the driver, JSON values."""
+        """The `meta` entries about the device and the driver, as JSON values."""
         before, after = self._driver
         return {
             "device": {"name": torch.cuda.get_device_name(self._device), "simulated": False},
@@ -104,7 +104,7 @@ class AllocatorWatch:
         }
 
     def synchronize(self) -> None:
-        """Wait until the device has done all it was asked to."""
+        """Wait until the device has finished all submitted work."""
         torch.cuda.synchronize(self._device)
 
     def _read(self, snapshot: dict[str, Any]) -> Recording:
@@ -125,20 +125,20 @@ class AllocatorWatch:
     def _asked_driver(self) -> DriverMemory:
         uuid = getattr(torch.cuda.get_device_properties(self._device), "uuid", None)
         if uuid is None:
-            return DriverMemory(reason="this PyTorch does not tell which device the driver is to be asked for")
+            return DriverMemory(reason="this version of PyTorch does not provide the device's UUID")
         return driver_memory(str(uuid))
 
 
 def _start_history() -> None:
-    """Begin with an empty history, without stacks and without a limit."""
+    """Start recording with an empty history, without stacks and without a limit."""
     options: dict[str, Any] = {"context": None, "stacks": "python"}
     if "clear_history" in inspect.signature(torch.cuda.memory._record_memory_history).parameters:
-        options["clear_history"] = True  # before there was this, it was always so
+        options["clear_history"] = True  # versions without this option always clear the history
     torch.cuda.memory._record_memory_history(enabled="all", **options)
 
 
 def _annotation() -> Callable[[str], None] | None:
-    """Attaches a text to the thread's next allocations, where this PyTorch can."""
+    """PyTorch's function that attaches a text to the thread's next allocations; None if this version has none."""
     return getattr(torch._C, "_cuda_setMemoryMetadata", None)
 
 

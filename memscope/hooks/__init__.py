@@ -1,1 +1,1 @@
-"""Who owns each byte, and when: what is watched while a training step runs."""
+"""Hooks that find the owner and lifetime of each byte while a training step runs."""

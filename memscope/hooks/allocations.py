@@ -1,4 +1,4 @@
-"""What a tracker has seen: every allocation, and where the run was meanwhile."""
+"""The allocations that a tracker has seen, and the phases of the run."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from memscope.trace import CATEGORIES
 __all__ = ["UNKNOWN", "Allocations", "Birth"]
 
 UNKNOWN = -1
-"""The category of an allocation of which nothing is known yet."""
+"""Category of an allocation whose purpose is not known yet."""
 _TEMPORARY, _OTHER = CATEGORIES.index("temporary"), CATEGORIES.index("other")
 
 
 class Birth(NamedTuple):
-    """An allocation when it was made; names are given as indices."""
+    """An allocation at its birth; module, op and phase are indices."""
 
     size_bytes: int
     module: int
@@ -31,19 +31,19 @@ class Birth(NamedTuple):
 
 @dataclass
 class Allocations:
-    """What was seen, in order of birth; `category` and `freed` are filled in later than the rest."""
+    """All allocations seen, in order of birth; `category` and `freed` are filled in later."""
 
     births: list[Birth] = field(default_factory=list)
     category: list[int] = field(default_factory=list)
     freed: list[int] = field(default_factory=list)
     marks: list[tuple[int, int, int, int]] = field(default_factory=list)
-    """`(event, phase, step, micro_batch)` whenever one of the last three changes."""
+    """`(event, phase, step, micro_batch)` for each change of phase, step or micro-batch."""
     work: WorkDone = field(default_factory=WorkDone)
 
     def settle(self, *, never_freed_in: int | None) -> None:
-        """Name the rest: temporary if freed within its step, else `other`.
+        """Categorize the remaining allocations: `temporary` if freed within their step, else `other`.
 
-        What was never freed counts as freed in step `never_freed_in`; None: in no step.
+        Allocations that were never freed count as freed in step `never_freed_in`; None: in no step.
         """
         ends = np.array([mark[0] for mark in self.marks])
         steps = [mark[2] for mark in self.marks]

@@ -1,4 +1,4 @@
-"""Calls of chosen modules: when each began and ended, and which allocations it was given and gave back."""
+"""Record calls of selected modules: start, end, and the allocations of their inputs and outputs."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ __all__ = ["ModuleCalls"]
 
 
 class ModuleCalls:
-    """Notes every call of the modules named, while it is entered; leaves no hook behind.
+    """Records every call of the named modules while it is entered; removes its hooks on leaving.
 
     Attributes:
-        rows: one JSON object a call, in order of its beginning: `module` (name), `step`, `micro_batch`, `began` and
-            `ended` (events), `given` and `gave` (indices of the allocations that hold its tensors, without repetition).
+        rows: one JSON object per call, in order of their start: `module` (name), `step`, `micro_batch`, `began` and
+            `ended` (events), `given` and `gave` (indices of the allocations of its inputs and outputs, without
+            repetition).
     """
 
     def __init__(self, model: nn.Module, names: Collection[str], tracker: StorageTracker) -> None:

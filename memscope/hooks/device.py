@@ -1,4 +1,4 @@
-"""The real device that a recorder watches, as far as the recorder needs to know it."""
+"""The interface between a recorder and the real device it watches."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from memscope.trace import Trace
 __all__ = ["DeviceWatch", "require_gpu", "watch_of"]
 
 _WATCHES = {"cuda": "memscope.gpu.watch:AllocatorWatch"}
-"""Device type → the class that watches such a device. Named, not imported: `memscope.gpu` is built on these hooks."""
+"""Device type → class that watches such a device, named rather than imported: `memscope.gpu` imports these hooks."""
 
 
 class DeviceWatch(AbstractContextManager["DeviceWatch"], Protocol):
     """Watches the allocator of one real device while it is entered."""
 
     moments: Moments
-    """Tells a `StorageTracker`'s operators to the watch."""
+    """The host's activity, filled in by a `StorageTracker`."""
 
     def synchronize(self) -> None:
         """Wait until the device has finished all submitted work."""
@@ -54,10 +54,10 @@ def watch_of(device: torch.device | None) -> DeviceWatch | None:
 
 
 def require_gpu() -> None:
-    """Refuse to go on where PyTorch has no CUDA device.
+    """Check that PyTorch has a CUDA device.
 
     Raises:
-        UsageError: there is none; the message says how to simulate one.
+        UsageError: it has none; the message explains how to simulate one.
     """
     if not torch.cuda.is_available():
         raise UsageError(

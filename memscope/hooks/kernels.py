@@ -1,4 +1,4 @@
-"""What the tracker asks of whoever knows the memory that kernels take inside themselves."""
+"""The interface between the tracker and the kernel workspace model: memory that kernels allocate internally."""
 
 from __future__ import annotations
 
@@ -14,42 +14,42 @@ class Workspace:
     """One allocation made inside an operator."""
 
     name: str
-    """What it holds."""
+    """Contents of the workspace."""
     size_bytes: int
-    """Bytes asked of the allocator."""
+    """Bytes requested from the allocator."""
     lifetime: Literal["op", "handle"]
-    """`op`: free when the operator returns. `handle`: kept; a thread takes it once for each stream and `key`.
+    """`op`: freed when the operator returns. `handle`: kept; each thread allocates it once per stream and `key`.
 
-    Autograd runs the backward, and what it recomputes, in a thread of its own: that thread and the main one have one
-    each.
+    Autograd runs the backward pass, including recomputation, in its own thread; that thread and the main thread have
+    separate workspaces.
     """
     source: str
-    """The file it was read from."""
+    """Source file of the size."""
     key: str = ""
-    """For the lifetime `handle`: which of a thread's kept workspaces this is."""
+    """For the lifetime `handle`: identifies the workspace among those that a thread keeps."""
     before_outputs: bool = False
-    """Whether it is taken before the operator's outputs."""
+    """Whether the workspace is allocated before the operator's outputs."""
     frees: tuple[str, ...] = ()
-    """Names of workspaces of the same call that are free again when this one is taken."""
+    """Names of workspaces of the same call that are freed before this one is allocated."""
     estimate: bool = False
-    """Whether the size is not exactly known."""
+    """Whether the size is an estimate."""
 
     def uncertain(self) -> Workspace:
-        """The same, marked as an estimate."""
+        """The same workspace, marked as an estimate."""
         return replace(self, estimate=True)
 
 
 class Kernels(Protocol):
-    """Knows what kernels take inside themselves, where no real kernel runs to take it."""
+    """The kernel workspace model: memory that kernels allocate internally, for runs in which no real kernel runs."""
 
     def covers(self, name: str) -> bool:
-        """Whether an operator, named with its overload, may take any."""
+        """Whether an operator, named with its overload, may allocate workspaces."""
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Workspace]:
-        """What one call takes, in order."""
+        """The workspaces of one call, in order of allocation."""
 
     def has_own_order(self, name: str) -> bool:
-        """Whether `born` may say something of an operator, named with its overload."""
+        """Whether `born` may return an order for an operator, named with its overload."""
 
     def born(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...] | None:
-        """Which results of one call are made on the device, in which order; None: all, as they are given back."""
+        """Indices of the results that one call makes on the device, in order; None: all, in the order returned."""

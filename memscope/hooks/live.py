@@ -1,4 +1,4 @@
-"""Sum up what a recorder has seen while the run goes: a little at the start of each phase, nothing in between."""
+"""Report a recorder's memory during the run: a little work at the start of each phase, none in between."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ["LiveStates"]
 
 
 class LiveStates:
-    """Tells the state of a run of `run_step` whenever `moved` is called.
+    """Reports the state of a run of `run_step` whenever `moved` is called.
 
-    Each call looks at the allocations that were alive at the last one, and at those made since.
+    Each call looks only at the allocations that were alive at the previous call, and at those made since.
     """
 
     def __init__(self, recorder: Recorder, steps: Sequence[int], tell: Tell) -> None:
-        """Prepare to tell; `steps` are the micro-batches of each step."""
+        """Prepare to report to `tell`; `steps` are the numbers of micro-batches of each step."""
         self._recorder, self._steps, self._tell = recorder, tuple(steps), tell
         self._alive: list[int] = []
         self._next_birth = self._clock = 0
@@ -31,7 +31,7 @@ class LiveStates:
         self._state_bytes = 0
 
     def moved(self, phase: Phase, micro_batch: int, done: int) -> None:
-        """Tell the state; called when a phase has begun, and with all micro-batches `done` when the run is over."""
+        """Report the state: when a phase has begun, and at the end of the run, with all micro-batches `done`."""
         step = self._recorder.tracker.step
         memory = self._memory()
         if step == 0:
@@ -42,13 +42,13 @@ class LiveStates:
                 self._state_bytes = state - self._state_bytes
         finished = done == sum(self._steps)
         forecast: Forecast = "seen" if step >= 2 or (step == 1 and finished) else "estimate" if step == 1 else "so far"
-        foreseen = self._before_state_bytes + self._state_bytes if forecast == "estimate" else 0
+        estimate = self._before_state_bytes + self._state_bytes if forecast == "estimate" else 0
         self._tell(
             LiveState(
                 memory=memory,
                 peak_bytes=self._peak_bytes,
                 forecast=forecast,
-                forecast_bytes=max(foreseen, self._peak_bytes),
+                forecast_bytes=max(estimate, self._peak_bytes),
                 step=step,
                 phase=phase,
                 micro_batch=micro_batch,
@@ -59,7 +59,7 @@ class LiveStates:
         )
 
     def _memory(self) -> dict[MemoryKind, int]:
-        """Bytes of each kind now; brings the peak up to date."""
+        """Bytes of each kind now. Updates the peak."""
         seen, clock = self._recorder.tracker.seen, self._recorder.tracker.clock
         births = range(self._next_birth, len(seen.births))
         known = [*self._alive, *births]
@@ -79,7 +79,7 @@ class LiveStates:
         held = self._held_bytes + np.cumsum(change)
         self._peak_bytes = max(self._peak_bytes, int(held.max(initial=0)))
         self._next_birth, self._clock, self._held_bytes = len(seen.births), clock, sum(memory.values())
-        if self._recorder.is_on_gpu:  # its allocator knows better, and holds more than tensors
+        if self._recorder.is_on_gpu:  # the allocator's count is exact, and includes more than tensors
             self._peak_bytes = torch.cuda.max_memory_allocated()
             unseen = torch.cuda.memory_allocated() - self._held_bytes
             if unseen > 0:

@@ -1,4 +1,4 @@
-"""What a run tells while it goes: the memory it holds, where it is, and how far its peak can be foreseen."""
+"""The live state of a run: its memory, its position, and a forecast of its peak."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from memscope.trace import Category, Phase
 __all__ = ["Forecast", "LiveState", "MemoryKind", "Tell"]
 
 MemoryKind: TypeAlias = Category | Literal["undecided", "unseen"]
-"""A category, or what has none yet. `undecided`: made, and only what comes tells whether the backward pass needs it.
-`unseen`: on a GPU, what the allocator gave out beyond the tensors: rounding to blocks, and memory inside kernels."""
+"""A category, or memory without one. `undecided`: whether the backward pass needs it is not known yet. `unseen`: on a
+GPU, bytes that the allocator allocated beyond the tensors, for rounding to blocks and for kernel workspaces."""
 
 Forecast = Literal["so far", "estimate", "seen"]
-"""What the forecast of the peak rests on. `so far`: nothing, it is the largest so far. `estimate`: the first step, with
-the optimizer state added that was made at its end. `seen`: a whole step that began with that state; the rest repeat it.
+"""The basis of the forecast of the peak. `so far`: none; the forecast is the peak so far. `estimate`: the first step,
+plus the optimizer state that its end created. `seen`: a whole step that began with that state; later steps repeat it.
 """
 
 
@@ -25,29 +25,29 @@ class LiveState:
     """A run at the beginning of a phase, or at its end."""
 
     memory: Mapping[MemoryKind, int]
-    """Bytes held now; kinds without any are left out."""
+    """Bytes allocated now, by kind; kinds with zero bytes are left out."""
     peak_bytes: int
-    """Most that was held at any moment so far, between the states too."""
+    """Peak allocated bytes so far, including between reports."""
     forecast: Forecast
     forecast_bytes: int
-    """The peak of the whole run, as far as `forecast` says; never less than `peak_bytes`."""
+    """Forecast peak of the whole run, on the basis `forecast`; never less than `peak_bytes`."""
     step: int
-    """From 0, as in the trace."""
+    """Index of the step, from 0, as in the trace."""
     phase: Phase
     micro_batch: int
-    """Within the step, from 0."""
+    """Index of the micro-batch within the step, from 0."""
     done: int
-    """Micro-batches done, over all steps."""
+    """Number of micro-batches done, over all steps."""
     total: int
-    """Micro-batches of all steps."""
+    """Number of micro-batches of all steps."""
     micro_batches: int
-    """Micro-batches of this step."""
+    """Number of micro-batches of this step."""
     capacity_bytes: int | None = None
-    """Most that PyTorch may hold on the device; None: no limit is known."""
+    """Bytes that PyTorch may reserve on the device; None: no limit is known."""
 
     @property
     def allocated_bytes(self) -> int:
-        """Bytes held now, of all kinds."""
+        """Bytes allocated now, of all kinds."""
         return sum(self.memory.values())
 
     @property
@@ -57,4 +57,4 @@ class LiveState:
 
 
 Tell = Callable[[LiveState], None]
-"""What is called with each new state of a run."""
+"""A function that receives each new state of a run."""

@@ -1,7 +1,7 @@
-"""Which module is at work: in the forward pass from module hooks, in the backward pass from the autograd graph.
+"""Find the running module: in the forward pass from module hooks, in the backward pass from the autograd graph.
 
-Autograd numbers its nodes as the forward pass creates them. Noting that number whenever a module begins or ends tells,
-later and without any hook on a tensor, whose forward a backward node belongs to.
+Autograd numbers its nodes as the forward pass creates them. The stack notes that number whenever a module begins or
+ends. Later, without any hook on a tensor, the number of a backward node identifies the module whose forward created it.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 __all__ = ["ROOT", "ModuleStack"]
 
 ROOT = "(model)"
-"""Name of the model itself; its modules are named as in `named_modules()`."""
+"""Name of the model itself; its submodules have their names of `named_modules()`."""
 
 _current_task: Callable[[], int] = torch._C._current_graph_task_id
 _sequence_number: Callable[[], int] = torch.autograd._get_sequence_nr  # type: ignore[attr-defined]
 
 
 class ModuleStack:
-    """Follows a model's modules while it is entered; leaves no hook behind.
+    """Follows the running modules of a model while it is entered; removes its hooks on leaving.
 
     Attributes:
         names: table of the module names seen; other tables index it.
-        current: index of the innermost module at work, 0 (the model itself) when there is none.
+        current: index of the innermost running module; 0 (the model itself) if no module is running.
     """
 
     def __init__(
@@ -39,12 +39,12 @@ class ModuleStack:
         on_call: Callable[[bool], None],
         on_return: Callable[[bool], None],
     ) -> None:
-        """Prepare to follow; the callbacks are for calls that the training loop itself makes.
+        """Prepare to follow. The callbacks report calls made by the training loop itself.
 
         Args:
-            model: whose modules to follow.
-            on_call: the model (True) or a module of it (False) is called, be it by a module that wraps the model.
-            on_return: its call has ended.
+            model: the model whose modules to follow.
+            on_call: called when the model (True) or one of its modules (False) is called, also by a wrapper.
+            on_return: called when that call has ended.
         """
         self._model = model
         self._on_call, self._on_return = on_call, on_return
@@ -61,14 +61,14 @@ class ModuleStack:
         self._hooks: list[Any] = []
 
     def refresh(self) -> None:
-        """Learn the names of modules and parameters again, after the model was changed."""
+        """Read the names of modules and parameters again, after the model has changed."""
         for name, module in self._model.named_modules():
             code = self._of_module[id(module)] = self.code(name or ROOT)
             for parameter in module.parameters(recurse=False):
                 self._of_parameter.setdefault(id(parameter), code)
 
     def code(self, name: str) -> int:
-        """Index of a name in `names`, added when it is new."""
+        """Index of a name in `names`; a new name is added."""
         if name not in self._index:
             self._index[name] = len(self.names)
             self.names.append(name)
@@ -103,7 +103,7 @@ class ModuleStack:
             self._switch(self._stack[-1])
         elif _current_task() < 0:
             self._switch(0)
-        else:  # recomputation of a checkpointed region: what follows belongs to the region's own module
+        else:  # recomputation of a checkpointed region: the operators that follow belong to the region's own module
             self._switch(self.code(self.names[left].rpartition(".")[0] or ROOT))
         if id(module) in self._of_module:
             self._of_model_at_work -= 1
@@ -113,17 +113,17 @@ class ModuleStack:
     def _switch(self, code: int) -> None:
         self.current = code
         number = _sequence_number()
-        if number >= self._nodes[-1]:  # another thread (the backward pass on CUDA) counts nodes of its own
+        if number >= self._nodes[-1]:  # another thread (the backward pass on CUDA) numbers its own nodes
             self._nodes.append(number)
             self._owners.append(code)
 
     @property
     def is_idle(self) -> bool:
-        """No module's forward is running."""
+        """Whether no module's forward is running."""
         return not self._stack
 
     def of_node(self, node: graph.Node | None) -> int:
-        """Index of the module whose forward created a backward node; of a gradient's accumulation, the parameter's."""
+        """Index of the module whose forward created a backward node; for a gradient accumulation, its parameter's."""
         if node is None:
             return 0
         number = node._sequence_nr()

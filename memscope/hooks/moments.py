@@ -1,8 +1,8 @@
-"""A running number for everything that happens on the host, so that the allocator's history can be told what it was.
+"""Number every event on the host, to find the operator behind each entry of the allocator's history.
 
-Where PyTorch has it, the number of the operator at work is attached to each entry of the history (per-allocation
-metadata, a thread's own: `user_metadata` in c10/cuda/CUDACachingAllocator.cpp, in PyTorch 2.11 and 2.13); elsewhere the
-time at which each number began and ended tells.
+If PyTorch supports it, the number of the running operator is attached to each entry of the history (per-thread
+allocation metadata: `user_metadata` in c10/cuda/CUDACachingAllocator.cpp, in PyTorch 2.11 and 2.13). Otherwise entries
+are matched by the times at which each operator began and ended.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["Moment", "Moments", "Sighting"]
 
 
 class Moment(NamedTuple):
-    """What the host did: ran an operator (`op` indexes the tracker's names), or began a phase (`op` is 0)."""
+    """One event on the host: an operator ran (`op` indexes the tracker's names), or a phase began (`op` is 0)."""
 
     op: int
     module: int
@@ -30,19 +30,19 @@ class Moment(NamedTuple):
 
 
 class Sighting(NamedTuple):
-    """Where a storage was first seen."""
+    """The moment and the address at which a storage was first seen."""
 
     moment: int
     address: int
 
 
 class Moments:
-    """Numbers what a tracker sees.
+    """Numbers the operators and phases that a tracker sees.
 
     Attributes:
-        rows: what each number stands for.
-        marks: the numbers that began a phase.
-        sightings: of each allocation the tracker has seen, in its order.
+        rows: the moment of each number.
+        marks: the numbers of moments that began a phase.
+        sightings: one per allocation that the tracker has seen, in its order.
     """
 
     def __init__(self, clock: Callable[[], int] = time.time_ns) -> None:
@@ -55,11 +55,11 @@ class Moments:
         self._ended: list[int] = []
 
     def annotate_with(self, annotate: Callable[[str], None] | None) -> None:
-        """Attach numbers to allocations with this function from now on; None: keep times (Unix, in nanoseconds)."""
+        """Attach numbers to allocations with this function from now on; None: record Unix times in nanoseconds."""
         self._annotate = annotate
 
     def begin(self, op: int, module: int, phase: int, step: int, micro_batch: int) -> None:
-        """An operator begins."""
+        """Note that an operator begins."""
         self.rows.append(Moment(op, module, phase, step, micro_batch))
         self._began.append(self._clock() if self._annotate is None else 0)
         self._ended.append(0)
@@ -67,25 +67,25 @@ class Moments:
             self._annotate(str(len(self.rows) - 1))
 
     def end(self) -> None:
-        """The operator that began last has ended."""
+        """Note that the operator that began last has ended."""
         if self._annotate is not None:
             self._annotate("")
         else:
             self._ended[-1] = self._clock()
 
     def mark(self, module: int, phase: int, step: int, micro_batch: int) -> None:
-        """A phase begins."""
+        """Note that a phase begins."""
         self.marks.append(len(self.rows))
         self.begin(0, module, phase, step, micro_batch)
 
     def born(self, address: int) -> None:
-        """A storage was seen for the first time."""
+        """Note that a storage was seen for the first time."""
         self.sightings.append(Sighting(len(self.rows) - 1, address))
 
     def of_entries(self, entries: Sequence[Mapping[str, Any]]) -> tuple[Ints, Ints]:
-        """For each entry of a history: the number of the operator it was made in, and the last number that had begun.
+        """For each entry of a history: the number of its operator, and the last number that had begun.
 
-        The first is -1 outside any operator. The second never decreases: int64 `[entries]`, both.
+        Both are int64 `[entries]`. The first is -1 outside any operator. The second never decreases.
         """
         annotated = self._annotate is not None
         numbers = _column([self._by_metadata(entry) if annotated else self._by_time(entry) for entry in entries])

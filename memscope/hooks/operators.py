@@ -1,4 +1,4 @@
-"""What a tracker needs to know of each operator, looked up once."""
+"""Properties of operators that a tracker needs, looked up once per operator."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch._ops import OpOverload
 
 from memscope.hooks.kernels import Kernels
 
-__all__ = ["RESIZE", "Operator", "Operators"]
+__all__ = ["RESIZE", "KnownOperator", "Operators"]
 
 _has_kernel: Callable[[str, str], bool] = torch._C._dispatch_has_kernel_for_dispatch_key
 RESIZE = 1
 """Code of `UntypedStorage.resize_`, which no dispatch mode sees."""
 
 
-class Operator(NamedTuple):
-    """An operator; `code` indexes `Operators.names`."""
+class KnownOperator(NamedTuple):
+    """Properties of an operator; `code` indexes `Operators.names`."""
 
     code: int
     is_copy: bool
@@ -26,28 +26,28 @@ class Operator(NamedTuple):
     makes_host_scalar: bool
     takes_workspace: bool
     has_own_order: bool
-    """Whether a kernel may make its results in another order than it gives them back, or leave some on the host."""
+    """Whether its kernel may allocate results in another order than it returns them, or leave some on the host."""
 
 
 class Operators:
     """The operators met so far.
 
     Attributes:
-        names: the first is empty, for what no operator made.
-        known: by the operator itself.
+        names: names of the operators; the first is empty, for allocations made by no operator.
+        known: properties of each operator.
     """
 
     def __init__(self, *, host_scalars: bool, kernels: Kernels | None) -> None:
         """See `StorageTracker`."""
         self.names = ["", "UntypedStorage.resize_"]
-        self.known: dict[OpOverload, Operator] = {}
+        self.known: dict[OpOverload, KnownOperator] = {}
         self._host_scalars, self._kernels = host_scalars, kernels
 
-    def learn(self, func: OpOverload) -> Operator:
-        """Take in an operator that is not known yet."""
+    def learn(self, func: OpOverload) -> KnownOperator:
+        """Add an operator that is not known yet."""
         name = str(func)
         self.names.append(name)
-        op = self.known[func] = Operator(
+        op = self.known[func] = KnownOperator(
             code=len(self.names) - 1,
             is_copy=name == "aten._to_copy.default",
             is_composite=func.namespace != "prim" and _has_kernel(func.name(), "CompositeImplicitAutograd"),

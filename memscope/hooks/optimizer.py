@@ -1,4 +1,4 @@
-"""Gradients and optimizer state: named as they appear, whatever the optimizer."""
+"""Categorize gradients and optimizer state as they appear, for any optimizer."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ __all__ = ["GradientNamer", "OptimizerNamer"]
 
 
 class GradientNamer:
-    """Names the storage of every parameter's `.grad` as soon as it is accumulated."""
+    """Categorizes the storage of every parameter's `.grad` as soon as the gradient is accumulated."""
 
     def __init__(self, model: nn.Module, tracker: StorageTracker, modules: ModuleStack) -> None:
         self._model, self._tracker, self._modules = model, tracker, modules
-        self._hooks: dict[int, tuple[Tensor, Any]] = {}  # by id of the parameter, which is kept so that it stays its
+        # By id of the parameter, which is kept alive so that its id is not reused.
+        self._hooks: dict[int, tuple[Tensor, Any]] = {}
 
     def __enter__(self) -> GradientNamer:
         self.refresh()
         return self
 
     def refresh(self) -> None:
-        """Follow the parameters that have come to require a gradient."""
+        """Add hooks to parameters that require a gradient since the last call."""
         for parameter in self._model.parameters():
             if parameter.requires_grad and id(parameter) not in self._hooks:
                 hook = parameter.register_post_accumulate_grad_hook(self._name)
@@ -45,7 +46,7 @@ class GradientNamer:
 
 
 class OptimizerNamer:
-    """Calls back around every optimizer step in the process, and names the state it leaves."""
+    """Calls back around every optimizer step in the process, and categorizes the optimizer state after it."""
 
     def __init__(
         self,
@@ -56,7 +57,7 @@ class OptimizerNamer:
         after: Callable[[torch.optim.Optimizer], None],
         on_gpu: bool,
     ) -> None:
-        """`on_gpu`: the optimizer runs as it would on a GPU, where `step` counters may stay on the host."""
+        """Prepare to follow; `on_gpu`: the optimizer runs as on a GPU, where `step` counters may stay on the host."""
         self._tracker, self._modules, self._before, self._after, self._on_gpu = tracker, modules, before, after, on_gpu
         self._hooks: list[Any] = []
 
@@ -77,7 +78,7 @@ class OptimizerNamer:
         self._after(optimizer)
 
     def name_state(self, optimizer: torch.optim.Optimizer) -> None:
-        """Name every tensor in the optimizer's state; a step counter on the host does not count."""
+        """Categorize every tensor in the optimizer's state, except step counters on the host."""
         for group in optimizer.param_groups:
             counters_on_host = self._on_gpu and not (group.get("capturable") or group.get("fused"))
             for parameter in group["params"]:

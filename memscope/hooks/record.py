@@ -1,4 +1,4 @@
-"""Record a workload's steps as they really run."""
+"""Measure a workload: run its steps for real and record them."""
 
 from __future__ import annotations
 
@@ -36,20 +36,21 @@ def record(
     progress: MicroBatchProgress | None = None,
     live: Tell | None = None,
 ) -> Trace:
-    """Run `steps` real training steps and trace them. The model is really trained: its weights change.
+    """Run `steps` real training steps and trace them. This trains the model: its weights change.
 
     Args:
-        workload: what to train, or a function that builds it; on the host, or on the device already.
-        device: `cpu` or `cuda`, PyTorch's current GPU, on which every block of its allocator is recorded. If the GPU
-            runs out of memory, the trace ends there, and `meta["out_of_memory"]` says what could not be had.
+        workload: the workload, or a function that builds it; on the host, or already on the device.
+        device: `cpu`, or `cuda` for PyTorch's current GPU, where every block of the allocator is recorded. If the GPU
+            runs out of memory, the trace ends there, and `meta["out_of_memory"]` describes the failed request.
         strategies: a plan such as `lora:r=8,amp`, applied to the workload itself before the first step.
-        steps: optimizer steps to run; from the second on, the optimizer's state is there.
-        progress: called after each micro-batch, `progress(done, in all)`.
-        live: called with a `memscope.hooks.live_state.LiveState` when a phase begins, and when all is done.
+        steps: number of optimizer steps; from the second step on, the optimizer state exists.
+        progress: called after each micro-batch as `progress(done, total)`.
+        live: called with a `memscope.hooks.live_state.LiveState` when a phase begins, and at the end.
 
     Raises:
-        TargetError: when the target's code fails.
-        UsageError: when strategies, device or data cannot be used.
+        TargetError: the target's code fails.
+        UsageError: the strategies, the device or the data cannot be used.
+        OutOfDeviceMemory: the model's weights alone do not fit on the GPU.
 
     Examples:
         >>> import torch
@@ -96,9 +97,10 @@ def record(
 
 
 def _skipped_since(scaler: torch.amp.GradScaler, scale: float) -> int:
-    """Optimizer steps left out since the scaler's scale was `scale`, of fewer steps than it needs to grow again.
+    """Number of optimizer steps that the scaler has skipped since its scale was `scale`.
 
-    Source: `GradScaler.update` in torch/amp/grad_scaler.py (2.6 to 2.13): each multiplies it by the backoff factor.
+    Valid for runs too short for the scale to grow again. Source: `GradScaler.update` in torch/amp/grad_scaler.py (2.6
+    to 2.13), where each skipped step multiplies the scale by the backoff factor.
     """
     now = scaler.get_scale()
     return round(math.log(now / scale) / math.log(scaler.get_backoff_factor())) if now < scale else 0
@@ -111,12 +113,12 @@ _MOVES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _no_room(workload: Workload, error: torch.OutOfMemoryError) -> OutOfDeviceMemory:
-    """The weights alone do not fit: there is no step to trace."""
+    """The error for weights that alone do not fit, so that no step can be traced."""
     size_bytes = sum(parameter.nbytes for parameter in workload.model.parameters())
     free_bytes, total_bytes = torch.cuda.mem_get_info()
     what = ". ".join(str(error).split(". ")[:2])
     return OutOfDeviceMemory(
-        f'"{workload.name}" does not fit: its weights take {format_bytes(size_bytes)}, and of the '
-        f"{format_bytes(total_bytes)} of the GPU {format_bytes(free_bytes)} are free. "
-        f"To see what a step would need: --device gpu ({what})"
+        f'"{workload.name}" does not fit: its weights need {format_bytes(size_bytes)}, and the GPU has '
+        f"{format_bytes(free_bytes)} of {format_bytes(total_bytes)} free. "
+        f"To simulate the memory that a step would need, use --device gpu ({what})"
     )

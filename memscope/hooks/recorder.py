@@ -1,6 +1,6 @@
-"""Watch a training loop and come out with its Trace.
+"""Watch a training loop and record its Trace.
 
-The one recorder behind simulation, measurement and users' own loops.
+Simulation, measurement and users' own loops all use this recorder.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ __all__ = ["Recorder"]
 class Recorder:
     """Records every allocation made while it is entered, with category, module, phase and operator.
 
-    Where the model's parameters are on a CUDA device when the recorder is made, it is that device which is recorded:
-    every block of PyTorch's allocator there, be it of a tensor or taken inside a kernel. Running out of memory ends the
-    recording, not the trace: `meta["out_of_memory"]` says what could not be had.
+    If the model's parameters are on a CUDA device when the recorder is created, the recorder records every block of
+    PyTorch's allocator on that device, including those allocated inside kernels. Running out of memory ends the
+    recording but keeps the trace: `meta["out_of_memory"]` describes the failed request.
 
-    Phases, steps and micro-batches are recognised by themselves: a forward pass by a call of the model, or of a module
-    of it, with gradients on; a backward pass by the autograd engine; the optimizer by its `step`. What comes between
-    them is `outside`. A step ends after `optimizer.step()`, when the next forward pass begins.
+    The recorder recognizes phases, steps and micro-batches: a forward pass by a call of the model, or of one of its
+    modules, with gradients enabled; a backward pass by the autograd engine; the optimizer by its `step`. Everything in
+    between is `outside`. A step ends after `optimizer.step()`, when the next forward pass begins.
 
-    Also a `StepObserver`: `run_step` tells it the phases that cannot be recognised. Hooks are removed on leaving, also
-    after an exception; the model comes back as it was, but for the training it went through.
+    A recorder is also a `StepObserver`: `run_step` reports the phases that cannot be recognized. Hooks are removed on
+    leaving, also after an exception; only training changes the model.
 
     Examples:
         >>> import torch
@@ -73,16 +73,16 @@ class Recorder:
         """Prepare to record; nothing is watched before the recorder is entered.
 
         Args:
-            model: the model whose modules and parameters give the names.
-            optimizer: its existing state is taken in; optimizers made later are seen by themselves.
-            meta: what to keep in the trace beside versions and parameter counts; JSON values.
+            model: the model whose modules and parameters are named in the trace.
+            optimizer: an optimizer whose existing state to include; the steps of all optimizers are seen in any case.
+            meta: further entries for the trace's `meta`, beside versions and parameter counts; JSON values.
             on_gpu: whether the tensors stand for tensors on a GPU, so that step counters may be on the host.
-            execute: runs an operator in place of PyTorch, and says what that took.
-            kernels: what kernels would take inside themselves, where none really runs.
-            calls_of: names of modules whose calls are noted in `meta["calls"]`, as `hooks.calls.ModuleCalls` has them.
+            execute: runs an operator in place of PyTorch, and returns its work.
+            kernels: the kernel workspace model, for simulated kernels; None: no workspaces are simulated.
+            calls_of: names of modules whose calls are recorded in `meta["calls"]`; see `hooks.calls.ModuleCalls`.
         """
         if not isinstance(model, nn.Module):
-            raise UsageError(f"Recorder watches an nn.Module, and was given a {type(model).__name__}: pass the model")
+            raise UsageError(f"Recorder expects an nn.Module but got a {type(model).__name__}: pass the model")
         self._model, self._optimizer = model, optimizer
         self._meta = dict(meta or {})
         self._modules = ModuleStack(model, on_call=self._call_begins, on_return=self._call_ends)
@@ -127,7 +127,7 @@ class Recorder:
         self._tracker.settle(cut_short=self._ran_out)
 
     def _take_in(self) -> None:
-        """The memory there before anything runs: weights, buffers, and gradients and state of an earlier step."""
+        """Register existing memory: weights, buffers, and gradients and optimizer state of an earlier step."""
         self._take_in_parameters()
         for parameter in self._model.parameters():
             if parameter.grad is not None:
@@ -135,7 +135,7 @@ class Recorder:
         for name, buffer in self._model.named_buffers():
             self._tracker.own(buffer, "buffer", module=self._modules.code(name.rpartition(".")[0] or "(model)"))
         for name, module in self._model.named_modules():
-            for value in vars(module).values():  # a constant that is no registered buffer
+            for value in vars(module).values():  # constants that are not registered as buffers
                 if isinstance(value, Tensor):
                     self._tracker.own(value, "buffer", module=self._modules.code(name or "(model)"))
         if self._optimizer is not None:
@@ -145,10 +145,10 @@ class Recorder:
         for parameter in self._model.parameters():
             self._tracker.own(parameter, "parameter", module=self._modules.of_parameter(parameter))
 
-    # What run_step says.
+    # Phases reported by run_step.
 
     def phase(self, name: str, micro_batch: int) -> None:
-        """Begin a phase of `run_step`."""
+        """Begin a phase reported by `run_step`."""
         self._tracker.told = True
         if name == "forward" and micro_batch == 0:
             self._begin_step()
@@ -156,18 +156,18 @@ class Recorder:
         self._tracker.move_to(phase, self._tracker.step, micro_batch)
 
     def inputs(self, data: Any) -> None:
-        """Name the tensors of a micro-batch."""
+        """Categorize the tensors of a micro-batch as `input`."""
         for tensor in tensors_in(data):
             self._tracker.own(tensor, "input")
 
-    # What is recognised.
+    # Phases recognized by the recorder.
 
     def _call_begins(self, whole: bool) -> None:
         tracker = self._tracker
         if tracker.told:
             if whole:
                 self._move_to("forward")
-        elif torch.is_grad_enabled():  # else it is validation: no backward pass can follow
+        elif torch.is_grad_enabled():  # otherwise validation: no backward pass can follow
             if self._step_done:
                 self._begin_step()
             elif tracker.saw_backward:
@@ -217,31 +217,31 @@ class Recorder:
             self._gradients.refresh()
 
     def _end_step(self, *, wait: bool = True) -> None:
-        if self._watch and wait:  # a device works on after it was asked; after an error it may not answer any more
+        if self._watch and wait:  # a device runs asynchronously; after an error it may not respond
             self._watch.synchronize()
         if self._tracker.step >= 0 and len(self._seconds) <= self._tracker.step:
             self._seconds.append(time.perf_counter() - self._began)
 
     @property
     def tracker(self) -> StorageTracker:
-        """What follows the storages."""
+        """The tracker that follows the storages."""
         return self._tracker
 
     @property
     def is_on_gpu(self) -> bool:
-        """Whether it is a real GPU that is recorded."""
+        """Whether the recorder records a real GPU."""
         return self._watch is not None
 
     @property
     def work(self) -> WorkDone:
-        """What the operators did so far."""
+        """The work of all operators so far."""
         return self._tracker.seen.work
 
     def trace(self) -> Trace:
         """The trace of everything recorded; called after leaving the recorder.
 
         Raises:
-            MemscopeError: when nothing was recorded.
+            MemscopeError: nothing was recorded.
         """
         seen = self._tracker.seen
         if self._watch:
@@ -253,7 +253,7 @@ class Recorder:
                 ran_out=self._ran_out,
             )
         if not seen.births:
-            raise MemscopeError("nothing was recorded: no tensor was made between entering and leaving the recorder")
+            raise MemscopeError("nothing was recorded: no tensor was created between entering and leaving the recorder")
         births = columns_of(("size", "module", "op", "phase", "step", "micro_batch", "born"), seen.births)
         return Trace(
             **births,

@@ -1,4 +1,4 @@
-"""The run stage: a workload's prepared steps, carried out under a recorder."""
+"""The run stage: run a workload's prepared steps under a recorder."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from memscope.workload.step import StepObserver, Training, run_step
 __all__ = ["MicroBatchProgress", "run_meta", "run_steps"]
 
 MicroBatchProgress = Callable[[int, int], None]
-"""`progress(micro-batches done, micro-batches in total)`, over all steps."""
+"""`progress(micro-batches done, total micro-batches)`, over all steps."""
 
 
 def run_meta(workload: Workload, plan: Plan, device: str, *, simulated: bool) -> dict[str, Any]:
-    """What a trace keeps of the run it came from."""
+    """The `meta` entries that describe a run."""
     samples = sample_counts(workload.batches[0])
     return {
         "target": workload.name,
@@ -47,15 +47,15 @@ def run_steps(
 ) -> None:
     """Run one step for each item of `pieces` under a recorder.
 
-    `progress` is called after each micro-batch, `live` when a phase begins and when all is done.
+    `progress` is called after each micro-batch, `live` when a phase begins and at the end.
 
     Raises:
-        TargetError: when the target's own code fails; its error is the cause.
+        TargetError: the target's own code fails; its exception is the cause.
     """
     states = LiveStates(recorder, [len(step) for step in pieces], live) if live else None
     observer: StepObserver = recorder
     if progress or states:
-        observer = _Counted(recorder, sum(map(len, pieces)), progress, states)
+        observer = _ReportingRecorder(recorder, sum(map(len, pieces)), progress, states)
     try:
         with recorder:
             for step in pieces:
@@ -64,7 +64,7 @@ def run_steps(
                 except BaseException as error:
                     _leave_checkpoints(error)
                     raise
-        if isinstance(observer, _Counted):
+        if isinstance(observer, _ReportingRecorder):
             observer.finished()
     except MemscopeError:
         raise
@@ -73,16 +73,17 @@ def run_steps(
 
 
 def _leave_checkpoints(error: BaseException) -> None:
-    """End the regions of `torch.utils.checkpoint` that a failure went through, so that whoever keeps it is not in them.
+    """Leave the regions of `torch.utils.checkpoint` in which an exception was raised.
 
-    Up to PyTorch 2.11 their hooks stay on for as long as the frame that holds them: 2.13 closes it.
+    Up to PyTorch 2.11, the hooks of a region stay active while its frame is alive, and the traceback of a kept
+    exception keeps the frame alive. PyTorch 2.13 closes the region itself.
     """
     for frame, _ in traceback.walk_tb(error.__traceback__):
         if frame.f_globals.get("__name__") == checkpoint.__module__:
             frame.clear()
 
 
-class _Counted:
+class _ReportingRecorder:
     """A recorder that reports each micro-batch when the next one begins, and the state of the run at every phase."""
 
     def __init__(

@@ -1,8 +1,8 @@
-"""Every storage born and freed, seen from underneath autograd.
+"""Track the birth and death of every storage, from below autograd.
 
-A dispatch mode sees each operator after autograd and autocast have done their part: what comes out is what the device
-really holds. What is followed is the *storage*: views and in-place results share one, a resize replaces one. Only weak
-references are kept, so nothing lives longer for being watched.
+A dispatch mode sees each operator after autograd and autocast have processed it: its outputs are the tensors that the
+device really holds. The tracker follows *storages*, not tensors: views and in-place results share a storage, a resize
+replaces its memory. The tracker keeps only weak references, so tracking does not prolong any lifetime.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from memscope.hooks.allocations import UNKNOWN, Allocations, Birth
 from memscope.hooks.kernels import Kernels, Workspace
 from memscope.hooks.modules import ModuleStack
 from memscope.hooks.moments import Moments
-from memscope.hooks.operators import RESIZE, Operator, Operators
+from memscope.hooks.operators import RESIZE, KnownOperator, Operators
 from memscope.hooks.work import NOTHING, CountedOperators, Execute
 from memscope.trace import CATEGORIES, PHASES, Category, Phase
 
@@ -31,7 +31,7 @@ _current_task: Callable[[], int] = torch._C._current_graph_task_id
 _current_node: Callable[[], Any] = torch._C._current_autograd_node
 _sequence_number: Callable[[], int] = torch.autograd._get_sequence_nr  # type: ignore[attr-defined]
 _device_of = torch.ops.prim.device.default
-_no_function_modes = torch._C.DisableTorchFunction  # one would be told of every size that is asked here
+_no_function_modes = torch._C.DisableTorchFunction  # function modes would intercept every size query here
 _PLAIN = {Tensor, nn.Parameter, FakeTensor}
 _PARAMETER, _WEIGHT_COPY, _ACTIVATION, _WORKSPACE = (
     CATEGORIES.index(c) for c in ("parameter", "weight_copy", "activation", "workspace")
@@ -43,7 +43,7 @@ _KEPT = (_FORWARD, _LOSS, _RECOMPUTE)
 
 
 class _StorageRef(weakref.ref[torch.UntypedStorage]):
-    """A weak reference that still knows which storage it was of when that is gone."""
+    """A weak reference that remembers its storage's key after the storage is gone."""
 
     __slots__ = ("key",)
     key: int
@@ -54,11 +54,11 @@ class StorageTracker(TorchDispatchMode):
 
     Attributes:
         seen: the allocations so far.
-        ops: table of the operator names seen; the first is empty, for what no operator made.
-        step, micro_batch: where the run is; set by whoever drives it, through `move_to`.
+        ops: table of the operator names seen; the first is empty, for allocations made by no operator.
+        step, micro_batch: the position of the run, set by the recorder.
         saw_backward: whether a backward pass has run since the last forward phase began.
-        hides: what operators make now is on the host; set by whoever runs them.
-        told: the phases and the inputs are told by `run_step`, so they need not be recognised.
+        hides: whether the outputs of operators are on the host at the moment; set by a simulation.
+        told: whether `run_step` reports phases and inputs, so that they need not be recognized.
     """
 
     def __init__(
@@ -72,16 +72,17 @@ class StorageTracker(TorchDispatchMode):
         on_backward: Callable[[], None] = lambda: None,
         after_backward: Callable[[], None] = lambda: None,
     ) -> None:
-        """Prepare to follow; nothing is seen before the tracker is entered.
+        """Prepare to track; nothing is seen before the tracker is entered.
 
         Args:
-            modules: who is at work.
-            host_scalars: a 0-dimensional `torch.tensor(x)` stays on the host, as it does when the device is a GPU.
-            execute: runs an operator, and says what that took; None: it is run as it is.
-            kernels: what kernels take inside themselves; None: it is not simulated.
-            moments: is told what is seen, for a run on a GPU: then only what is on one is followed.
-            on_backward: called when a backward pass begins, before anything of it is seen.
-            after_backward: called when something else runs again after a backward pass.
+            modules: the stack of running modules.
+            host_scalars: whether a 0-dimensional `torch.tensor(x)` stays on the host, as in a run on a GPU.
+            execute: runs an operator and returns its work; None: operators run unchanged.
+            kernels: the kernel workspace model; None: no workspaces are simulated.
+            moments: receives the operators, phases and storages of a run on a GPU; only storages on a GPU are then
+                followed.
+            on_backward: called when a backward pass begins, before any of its operators is seen.
+            after_backward: called at the first operator after a backward pass.
         """
         super().__init__()  # type: ignore[no-untyped-call]
         self.seen = Allocations()
@@ -105,10 +106,10 @@ class StorageTracker(TorchDispatchMode):
         self._resize = torch.UntypedStorage.resize_
         self._mark(self._base_phase)
 
-    # Where the run is.
+    # The position of the run.
 
     def move_to(self, phase: Phase, step: int, micro_batch: int) -> None:
-        """Begin a phase; it lasts until the next call, but for what the autograd engine does of its own."""
+        """Begin a phase. It lasts until the next call, except for work of the autograd engine."""
         self.step, self.micro_batch, self._base_phase = step, micro_batch, PHASES.index(phase)
         if phase == "forward":
             self.saw_backward = False
@@ -127,7 +128,7 @@ class StorageTracker(TorchDispatchMode):
             self._moments.mark(self._module, phase, self.step, self.micro_batch)
 
     def _locate(self) -> None:
-        """Find module and phase of what runs now, and notice where a forward pass or a recomputation has ended."""
+        """Find the running module and phase, and detect the end of a forward pass or recomputation."""
         if _current_task() < 0:
             if self._in_backward:
                 self._in_backward = False
@@ -135,7 +136,7 @@ class StorageTracker(TorchDispatchMode):
             phase, self._module = self._base_phase, 0 if self._modules.is_idle else self._modules.current
             if phase == _OUTSIDE:
                 self._notice_record()
-        elif torch.is_grad_enabled():  # the engine runs with gradients off: this is a checkpointed region, run again
+        elif torch.is_grad_enabled():  # the engine runs with gradients disabled: this is a recomputed region
             phase = _RECOMPUTE
             self._module = self._modules.of_node(_current_node()) if self._modules.is_idle else self._modules.current
         else:
@@ -150,37 +151,40 @@ class StorageTracker(TorchDispatchMode):
             self._mark(phase)
 
     def _notice_record(self) -> None:
-        """Whether autograd records what runs now: it has then just numbered a node (torch/csrc/autograd/function.h)."""
+        """Note whether autograd records the running operator: it then has just numbered a node.
+
+        Source: torch/csrc/autograd/function.h.
+        """
         last, self._last_node = self._last_node, _sequence_number()
         self._is_recorded = self._last_node > last
 
     def _serves_backward(self) -> bool:
-        """Whether autograd may keep what is made now."""
+        """Whether autograd may keep an allocation made now."""
         return self._phase in _KEPT or (self._phase == _OUTSIDE and self._is_recorded)
 
     def _keep_activations(self) -> None:
-        """The backward pass goes on: what forward or recomputation made and is still alive, it kept for this."""
+        """Categorize as activation what forward or recomputation made and is still alive in the backward pass."""
         category, freed = self.seen.category, self.seen.freed
         for index in self._pending:
             if freed[index] < 0 and category[index] == UNKNOWN:
                 category[index] = _ACTIVATION
         self._pending.clear()
 
-    # What operators make.
+    # Allocations of operators.
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Dispatch straight here: the wrapper that hides a mode from torch.compile costs as much as the tracking."""
+        """Dispatch directly: the wrapper that hides a mode from torch.compile costs as much as the tracking itself."""
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is _device_of and type(args[0]) is FakeTensor:  # the engine asks this several times an operator
+        if func is _device_of and type(args[0]) is FakeTensor:  # the engine queries this several times per operator
             return args[0].fake_device
         for kind in types:
-            if kind not in _PLAIN:  # a wrapper subclass first turns into operators on plain tensors
+            if kind not in _PLAIN:  # a wrapper subclass first unwraps itself into operators on plain tensors
                 return NotImplemented
         op = self._operators.known.get(func) or self._operators.learn(func)
-        if op.is_composite and torch.is_inference_mode_enabled():  # else autograd has taken it apart, or has a formula
+        if op.is_composite and torch.is_inference_mode_enabled():  # else autograd has decomposed it, or has a formula
             with self:
                 return func.decompose(*args, **(kwargs or {}))
         kwargs = kwargs or {}
@@ -204,7 +208,7 @@ class StorageTracker(TorchDispatchMode):
         return out
 
     def _note_reads(self, values: Sequence[Any]) -> None:
-        """What the forward pass or the loss reads, and was made outside of them or before the recording, is input."""
+        """Categorize as `input` what the forward pass or loss reads, if made outside them or before the recording."""
         for value in values:
             if isinstance(value, Tensor) and value.layout is torch.strided:
                 key = value.untyped_storage()._cdata
@@ -222,7 +226,7 @@ class StorageTracker(TorchDispatchMode):
             self._moments.end()
 
     def _as_born(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> Any:
-        """The results that the kernel makes on the device, in its order; what it leaves on the host does not count."""
+        """The results that the kernel makes on the device, in its order; hides the results it leaves on the host."""
         order = self._kernels.born(func, args, kwargs) if self._kernels else None
         if order is None:
             return out
@@ -231,7 +235,7 @@ class StorageTracker(TorchDispatchMode):
                 self.hide(item)
         return [out[index] for index in order]
 
-    def _see_outputs(self, op: Operator, args: Any, out: Any) -> None:
+    def _see_outputs(self, op: KnownOperator, args: Any, out: Any) -> None:
         if isinstance(out, Tensor):
             if self.hides or (op.makes_host_scalar and out.ndim == 0):
                 self.hide(out)
@@ -243,7 +247,7 @@ class StorageTracker(TorchDispatchMode):
                     self._see(item, op.code, UNKNOWN)
 
     def _take(self, workspaces: Sequence[Workspace], held: dict[str, int], op: int) -> None:
-        """Take a kernel's workspaces: `held` until it ends, or kept for good, once a thread (autograd has its own)."""
+        """Allocate a kernel's workspaces: `held` until it ends, or kept, once per thread (autograd has its own)."""
         for workspace in workspaces:
             for name in workspace.frees:
                 self._free(held.pop(name))
@@ -271,7 +275,7 @@ class StorageTracker(TorchDispatchMode):
             self._replace(storage, key, op)
 
     def _size(self, index: int) -> int:
-        """Bytes a storage holds now: none while it is resized to nothing."""
+        """Bytes of a storage now; 0 while it is resized to zero."""
         return self.seen.births[index].size_bytes if self.seen.freed[index] < 0 else 0
 
     def _bear(self, storage: torch.UntypedStorage, key: int, op: int, category: int) -> None:
@@ -309,26 +313,26 @@ class StorageTracker(TorchDispatchMode):
             self._clock += 1
 
     def _replace(self, storage: torch.UntypedStorage, key: int, op: int) -> None:
-        """A resized storage: new memory is taken before the old is given back."""
+        """Record a resize: new memory is allocated before the old memory is freed."""
         index, ref = self._live[key]
         if storage.nbytes():
             self._live[key] = (self._enter(storage.nbytes(), op, self.seen.category[index], storage), ref)
         self._free(index)
 
-    # What others know of storages, and ask.
+    # Interface for other parts: queries, and knowledge about storages.
 
     @property
     def clock(self) -> int:
-        """The next event."""
+        """Number of the next event."""
         return self._clock
 
     def index_of(self, tensor: Tensor) -> int | None:
-        """Index of the allocation that holds a tensor now; None when none does."""
+        """Index of the allocation that holds a tensor now; None if it is not tracked."""
         live = self._live.get(tensor.untyped_storage()._cdata)
         return live[0] if live else None
 
     def own(self, tensor: Tensor, category: Category, *, module: int | None = None) -> None:
-        """Say what a tensor's storage is for, and whose it is; one not seen so far is taken in as born now."""
+        """Set the category and module of a tensor's storage; a storage not seen before is born now."""
         for part in _parts(tensor):
             storage = part.untyped_storage()
             key = storage._cdata
@@ -344,7 +348,7 @@ class StorageTracker(TorchDispatchMode):
                 self._module = at_work
 
     def hide(self, tensor: Tensor) -> None:
-        """A tensor that is on the host: whatever was seen of it does not count."""
+        """Ignore a tensor that is on the host, unless its storage is already tracked."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._live:
@@ -377,7 +381,10 @@ class StorageTracker(TorchDispatchMode):
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
 
     def settle(self, *, cut_short: bool = False) -> None:
-        """Name the rest: temporary if freed within its step, or in it when it was cut short; else it is `other`."""
+        """Categorize the remaining allocations: `temporary` if freed within their step, else `other`.
+
+        If the run was cut short, allocations alive at its end count as freed in its last step.
+        """
         self.seen.settle(never_freed_in=self.step if cut_short else None)
         self._live.clear()
         self._hidden.clear()

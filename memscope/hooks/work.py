@@ -1,4 +1,4 @@
-"""What operators do, summed by where the run is: floating-point operations and, in a simulation, bytes and seconds."""
+"""The work of operators, summed by position in the run: FLOPs and, in a simulation, bytes and seconds."""
 
 from __future__ import annotations
 
@@ -8,45 +8,45 @@ from typing import Any, NamedTuple, TypeAlias
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-__all__ = ["NOTHING", "CountedOperators", "Execute", "Place", "Work", "WorkDone", "flops_of"]
+__all__ = ["NOTHING", "CountedOperators", "Execute", "Work", "WorkDone", "WorkKey", "flops_of"]
 
-Place: TypeAlias = tuple[int, int, int, int, int]
+WorkKey: TypeAlias = tuple[int, int, int, int, int]
 """Step, micro-batch, and indices of phase, module and operator."""
 
 
 class Work(NamedTuple):
-    """What one call of an operator does."""
+    """The work of one call of an operator."""
 
     flops: int
     """Floating-point operations of matrix products, convolutions and attention (`torch.utils.flop_counter`)."""
     moved_bytes: int
-    """Read from and written to the device's memory; 0 where it is not estimated."""
+    """Bytes read from and written to device memory; 0 if not estimated."""
     seconds: float
-    """Estimate; 0 where there is none."""
+    """Estimated seconds; 0 if not estimated."""
 
 
 NOTHING = Work(0, 0, 0.0)
-"""The work of a call that runs no kernel, or of which nothing is counted."""
+"""The work of a call that runs no kernel, or whose work is not counted."""
 
 Execute = Callable[[Any, tuple[Any, ...], dict[str, Any]], tuple[Any, Work]]
-"""Runs an operator, `execute(func, args, kwargs)`: what it gives, and its work."""
+"""A function `execute(func, args, kwargs)` that runs an operator and returns its result and its work."""
 
 
 class WorkDone:
     """The work of a run.
 
     Attributes:
-        sums: by place: calls that did any work, their floating-point operations, bytes and seconds.
+        sums: by key: number of calls that did work, their floating-point operations, bytes and seconds.
     """
 
     def __init__(self) -> None:
-        self.sums: dict[Place, list[Any]] = {}
+        self.sums: dict[WorkKey, list[Any]] = {}
 
-    def add(self, place: Place, work: Work) -> None:
-        """One more call."""
-        total = self.sums.get(place)
+    def add(self, key: WorkKey, work: Work) -> None:
+        """Add one call."""
+        total = self.sums.get(key)
         if total is None:
-            self.sums[place] = [1, *work]
+            self.sums[key] = [1, *work]
             return
         total[0] += 1
         total[1] += work.flops
@@ -55,19 +55,19 @@ class WorkDone:
 
     def flops_of_step(self, step: int) -> int:
         """Floating-point operations of one step."""
-        return sum(flops for (place_step, *_), (_, flops, *_) in self.sums.items() if place_step == step)
+        return sum(flops for (key_step, *_), (_, flops, *_) in self.sums.items() if key_step == step)
 
 
 def flops_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
-    """Floating-point operations of one call by PyTorch's formula; 0 for an operator without one."""
+    """Floating-point operations of one call by PyTorch's formula; 0 for an operator without a formula."""
     formula = flop_registry.get(func._overloadpacket)
     return formula(*args, **kwargs, out_val=out) if formula else 0
 
 
 class CountedOperators:
-    """Runs operators as they are and counts their floating-point operations.
+    """Runs operators unchanged and counts their floating-point operations.
 
-    Those are worked out once for every combination of shapes: PyTorch's formulas are slow to call.
+    The count is computed once per combination of shapes, because PyTorch's formulas are slow.
     """
 
     def __init__(self) -> None:

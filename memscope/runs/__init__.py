@@ -1,1 +1,1 @@
-"""Runs of one target in processes of their own."""
+"""Runs of one target, each in its own process."""

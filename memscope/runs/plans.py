@@ -1,6 +1,6 @@
-"""Run several plans of one target in processes of their own.
+"""Run several plans of one target in worker processes.
 
-Each measured run gets a fresh process; simulations run side by side.
+Measured runs take turns, each in a fresh process; simulations run in parallel.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["Report", "RunSpec", "check_plans", "run_all", "run_where_there_is_ro
 T = TypeVar("T")
 
 Report = Callable[[int, int, int, "LiveState | None"], None]
-"""`report(index of the run, micro-batches done, in all, state)`; the state is None where only the count is new."""
+"""`report(run index, micro-batches done, total micro-batches, state)`; state is None if only the count is new."""
 Message: TypeAlias = "tuple[int, int, int, LiveState | None]"
 Messages: TypeAlias = "multiprocessing.Queue[Message]"
 _POLL_SECONDS = 0.1
@@ -38,7 +38,7 @@ _POLL_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class RunSpec:
-    """One run, as text that a fresh process can start from."""
+    """One run, described such that a fresh process can start it."""
 
     target: str
     preset: str | None
@@ -46,27 +46,27 @@ class RunSpec:
     plan: str
     """Strategies to apply."""
     compared: tuple[str, ...]
-    """Every plan of the comparison: a strategy not applied here may ask for a fair baseline (`Strategy.baseline`)."""
+    """Every plan of the comparison: a strategy not applied here may change the baseline (`Strategy.baseline`)."""
     device: str
     device_file: Path | None
     """TOML file with more devices."""
     allocator: str | None
-    """Settings of PyTorch's allocator, as PYTORCH_CUDA_ALLOC_CONF has them; None: those of the environment."""
+    """Settings of PyTorch's allocator, in the syntax of PYTORCH_CUDA_ALLOC_CONF; None: those of the environment."""
     simulated: bool
     steps: int
     path: Path
-    """Where the trace goes; must not exist yet."""
+    """Path of the trace file to write; must not exist yet."""
     memory_bytes: int | None = None
-    """Most that PyTorch may take of a real GPU; None: all of it."""
+    """Memory limit for PyTorch on a real GPU; None: no limit."""
     live: bool = False
-    """Tell the state of the run at every phase."""
+    """Whether to report the state of the run at every phase."""
 
 
 def check_plans(target: Target, config: Any, plans: Sequence[Plan]) -> None:
-    """Find what is wrong with the settings, the data and every plan before anything runs, on a model without memory.
+    """Check the settings, the data and every plan before anything runs, on a model without memory (meta device).
 
     Raises:
-        MemscopeError: what is wrong.
+        MemscopeError: the settings, the data or a plan cannot be used.
     """
     import torch
 
@@ -77,7 +77,7 @@ def check_plans(target: Target, config: Any, plans: Sequence[Plan]) -> None:
             built: object = target.build(config)
         except MemscopeError:
             raise
-        except (Exception, SystemExit):  # the runs will tell; this model may only be unable to live on the meta device
+        except (Exception, SystemExit):  # possibly only on the meta device; the runs report real errors
             return
         workload = usable(built)
         for plan in plans:
@@ -85,28 +85,28 @@ def check_plans(target: Target, config: Any, plans: Sequence[Plan]) -> None:
 
 
 def run_all(specs: Sequence[RunSpec], report: Report) -> None:
-    """Carry out every run and leave a trace file for each. The first failure ends the others.
+    """Run all specs, each writing a trace file. The first failure ends the other runs.
 
     Raises:
-        MemscopeError: what a run failed with.
+        MemscopeError: a run failed.
     """
     _carry_out(_run, specs, report)
 
 
 def try_all(specs: Sequence[RunSpec], report: Report) -> list[str]:
-    """Carry out every run: what each failed with, empty where it left its trace file.
+    """Run all specs and return the error message of each; empty for a run that wrote its trace file.
 
     Raises:
-        TargetError: when a process was killed.
+        TargetError: a worker process was killed.
     """
     return _carry_out(_attempt, specs, report)
 
 
 def run_where_there_is_room(specs: Sequence[RunSpec], report: Report) -> None:
-    """Carry out every run. One whose weights alone do not fit leaves no trace file; any other failure ends all.
+    """Run all specs. A run whose weights alone do not fit writes no trace file; any other failure ends all runs.
 
     Raises:
-        MemscopeError: what a run failed with.
+        MemscopeError: a run failed.
     """
     _carry_out(_run_if_there_is_room, specs, report)
 
@@ -138,7 +138,7 @@ def _finished(futures: Sequence[Future[Any]]) -> bool:
             future.result()
         except BrokenProcessPool:
             raise TargetError(
-                "a run ended without a word: its process was killed, most likely for want of host memory"
+                "the worker process of a run was killed, probably because the host ran out of memory"
             ) from None
     return not left
 
@@ -152,7 +152,7 @@ def _waiting(messages: Messages) -> Iterator[Message]:
 
 
 _progress: Messages | None = None
-"""Where a process of a run reports to; set once in each."""
+"""The queue that a worker process reports to; set once in each worker."""
 
 
 def _report_to(messages: Messages) -> None:
@@ -174,7 +174,7 @@ def _run_if_there_is_room(index: int, spec: RunSpec) -> None:
 
 
 def _run(index: int, spec: RunSpec) -> None:
-    if spec.allocator is not None and not spec.simulated:  # PyTorch reads it once, when it is loaded
+    if spec.allocator is not None and not spec.simulated:  # PyTorch reads the variable once, when it is imported
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = spec.allocator
     import torch
 

@@ -1,4 +1,4 @@
-"""Worker processes that end with their parent, however that ends, and leave Ctrl-C to it."""
+"""Worker processes that end when their parent ends, for whatever reason, and leave Ctrl-C to the parent."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from typing import Any
 __all__ = ["cores", "interrupts_held", "pool"]
 
 _PRELOADED = ["memscope.simulation.simulate", "torch._dynamo"]
-"""The latter is imported by the first optimizer that is built."""
+"""Slow imports. The first optimizer that is built imports `torch._dynamo`."""
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
 def pool(workers: int, initializer: Callable[..., None], *initargs: Any) -> Iterator[ProcessPoolExecutor]:
-    """Fresh processes, each of which calls `initializer(*initargs)` first; ended at once when an error leaves here."""
+    """A pool of fresh processes that call `initializer(*initargs)` first; an exception ends them at once."""
     executor = ProcessPoolExecutor(workers, _context(), initializer=_begin, initargs=(initializer, initargs))
     with executor:
         try:
@@ -40,14 +40,14 @@ def pool(workers: int, initializer: Callable[..., None], *initargs: Any) -> Iter
 
 
 def _context() -> BaseContext:
-    """How processes start: on Linux as forks of one that has imported what takes long, and has done nothing else."""
+    """The start method of processes: on Linux, forks of a server process that has only done the slow imports."""
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
-    resource_tracker.ensure_running()  # else the next line starts it, and that ends the holding of interrupts
+    resource_tracker.ensure_running()  # otherwise the fork server starts it, which unblocks the interrupts held below
     with interrupts_held():
-        forkserver.ensure_running()  # it imports while this process goes on
+        forkserver.ensure_running()  # the server imports while this process goes on
     return context
 
 
@@ -55,14 +55,14 @@ def _context() -> BaseContext:
 def interrupts_held() -> Iterator[None]:
     """Ctrl-C waits until the end of the block, and child processes started in it ignore SIGINT: the parent ends them.
 
-    A pool starts its processes when work is submitted. One whose start was interrupted would be nobody's.
+    A pool starts its processes when work is submitted. A process whose start was interrupted would be orphaned.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
     came: list[int] = []
     in_main = threading.current_thread() is threading.main_thread()
-    # Beside the mask: the signal may reach another thread of this process, and is handled in this one all the same.
+    # The mask alone does not suffice: another thread may receive the signal, whose handler runs in the main thread.
     handler = signal.signal(signal.SIGINT, lambda number, frame: came.append(number)) if in_main else None
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:

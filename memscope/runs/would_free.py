@@ -1,7 +1,7 @@
-"""Where a run does not fit: what each strategy that is not in its plan would free.
+"""For a run that does not fit: the memory that each strategy outside its plan would free.
 
-Each is simulated together with the plan. What strategies free does not add up: checkpointing frees activations, which
-LoRA or a lower precision may have made small already.
+Each strategy is simulated together with the plan. The savings of several strategies do not add up: checkpointing frees
+activations, which LoRA or a lower precision may already have made small.
 """
 
 from __future__ import annotations
@@ -26,51 +26,51 @@ if TYPE_CHECKING:
 __all__ = ["Remedies", "WouldFree", "would_free"]
 
 TryAll = Callable[[Sequence["RunSpec"], Sequence[str]], list[str]]
-"""Carries out runs, shown under their labels: what each failed with, empty where it did not (`runs.try_all`)."""
+"""Runs specs, shown under their labels, and returns each error message, empty if none (see `runs.plans.try_all`)."""
 _OWN_GPU = "this-gpu"
 
 
 @dataclass(frozen=True)
 class WouldFree:
-    """One strategy, added to a plan that does not fit."""
+    """The effect of one strategy added to a plan that does not fit."""
 
     strategy: Strategy
     trace: Trace
-    """The plan with the strategy, simulated."""
+    """Simulated trace of the plan with the strategy."""
     before_bytes: int
-    """Allocated at the peak without it, simulated."""
+    """Simulated peak allocated bytes without the strategy."""
 
     @property
     def change_bytes(self) -> int:
-        """What it adds to the allocated peak; negative: it frees as much."""
+        """Change of the allocated peak; negative if the strategy frees memory."""
         return self.trace.peak.allocated_bytes - self.before_bytes
 
     @property
     def fits(self) -> bool:
-        """Whether the plan runs with it."""
+        """Whether the plan fits with the strategy."""
         return not self.trace.meta.get("out_of_memory")
 
 
 @dataclass(frozen=True)
 class Remedies:
-    """What is known about the strategies that are not in a plan."""
+    """Results for the strategies outside a plan."""
 
     tried: tuple[WouldFree, ...] = ()
-    """Those that can be applied, what frees most first."""
+    """The strategies that can be applied, largest saving first."""
     failed: dict[str, str] = field(default_factory=dict)
-    """Why others could not be simulated, by strategy."""
+    """Reasons why other strategies could not be simulated, by strategy."""
 
 
 def would_free(target: Target, config: Any, spec: RunSpec, trace: Trace, try_all: TryAll) -> Remedies:
-    """Simulate the plan of a run that did not fit with each installed strategy that it lacks and that can be applied.
+    """Simulate the plan of a run that did not fit with each further installed strategy that can be applied.
 
     Args:
-        target: what was run.
-        config: with which settings.
+        target: the target of the run.
+        config: its settings.
         spec: the run.
-        trace: what came out of it, with `meta["out_of_memory"]`. Where it is measured, the plan itself is simulated,
-            too, on a GPU of the same kind with as much memory as the run could have.
-        try_all: carries out the simulations.
+        trace: the trace of the run, with `meta["out_of_memory"]`. The plan of a measured run is also simulated, on
+            a GPU of the same kind with the memory that was available to the run.
+        try_all: runs the simulations.
     """
     plan = Plan.parse(spec.plan)
     added, failed = _additions(target, config, plan)
@@ -96,7 +96,7 @@ def would_free(target: Target, config: Any, spec: RunSpec, trace: Trace, try_all
 
 
 def _additions(target: Target, config: Any, plan: Plan) -> tuple[list[Strategy], dict[str, str]]:
-    """Strategies to add, and why others cannot even be asked."""
+    """Strategies to add, and the reasons why others cannot be queried."""
     import torch
 
     used = {strategy.name for strategy in plan.strategies}
@@ -104,8 +104,8 @@ def _additions(target: Target, config: Any, plan: Plan) -> tuple[list[Strategy],
     with torch.device("meta"):
         try:
             workload = target.build(config)
-        except (Exception, SystemExit) as error:  # it ran, so that it can only be unable to live on the meta device
-            return [], {"strategies": f"the model cannot be built without memory to check them on it: {error}"}
+        except (Exception, SystemExit) as error:  # the target ran, so only the meta device can be the cause
+            return [], {"strategies": f"they cannot be checked on the meta device: {error}"}
         for name, kind in sorted(available().items()):
             if name in used:
                 continue
@@ -120,7 +120,7 @@ def _additions(target: Target, config: Any, plan: Plan) -> tuple[list[Strategy],
 
 
 def _to_try(kind: type[Strategy], workload: Workload, plan: Plan) -> Strategy | None:
-    """A strategy with its default settings, or with the first of its candidates where those are no candidate."""
+    """The strategy with the first candidate that can be applied, default settings first; None if none can."""
     offered = list(called(kind(), "candidates", workload))
     for config in sorted(offered, key=lambda config: config != kind.Config()):
         strategy = kind(config)
@@ -134,14 +134,14 @@ def _to_try(kind: type[Strategy], workload: Workload, plan: Plan) -> Strategy | 
 
 
 def _simulated(plans: Sequence[Plan], spec: RunSpec, folder: Path, try_all: TryAll) -> list[Trace | str]:
-    """The trace of each plan, or what kept it from being simulated."""
+    """The trace of each plan, or the message of the error that prevented its simulation."""
     specs = [replace(spec, plan=str(plan), path=folder / f"{index}.npz") for index, plan in enumerate(plans)]
     errors = try_all(specs, [str(plan) or "baseline" for plan in plans])
     return [error or Trace.load(one.path) for one, error in zip(specs, errors, strict=True)]
 
 
 def _on_own_gpu(spec: RunSpec, trace: Trace, folder: Path) -> RunSpec:
-    """The same run, simulated on a GPU such as PyTorch's current one, with the memory that was there for the run."""
+    """The same run, simulated on a GPU like PyTorch's current one, with the memory that was available to the run."""
     import torch
 
     gpu = torch.cuda.get_device_properties(torch.cuda.current_device())

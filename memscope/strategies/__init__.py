@@ -1,4 +1,4 @@
-"""Strategies: techniques that change the memory of a training step, as plugins. One file a technique."""
+"""Strategies: plugins that change how a training step uses memory. One file per technique."""
 
 from memscope.strategies.plan import Plan, read_strategies
 from memscope.strategies.plugins import available

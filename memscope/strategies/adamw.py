@@ -1,4 +1,4 @@
-"""How the optimizer's step is carried out."""
+"""The implementation of the optimizer's step."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ __all__ = ["OptimizerStep"]
 
 
 class OptimizerStep(Strategy):
-    """Update all parameters at once (foreach), one after the other, or in a fused kernel: AdamW and its like.
+    """Update all parameters at once (foreach), one by one, or in a fused kernel; for AdamW and similar optimizers.
 
-    The optimizer is the workload's own, built anew with the flags that `torch.optim` has for it.
+    The workload's own optimizer is rebuilt with the `fused` and `foreach` flags of `torch.optim`.
     """
 
     name = "adamw"
@@ -33,41 +33,42 @@ class OptimizerStep(Strategy):
 
     @dataclass(frozen=True)
     class Config:
-        """Which implementation."""
+        """The implementation to use."""
 
         fused: bool = False
         """One kernel updates all parameters, without temporaries; its step counters are on the device."""
         foreach: bool = True
-        """Unless fused: all at once, PyTorch's own choice on a GPU; false: one by one, with the temporaries of one."""
+        """Unless fused: update all parameters at once (PyTorch's default on a GPU). false: update them one by one, with
+        temporaries for only one at a time."""
 
     @classmethod
     def candidates(cls, workload: Workload) -> Sequence[Config]:
-        """Fused, and one by one; not the one that the optimizer is already set to."""
+        """Fused and one by one, without the implementation that the optimizer already uses."""
         optimizer = _built(workload)
         groups = optimizer.param_groups if optimizer else []
         offered = [cls.Config(fused=True), cls.Config(foreach=False)]
         return [config for config in offered if not all(_is_set_to(config, group) for group in groups)]
 
     def check(self, workload: Workload) -> list[Problem]:
-        """An optimizer that has no such implementation, or cannot be built anew."""
+        """Report an optimizer that lacks the implementation or cannot be rebuilt."""
         optimizer = _built(workload)
         if optimizer is None:
             return []
         name, flag, taken = type(optimizer).__name__, self._flag, _parameters_of(optimizer)
         if flag not in taken:
-            return [Problem(f'the constructor of {name}, the optimizer, takes no "{flag}"', _instead(flag, taken))]
+            return [Problem(f'the optimizer {name} has no "{flag}" argument', _instead(flag, taken))]
         lost = [key for key in taken if key not in {"params", "fused", "foreach", *optimizer.defaults}]
         if lost:
-            what = f'{name}, the optimizer, cannot be built anew: its defaults do not hold "{lost[0]}"'
-            return [Problem(what, f"leave it out, and give the optimizer {flag} where it is made")]
+            what = f'the optimizer {name} cannot be rebuilt: its defaults do not contain "{lost[0]}"'
+            return [Problem(what, f"remove this strategy and pass {flag} to the optimizer where it is built")]
         try:
             self._rebuilt(optimizer)
-        except Exception as error:  # whatever its constructor has against it, it says so itself
-            return [Problem(f"{name}, the optimizer, refuses {flag}: {error}", _instead(flag, taken))]
+        except Exception as error:  # constructors raise any type; the message is theirs
+            return [Problem(f"the optimizer {name} rejects {flag}: {error}", _instead(flag, taken))]
         return []
 
     def apply(self, workload: Workload) -> None:
-        """Wrap the optimizer's factory."""
+        """Wrap the workload's optimizer factory."""
         build = workload.optimizer_factory
         workload.optimizer_factory = lambda parameters: self._rebuilt(build(parameters))
 
@@ -88,7 +89,7 @@ class OptimizerStep(Strategy):
 
 
 def _built(workload: Workload) -> Optimizer | None:
-    """The workload's optimizer; None where it cannot be built, which whoever runs the workload says."""
+    """The workload's optimizer; None if it cannot be built, which `Training.start` reports."""
     trainable = [parameter for parameter in workload.model.parameters() if parameter.requires_grad]
     try:
         return workload.optimizer_factory(trainable) if trainable else None
@@ -101,7 +102,10 @@ def _parameters_of(optimizer: Optimizer) -> Sequence[str]:
 
 
 def _is_set_to(config: OptimizerStep.Config, group: Mapping[str, Any]) -> bool:
-    """Whether a parameter group is; without any flag PyTorch chooses (torch/optim/adam.py, `adam`, 2.13)."""
+    """Whether a parameter group already uses `config`.
+
+    Without either flag, PyTorch chooses (torch/optim/adam.py, `adam`, 2.13).
+    """
     fused, foreach = group.get("fused"), group.get("foreach")
     if config.fused:
         return bool(fused)
@@ -109,5 +113,5 @@ def _is_set_to(config: OptimizerStep.Config, group: Mapping[str, Any]) -> bool:
 
 
 def _instead(flag: str, taken: Sequence[str]) -> str:
-    other = "choose foreach=false, or " if flag == "fused" and "foreach" in taken else "leave it out, or "
-    return f"{other}train with an optimizer that has it, such as torch.optim.AdamW"
+    other = "choose foreach=false" if flag == "fused" and "foreach" in taken else "remove this strategy"
+    return f'{other}, or train with an optimizer that has "{flag}", such as torch.optim.AdamW'

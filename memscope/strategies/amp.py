@@ -18,7 +18,7 @@ _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class AMP(Strategy):
-    """Run matrix products and attention in a lower precision with `torch.autocast`; weights keep their own.
+    """Run matrix products and attention in a lower precision with `torch.autocast`; weights keep their precision.
 
     float16 adds a `torch.amp.GradScaler`.
     """
@@ -37,7 +37,7 @@ class AMP(Strategy):
 
     @dataclass(frozen=True)
     class Config:
-        """Which precision."""
+        """The precision to use."""
 
         dtype: Literal["fp16", "bf16"] = "fp16"
         """The lower precision: fp16, with a gradient scaler, or bf16."""
@@ -49,24 +49,27 @@ class AMP(Strategy):
 
     @classmethod
     def candidates(cls, workload: Workload) -> Sequence[Config]:
-        """Both precisions, bf16 first; not the one that the workload has already."""
+        """bf16 and fp16, without the one that the workload already uses."""
         offered = [cls.Config("bf16"), cls.Config("fp16")]
         return [config for config in offered if _DTYPES[config.dtype] is not workload.plan.autocast]
 
     def check(self, workload: Workload) -> list[Problem]:
-        """Trained 16-bit weights: a scaler cannot unscale their gradients on CUDA (bfloat16: PyTorch issue 127176)."""
+        """Report 16-bit trainable weights with fp16.
+
+        On CUDA, a gradient scaler cannot unscale 16-bit gradients (bfloat16: PyTorch issue 127176).
+        """
         low = {p.dtype for p in workload.model.parameters() if p.requires_grad} & {torch.float16, torch.bfloat16}
         if _DTYPES[self.config.dtype] is torch.float16 and low:
             names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in low))
             return [
                 Problem(
-                    f"a gradient scaler, which dtype=fp16 needs, cannot unscale {names} gradients on a GPU",
-                    "hold the trained weights in float32, or use dtype=bf16",
+                    f"dtype=fp16 needs a gradient scaler, which cannot unscale {names} gradients on a GPU",
+                    "keep the trained weights in float32, or use dtype=bf16",
                 )
             ]
         return []
 
     def apply(self, workload: Workload) -> None:
-        """Set autocast and gradient scaler."""
+        """Set the autocast dtype and the gradient scaler."""
         dtype = _DTYPES[self.config.dtype]
         workload.plan = dataclasses.replace(workload.plan, autocast=dtype, grad_scaler=dtype is torch.float16)

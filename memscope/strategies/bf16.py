@@ -18,9 +18,9 @@ __all__ = ["BF16"]
 
 
 class BF16(Strategy):
-    """Hold the weights in bfloat16: activations, gradients and optimizer state follow, and no float32 copy is kept.
+    """Keep the weights in bfloat16, and with them activations, gradients and optimizer state; without a float32 copy.
 
-    Floating-point buffers follow too, as with `model.bfloat16()`; complex and integer ones stay.
+    As with `model.bfloat16()`, floating-point buffers are converted too; complex and integer buffers are not.
     """
 
     name = "bf16"
@@ -37,17 +37,17 @@ class BF16(Strategy):
 
     @dataclass(frozen=True)
     class Config:
-        """Nothing to set."""
+        """No settings."""
 
     def check(self, workload: Workload) -> list[Problem]:
-        """A model that is held in bfloat16 already."""
+        """Report a model that is already in bfloat16."""
         model = workload.model
         if any(_is_lowered(tensor) for tensor in chain(model.parameters(), model.buffers())):
             return []
-        return [Problem("the model has no floating-point weight in another precision than bfloat16", "leave it out")]
+        return [Problem("all floating-point weights of the model are already in bfloat16", "remove this strategy")]
 
     def apply(self, workload: Workload) -> None:
-        """Convert the model, and from now on what is put into it; targets of the loss keep their precision."""
+        """Convert the model, and its inputs at every call. Targets of the loss keep their precision."""
         workload.model.bfloat16()
         workload.model.register_forward_pre_hook(_lower_inputs, with_kwargs=True)
 

@@ -16,7 +16,7 @@ __all__ = ["GradientAccumulation"]
 
 
 class GradientAccumulation(Strategy):
-    """Split a step's batch into micro-batches and add up their gradients. The effective batch stays what it was."""
+    """Split a step's batch into micro-batches and accumulate their gradients. The effective batch does not change."""
 
     name = "ga"
     stage = Stage.STEP
@@ -32,26 +32,27 @@ class GradientAccumulation(Strategy):
 
     @dataclass(frozen=True)
     class Config:
-        """How many pieces."""
+        """The number of micro-batches."""
 
         steps: int = 8
-        """Micro-batches a step; the step's batch must divide into them."""
+        """Micro-batches per step; must divide the number of samples in the step's batch."""
 
     @classmethod
     def candidates(cls, workload: Workload) -> Sequence[Config]:
-        """Every other number of micro-batches that the samples of a step divide into; none where they cannot be found.
+        """Every divisor of the number of samples in a step, except the present number of micro-batches.
 
-        The effective batch stays: more micro-batches are smaller ones, fewer are faster.
+        Empty if the samples cannot be counted. The effective batch does not change: more micro-batches need less
+        memory, fewer are faster.
         """
         samples = max(sample_counts(workload.batches[0]), default=0) if len(workload.batches) else 0
         now = workload.plan.micro_batches
         return [cls.Config(steps) for steps in range(1, samples + 1) if samples % steps == 0 and steps != now]
 
     def check(self, workload: Workload) -> list[Problem]:
-        """A step's batch that does not divide into the micro-batches."""
+        """Report a batch that cannot be split into this number of micro-batches."""
         if self.config.steps < 1:
-            return [Problem(f"steps={self.config.steps} is no number of micro-batches", "choose at least 1")]
-        if not len(workload.batches):  # refused when the workload is run, with this strategy or without
+            return [Problem(f"steps={self.config.steps} is not a number of micro-batches", "choose at least 1")]
+        if not len(workload.batches):  # an error when the workload runs, with or without this strategy
             return []
         try:
             workload.split(workload.batches[0], self.config.steps)
@@ -60,7 +61,7 @@ class GradientAccumulation(Strategy):
         return []
 
     def baseline(self, workload: Workload) -> None:
-        """The same effective batch in one go."""
+        """Run the same effective batch as one micro-batch."""
         workload.plan = dataclasses.replace(workload.plan, micro_batches=1)
 
     def apply(self, workload: Workload) -> None:

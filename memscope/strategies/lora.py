@@ -18,11 +18,11 @@ from memscope.workload.description import Workload
 __all__ = ["LoRA", "LoRALinear", "adapt", "merge", "unmerge"]
 
 _QUERY_AND_VALUE = (("wq", "wv"), ("q_proj", "v_proj"), ("query", "value"))
-"""What Hu et al. adapt, as it is called in Meta's LLaMA, and in transformers' LLaMA and BERT."""
+"""Names of the layers that Hu et al. adapt, in Meta's LLaMA, transformers' LLaMA, and BERT."""
 
 
 class LoRA(Strategy):
-    """Freeze the model and train low-rank updates of chosen linear layers: `W + (alpha / r) · B · A`."""
+    """Freeze the model and train low-rank updates of selected linear layers: `W + (alpha / r) · B · A`."""
 
     name = "lora"
     stage = Stage.ADAPT
@@ -38,7 +38,7 @@ class LoRA(Strategy):
 
     @dataclass(frozen=True)
     class Config:
-        """What is adapted, and how much."""
+        """The layers to adapt, and the size of their updates."""
 
         r: int = 16
         """Rank of the update."""
@@ -47,13 +47,13 @@ class LoRA(Strategy):
         dropout: float = 0.05
         """Dropout on the input of the update."""
         targets: tuple[str, ...] = ("wq", "wv")
-        """Linear layers to adapt: last parts of module names, joined by +."""
+        """Linear layers to adapt: full module names or their last parts, joined by +."""
 
     @classmethod
     def candidates(cls, workload: Workload) -> Sequence[Config]:
-        """The default's rank, and two others, at the default's scale alpha / r, for query and value projections.
+        """The query and value projections with the default rank and two others, at the default scale alpha / r.
 
-        Where those are not found by their names, for every linear layer whose name is there more than once.
+        If the model has no layers of these names: every linear layer whose name occurs more than once.
         """
         fitting = Counter(name.rpartition(".")[2] for name in _adaptable(workload.model))
         repeated = tuple(name for name, count in fitting.items() if count > 1)
@@ -62,13 +62,13 @@ class LoRA(Strategy):
         return [cls.Config(r=rank, alpha=scale * rank, targets=targets) for rank in (cls.Config().r, 8, 64) if targets]
 
     def check(self, workload: Workload) -> list[Problem]:
-        """Settings out of their range, and targets that cannot be adapted."""
+        """Report settings out of range and targets that cannot be adapted."""
         config, problems = self.config, []
         if config.r < 1:
-            problems.append(Problem(f"r={config.r} is no rank", "choose at least 1"))
+            problems.append(Problem(f"r={config.r} is not a rank", "choose at least 1"))
         if not 0 <= config.dropout < 1:
             problems.append(
-                Problem(f"dropout={config.dropout} is no probability", "choose 0 up to, but not including, 1")
+                Problem(f"dropout={config.dropout} is not a probability", "choose at least 0 and less than 1")
             )
         linear, tied = _linear(workload.model), _tied(workload.model)
         fits = {name.rpartition(".")[2] for name in _adaptable(workload.model)}
@@ -79,14 +79,14 @@ class LoRA(Strategy):
                 problems.append(Problem(what, nearest(target, fits)))
             for name in tied.keys() & matched:
                 what = f'targets={target} matches "{name}", which shares its weight with "{tied[name]}"'
-                problems.append(Problem(what, f"leave it out. {nearest(target, fits)}"))
+                problems.append(Problem(what, f"remove it. {nearest(target, fits)}"))
         return problems
 
     def apply(self, workload: Workload) -> None:
-        """Freeze everything and put a `LoRALinear` in the place of each chosen layer."""
+        """Freeze the model and replace each selected layer by a `LoRALinear`."""
         config, model = self.config, workload.model
         chosen = [name for name in _linear(model) if any(_matches(name, target) for target in config.targets)]
-        assert chosen, "check() lets only plans through that match a layer"
+        assert chosen, "check() rejects targets that match no layer"
         adapt(model, chosen, r=config.r, alpha=config.alpha, dropout=config.dropout)
 
 
@@ -99,15 +99,15 @@ def _linear(model: nn.Module) -> list[str]:
 
 
 def _adaptable(model: nn.Module) -> list[str]:
-    """Linear layers that share their weight with no other module."""
+    """Linear layers that do not share their weight with another module."""
     tied = _tied(model)
     return [name for name in _linear(model) if name not in tied]
 
 
 def _tied(model: nn.Module) -> dict[str, str]:
-    """Modules with a parameter that another place in the model has too, each with the name of such a place.
+    """Modules that share a parameter with another module, each with the name of that module.
 
-    An update of one would pass the other by, until it is merged and changes both.
+    A LoRA update of one would not reach the other; merging it would then change both.
     """
     places: dict[int, list[str]] = {}
     for prefix, parent in model.named_modules():
@@ -118,10 +118,10 @@ def _tied(model: nn.Module) -> dict[str, str]:
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer with its own weight, frozen, and a trained low-rank update.
+    """A linear layer with its frozen weight and a trained low-rank update.
 
     `y = x · Wᵀ + b + (dropout(x) · Aᵀ · Bᵀ) · alpha / r` with x `[..., in]`, W `[out, in]`, A `[r, in]`, B `[out, r]`.
-    A starts Gaussian with standard deviation 1/r and B at zero, so the output starts unchanged.
+    A is initialized with standard deviation 1/r (Gaussian), B with zeros, so the output is unchanged at first.
     """
 
     def __init__(self, layer: nn.Linear, *, r: int, alpha: float, dropout: float) -> None:
@@ -137,19 +137,19 @@ class LoRALinear(nn.Linear):
         self.train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., in]` to `[..., out]`."""
+        """Map `[..., in]` to `[..., out]`."""
         result = F.linear(x, self.weight, self.bias)
         if not self.merged:
             result += (self.dropout(x) @ self.lora_a.T @ self.lora_b.T) * self.scaling
         return result
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows."""
+        """The text that `print(model)` shows for this layer."""
         return f"{super().extra_repr()}, r={self.lora_a.shape[0]}, scaling={self.scaling}"
 
 
 def adapt(model: nn.Module, names: Iterable[str], *, r: int, alpha: float, dropout: float) -> None:
-    """Freeze the model and put a `LoRALinear` in the place of each linear layer in `names`, which are full names."""
+    """Freeze the model and replace each linear layer in `names` (full names) by a `LoRALinear`."""
     model.requires_grad_(False)
     for name in names:
         parent = model.get_submodule(name.rpartition(".")[0])
@@ -164,7 +164,7 @@ def _adapted(model: nn.Module) -> Iterator[LoRALinear]:
 
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
-    """Add every update to its weight, so that inference costs nothing more. Merging twice changes nothing."""
+    """Add every update to its weight, so that inference has no extra cost. Merging twice has no further effect."""
     for layer in _adapted(model):
         if not layer.merged:
             layer.weight += layer.scaling * (layer.lora_b @ layer.lora_a)
@@ -173,7 +173,7 @@ def merge(model: nn.Module) -> None:
 
 @torch.no_grad()
 def unmerge(model: nn.Module) -> None:
-    """Take every merged update out of its weight again, up to rounding."""
+    """Subtract every merged update from its weight again, up to rounding."""
     for layer in _adapted(model):
         if layer.merged:
             layer.weight -= layer.scaling * (layer.lora_b @ layer.lora_a)

@@ -1,8 +1,8 @@
-"""Plans: strategies in the order in which they are applied, and the text that names them.
+"""Plans: strategies in the order of their application, and the text that names them.
 
-A plan is text such as `lora:r=16,targets=wq+wv,adamw:fused,ckpt`: a comma-separated word with a `=` before any `:`
-belongs to the strategy before it; any other word starts a new strategy. A bare word straight after the colon is a
-switch: `adamw:fused` is `adamw:fused=true`.
+A plan is written as text such as `lora:r=16,targets=wq+wv,adamw:fused,ckpt`. A comma-separated word with a `=` before
+any `:` is a setting of the strategy before it; any other word starts a new strategy. A bare word directly after the
+colon is a switch: `adamw:fused` means `adamw:fused=true`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["Plan", "read_strategies"]
 
 @dataclass(frozen=True)
 class Plan:
-    """Strategies in the order they are applied: by stage, then by name.
+    """Strategies in the order of their application: by stage, then by name.
 
     Examples:
         >>> from memscope import Plan
@@ -40,21 +40,22 @@ class Plan:
         """Read a plan.
 
         Raises:
-            UsageError: when it is malformed, or names an unknown strategy, key or value.
+            UsageError: the text is malformed, or names an unknown strategy, key or value.
         """
         return cls.of(*read_strategies(text))
 
     @classmethod
     def of(cls, *strategies: Strategy) -> Plan:
-        """Put strategies into order.
+        """Build a plan from strategies in any order.
 
         Raises:
-            UsageError: when one is there twice, two conflict, or one lacks what it requires; all of that at once.
+            UsageError: a strategy occurs twice, two strategies conflict, or a strategy lacks a feature it requires;
+                the message lists every such problem.
         """
         ordered = tuple(sorted(strategies, key=lambda s: (s.stage, s.name)))
         names = [s.name for s in ordered]
         wrong = [
-            f'"{name}" is there {names.count(name)} times: name it once'
+            f'"{name}" occurs {names.count(name)} times: name it once'
             for name in sorted(set(names))
             if names.count(name) > 1
         ]
@@ -65,7 +66,7 @@ class Plan:
 
     @property
     def specs(self) -> list[str]:
-        """Each strategy as text, in order."""
+        """The text of each strategy, in order."""
         return [strategy.spec for strategy in self.strategies]
 
     def __str__(self) -> str:
@@ -75,10 +76,10 @@ class Plan:
         return bool(self.strategies)
 
     def check(self, workload: Workload) -> None:
-        """Look for everything that stands against the plan on this workload; changes nothing.
+        """Check whether the plan can be applied to a workload; changes nothing.
 
         Raises:
-            UsageError: with every problem of every strategy.
+            UsageError: the plan cannot be applied; the message lists every problem of every strategy.
         """
         wrong = [f"{s.name}: {problem}" for s in self.strategies for problem in called(s, "check", workload)]
         if wrong:
@@ -88,35 +89,35 @@ class Plan:
         """Check every strategy against the workload, then apply them in order.
 
         Raises:
-            UsageError: with every problem of every strategy, before anything is changed.
+            UsageError: the plan cannot be applied; the message lists every problem, and nothing has been changed.
         """
         self.check(workload)
         self.carry_out(workload)
 
     def carry_out(self, workload: Workload) -> None:
-        """Apply the strategies in order; for a workload that `check` has let through."""
+        """Apply the strategies in order to a workload that has passed `check`."""
         for strategy in self.strategies:
             called(strategy, "apply", workload)
 
     def prepare_baseline(self, workload: Workload, applied: Collection[str]) -> None:
-        """Let each strategy whose name is not in `applied` make the run without it comparable."""
+        """For a fair comparison, call `baseline` of each strategy whose name is not in `applied`."""
         for strategy in self.strategies:
             if strategy.name not in applied:
                 called(strategy, "baseline", workload)
 
 
 def read_strategies(text: str) -> list[Strategy]:
-    """The strategies that a plan's text names, in its order, each by itself.
+    """The strategies that a plan's text names, in the order of the text, not checked against each other.
 
     Raises:
-        UsageError: when the text is malformed, or names an unknown strategy, key or value.
+        UsageError: the text is malformed, or names an unknown strategy, key or value.
     """
     strategies: list[Strategy] = []
     for name, words in _words(text):
         if name not in available():
             hint = nearest(name, available())
             if strategies and is_switch(strategies[-1].Config, name):
-                hint = f'after a comma, the setting of "{strategies[-1].name}" is written {name}=true'
+                hint = f'after a comma, write the setting of "{strategies[-1].name}" as {name}=true'
             raise UsageError(f'unknown strategy "{name}" in plan "{text}": {hint}')
         kind = available()[name]
         strategies.append(kind(fill(kind.Config, words, of=f'strategy "{name}"')))
@@ -124,14 +125,14 @@ def read_strategies(text: str) -> list[Strategy]:
 
 
 def _words(text: str) -> list[tuple[str, dict[str, str | None]]]:
-    """The strategies of a plan with their settings, still as text; None for a switch."""
+    """The names of a plan's strategies, each with its settings as text; the text of a switch is None."""
     found: list[tuple[str, dict[str, str | None]]] = []
     for word in [w.strip() for w in text.split(",")] if text.strip() else []:
         equals, colon = word.find("="), word.find(":")
         if equals >= 0 and (colon < 0 or equals < colon):
             if not found:
                 raise UsageError(
-                    f'malformed plan "{text}": "{word}" is a setting before any strategy; write STRATEGY:{word}'
+                    f'malformed plan "{text}": the setting "{word}" has no strategy before it; write STRATEGY:{word}'
                 )
             setting = word
         else:
@@ -161,11 +162,11 @@ def _conflicts(strategies: tuple[Strategy, ...]) -> list[str]:
         for other in strategies[i + 1 :]:
             features = sorted((one.conflicts & other.provides) | (other.conflicts & one.provides))
             if other.name in one.conflicts or one.name in other.conflicts:
-                found.append(f'"{one.name}" and "{other.name}" cannot be combined: leave one out')
+                found.append(f'"{one.name}" and "{other.name}" cannot be combined: remove one')
             elif features:
                 found.append(
                     f'"{one.name}" and "{other.name}" cannot be combined, because of "{features[0]}": '
-                    "leave one out, or change the setting that brings it"
+                    "remove one, or change the setting that adds it"
                 )
     return found
 

@@ -1,6 +1,6 @@
-"""Installed strategies, found through the entry-point group `memscope.strategies`, built-in ones included.
+"""Find installed strategies, built-in ones included, through the entry-point group `memscope.strategies`.
 
-An error in a strategy of another package names the strategy and the line.
+An error inside a strategy of another package is reported with the strategy's name and the line.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ _GROUP = "memscope.strategies"
 
 @cache
 def available() -> dict[str, type[Strategy]]:
-    """Every strategy installed, by name.
+    """Every installed strategy, by name.
 
     Raises:
-        UsageError: when two packages bring a strategy of the same name, or one cannot be imported or is none.
+        UsageError: two packages provide a strategy of the same name, or a strategy cannot be imported or used.
     """
     found: dict[str, type[Strategy]] = {}
     # A checkout beside an installation lists the same class twice: that is one strategy.
     for entry in sorted({(e.name, e.value): e for e in entry_points(group=_GROUP)}.values(), key=lambda e: e.name):
         if entry.name in found:
             raise UsageError(
-                f'two installed packages bring a strategy "{entry.name}" ({entry.value}): uninstall one of them'
+                f'two installed packages provide a strategy "{entry.name}" ({entry.value}): uninstall one of them'
             )
         found[entry.name] = _loaded(entry)
     return found
 
 
 def _loaded(entry: EntryPoint) -> type[Strategy]:
-    """The strategy that an entry point names.
+    """Load the strategy that an entry point names.
 
     Raises:
-        UsageError: when it cannot be imported, or is none.
+        UsageError: the object cannot be imported, or is not a strategy.
     """
     named = f'strategy "{entry.name}" ({entry.value})'
     try:
@@ -61,10 +61,10 @@ def _loaded(entry: EntryPoint) -> type[Strategy]:
 
 def _wrong(kind: Any, name: str) -> str:
     if Strategy not in getattr(kind, "__mro__", ()):
-        return "it is no subclass of memscope.Strategy"
+        return "it is not a subclass of memscope.Strategy"
     found: Any = {key: getattr(kind, key, None) for key in ("name", "stage", "exact", "Config")}
     if found["name"] != name:
-        return f"its entry point calls it {name!r}, the class calls itself name = {found['name']!r}"
+        return f"its entry point is named {name!r}, but its class has name = {found['name']!r}"
     if not isinstance(found["stage"], Stage):
         return f"its stage is {found['stage']!r}, expected one of memscope.strategies.Stage"
     if not isinstance(found["exact"], bool):
@@ -74,15 +74,15 @@ def _wrong(kind: Any, name: str) -> str:
     try:
         found["Config"]()
     except Exception as error:
-        return f"its Config cannot be made without arguments: {error}"
+        return f"its Config cannot be created without arguments: {error}"
     return ""
 
 
 def called(strategy: Strategy, what: Literal["candidates", "check", "baseline", "apply"], workload: Workload) -> Any:
-    """What a method of a strategy gives for a workload.
+    """Call a method of a strategy on a workload and return its result.
 
     Raises:
-        MemscopeError: when it fails; an error of memscope's own goes through as it is.
+        MemscopeError: the method fails. An error that is already a MemscopeError is passed on unchanged.
     """
     try:
         found = getattr(strategy, what)(workload)
@@ -94,6 +94,6 @@ def called(strategy: Strategy, what: Literal["candidates", "check", "baseline", 
         ) from error
     if what == "check" and not isinstance(found, list | tuple):
         raise MemscopeError(
-            f'strategy "{strategy.name}": check() returned {found!r}, expected a list of Problem, empty if none'
+            f'strategy "{strategy.name}": check() returned {found!r}, expected a list of Problem, which may be empty'
         )
     return found

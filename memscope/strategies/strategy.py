@@ -1,4 +1,4 @@
-"""What a strategy is: one way to change a training step, as a plugin writes it."""
+"""The interface of a strategy: one way to change a training step, provided by a plugin."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ __all__ = ["Problem", "Stage", "Strategy"]
 
 
 class Stage(enum.IntEnum):
-    """When a strategy is applied; within a stage the order is by name."""
+    """The order in which strategies are applied; within a stage, by name."""
 
     LOAD = 0
-    """Changes how weights are held: dtype, quantization."""
+    """Changes how weights are stored: dtype, quantization."""
     ADAPT = 1
-    """Changes what is trained."""
+    """Changes which parameters are trained."""
     WRAP = 2
     """Wraps modules: checkpointing, offload."""
     SHARD = 3
-    """Spreads over devices."""
+    """Spreads the model over devices."""
     OPTIM = 4
     """Changes the optimizer."""
     STEP = 5
-    """Changes how a step goes."""
+    """Changes how a step runs."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,9 @@ class Problem:
 
 
 class Strategy(Protocol):
-    """One way to change a training step. Subclass it, name it, write `apply`; the class docstring is its help text.
+    """One way to change a training step.
+
+    Subclass it, set `name`, `stage`, `exact` and `Config`, and write `apply`. The class docstring is its help text.
 
     Examples:
         >>> from dataclasses import dataclass, replace
@@ -71,19 +73,20 @@ class Strategy(Protocol):
     name: ClassVar[str]
     stage: ClassVar[Stage]
     exact: ClassVar[bool]
-    """True: losses and gradients stay what they were, up to rounding; `memscope.testing.check_strategy` tests it."""
+    """True: losses and gradients are unchanged, up to rounding; `memscope.testing.check_strategy` tests it."""
     changes: ClassVar[str] = ""
-    """What it changes, in a few words, where it is not `exact`: "what is trained". Only used where that is allowed."""
+    """What a strategy that is not `exact` changes, in a few words, such as "what is trained". `memscope advise` uses it
+    only if `--allow` names it."""
     Config: ClassVar[type]
-    """Frozen dataclass of its settings, all with defaults; the docstring under each field is its help text."""
+    """Frozen dataclass of the settings, all with defaults; the docstring under each field is its help text."""
     requires: ClassVar[frozenset[str]] = frozenset()
     """Features that another strategy of the plan must provide."""
     provides: frozenset[str] = frozenset()
-    """Features it brings; an instance may add those that its settings bring."""
+    """Features that the strategy provides; an instance may add features that its settings provide."""
     conflicts: ClassVar[frozenset[str]] = frozenset()
-    """Strategies or features it cannot be combined with."""
+    """Strategies and features that cannot be combined with this one."""
     textbook: ClassVar[Mapping[str, str]] = {}
-    """What is usually said of it: row of Table 1 to ↑, ↓ or –. Only used to point out where a run says otherwise."""
+    """Textbook effect: rows of Table 1 to ↑, ↓ or –. Used only to point out where a run differs."""
     config: Any
 
     def __init__(self, config: Any = None) -> None:
@@ -91,28 +94,28 @@ class Strategy(Protocol):
 
     @classmethod
     def candidates(cls, workload: Workload) -> Sequence[Any]:
-        """The settings worth trying on a workload that no strategy has changed: what `memscope advise` searches.
+        """The settings that `memscope advise` tries, for a workload that no strategy has changed yet.
 
-        Those that `check` refuses are left out by whoever asks. Of a strategy that changes the mathematics, the first
-        is taken unless another one is worth it. Here: the default settings alone.
+        The caller leaves out candidates that `check` rejects. For a strategy that is not `exact`, the advisor prefers
+        the first candidate unless another one saves enough. Default: only the default settings.
         """
         return [cls.Config()]
 
     def check(self, workload: Workload) -> list[Problem]:
-        """Everything that stands against applying it to a workload, at once; empty when nothing does."""
+        """All problems that prevent applying the strategy to a workload; empty if there is none."""
         return []
 
     def baseline(self, workload: Workload) -> None:
-        """Change the workload that runs without this strategy, so that the comparison is fair. Usually nothing."""
-        return None  # a body, or type checkers would take it for abstract
+        """Change the workload that runs without this strategy to make the comparison fair. Default: no change."""
+        return None  # without a body, type checkers would treat this method as abstract
 
     def apply(self, workload: Workload) -> None:
-        """Change the workload. Called only when `check` found no problem; changing nothing is an error."""
+        """Change the workload. Called only if `check` found no problem; changing nothing is an error."""
         ...
 
     @property
     def spec(self) -> str:
-        """The strategy and its settings, as a plan writes them; settings at their defaults are left out."""
+        """The strategy and its settings in plan syntax; settings at their defaults are left out."""
         settings = non_defaults(self.config)
         switch = next((key for key, text in settings.items() if text == "true" and is_switch(self.config, key)), None)
         words = [switch] if switch else []

@@ -1,4 +1,4 @@
-"""The conformance kit for strategies, and toy workloads. Its names load torch when they are first used."""
+"""The conformance kit for strategies, and toy workloads. Names are loaded, and torch with them, on first use."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    """Pytest loads the plugin of this package in every project: it must not load torch."""
+    """Load a name on first use: pytest imports this package in every project, which must not load torch."""
     if name not in _HOME:
         raise AttributeError(f"module 'memscope.testing' has no attribute '{name}'")
     return getattr(import_module(_HOME[name]), name)

@@ -1,4 +1,4 @@
-"""The conformance kit: a package that brings a strategy has a test that calls `check_strategy(MyStrategy)`."""
+"""The conformance kit: a package that provides a strategy calls `check_strategy(MyStrategy)` in a test."""
 
 from __future__ import annotations
 
@@ -30,27 +30,30 @@ from memscope.workload.step import Training, run_step
 __all__ = ["TOLERANCE", "check_strategy", "toy_workload"]
 
 TOLERANCE = 1e-12
-"""Float64 sums in another order may differ by this share of the largest value: some thousand roundings of 2⁻⁵³ each."""
+"""Float64 sums in another order may differ by this fraction of the largest value: thousands of roundings of 2⁻⁵³."""
 _Build = Callable[[], Workload]
 _Steps = list[dict[str, Tensor]]
 
 
 def check_strategy(strategy: type[Strategy] | str, *, workload: Callable[[], Workload] | None = None) -> None:
-    """Hold a strategy to what every strategy promises, on a small workload on the CPU.
+    """Check everything that a strategy must promise, on a small workload on the CPU.
 
-    It is installed and described; its settings, and those of its candidates, can be written in a plan and read back;
-    applying it changes something; alone and with each other installed strategy, a simulation makes the very allocations
-    of a real run, and declared conflicts are refused; where it is `exact`, losses and gradients are the baseline's, and
-    the weights after the step where it changes the optimizer: bit for bit, or, where the same sums are taken in another
-    order, up to `TOLERANCE` in float64. What it requires is added. Other strategies that cannot be applied to the
-    workload at all are left out.
+    - The strategy is installed and described.
+    - Its settings, and those of its candidates, can be written in a plan and read back.
+    - Applying it changes something.
+    - Alone and with each other installed strategy, a simulation makes the same allocations as a real run, and declared
+      conflicts are refused.
+    - If it is `exact`, losses and gradients equal the baseline's; so do the weights after the step if it changes the
+      optimizer. They are equal bit for bit or, if sums are taken in another order, up to `TOLERANCE` in float64.
+
+    Strategies that it requires are added. Other strategies that cannot be applied to the workload are left out.
 
     Args:
-        strategy: a class, taken with its default settings, or one strategy as a plan writes it, such as `lora:r=4`.
-        workload: builds a new workload at each call, the same one for the same random seed; none: `toy_workload`.
+        strategy: a class, tested with its default settings, or one strategy in plan syntax, such as `lora:r=4`.
+        workload: builds a new workload at each call, equal for equal random seeds; None: `toy_workload`.
 
     Raises:
-        AssertionError: naming the strategy and the promise that it breaks.
+        AssertionError: the strategy breaks a promise; the message names the strategy and the promise.
     """
     name = strategy if isinstance(strategy, str) else getattr(strategy, "name", strategy.__name__)
 
@@ -59,7 +62,7 @@ def check_strategy(strategy: type[Strategy] | str, *, workload: Callable[[], Wor
         return (workload or toy_workload)()
 
     with torch.random.fork_rng(devices=[]):
-        with _promise(name, "it is installed, described, and has what it requires"):
+        with _promise(name, "it is installed and described, and the features it requires are provided"):
             subject = _read(strategy) if isinstance(strategy, str) else _find(strategy)
             _check_description(type(subject))
             needed = _with_needs(subject)
@@ -69,14 +72,14 @@ def check_strategy(strategy: type[Strategy] | str, *, workload: Callable[[], Wor
             _check_candidates(type(subject), build)
         with _promise(name, "it can be applied, and changes something"):
             _check_change(needed, subject, build)
-        with _promise(name, "simulated and really run, it makes the same allocations"):
+        with _promise(name, "simulated and real runs make the same allocations"):
             _check_traces(needed, build)
         if subject.exact:
-            with _promise(name, "losses and gradients stay what they were (exact)"):
+            with _promise(name, "losses and gradients are unchanged (exact)"):
                 _check_parity(needed, subject, build)
         for other in available().values():
             if other.name not in {s.name for s in needed}:
-                with _promise(name, f'it can be combined with "{other.name}", or one of the two declares the conflict'):
+                with _promise(name, f'it can be combined with "{other.name}", or one of the two declares a conflict'):
                     _check_pair(needed, other(), build)
 
 
@@ -90,18 +93,18 @@ def _promise(name: str, text: str) -> Iterator[None]:
 
 
 def _require(holds: bool, otherwise: str) -> None:
-    if not holds:  # python -O would drop an `assert`, and the check with it
+    if not holds:  # python -O would remove an `assert`, and the check with it
         raise AssertionError(otherwise)
 
 
 def _find(strategy: type[Strategy]) -> Strategy:
     found = available().get(strategy.name)
-    _require(found is strategy, f'The entry points "memscope.strategies" have {found} there, expected {strategy}')
+    _require(found is strategy, f'Its entry point in "memscope.strategies" is {found}, expected {strategy}')
     return strategy()
 
 
 def _read(text: str) -> Strategy:
-    """The one strategy that a text writes; in a plan it stands beside those that it requires."""
+    """The one strategy that a text names, read in a plan together with the strategies it requires."""
     kind = available().get(re.split("[:,]", text)[0])
     others = [other.name for other in _with_needs(kind())[1:]] if kind else []
     found = [s for s in Plan.parse(",".join([text, *others])).strategies if s.name not in others]
@@ -112,7 +115,7 @@ def _read(text: str) -> Strategy:
 def _check_description(kind: type[Strategy]) -> None:
     _require(isinstance(kind.stage, Stage), f"Its stage is {kind.stage!r}, expected one of memscope.strategies.Stage")
     _require(isinstance(kind.exact, bool), f"Its exact is {kind.exact!r}, expected True or False")
-    _require(kind.exact or bool(kind.changes), "It is not exact, and its changes does not say what it changes")
+    _require(kind.exact or bool(kind.changes), "It is not exact, but its `changes` is empty: say what it changes")
     _require(bool(kind.__doc__), "The class has no docstring, which is its help text")
     silent = [field for field, text in help_of(kind.Config).items() if not text]
     _require(not silent, f"Config has no docstring, which is the help text, under {', '.join(silent)}")
@@ -121,7 +124,7 @@ def _check_description(kind: type[Strategy]) -> None:
 def _check_settings(strategy: Strategy) -> None:
     kind, hints, configs = type(strategy), typing.get_type_hints(strategy.Config), [strategy.config]
     for field in dataclasses.fields(kind.Config):
-        with contextlib.suppress(UsageError, ValueError):  # a Config may refuse a value; then no plan can hold it
+        with contextlib.suppress(UsageError, ValueError):  # a value that Config rejects cannot occur in a plan
             configs.append(kind.Config(**{field.name: _other(hints[field.name], getattr(kind.Config(), field.name))}))
     for config in configs:
         _check_reads_back(kind(config))
@@ -136,10 +139,10 @@ def _check_candidates(kind: type[Strategy], build: _Build) -> None:
     workload = build()
     before = _state(workload)
     for config in kind.candidates(workload):
-        _require(type(config) is kind.Config, f"Its candidate {config!r} is no {kind.__name__}.Config")
+        _require(type(config) is kind.Config, f"Its candidate {config!r} is not a {kind.__name__}.Config")
         _check_reads_back(kind(config))
         kind(config).check(workload)
-    _require(_are_same(before, _state(workload)), "candidates() or check() changed plan, model or data")
+    _require(_are_same(before, _state(workload)), "candidates() or check() changed the plan, the model or the data")
 
 
 def _other(kind: Any, value: Any = None) -> Any:
@@ -156,9 +159,9 @@ def _other(kind: Any, value: Any = None) -> Any:
 
 
 def _with_needs(strategy: Strategy) -> list[Strategy]:
-    """A strategy, and an installed one for each feature that is required and not there yet."""
+    """A strategy, and an installed strategy for each required feature that is not provided yet."""
     chosen = [strategy]
-    for user in chosen:  # grows on the way
+    for user in chosen:  # grows during the loop
         for feature in sorted(user.requires):
             if not any(feature in {s.name, *s.provides} for s in chosen):
                 providers = [kind for kind in available().values() if feature in {kind.name, *kind.provides}]
@@ -170,15 +173,13 @@ def _with_needs(strategy: Strategy) -> list[Strategy]:
 def _check_change(needed: list[Strategy], subject: Strategy, build: _Build) -> None:
     workload = build()
     problems = [str(problem) for strategy in needed for problem in strategy.check(workload)]
-    _require(
-        not problems, f"Its check() refuses the workload: {'; '.join(problems)}. Give check_strategy another workload"
-    )
+    _require(not problems, f"Its check() rejects the workload: {'; '.join(problems)}. Pass another workload")
     for strategy in Plan.of(*needed).strategies:
         before = _state(workload)
         strategy.apply(workload)
         after = _state(workload)
         changed = strategy is not subject or not _are_same(before, after)
-        _require(changed, "Its apply() left plan, model and data as they were")
+        _require(changed, "Its apply() did not change the plan, the model or the data")
 
 
 def _state(workload: Workload) -> dict[Any, Any]:
@@ -206,11 +207,11 @@ def _check_traces(strategies: list[Strategy], build: _Build) -> None:
     simulated = _allocations(simulate(build, device="cpu", strategies=plan))
     real = _allocations(record(build, strategies=plan))
     for index, (one, other) in enumerate(zip_longest(simulated, real)):
-        _require(one == other, f'With "{plan}", allocation {index} is, simulated: {one}; really run: {other}')
+        _require(one == other, f'With "{plan}", allocation {index} is simulated as {one}, but measured as {other}')
 
 
 def _allocations(trace: Trace) -> list[tuple[Any, ...]]:
-    """`(bytes, step, micro-batch, allocations made until it was freed (or 0), category, phase, module)` of each."""
+    """Each allocation: `(bytes, step, micro-batch, allocations made before its free or 0, category, phase, module)`."""
     made = trace.born.searchsorted(trace.freed)
     columns = (trace.requested, trace.step, trace.micro_batch, made, trace.category, trace.phase, trace.module)
     rows = zip(*(column.tolist() for column in columns), strict=True)
@@ -229,7 +230,7 @@ def _check_parity(needed: list[Strategy], subject: Strategy, build: _Build) -> N
 
 
 def _train(build: _Build, plan: Plan, steps: int, double: bool, subject: Strategy, *, baseline: bool) -> _Steps:
-    """Loss, gradients and, where the optimizer is changed, weights of each step; in float64 if `double`."""
+    """Loss, gradients and, if the strategy changes the optimizer, weights of each step; in float64 if `double`."""
 
     def move(tensor: Tensor) -> Tensor:
         return tensor.double() if double and tensor.is_floating_point() else tensor.clone()
@@ -260,19 +261,20 @@ def _train(build: _Build, plan: Plan, steps: int, double: bool, subject: Strateg
 def _differences(expected: _Steps, found: _Steps, tolerance: float) -> Iterator[str]:
     for step, (one, other) in enumerate(zip(expected, found, strict=True)):
         if one.keys() != other.keys():
-            yield f"In step {step} only one of baseline and strategy has {', '.join(sorted(one.keys() ^ other.keys()))}"
+            only_one = ", ".join(sorted(one.keys() ^ other.keys()))
+            yield f"In step {step}, only the baseline or only the strategy has {only_one}"
             continue
         largest = max(float(value.abs().max()) for value in one.values())
         for name in one:
             difference = float((one[name] - other[name]).abs().max())
             if not difference <= tolerance * largest:  # also when it is NaN
-                yield f"In step {step} the {name} differs by {difference:.3g}; the largest value is {largest:.3g}"
+                yield f"In step {step}, the {name} differs by {difference:.3g}; the largest value is {largest:.3g}"
 
 
 def _check_pair(needed: list[Strategy], other: Strategy, build: _Build) -> None:
     try:
         together = list({strategy.name: strategy for strategy in [*_with_needs(other), *needed]}.values())
-    except AssertionError:  # the other one cannot be used at all
+    except AssertionError:  # the other strategy cannot be used at all
         return
     if any(one.conflicts & {two.name, *two.provides} for one, two in permutations(together, 2)):
         with contextlib.suppress(UsageError):

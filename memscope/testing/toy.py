@@ -1,4 +1,4 @@
-"""A workload that is small enough to run anywhere in milliseconds, and has what strategies look for."""
+"""A toy workload: small enough to run anywhere in milliseconds, with the parts that strategies look for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from memscope.workload.split import split_batch
 __all__ = ["toy_workload"]
 
 _VOCAB, _DIM = 40, 16
-_IGNORED = -100  # label without a loss: the default `ignore_index` of torch.nn.functional.cross_entropy
+_IGNORED = -100  # a label without a loss: the default `ignore_index` of torch.nn.functional.cross_entropy
 
 
 class _Block(nn.Module):
@@ -51,8 +51,9 @@ class _Toy(nn.Module):
 def toy_workload(*, dropout: float = 0.0) -> Workload:
     """A language model of 5,536 random float32 weights with the parts that strategies look for.
 
-    `embed`, two `blocks` (attention `wq wk wv wo`, MLP `up down`), `head`. A step's batch is 8 samples of 4 to 11
-    tokens, each trained on all but its first one: micro-batches differ in size and weight. The MLPs have `dropout`.
+    The parts are `embed`, two layers in `blocks` (attention `wq wk wv wo`, MLP `up down`), and `head`. A step's batch
+    has 8 samples of 4 to 11 tokens; every token but the first of a sample is a target, so micro-batches differ in size
+    and weight. `dropout` applies to the MLPs.
     """
     return Workload(
         model=_Toy(dropout),
@@ -71,6 +72,6 @@ def _loss(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def _split(samples: list[list[int]], parts: int) -> list[Tensor]:
-    """Token numbers `[samples, longest]` of each micro-batch."""
+    """Token IDs `[samples, longest]` of each micro-batch."""
     pieces = [[torch.tensor(sample) for sample in piece] for piece in split_batch(samples, parts)]
     return [pad_sequence(piece, batch_first=True, padding_value=_IGNORED) for piece in pieces]

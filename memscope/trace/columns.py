@@ -18,14 +18,14 @@ Category = Literal[
     "workspace", "other",
 ]  # fmt: skip
 CATEGORIES: tuple[Category, ...] = get_args(Category)
-"""What memory is for. `weight_copy`: a cast of a parameter. `activation`: made by the forward pass (or its
+"""What memory is used for. `weight_copy`: a cast of a parameter. `activation`: made by the forward pass (or its
 recomputation) and still alive when the backward pass that needs it begins. `temporary`: freed before that.
-`workspace`: taken inside a kernel. `other`: outlives its step without any known owner."""
+`workspace`: allocated inside a kernel. `other`: outlives its step and has no known owner."""
 
 Phase = Literal["setup", "forward", "loss", "backward", "recompute", "optimizer", "zero_grad", "outside"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
-"""When. `recompute` is forward work done again inside the backward pass by activation checkpointing; `outside` is
-between steps and, in a loop that does not say its phases, between forward, backward and optimizer."""
+"""Parts of a training step. `recompute`: forward work that activation checkpointing repeats inside the backward pass.
+`outside`: between steps and, in a loop that does not mark its phases, between forward, backward and optimizer."""
 
 Key = Literal["category", "module", "op", "phase", "step", "micro_batch"]
 KEYS: tuple[Key, ...] = get_args(Key)
@@ -33,6 +33,6 @@ MARK_COLUMNS = ("mark_event", "mark_phase", "mark_step", "mark_micro_batch")
 
 
 def columns_of(names: Sequence[str], rows: Sequence[Sequence[int]]) -> dict[str, Ints]:
-    """Rows of integers, each in the order of `names`, as columns by name: int64 `[rows]`, empty where there is none."""
+    """Turn rows of integers, each in the order of `names`, into columns by name: int64 `[rows]`."""
     table = np.array(rows, dtype=np.int64).reshape(-1, len(names)).T
     return {name: np.ascontiguousarray(column) for name, column in zip(names, table, strict=True)}

@@ -23,7 +23,7 @@ _FORMAT = "memscope-trace"
 
 
 def write_columns(path: Path, columns: Mapping[str, Ints], texts: Mapping[str, Any], *, overwrite: bool) -> None:
-    """Write columns and `texts`, JSON values, as one trace file.
+    """Write columns and `texts` (JSON values) as one trace file.
 
     Raises:
         TraceFileError: the file exists and `overwrite` is False, it cannot be written, or `texts` is not JSON.
@@ -33,7 +33,7 @@ def write_columns(path: Path, columns: Mapping[str, Ints], texts: Mapping[str, A
     try:
         header = json.dumps({"format": _FORMAT, "schema_version": SCHEMA_VERSION, **texts})
     except (TypeError, ValueError) as error:
-        raise TraceFileError(f"{path}: cannot be written: meta holds more than JSON values ({error})") from None
+        raise TraceFileError(f"{path}: cannot be written: meta has a value that is not JSON ({error})") from None
     buffer = io.BytesIO()
     stored: dict[str, Any] = {name: _narrow(column) for name, column in columns.items()}
     np.savez_compressed(buffer, header=np.array(header), **stored)
@@ -43,7 +43,7 @@ def write_columns(path: Path, columns: Mapping[str, Ints], texts: Mapping[str, A
 def read_columns(
     path: str | os.PathLike[str], names: tuple[str, ...], texts: Mapping[str, type]
 ) -> tuple[dict[str, Ints], dict[str, Any]]:
-    """The columns called `names` and the header of a trace file; `texts` are the types of the header's values.
+    """Read the columns called `names` and the header of a trace file; `texts` are the types of the header's values.
 
     Raises:
         TraceFileError: the file is missing, not a trace, truncated, incomplete, or of a newer schema.
@@ -58,7 +58,7 @@ def read_columns(
         raise TraceFileError(f"{path}: not a memscope trace: it has no memscope header") from None
     if version > SCHEMA_VERSION:
         raise TraceFileError(
-            f"{path}: written with trace schema {version}, this memscope reads up to {SCHEMA_VERSION}: upgrade memscope"
+            f"{path}: has trace schema {version}; this memscope reads schemas up to {SCHEMA_VERSION}: upgrade memscope"
         )
     wrong = [n for n in names if n not in arrays or arrays[n].dtype.kind != "i" or arrays[n].ndim != 1]
     wrong += [name for name, kind in texts.items() if not isinstance(header.get(name), kind)]
@@ -77,7 +77,7 @@ def _arrays(path: str | os.PathLike[str]) -> dict[str, npt.NDArray[Any]]:
         raise TraceFileError(f"{path}: cannot be read ({error.strerror or error})") from None
     except Exception:  # zipfile, zlib and NumPy raise nearly anything on bytes they did not write
         raise TraceFileError(
-            f"{path}: not a memscope trace, or truncated; expected a file written by memscope profile"
+            f"{path}: not a memscope trace, or truncated: expected a file written by memscope profile"
         ) from None
 
 
@@ -87,7 +87,7 @@ def is_within(column: Ints, least: int, most: int) -> bool:
 
 
 def _narrow(column: Ints) -> npt.NDArray[Any]:
-    """The smallest signed type that holds a column: files stay small, values stay exact."""
+    """Convert a column to the smallest signed type that holds it: files stay small, values stay exact."""
     for dtype in (np.int8, np.int16, np.int32):
         if is_within(column, np.iinfo(dtype).min, np.iinfo(dtype).max):
             return column.astype(dtype)
@@ -95,10 +95,10 @@ def _narrow(column: Ints) -> npt.NDArray[Any]:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file completely or not at all: to a temporary neighbour, then rename.
+    """Write a file completely or not at all: to a temporary file beside it, which is then renamed.
 
     Raises:
-        TraceFileError: when the folder is missing or not writable, or the disk is full.
+        TraceFileError: the folder is missing or not writable, or the disk is full.
     """
     temporary = None
     try:

@@ -1,4 +1,4 @@
-"""Progress of long work."""
+"""The callback that reports the progress of long work."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 __all__ = ["Progress", "no_progress"]
 
 Progress = Callable[[str, int, int], None]
-"""`progress(name of the work, units done, units in total)`."""
+"""`progress(name of the work, units done, total units)`."""
 
 
 def no_progress(work: str, done: int, total: int) -> None:

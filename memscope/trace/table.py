@@ -1,7 +1,7 @@
-"""The Trace: every allocation of a run, as columns. Recorders write it; everything else is a function of it.
+"""The Trace: every allocation of a run, as columns. Recorders write a trace; everything else is a function of traces.
 
 An allocation is one row. Time is counted in events: each birth and each death of an allocation is one event, so
-`allocated` is a step function with one value after each event. A trace needs neither torch nor a GPU to be read.
+`allocated` is a step function with one value after each event. Reading a trace needs neither torch nor a GPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["Peak", "Trace", "damage_of", "show_traces_with"]
 
 
 class Peak(NamedTuple):
-    """The moment with the most allocated memory: the first one, if several are equal."""
+    """The moment with the most allocated memory; the first of several equal ones."""
 
     event: int
     allocated_bytes: int
@@ -34,10 +34,11 @@ class Peak(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """All allocations of one run. Column `x[i]` belongs to allocation `i`, in order of birth.
+    """All allocations of one run. `column[i]` belongs to allocation `i`, in order of birth.
 
     Columns are int64 arrays `[allocations]`; `category`, `module`, `op` and `phase` index `CATEGORIES`, `modules`,
-    `ops` and `PHASES`. The `mark_*` columns `[marks]` say when (first event) a new phase began, and which.
+    `ops` and `PHASES`. Each row of the `mark_*` columns `[marks]` is the start of a phase: its first event, the phase,
+    the step and the micro-batch.
 
     Examples:
         >>> from memscope import simulate
@@ -52,12 +53,12 @@ class Trace:
     """
 
     size: Ints
-    """Bytes the allocation takes on the device: `requested`, rounded as the device's allocator does."""
+    """Bytes the allocation takes on the device: `requested`, rounded up by the device's allocator."""
     requested: Ints
-    """Bytes that were asked for."""
+    """Bytes requested."""
     category: Ints
     module: Ints
-    """Module at work when it was born; in the backward pass: the module whose forward is being differentiated."""
+    """Module that ran at its birth; in the backward pass, the module whose forward is being differentiated."""
     op: Ints
     phase: Ints
     step: Ints
@@ -66,7 +67,7 @@ class Trace:
     born: Ints
     """Event of its birth."""
     freed: Ints
-    """Event of its death; -1 when it is alive at the end."""
+    """Event of its death; -1 if it is alive at the end."""
     mark_event: Ints
     mark_phase: Ints
     mark_step: Ints
@@ -76,7 +77,7 @@ class Trace:
     meta: Mapping[str, Any]
     """Target, strategies, device, versions, parameter counts, FLOPs and seconds of each step (JSON values)."""
     reserved: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    """Bytes the allocator holds from the device after each event: int64 `[events]`; empty where there is none."""
+    """Bytes the allocator has reserved after each event: int64 `[events]`; empty for a run without an allocator."""
 
     def __len__(self) -> int:
         return len(self.size)
@@ -104,7 +105,7 @@ class Trace:
         return self._timeline(np.ones(len(self), dtype=bool))
 
     def timeline(self, category: Category | None = None) -> Ints:
-        """Bytes allocated after each event, of one category or of all: int64 `[events]`."""
+        """Bytes allocated after each event, of one category or of all categories: int64 `[events]`."""
         return self.allocated if category is None else self._timeline(self.category == _code(category))
 
     def _timeline(self, chosen: Bools) -> Ints:
@@ -123,10 +124,10 @@ class Trace:
         """The peak of one step, or of the whole run.
 
         Raises:
-            UsageError: when the trace is empty, or has no such step or no event in it.
+            UsageError: the trace is empty, has no such step, or has no event in that step.
         """
         if not self.events:
-            raise UsageError("the trace is empty: it has no allocation, so it has no peak")
+            raise UsageError("the trace is empty: without an allocation it has no peak")
         first, last = (0, self.events) if step is None else self.step_range(step)
         if first == last:
             raise UsageError(f"nothing was allocated or freed in step {step}, so it has no peak")
@@ -141,7 +142,7 @@ class Trace:
         )
 
     def mark_at(self, event: int) -> int:
-        """Index of the mark (phase) that an event falls into."""
+        """Index of the mark whose phase contains an event."""
         return max(0, int(np.searchsorted(self.mark_event, event, side="right")) - 1)
 
     @cached_property
@@ -150,10 +151,10 @@ class Trace:
         return tuple(int(s) for s in np.unique(self.mark_step) if s >= 0)
 
     def step_range(self, step: int) -> tuple[int, int]:
-        """`(first, last + 1)` events of a step.
+        """Events of a step, as `(first, last + 1)`.
 
         Raises:
-            UsageError: when the trace has no such step.
+            UsageError: the trace has no such step.
         """
         marks = np.flatnonzero(self.mark_step == step)
         if not marks.size:
@@ -166,20 +167,20 @@ class Trace:
         """Indices of the allocations alive after an event, in order of birth.
 
         Raises:
-            UsageError: when the event is outside the trace.
+            UsageError: the event is outside the trace.
         """
         if not 0 <= event < self.events:
             has = f"events 0 to {self.events - 1}" if self.events else "no events"
-            raise UsageError(f"event {event} is outside the trace: it has {has}")
+            raise UsageError(f"event {event} is outside the trace, which has {has}")
         return np.flatnonzero((self.born <= event) & ((self.freed > event) | (self.freed < 0)))
 
     def by(self, *keys: Key, at: int | Literal["peak"] = "peak") -> dict[Any, int]:
-        """Bytes alive at a moment, grouped by category, module, op, phase, step or micro_batch; largest first.
+        """Bytes alive at an event, grouped by category, module, op, phase, step or micro_batch; largest first.
 
-        With one key the result maps its value, with several a tuple of values, to bytes.
+        The result maps the value of a single key, or a tuple of the values of several keys, to bytes.
 
         Raises:
-            UsageError: for an unknown key, no key, or an event outside the trace.
+            UsageError: a key is unknown, no key is given, or the event is outside the trace.
         """
         unknown = [key for key in keys if key not in KEYS]
         if unknown or not keys:
@@ -203,24 +204,24 @@ class Trace:
         return tables[key][code] if key in tables else code
 
     def by_category(self, at: int | Literal["peak"] = "peak") -> dict[Category, int]:
-        """Bytes of every category at a moment, zeros included, in the order of `CATEGORIES`."""
+        """Bytes of every category at an event, zeros included, in the order of `CATEGORIES`."""
         found = self.by("category", at=at)
         return {category: found.get(category, 0) for category in CATEGORIES}
 
     def max_by_category(self, step: int | None = None) -> dict[Category, int]:
-        """Largest number of bytes each category reaches, in one step or in the whole run; not all at the same moment.
+        """Peak bytes of each category, in one step or in the whole run; categories may peak at different moments.
 
         Raises:
-            UsageError: when the trace has no such step.
+            UsageError: the trace has no such step.
         """
         first, last = (0, self.events) if step is None else self.step_range(step)
         return {c: int(self.timeline(c)[first:last].max(initial=0)) for c in CATEGORIES}
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-        """Write a compressed `.npz`: to a temporary file first, then renamed, so a broken write leaves nothing behind.
+        """Write a compressed `.npz` file. The file is complete or absent: a failed write leaves nothing behind.
 
         Raises:
-            TraceFileError: when the file exists and `overwrite` is False, it cannot be written, or `meta` is not JSON.
+            TraceFileError: the file exists and `overwrite` is False, it cannot be written, or `meta` is not JSON.
         """
         path = Path(path)
         texts = {"modules": self.modules, "ops": self.ops, "meta": dict(self.meta)}
@@ -229,10 +230,10 @@ class Trace:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Trace:
-        """Read a trace file; nothing in it is ever executed.
+        """Read a trace file. Nothing in the file is executed.
 
         Raises:
-            TraceFileError: when the file is missing, not a trace, truncated, inconsistent, or of a newer schema.
+            TraceFileError: the file is missing, not a trace, truncated, inconsistent, or of a newer schema.
         """
         columns, header = read_columns(path, _COLUMNS, _TEXTS)
         modules, ops = (tuple(map(str, header[name])) for name in ("modules", "ops"))
@@ -249,24 +250,24 @@ _views: dict[str, Callable[[Trace], Any]] = {}
 
 
 def show_traces_with(*, rich: Callable[[Trace], Any], html: Callable[[Trace], str]) -> None:
-    """Register how a terminal (rich) and a notebook (HTML) show a trace. Without it, both show its `repr`."""
+    """Register how a terminal (rich) and a notebook (HTML) show a trace. Without a view, both show its `repr`."""
     _views.update(rich=rich, html=html)
 
 
 def damage_of(trace: Trace) -> str:
-    """What is inconsistent about a trace that was read from a file; empty when nothing is."""
+    """The first inconsistency of a trace that was read from a file; empty if the trace is consistent."""
     lengths = {len(getattr(trace, name)) for name in _COLUMNS if not name.startswith("mark_") and name != "reserved"}
     marks = {len(getattr(trace, name)) for name in _COLUMNS if name.startswith("mark_")}
     if len(lengths) != 1 or len(marks) != 1 or len(trace.reserved) not in (0, trace.events):
-        return "columns differ in length"
+        return "its columns differ in length"
     tables = {"category": CATEGORIES, "phase": PHASES, "module": trace.modules, "op": trace.ops, "mark_phase": PHASES}
     for name, table in tables.items():
         if not is_within(getattr(trace, name), 0, len(table) - 1):
-            return f"column {name} points outside its table"
+            return f"its column {name} points outside its table"
     if len(trace) and not trace.mark_event.size:
         return "it has allocations but no phase"
     if not (is_within(trace.mark_event, 0, trace.events) and bool((np.diff(trace.mark_event) >= 0).all())):
-        return "its phases are not in the order of its events"
+        return "its phases are out of order"
     if bool((trace.size < 0).any()):
         return "an allocation has a negative size"
     died = trace.freed >= 0

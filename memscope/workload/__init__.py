@@ -1,1 +1,1 @@
-"""What is trained and how one step goes: workloads, batches, `run_step`, settings, and finding targets."""
+"""The training step: workloads, batches, `run_step`, settings, and finding targets."""

@@ -1,7 +1,7 @@
-"""The tensors of a batch, in whatever it keeps them.
+"""The tensors of a batch, inside nested containers.
 
-Lists, tuples, dicts and what else `torch.utils._pytree` knows; dataclasses; `collections.UserDict`, as transformers'
-`BatchEncoding` is one.
+Containers are those of `torch.utils._pytree` (lists, tuples, dicts, …), dataclasses, and `collections.UserDict`, which
+transformers' `BatchEncoding` derives from.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ IsLeaf = Callable[[Any], bool]
 
 
 def map_leaves(change: Callable[[Any], Any], batch: Any, is_leaf: IsLeaf | None = None) -> Any:
-    """The batch with `change(leaf)` in the place of every leaf; the batch itself stays as it is.
+    """A copy of the batch with every leaf replaced by `change(leaf)`; the batch itself is unchanged.
 
     Args:
-        change: gives what to put in a leaf's place.
-        batch: tensors and anything else, in whatever keeps them.
-        is_leaf: says of what keeps others that it is a leaf itself.
+        change: returns the replacement of a leaf.
+        batch: tensors and other values, in nested containers.
+        is_leaf: whether a container counts as a leaf itself.
     """
 
     def mapped(leaf: Any) -> Any:
@@ -49,7 +49,7 @@ def leaves_of(batch: Any, is_leaf: IsLeaf | None = None) -> list[Any]:
 
 
 def map_tensors(change: Callable[[Tensor], Tensor], batch: Any) -> Any:
-    """The batch with `change(tensor)` in the place of every tensor."""
+    """A copy of the batch with every tensor replaced by `change(tensor)`."""
     return map_leaves(lambda leaf: change(leaf) if isinstance(leaf, Tensor) else leaf, batch)
 
 
@@ -61,5 +61,5 @@ def tensors_in(batch: Any) -> list[Tensor]:
 def _with(kept: Any, values: dict[str, Any]) -> Any:
     copied = copy.copy(kept)
     for name, value in values.items():
-        object.__setattr__(copied, name, value)  # in a frozen one too: the copy is nobody else's yet
+        object.__setattr__(copied, name, value)  # frozen dataclasses too: nothing else refers to the copy yet
     return copied

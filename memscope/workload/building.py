@@ -1,4 +1,4 @@
-"""Building a workload, and the errors of the target's own code."""
+"""Build and validate a workload, and explain errors of the target's own code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["build_workload", "target_error", "usable"]
 
 
 def build_workload(source: Workload | Callable[[], Workload]) -> Workload:
-    """The workload itself, or the one that a target's `build` returns; checked to be one that can run.
+    """Return the given workload, or the one that a target's `build` returns, after checking that it can run.
 
     Raises:
         TargetError: `build` fails, or returns something other than a workload with a model.
@@ -32,15 +32,15 @@ def build_workload(source: Workload | Callable[[], Workload]) -> Workload:
 
 
 def usable(built: object) -> Workload:
-    """The workload that `build` returned, checked to be one that can run.
+    """Return what `build` returned, after checking that it is a workload that can run.
 
     Raises:
-        TargetError: it is something else, or has no model.
+        TargetError: it is not a workload, or its model is not an `nn.Module`.
         UsageError: its batches are not a sequence.
     """
     if not isinstance(built, Workload):
         what = "None" if built is None else f"a {type(built).__name__}"
-        raise TargetError(f"build returned {what}, not a Workload: end it with  return Workload(model=..., ...)")
+        raise TargetError(f"build returned {what}, not a Workload: end it with `return Workload(model=..., ...)`")
     if not isinstance(built.model, torch.nn.Module):
         raise TargetError(f'the model of "{built.name}" is a {type(built.model).__name__}: expected an nn.Module')
     if not (hasattr(built.batches, "__len__") and hasattr(built.batches, "__getitem__")):
@@ -52,7 +52,7 @@ def usable(built: object) -> Workload:
 
 
 def target_error(name: str, error: BaseException) -> TargetError:
-    """The target's own error as a message that names the line of the target's code it came from."""
+    """Wrap an error of the target's own code in a message that names the line of that code."""
     return TargetError(f'"{name}" failed: {type(error).__name__}: {_first_line(error)}{where(error)}')
 
 

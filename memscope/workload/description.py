@@ -1,4 +1,4 @@
-"""A `Workload`: what is trained, and how one optimizer step of it goes."""
+"""A `Workload`: the model to train, its data, loss and optimizer, and the plan of one optimizer step."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from memscope.workload.split import first_dimension, split_batch
 __all__ = ["Scope", "StepPlan", "Workload"]
 
 Scope = Callable[[], contextlib.AbstractContextManager[Any]]
-"""Makes a context manager."""
+"""A function that returns a context manager."""
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """How one optimizer step is carried out; strategies replace it with `dataclasses.replace`.
+    """How one optimizer step runs; strategies change it with `dataclasses.replace`.
 
     Examples:
         >>> from dataclasses import replace
@@ -30,20 +30,20 @@ class StepPlan:
     """
 
     micro_batches: int = 1
-    """Pieces the step's batch is split into; gradients accumulate over them."""
+    """Number of micro-batches that the step's batch is split into; their gradients accumulate."""
     autocast: torch.dtype | None = None
     """Lower-precision dtype of `torch.autocast` around forward and loss; None: no autocast."""
     grad_scaler: bool = False
     """Scale the loss with `torch.amp.GradScaler`; needed for float16 gradients."""
     clip_grad_norm: float | None = None
-    """Largest total norm of the gradients; None: no clipping."""
+    """Maximum total norm of the gradients; None: no clipping."""
     contexts: tuple[Scope, ...] = ()
     """Context managers entered around forward, loss and backward of each micro-batch, outermost first."""
 
 
 @dataclass
 class Workload:
-    """What is trained, and how one step goes. Works for any `nn.Module` and any `torch.optim.Optimizer`.
+    """A training task: any `nn.Module`, any `torch.optim.Optimizer`, their data and loss, and how one step runs.
 
     Examples:
         >>> import torch
@@ -62,19 +62,20 @@ class Workload:
     model: nn.Module
     """The model; strategies may change it in place before the first step."""
     batches: Sequence[Any]
-    """One item an optimizer step: its whole effective batch. Recorders repeat the first: it should need most memory."""
+    """One item per optimizer step: the whole effective batch. Recorders repeat the first, so put the largest first."""
     loss: Callable[[nn.Module, Any], Tensor]
     """`loss(model, micro_batch)`: runs the forward pass and returns the mean loss, a scalar."""
     optimizer_factory: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-    """Builds the optimizer from the trainable parameters; called last, after every strategy."""
+    """Builds the optimizer from the trainable parameters; called last, after every strategy has been applied."""
     plan: StepPlan = field(default_factory=StepPlan)
     name: str = "workload"
     split: Callable[[Any, int], list[Any]] = split_batch
-    """`split(batch, parts)`: the micro-batches of a step's batch. Default: every tensor along its first dimension."""
+    """`split(batch, parts)`: the micro-batches of a step's batch. Default: tensors are split along their first
+    dimension, lists of samples by their items."""
     weight: Callable[[Any], float] = first_dimension
-    """What a micro-batch counts in the mean of its step, e.g. its number of target tokens. Default: its samples."""
+    """Weight of a micro-batch in the mean loss of its step, e.g. its number of target tokens. Default: its samples."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """What the target was configured with; kept in the trace."""
+    """The target's settings; stored in the trace."""
 
     def parameter_counts(self) -> tuple[int, int]:
         """`(total, trainable)` numbers of parameters, each tied parameter counted once."""

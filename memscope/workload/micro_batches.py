@@ -1,4 +1,4 @@
-"""The micro-batches of a step, and those of every step of a run."""
+"""The micro-batches of one step, and of every step of a run."""
 
 from __future__ import annotations
 
@@ -21,40 +21,40 @@ class MicroBatch:
 
 
 def micro_batches(workload: Workload, batch: Any) -> list[MicroBatch]:
-    """Split one step's batch as the plan says; each piece is weighted so that accumulation equals the whole batch.
+    """Split one step's batch as the plan says; the shares make accumulation equal to a step on the whole batch.
 
-    A piece without any weight is left out: its mean loss would be 0 / 0.
+    A piece with zero weight is left out: its mean loss would be 0 / 0.
 
     Raises:
-        UsageError: when the batch cannot be split, or weighs nothing as a whole.
+        UsageError: the batch cannot be split, or its total weight is zero.
     """
     pieces = workload.split(batch, workload.plan.micro_batches)
     weights = [workload.weight(piece) for piece in pieces]
     total = sum(weights)
     if total <= 0:
         raise UsageError(
-            "the batch of this step has no target token: nothing to learn from; "
-            "check the labels (every one is masked) or leave such samples out"
+            "the batch of this step has no target token, so there is nothing to learn: "
+            "every label is masked; check the labels, or remove such samples"
         )
     return [MicroBatch(piece, weight / total) for piece, weight in zip(pieces, weights, strict=True) if weight]
 
 
 Choose = Callable[[list[MicroBatch]], list[MicroBatch]]
-"""Selects the micro-batches of a step to run."""
+"""Selects which micro-batches of a step run."""
 
 
 def prepare_steps(workload: Workload, steps: int, choose: Choose = list) -> list[list[MicroBatch]]:
-    """The micro-batches of each step, on the host: those that `choose` leaves of them.
+    """The micro-batches that `choose` selects for each step, on the host.
 
-    Every step takes the first batch, so that the second step equals the first but for the optimizer state that is there
-    by then.
+    Every step takes the first batch, so the second step differs from the first only in the optimizer state, which
+    exists by then.
 
     Raises:
-        UsageError: when there is no data, no step, or a batch cannot be split as the plan says.
+        UsageError: the workload has no batch, `steps` is below 1, or the batch cannot be split as the plan says.
     """
     if steps < 1:
         raise UsageError(
-            f"{steps} steps were asked for: at least one is needed, and two to see a step with optimizer state"
+            f"cannot run {steps} steps: choose at least 1, or at least 2 to see a step with optimizer state"
         )
     if not len(workload.batches):
         raise UsageError(f'"{workload.name}" has no batch to train on')

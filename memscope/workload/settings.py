@@ -37,16 +37,16 @@ def fill(config: type[T], words: Mapping[str, str | None], *, of: str) -> T: ...
 @overload
 def fill(config: T, words: Mapping[str, str | None], *, of: str) -> T: ...
 def fill(config: type[T] | T, words: Mapping[str, str | None], *, of: str) -> T:
-    """A settings dataclass with the fields in `words` set from text; the others keep the values of `config`.
+    """Set the fields in `words` of a settings dataclass from text; the other fields keep the values of `config`.
 
-    A switch, which is a bool, may be named alone, with None in the place of its text: then it is true.
+    None in place of a text turns a switch (a bool) on.
 
-    Fields may be bool, int, float, str, anything else that is made from one text, a Literal, a list or tuple of these
-    (joined by `+`), or optional (`none`). `of` names the owner in errors, e.g. `strategy "lora"`.
+    A field may be a bool, int, float or str, any other type whose constructor takes one text, a Literal, a list or
+    tuple of these (items joined by `+`), or optional (`none`). `of` names the owner in errors, e.g. `strategy "lora"`.
 
     Raises:
-        UsageError: for an unknown key, with the nearest valid name; for a value of the wrong kind; and for one that the
-            dataclass itself refuses with a ValueError.
+        UsageError: a key is unknown (the message offers the nearest), a value has the wrong type, or the dataclass
+            itself rejects the settings with a ValueError.
     """
     base: Any = config() if isinstance(config, type) else config
     hints = typing.get_type_hints(type(base))
@@ -57,12 +57,12 @@ def fill(config: type[T] | T, words: Mapping[str, str | None], *, of: str) -> T:
             raise UsageError(f'{of} has no setting "{key}": {nearest(key, fields)}')
         where = f'{of}: setting "{key}"'
         if text is None and not is_switch(base, key):
-            raise UsageError(f"{where} is no switch: write {key}=VALUE")
+            raise UsageError(f"{where} is not a switch: write {key}=VALUE")
         changes[fields[key]] = _value("true" if text is None else text, hints[fields[key]], where)
     try:
         filled: T = dataclasses.replace(base, **changes)
     except ValueError as error:
-        raise UsageError(f"{of} refuses these settings: {error}") from error
+        raise UsageError(f"{of} rejects these settings: {error}") from error
     return filled
 
 
@@ -96,7 +96,7 @@ def _value(text: str, kind: Any, where: str) -> Any:
 
 
 def _one_of(text: str, kinds: tuple[Any, ...], where: str) -> Any:
-    """The first kind that the text can be; the error of the last when it is none."""
+    """The text as the first type that accepts it; if no type does, the error of the last one."""
     if types.NoneType in kinds and text.lower() == "none":
         return None
     *first, last = (kind for kind in kinds if kind is not types.NoneType)
@@ -109,7 +109,10 @@ def _one_of(text: str, kinds: tuple[Any, ...], where: str) -> Any:
 
 
 def _items(text: str, kinds: tuple[Any, ...], where: str) -> list[Any]:
-    """The items of a list; `kinds` as in `list[kind]`, `tuple[kind, ...]`, `tuple[kind, kind]` or, empty, `tuple`."""
+    """The items of a list; `kinds` are the arguments of `list[kind]`, `tuple[kind, ...]` or `tuple[kind, kind]`.
+
+    Without arguments (a bare `list` or `tuple`), items stay text.
+    """
     items = text.split("+") if text else []
     any_number = len(kinds) < 2 or kinds[1] is Ellipsis
     if not any_number and len(items) != len(kinds):
@@ -119,11 +122,11 @@ def _items(text: str, kinds: tuple[Any, ...], where: str) -> list[Any]:
 
 
 def format_value(value: Any) -> str:
-    """A setting as the text that `fill` reads back."""
+    """Format a setting as text that `fill` reads back."""
     if isinstance(value, tuple | list):
         return "+".join(map(format_value, value))
     if isinstance(value, float):
-        return str(value).replace("e+", "e")  # 1e+16 would be two items of a list
+        return str(value).replace("e+", "e")  # in a list, 1e+16 would be read as two items
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
@@ -139,7 +142,7 @@ def non_defaults(config: Any) -> dict[str, str]:
 
 
 def help_of(config: type) -> dict[str, str]:
-    """What each setting means, by field: the docstring under the field, on one line; empty when it has none."""
+    """The help text of each setting: the docstring under its field, on one line; empty if it has no docstring."""
     body = ast.parse(textwrap.dedent(inspect.getsource(config))).body[0]
     assert isinstance(body, ast.ClassDef)
     texts: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Splitting the batch of a step into micro-batches."""
+"""Split the batch of a step into micro-batches."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ __all__ = ["first_dimension", "sample_counts", "split_batch"]
 
 
 def split_batch(batch: Any, parts: int) -> list[Any]:
-    """Split a batch into `parts` pieces of equally many samples.
+    """Split a batch into `parts` pieces with the same number of samples.
 
-    The samples are the first dimension of every tensor, and the items of every list. Only a list that holds tensors,
-    such as the `[inputs, labels]` of a `DataLoader`, is a list of columns, each of them to be split. Everything else
-    goes into each piece as it is.
+    The samples are the first dimension of every tensor, and the items of every list. A list that holds tensors, such as
+    the `[inputs, labels]` of a `DataLoader`, is a list of columns instead, and each column is split. Every other value
+    is copied into each piece unchanged.
 
     Raises:
-        UsageError: when the samples do not divide into `parts`, cannot be found, or differ in number.
+        UsageError: the batch is empty, its number of samples is not divisible by `parts`, it has no tensor or list of
+            samples, or its tensors and lists have different numbers of samples.
     """
     if parts == 1:
         return [batch]
@@ -29,12 +30,12 @@ def split_batch(batch: Any, parts: int) -> list[Any]:
     if len(counts) != 1:
         found = " and ".join(map(str, counts)) or "none"
         raise UsageError(
-            f"a step's batch of type {type(batch).__name__} cannot be split into {parts} micro-batches: expected one "
-            f"number of samples in its tensors and lists, found {found}; give the workload a `split` of its own"
+            f"a step's batch of type {type(batch).__name__} cannot be split into {parts} micro-batches: expected the "
+            f"same number of samples in all tensors and lists, found {found}; set the workload's own `split`"
         )
     (samples,) = counts
     if samples == 0:
-        raise UsageError(f"a step's batch is empty, it cannot be split into {parts} micro-batches: check the data")
+        raise UsageError(f"a step's batch is empty and cannot be split into {parts} micro-batches: check the data")
     if samples % parts:
         raise UsageError(
             f"a step's batch of {samples} samples cannot be split into {parts} equal micro-batches: "
@@ -45,7 +46,7 @@ def split_batch(batch: Any, parts: int) -> list[Any]:
 
 
 def sample_counts(batch: Any) -> list[int]:
-    """Each number of samples that a tensor or list of a batch has, as `split_batch` counts them; normally just one."""
+    """The distinct numbers of samples in a batch's tensors and lists, as `split_batch` counts them; normally one."""
     return sorted({len(leaf) for leaf in leaves_of(batch, _is_list_of_samples) if _has_samples(leaf)})
 
 
@@ -62,5 +63,5 @@ def _has_samples(leaf: Any) -> bool:
 
 
 def first_dimension(micro_batch: Any) -> float:
-    """Size of the first dimension of the first tensor that has one: the number of samples; 1 without such a tensor."""
+    """Number of samples: the first dimension of the first tensor that has dimensions; 1 without such a tensor."""
     return next((float(tensor.shape[0]) for tensor in tensors_in(micro_batch) if tensor.ndim), 1.0)

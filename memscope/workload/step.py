@@ -1,6 +1,6 @@
-"""One training step, carried out: `run_step` is the same for a simulation, a measurement and real training.
+"""One training step: simulation, measurement and real training all run the same `run_step`.
 
-A `StepObserver` watches the step; nothing else differs between the three.
+They differ only in the `StepObserver` that watches the step.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ __all__ = ["StepObserver", "Training", "run_step"]
 
 
 class StepObserver(Protocol):
-    """Who watches a step: told what is about to happen, and shown the inputs when they are on the device."""
+    """Receives each phase of a step as it begins, and the inputs once they are on the device."""
 
     def phase(self, name: str, micro_batch: int) -> None:
-        """`name` is one of forward, backward, optimizer, zero_grad; it lasts until the next call."""
+        """Phase `name` (forward, backward, optimizer or zero_grad) begins; it lasts until the next call."""
 
     def inputs(self, data: Any) -> None:
-        """The micro-batch, moved to the device."""
+        """The micro-batch `data` is on the device."""
 
 
 @dataclass
 class Training:
-    """The things that live from step to step: what a `Workload` becomes when it starts."""
+    """A started `Workload`: the objects that live from step to step."""
 
     workload: Workload
     optimizer: torch.optim.Optimizer
@@ -42,10 +42,11 @@ class Training:
 
     @classmethod
     def start(cls, workload: Workload, device_type: str, to_device: Callable[[Any], Any]) -> Training:
-        """Build optimizer and scaler. Called once, after every strategy has been applied.
+        """Build the optimizer and the gradient scaler. Called once, after every strategy has been applied.
 
         Raises:
-            UsageError: when no parameter is trainable.
+            UsageError: no parameter is trainable, or the optimizer has none of the trainable parameters.
+            TargetError: `optimizer_factory` fails.
         """
         trainable = [p for p in workload.model.parameters() if p.requires_grad]
         if not trainable:
@@ -65,16 +66,16 @@ def _optimizer(workload: Workload, trainable: list[nn.Parameter]) -> torch.optim
     given = {id(parameter) for parameter in trainable}
     if not any(id(parameter) in given for group in optimizer.param_groups for parameter in group["params"]):
         raise UsageError(
-            f'the optimizer of "{workload.name}" has none of the model\'s parameters: '
-            "build it from those that optimizer_factory is given"
+            f'the optimizer of "{workload.name}" has none of the model\'s trainable parameters: '
+            "build it from the parameters passed to optimizer_factory"
         )
     return optimizer
 
 
 def run_step(training: Training, pieces: list[MicroBatch], observer: StepObserver | None = None) -> Tensor:
-    """Carry out one optimizer step over the micro-batches of `pieces` (emptied on the way) and return the step's loss.
+    """Run one optimizer step over the micro-batches in `pieces` and return the step's loss. Empties `pieces`.
 
-    The loss of each piece is multiplied by its share, so the accumulated gradient is that of the whole batch at once.
+    The loss of each micro-batch is multiplied by its share, so the accumulated gradient equals that of the whole batch.
     """
     plan, model = training.workload.plan, training.workload.model
     mark = observer.phase if observer else _unobserved

@@ -1,6 +1,6 @@
-"""Find a target: a folder with target.py, or a file, that has `Config` and `build`.
+"""Find and load a target: a folder with target.py, or a Python file, that defines `Config` and `build`.
 
-If it likes, it also has `PRESETS`, and `read_preset(path)` for a preset that is read from a file or folder.
+A target may also define `PRESETS`, and `read_preset(path)` to read a preset from a file or folder.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ __all__ = ["Target", "find_target", "shipped_targets"]
 
 @dataclass(frozen=True)
 class Target:
-    """A target, found: its settings by preset (the first is the default) and the function that builds its workload."""
+    """A loaded target: its settings by preset (the first is the default) and the function that builds its workload."""
 
     name: str
     presets: Mapping[str, Any]
     build: Callable[[Any], Workload]
     read_preset: Callable[[Path], Any] | None = None
-    """Settings from a file or folder that is given in place of a preset's name; None: only names will do."""
+    """Reads settings from a file or folder given in place of a preset's name; None: only names are accepted."""
 
     def configure(self, preset: str | None = None, words: Mapping[str, str] | None = None) -> Any:
-        """The settings of a preset, a name or a path that the target can read, with the fields in `words` changed.
+        """The settings of a preset (a name, or a path that the target can read), with the fields in `words` changed.
 
         Raises:
-            UsageError: for an unknown preset or field, or a value that cannot be used.
+            UsageError: the preset or a field is unknown, or a value cannot be used.
         """
         preset = next(iter(self.presets)) if preset is None else preset
         return fill(self._preset(preset), words or {}, of=f'target "{self.name}"')
@@ -47,12 +47,12 @@ class Target:
             return self.presets[preset]
         if self.read_preset and Path(preset).exists():
             return self.read_preset(Path(preset))
-        path = ", or a path to read one from" if self.read_preset else ""
+        path = ", or a path to read a preset from" if self.read_preset else ""
         raise UsageError(f'target "{self.name}" has no preset "{preset}": {nearest(preset, self.presets)}{path}')
 
 
 def shipped_targets() -> list[str]:
-    """Names of the targets that come with memscope."""
+    """Names of the targets that memscope ships."""
     return sorted(_shipped_files())
 
 
@@ -63,18 +63,20 @@ def _shipped_files() -> dict[str, Path]:
 
 
 def find_target(text: str) -> Target:
-    """The target at a path, or else the shipped one of that name (`llama2` and `targets/llama2` are the same).
+    """Load the target at a path or, if there is none, the shipped target of that name.
+
+    `llama2` and `targets/llama2` name the same shipped target.
 
     Raises:
-        UsageError: when there is none.
-        TargetError: when its code cannot be loaded, or lacks `Config` or `build`.
+        UsageError: no target has this path or name.
+        TargetError: the target's code cannot be loaded, or its `Config`, `build` or `PRESETS` is missing or wrong.
     """
     path = Path(text)
     file = path / "target.py" if path.is_dir() else path
     shipped = _shipped_name(path, file)
     if not shipped and not (file.is_file() and file.suffix == ".py"):
         raise UsageError(
-            f'no target "{text}": expected a folder with target.py, a Python file, or one of those shipped. '
+            f'no target "{text}": expected a folder with target.py, a Python file, or a shipped target. '
             f"{nearest(path.name, shipped_targets())}"
         )
     try:
@@ -95,7 +97,7 @@ def find_target(text: str) -> Target:
 
 
 def _shipped_name(path: Path, file: Path) -> str | None:
-    """The shipped target a path stands for: by its file, or, where there is no such file, by its name."""
+    """The shipped target that a path names: by its file or, if that file does not exist, by its name."""
     for name, own in _shipped_files().items():
         if file.samefile(own) if file.is_file() else path in (Path(name), Path("targets", name)):
             return name
@@ -103,19 +105,19 @@ def _shipped_name(path: Path, file: Path) -> str | None:
 
 
 def _wrong(module: ModuleType) -> str:
-    """What keeps a module from being a target; empty when nothing does."""
+    """Why a module is not a target; empty if it is one."""
     expected = "expected a Config dataclass and build(config) -> Workload"
     lacks = [name for name in ("Config", "build") if not hasattr(module, name)]
     if lacks:
         return f"lacks {' and '.join(lacks)}: {expected}"
     if not (isinstance(module.Config, type) and dataclasses.is_dataclass(module.Config)):
-        return f"has a Config that is no dataclass: {expected}"
+        return f"has a Config that is not a dataclass: {expected}"
     if not callable(module.build):
-        return f"has a build that is no function: {expected}"
+        return f"has a build that is not a function: {expected}"
     presets = getattr(module, "PRESETS", None) or {}
     expected = 'expected a dict of settings by name, such as {"small": Config(), "large": Config(...)}'
     if not isinstance(presets, Mapping):
-        return f"has PRESETS that are a {type(presets).__name__}: {expected}"
+        return f"has PRESETS of type {type(presets).__name__}: {expected}"
     for name, preset in presets.items():
         if not (isinstance(name, str) and isinstance(preset, module.Config)):
             return f"has PRESETS in which {name!r} is {preset!r}: {expected}"
@@ -143,14 +145,14 @@ def _load(file: Path) -> ModuleType:
 
 
 def _with_neighbours(folder: Path, build: Callable[[Any], Workload]) -> Callable[[Any], Workload]:
-    """`build`, which may import the files beside the target also when it is called; the workload keeps its settings."""
+    """Wrap `build`: while it runs, it can import the files beside the target; the workload keeps its settings."""
 
     def with_neighbours(config: Any) -> Workload:
         with _importable(folder):
             built: object = build(config)
         if isinstance(built, Workload) and not built.settings:
             built.settings = {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
-        return built  # type: ignore[return-value]  # whoever asked looks whether it is one
+        return built  # type: ignore[return-value]  # `usable` checks the type
 
     return with_neighbours
 
@@ -166,5 +168,5 @@ def _importable(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(ValueError):  # the target took it away itself
+        with contextlib.suppress(ValueError):  # the target itself removed it
             sys.path.remove(str(folder))

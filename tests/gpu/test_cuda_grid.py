@@ -91,7 +91,7 @@ def test_on_a_smaller_card_a_combination_runs_out(tmp_path: Path) -> None:
 
 
 def test_without_room_for_the_weights_there_is_no_trace(tmp_path: Path) -> None:
-    with pytest.raises(Exception, match="no combination has room for the weights"):
+    with pytest.raises(Exception, match="the weights do not fit in any combination"):
         grid_of("lora", tmp_path, WIDE, memory_bytes=100_000_000)
     assert list(tmp_path.iterdir()) == []
 

@@ -242,27 +242,30 @@ class Clashing(Frozen):
     [
         (
             Undescribed,
-            r"described, and has what it requires\. Config has no docstring, which is the help text, under size",
+            r"described, .* are provided\. Config has no docstring, which is the help text, under size",
         ),
         (WithoutWords, r"read back\. A setting of kind dict\[str, int\] cannot be written in a plan"),
         (OneWay, r'read back\. malformed plan "frozen:separator=,x": expected KEY=VALUE after "frozen"'),
         (
             Silent,
-            r"described, and has what it requires\. It is not exact, and its changes does not say what it changes",
+            r"described, .* are provided\. It is not exact, but its `changes` is empty: say what it changes",
         ),
-        (Fancy, r"candidates are settings .*\. Its candidate Unexplained\(size=2\) is no Fancy\.Config"),
-        (Greedy, r"finding them changes nothing\. candidates\(\) or check\(\) changed plan, model or data"),
+        (Fancy, r"candidates are settings .*\. Its candidate Unexplained\(size=2\) is not a Fancy\.Config"),
+        (Greedy, r"finding them changes nothing\. candidates\(\) or check\(\) changed the plan, the model or the data"),
         (Slower, r"\(exact\)\. In step 0 the embed\.weight afterwards differs by 0\.000\d+; the largest value is"),
-        (Idle, r"changes something\. Its apply\(\) left plan, model and data as they were"),
-        (Picky, r"applied.*it is too small: take a larger one\. Give check_strategy another workload"),
-        (Needy, r'has what it requires\. "frozen" requires "eight GPUs", which no installed strategy provides'),
+        (Idle, r"changes something\. Its apply\(\) did not change the plan, the model or the data"),
+        (Picky, r"applied.*it is too small: take a larger one\. Pass another workload"),
+        (
+            Needy,
+            r'features it requires are provided\. "frozen" requires "eight GPUs", which no installed strategy provides',
+        ),
         (
             Unpredictable,
-            r'same allocations\. With "frozen", allocation \d+ is, simulated: \(\d+, .*; really run: \(\d+, ',
+            r'same allocations\. With "frozen", allocation \d+ is simulated as \(\d+, .*, but measured as \(\d+, ',
         ),
-        (Freezes, r"\(exact\)\. In step 0 only one of baseline and strategy has gradient of head\.weight"),
+        (Freezes, r"\(exact\)\. In step 0, only the baseline or only the strategy has gradient of head\.weight"),
         (Rounds, r"\(exact\)\. In step 0 the loss differs by \S+e-06; the largest value is"),
-        (Clashing, r'combined with "amp", or one of the two declares the conflict\. .*no kernel for autocast'),
+        (Clashing, r'combined with "amp", or one of the two declares a conflict\. .*no kernel for autocast'),
     ],
 )
 def test_the_kit_names_the_strategy_and_the_promise_that_it_breaks(

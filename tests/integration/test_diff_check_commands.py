@@ -147,7 +147,7 @@ def test_a_real_run_that_ran_out_of_memory_fails_whatever_the_limit(run, tmp_pat
         (["--baseline", "base.npz", "--budget", "1GB"], "no limit uses the baseline base.npz"),
         (["--budget", "40 parsec"], 'unknown unit "parsec"'),
         (["--fail-if", "peek:1GB"], 'did you mean "peak"?'),
-        (["--fail-if", "reserved:1GB"], "does not know reserved memory"),
+        (["--fail-if", "reserved:1GB"], "has no value for reserved memory"),
     ],
 )
 def test_a_check_that_cannot_be_made_is_a_usage_error(run, base, words, says):

@@ -44,11 +44,11 @@ def test_a_grid_on_the_cpu_is_measured(run):
 
 BAD = {
     "unknown factor": (["--grid", "ga,lor"], 'unknown strategy "lor"', 'did you mean "lora"'),
-    "the same factor twice": (["--grid", "lora,lora:r=4"], '"lora" is there 2 times', "name it once"),
+    "the same factor twice": (["--grid", "lora,lora:r=4"], '"lora" occurs 2 times', "name it once"),
     "no factor": (["--grid", ""], "no strategy", "--grid ga,amp,lora"),
     "another plan beside it": (["--grid", "ga,lora", "-s", "amp"], '-s "amp"', "leave out"),
     "a factor that cannot be applied": (["--grid", "lora,ga:steps=3"], "2 samples", "divides"),
-    "factors that conflict": (["--grid", "amp,bf16"], "cannot be combined", "leave one out"),
+    "factors that conflict": (["--grid", "amp,bf16"], "cannot be combined", "remove one"),
     "a factor planned by memscope": (["--grid", "lora,ckpt:auto,budget=1GB"], "ckpt:auto", "which layers"),
     "samples without a grid": (["-s", "lora", "--samples", "10"], "--samples", "--grid"),
     "less memory of a simulated device": (["--grid", "lora", "--memory", "40GB"], "--memory", "--device-file"),

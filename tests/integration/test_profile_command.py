@@ -160,7 +160,7 @@ BAD = {
     "the same strategy twice": (
         ["profile", "llama2", "-s", "lora,amp,lora:r=4"],
         2,
-        '"lora" is there 2 times',
+        '"lora" occurs 2 times',
         "name it once",
     ),
     "unknown device": (["profile", "llama2", "--device", "a100"], 2, 'no device "a100"', "a100-40gb"),

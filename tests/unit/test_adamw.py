@@ -149,23 +149,23 @@ class Warm(torch.optim.AdamW):
     ("factory", "plan", "message"),
     [
         (torch.optim.NAdam, "adamw:fused",
-         'the constructor of NAdam, the optimizer, takes no "fused": choose foreach=false, or train with an optimizer '
-         "that has it, such as torch.optim.AdamW"),
+         'the optimizer NAdam has no "fused" argument: choose foreach=false, or train with an optimizer that has '
+         '"fused", such as torch.optim.AdamW'),
         (torch.optim.LBFGS, "adamw:fused",
-         'the constructor of LBFGS, the optimizer, takes no "fused": leave it out, or train with an optimizer that has '
-         "it, such as torch.optim.AdamW"),
+         'the optimizer LBFGS has no "fused" argument: remove this strategy, or train with an optimizer that has '
+         '"fused", such as torch.optim.AdamW'),
         (torch.optim.SparseAdam, "adamw:foreach=false",
-         'the constructor of SparseAdam, the optimizer, takes no "foreach": leave it out, or train with an optimizer '
-         "that has it, such as torch.optim.AdamW"),
+         'the optimizer SparseAdam has no "foreach" argument: remove this strategy, or train with an optimizer that '
+         'has "foreach", such as torch.optim.AdamW'),
         (Warm, "adamw:fused",
-         'Warm, the optimizer, cannot be built anew: its defaults do not hold "warmup": leave it out, and give the '
-         "optimizer fused where it is made"),
+         'the optimizer Warm cannot be rebuilt: its defaults do not contain "warmup": remove this strategy and pass '
+         "fused to the optimizer where it is built"),
         (lambda p: torch.optim.Adam(p, differentiable=True), "adamw:fused",
-         "Adam, the optimizer, refuses fused: `fused` does not support `differentiable`: choose foreach=false, or "
-         "train with an optimizer that has it, such as torch.optim.AdamW"),
+         "the optimizer Adam rejects fused: `fused` does not support `differentiable`: choose foreach=false, or "
+         'train with an optimizer that has "fused", such as torch.optim.AdamW'),
         (lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.1)), "adamw",
-         "AdamW, the optimizer, refuses foreach: lr as a Tensor is not supported for capturable=False and "
-         "foreach=True: leave it out, or train with an optimizer that has it, such as torch.optim.AdamW"),
+         "the optimizer AdamW rejects foreach: lr as a Tensor is not supported for capturable=False and foreach=True: "
+         'remove this strategy, or train with an optimizer that has "foreach", such as torch.optim.AdamW'),
     ],
     ids=["NAdam", "LBFGS", "SparseAdam", "an argument is lost", "differentiable", "lr is a tensor"],
 )  # fmt: skip

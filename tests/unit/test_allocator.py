@@ -274,7 +274,7 @@ def test_out_of_memory_tells_what_failed_and_what_was_left() -> None:
     made.free(made.malloc(10 * MIB))
     made.free(made.malloc(12 * MIB, stream=7))
     with pytest.raises(
-        AllocationFailed, match=r"out of device memory, asking 19.0 MiB with 20.0 MiB of 36.0 MiB"
+        AllocationFailed, match=r"out of device memory while allocating 19.0 MiB \(20.0 MiB of 36.0 MiB reserved"
     ) as info:
         made.malloc(19 * MIB, stream=7)
     assert info.value.record == OutOfMemory(

@@ -153,15 +153,15 @@ def test_of_a_measured_run_the_sums_are_known_and_the_segments_not() -> None:
     assert (view.peak, view.unreleasable, view.cached[-1]) == (None, None, 10 * MIB - 1024)
     names = [one.name for one in fragmentation(measured()).data]
     assert names == ["block rounding", "cached"]
-    with pytest.raises(UsageError, match="cannot be drawn: no addresses are kept of a measured run"):
+    with pytest.raises(UsageError, match="cannot be drawn: the trace of a measured run has no addresses"):
         segments(measured())
 
 
 def test_a_simulated_run_that_does_not_say_how_its_allocator_was_set_is_not_called_measured() -> None:
     trace = run()
     for meta, reason in (
-        ({"device": {"name": "gpu", "simulated": True}}, "does not say how its allocator was set"),
-        ({}, "says neither where its blocks lay nor how its allocator was set"),
+        ({"device": {"name": "gpu", "simulated": True}}, "has no allocator settings"),
+        ({}, "has neither addresses nor allocator settings"),
     ):
         view = look(dataclasses.replace(trace, meta=meta))
         assert view is not None
@@ -172,7 +172,7 @@ def test_a_trace_whose_reserved_memory_is_not_that_of_its_settings_shows_no_segm
     trace = dataclasses.replace(run(), reserved=run().reserved + 2 * MIB)
     view = look(trace)
     assert view is not None
-    assert view.unknown == "a replay does not reserve what this trace says: no segments"
+    assert view.unknown == "a replay reserves other memory than this trace, so its segments are not known"
 
 
 def test_a_run_on_the_cpu_has_no_allocator_to_look_at() -> None:

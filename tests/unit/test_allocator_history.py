@@ -126,7 +126,7 @@ def test_a_block_elsewhere_in_its_segment_is_a_difference() -> None:
     moved = [*SHORT]
     moved[2] = entry("alloc", 0x7000000 + 4 * MIB, 2 * MIB)
     assert first_difference(*short_replay(moved)) == (
-        "event 1: PyTorch took the block at 0x7400000, the replay the one at 0x7300000"
+        "event 1: PyTorch used the block at 0x7400000, the replay the block at 0x7300000"
     )
 
 
@@ -148,7 +148,7 @@ def test_another_segment_given_back_is_a_difference() -> None:
     history = read_history(entries)
     assert history.cache_emptied == (4,)
     done = replay(history.sizes, history.born, history.freed, cache_emptied=history.cache_emptied)
-    assert first_difference(history, done) == "event 4: PyTorch gave back 0x9000000, the replay 0x1000000"
+    assert first_difference(history, done) == "event 4: PyTorch released 0x9000000, the replay 0x1000000"
 
 
 def test_running_out_of_memory_only_once_is_a_difference() -> None:

@@ -85,17 +85,17 @@ def test_roundup_lists_mean_what_they_mean_to_pytorch(text: str, divisions: tupl
         ("roundup_power2_divisions:[100:2]", "expected intervals in MiB that are a power of two"),
         ("roundup_power2_divisions:[>:2,256:4]", 'expected ">" as the last entry of the list'),
         ("roundup_power2_divisions:[256]", "roundup_power2_divisions:256:.*expected a whole number"),
-        ("backend:cudaMallocAsync", "cannot be replayed; use backend:native, or measure on a GPU"),
+        ("backend:cudaMallocAsync", "which memscope cannot replay; use backend:native, or measure on a GPU"),
         ("backend:natve", 'unknown backend; did you mean "native"'),
         ("max_split_size_mb:40,max_split_size_mb:50", r"max_split_size_mb is given twice \(40, 50\)"),
-        ("max_split_size_mb", "expected key:value pairs with commas between"),
+        ("max_split_size_mb", "expected comma-separated key:value pairs"),
         ("max_split_size_mb:", 'cannot read "max_split_size_mb:"'),
         (
             "max_split_size_mb:40;expandable_segments:True",
             'cannot read "max_split_size_mb:40;expandable_segments:True"',
         ),
-        ("expandable_segments:True,", "expected key:value pairs with commas between"),
-        ("roundup_power2_divisions:[256:1,512:2", "expected key:value pairs with commas between"),
+        ("expandable_segments:True,", "expected comma-separated key:value pairs"),
+        ("roundup_power2_divisions:[256:1,512:2", "expected comma-separated key:value pairs"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_with_what_was_expected(text: str, message: str) -> None:

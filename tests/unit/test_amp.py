@@ -146,8 +146,8 @@ def test_float16_weights_that_are_trained_are_refused_with_a_scaler() -> None:
     with pytest.raises(UsageError) as caught:
         Plan.parse("amp:dtype=fp16").apply(probe_workload(Probe(torch.float16)))
     assert str(caught.value) == (
-        'the plan "amp" cannot be applied to "workload": amp: a gradient scaler, which dtype=fp16 needs, cannot '
-        "unscale float16 gradients on a GPU: hold the trained weights in float32, or use dtype=bf16"
+        'the plan "amp" cannot be applied to "workload": amp: dtype=fp16 needs a gradient scaler, which cannot '
+        "unscale float16 gradients on a GPU: keep the trained weights in float32, or use dtype=bf16"
     )
 
 

@@ -153,7 +153,7 @@ def test_a_model_that_is_in_bfloat16_already_is_refused() -> None:
     toy = toy_workload()
     toy.model.bfloat16()
     (problem,) = BF16().check(toy)
-    assert str(problem) == "the model has no floating-point weight in another precision than bfloat16: leave it out"
+    assert str(problem) == "all floating-point weights of the model are already in bfloat16: remove this strategy"
 
 
 def test_a_gradient_scaler_is_refused_and_autocast_without_one_is_not() -> None:
@@ -161,6 +161,6 @@ def test_a_gradient_scaler_is_refused_and_autocast_without_one_is_not() -> None:
         Plan.parse("bf16,amp:dtype=fp16")
     assert str(caught.value) == (
         'the plan cannot be used: "bf16" and "amp" cannot be combined, because of "gradient scaler": '
-        "leave one out, or change the setting that brings it"
+        "remove one, or change the setting that adds it"
     )
     assert Plan.parse("bf16,amp:dtype=bf16").specs == ["bf16", "amp:dtype=bf16"]

@@ -5,7 +5,7 @@ from fractions import Fraction
 import pytest
 from traces import TraceBuilder
 
-from memscope.analysis.check import Limit, budget_verdict, check
+from memscope.analysis.check import TraceLimit, budget_verdict, check
 from memscope.errors import UsageError
 from memscope.trace import Trace
 
@@ -21,7 +21,7 @@ def trace(activation: int, seconds: list[float] | None = None) -> Trace:
 
 
 def holds(limit: str, found: Trace, baseline: Trace | None = None) -> bool:
-    (verdict,) = check(found, [Limit.parse(limit)], baseline)
+    (verdict,) = check(found, [TraceLimit.parse(limit)], baseline)
     return verdict.holds
 
 
@@ -67,7 +67,7 @@ def test_a_budget_is_held_to_allocated_memory_where_nothing_else_is_known():
         ("peak:40", "has no unit: write peak:40GB"),
         ("peak:40Gb/s", "is not a size"),
         ("peak:40parsec", 'unknown unit "parsec": expected B, KB, MB, GB'),
-        ("peak:5%", "a share is a growth over a baseline: write peak:+5%"),
+        ("peak:5%", "a percentage must be a growth over a baseline: write peak:+5%"),
         ("peak:-5%", "is not a size"),
         ("peak:3s", 'unknown unit "s"'),
         ("step_time:40GB", "expected seconds, for example step_time:2.5s"),
@@ -75,7 +75,7 @@ def test_a_budget_is_held_to_allocated_memory_where_nothing_else_is_known():
 )
 def test_a_limit_that_cannot_be_read_says_what_was_expected(limit, says):
     with pytest.raises(UsageError) as error:
-        Limit.parse(limit)
+        TraceLimit.parse(limit)
     assert says in str(error.value)
 
 
@@ -86,10 +86,10 @@ def test_a_growth_without_a_baseline_asks_for_one():
 
 @pytest.mark.parametrize("key", ["reserved", "device"])
 def test_what_a_trace_does_not_know_cannot_be_limited(key):
-    with pytest.raises(UsageError, match=f"does not know {key} memory"):
+    with pytest.raises(UsageError, match=f"has no value for {key} memory"):
         holds(f"{key}:1GB", trace(MIB))
 
 
 def test_a_time_that_nobody_measured_or_estimated_cannot_be_limited():
-    with pytest.raises(UsageError, match="does not know step_time"):
+    with pytest.raises(UsageError, match="has no value for step_time"):
         holds("step_time:1s", trace(MIB))

@@ -139,7 +139,7 @@ def test_trace_without_a_step_cannot_be_compared() -> None:
     build = TraceBuilder()
     build.phase("setup")
     build.new("parameter", 10)
-    with pytest.raises(UsageError, match="the trace has no training step: there is nothing to compare"):
+    with pytest.raises(UsageError, match="the trace has no training step to compare"):
         column(trace_of({}), build.trace({"flops": []}))
 
 
@@ -156,7 +156,7 @@ def test_seconds_are_given_only_when_both_were_measured(
 
 def test_comparison_is_stated() -> None:
     assert column(trace_of({}), trace_of({}, {})).comparison == (
-        "largest size of each category in step 1 with the strategy, against step 0 of the baseline; "
+        "peak of each category in step 1 with the strategy, compared with step 0 of the baseline; "
         "computation: floating-point operations of the same steps"
     )
 

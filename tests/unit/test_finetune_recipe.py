@@ -112,7 +112,7 @@ def test_a_job_differs_in_what_a_run_must_keep_and_in_what_it_may_change() -> No
         ({"device": "gpu"}, 'device "gpu" cannot be used: .*Valid: cpu, cuda'),
         ({"epochs": "many"}, 'fine-tuning: setting "epochs" cannot be "many": expected a number'),
         ({"schedule": "cos"}, 'fine-tuning: setting "schedule" cannot be "cos": did you mean "cosine"'),
-        ({"keep": "0"}, "fine-tuning refuses these settings: keep=0"),
+        ({"keep": "0"}, "fine-tuning rejects these settings: keep=0"),
         ({"sample": "3"}, 'target "llama2" has no setting "sample": did you mean "samples"'),
         ({"strategies": "lorra"}, 'unknown strategy "lorra"'),
     ],

@@ -103,8 +103,8 @@ def test_the_effective_batch_stays_what_it_was() -> None:
               "choose a number of micro-batches that divides 8"),
         ("16", "steps=16: a step's batch of 8 samples cannot be split into 16 equal micro-batches: "
                "choose a number of micro-batches that divides 8"),
-        ("0", "steps=0 is no number of micro-batches: choose at least 1"),
-        ("-2", "steps=-2 is no number of micro-batches: choose at least 1"),
+        ("0", "steps=0 is not a number of micro-batches: choose at least 1"),
+        ("-2", "steps=-2 is not a number of micro-batches: choose at least 1"),
     ],
 )  # fmt: skip
 def test_a_number_of_micro_batches_that_cannot_be_is_refused(steps: str, problem: str) -> None:

@@ -76,4 +76,4 @@ def test_a_history_that_was_changed_is_found_out(tmp_path: Path) -> None:
     path = tmp_path / "golden.npz"
     np.savez_compressed(path, about=np.array(json.dumps(known)), trace_0=np.array(rows, dtype=np.int64))
     history, done, _ = replayed(path)
-    assert str(first_difference(history, done)).startswith("event 1: PyTorch took the block at 0x7400000")
+    assert str(first_difference(history, done)).startswith("event 1: PyTorch used the block at 0x7400000")

@@ -48,7 +48,7 @@ def test_every_combination_is_there_once_in_the_order_of_the_factors() -> None:
     assert found[5][0] == (True, False, True)
 
 
-@pytest.mark.parametrize(("text", "expected"), [("ga,ga:steps=4", '"ga" is there 2 times'), ("", "no strategy")])
+@pytest.mark.parametrize(("text", "expected"), [("ga,ga:steps=4", '"ga" occurs 2 times'), ("", "no strategy")])
 def test_factors_that_make_no_grid_are_refused(text: str, expected: str) -> None:
     with pytest.raises(UsageError, match=expected):
         combinations(read_strategies(text))

@@ -308,7 +308,7 @@ def test_the_layers_can_be_pointed_at() -> None:
 def test_settings_that_exclude_each_other_are_refused(text: str, message: str) -> None:
     with pytest.raises(UsageError) as caught:
         Plan.parse(text)
-    assert str(caught.value) == f'strategy "ckpt" refuses these settings: {message}'
+    assert str(caught.value) == f'strategy "ckpt" rejects these settings: {message}'
 
 
 def test_auto_has_to_be_resolved_before_anything_runs() -> None:

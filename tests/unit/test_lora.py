@@ -201,7 +201,7 @@ def test_a_layer_that_shares_its_weight_is_refused_with_the_other_place() -> Non
     workload = toy()
     workload.model.get_submodule("head").weight = workload.model.get_submodule("embed").weight
     message = refused("lora:targets=head", workload)
-    assert 'targets=head matches "head", which shares its weight with "embed": leave it out.' in message
+    assert 'targets=head matches "head", which shares its weight with "embed": remove it.' in message
     assert message.endswith("Valid: down, up, wk, wo, wq, wv")
 
 
@@ -210,7 +210,7 @@ def test_a_layer_that_is_there_under_two_names_is_refused() -> None:
     first, second = (workload.model.get_submodule(f"blocks.{i}") for i in (0, 1))
     second.wq = first.wq
     message = refused("lora:targets=wq", workload)
-    assert 'targets=wq matches "blocks.0.wq", which shares its weight with "blocks.1.wq": leave it out.' in message
+    assert 'targets=wq matches "blocks.0.wq", which shares its weight with "blocks.1.wq": remove it.' in message
 
 
 def test_layers_of_a_block_that_is_used_twice_can_be_adapted() -> None:
@@ -224,8 +224,8 @@ def test_layers_of_a_block_that_is_used_twice_can_be_adapted() -> None:
 
 def test_settings_out_of_their_range_are_refused_all_at_once() -> None:
     message = refused("lora:r=0,dropout=1", toy())
-    assert "lora: r=0 is no rank: choose at least 1" in message
-    assert "lora: dropout=1.0 is no probability: choose 0 up to, but not including, 1" in message
+    assert "lora: r=0 is not a rank: choose at least 1" in message
+    assert "lora: dropout=1.0 is not a probability: choose at least 0 and less than 1" in message
 
 
 def named(names: list[str]) -> Workload:

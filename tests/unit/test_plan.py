@@ -149,7 +149,7 @@ def test_strategies_are_ordered_by_stage_then_by_name_however_they_are_given(wor
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("r=4", '"r=4" is a setting before any strategy; write STRATEGY:r=4'),
+        ("r=4", 'the setting "r=4" has no strategy before it; write STRATEGY:r=4'),
         ("lora,,amp", 'expected STRATEGY or STRATEGY:KEY=VALUE,… but found ""'),
         ("lora,", 'expected STRATEGY or STRATEGY:KEY=VALUE,… but found ""'),
         (",", 'expected STRATEGY or STRATEGY:KEY=VALUE,… but found ""'),
@@ -187,8 +187,8 @@ def test_an_unknown_strategy_is_refused_with_the_nearest_name() -> None:
         ("ga:steps=1.5", 'strategy "ga": setting "steps" cannot be "1.5": expected a whole number'),
         ("lora:r=4=8", 'strategy "lora": setting "r" cannot be "4=8": expected a whole number'),
         ("lora:alpha=much", 'strategy "lora": setting "alpha" cannot be "much": expected a number'),
-        ("lora:r", 'strategy "lora": setting "r" is no switch: write r=VALUE'),
-        ("lora:targets,r=4", 'strategy "lora": setting "targets" is no switch: write targets=VALUE'),
+        ("lora:r", 'strategy "lora": setting "r" is not a switch: write r=VALUE'),
+        ("lora:targets,r=4", 'strategy "lora": setting "targets" is not a switch: write targets=VALUE'),
         (
             "adamw:fuse",
             'strategy "adamw" has no setting "fuse": did you mean "fused"? Valid: foreach, fused',
@@ -196,8 +196,7 @@ def test_an_unknown_strategy_is_refused_with_the_nearest_name() -> None:
         ("adamw:fused=maybe", 'strategy "adamw": setting "fused" cannot be "maybe": expected true or false'),
         (
             "adamw,fused",
-            'unknown strategy "fused" in plan "adamw,fused": '
-            'after a comma, the setting of "adamw" is written fused=true',
+            'unknown strategy "fused" in plan "adamw,fused": after a comma, write the setting of "adamw" as fused=true',
         ),
     ],
 )
@@ -226,14 +225,14 @@ def made(called: str, *, stage_: Stage = Stage.STEP, **features: set[str]) -> St
     return Made()
 
 
-OF_FEATURE = ', because of "sharding": leave one out, or change the setting that brings it'
+OF_FEATURE = ', because of "sharding": remove one, or change the setting that adds it'
 
 
 @pytest.mark.parametrize(
     ("one", "other", "why"),
     [
-        (made("a", conflicts={"b"}), made("b"), ": leave one out"),
-        (made("a"), made("b", conflicts={"a"}), ": leave one out"),
+        (made("a", conflicts={"b"}), made("b"), ": remove one"),
+        (made("a"), made("b", conflicts={"a"}), ": remove one"),
         (made("a", conflicts={"sharding"}), made("b", provides={"sharding"}), OF_FEATURE),
         (made("a", provides={"sharding"}), made("b", conflicts={"sharding"}), OF_FEATURE),
     ],
@@ -259,8 +258,8 @@ def test_everything_wrong_with_a_plan_is_said_at_once() -> None:
         Plan.of(made("d"), made("c", requires={"y", "x"}), made("a", conflicts={"b"}), made("d"), made("b"))
     assert str(caught.value).splitlines() == [
         "the plan cannot be used:",
-        '  - "d" is there 2 times: name it once',
-        '  - "a" and "b" cannot be combined: leave one out',
+        '  - "d" occurs 2 times: name it once',
+        '  - "a" and "b" cannot be combined: remove one',
         '  - "c" requires "x": add a strategy that provides it',
         '  - "c" requires "y": add a strategy that provides it',
     ]
@@ -310,7 +309,7 @@ def test_a_name_that_two_packages_bring_is_refused(install: Install) -> None:
     install(("lora", "memscope.strategies.lora:LoRA"), ("amp", "memscope.strategies.amp:AMP"), ("lora", "mine:LoRA"))
     with pytest.raises(UsageError) as caught:
         Plan.parse("amp")
-    assert str(caught.value) == ('two installed packages bring a strategy "lora" (mine:LoRA): uninstall one of them')
+    assert str(caught.value) == ('two installed packages provide a strategy "lora" (mine:LoRA): uninstall one of them')
 
 
 @pytest.mark.parametrize(

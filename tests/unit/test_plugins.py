@@ -67,14 +67,14 @@ def test_a_sound_strategy_is_used(install: Install) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (("class Mine(Strategy)", "class Mine"), "it is no subclass of memscope.Strategy"),
-        (('name = "mine"', 'name = "yours"'), "its entry point calls it 'mine', the class calls itself name = 'yours'"),
-        (('    name = "mine"\n', ""), "the class calls itself name = None"),
+        (("class Mine(Strategy)", "class Mine"), "it is not a subclass of memscope.Strategy"),
+        (('name = "mine"', 'name = "yours"'), "its entry point is named 'mine', but its class has name = 'yours'"),
+        (('    name = "mine"\n', ""), "but its class has name = None"),
         (("Stage.STEP", '"step"'), "its stage is 'step', expected one of memscope.strategies.Stage"),
         (("exact = True", "pass"), "its exact is None, expected True or False"),
         (("class Config", "class Settings"), "its Config is None, expected a frozen dataclass of its settings"),
         (("    @dataclasses.dataclass(frozen=True)\n", ""), "expected a frozen dataclass"),
-        (("size: int = 1", "size: int"), "its Config cannot be made without arguments: "),
+        (("size: int = 1", "size: int"), "its Config cannot be created without arguments: "),
     ],
 )
 def test_what_is_no_strategy_is_named_with_what_is_wrong(install: Install, changes: list[str], said: str) -> None:

@@ -73,7 +73,7 @@ def test_a_device_without_a_known_context_has_no_row_for_the_driver(runs: list[R
     gpu = [Run("baseline", simulate(toy_workload, device="gpu"), {})]
     out = printed(gpu, 120)
     assert "device (estimate)" not in out
-    assert "what the driver would count beyond reserved memory is not known of this device" in out
+    assert "the driver's memory beyond reserved memory is not known for this device" in out
 
 
 def advice_on(runs: list[Run], before_bytes: int, **failed: str) -> str:

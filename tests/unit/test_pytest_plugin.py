@@ -81,16 +81,16 @@ def test_unchecked():
 """,
     )
     result.assert_outcomes(errors=1)
-    result.stdout.fnmatch_lines(["*limits what the fixture memscope_trace traces*does not use it*"])
+    result.stdout.fnmatch_lines(["*limits the traces of the fixture memscope_trace*does not use that fixture*"])
 
 
 @pytest.mark.parametrize(
     ("mark", "says"),
     [
         ('limit="1 parsec"', '*unknown unit "parsec"*'),
-        ("limit=5", '*takes one limit, with its unit: @pytest.mark.memscope(limit="1GiB")*'),
-        ('"1GiB"', "*takes one limit, with its unit*"),
-        ("", "*takes one limit, with its unit*"),
+        ("limit=5", '*takes one limit with its unit: @pytest.mark.memscope(limit="1GiB")*'),
+        ('"1GiB"', "*takes one limit with its unit*"),
+        ("", "*takes one limit with its unit*"),
     ],
 )
 def test_a_limit_that_cannot_be_read_is_an_error(pytester, mark, says):

@@ -61,7 +61,7 @@ PARAMETER_BYTES = 2 * (8 * 32 + 32 * 8) * 4
 
 
 def test_what_is_no_model_is_refused_in_words():
-    with pytest.raises(UsageError, match=r"Recorder watches an nn\.Module, and was given a int: pass the model"):
+    with pytest.raises(UsageError, match=r"Recorder expects an nn\.Module but got a int: pass the model"):
         Recorder(3)
 
 

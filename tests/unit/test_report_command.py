@@ -197,7 +197,7 @@ def test_what_is_not_a_trace_is_refused(report: Report, tmp_path: Path) -> None:
     (tmp_path / "text.npz").write_text("hello")
     assert refusal(report, tmp_path / "text.npz") == (
         2,
-        f"memscope: error: {tmp_path}/text.npz: not a memscope trace, or truncated; expected a file written by "
+        f"memscope: error: {tmp_path}/text.npz: not a memscope trace, or truncated: expected a file written by "
         "memscope profile",
     )
     assert "no such file" in refusal(report, tmp_path / "absent.npz")[1]

@@ -133,7 +133,7 @@ def test_only_bools_are_switches() -> None:
     for key in ("text", "optional"):
         with pytest.raises(UsageError) as caught:
             fill(Switches, {key: None}, of='target "mine"')
-        assert str(caught.value) == f'target "mine": setting "{key}" is no switch: write {key}=VALUE'
+        assert str(caught.value) == f'target "mine": setting "{key}" is not a switch: write {key}=VALUE'
 
 
 def test_wrong_item_of_a_list_is_named() -> None:
@@ -153,7 +153,7 @@ def test_field_that_cannot_be_given_is_no_setting() -> None:
 
 
 def test_value_that_the_dataclass_refuses_is_a_wrong_setting() -> None:
-    assert refusal(layers="-1") == 'target "mine" refuses these settings: layers must not be negative'
+    assert refusal(layers="-1") == 'target "mine" rejects these settings: layers must not be negative'
 
 
 def test_other_fields_keep_what_the_instance_has() -> None:

@@ -175,7 +175,7 @@ def test_an_optimizer_that_cannot_be_built_is_the_targets_own_error():
 
 def test_an_optimizer_of_other_parameters_is_refused():
     other = nn.Linear(2, 2)
-    with pytest.raises(UsageError, match="none of the model's parameters"):
+    with pytest.raises(UsageError, match="none of the model's trainable parameters"):
         simulate(workload(optimizer_factory=lambda p: torch.optim.AdamW(other.parameters())))
 
 

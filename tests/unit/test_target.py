@@ -169,7 +169,7 @@ def test_unknown_target_is_refused_with_what_was_expected(text: str, nearest: st
     with pytest.raises(UsageError) as caught:
         find_target(text)
     assert str(caught.value) == (
-        f'no target "{text}": expected a folder with target.py, a Python file, or one of those shipped. '
+        f'no target "{text}": expected a folder with target.py, a Python file, or a shipped target. '
         f"{nearest}Valid: llama2"
     )
 
@@ -194,7 +194,7 @@ def test_target_that_lacks_a_part_is_told_which(code: str, lacking: str) -> None
 def test_config_that_is_no_dataclass_is_refused() -> None:
     write("mine/target.py", "class Config: ...\ndef build(config): ...")
     assert failure("mine") == (
-        'target "mine" has a Config that is no dataclass: expected a Config dataclass and build(config) -> Workload'
+        'target "mine" has a Config that is not a dataclass: expected a Config dataclass and build(config) -> Workload'
     )
 
 
@@ -264,8 +264,8 @@ def test_own_build_may_import_the_files_beside_it_when_it_is_called() -> None:
 @pytest.mark.parametrize(
     ("presets", "said"),
     [
-        ("[Config()]", "has PRESETS that are a list: expected a dict of settings by name"),
-        ('"small"', "has PRESETS that are a str: expected a dict"),
+        ("[Config()]", "has PRESETS of type list: expected a dict of settings by name"),
+        ('"small"', "has PRESETS of type str: expected a dict"),
         ('{"small": 3}', "has PRESETS in which 'small' is 3: expected a dict"),
         ('{"small": Config}', "has PRESETS in which 'small' is <class"),
         ("{1: Config()}", "has PRESETS in which 1 is Config"),
@@ -278,7 +278,7 @@ def test_presets_of_the_wrong_kind_are_refused(presets: str, said: str) -> None:
 
 def test_a_build_that_is_no_function_is_refused() -> None:
     write("mine/target.py", OWN.split("def build")[0] + "build = 3")
-    assert "has a build that is no function" in failure("mine")
+    assert "has a build that is not a function" in failure("mine")
 
 
 def test_the_workload_of_ones_own_target_keeps_its_settings(tmp_path: Path) -> None:

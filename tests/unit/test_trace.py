@@ -155,7 +155,7 @@ def test_at_lists_what_is_alive_after_an_event() -> None:
 
 @pytest.mark.parametrize("event", [-1, 17])
 def test_event_outside_the_trace_is_refused(event: int) -> None:
-    with pytest.raises(UsageError, match=f"event {event} is outside the trace: it has events 0 to 16"):
+    with pytest.raises(UsageError, match=f"event {event} is outside the trace, which has events 0 to 16"):
         two_steps().at(event)
     with pytest.raises(UsageError, match=f"event {event} is outside"):
         two_steps().by("op", at=event)
@@ -241,9 +241,9 @@ def test_empty_trace_answers_or_says_that_it_is_empty() -> None:
     assert (len(trace), trace.events, trace.steps, trace.timeline("input").tolist()) == (0, 0, (), [])
     assert set(trace.max_by_category().values()) == {0}
     for question in (lambda: trace.peak, lambda: trace.by("category"), trace.by_category, trace.peak_of):
-        with pytest.raises(UsageError, match="the trace is empty: it has no allocation, so it has no peak"):
+        with pytest.raises(UsageError, match="the trace is empty: without an allocation it has no peak"):
             question()
-    with pytest.raises(UsageError, match="event 0 is outside the trace: it has no events"):
+    with pytest.raises(UsageError, match="event 0 is outside the trace, which has no events"):
         trace.at(0)
 
 

@@ -213,11 +213,11 @@ def test_one_piece_is_the_batch_itself() -> None:
                "choose a number of micro-batches that divides 4"),
         (["p", "q"], 4, "of 2 samples cannot be split into 4 equal micro-batches: "
                         "choose a number of micro-batches that divides 2"),
-        ([], 2, "is empty, it cannot be split into 2 micro-batches: check the data"),
-        ((X, torch.ones(2)), 2, "of type tuple cannot be split into 2 micro-batches: expected one number "
-            "of samples in its tensors and lists, found 2 and 4; give the workload a `split` of its own"),
-        (iter([X]), 2, "of type list_iterator cannot be split into 2 micro-batches: expected one number "
-            "of samples in its tensors and lists, found none; give the workload a `split` of its own"),
+        ([], 2, "is empty and cannot be split into 2 micro-batches: check the data"),
+        ((X, torch.ones(2)), 2, "of type tuple cannot be split into 2 micro-batches: expected the "
+            "same number of samples in all tensors and lists, found 2 and 4; set the workload's own `split`"),
+        (iter([X]), 2, "of type list_iterator cannot be split into 2 micro-batches: expected the "
+            "same number of samples in all tensors and lists, found none; set the workload's own `split`"),
     ],
     ids=["indivisible", "indivisible list", "empty", "two numbers of samples", "no samples"],
 )  # fmt: skip
@@ -253,6 +253,6 @@ def test_a_batch_with_nothing_to_learn_from_is_refused(batch: Tensor) -> None:
     with pytest.raises(UsageError) as caught:
         micro_batches(workload, batch)
     assert str(caught.value) == (
-        "the batch of this step has no target token: nothing to learn from; "
-        "check the labels (every one is masked) or leave such samples out"
+        "the batch of this step has no target token, so there is nothing to learn: "
+        "every label is masked; check the labels, or remove such samples"
     )
