@@ -227,5 +227,6 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 
 def test_reading_devices_does_not_load_torch() -> None:
-    code = "import sys; from memscope.simulation.devices import catalogue as c; c.all_devices(); sys.exit('torch' in sys.modules)"
+    use = "from memscope.simulation.devices.catalogue import all_devices; all_devices()"
+    code = f"import sys; {use}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
