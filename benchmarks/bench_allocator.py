@@ -1,4 +1,4 @@
-"""The allocator's replay does 100,000 events a second or better, in pure Python: it follows every simulated step."""
+"""The allocator's replay, which follows every simulated step, processes at least 100,000 events per second."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ KIB, MIB = 2**10, 2**20
 
 
 def training_run(*, steps: int = 8, layers: int = 32, kept: int = 24, temporary: int = 40) -> tuple[Ints, Ints, Ints]:
-    """Sizes, births and frees of a transformer-like run: weights stay, activations wait for the backward pass.
+    """Return sizes, births and frees of a transformer-like run: weights stay, activations wait for the backward pass.
 
-    Sizes are those of a 7B model at batch 1 and 405 tokens, mixed with arbitrary ones, so that blocks are split and
-    joined and the cache breaks up.
+    Sizes are those of a 7B model at batch 1 and 405 tokens, mixed with arbitrary ones, so that the allocator splits and
+    merges blocks and the cache fragments.
     """
     rng = np.random.default_rng(7)
     shapes = np.array([405 * 4096 * 4, 405 * 11008 * 4, 32 * 405 * 405 * 4, 405 * 4096 * 2, 405 * 4, 512, 64 * KIB])
@@ -70,4 +70,4 @@ def test_a_replay_does_100_000_events_a_second(benchmark: BenchmarkFixture, text
     assert benchmark.stats is not None
     rate = len(done.allocated) / benchmark.stats.stats.median
     benchmark.extra_info.update(events=len(done.allocated), events_per_second=round(rate))
-    assert rate >= EVENTS_PER_SECOND, f"{rate:,.0f} events a second"
+    assert rate >= EVENTS_PER_SECOND, f"{rate:,.0f} events per second"

@@ -1,4 +1,4 @@
-"""Whole commands, as a user waits for them; bounds are those the project has set itself."""
+"""Times of whole commands, as users experience them. The project set the bounds itself."""
 
 import subprocess
 import sys

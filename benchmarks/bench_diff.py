@@ -1,4 +1,4 @@
-"""`diff` of two traces of a 7B model takes at most two seconds, files read and all."""
+"""`diff` of two traces of a 7B model takes at most two seconds, including reading the files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PLANS = ("lora:r=8", "ckpt,amp")
 
 @pytest.fixture(scope="module")
 def traces(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two steps of LLaMA-2 7B, with two plans."""
+    """The trace files of two steps of LLaMA2-7B, one for each plan."""
     folder = tmp_path_factory.mktemp("diff")
 
     def build() -> Workload:

@@ -1,9 +1,10 @@
-"""What the loop of a fine-tuning run costs beside the model and its optimizer.
+"""Overhead of the loop of a fine-tuning run, relative to the model and its optimizer.
 
-Steps of the `debug` preset, with all that a user sees: metrics and a live progress bar. A bare loop of the same model
-would be nothing but forward, loss, backward and optimizer, so these are timed within the same steps: CPU time of their
-thread, against CPU time of the whole process, in which everything else is: data, learning rate, metrics, drawing the
-bar. One thread for the model. A larger model makes the steps longer and the share of the loop smaller.
+The benchmark runs steps of the `debug` preset with everything a user sees: metrics and a live progress bar. A bare loop
+of the same model would consist of forward, loss, backward and optimizer only, so these are timed within the same steps:
+the CPU time of their thread, compared with the CPU time of the whole process, which includes data, learning rate,
+metrics and drawing the bar. The model uses one thread. With a larger model, steps take longer and the loop's share is
+smaller.
 """
 
 import time
@@ -17,18 +18,18 @@ from memscope.targets.llama2.session import prepare
 from memscope.targets.llama2.target import PRESETS
 from memscope.targets.llama2.train import train
 
-# 3 epochs of the 64 shipped instructions in steps of 8; the first step, in which much happens once, is left out.
+# 3 epochs of the 64 shipped instructions in steps of 8; the first step, with much one-time work, is not timed.
 JOB = {"samples": "64", "epochs": "3", "held_out": "0", "clip_grad_norm": "none", "lr": "1e-3"}
 
 
 class Clock:
-    """Adds up the time in the functions that it has wrapped, from the end of the first step to that of the last."""
+    """Sums the time in the functions it wraps, from the end of the first step to the end of the last."""
 
     def __init__(self, watch):
         self.watch, self.inside, self.began = watch, 0.0, None
 
     def timed(self, function):
-        """The function, its time added up."""
+        """Wrap a function so that its time is added."""
 
         def call(*args, **kwargs):
             began = time.thread_time()
@@ -40,20 +41,20 @@ class Clock:
         return call
 
     def metric(self, metric):
-        """Begins to count after the first."""
+        """Pass on a step's metric, and start timing after the first step."""
         self.watch.metric(metric)
         if self.began is None:
             self.began, self.inside = time.process_time(), 0.0
 
     def stopped(self):
-        """The last thing in a step, before a checkpoint."""
+        """Record the times at the end of a step, before a checkpoint."""
         self.ended, self.inside_steps = time.process_time(), self.inside
         return self.watch.stopped()
 
 
 def backward(loss, run=torch.Tensor.backward):
     run(loss)
-    loss.detach_()  # gives the graph back here and not when the loss goes: that is the model's time
+    loss.detach_()  # frees the graph here, within the model's time, and not when the loss is deleted
 
 
 def ratio(folder, patch):
@@ -69,7 +70,7 @@ def ratio(folder, patch):
 
 
 def test_the_loop_adds_less_than_two_percent_to_model_and_optimizer(benchmark, tmp_path, monkeypatch):
-    monkeypatch.setenv("FORCE_COLOR", "1")  # rich draws a live bar only on what it takes for a terminal
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich draws a live bar only if it detects a terminal
     monkeypatch.setenv("TERM", "xterm")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

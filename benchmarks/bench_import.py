@@ -1,8 +1,8 @@
-"""A memory snapshot of 1 GB becomes a trace in at most 90 seconds and 6 GiB.
+"""Importing a memory snapshot of 1 GB takes at most 90 seconds and 6 GiB.
 
-On the same file, in the same run: PyTorch's own `torch.cuda._memory_viz trace_plot`, which makes its page from it.
-Each in a process of its own, so that the most memory it took is its own too. Measured on a snapshot of 110 MB, and
-scaled; MEMSCOPE_SNAPSHOT_STEPS=440 makes one of 1 GB, which wants a machine with 16 GB for PyTorch's own viewer.
+The same run also measures PyTorch's own `torch.cuda._memory_viz trace_plot`, which makes its page from the same file.
+Each runs in a process of its own, so that peak memory is measured separately. The snapshot has 110 MB, and results are
+scaled. MEMSCOPE_SNAPSHOT_STEPS=440 makes one of 1 GB; PyTorch's viewer then requires a machine with 16 GB.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from memscope.allocator.replay import replay
 
 GB, GIB = 10**9, 2**30
 MOST_SECONDS, MOST_BYTES = 90, 6 * GIB
-"""For a snapshot of 1 GB."""
+"""Bounds for a snapshot of 1 GB."""
 STEPS = int(os.environ.get("MEMSCOPE_SNAPSHOT_STEPS", "48"))
-"""Of the run: 2.3 MB each."""
+"""Number of steps in the run, 2.3 MB each."""
 DEPTH = (20, 60)
-"""Frames of a stack: of Python and C++, from the model's code down to the allocator."""
+"""Range of the number of frames in a stack: Python and C++ frames, from the model's code to the allocator."""
 
 MEASURED = """
 import json, resource, sys, time
@@ -51,9 +51,9 @@ THEIRS = MEASURED.format(
 
 @pytest.fixture(scope="module")
 def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A snapshot of a training run, as PyTorch writes it: frames are shared, stacks are not."""
+    """A snapshot of a training run, with PyTorch's sharing: frames are shared objects, stacks are not."""
     path = tmp_path_factory.mktemp("import") / "snapshot.pickle"
-    # In a process of its own: what this one has taken would be counted for those it starts.
+    # In a process of its own, because the peak memory of this process would count for those it starts.
     subprocess.run([sys.executable, __file__, str(path)], check=True)
     return path
 
@@ -136,7 +136,7 @@ def test_a_snapshot_of_a_gigabyte_is_imported_in_90_seconds_and_6_gib(
         for name, took in (("memscope", ours), ("memory_viz", theirs))
     }
     benchmark.extra_info.update(size_bytes=size, allocations=ours["found"], for_a_gigabyte=for_a_gb)
-    # One thread that waits for nothing: its processor time is what it takes on a machine that does nothing else.
+    # The import is one thread that never waits: its CPU time is its time on an otherwise idle machine.
     assert for_a_gb["memscope"]["cpu_seconds"] <= MOST_SECONDS, for_a_gb
     assert for_a_gb["memscope"]["bytes"] <= MOST_BYTES, for_a_gb
     assert for_a_gb["memscope"]["bytes"] <= for_a_gb["memory_viz"]["bytes"], for_a_gb

@@ -1,9 +1,9 @@
-"""A trace of a million allocations: reported in 20 seconds and 1.5 GiB, on a page below 8 MB that opens in 2 seconds.
+"""A report on a million allocations takes 20 seconds and 1.5 GiB; its page has less than 8 MB and opens in 2 seconds.
 
-A page opens twice: its still picture, which needs no script, and then the figure that can be zoomed, in its place.
+A page opens in two stages: first a static picture, which needs no script, then the zoomable figure in its place.
 
 The trace is that of a run of 32 layers with allocations of arbitrary sizes, which pack badly, and with an allocator,
-which is replayed. Each measurement is made in a process of its own, so that the most memory it took is its own too.
+which is replayed. Each measurement runs in a process of its own, so that peak memory is measured separately.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ print(json.dumps({"seconds": time.perf_counter() - began, "cpu_seconds": time.pr
 
 
 def made_up_trace() -> Trace:
-    """At least a million allocations in 8 steps, with what a device would reserve for them."""
+    """Return a trace of at least a million allocations in 8 steps, with the reserved bytes of a device."""
     from memscope.allocator.settings import AllocatorSettings
     from memscope.dashboards.demo import training_run
     from memscope.simulation.device_memory import on_device
@@ -55,7 +55,7 @@ def made_up_trace() -> Trace:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The trace, and where its page goes."""
+    """The path of the trace, and that of its page."""
     folder = tmp_path_factory.mktemp("report")
     subprocess.run([sys.executable, __file__, str(folder / "run.npz")], check=True)
     return folder / "run.npz", folder / "page.html"

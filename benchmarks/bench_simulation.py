@@ -1,7 +1,7 @@
-"""Simulating one LLaMA2-7B step, against PyTorch's own MemTracker on the same fake model in the same run.
+"""Time of simulating one LLaMA2-7B step, compared with PyTorch's MemTracker on the same fake model in the same run.
 
-LLaMA2-7B in bfloat16, batch 1 × 512 tokens, SDPA, AdamW. Each side runs in a process of its own, does one step to warm
-up and is timed on the second; peak resident memory is that of the process.
+LLaMA2-7B in bfloat16, batch 1 × 512 tokens, SDPA, AdamW. Each side runs in a process of its own, warms up first, and is
+timed on its last step. Peak resident memory is that of the process.
 """
 
 import json
@@ -40,7 +40,7 @@ from memscope.workload import micro_batches
 mode = FakeTensorMode(allow_non_fake_inputs=True)
 with mode:
     workload = target.build(config)
-    # what a simulation for CUDA takes; on a CPU PyTorch would choose the slower single-tensor loop
+    # foreach, as in a simulation for CUDA; on a CPU, PyTorch would choose the slower single-tensor loop
     optimizer = torch.optim.AdamW(workload.model.parameters(), foreach=True)
 [piece] = micro_batches(workload, workload.batches[0])
 with mode:

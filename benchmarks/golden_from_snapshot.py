@@ -1,11 +1,11 @@
-"""Make a file for `tests/golden` out of a memory snapshot that was taken on a GPU, by whomever.
+"""Make a file for `tests/golden` from a memory snapshot of a GPU, taken by anyone.
 
     python benchmarks/golden_from_snapshot.py snapshot.pickle tests/golden/gpu-name.npz \
         --source REPOSITORY/PATH@COMMIT --licence MIT --torch 2.6
 
-Most histories begin with a model in memory. What was there then follows from the end of the history, backwards; entries
-that lead to it stand before those that were recorded: each segment is taken, cut into blocks, and the blocks that were
-free are given back, `about["began"]` events in all. Stacks, times, and all else but the memory is left out.
+Most histories begin with a model in memory. The initial state is derived backwards from the final state, and entries
+that create it precede the recorded ones: they allocate each segment, split it into blocks, and free the blocks that
+were free, in `about["began"]` events. Stacks, times, and all other data unrelated to memory are omitted.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ Entry = dict[str, Any]
 
 
 def golden_of(data: Any, device: int) -> tuple[list[Entry], dict[str, Any]]:
-    """The entries of a golden file, and what it says of them, from the content of a snapshot.
+    """Return the entries of a golden file and their description, from the content of a snapshot.
 
     Raises:
-        UsageError: when a replay could not be held against the history.
+        UsageError: a replay cannot be compared with the history.
     """
     snapshot = read_layout(data)
     known = read_device(snapshot, device, lambda *_: None)
     actions = [entry["action"] for entry in known.entries]
     if known.size_differences or len(known.notes) > any("before the history began" in note for note in known.notes):
-        raise UsageError(f"the history is not whole: {'; '.join(known.notes)}")
+        raise UsageError(f"the history is incomplete: {'; '.join(known.notes)}")
     if "oom" in actions or actions.count("free_requested") != actions.count("free_completed"):
         raise UsageError(
-            "the history runs out of memory, or has frees that wait for a stream: these files hold neither"
+            "the history runs out of memory, or has frees that wait for a stream: golden files support neither"
         )
     before = segments_before(snapshot, device)
     if any(segment["is_expandable"] for segment in before):
-        raise UsageError("the history begins with expandable segments: how far they grew before is not known")
+        raise UsageError("the history begins with expandable segments: their growth before the history is unknown")
     streams = {segment["address"]: segment["stream"] for segment in data["segments"] if segment["device"] == device}
     for entry in reversed(known.entries):
         if entry["action"] == "segment_free":
@@ -59,16 +59,16 @@ def golden_of(data: Any, device: int) -> tuple[list[Entry], dict[str, Any]]:
 
 
 def leading_to(segments: Sequence[Entry]) -> list[Entry]:
-    """What an empty allocator, with PyTorch's default settings, has to be asked for to end with these segments.
+    """Return requests that lead an empty allocator, with PyTorch's default settings, to these segments.
 
-    One segment after the other is made by a request of its size, which is freed, and filled to its end, so that the
-    next one has to be made; what was free is freed last.
+    For each segment, a request of its size creates it and is freed. The segment is then filled to its end, so that the
+    next one must be created. Blocks that were free are freed last.
     """
     entries: list[Entry] = []
     unused: list[Entry] = []
     for segment in segments:
         at, stream, size = segment["address"], segment["stream"], segment["total_size"]
-        most = SMALL_SIZE if size == SMALL_SEGMENT else size  # that one request can take of it
+        most = SMALL_SIZE if size == SMALL_SEGMENT else size  # largest request that the segment can serve
         entries += [_entry("segment_alloc", at, size, stream), _entry("alloc", at, most, stream)]
         entries.append(_entry("free_completed", at, most, stream))
         for block in segment["blocks"]:
@@ -98,18 +98,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("snapshot", type=Path)
     parser.add_argument("golden", type=Path)
-    parser.add_argument("--source", required=True, help="where the snapshot is published: repository, path, commit")
-    parser.add_argument("--licence", required=True, help="of the repository; a permissive one")
-    parser.add_argument("--torch", required=True, help="the PyTorch that wrote it: version, and how it is known")
+    parser.add_argument("--source", required=True, help="published location of the snapshot: repository, path, commit")
+    parser.add_argument("--licence", required=True, help="licence of the repository, which must be permissive")
+    parser.add_argument(
+        "--torch", required=True, help="version of PyTorch that wrote the snapshot, and how it is known"
+    )
     parser.add_argument("--gpu", default="a GPU that is not named", help="name of the GPU (default: %(default)s)")
-    parser.add_argument("--device", type=int, default=0, help="its index in the snapshot (default: %(default)s)")
+    parser.add_argument("--device", type=int, default=0, help="index of the GPU in the snapshot (default: %(default)s)")
     options = parser.parse_args()
     try:
         entries, about = golden_of(read_plain_pickle(options.snapshot), options.device)
     except MemscopeError as error:
         parser.error(str(error))
     about |= {
-        "source": f"{options.source}: a memory snapshot, of which sizes, addresses and streams were kept",
+        "source": f"{options.source}: a memory snapshot, reduced to sizes, addresses and streams",
         "licence": options.licence,
         "torch": options.torch,
         "device": options.gpu,

@@ -1,8 +1,9 @@
-"""Measure LLaMA2-7B training on this machine's GPU and hold memscope's predictions against it: `make gpu`.
+"""Measure LLaMA2-7B training on this machine's GPU and compare memscope's predictions with it: `make gpu`.
 
-Each cell, one way to train, runs in a fresh process; its prediction is simulated on the CPU meanwhile. So does each
-combination of Table 2. Then the model is fine-tuned by memscope's own program, and by transformers and PEFT. What does
-not fit into the time is left out, and the table says so. `--dry-run` tries the script out without a GPU.
+Each cell, one way to train, runs in a fresh process, while its prediction is simulated on the CPU. The same applies to
+each combination of Table 2. Then memscope's own program fine-tunes the model, and so do transformers and PEFT. Work
+that does not fit into the time limit is skipped, and marked as skipped in the table. `--dry-run` tries the script
+without a GPU.
 """
 
 from __future__ import annotations
@@ -33,23 +34,23 @@ from gpu_table2 import CARD, GRID, Table2
 HERE = Path(__file__).resolve().parent
 GOLDEN_CELLS = 4
 GOLDEN_BYTES = 2 * 2**20
-"""A history larger than this is not for a repository."""
+"""Size limit of a history that is kept as a golden file in the repository."""
 AT_THE_END_SECONDS = 20.0
-"""Kept for the comparisons still under way when the last measurement ends."""
+"""Time reserved for comparisons that are still running when the last measurement ends."""
 JOB_SECONDS = 120.0
-"""When a job is given up, so that one that hangs does not keep the others from running."""
+"""Time limit of a job, so that one that hangs does not block the others."""
 GUESS_SECONDS = 45.0
-"""How long a cell may take while none has been measured."""
+"""Assumed time of a cell until one has been measured."""
 FINETUNING_SECONDS = 190.0
-"""Fine-tuning and Table 2 get no more than this of the time."""
+"""Time limit of fine-tuning and Table 2 together."""
 PAIR_SECONDS = 90.0
-"""How long both fine-tuning programs may take together: a guess, as none has been measured when they begin."""
+"""Assumed time of both fine-tuning programs together; none has been measured when they begin."""
 EARLY_CELLS = 8
-"""Cells that are measured before everything else."""
+"""Number of cells that are measured before everything else."""
 
 
 class Processes:
-    """Runs jobs of `gpu_cells.py`; the next process for the GPU is started, and has imported PyTorch, ahead of time."""
+    """Runs jobs of `gpu_cells.py`. The next process for the GPU starts, and imports PyTorch, ahead of time."""
 
     def __init__(self, scratch: Path, log: IO[str], budget: Budget) -> None:
         self._scratch, self._log, self._budget = scratch, log, budget
@@ -57,24 +58,24 @@ class Processes:
         self._ready = self._start()
 
     def _start(self) -> subprocess.Popen[str]:
-        # Not in the checkout, where ./memscope would be found before the installed package.
+        # Not in the checkout, where Python would import ./memscope instead of the installed package.
         command = [sys.executable, str(HERE / "gpu_cells.py")]
         streams = {"stdin": subprocess.PIPE, "stdout": self._log, "stderr": self._log}
         return subprocess.Popen(command, cwd=self._scratch, text=True, **streams)  # type: ignore[call-overload, no-any-return]
 
     def do(self, kind: str, **job: Any) -> dict[str, Any]:
-        """Do a job in a process of its own, beside whatever else runs."""
+        """Run a job in a process of its own, in parallel to other jobs."""
         return self._finish(self._start(), kind, job)
 
     def do_next(self, kind: str, **job: Any) -> dict[str, Any]:
-        """Do a job in the process that is ready, and get another one ready."""
+        """Run a job in the process that is ready, and start the next process."""
         process, self._ready = self._ready, self._start()
         return self._finish(process, kind, job)
 
     def _finish(self, process: subprocess.Popen[str], kind: str, job: dict[str, Any]) -> dict[str, Any]:
         result = self._scratch / f"result-{next(self._numbers)}.json"
         try:
-            # Comparisons may use the time that is kept for the end.
+            # Comparisons may use the time that is reserved for the end.
             limit = min(JOB_SECONDS, self._budget.left + (AT_THE_END_SECONDS - 3.0) * (kind == "compare"))
             process.communicate(json.dumps({"kind": kind, "result": str(result), **job}) + "\n", timeout=limit)
         except subprocess.TimeoutExpired:
@@ -86,13 +87,13 @@ class Processes:
         return {"error": f"the process ended without a result, exit status {process.returncode}"}
 
     def close(self) -> None:
-        """End the process that no job came for."""
+        """End the ready process, which has no job."""
         self._ready.kill()
         self._ready.communicate()
 
 
 class Session:
-    """All cells of one run, and what is known of each so far."""
+    """All cells of one run, with their results so far."""
 
     def __init__(self, options: argparse.Namespace, processes: Processes, scratch: Path, budget: Budget) -> None:
         self.options, self._processes, self._scratch, self._budget = options, processes, scratch, budget
@@ -102,24 +103,26 @@ class Session:
         self._predictions: dict[Cell, Future[dict[str, Any]]] = {}
         self._comparisons: dict[Cell, Future[dict[str, Any]]] = {}
         self._measured: dict[Cell, dict[str, Any]] = {}
-        self._status = dict.fromkeys(self.cells, "left out: no time")
+        self._status = dict.fromkeys(self.cells, "skipped: no time left")
         self._taken: list[float] = []
         self.overhead: list[dict[str, Any]] = []
         self.advice: list[dict[str, Any]] = []
         self._advice: list[Future[dict[str, Any]]] = []
         self._tables = [Table2(options.grid, memory, self._common) for memory in (None, CARD)][: options.rounds]
-        self.finetuning = [{"attention": kind, "problem": "left out: no time"} for kind in ATTENTION[: options.rounds]]
+        self.finetuning = [
+            {"attention": kind, "problem": "skipped: no time left"} for kind in ATTENTION[: options.rounds]
+        ]
         self.about: dict[str, Any] = {}
 
     def _files(self, cell: Cell) -> dict[str, str]:
         return {"trace": str(self._scratch / f"{cell.name}.npz"), "history": str(self.history(cell))}
 
     def history(self, cell: Cell) -> Path:
-        """Where a cell's allocator history is, once it was measured."""
+        """Return the path of a cell's allocator history, which exists once the cell is measured."""
         return self._scratch / f"golden-{cell.name}.npz"
 
     def predict(self) -> None:
-        """Begin to simulate every cell, in their order."""
+        """Start to simulate every cell, in order."""
         for cell in self.cells:
             job = {"cell": asdict(cell), "predicted_for": self.options.predict_for, **self._common, **self._files(cell)}
             self._predictions[cell] = self._pool.submit(self._processes.do, "predict", **job)
@@ -133,7 +136,7 @@ class Session:
                 grid.predict(self._processes, self._pool, self.options.predict_for)
 
     def finetune(self) -> Iterator[None]:
-        """Compare the programs and measure Table 2, in their share of the time; what matters most comes first."""
+        """Compare the programs and measure Table 2 within their time limit, most important work first."""
         share = Budget(min(FINETUNING_SECONDS, self._budget.left), reserve_seconds=0.0)
         programs = [partial(self._compare_programs, number, share) for number in range(len(self.finetuning))]
         tables = [partial(grid.measure, self._processes, share, GUESS_SECONDS) for grid in self._tables]
@@ -147,11 +150,11 @@ class Session:
 
     @property
     def table2(self) -> list[dict[str, Any]]:
-        """Every combination on the whole GPU and on the smaller card, with what is known of it."""
+        """Every combination on the whole GPU and on the smaller card, with its results so far."""
         return [row for grid in self._tables for row in grid.rows()]
 
     def follow_advice(self) -> None:
-        """Measure each plan that was advised, and the same without and with every layer checkpointed."""
+        """Measure each advised plan, and the same cell without checkpoints and with every layer checkpointed."""
         for (cell, share), future in zip(CASES, self._advice, strict=False):
             row: dict[str, Any] = {"case": f"{cell.name}, {share:.0%} of its memory", **future.result()}
             self.advice.append(row)
@@ -161,7 +164,7 @@ class Session:
             row["measured"] = {}
             for name, plan in (("planned", row["plan"]), ("none", row["none"]), ("all", row["all"])):
                 if not self._budget.allows(self._taken, GUESS_SECONDS):
-                    row["problem"] = "left out: no time"
+                    row["problem"] = "skipped: no time left"
                     break
                 done = self._processes.do_next("measure_plan", cell=asdict(cell), plan=plan, **self._common)
                 row["measured"][name] = done
@@ -170,7 +173,7 @@ class Session:
                     break
 
     def measure(self, cell: Cell) -> None:
-        """Measure a cell, if there is time, and begin to compare it."""
+        """Measure a cell if time allows, and start its comparison."""
         if not self._budget.allows(self._taken, GUESS_SECONDS):
             return
         began = self._budget.spent
@@ -187,7 +190,7 @@ class Session:
         return self._processes.do("compare", **self._files(cell))
 
     def time_recorders(self) -> None:
-        """Time a step under each recorder, alone on the machine: simulations are waited for."""
+        """Time a step under each recorder, with nothing else running: first wait for all simulations."""
         for future in self._predictions.values():
             future.exception()
         for grid in self._tables:
@@ -195,14 +198,14 @@ class Session:
         for cell, by in TIMED[: self.options.timed]:
             known = {"cell": cell.name, "by": by}
             if not self._budget.allows(self._taken, GUESS_SECONDS):
-                self.overhead.append(known | {"unavailable": "left out: no time"})
+                self.overhead.append(known | {"unavailable": "skipped: no time left"})
                 continue
             job = {"cell": asdict(cell), "by": by, "steps": self.options.steps, **self._common}
             done = self._processes.do_next("overhead", **job)
             self.overhead.append(known | done | {"unavailable": done.get("unavailable", done.get("error"))})
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Each cell with what is known of it; nothing is waited for."""
+        """Yield each cell with its results so far, without waiting for any."""
         for cell in self.cells:
             row: dict[str, Any] = {"name": cell.name, "cell": asdict(cell), "plan": cell.plan}
             row |= {"status": self._status[cell], "measured": self._measured.get(cell)}
@@ -214,7 +217,7 @@ class Session:
             yield row | ({"comparison": compared} if "error" in compared else compared)
 
     def finish(self) -> None:
-        """Wait for the comparisons; each job ends by itself when its time is over."""
+        """Wait for the comparisons; each job ends by itself at its time limit."""
         for future in self._comparisons.values():
             future.exception()
         self._pool.shutdown(cancel_futures=True)
@@ -225,7 +228,7 @@ def _known(future: Future[dict[str, Any]] | None) -> dict[str, Any]:
 
 
 def written(out: Path, session: Session, machine: dict[str, Any], budget: Budget) -> str:
-    """Write `cells.json` and `table.md` of what is known so far; returns the table."""
+    """Write the results so far to `cells.json` and `table.md`; return the table."""
     options, rows = session.options, list(session.rows())
     settings = {
         name: os.environ[name] for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF") if name in os.environ
@@ -266,7 +269,7 @@ def _output(*command: str) -> str:
 
 
 def keep_histories(out: Path, session: Session) -> None:
-    """The first small histories as golden files, all others in one archive."""
+    """Save the first small histories as golden files, and all others in one archive."""
     paths = [path for path in map(session.history, session.cells) if path.exists()]
     golden = [path for path in paths if path.stat().st_size < GOLDEN_BYTES][:GOLDEN_CELLS]
     for path in golden:
@@ -278,7 +281,7 @@ def keep_histories(out: Path, session: Session) -> None:
 
 
 def about_histories(machine: dict[str, Any]) -> dict[str, Any]:
-    """What a history file says of where it comes from."""
+    """Return the description of a history file's origin."""
     torch, device = machine["versions"]["torch"], machine["device"]
     settings = os.environ.get("PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""))
     return {
@@ -298,20 +301,23 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=510.0, help="time for everything (default: %(default)s)")
     parser.add_argument("--cells", type=int, default=24, help="how many cells (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=10, help="steps under each recorder (default: %(default)s)")
-    parser.add_argument("--timed", type=int, default=len(TIMED), help="how many timings (default: %(default)s)")
+    parser.add_argument("--timed", type=int, default=len(TIMED), help="number of timings (default: %(default)s)")
     parser.add_argument(
-        "--advised", type=int, default=len(CASES), help="how many pieces of advice (default: %(default)s)"
+        "--advised", type=int, default=len(CASES), help="number of advised cases to measure (default: %(default)s)"
     )
-    parser.add_argument("--grid", default=GRID, help="factors of Table 2, without settings (default: %(default)s)")
+    parser.add_argument("--grid", default=GRID, help="strategies of Table 2, without settings (default: %(default)s)")
     parser.add_argument(
-        "--rounds", type=int, default=2, help="1: Table 2, fine-tuning; 2: again for 40 GB, and sdpa (default: 2)"
+        "--rounds",
+        type=int,
+        default=2,
+        help="1: Table 2 and fine-tuning; 2: also Table 2 for 40 GB and fine-tuning with sdpa (default: 2)",
     )
     parser.add_argument(
-        "--tuned", type=int, default=25, help="steps of fine-tuning (default: %(default)s, 200 samples)"
+        "--tuned", type=int, default=25, help="fine-tuning steps (default: %(default)s, which is 200 samples)"
     )
-    parser.add_argument("--preset", help="of targets/llama2 (default: 7b; debug in a dry run)")
-    parser.add_argument("--predict-for", default="h200-141gb", help="device of the predictions (default: %(default)s)")
-    parser.add_argument("--dry-run", action="store_true", help="try the script out on the CPU; measures nothing")
+    parser.add_argument("--preset", help="preset of targets/llama2 (default: 7b; in a dry run: debug)")
+    parser.add_argument("--predict-for", default="h200-141gb", help="device to simulate (default: %(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="try the script on the CPU, without measuring anything")
     options = parser.parse_args(words)
     options.preset = options.preset or ("debug" if options.dry_run else "7b")
     return options
@@ -328,7 +334,7 @@ def main(words: Sequence[str] | None = None) -> int:
             machine = processes.do_next("probe")
             if "error" in machine or (machine["device"]["name"] == "CPU" and not options.dry_run):
                 print(
-                    f"make gpu: PyTorch finds no CUDA device here {machine}: --dry-run tries it without",
+                    f"make gpu: PyTorch finds no CUDA device here: {machine}. Try the script without one: --dry-run",
                     file=sys.stderr,
                 )
                 return 1

@@ -1,7 +1,7 @@
-"""What `make gpu` does with one cell, in a process of its own.
+"""The jobs of `make gpu` for one cell, each in a process of its own.
 
-Run as a program, it carries out the job it reads from standard input, one line of JSON, and leaves the result in a
-file. Everything heavy is imported by then, so that a process can be started ahead of its turn.
+As a program, this module reads a job from standard input, as one line of JSON, runs it, and writes the result to a
+file. It completes all slow imports before it reads the job, so that a process can start ahead of its turn.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from gpu_training import materialized, prepare, start
 
 
 def probe(job: dict[str, Any]) -> dict[str, Any]:
-    """What the machine is."""
+    """Return the machine's versions and GPU."""
     import platform
 
     import torch
@@ -42,13 +42,13 @@ def probe(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def predict(job: dict[str, Any]) -> dict[str, Any]:
-    """Simulate two steps; the trace stays in a file for `compare`."""
+    """Simulate two steps, and save the trace for `compare`."""
     import torch
 
     from memscope import simulate
 
     if job["device"] == "cuda":
-        os.nice(10)  # what is measured meanwhile comes first
+        os.nice(10)  # measurements that run meanwhile take precedence
     torch.set_num_threads(1)
     cell, began = Cell(**job["cell"]), time.perf_counter()
     trace = simulate(lambda: prepare(cell, job["preset"]), device=job["predicted_for"], strategies=cell.plan, steps=2)
@@ -68,7 +68,7 @@ def predict(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """Two steps with the allocator's history, then one that is timed."""
+    """Run two steps with the allocator's history, then one timed step."""
     cell = Cell(**job["cell"])
     result, entries = (_on_gpu if job["device"] == "cuda" else _in_place_of_a_gpu)(cell, job["preset"])
     write_history(Path(job["history"]), entries, job["about"] | {"cell": cell.name, "measured": result})
@@ -115,7 +115,7 @@ def _in_place_of_a_gpu(cell: Cell, preset: str) -> tuple[dict[str, Any], list[di
 
 
 def compare(job: dict[str, Any]) -> dict[str, Any]:
-    """Replay the real history, and lay it beside the simulated one where there is one."""
+    """Replay the measured history, and compare it with the simulated trace if one exists."""
     from memscope.allocator.history import first_difference, read_history
     from memscope.allocator.replay import replay
     from memscope.allocator.settings import AllocatorSettings
@@ -147,14 +147,14 @@ def compare(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def overhead(job: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of a step under one recorder."""
+    """Measure the time of a step under one recorder."""
     from memscope.workload.step import run_step
 
     cell, device, steps = Cell(**job["cell"]), job["device"], job["steps"]
     if job["by"] == "memscope":
         return _under_memscope(cell, job["preset"], device, steps)
     if job["by"] == "_record_memory_history" and device != "cuda":
-        return {"unavailable": "not available: needs CUDA"}
+        return {"unavailable": "not available: requires CUDA"}
     if job["by"] == "_record_memory_history":
         import torch
 
@@ -178,7 +178,7 @@ def overhead(job: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Reset:
-    """MemTracker follows one forward pass, then wants to be reset."""
+    """Resets MemTracker before each forward pass, since it follows only one."""
 
     def __init__(self, tracker: Any) -> None:
         self._tracker = tracker
@@ -197,7 +197,7 @@ def _under_memscope(cell: Cell, preset: str, device: str, steps: int) -> dict[st
     from memscope import record
 
     if device == "cuda" and not importlib.util.find_spec("memscope.gpu.watch"):
-        return {"unavailable": "not available: it records on the CPU only"}
+        return {"unavailable": "not available: this memscope records on the CPU only"}
     marks: list[float] = []
 
     def progress(done: int, total: int) -> None:
@@ -213,7 +213,7 @@ def _under_memscope(cell: Cell, preset: str, device: str, steps: int) -> dict[st
     )
     sizes = {"allocated": trace.peak.allocated_bytes, "by_category": trace.by_category()}
     real = {"max_memory_allocated": torch.cuda.max_memory_allocated()} if device == "cuda" else {}
-    *steps_done, end = marks  # the last one comes after the recorder has read the history
+    *steps_done, end = marks  # the last mark follows the recorder's reading of the history
     return _steady(steps_done) | {"last_step_and_closing": end - steps_done[-1], "trace": sizes | real}
 
 
@@ -235,7 +235,7 @@ JOBS = {job.__name__: job for job in (probe, predict, measure, compare, overhead
 
 
 def main() -> None:
-    """Do one job; its own error is its result."""
+    """Run one job; if it fails, its result is the error."""
     import torch
 
     import memscope.hooks.record
@@ -244,7 +244,7 @@ def main() -> None:
 
     job = json.loads(sys.stdin.readline())
     if job.get("device") == "cpu":
-        torch.set_num_threads(1)  # in a dry run several processes share few cores
+        torch.set_num_threads(1)  # in a dry run, several processes share few cores
     try:
         result = JOBS[job["kind"]](job)
     except Exception as error:

@@ -1,8 +1,8 @@
-"""The part of `make gpu` that fine-tunes for real, and holds it against transformers and PEFT.
+"""The part of `make gpu` that fine-tunes the model, and compares memscope's program with transformers and PEFT.
 
 Both programs run in processes of their own, on the same samples in the same order, from the same random weights: each
-value depends on the name of its weight alone. Before anything is measured, the peer's first step must have the loss and
-the gradients of ours, in float32 and with the same dropout.
+value depends only on the name of its weight. Before any measurement, the peer's first step must have the same loss and
+gradients as ours, in float32 and with the same dropout.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ if TYPE_CHECKING:
 __all__ = ["ATTENTION", "compare_programs", "finetune", "finetune_lines", "finetune_with_peft"]
 
 ATTENTION = ("eager", "sdpa")
-"""Kinds of attention that are compared: the default of ours, and of transformers."""
+"""Kinds of attention to compare: the default of memscope's model, and that of transformers."""
 PLAN = "lora,amp"
 WARM_UP = 3
-"""Steps at the beginning that do not count for tokens/s."""
+"""Number of initial steps that tokens/s excludes."""
 SPEED_BOUND = 0.95
-"""What part of the peer's tokens/s ours must reach."""
+"""Fraction of the peer's tokens/s that our program must reach."""
 SAME_LOSS, SAME_GRADIENT = 1e-4, 1e-3
-"""How far, as a fraction, loss and norm of the gradient may differ in float32 when the work is the same."""
+"""Accepted relative differences of loss and gradient norm in float32 for the same work."""
 
 
 def compare_programs(
     attention: str, job: dict[str, Any], runs: Runs, budget: Budget, guess_seconds: float
 ) -> dict[str, Any]:
-    """Run ours, then the peer, if there is time for both."""
+    """Run our program, then the peer, if time allows both."""
     row: dict[str, Any] = {"attention": attention}
     if not budget.allows([], guess_seconds):
-        return row | {"problem": "left out: no time"}
+        return row | {"problem": "skipped: no time left"}
     job = {"attention": attention, **job}
     ours = runs.do_next("finetune", **job)
     if "error" in ours:
@@ -50,7 +50,7 @@ def compare_programs(
 
 
 def _described(job: dict[str, Any]) -> Any:
-    """The run, as `memscope.targets.llama2.finetune` would be asked for it, on the data that are shipped."""
+    """The job for `memscope.targets.llama2.finetune`, on the data shipped with memscope."""
     from memscope.targets.llama2.job import Job
     from memscope.targets.llama2.target import read_samples
     from memscope.workload.target import find_target
@@ -69,7 +69,7 @@ def _samples(described: Any, samples: Sequence[Any], step: int) -> list[Any]:
 
 
 def finetune(job: dict[str, Any]) -> dict[str, Any]:
-    """Fine-tune with memscope's own program, all of it but the command line."""
+    """Fine-tune with memscope's own program, except for its command line."""
     import json
 
     import torch
@@ -106,7 +106,7 @@ def finetune(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def finetune_with_peft(job: dict[str, Any]) -> dict[str, Any]:
-    """The same steps, as one writes them with transformers and PEFT."""
+    """Run the same steps as a program written with transformers and PEFT."""
     import peft
     import torch
     import transformers
@@ -143,7 +143,7 @@ def finetune_with_peft(job: dict[str, Any]) -> dict[str, Any]:
 def _steps_of_peer(
     described: Any, ours: Any, samples: Sequence[Any], model: nn.Module, loss: Callable[[Any], Tensor]
 ) -> list[dict[str, Any]]:
-    """Carry out the steps; of `ours` only the settings and the division into micro-batches are taken."""
+    """Run the peer's steps; `ours` provides only the settings and the division into micro-batches."""
     import torch
 
     from memscope.workload.micro_batches import micro_batches
@@ -197,7 +197,7 @@ def _hf_config(config: Any) -> Any:
 
 
 def _fill(weights: Mapping[str, Tensor]) -> None:
-    """Give each weight values that depend on its name alone, which is that of our model in both programs."""
+    """Give each weight values that depend only on its name in our model, for both programs."""
     import torch
     from torch import nn
 
@@ -213,7 +213,7 @@ def _fill(weights: Mapping[str, Tensor]) -> None:
 
 
 def _fill_peer(model: Any, ours: Any) -> None:
-    """Give transformers' model, with PEFT's layers in it, the weights that ours has: q and k in another order."""
+    """Give transformers' model, with PEFT's adapters, the weights of our model; q and k have another order."""
     import torch
 
     from memscope.targets.llama2.hf_format import hf_module, rotary_order
@@ -238,7 +238,7 @@ def _fill_peer(model: Any, ours: Any) -> None:
 
 
 def _first_step(pieces: Sequence[Any], loss: Callable[[Any], Tensor], model: nn.Module) -> dict[str, float]:
-    """Loss and gradients of the first step in float32; no weight changes."""
+    """Loss and gradient norm of the first step in float32, without changing a weight."""
     import torch
 
     torch.manual_seed(0)  # both programs draw their dropout in the same order
@@ -262,7 +262,7 @@ def _require_same_work(peers: Mapping[str, float], ours: Mapping[str, float]) ->
 
 
 def _forget(device: str) -> None:
-    """Give back what came before the measurement: only weights stay in the allocator."""
+    """Release memory from before the measurement, so that only weights stay in the allocator."""
     import gc
 
     import torch
@@ -297,7 +297,7 @@ def _measured(steps: Sequence[Mapping[str, Any]], peaks: Mapping[str, int | None
 
 
 def finetune_lines(rows: list[dict[str, Any]]) -> list[str]:
-    """Lines of Markdown: both programs, and whether the bounds are held."""
+    """Return lines of Markdown: both programs, and whether the bounds hold."""
     if not rows:
         return []
     lines = [
@@ -333,7 +333,7 @@ def _line(attention: str, program: str, found: Mapping[str, Any]) -> str:
 def _verdict(row: Mapping[str, Any]) -> str:
     ours = row["ours"]
     words = (
-        f"{row['attention']}: {ours['samples']} samples, of {ours['rows']} shipped ones, in {ours['steps']} steps, "
+        f"{row['attention']}: {ours['samples']} samples, from {ours['rows']} shipped rows, in {ours['steps']} steps, "
         f"{ours['not_timed']} of them not timed: {'completed' if ours['finished'] else 'not completed'}"
     )
     if "peer" in row:

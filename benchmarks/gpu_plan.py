@@ -1,4 +1,4 @@
-"""What `make gpu` measures: the cells, in which order, and for how long.
+"""The cells that `make gpu` measures, their order, and the time budget.
 
 Needs neither torch nor a GPU.
 """
@@ -29,7 +29,7 @@ AXES: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One way to train; a step's 8 samples go through the model in `accumulation` micro-batches."""
+    """One way to train. A step's 8 samples run in `accumulation` micro-batches."""
 
     weights: str
     amp: str
@@ -40,20 +40,20 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """The cell as part of a file's name."""
+        """Name of the cell, usable in file names."""
         amp = "noamp" if self.amp == "none" else f"amp{self.amp}"
         ckpt = "nockpt" if self.ckpt == "none" else "ckpt"
         return f"{self.weights}-{amp}-{self.training}-{ckpt}-ga{self.accumulation}-{self.attention}"
 
     @property
     def plan(self) -> str:
-        """The cell's strategies; weights and attention are settings of the target."""
+        """The cell's strategies. Weights and attention are settings of the target."""
         words = ["lora"] * (self.training == "lora") + [f"amp:dtype={self.amp}"] * (self.amp != "none")
         return ",".join([*words, *["ckpt"] * (self.ckpt == "all"), f"ga:steps={self.accumulation}"])
 
     @property
     def possible(self) -> bool:
-        """Whether PyTorch can run it: a gradient scaler cannot unscale bfloat16 gradients on CUDA.
+        """Whether PyTorch can run the cell: a gradient scaler cannot unscale bfloat16 gradients on CUDA.
 
         Source: `_amp_foreach_non_finite_check_and_unscale_cuda_` in aten/src/ATen/native/cuda/AmpKernels.cu is not
         implemented for bfloat16; pytorch/pytorch issue 127176, open in August 2026.
@@ -63,7 +63,7 @@ class Cell:
 
 FIRST = (
     Cell("fp32", "none", "full", "none", 8, "eager"),  # the largest: nearly all of an H200
-    Cell("fp32", "fp16", "lora", "none", 8, "eager"),  # as published for an A100, but for wk's update and the biases
+    Cell("fp32", "fp16", "lora", "none", 8, "eager"),  # as published for an A100, except for wk's update and the biases
     Cell("bf16", "none", "lora", "none", 8, "sdpa"),
     Cell("bf16", "bf16", "full", "all", 1, "sdpa"),
 )
@@ -73,7 +73,7 @@ TIMED = tuple(
     (cell, by)
     for cell, recorders in (
         (FIRST[2], ("nothing", "memscope", "_record_memory_history", "nothing")),
-        # MemTracker cannot follow a model with frozen weights: it wants a gradient of each.
+        # MemTracker does not support frozen weights: it requires a gradient of each weight.
         (
             Cell("bf16", "none", "full", "none", 8, "sdpa"),
             ("nothing", "memscope", "_record_memory_history", "MemTracker"),
@@ -81,11 +81,11 @@ TIMED = tuple(
     )
     for by in recorders
 )
-"""A step of which cell is timed under which recorder."""
+"""Cells whose steps are timed, each with the recorder."""
 
 
 def covering(count: int, first: Sequence[Cell] = FIRST) -> list[Cell]:
-    """`count` cells, or all: each next one brings most pairs of values not seen together yet, then most triples."""
+    """Return `count` cells, or all. Each next cell adds the most new pairs of values, then the most new triples."""
     left = [cell for values in itertools.product(*AXES.values()) if (cell := Cell(*values)).possible]
     chosen: list[Cell] = []
     seen: set[tuple[tuple[str, Any], ...]] = set()
@@ -101,17 +101,17 @@ def covering(count: int, first: Sequence[Cell] = FIRST) -> list[Cell]:
         left.remove(cell)
         chosen.append(cell)
         seen.update(combinations(cell))
-    raise AssertionError("unreachable: the loop has no end of its own")
+    raise AssertionError("unreachable: the loop is infinite")
 
 
 def combinations(cell: Cell) -> Iterator[tuple[tuple[str, Any], ...]]:
-    """Each pair and each triple of a cell's values."""
+    """Return each pair and each triple of a cell's values."""
     values = list(asdict(cell).items())
     return itertools.chain(itertools.combinations(values, 2), itertools.combinations(values, 3))
 
 
 class Budget:
-    """The time there is, and whether it is enough for one thing more."""
+    """A time limit, and whether the remaining time suffices for another task."""
 
     def __init__(self, limit_seconds: float, *, reserve_seconds: float, clock: Callable[[], float] = time.monotonic):
         self._clock, self._reserve_seconds = clock, reserve_seconds
@@ -120,14 +120,14 @@ class Budget:
 
     @property
     def spent(self) -> float:
-        """Seconds since the beginning."""
+        """Seconds since the start."""
         return self._clock() - self._began
 
     @property
     def left(self) -> float:
-        """Seconds until only what is reserved for the end is left; never below 0."""
+        """Seconds left before the time reserved for the end; at least 0."""
         return max(0.0, self._limit_seconds - self._reserve_seconds - self.spent)
 
     def allows(self, taken: Sequence[float], guess: float) -> bool:
-        """Whether one thing more fits, if it takes a quarter longer than the slowest so far, or else `guess`."""
+        """Whether another task fits: one a quarter longer than the slowest in `taken` or, without any, of `guess`."""
         return self.left >= (1.25 * max(taken) if taken else guess)

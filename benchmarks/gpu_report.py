@@ -1,4 +1,4 @@
-"""Measured and predicted allocations side by side, and the table that `make gpu` prints.
+"""Comparison of measured and predicted allocations, and the table that `make gpu` prints.
 
 Needs neither torch nor a GPU.
 """
@@ -26,19 +26,19 @@ from memscope.units import format_bytes, format_change
 
 @dataclass(frozen=True)
 class Aligned:
-    """Two sequences of sizes laid side by side."""
+    """The alignment of two sequences of sizes."""
 
     partner: Ints
-    """For each allocation of the first, the same one in the second, or -1 `[allocations of the first]`."""
+    """Index in the second sequence of each allocation of the first; -1: none `[allocations of the first]`."""
     places: tuple[tuple[slice, slice], ...]
-    """Where they differ, in order: what only the first has, what only the second has."""
+    """The differences, in order: a range that only the first sequence has, and one that only the second has."""
 
 
 def align(ours: Ints, theirs: Ints, *, window: int = 200, confirm: int = 8) -> Aligned:
-    """Go through both side by side; where they differ, go on behind the shortest stretch left out on either side.
+    """Align two sequences, and resume after each difference by skipping the fewest sizes on both sides together.
 
-    A stretch is left out when the next `confirm` sizes agree again (or all to the end), at most `window` on both sides
-    together. Without one, the rest is one difference.
+    Sizes are skipped, at most `window` of both sequences, if the next `confirm` sizes (or all to the end) agree again.
+    If no such point exists, the rest is one difference.
     """
     partner = np.full(len(ours), -1, dtype=np.int64)
     places: list[tuple[slice, slice]] = []
@@ -57,7 +57,7 @@ def align(ours: Ints, theirs: Ints, *, window: int = 200, confirm: int = 8) -> A
 
 
 def _resume(ours: Ints, theirs: Ints, window: int, confirm: int) -> tuple[int, int]:
-    """How much to leave out of both so that they agree again."""
+    """Number of sizes to skip in each sequence so that they agree again."""
     one, other = ours[: window + confirm].tolist(), theirs[: window + confirm].tolist()
     for skipped in range(1, window + 1):
         for a in range(max(0, skipped - len(other) + 1), min(skipped, len(one) - 1) + 1):
@@ -68,7 +68,7 @@ def _resume(ours: Ints, theirs: Ints, window: int, confirm: int) -> tuple[int, i
 
 
 def compare_sequences(history: History, replayed: Replay, trace: Trace) -> dict[str, Any]:
-    """A GPU's allocations against the simulated ones, as JSON values; `replayed` is the replay of `history`."""
+    """Compare a GPU's allocations with simulated ones, as JSON values; `replayed` is the replay of `history`."""
     aligned = align(history.sizes, trace.requested)
     at = int(replayed.allocated.argmax())
     alive = (history.born <= at) & ((history.freed < 0) | (history.freed > at))
@@ -101,7 +101,7 @@ def _first(history: History, trace: Trace, aligned: Aligned) -> dict[str, Any]:
 
 
 def _first_free(history: History, trace: Trace) -> dict[str, Any] | None:
-    """The allocation with which the two first free in another order."""
+    """The first allocation that the two free at different events."""
     unequal = np.flatnonzero(history.freed != trace.freed)
     if not unequal.size:
         return None
@@ -123,7 +123,7 @@ def _located(trace: Trace, index: int) -> dict[str, Any]:
 
 
 def _grouped(history: History, trace: Trace, aligned: Aligned, most: int = 20) -> list[dict[str, Any]]:
-    """The differences by what they are, most frequent first: sizes on both sides, and the operator simulated there."""
+    """The differences grouped by their sizes on both sides and the simulated operator, most frequent first."""
     counts: Counter[tuple[Any, ...]] = Counter()
     first: dict[tuple[Any, ...], int] = {}
     for place, other in aligned.places:
@@ -139,11 +139,11 @@ def _grouped(history: History, trace: Trace, aligned: Aligned, most: int = 20) -
 
 
 ACTIONS = ("alloc", "free_completed", "segment_alloc", "segment_free", "segment_map", "segment_unmap")
-"""What a replay needs of a history; the limit at which memory ran out is not known to it, so that is left out."""
+"""The actions that a replay needs. Out-of-memory entries are omitted, because they do not hold the memory limit."""
 
 
 def write_history(path: Path, entries: Sequence[dict[str, Any]], about: dict[str, Any]) -> None:
-    """Write a history in the format of `tests/golden`; column by column, which packs to a third."""
+    """Write a history in the format of `tests/golden`, column by column, which compresses to a third of the size."""
     codes = {action: code for code, action in enumerate(ACTIONS)}
     rows = [[codes[e["action"]], e["addr"], e["size"], e["stream"]] for e in entries if e["action"] in codes]
     about = about | {"actions": ACTIONS, "trace": "rows of action, addr, size, stream"}
@@ -152,7 +152,7 @@ def write_history(path: Path, entries: Sequence[dict[str, Any]], about: dict[str
 
 
 def imitated(trace: Trace) -> tuple[dict[str, int], list[dict[str, Any]]]:
-    """The peaks, and the history that a GPU's allocator would have written for a run: to try things out without one."""
+    """Return the peaks and the history that a GPU's allocator would have recorded for a run, for use without a GPU."""
     done = replay(trace.requested, trace.born, trace.freed)
     moves: list[tuple[int, int, str, int, int]] = [
         (event.event, 0, event.action, event.address, event.size_bytes) for event in done.segment_events
@@ -168,12 +168,12 @@ def imitated(trace: Trace) -> tuple[dict[str, int], list[dict[str, Any]]]:
 
 
 def off(measured: int, predicted: int) -> float:
-    """How far a prediction is from what was measured, as a fraction of it."""
+    """Return the relative error of a prediction, as a fraction of the measured value."""
     return (predicted - measured) / measured
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Worst and median error, and how many sequences and replays are identical."""
+    """Return worst and median errors, and the numbers of identical sequences and replays."""
     done = [row for row in rows if row["status"] == "measured" and "predicted" in row]
     errors = {
         name: sorted(abs(off(row["measured"][name], row["predicted"][name])) for row in done)
@@ -191,7 +191,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Everything in short, as Markdown: what `cells.json` holds."""
+    """Return the content of `cells.json` as Markdown tables."""
     rows, total = results["cells"], results["summary"]
     device, versions = results["device"], results["versions"]
     lines = [
@@ -200,7 +200,7 @@ def table(results: dict[str, Any]) -> str:
         "",
         f"{results['date']}, commit {results['commit']}, driver {device['driver']}, PyTorch {versions['torch']}, "
         f"CUDA {versions['cuda']}. A step: 8 samples of {', '.join(map(str, results['lengths']))} tokens. "
-        "Sizes in MiB: the most of two steps; seconds: the third step, nothing recorded.",
+        "Sizes are peaks over two steps, in MiB; seconds are those of the third step, without recording.",
         "",
         "| cell | allocated | predicted | off | reserved | predicted | off | s | replay | largest category off | "
         "first difference |",
@@ -208,14 +208,14 @@ def table(results: dict[str, Any]) -> str:
         *(_line(row) for row in rows),
         "",
         f"{total['measured']} of {total['cells']} cells measured, {total['compared']} compared, in "
-        f"{results['seconds']:.0f} s; allocation sequences identical in {total['identical']}; replays of the real "
+        f"{results['seconds']:.0f} s; allocation sequences identical in {total['identical']}; replays of the measured "
         f"history identical to the byte in {total['replayed']}.",
     ]
     for name in ("allocated", "reserved", "requested"):
         if f"{name}_worst" in total:
             lines.append(f"{name}: worst {total[f'{name}_worst']:.4%}, median {total[f'{name}_median']:.4%}.")
     if results["overhead"]:
-        lines += ["", "A steady step, its median in seconds:", "", "| cell | recorded by | s | against none |"]
+        lines += ["", "Median time of a steady step, in seconds:", "", "| cell | recorded by | s | overhead |"]
         lines += ["|---|---|--:|--:|", *(_overhead(run, results["overhead"]) for run in results["overhead"])]
     lines += advice_table(results["advice"]) if results["advice"] else []
     lines += [*table2_lines(results["table2"], results["predicted_for"]), *finetune_lines(results["finetuning"])]

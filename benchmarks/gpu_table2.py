@@ -1,7 +1,7 @@
-"""The part of `make gpu` that holds Table 2 against the GPU: every combination of strategies, measured and predicted.
+"""The part of `make gpu` that measures and predicts Table 2: every combination of strategies.
 
-What `memscope profile targets/llama2 --grid ga,amp,lora --device cuda` does, but for two things: weights are drawn on
-the GPU, because the host is slow at so many, and the samples have the lengths in `STEP`, which are those of real data.
+It does the same as `memscope profile targets/llama2 --grid ga,amp,lora --device cuda`, with two differences: weights
+are initialized on the GPU, because the host is slow, and the samples have the lengths in `STEP`, those of real data.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ __all__ = ["BOUND", "CARD", "GRID", "Table2", "measure_combination", "predict_co
 
 GRID = "ga,amp,lora"
 CARD = "40GB"
-"""Table 2 comes a second time with no more than this of the GPU's memory."""
+"""Memory limit of the second Table 2."""
 SAMPLES = 200
 BOUND = 0.005
-"""How far a predicted peak may be from the measured one."""
+"""Largest accepted relative error of a predicted peak."""
 _PLAIN = Cell(weights="fp32", amp="none", training="full", ckpt="none", accumulation=8, attention="eager")
 
 
 class Runs(Protocol):
-    """Who carries out jobs, each in a process of its own."""
+    """Runs jobs, each in a process of its own."""
 
     def do(self, kind: str, **job: Any) -> dict[str, Any]:
-        """Beside whatever else runs."""
+        """Run a job in parallel to other jobs."""
 
     def do_next(self, kind: str, **job: Any) -> dict[str, Any]:
-        """In the process that is ready."""
+        """Run a job in the process that is ready."""
 
 
 class Table2:
-    """Every combination of a grid, and what is known of it so far."""
+    """Every combination of a grid, with its results so far."""
 
     def __init__(self, grid: str, memory: str | None, common: dict[str, Any]) -> None:
         self._memory_bytes = None if memory is None else parse_bytes(memory)
@@ -54,13 +54,13 @@ class Table2:
         return {"plan": plan, "applied": self._applied[plan], **self._common}
 
     def predict(self, runs: Runs, pool: ThreadPoolExecutor, device: str) -> None:
-        """Begin to simulate every combination."""
+        """Start to simulate every combination."""
         for plan in self._plans:
             job = {**self._job(plan), "predicted_for": device}
             self._predicted[plan] = pool.submit(runs.do, "predict_combination", **job)
 
     def measure(self, runs: Runs, budget: Budget, guess_seconds: float) -> None:
-        """Measure one combination after the other, as long as there is time."""
+        """Measure one combination after the other while time allows."""
         taken: list[float] = []
         for plan in self._plans:
             if not budget.allows(taken, guess_seconds):
@@ -70,15 +70,15 @@ class Table2:
             taken.append(budget.spent - began)
 
     def wait(self) -> None:
-        """Until no combination is being simulated."""
+        """Wait until no combination is being simulated."""
         for future in self._predicted.values():
             future.exception()
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Each combination with what is known of it; nothing is waited for."""
+        """Yield each combination with its results so far, without waiting for any."""
         for plan in self._plans:
             row: dict[str, Any] = {"strategies": plan, "memory_limit": self._memory_bytes}
-            measured = self._measured.get(plan, {"error": "left out: no time"})
+            measured = self._measured.get(plan, {"error": "skipped: no time left"})
             future = self._predicted.get(plan)
             done = future is not None and future.done() and not future.cancelled()
             predicted = future.result() if future is not None and done else {"error": "not predicted"}
@@ -88,7 +88,7 @@ class Table2:
 
 
 def _workload(job: dict[str, Any]) -> Any:
-    """The workload of a combination, before its own strategies: comparable with the others, as `--grid` makes it."""
+    """The workload of a combination before its strategies, prepared like those of `--grid` for comparability."""
     from gpu_training import prepare
 
     from memscope.strategies import Plan
@@ -100,7 +100,7 @@ def _workload(job: dict[str, Any]) -> Any:
 
 
 def measure_combination(job: dict[str, Any]) -> dict[str, Any]:
-    """Record two steps: the cell of Table 2 that they give."""
+    """Record two steps, and return their cell of Table 2."""
     from functools import partial
 
     import torch
@@ -109,8 +109,8 @@ def measure_combination(job: dict[str, Any]) -> dict[str, Any]:
     from memscope import record
     from memscope.strategies import Plan
 
-    # At the default scale the first gradients may overflow, and the optimizer, whose state is in the peak, would not
-    # step.
+    # At the default scale, the first gradients may overflow. The optimizer, whose state is part of the peak, would then
+    # not step.
     torch.amp.GradScaler = partial(torch.amp.GradScaler, init_scale=1.0)  # type: ignore[misc, assignment]
     if job["memory_bytes"] is not None and job["device"] == "cuda":
         total_bytes = torch.cuda.mem_get_info()[1]
@@ -126,7 +126,7 @@ def measure_combination(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def predict_combination(job: dict[str, Any]) -> dict[str, Any]:
-    """Simulate the same two steps."""
+    """Simulate the same two steps, and return their cell of Table 2."""
     import dataclasses
 
     import torch
@@ -135,17 +135,17 @@ def predict_combination(job: dict[str, Any]) -> dict[str, Any]:
     from memscope.simulation.devices.catalogue import get_device
 
     if job["device"] == "cuda":
-        os.nice(10)  # what is measured meanwhile comes first
+        os.nice(10)  # measurements that run meanwhile take precedence
     torch.set_num_threads(1)
     device = get_device(job["predicted_for"])
     if job["memory_bytes"] is not None:
-        # The limit is one of PyTorch's allocator, to which the context does not count.
+        # The limit applies to PyTorch's allocator, which does not count the CUDA context.
         device = dataclasses.replace(device, capacity_bytes=job["memory_bytes"] + device.context_bytes)
     return _cell(job, simulate(lambda: _workload(job), device=device, strategies=job["plan"], steps=2))
 
 
 def _cell(job: dict[str, Any], trace: Any) -> dict[str, Any]:
-    """What Table 2 says of one run; no trace: there was no room for the weights."""
+    """The cell of Table 2 for one run; `trace` is None if the weights did not fit."""
     from dataclasses import asdict
 
     from memscope.analysis.grid import Cell as GridCell
@@ -161,13 +161,13 @@ def _cell(job: dict[str, Any], trace: Any) -> dict[str, Any]:
 
 
 def table2_lines(rows: list[dict[str, Any]], predicted_for: str) -> list[str]:
-    """Lines of Markdown: each combination, measured and predicted, and whether the bound is held."""
+    """Return lines of Markdown: each combination, measured and predicted, and whether the bound holds."""
     if not rows:
         return []
     lines = [
         "",
-        f"Table 2: seconds of {SAMPLES} samples, each step as long as the second one; predicted for {predicted_for}, "
-        "the time an estimate. × runs out of memory.",
+        f"Table 2: seconds are those of {SAMPLES} samples, with each step as long as the second one. Predicted for "
+        f"{predicted_for}; predicted times are estimates. × runs out of memory.",
         "",
         "| memory | strategies | allocated MiB | predicted | off | reserved MiB | predicted | off | s | estimated |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
@@ -182,7 +182,7 @@ def table2_lines(rows: list[dict[str, Any]], predicted_for: str) -> list[str]:
     wrong = [row for row in rows if len(_sides(row)) == 2 and len({side["fits"] for side in _sides(row)}) == 2]
     if wrong:
         named = ", ".join(f"{row['strategies'] or 'none'} in {_memory(row)}" for row in wrong)
-        lines.append(f"Whether it fits was predicted wrongly: {named}.")
+        lines.append(f"Wrong predictions of whether a combination fits: {named}.")
     return lines
 
 
@@ -215,7 +215,7 @@ def _size(row: dict[str, Any], side: str, name: str) -> str:
 
 
 def _off(row: dict[str, Any], name: str) -> float | None:
-    """How far the prediction is from what was measured, where both ran to the end."""
+    """Relative error of the prediction; None unless both runs completed."""
     sides = _sides(row)
     if len(sides) < 2 or not all(side["fits"] and side[name] is not None for side in sides):
         return None

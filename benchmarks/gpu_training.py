@@ -1,4 +1,4 @@
-"""The training of a cell of `make gpu`: its workload, with weights on a device, and the training begun."""
+"""The training of a cell of `make gpu`: its workload, its weights on a device, and the start of training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gpu_plan import STEP, Cell
 
 
 def prepare(cell: Cell, preset: str) -> Any:
-    """The cell's workload, before its strategies; it needs no data but the lengths in `STEP`."""
+    """Return the cell's workload, before its strategies; its only data are the lengths in `STEP`."""
     from memscope.targets.llama2.alpaca import Sample
     from memscope.workload.target import find_target
 
@@ -20,7 +20,7 @@ def prepare(cell: Cell, preset: str) -> Any:
 
 
 def materialized(cell: Cell, preset: str, device: str, strategies: str) -> Any:
-    """The cell's workload on a device: one allocation a weight, in the order of the model, and no other."""
+    """Return the cell's workload on a device: one allocation per weight, in the order of the model, and no others."""
     import torch
 
     from memscope.strategies import Plan
@@ -33,7 +33,7 @@ def materialized(cell: Cell, preset: str, device: str, strategies: str) -> Any:
 
 
 def on_device(workload: Any, device: str) -> None:
-    """Give a workload on the meta device its weights: random ones, made where they are used."""
+    """Give a workload on the meta device random weights, created directly on `device`."""
     import torch
 
     from memscope.targets.llama2.model import rotations
@@ -46,7 +46,7 @@ def on_device(workload: Any, device: str) -> None:
 
 
 def start(workload: Any, device: str, steps: int) -> tuple[Any, list[Any]]:
-    """The training, begun, and the micro-batches of each step."""
+    """Start the training; return it, and the micro-batches of each step."""
     import torch
     from torch.utils import _pytree as pytree
 
@@ -56,6 +56,6 @@ def start(workload: Any, device: str, steps: int) -> tuple[Any, list[Any]]:
     pieces = prepare_steps(workload, steps)
     move = partial(pytree.tree_map_only, torch.Tensor, lambda tensor: tensor.to(device))
     training = Training.start(workload, device, move)
-    if training.scaler:  # at the default scale the first gradients may overflow, and the optimizer would not step
+    if training.scaler:  # at the default scale, the first gradients may overflow, and the optimizer would not step
         training.scaler = torch.amp.GradScaler(device, init_scale=1.0)
     return training, pieces

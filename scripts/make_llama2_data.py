@@ -1,10 +1,10 @@
-"""Train the small tokenizer that `targets/llama2` ships on the text that it ships.
+"""Train the small tokenizer that `targets/llama2` ships, on the text that it ships.
 
     python scripts/make_llama2_data.py [OUTPUT]
 
-Same settings as LLaMA2's tokenizer where they decide how text is cut (byte-pair encoding, digits apart, bytes for
-unknown characters, no normalization; ids 0, 1, 2 for unknown, BOS, EOS), with 1,024 pieces instead of 32,000.
-The same text and the same version of SentencePiece give the same file.
+The settings that determine how text is split are those of LLaMA2's tokenizer: byte-pair encoding, separate digits,
+bytes for unknown characters, no normalization; ids 0, 1, 2 for unknown, BOS, EOS. The vocabulary has 1,024 pieces
+instead of 32,000. The same text and the same version of SentencePiece produce the same file.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ VOCAB_SIZE = 1024
 
 
 def train() -> bytes:
-    """The tokenizer, as the content of a model file."""
+    """Train the tokenizer; return the content of its model file."""
     rows = alpaca.load(SHIPPED_DATA, limit=sys.maxsize)
-    # Line by line: a newline then has no piece of its own and becomes the byte <0x0A>, as in LLaMA2's tokenizer.
+    # Line by line, so that a newline has no piece of its own and becomes the byte <0x0A>, as in LLaMA2's tokenizer.
     lines = [line for row in rows for line in (row.prompt + row.output).splitlines() if line]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(

@@ -1,1 +1,1 @@
-"""Files of other tools: memory snapshots of PyTorch, read and written; traces for Perfetto, tables, written."""
+"""Files of other tools: reads and writes PyTorch's memory snapshots, and writes Perfetto traces and tables."""

@@ -1,7 +1,7 @@
-"""What `torch.profiler.record_function` blocks tell of a history: phases, and where an optimizer step ends.
+"""Phases and ends of optimizer steps in a history, from `torch.profiler.record_function` ranges.
 
-PyTorch's optimizers have such blocks of their own (`profile_hook_step` and `zero_grad` in torch/optim/optimizer.py); a
-snapshot holds them when it was recorded with `global_record_annotations=True`.
+PyTorch's optimizers record such ranges themselves (`profile_hook_step` and `zero_grad` in torch/optim/optimizer.py). A
+snapshot holds ranges if it was recorded with `global_record_annotations=True`.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ _WORDS: tuple[tuple[str, Phase], ...] = (
     ("backward", "backward"),
     ("forward", "forward"),
 )
-"""The phase of a block whose name holds such a word, whatever the case; the first that it holds."""
+"""Word in the name of a range → phase. Case is ignored; the first word that matches decides."""
 _NEVER = 2**62
 
 
 def annotated(annotations: Sequence[Annotation], times_us: Ints) -> tuple[Ints, Bools]:
-    """The phase that annotations give each event, -1 for none, and before which events an optimizer step ended.
+    """Return each event's phase according to annotations (-1: none), and whether an optimizer step ends before it.
 
     Args:
-        annotations: of one device, in order.
-        times_us: when each event was `[events]`.
+        annotations: the annotations of one device, in order.
+        times_us: time of each event in microseconds `[events]`.
     """
     events = len(times_us)
     phase, ended = np.full(events, -1), np.zeros(events, dtype=bool)
-    clock = np.maximum.accumulate(times_us)  # threads note their times before they wait for their turn
+    clock = np.maximum.accumulate(times_us)  # a thread takes the time before it waits for the allocator's lock
     for name, begin, end in _blocks(annotations):
         stands_for = next((phase for word, phase in _WORDS if word in name.lower()), None)
         if stands_for is None:
@@ -47,7 +47,7 @@ def annotated(annotations: Sequence[Annotation], times_us: Ints) -> tuple[Ints, 
 
 
 def _blocks(annotations: Sequence[Annotation]) -> list[tuple[str, int, int]]:
-    """Name, beginning and end of each block, in order of beginning: inner ones after those around them."""
+    """Name, begin and end of each range, ordered by begin: outer ranges precede inner ones."""
     found: list[tuple[str, int, int]] = []
     begun: dict[str, list[int]] = {}
     for annotation in annotations:

@@ -1,8 +1,8 @@
-"""Traces in the Trace Event Format of Chrome, which Perfetto opens too: `memscope export --to perfetto` or `chrome`.
+"""Traces in Chrome's Trace Event Format, which Perfetto also opens: `memscope export --to perfetto` or `chrome`.
 
-Source: "Trace Event Format", Google, 2016. Its clock, microseconds, counts events here: one microsecond is one birth or
-death of an allocation. There are a track of steps and phases, a counter for what is allocated and for what is reserved,
-one for each category, and the largest allocations as slices: named for their operator, of their category.
+The format's clock counts events: one microsecond is the birth or death of one allocation. A file holds a track of steps
+and phases; counters of allocated bytes, reserved bytes and the bytes of each category; and the largest allocations as
+slices, with the name of their operator and their category. Source: "Trace Event Format", Google, 2016.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from memscope.trace import CATEGORIES, PHASES, Ints, Progress, Trace, no_progres
 __all__ = ["MOST_SLICES", "chrome_trace_bytes"]
 
 MOST_SLICES = 100_000
-"""Allocations shown as slices, the largest first: with many more, neither viewer stays usable. Counters have all."""
+"""Number of allocations shown as slices, the largest ones. Viewers are unusable with many more. Counters cover all."""
 _PROCESS, _COURSE, _ALLOCATIONS = 1, 1, 2
-"""Where the events belong: one process, with a thread for steps and phases and one for the allocations."""
+"""Ids of the one process and its threads: one for steps and phases, one for allocations."""
 Event = Mapping[str, Any]
 
 
 def chrome_trace_bytes(trace: Trace, progress: Progress = no_progress) -> bytes:
-    """The file: one JSON object, its events in `traceEvents`."""
+    """Return the file: one JSON object, with the events in `traceEvents`."""
     file = io.BytesIO()
     about = {"memscope": {"target": trace.meta.get("target"), "inferred": trace.meta.get("inferred", [])}}
     file.write(b'{"displayTimeUnit":"ms","otherData":' + _line(about) + b',"traceEvents":[\n')
@@ -58,7 +58,7 @@ def _names(trace: Trace) -> Iterator[Event]:
 
 
 def _course(trace: Trace) -> Iterator[Event]:
-    """Steps, and phases within them."""
+    """Slices of the steps, and of the phases within them."""
     for step in trace.steps:
         first, last = trace.step_range(step)
         yield _stretch(f"step {step}", first, last, {})
@@ -87,7 +87,7 @@ def _counters(trace: Trace) -> Iterator[Event]:
 
 
 def _counter(name: str, sizes: Ints) -> Iterator[Event]:
-    """A value wherever it changes, and at the end: viewers draw no further than the last one."""
+    """A counter's value at each change and at the end, because viewers draw only up to the last value."""
     changes = np.flatnonzero(np.diff(sizes, prepend=0)).tolist()
     for event in changes if changes[-1:] == [len(sizes) - 1] else [*changes, len(sizes) - 1]:
         yield {"ph": "C", "pid": _PROCESS, "name": name, "ts": event, "args": {"bytes": int(sizes[event])}}

@@ -1,7 +1,7 @@
-"""What one device's allocator did, made whole: a snapshot shows the end, and the history how it came to it.
+"""The complete history of one device's allocator, from a snapshot's final state and its list of actions.
 
-The history may begin in the middle of a run (recording was switched on then, or its oldest entries were dropped) and
-may lack actions (`skip_actions`, PyTorch 2.11). What was there when it began follows from the end, backwards.
+The list may begin in the middle of a run (recording began late, or its oldest entries were dropped), and may lack
+actions (`skip_actions`, PyTorch 2.11). The state at its beginning is derived backwards from the final state.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from memscope.units import format_bytes
 __all__ = ["DeviceHistory", "read_device", "segments_before"]
 
 _CHANGES = {"segment_alloc": 1, "segment_map": 1, "segment_free": -1, "segment_unmap": -1}
-"""Whether memory is taken from the driver or given back to it."""
+"""Action → 1 if it takes memory from the driver, -1 if it returns memory to it."""
 _FREES = ("free_requested", "free_completed")
 _OF_BLOCKS = frozenset({"alloc", *_FREES})
 _KNOWN = frozenset({*_OF_BLOCKS, *_CHANGES, "oom"})
@@ -34,55 +34,55 @@ _TELL_EVERY = 100_000
 
 @dataclass(frozen=True)
 class DeviceHistory:
-    """The blocks of one device, and the stacks of what happened to them."""
+    """The blocks of one device, and the actions of its allocator with their stacks."""
 
     device: int
     blocks: RecordedBlocks
     entries: Sequence[Entry]
-    """What the allocator did, with what was missing put in; `blocks` indexes it."""
+    """The allocator's actions, with missing frees inserted; `blocks` holds indices into it."""
     frames_at_end: dict[int, Frames]
-    """By address, the stack in which a block that is alive at the end was taken."""
+    """Address → stack that allocated the block, for blocks alive at the end."""
     annotations: Sequence[Annotation]
     reserved_at_end: int
     size_differences: int
-    """Bytes by which the blocks alive at the end differ from the snapshot's own: 0 when all agree."""
+    """Bytes by which the blocks alive at the end differ from those in the snapshot; 0: all agree."""
     notes: tuple[str, ...]
-    """What is not exact, and why, as sentences."""
+    """Inexact values and the reasons, as sentences."""
 
 
 @dataclass
 class _Lifetimes:
-    """The entries of a history, mended, and what they tell of the time before."""
+    """The entries of a history with missing frees inserted, and their evidence of the state before the history."""
 
     entries: list[Entry] = field(default_factory=list)
     state: dict[int, int] = field(default_factory=dict)
-    """At the end, of every address that the entries name."""
+    """Address → its state at the end, for every address in the entries."""
     freed_first: dict[int, tuple[int, int]] = field(default_factory=dict)
-    """By address whose first entry is a free: state before, bytes asked for."""
+    """Address whose first entry is a free → its state before, and requested bytes."""
     missing_frees: int = 0
     missing_allocations: int = 0
     unknown: int = 0
 
     def notes(self) -> list[str]:
-        """What was missing, as sentences."""
+        """Describe missing and unknown entries, as sentences."""
         found = []
         if self.missing_frees:
             found.append(
-                f"{self.missing_frees:,} frees are missing from the history: each is taken to have been made right "
-                "before its memory was given out again"
+                f"frees missing from the history: {self.missing_frees:,}; each is assumed to have happened right "
+                "before its memory was allocated again"
             )
         if self.missing_allocations:
-            found.append(f"{self.missing_allocations:,} frees are of nothing that was allocated, and were passed over")
+            found.append(f"frees of memory that was not allocated: {self.missing_allocations:,} (ignored)")
         if self.unknown:
-            found.append(f"{self.unknown:,} entries are of kinds that this memscope does not know: passed over")
+            found.append(f"entries of kinds unknown to this version of memscope: {self.unknown:,} (ignored)")
         return found
 
 
 def read_device(snapshot: Snapshot, device: int, progress: Progress) -> DeviceHistory:
-    """Follow a device's allocator through a snapshot.
+    """Reconstruct the history of a device's allocator from a snapshot.
 
     Raises:
-        TraceFileError: when an entry is damaged; without the name of the file.
+        TraceFileError: an entry is damaged; the message does not name the file.
     """
     after, lived = _followed(snapshot, device, progress)
     settings, notes = _settings(snapshot.settings)
@@ -100,11 +100,13 @@ def read_device(snapshot: Snapshot, device: int, progress: Progress) -> DeviceHi
 
 
 def segments_before(snapshot: Snapshot, device: int) -> list[dict[str, Any]]:
-    """A device's segments when its history began: `address, total_size, is_expandable, blocks`, without gaps.
+    """Return a device's segments at the beginning of its history: `address, total_size, is_expandable, blocks`.
+
+    The blocks of each segment leave no gaps.
 
     Raises:
-        MemscopeError: when the history contradicts the end.
-        TraceFileError: when an entry is damaged; without the name of the file.
+        MemscopeError: the history contradicts the final state.
+        TraceFileError: an entry is damaged; the message does not name the file.
     """
     after, lived = _followed(snapshot, device)
     settings, _ = _settings(snapshot.settings)
@@ -120,9 +122,9 @@ def _followed(
 
 
 def _settings(told: Mapping[str, Any]) -> tuple[AllocatorSettings, list[str]]:
-    """What the allocator went by, and what is not known of it.
+    """The allocator's settings, and notes on settings that could not be parsed.
 
-    Its own values, where the snapshot has them: they hold whatever set them, and in whichever words. Source:
+    The snapshot's parsed values take precedence, because they do not depend on how the settings were made. Source:
     `allocator_settings` in torch/csrc/cuda/Module.cpp, PyTorch 2.3 and later; -1 is "no limit", divisions are in order.
     """
     try:
@@ -135,13 +137,13 @@ def _settings(told: Mapping[str, Any]) -> tuple[AllocatorSettings, list[str]]:
             roundup_power2_divisions=divisions,
         ), []
     except UsageError as error:
-        return AllocatorSettings(), [f"{error}; taken as if nothing was set"]
+        return AllocatorSettings(), [f"{error}; memscope assumes the default settings"]
     except (AttributeError, KeyError, TypeError):
-        damaged("its allocator_settings are no settings")
+        damaged("allocator_settings does not hold the allocator's settings")
 
 
 def _lifetimes(trace: Sequence[Any], progress: Progress) -> _Lifetimes:
-    """Check every entry, put in the frees that are missing, and note what was there before."""
+    """Check every entry, insert missing frees, and note addresses that were in use before the history."""
     lived = _Lifetimes()
     for place, entry in enumerate(trace):
         if place % _TELL_EVERY == 0:
@@ -186,23 +188,23 @@ def _follow(lived: _Lifetimes, action: str, entry: Entry) -> None:
 def _blocks(
     after: list[dict[str, Any]], lived: _Lifetimes, settings: AllocatorSettings
 ) -> tuple[RecordedBlocks, list[str]]:
-    """The blocks, and what is not exact about them."""
+    """The blocks, and notes on inexact sizes."""
     before, guessed = _blocks_before(after, lived, settings)
     notes = []
     if guessed:
         size = sum(before[address]["size"] for address in guessed)
         notes.append(
-            f"{len(guessed):,} blocks ({format_bytes(size)}) were there before the history began and freed in it: "
-            "their sizes are what was asked for, rounded up, and may be up to 1 MiB too small where nothing was put "
-            "behind them"
+            f"blocks allocated before the history began and freed in it: {len(guessed):,} ({format_bytes(size)}); "
+            "their sizes are the requested bytes, rounded up, and may be up to 1 MiB too small where no block was "
+            "allocated behind them"
         )
     try:
         segments = _segments_before(after, lived.entries, before, guessed, settings)
         return read_blocks(segments, lived.entries, settings), notes
     except MemscopeError:
         notes.append(
-            "the history does not fit the segments (actions may have been skipped when it was recorded): the size of "
-            "every block is what was asked for, rounded up, and may be up to 1 MiB too small"
+            "the history does not match the segments (the recording may have skipped actions); the size of every block "
+            "is the requested bytes, rounded up, and may be up to 1 MiB too small"
         )
         return _rounded_blocks(after, lived.entries, before, settings), notes
 
@@ -210,7 +212,7 @@ def _blocks(
 def _blocks_before(
     after: list[dict[str, Any]], lived: _Lifetimes, settings: AllocatorSettings
 ) -> tuple[dict[int, dict[str, Any]], list[int]]:
-    """By address, what was there when the history began, and the addresses of blocks whose size is a guess."""
+    """By address, the blocks in use when the history began; and the addresses of blocks with estimated sizes."""
     before = {}
     for block in _all_blocks(after):
         address = block["address"]
@@ -237,10 +239,10 @@ def _segments_before(
     guessed: Sequence[int],
     settings: AllocatorSettings,
 ) -> list[dict[str, Any]]:
-    """The segments when the history began, filled with blocks: those at the end, less what happened since.
+    """The segments at the beginning of the history, with their blocks: the final segments, with all actions undone.
 
     Raises:
-        MemscopeError: when the history contradicts the end.
+        MemscopeError: the history contradicts the final state.
     """
     memory = Memory()
     for segment in after:
@@ -252,7 +254,7 @@ def _segments_before(
         elif action in ("segment_free", "segment_unmap"):
             memory.hold(entry["addr"], entry["size"], grows=action == "segment_unmap")
     ranges = memory.ranges()
-    if not settings.expandable_segments:  # there, every rest is split off
+    if not settings.expandable_segments:  # expandable segments split off every rest
         before = before | _with_slack(before, guessed, [end for _, end, _ in ranges], entries, settings)
     segments, waiting = [], list(reversed(before.values()))
     for start, end, grows in ranges:
@@ -260,7 +262,7 @@ def _segments_before(
         while waiting and waiting[-1]["address"] < end:
             block = waiting.pop()
             if block["address"] < address:
-                raise MemscopeError("blocks lie over each other, or outside of all segments")
+                raise MemscopeError("blocks overlap, or lie outside all segments")
             blocks += [{"size": block["address"] - address, "state": "inactive"}, block]
             address = block["address"] + block["size"]
         if address > end:
@@ -268,7 +270,7 @@ def _segments_before(
         blocks.append({"size": end - address, "state": "inactive"})
         segments.append({"address": start, "total_size": end - start, "is_expandable": grows, "blocks": blocks})
     if waiting:
-        raise MemscopeError("blocks lie outside of all segments")
+        raise MemscopeError("blocks lie outside all segments")
     return segments
 
 
@@ -279,11 +281,11 @@ def _with_slack(
     entries: Sequence[Entry],
     settings: AllocatorSettings,
 ) -> dict[int, dict[str, Any]]:
-    """The blocks of guessed size with what lies behind them, where that is too little to be a block.
+    """The blocks of estimated size, extended by the space behind them that is too small to be a block.
 
-    PyTorch splits no rest of up to 1 MiB off a large block, and nothing off those from `max_split_size_mb` on
-    (`should_split`): what there is of it up to the next block, or to the end of the segment, belongs to the block.
-    A next block that was put there later tells as well.
+    PyTorch does not split a rest of up to 1 MiB off a large block, and splits nothing off blocks of `max_split_size_mb`
+    or more (`should_split`): such a rest, up to the next block or the end of the segment, belongs to the block. The
+    next block may be one that was allocated later.
     """
     alive = sorted(address for address in guessed if before[address]["size"] > SMALL_SIZE)
     sizes: dict[int, int] = {}
@@ -314,7 +316,7 @@ def _rounded_blocks(
     before: dict[int, dict[str, Any]],
     settings: AllocatorSettings,
 ) -> RecordedBlocks:
-    """The blocks of a history whose segments cannot be followed."""
+    """The blocks of a history that contradicts its segments."""
     changes = [_CHANGES.get(entry["action"], 0) * entry["size"] for entry in entries]
     held = np.cumsum([0, *changes], dtype=np.int64)
     held += sum(segment["total_size"] for segment in after) - held[-1]

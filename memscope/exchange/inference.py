@@ -1,13 +1,14 @@
-"""From what stacks tell to phases, steps and categories: a reconstruction, not a recording.
+"""Inference of phases, steps and categories from stacks: a reconstruction, not a recording.
 
-The rules are those of a recorder (`memscope.trace.CATEGORIES`), applied to phases that are themselves inferred:
+The rules are those of the recorder (`memscope.trace.CATEGORIES`), applied to phases that are themselves inferred:
 
-- activation: made in the forward pass, alive when the next backward pass begins, or where the history ends in a forward
-  pass;
-- gradient: made in the backward pass, alive when the optimizer or zero_grad begins, or at the end where neither does;
-- optimizer_state: made in an optimizer's initialization, or in its step and alive after it, or at the end of a history
-  that ends in it;
-- temporary: freed in the step it was made in; other: outlives it, for no reason that can be seen.
+- activation: allocated in the forward pass, and alive when the next backward pass begins or when the history ends in a
+  forward pass;
+- gradient: allocated in the backward pass, and alive when the optimizer or zero_grad begins, or at the end if neither
+  does;
+- optimizer_state: allocated in an optimizer's initialization; or in its step, and alive after the step or at the end of
+  a history that ends in a step;
+- temporary: freed in the step that allocated it; other: outlives its step for an unknown reason.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ _FORWARD_LIKE, _BACKWARD_LIKE = (_FORWARD, _LOSS), (_BACKWARD, _RECOMPUTE)
 
 @dataclass(frozen=True, eq=False)
 class Course:
-    """Where the run was at each event: int64 `[events]`, all three."""
+    """Phase, step and micro-batch of the run at each event, each int64 `[events]`."""
 
     phase: Ints
     step: Ints
     micro_batch: Ints
 
     def marks(self) -> dict[str, Ints]:
-        """The columns of a trace that say when a phase, step or micro-batch begins: int64 `[marks]`, all four."""
+        """Return the trace columns that mark the beginning of phases, steps and micro-batches, each int64 `[marks]`."""
         rows = np.stack([self.phase, self.step, self.micro_batch])
         changed = np.ones(rows.shape[1], dtype=bool)
         changed[1:] = (rows[:, 1:] != rows[:, :-1]).any(axis=0)
@@ -52,17 +53,17 @@ class Course:
 
 
 def course_of(told: Ints, born: Bools, without_stack: Bools, first: int, ended: Bools) -> Course:
-    """Fill in what stacks leave open, and count the steps.
+    """Infer the phases that stacks leave open, and count the steps.
 
     Args:
-        told: the phase that the stack of each event tells, -1 where it does not `[events]`.
-        born: which events are births `[events]`.
-        without_stack: which have no stack, in a history that records them `[events]`.
-        first: events before the history began.
-        ended: events before which an annotation says that an optimizer step ended `[events]`.
+        told: the phase that each event's stack shows; -1: none `[events]`.
+        born: whether each event is an allocation `[events]`.
+        without_stack: whether each event lacks a stack, in a history that records stacks `[events]`.
+        first: number of events before the history began.
+        ended: whether an annotation ends an optimizer step right before each event `[events]`.
     """
     phase = told.copy()
-    # CUDA's backward pass runs in a thread of the autograd engine, where there is no Python to be seen.
+    # CUDA's backward pass runs in a thread of autograd's engine, whose stacks have no Python frames.
     goes_back = np.isin(_last_known(phase), [*_FORWARD_LIKE, *_BACKWARD_LIKE])
     phase[born & without_stack & goes_back & (phase == _UNKNOWN)] = _BACKWARD
     last = _last_known(phase)
@@ -76,13 +77,13 @@ def course_of(told: Ints, born: Bools, without_stack: Bools, first: int, ended: 
 
 
 def _last_known(phase: Ints) -> Ints:
-    """The last phase that is known at each event, -1 before the first."""
+    """The last known phase at each event; -1 before the first."""
     index = np.maximum.accumulate(np.where(phase != _UNKNOWN, np.arange(len(phase)), -1))
     return np.where(index >= 0, phase[np.maximum(index, 0)], _UNKNOWN)
 
 
 def _counted(phase: Ints, ended: Bools) -> Course:
-    """Steps end with the optimizer or, where that leaves no trace, with zero_grad after a backward pass."""
+    """Count steps: a step ends with the optimizer or, if no event shows it, with zero_grad after a backward pass."""
     changes = np.flatnonzero((np.diff(phase, prepend=-1) != 0) | ended).tolist()
     step, micro_batch, saw_backward, is_over = -1, 0, False, True
     steps, micro_batches = np.full(len(phase), -1), np.zeros(len(phase), dtype=np.int64)
@@ -105,15 +106,15 @@ def _counted(phase: Ints, ended: Bools) -> Course:
 def categories_of(
     course: Course, born: Ints, freed: Ints, places: Sequence[Place], place: Ints, *, cut_short: bool = False
 ) -> Ints:
-    """The category of each allocation `[allocations]`.
+    """Infer the category of each allocation `[allocations]`.
 
     Args:
-        course: where the run was.
-        born: event of each birth `[allocations]`.
-        freed: event of each free, -1 for never `[allocations]`.
-        places: what the stacks tell.
-        place: what the stack of each allocation tells, as an index of it `[allocations]`.
-        cut_short: the run ended for want of memory, so what is alive at the end may have been on its way to be freed.
+        course: phase, step and micro-batch of each event.
+        born: event that made each allocation `[allocations]`.
+        freed: event that freed each allocation; -1: never `[allocations]`.
+        places: the information in the stacks.
+        place: the index in `places` for each allocation's stack `[allocations]`.
+        cut_short: whether the run ended out of memory, so that allocations alive at the end might have been temporary.
     """
     events = len(course.phase)
     end = np.where(freed < 0, events, freed)
@@ -137,7 +138,7 @@ def categories_of(
 
 
 def _next(which: Bools) -> Ints:
-    """For each event, the first one from it on that is of a kind; the number of events where there is none."""
+    """For each event, the first one at or after it for which `which` is true; the number of events if there is none."""
     events = len(which)
     found: Ints = np.minimum.accumulate(np.where(which, np.arange(events), events)[::-1])[::-1]
     return found

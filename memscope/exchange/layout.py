@@ -1,4 +1,4 @@
-"""The layouts of PyTorch's memory snapshots, old and new, brought into one.
+"""Conversion of all layouts of PyTorch's memory snapshots, old and new, into one.
 
 Sources: `memorySnapshot` in torch/csrc/cuda/Module.cpp, `_snapshot` in torch/cuda/memory.py and `_block_extra_legacy`
 in torch/cuda/_memory_viz.py; PyTorch 1.13 to 2.13.
@@ -7,12 +7,12 @@ in torch/cuda/_memory_viz.py; PyTorch 1.13 to 2.13.
     1.13  {"segments": ..., "device_traces": ...}; a block's stack is in its "history"
     2.1   a block has "frames", "requested_size", "address"; segments may be "is_expandable"
     2.2   entries have "time_us"
-    2.3   "allocator_settings": the text that was set, and what came of it
-    2.5   "external_annotations" (before, where there are any, they are entries "user_defined")
+    2.3   "allocator_settings": the text that was set, and the parsed values
+    2.5   "external_annotations" (before, annotations are entries "user_defined")
     2.8   entries have "compile_context", by 2.11 "user_metadata", by 2.13 "pool_id"
 
-What is not used here is passed over: the pools and streams of segments and entries, the fields that
-`augment_with_fx_traces` adds to frames. Segments of all pools count as reserved, as in torch.cuda.memory_reserved.
+Unused fields are ignored: the pools and streams of segments and entries, and the fields that `augment_with_fx_traces`
+adds to frames. Segments of all pools count as reserved, as in torch.cuda.memory_reserved.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from memscope.errors import TraceFileError
 __all__ = ["SAYING_NOTHING", "Annotation", "Frames", "Snapshot", "bytes_of", "damaged", "read_layout"]
 
 Frames = Sequence[Mapping[str, Any]]
-"""A stack, innermost frame first: name, filename, line of each."""
+"""A stack, innermost frame first; each frame has `name`, `filename` and `line`."""
 SAYING_NOTHING = frozenset({"snapshot", "user_defined"})
-"""Actions that change nothing about memory."""
+"""Actions that do not change memory."""
 _MOST_BYTES = 2**62
-"""Sizes and addresses from here on are none: what a trace holds are 64-bit integers, and sums of them."""
+"""Upper bound on sizes and addresses, since a trace holds 64-bit integers and sums of them."""
 
 
 @dataclass(frozen=True)
 class Annotation:
-    """Beginning or end of a `torch.profiler.record_function` block."""
+    """Begin or end of a `torch.profiler.record_function` range."""
 
     name: str
     begins: bool
@@ -45,21 +45,21 @@ class Annotation:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a snapshot holds, whatever layout it was written in."""
+    """The content of a snapshot, independent of its layout."""
 
     segments: list[dict[str, Any]]
     """`device, address, total_size, stream, is_expandable, blocks`; blocks with `address, size, requested_size, state,
-    frames`. Without gaps; states are `active_allocated`, `active_pending_free`, `inactive`."""
+    frames`. Blocks leave no gaps. States are `active_allocated`, `active_pending_free`, `inactive`."""
     traces: list[list[Entry]]
-    """By device, what the allocator did, oldest first. Entries are checked when they are read."""
+    """By device, the allocator's actions, oldest first. Entries are not checked yet."""
     settings: Mapping[str, Any]
-    """Of the allocator: `PYTORCH_CUDA_ALLOC_CONF` as it was set last, and by name what came of that."""
+    """Settings of the allocator: the last `PYTORCH_CUDA_ALLOC_CONF`, and the parsed values by name."""
     annotations: dict[int, list[Annotation]]
     """By device, in order."""
 
     @property
     def devices(self) -> list[int]:
-        """Devices that have segments or a history; a process on one GPU may have taken notice of others."""
+        """Devices with segments or a history. A snapshot may list further devices that the process did not use."""
         with_trace = [device for device, trace in enumerate(self.traces) if any(map(_tells_of_memory, trace))]
         return sorted({*with_trace, *(segment["device"] for segment in self.segments)})
 
@@ -69,17 +69,17 @@ def _tells_of_memory(entry: Any) -> bool:
 
 
 def read_layout(data: Any) -> Snapshot:
-    """A snapshot out of the plain data of its file.
+    """Return the snapshot in a file's plain data.
 
     Raises:
-        TraceFileError: when the data is something else, or damaged; without the name of the file.
+        TraceFileError: the data is not a snapshot, or is damaged; the message does not name the file.
     """
-    if isinstance(data, list):  # as torch.cuda._memory_viz reads it
+    if isinstance(data, list):  # torch.cuda._memory_viz accepts it too
         data = {"segments": data}
     if not isinstance(data, dict) or not isinstance(data.get("segments"), list):
         raise TraceFileError(
-            "plain data, but no memory snapshot of PyTorch: expected a dict with a list of segments, "
-            "such as torch.cuda.memory._dump_snapshot writes"
+            "the file holds plain data, but not a PyTorch memory snapshot: expected a dict with a list of segments, "
+            "as torch.cuda.memory._dump_snapshot writes"
         )
     traces = data.get("device_traces", [])
     if not isinstance(traces, list) or not all(isinstance(trace, list) for trace in traces):
@@ -89,10 +89,10 @@ def read_layout(data: Any) -> Snapshot:
 
 
 def bytes_of(about: Entry, key: str, where: str | int) -> int:
-    """A size or address; `where` it stands, or the number of its entry in the history.
+    """Return the size or address under `key`; `where` names its location, or is the number of its entry.
 
     Raises:
-        TraceFileError: when it is missing, or none that a device has.
+        TraceFileError: the value is missing, or impossible on a device.
     """
     value = about.get(key)
     if type(value) is not int or not 0 <= value < _MOST_BYTES:
@@ -107,7 +107,7 @@ def _segment(place: int, about: Any) -> dict[str, Any]:
         damaged(f"{where} has no list of blocks")
     device = about.get("device", 0)
     if type(device) is not int or not 0 <= device < 1024:
-        damaged(f"{where} is of no device")
+        damaged(f"{where} has no valid device")
     start = address = bytes_of(about, "address", where)
     blocks = []
     for number, block in enumerate(about["blocks"]):
@@ -115,7 +115,7 @@ def _segment(place: int, about: Any) -> dict[str, Any]:
         address += blocks[-1]["size"]
     size = bytes_of(about, "total_size", where)
     if address - start != size:
-        damaged(f"{where} has {size} bytes, its blocks {address - start}")
+        damaged(f"{where} has {size} bytes, but its blocks have {address - start}")
     expandable = bool(about.get("is_expandable"))
     return {
         "device": device,
@@ -128,29 +128,29 @@ def _segment(place: int, about: Any) -> dict[str, Any]:
 
 def _block(where: str, about: Any, address: int) -> dict[str, Any]:
     if not isinstance(about, dict):
-        damaged(f"{where} is no dict")
+        damaged(f"{where} is not a dict")
     size, state = bytes_of(about, "size", where), about.get("state")
-    if state == "active_awaiting_free":  # as documented; what is written is active_pending_free
+    if state == "active_awaiting_free":  # as documented; PyTorch writes active_pending_free
         state = "active_pending_free"
     if state not in ("active_allocated", "active_pending_free", "inactive"):
-        damaged(f"{where} is in no state that is known")
+        damaged(f"{where} is in an unknown state")
     frames, requested = about.get("frames", []), about.get("requested_size", size)
     history = about.get("history")
     if "frames" not in about and isinstance(history, list) and history and isinstance(history[0], dict):
         frames, requested = history[0].get("frames", []), history[0].get("real_size", requested)
     if state == "inactive":
-        requested = 0  # what is written is of the last time it was used
+        requested = 0  # the value in the file is from the block's last use
     if type(requested) is not int or not 0 <= requested <= size:
-        damaged(f"{where} was not asked for 0 to {size} bytes")
+        damaged(f"requested_size of {where} is not from 0 to {size} bytes")
     if not isinstance(frames, list):
-        damaged(f"the stack of {where} is no list")
+        damaged(f"the stack of {where} is not a list")
     return {"address": address, "size": size, "requested_size": requested, "state": state, "frames": frames}
 
 
 def _settings(data: Entry) -> dict[str, Any]:
     settings = data.get("allocator_settings", {})
     if not isinstance(settings, dict) or not isinstance(settings.get("PYTORCH_CUDA_ALLOC_CONF", ""), str):
-        damaged("its allocator_settings are no settings")
+        damaged("allocator_settings does not hold the allocator's settings")
     return settings
 
 
@@ -158,7 +158,7 @@ def _annotations(data: Entry, traces: list[list[Any]]) -> dict[int, list[Annotat
     found: dict[int, list[Annotation]] = {}
     if "external_annotations" in data:
         if not isinstance(data["external_annotations"], list):
-            damaged("external_annotations is no list")
+            damaged("external_annotations is not a list")
         for about in data["external_annotations"]:
             _annotate(found, about.get("device") if isinstance(about, dict) else None, about, "name", "stage")
         return found
@@ -174,7 +174,7 @@ def _annotations(data: Entry, traces: list[list[Any]]) -> dict[int, list[Annotat
 def _annotate(found: dict[int, list[Annotation]], device: Any, about: Any, name: str, stage: str) -> None:
     try:
         annotation = Annotation(str(about[name]), {"START": True, "END": False}[about[stage]], int(about["time_us"]))
-    except (KeyError, TypeError, ValueError):  # of a kind that says nothing here
+    except (KeyError, TypeError, ValueError):  # a kind of annotation that is not used here
         return
     if type(device) is int:
         found.setdefault(device, []).append(annotation)

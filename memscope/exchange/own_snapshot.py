@@ -1,6 +1,6 @@
-"""What memscope puts into the snapshots it writes, and how it gets it out again.
+"""Encoding and decoding of a trace in the snapshots that memscope writes.
 
-Every allocation carries what the trace knows of it as frames of its stack, where PyTorch's viewer shows them:
+Every allocation carries its trace columns as frames of its stack, where PyTorch's viewer shows them:
 
     memscope/op:0:aten.mm.default
     memscope/module:0:layers.3.attention.wq
@@ -10,8 +10,8 @@ Every allocation carries what the trace knows of it as frames of its stack, wher
     memscope/micro_batch:0:micro-batch
     memscope/size:4096:bytes of its block
 
-Changes of phase, and allocations of no bytes, which PyTorch's allocator does not see, are entries of the kind
-"snapshot", which has no effect in a viewer. What belongs to the whole run stands under the key "memscope".
+Changes of phase, and allocations of zero bytes, which PyTorch's allocator does not see, are entries of the kind
+"snapshot", which has no effect in a viewer. Data of the whole run is stored under the key "memscope".
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Frame: TypeAlias = dict[str, Any]
 
 
 class OwnFrames:
-    """Makes the stacks of a trace; each frame and each stack is one object, however often it is used."""
+    """Makes the stacks of a trace; equal frames share one object, and so do equal stacks."""
 
     def __init__(self, trace: Trace) -> None:
         self._trace = trace
@@ -41,7 +41,7 @@ class OwnFrames:
         self._stacks: dict[tuple[int, ...], list[Frame]] = {}
 
     def of_allocation(self, row: int) -> list[Frame]:
-        """The stack of an allocation."""
+        """Return the stack of an allocation."""
         trace = self._trace
         columns = (trace.op, trace.module, trace.category, trace.phase, trace.step, trace.micro_batch, trace.size)
         key = tuple(int(column[row]) for column in columns)
@@ -57,12 +57,12 @@ class OwnFrames:
         return self._stacks[key]
 
     def of_mark(self, mark: int) -> list[Frame]:
-        """The stack of a change of phase."""
+        """Return the stack of a change of phase."""
         trace = self._trace
         return self._when(*(int(c[mark]) for c in (trace.mark_phase, trace.mark_step, trace.mark_micro_batch)))
 
     def of_empty(self, row: int, *, freed: bool) -> list[Frame]:
-        """The stack of an allocation of no bytes, or of its end."""
+        """Return the stack of an allocation of zero bytes, or of its free."""
         if freed:
             return [{"filename": "memscope/freed", "line": row, "name": "of no bytes"}]
         return [*self.of_allocation(row), {"filename": "memscope/empty", "line": row, "name": "of no bytes"}]
@@ -80,8 +80,8 @@ class OwnFrames:
 
 
 def about_run(trace: Trace, replayed: Ints) -> dict[str, Any]:
-    """What belongs to the whole run, and the reserved memory where the snapshot's own segments say otherwise."""
-    plain = json.loads(json.dumps(dict(trace.meta)))  # a trace fresh from a recorder has subclasses of str in it
+    """Return the data of the whole run, and the reserved bytes if they differ from the snapshot's own segments."""
+    plain = json.loads(json.dumps(dict(trace.meta)))  # a recorder's trace holds subclasses of str
     about: dict[str, Any] = {"schema_version": _SCHEMA_VERSION, "meta": plain, "reserved": None}
     if not np.array_equal(trace.reserved, replayed):
         changes = np.flatnonzero(np.diff(trace.reserved, prepend=0))
@@ -95,15 +95,16 @@ def is_own(data: Any) -> bool:
 
 
 def decode(data: Mapping[str, Any]) -> Trace:
-    """The trace a snapshot was written from.
+    """Return the trace from which a snapshot was written.
 
     Raises:
-        TraceFileError: when it was changed since, or written by a newer memscope; without the name of the file.
+        TraceFileError: the snapshot was changed since, or written by a newer memscope; the message does not name the
+            file.
     """
     about = data[_KEY]
     version = about.get("schema_version")
     if version != _SCHEMA_VERSION:
-        damaged(f"memscope wrote it with schema {version}, this memscope reads {_SCHEMA_VERSION}: upgrade memscope")
+        damaged(f"memscope wrote it with schema {version}, but this version reads {_SCHEMA_VERSION}: upgrade memscope")
     reader = _Reader()
     try:
         for entry in data["device_traces"][0]:
@@ -113,12 +114,12 @@ def decode(data: Mapping[str, Any]) -> Trace:
     except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
         changed = f"{type(error).__name__}: {error}"
     if changed:
-        damaged(f"memscope wrote it, and it was changed since ({changed})")
+        damaged(f"memscope wrote it, but it was changed afterwards ({changed})")
     return trace
 
 
 class _Reader:
-    """Rows and marks as the entries tell them."""
+    """Collects the rows and marks of a trace from a snapshot's entries."""
 
     def __init__(self) -> None:
         self._rows: list[list[int]] = []

@@ -1,12 +1,13 @@
-"""Reads a pickle that holds plain data, and refuses any other before a byte of it is acted upon.
+"""Reader of pickles that hold plain data. Any other pickle is refused before one byte of it is executed.
 
-A pickle is a program, and Python's reader runs it. Here two locks stand before it. First the whole file is gone through
-without running it: every instruction must be one of those that make and fill dicts, lists, tuples, strings, bytes,
-numbers, True, False and None. Only then the standard library's unpickler reads it, one whose only ways to anything else
-(`find_class`, `persistent_load`) refuse. Source of the instructions: pickletools.opcodes, Python 3.11 to 3.14.
+A pickle is a program, and Python's unpickler runs it. Here, two locks prevent that. First, the whole file is scanned
+without running it: every instruction must be one that makes or fills dicts, lists, tuples, strings, bytes, numbers,
+True, False and None. Only then does the standard library's unpickler read the file, with the methods that reach
+anything else (`find_class`, `persistent_load`) overridden to refuse. Source of the instructions: pickletools.opcodes,
+Python 3.11 to 3.14.
 
-Going through it first also keeps a small file from asking for all memory: a length beyond the end of the file, or a
-place in the memo far beyond what was put there (nine bytes are enough to ask for 64 GiB), never reach the unpickler.
+The scan also prevents a small file from requesting all memory: a length beyond the end of the file, or a memo index far
+beyond the entries made so far (nine bytes can request 64 GiB), never reaches the unpickler.
 """
 
 from __future__ import annotations
@@ -32,23 +33,23 @@ _INTEGER = rb"(?:K.|M..|J....|\x8a(?:\x00|\x01.|\x02.{2}|\x03.{3}|\x04.{4}|\x05.
 _RUN = re.compile(
     rb"(?:(?:[hq].)++"  # BINGET, BINPUT
     rb"|(?:j....)++"  # LONG_BINGET
-    # BININT, BININT1, BININT2, LONG1; with TUPLE1 after one, TUPLE2 after two, TUPLE3 after three: ids of pools
+    # BININT, BININT1, BININT2, LONG1; with TUPLE1 after one, TUPLE2 after two, TUPLE3 after three: pool ids
     rb"|" + _INTEGER + rb"(?:\x85|" + _INTEGER + rb"(?:\x86|" + _INTEGER + rb"\x87)?+)?+"
     # MEMOIZE, MARK, EMPTY_DICT, EMPTY_LIST, SETITEM(S), APPEND(S), EMPTY_TUPLE, NEWTRUE, NEWFALSE, NONE
     rb"|[\x94(}\]usea)\x88\x89N]++"
     rb"|G.{8})*+",  # BINFLOAT
     re.DOTALL,
 )
-"""As many instructions of a known length as there are. Possessive: what is passed is never gone back to."""
+"""A run of instructions of known length. Quantifiers are possessive, so the match never backtracks."""
 _LENGTH_BYTES = {0x8C: 1, 0x58: 4, 0x8D: 8, 0x43: 1, 0x42: 4, 0x8E: 8, 0x8A: 1, 0x8B: 4, 0x95: 8}
-"""By instruction, how many bytes tell the length of what follows: strings, bytes, long integers, frames."""
+"""Instruction → bytes of its length field, which precedes a string, bytes, a long integer or a frame."""
 _LONGEST = 16
-"""No other instruction has more bytes."""
+"""Upper bound on the bytes of any other instruction."""
 _FRAME, _LONG_BINPUT, _STOP = 0x95, 0x72, 0x2E
 _NESTING = frozenset(b"t\x85\x86\x87")
 _MOST_NESTING = 10_000
-"""Tuples of more than integers that a file may hold. Python hashes a tuple in a tuple in a tuple ... without a floor,
-and each level takes some 100 bytes of a thread's stack: 8 MiB as a rule."""
+"""Number of tuples a file may hold, apart from tuples of integers. Python hashes nested tuples by unlimited recursion,
+and each level takes about 100 bytes of a thread's stack, which usually has 8 MiB."""
 _INSTRUCTIONS = {ord(op.code): op.name for op in pickletools.opcodes}
 _ASKS = {
     **dict.fromkeys(("REDUCE", "BUILD", "OBJ", "NEWOBJ", "NEWOBJ_EX"), "to call a function"),
@@ -60,13 +61,13 @@ _BUFFER_BYTES = 2**20
 
 
 def read_plain_pickle(path: str | os.PathLike[str], progress: Progress = no_progress) -> Any:
-    """The plain data in a pickle of protocol 2 to 5; nothing in it is ever executed or imported.
+    """Return the plain data in a pickle of protocol 2 to 5, without executing or importing anything.
 
-    Memory: about 3.3 bytes for each byte of a PyTorch snapshot.
+    Reading takes about 3.3 bytes of memory per byte of a PyTorch snapshot.
 
     Raises:
-        TraceFileError: when the file is missing, no pickle, truncated, damaged, or asks for more than plain data. The
-            message names the first thing it asks for.
+        TraceFileError: the file is missing, not a pickle, truncated or damaged, or asks for more than plain data. The
+            message names the first such request.
     """
     path = Path(path)
     try:
@@ -81,17 +82,17 @@ def read_plain_pickle(path: str | os.PathLike[str], progress: Progress = no_prog
     except _Refused as refusal:
         raise TraceFileError(f"{path}: {refusal}") from None
     except MemoryError:
-        raise TraceFileError(f"{path}: this machine has too little memory for it: about 3.3 times its size") from None
+        raise TraceFileError(f"{path}: not enough memory: reading takes about 3.3 times the file's size") from None
     except Exception as error:  # the unpickler raises nearly anything on bytes that no pickler wrote
         raise TraceFileError(f"{path}: a damaged pickle ({error or type(error).__name__})") from None
 
 
 class _Refused(Exception):
-    """The file is not what may be read; the message says why."""
+    """The file must not be read; the message gives the reason."""
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """The second lock: whatever is not plain data, this has no way to get at."""
+    """The second lock: an unpickler that cannot reach anything but plain data."""
 
     def find_class(self, module: str, name: str) -> NoReturn:
         raise _refused(f"for {module}.{name}")
@@ -101,7 +102,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 class _Counted(io.RawIOBase):
-    """A file that tells how much of it was read."""
+    """A file that reports the progress of reading it."""
 
     def __init__(self, file: io.BufferedReader, size_bytes: int, progress: Progress) -> None:
         self._file, self._size_bytes, self._progress = file, size_bytes, progress
@@ -117,7 +118,7 @@ class _Counted(io.RawIOBase):
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Without the search for unreachable objects: there are none, and it takes three times as long as all the rest."""
+    """Disable garbage collection: there is nothing to collect, and it takes three times as long as reading."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -128,16 +129,16 @@ def _no_collection() -> Iterator[None]:
 
 
 def _check(path: Path, progress: Progress) -> None:
-    """The first lock: go through the instructions without running them.
+    """The first lock: scan the instructions without running them.
 
     Raises:
-        _Refused: at the first that may not be.
+        _Refused: an instruction is not allowed; the message describes the first one.
     """
     data = path.read_bytes()
     _check_beginning(data)
     end, at, memo, nesting, told = len(data), 2, 0, 0, 0
     while True:
-        at = _RUN.match(data, at).end()  # type: ignore[union-attr]  # it matches nothing at least
+        at = _RUN.match(data, at).end()  # type: ignore[union-attr]  # the pattern also matches the empty string
         if at - told > _BUFFER_BYTES:
             told = at
             progress("checking", at, end)
@@ -154,8 +155,8 @@ def _check(path: Path, progress: Progress) -> None:
             at = begin if code == _FRAME else begin + length
         elif code == _LONG_BINPUT:
             place = int.from_bytes(data[at + 1 : at + 5], "little")
-            if place > max(memo, 2**8):  # picklers number what they remember, and BINPUT counts to 255
-                raise _Refused(f"a damaged pickle: byte {at:,} remembers something as number {place:,}")
+            if place > max(memo, 2**8):  # picklers number memo entries in order, and BINPUT reaches 255
+                raise _Refused(f"a damaged pickle: byte {at:,} stores a memo entry under number {place:,}")
             memo, at = max(memo, place + 1), at + 5
         elif code in _NESTING and nesting < _MOST_NESTING:
             nesting, at = nesting + 1, at + 1
@@ -169,10 +170,10 @@ def _check_beginning(data: bytes) -> None:
     if data[:4] == b"PK\x03\x04":
         raise _Refused(
             "a zip archive, as torch.save and memscope write: expected a pickle written by "
-            "torch.cuda.memory._dump_snapshot (a trace of memscope needs no import)"
+            "torch.cuda.memory._dump_snapshot (memscope's own traces need no import)"
         )
     if data[:2] == b"\x1f\x8b":
-        raise _Refused("compressed by gzip: unpack it first, with gunzip")
+        raise _Refused("compressed with gzip: unpack it with gunzip first")
     if data[0] != 0x80:
         raise _Refused("not a pickle of protocol 2 to 5, such as torch.cuda.memory._dump_snapshot writes")
     if len(data) < 2:
@@ -182,29 +183,29 @@ def _check_beginning(data: bytes) -> None:
 
 
 def _truncated(size_bytes: int) -> _Refused:
-    return _Refused(f"a truncated pickle: it goes on after its last byte, number {size_bytes:,}")
+    return _Refused(f"a truncated pickle: its content continues beyond its last byte, number {size_bytes:,}")
 
 
 def _refusal(data: bytes, at: int, nesting: int) -> _Refused:
-    """Why the instruction at a place may not be."""
+    """The reason why the instruction at a position is not allowed."""
     tail = data[at : at + _LONGEST]
     name = _INSTRUCTIONS.get(data[at])
     if name is None:
-        return _Refused(f"a damaged pickle: byte {at:,} is no instruction ({data[at]:#04x})")
+        return _Refused(f"a damaged pickle: byte {at:,} is not an instruction ({data[at]:#04x})")
     if nesting == _MOST_NESTING and data[at] in _NESTING:
-        return _Refused(f"more than {_MOST_NESTING:,} tuples of more than integers: no snapshot has them")
+        return _Refused(f"more than {_MOST_NESTING:,} tuples, apart from tuples of integers: no snapshot has so many")
     if at + _LONGEST > len(data) and _RUN.match(tail + bytes(_LONGEST)).end() > len(tail):  # type: ignore[union-attr]
         return _truncated(len(data))
     if name in _NAMING:
-        try:  # all before it is plain data, so the second lock may be led up to it, and says what it asks for
+        try:  # all data before it is plain, so the second lock can read up to it and name the request
             _PlainUnpickler(io.BytesIO(data)).load()
         except _Refused as refusal:
             return refusal
-        except Exception:  # what it asks for cannot be read
+        except Exception:  # the name in the request cannot be read
             pass
     asks = _ASKS.get(name, "for more than dicts, lists, tuples, strings, bytes, numbers, True, False and None")
     return _refused(f"{asks} ({name}, byte {at:,})")
 
 
 def _refused(asks: str) -> _Refused:
-    return _Refused(f"refused: it asks {asks}, and a snapshot holds plain data only. Nothing in it was executed")
+    return _Refused(f"refused: the file asks {asks}, but a snapshot holds plain data only. Nothing in it was executed")

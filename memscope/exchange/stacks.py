@@ -1,4 +1,4 @@
-"""What a stack tells of an allocation: the phase of training it was made in, what for, and where.
+"""Phase, category, module and operator of an allocation, inferred from its stack.
 
 A frame is matched as `filename:function`. Sources of the names: torch/optim/optimizer.py and adam.py, torch/nn/modules/
 module.py, torch/utils/checkpoint.py, torch/autograd/graph.py, aten/src/ATen/cuda/CublasHandlePool.cpp,
@@ -30,7 +30,7 @@ _PHASES: tuple[tuple[Phase, str], ...] = (
     ("forward", r"/torch/nn/modules/module\.py:_(wrapped_)?call_impl$|:forward$"),
     ("loss", r"/torch/nn/modules/loss\.py:|/torch/nn/functional\.py:(.*_loss|cross_entropy)$"),
 )
-"""Of the frames that match, the innermost decides: an optimizer may run the forward pass, as its closure."""
+"""Phase → pattern of its frames. The innermost match decides: an optimizer's closure may run the forward pass."""
 _CATEGORIES: tuple[tuple[Category, str], ...] = (
     ("workspace", r":at::cuda::.*(getNewWorkspace|getCUDABlasLtWorkspace|getCurrentCUDABlasHandle)"),
     (
@@ -39,7 +39,7 @@ _CATEGORIES: tuple[tuple[Category, str], ...] = (
     ),
     ("gradient", r":torch::autograd::AccumulateGrad::"),
 )
-"""Of a stack with such a frame, whatever the phase."""
+"""Category → pattern of a frame that implies it in any phase."""
 _OUTSIDE_A_STEP: tuple[tuple[Category, str], ...] = (
     ("input", r":(send_to_device|_prepare_inputs?|(batch|transfer_batch|move_data|_move)_to_device)$"),
     (
@@ -48,39 +48,39 @@ _OUTSIDE_A_STEP: tuple[tuple[Category, str], ...] = (
         r"|:(from_pretrained|load_state_dict|set_module_tensor_to_device)$|/safetensors/[^:]*:load_(file|model)$",
     ),
 )
-"""Of a stack of no phase with such a frame. Buffers, made in the same way, cannot be told from parameters."""
+"""Category → pattern of a frame that implies it in a stack without a phase. Buffers look like parameters."""
 _OPERATOR = re.compile(r"^at::_ops::(?!empty|new_empty|resize_)(\w+)::")
-"""C++ frame of an operator; those that only make room run inside the one of interest."""
+"""C++ frame of an operator. Operators that only allocate are skipped: they run inside the operator of interest."""
 _BETWEEN_MODULES = re.compile(r"/torch/nn/modules/(module|container)\.py$")
 
 
 _STRIDE = 7
-"""Every how many frames one is looked at to tell stacks apart; odd, as the frames of a module's call come in pairs."""
+"""Distance of the frames that form a stack's key; odd, because a module's call has pairs of frames."""
 
 
 class Place(NamedTuple):
-    """What a stack tells."""
+    """The information inferred from a stack."""
 
     phase: Phase | None
-    """None: it does not tell."""
+    """None: unknown."""
     category: Category | None
-    """What the memory is for whatever becomes of it later; None: that, and the phase, will tell."""
+    """The category, if the stack alone decides it; None: phase and lifetime decide it."""
     module: str
-    """The chain of modules at work, each named for the file of its code and the line of the call to the next; there are
-    no names of modules in a stack."""
+    """The chain of active modules. Stacks hold no module names, so each module is named by its source file and the line
+    that calls the next one."""
     op: str
-    """The operator, where the stack has C++ frames; the innermost line of Python otherwise."""
+    """The operator if the stack has C++ frames; else the innermost line of Python."""
 
 
 NO_STACK = Place(None, None, "(unknown)", "")
-"""Of an allocation without a stack: none was recorded, or no Python ran in the thread that made it."""
+"""Place of an allocation without a stack: none was recorded, or its thread ran no Python."""
 
 
 class StackReader:
-    """Says what stacks tell; each distinct one is looked at once.
+    """Infers places from stacks, once for each distinct stack.
 
     Attributes:
-        places: what the stacks seen so far tell; the first is `NO_STACK`.
+        places: the distinct places of the stacks read so far; the first is `NO_STACK`.
     """
 
     def __init__(self) -> None:
@@ -90,14 +90,14 @@ class StackReader:
         self._labels: dict[str, tuple[Phase | None, Category | None, Category | None]] = {}
 
     def read(self, frames: Frames) -> int:
-        """Index in `places` of what a stack tells. Its frames must stay as they are, and alive.
+        """Return the index in `places` of a stack's place. The frames must stay alive and unchanged.
 
         Raises:
-            TraceFileError: when it is no stack.
+            TraceFileError: `frames` is not a stack.
         """
         if not frames:
             return 0
-        # A snapshot holds each frame once, in however many stacks it is: some of them find those that may be equal.
+        # A snapshot shares one object per frame among stacks, so the ids of some frames find stacks that may be equal.
         alike = self._known.setdefault((len(frames), *map(id, frames[::_STRIDE])), [])
         for stack, index in alike:
             if stack == frames:

@@ -1,4 +1,4 @@
-"""Traces as tables, one row an allocation: `memscope export --to csv` or `parquet`."""
+"""Traces as tables with one row per allocation: `memscope export --to csv` or `parquet`."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _NUMBERS: Mapping[str, str] = {
     "born_event": "born",
     "freed_event": "freed",
 }
-"""Columns of numbers, and those of the trace; `freed_event` is empty where an allocation is alive at the end."""
+"""Numeric column → column of the trace; `freed_event` is empty for allocations that are alive at the end."""
 
 
 def csv_bytes(trace: Trace, progress: Progress = no_progress) -> bytes:
-    """The file, in UTF-8 with a heading."""
+    """Return a CSV file of the trace, in UTF-8, with a header row."""
     progress("writing", 0, 1)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -41,10 +41,12 @@ def csv_bytes(trace: Trace, progress: Progress = no_progress) -> bytes:
 
 
 def parquet_bytes(trace: Trace, progress: Progress = no_progress) -> bytes:
-    """The file; names are dictionary-encoded, and the schema's metadata holds the trace's as JSON under "memscope".
+    """Return a Parquet file of the trace.
+
+    Names are dictionary-encoded. The schema's metadata holds the trace's metadata as JSON under "memscope".
 
     Raises:
-        UsageError: when pyarrow is not installed.
+        UsageError: pyarrow is not installed.
     """
     arrow, parquet = _pyarrow()
     progress("writing", 0, 1)
@@ -58,7 +60,7 @@ def parquet_bytes(trace: Trace, progress: Progress = no_progress) -> bytes:
 
 
 def _names(trace: Trace) -> dict[str, tuple[Ints, tuple[str, ...]]]:
-    """Columns of names: codes, and what they stand for."""
+    """Column of names → the code of each allocation's name, and the names by code."""
     return {
         "category": (trace.category, CATEGORIES),
         "module": (trace.module, trace.modules),

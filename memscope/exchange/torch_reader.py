@@ -25,29 +25,29 @@ from memscope.units import format_bytes
 __all__ = ["INFERRED", "import_snapshot"]
 
 INFERRED = ("category", "module", "op", "phase", "step", "micro_batch")
-"""Columns that a snapshot does not hold; `meta["inferred"]` of a trace names them."""
+"""Columns that a snapshot does not hold and memscope infers; `meta["inferred"]` of a trace names them."""
 _NO_REGION = ("", "N/A")
-"""`compile_context` of what is made outside compiled code (c10/cuda/CUDACachingAllocator.cpp, PyTorch 2.11)."""
+"""`compile_context` outside compiled code (c10/cuda/CUDACachingAllocator.cpp, PyTorch 2.11)."""
 _TELL_EVERY = 100_000
 
 
 def import_snapshot(
     path: str | os.PathLike[str], *, device: int | None = None, progress: Progress = no_progress
 ) -> Trace:
-    """A trace of what `torch.cuda.memory._dump_snapshot` wrote; nothing in the file is ever executed.
+    """Convert a snapshot by `torch.cuda.memory._dump_snapshot` to a trace, without executing anything in the file.
 
-    A snapshot that memscope wrote gives the trace it was written from. Of any other, sizes, order and lifetimes are the
-    allocator's own; category, phase, step, module and operator are inferred (`meta["inferred"]`), and what is not exact
-    for want of history is told in `meta["imported"]["notes"]`.
+    A snapshot that memscope wrote yields the trace from which it was written. In any other snapshot, sizes, order and
+    lifetimes are the allocator's own; category, phase, step, micro-batch, module and operator are inferred
+    (`meta["inferred"]`). `meta["imported"]["notes"]` lists values that are not exact because history is missing.
 
     Args:
-        path: pickle of protocol 2 to 5, in any layout since PyTorch 1.10.
+        path: a pickle of protocol 2 to 5, in any layout since PyTorch 1.10.
         device: index of the GPU; None: the only one in the file.
-        progress: is told what is being done.
+        progress: called with the current activity and its progress.
 
     Raises:
-        TraceFileError: when the file is missing, no snapshot, damaged, or holds more than plain data.
-        UsageError: when the device is not in the file, or has to be named.
+        TraceFileError: the file is missing, not a snapshot, or damaged, or holds more than plain data.
+        UsageError: the device is not in the file, or the file holds several and none is chosen.
     """
     path = Path(path)
     data = read_plain_pickle(path, progress)
@@ -69,7 +69,7 @@ def _device(path: Path, snapshot: Snapshot, device: int | None) -> int:
         return there[0]
     if device is None or device not in there:
         has = "holds several GPUs" if device is None else f"does not hold GPU {device}"
-        raise UsageError(f"{path} {has}: choose one with --device, of {', '.join(map(str, there))}")
+        raise UsageError(f"{path} {has}: choose one of {', '.join(map(str, there))} with --device")
     return device
 
 
@@ -84,7 +84,7 @@ def _inferred(history: DeviceHistory, path: Path, progress: Progress) -> Trace:
     meta = _meta(history, path, has_stacks=bool(of_block.any()))
     refusal = blocks.refusals[-1] if blocks.refusals else None
     if refusal and (blocks.entry > refusal.entry).any():
-        refusal = None  # the run got over it
+        refusal = None  # the run continued after this refusal
     trace = Trace(
         size=blocks.size,
         requested=blocks.requested,
@@ -111,7 +111,7 @@ def _inferred(history: DeviceHistory, path: Path, progress: Progress) -> Trace:
 
 
 def _stacks(history: DeviceHistory, stacks: StackReader, progress: Progress) -> Ints:
-    """What the stack of each event tells, as an index of `stacks.places`: int64 `[events]`."""
+    """Index in `stacks.places` of each event's stack: int64 `[events]`."""
     blocks, entries = history.blocks, history.entries
     found = np.zeros(len(blocks.event_entry), dtype=np.int64)
     for event, entry in enumerate(blocks.event_entry.tolist()):
@@ -119,7 +119,7 @@ def _stacks(history: DeviceHistory, stacks: StackReader, progress: Progress) -> 
             progress("reading stacks", event, len(found))
         if entry >= 0:
             found[event] = stacks.read(_frames(entries[entry]))
-    alive = np.flatnonzero(blocks.freed < 0)  # where stacks are kept of what is alive only (context="state"): these
+    alive = np.flatnonzero(blocks.freed < 0)  # with context="state", only live blocks have stacks
     for born, address in zip(blocks.born[alive].tolist(), blocks.address[alive].tolist(), strict=True):
         if found[born] == 0:
             found[born] = stacks.read(history.frames_at_end.get(address, ()))
@@ -129,7 +129,7 @@ def _stacks(history: DeviceHistory, stacks: StackReader, progress: Progress) -> 
 def _frames(entry: Entry) -> list[Mapping[str, Any]]:
     frames = entry.get("frames", [])
     if not isinstance(frames, list):
-        damaged("the stack of an entry of device_traces is no list")
+        damaged("the stack of an entry of device_traces is not a list")
     return frames
 
 
@@ -149,7 +149,7 @@ def _course(history: DeviceHistory, places: Sequence[Place], stack: Ints) -> Cou
 
 
 def _modules(history: DeviceHistory, places: Sequence[Place], of_block: Ints) -> tuple[list[str], Ints]:
-    """The module of each block; where its stack tells of none, the compiled region it was made in, if any."""
+    """The module of each block; if its stack shows none, the compiled region that allocated it, if any."""
     names, index = [place.module for place in places], of_block.copy()
     regions: dict[str, int] = {}
     for row, entry in enumerate(history.blocks.entry.tolist()):
@@ -160,7 +160,7 @@ def _modules(history: DeviceHistory, places: Sequence[Place], of_block: Ints) ->
 
 
 def _table(names: Sequence[str], index: Ints) -> tuple[tuple[str, ...], Ints]:
-    """The names in use, each once, and an index of these."""
+    """The distinct names in use, and the index converted to them."""
     codes: dict[str, int] = {}
     new = np.zeros(len(names), dtype=np.int64)
     for place in np.unique(index).tolist():
@@ -171,10 +171,15 @@ def _table(names: Sequence[str], index: Ints) -> tuple[tuple[str, ...], Ints]:
 def _meta(history: DeviceHistory, path: Path, *, has_stacks: bool) -> dict[str, Any]:
     notes, differences = list(history.notes), history.size_differences
     if differences:
-        notes.append(f"the blocks alive at the end differ from the snapshot's own by {format_bytes(differences)}")
+        notes.append(f"blocks alive at the end differ from the snapshot's by {format_bytes(differences)}")
     if not has_stacks:
-        notes.append("no stacks were recorded (context), so nothing tells what the memory was for")
-    unknown = {"process_bytes": None, "used_bytes": None, "others_bytes": None, "reason": "a snapshot does not tell"}
+        notes.append("the snapshot has no stacks (recorded without context), so the purpose of memory is unknown")
+    unknown = {
+        "process_bytes": None,
+        "used_bytes": None,
+        "others_bytes": None,
+        "reason": "a snapshot does not contain it",
+    }
     return {
         "target": path.stem,
         "strategies": [],
@@ -190,7 +195,7 @@ def _meta(history: DeviceHistory, path: Path, *, has_stacks: bool) -> dict[str, 
 
 
 def _when_it_ran_out(trace: Trace, event: int, place: Place) -> dict[str, Any]:
-    """Where a request failed, and what was alive, as JSON values."""
+    """The place of a failed request and the memory alive at that moment, as JSON values."""
     mark = trace.mark_at(event)
     return {
         "event": event,

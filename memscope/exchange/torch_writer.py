@@ -1,7 +1,8 @@
 """Traces as memory snapshots that PyTorch's own viewer opens: `memscope export --to torch-snapshot`.
 
-A trace knows no addresses. They, and the segments, are those that a replay of PyTorch's allocator gives the same
-requests: of a simulated trace the very ones, of any other an example of what could have been.
+A trace holds no addresses. Addresses and segments come from a replay of PyTorch's allocator with the same requests: for
+a simulated trace they are its own, for any other trace they are one possible outcome.
+
 Layout: torch/cuda/memory.py (`_snapshot`), PyTorch 2.13; read by torch/cuda/_memory_viz.py and torch/utils/viz/
 MemoryViz.js (2.6 to 2.13), whose own unpickler knows protocols 2 to 4.
 """
@@ -24,12 +25,12 @@ _TELL_EVERY = 100_000
 
 
 def torch_snapshot_bytes(trace: Trace, progress: Progress = no_progress) -> bytes:
-    """The file of a trace's snapshot: a pickle of plain data."""
+    """Return the file of a trace's snapshot, a pickle of plain data."""
     return pickle.dumps(torch_snapshot(trace, progress), protocol=_PROTOCOL)
 
 
 def torch_snapshot(trace: Trace, progress: Progress = no_progress) -> dict[str, Any]:
-    """What `torch.cuda.memory._snapshot()` would have returned at the end of the run, had it been recorded."""
+    """Return what `torch.cuda.memory._snapshot()` would have returned at the end of a run with recorded history."""
     progress("replaying the allocator", 0, 1)
     run = replay(trace.requested, trace.born, trace.freed)
     frames = OwnFrames(trace)
@@ -44,7 +45,7 @@ def torch_snapshot(trace: Trace, progress: Progress = no_progress) -> dict[str, 
 
 
 def _entries(trace: Trace, run: Replay, frames: OwnFrames, progress: Progress) -> Iterator[dict[str, Any]]:
-    # MemoryViz.js adds the category "unknown" where none has it, to a list that it misspells: so here is one.
+    # One entry has the category "unknown": else MemoryViz.js would add it to a list whose name it misspells.
     yield _entry("snapshot", 0, 0, 0, [], category="unknown")
     row_of = dict(zip(trace.born.tolist(), range(len(trace)), strict=True))
     freed_row = {int(trace.freed[row]): row for row in range(len(trace)) if trace.freed[row] >= 0}
@@ -87,7 +88,7 @@ def _segment_entry(change: SegmentEvent) -> dict[str, Any]:
 def _entry(
     action: str, address: int, size_bytes: int, event: int, frames: list[dict[str, Any]], **more: str
 ) -> dict[str, Any]:
-    """An entry of the history; its clock counts events, as that of a trace does."""
+    """An entry of the history; its clock counts events, like a trace's."""
     about = {"action": action, "addr": address, "size": size_bytes, "stream": 0, "time_us": event, "frames": frames}
     return {**about, "compile_context": "N/A", "user_metadata": "", **more}
 

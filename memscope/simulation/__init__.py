@@ -1,1 +1,1 @@
-"""A GPU that is not there: what a training step would allocate on it."""
+"""Simulation of a GPU: the allocations a training step would make on it, without running on one."""

@@ -1,6 +1,6 @@
-"""From the bytes a step asks for to the bytes a device gives.
+"""Conversion of the bytes a step requests into the memory a device's allocator uses.
 
-Kernels' workspaces, blocks, segments, and where memory runs out.
+Covers workspaces of kernels, blocks, segments, and the point where memory runs out.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from memscope.trace import CATEGORIES, PHASES, Trace
 __all__ = ["SMALL_SEGMENT_BYTES", "KernelWorkspaces", "least_reserved", "on_device"]
 
 SMALL_SEGMENT_BYTES = 2 * 2**20
-"""What the allocator takes from the driver for small blocks: kSmallBuffer of c10/cuda/CUDACachingAllocator.cpp."""
+"""Bytes of a segment for small blocks: kSmallBuffer in c10/cuda/CUDACachingAllocator.cpp."""
 
 
 class KernelWorkspaces:
-    """What kernels take inside themselves on a device: `workspaces(func, args, kwargs)`, for the PyTorch at hand.
+    """The kernel workspace model of a device, for the installed PyTorch: `workspaces(func, args, kwargs)`.
 
     Attributes:
-        estimated: names of the workspaces met whose size is not exactly known.
+        estimated: names of the workspaces encountered whose sizes are estimates.
     """
 
     def __init__(self, device: Device) -> None:
@@ -45,21 +45,21 @@ class KernelWorkspaces:
         self.estimated: set[str] = set()
 
     def covers(self, name: str) -> bool:
-        """Whether an operator, named with its overload, may take any."""
+        """Whether an operator, named with its overload, may take workspaces."""
         return name.rpartition(".")[0] in OPERATORS
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Workspace]:
-        """The workspaces one call of an operator takes."""
+        """Return the workspaces that one call of an operator takes."""
         found = workspaces_for(str(func), describe(func, args, kwargs), self._device, self._version, self._settings)
         self.estimated.update(workspace.name for workspace in found if workspace.estimate)
         return found
 
     def has_own_order(self, name: str) -> bool:
-        """Whether an operator, named with its overload, may make its results in another order, or some on the host."""
+        """Whether an operator, named with its overload, may create its results in another order or on the host."""
         return name in OWN_ORDER
 
     def born(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...] | None:
-        """Which results of one call are made on the device, in which order; None: all, as they are given back."""
+        """Indices of the results that one call creates on the device, in order; None: all, as they are returned."""
         return OWN_ORDER[str(func)](describe(func, args, kwargs), self._version)
 
 
@@ -69,11 +69,10 @@ def _torch_version() -> tuple[int, int]:
 
 
 def on_device(trace: Trace, device: Device, settings: AllocatorSettings, cache_emptied: Sequence[int] = ()) -> Trace:
-    """The trace with the blocks and the reserved memory that a device's allocator would give it.
+    """Return the trace with the block sizes and reserved bytes of a device's allocator.
 
-    Where the device is too small, `meta["out_of_memory"]` says when and by what it runs out, and the trace goes on as
-    if it were not: so it still shows what would be needed. `cache_emptied`: the events before which the target calls
-    `torch.cuda.empty_cache()`.
+    If the device is too small, `meta["out_of_memory"]` describes the request that fails, and the sizes assume unlimited
+    memory. `cache_emptied` lists the events before which the target calls `torch.cuda.empty_cache()`.
     """
     capped = _replayed(trace, device, settings, device.allocatable_bytes, cache_emptied)
     given = _replayed(trace, device, settings, None, cache_emptied) if capped.oom else capped
@@ -89,18 +88,18 @@ def on_device(trace: Trace, device: Device, settings: AllocatorSettings, cache_e
 
 
 def _values(settings: AllocatorSettings) -> dict[str, Any]:
-    """As JSON values."""
+    """The settings as JSON values."""
     return {
         name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(settings).items()
     }
 
 
 def least_reserved(trace: Trace, settings: AllocatorSettings) -> int:
-    """Bytes that the allocator must be able to reserve for a run to get through: less than it reserves if it may.
+    """Smallest limit on reserved bytes, to within `SMALL_SEGMENT_BYTES`, under which a run completes.
 
-    Before it gives up, the allocator hands cached segments back to the driver and tries again. Found by narrowing the
-    range down to the size of a small segment, each time with the whole run replayed: where it ran out, by what was
-    lacking then, for that is often all that lacks; otherwise by halving.
+    The limit may be below the peak without one: before the allocator gives up, it returns cached segments to the driver
+    and tries again. The search replays the whole run for each candidate. After a run that fails, the next candidate
+    adds the bytes that were lacking, which is often enough; otherwise the search halves the range.
     """
 
     def run(reserved_bytes: int) -> Replay:
@@ -142,9 +141,9 @@ def _replayed(
 
 
 def _described(trace: Trace, run: Replay, oom: OutOfMemory) -> dict[str, Any]:
-    """The request that failed and what there was, as JSON values."""
+    """The request that failed and the memory in use at that moment, as JSON values."""
     index = run.failed_allocation
-    assert index is not None, "a replay that ran out knows by which allocation"
+    assert index is not None, "a replay that ran out of memory has a failed allocation"
     return {
         "event": oom.event,
         "step": int(trace.step[index]),

@@ -1,8 +1,9 @@
-"""What autograd does in place on plain tensors, and out of place on fake ones.
+"""Operations that autograd runs in place on plain tensors, but out of place on fake tensors.
 
-Its engine adds the gradients that meet at one tensor into the first of them, where nobody else holds that; and formulas
-that put a gradient into zeros write into those zeros. On tensor subclasses, and under any dispatch mode, PyTorch does
-neither (`isTensorSubclassLike` in aten/src/ATen/TensorSubclassLikeUtils.h), so that each would take memory once more.
+Where several gradients reach one tensor, autograd's engine adds them into the first one, provided that nothing else
+holds it. Backward formulas that put a gradient into zeros write into those zeros. On tensor subclasses, and under any
+dispatch mode, PyTorch does neither (`isTensorSubclassLike` in aten/src/ATen/TensorSubclassLikeUtils.h): without this
+module, each of these operations would allocate its result a second time.
 """
 
 from __future__ import annotations
@@ -30,24 +31,24 @@ _INTO_ZEROS = {
     aten.index_put.default: aten.index_put_.default,  # index_backward
     aten.put.default: aten.put_.default,  # take_backward
 }
-"""Operators on zeros that a formula has just made.
+"""Operators that backward formulas call on zeros they have just made, and their in-place variants.
 
 Sources: aten/src/ATen/native/TensorAdvancedIndexing.cpp and ReduceOps.cpp, torch/csrc/autograd/FunctionsManual.cpp,
-revisions from before 2.6 to after 2.8; seen on GPUs with 2.6 and 2.11: `scatter`, `scatter_add` and `index_put`.
+revisions from before 2.6 to after 2.8. Observed on GPUs with 2.6 and 2.11: `scatter`, `scatter_add` and `index_put`.
 """
 
 
 class PlainAutograd:
-    """Runs operators as `execute` does, but those that the engine calls as it would on plain tensors."""
+    """Runs operators with `execute`; runs those that autograd's engine calls as the engine would on plain tensors."""
 
     def __init__(self, execute: Execute) -> None:
         self._execute = execute
         self._counts = _counts_of_last_reference()
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Work]:
-        """What `execute(func, args, kwargs)` gives; the first argument itself where PyTorch would have changed it."""
+        """Return the result of `execute(func, args, kwargs)`; the first argument where PyTorch changes it in place."""
         if (func is aten.add.Tensor or func in _INTO_ZEROS) and _current_task() >= 0 and not torch.is_grad_enabled():
-            # Two frames up is who called the operator: the engine's own code, or a backward written in Python.
+            # The caller of the operator is two frames up: the engine's own code, or a backward written in Python.
             called_by_engine = sys._getframe(2).f_code is _RUN_BACKWARD
             in_place = _in_place(func, args, kwargs, self._counts) if called_by_engine else None
             return self._execute(in_place or func, args, kwargs)
@@ -55,10 +56,12 @@ class PlainAutograd:
 
 
 def _in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], last_reference: tuple[int, int]) -> Any:
-    """The operator PyTorch would have called, None where it would have called this one.
+    """The in-place operator that PyTorch calls on plain tensors; None where it calls `func` itself.
+
+    PyTorch's own backward formulas that add out of place cannot be told from the engine: they add what they made.
 
     Source: can_accumulate_inplace and accumulate in torch/csrc/autograd/input_buffer.cpp, revisions from before 2.6 to
-    after 2.8. Formulas of PyTorch's own that add out of place are not told from the engine: they add what they made.
+    after 2.8.
     """
     if func is aten.add.Tensor:
         may = not kwargs and len(args) == 2 and isinstance(args[1], torch.Tensor) and args[0].shape == args[1].shape
@@ -69,7 +72,7 @@ def _in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], last_ref
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
-    """Whether the elements lie without gaps, each in a place of its own, in whatever order of dimensions."""
+    """Whether the elements lie without gaps or overlaps, in any order of dimensions."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.size(), strict=True)):
         if size > 1:
@@ -80,13 +83,13 @@ def _is_dense(tensor: torch.Tensor) -> bool:
 
 
 def _counts(tensor: torch.Tensor) -> tuple[int, int]:
-    """How many hold a tensor, and its storage."""
+    """Reference counts of a tensor and of its storage."""
     return tensor._use_count(), torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)  # type: ignore[attr-defined]
 
 
 @functools.cache
 def _counts_of_last_reference() -> tuple[int, int]:
-    """What `_counts` says in a dispatch mode of a gradient that only the engine holds: seen on such a one."""
+    """Return `_counts` of a gradient that only the engine holds, as observed in a dispatch mode."""
     found: list[tuple[int, int]] = []
 
     class Watch(TorchDispatchMode):

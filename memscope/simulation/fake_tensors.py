@@ -1,4 +1,4 @@
-"""Parts of PyTorch that fail, or do not end, on fake tensors; replaced while a simulation runs."""
+"""Replacements, during a simulation, for parts of PyTorch that fail or never finish on fake tensors."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ __all__ = ["FakeCopies", "fake_tensors_train"]
 
 @contextlib.contextmanager
 def fake_tensors_train() -> Iterator[None]:
-    """Gradient scalers step, truncated normals are drawn, and modules convert, on tensors without values."""
+    """Make gradient scalers, truncated normal initialization and module conversion work on tensors without values."""
     with _gradients_are_finite(), _truncated_normals_are_within_bounds(), _modules_convert_fake_weights():
         yield
 
 
 @contextlib.contextmanager
 def _gradients_are_finite() -> Iterator[None]:
-    """A gradient scaler steps only if no gradient overflowed; without values, a simulation takes it that none did."""
+    """Let gradient scalers always step: a simulation has no values, and assumes that no gradient overflowed."""
     may_step = torch.amp.GradScaler._maybe_opt_step
 
     def step(scaler: Any, optimizer: torch.optim.Optimizer, state: Any, *args: Any, **kwargs: Any) -> Any:
@@ -40,7 +40,7 @@ def _gradients_are_finite() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _truncated_normals_are_within_bounds() -> Iterator[None]:
-    """`nn.init.trunc_normal_` of 2.13 draws until no value is out of bounds; without values, it is done at once.
+    """Return at once from `nn.init.trunc_normal_`: that of 2.13 redraws until every value is within bounds.
 
     Source: `_no_grad_trunc_normal_` in torch/nn/init.py, 2.13; 2.6 and 2.11 clamp instead.
     """
@@ -55,14 +55,14 @@ def _truncated_normals_are_within_bounds() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _modules_convert_fake_weights() -> Iterator[None]:
-    """`module.to(...)` puts new weights in place: PyTorch would swap tensors, which fake ones do not allow.
+    """Let `module.to(...)` install new weights: PyTorch would swap tensors, which fake tensors do not allow.
 
     Source: `Module._apply` in torch/nn/modules/module.py and `torch.utils.swap_tensors` (2.6 to 2.13).
     """
     convert: Callable[..., nn.Module] = nn.Module._apply
     replaced: dict[
         int, tuple[Tensor, Tensor]
-    ] = {}  # by id of the old tensor, which is kept so that no other takes its id
+    ] = {}  # id of the old tensor → it, kept so that its id is not reused, and the new one
 
     def apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         tensors = [*module.parameters(recurse), *module.buffers(recurse)]
@@ -86,7 +86,7 @@ def _modules_convert_fake_weights() -> Iterator[None]:
 def _converted(
     tensor: Tensor, fn: Callable[[Tensor], Tensor], replaced: dict[int, tuple[Tensor, Tensor]], done: dict[int, Tensor]
 ) -> Any:
-    """The tensor after `fn`, once a call; one that another module shares is found by what it was replaced with."""
+    """Return `fn(tensor)`, computed once a call; a tensor that several modules share is replaced by one new tensor."""
     while id(tensor) in replaced:
         tensor = replaced[id(tensor)][1]
     if id(tensor) not in done:
@@ -101,7 +101,7 @@ def _converted(
 
 
 class FakeCopies(TorchFunctionMode):
-    """`copy.deepcopy` of a fake tensor: PyTorch's gives a tensor that does not share the storage of its own views."""
+    """Implements `copy.deepcopy` of fake tensors: PyTorch's copy does not share its storage with its own views."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not Tensor.__deepcopy__ or not isinstance(args[0], FakeTensor):

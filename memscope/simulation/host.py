@@ -1,7 +1,7 @@
-"""Copies to the host and back: between stand-ins PyTorch would copy nothing, since all of them are on the CPU.
+"""Copies to the host and back. Between stand-ins, PyTorch would copy nothing, since all of them are on the CPU.
 
-A copy on the host takes no memory of the device. `x.cpu()` makes one, whoever calls it: PyTorch's own code does so in
-`save_on_cpu`. `x.to("cpu")` does when a target says it; elsewhere `"cpu"` is also the name of the stand-ins' device.
+A copy on the host takes no device memory. `x.cpu()` always makes one, because PyTorch's own code calls it in
+`save_on_cpu`. `x.to("cpu")` makes one only in a target's code: elsewhere, `"cpu"` also names the stand-ins' device.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ __all__ = ["host_copies"]
 
 @contextlib.contextmanager
 def host_copies(tracker: StorageTracker) -> Iterator[None]:
-    """`x.cpu()` and a target's `x.to("cpu")` give a copy on the host; `x.to(device)` and `x.cuda()` bring it back.
+    """Make `x.cpu()` and a target's `x.to("cpu")` copy to the host, and `x.to(device)` and `x.cuda()` copy back.
 
-    The methods themselves are replaced: a mode of PyTorch's does not see calls from autograd's hooks.
+    The methods themselves are replaced because a PyTorch mode does not see calls from autograd's hooks.
     """
     copy: Any = Tensor.cpu
     move: Any = Tensor.to

@@ -1,4 +1,4 @@
-"""What a target does and a simulation cannot follow."""
+"""The error for operations of a target that cannot be simulated."""
 
 from __future__ import annotations
 
@@ -8,4 +8,4 @@ __all__ = ["NotSimulated"]
 
 
 class NotSimulated(TargetError):
-    """A target does what cannot be simulated; the message says what, why, and what to do."""
+    """A target's operation cannot be simulated. The message names the operation, the reason, and what to do instead."""

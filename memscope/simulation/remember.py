@@ -1,10 +1,10 @@
-"""Operators on fake tensors, each worked out once for every combination of shapes.
+"""A cache of operators on fake tensors: each combination of operator and shapes is computed once.
 
-A transformer runs the same few hundred operators on the same shapes over and over. `FakeTensorMode` works each of them
-out, with a cache of its own that still costs most of a simulation. Here the answer to "what comes out, and of whose
-storage is it a view" is kept by operator, dtypes, sizes and strides, and the result is built straight from it; so is
-what the call costs. Whatever is unusual (known constants, sparse layouts, shapes that depend on data) goes to
-`FakeTensorMode` each time.
+A transformer runs the same few hundred operators on the same shapes over and over. `FakeTensorMode` computes each of
+them again, and its own cache still takes most of a simulation's time. This cache keeps, by operator, dtypes, sizes and
+strides, the layout of every result, the argument whose storage it shares, and the cost of the call; it builds results
+directly from that. Unusual calls (known constants, sparse layouts, shapes that depend on data) go to `FakeTensorMode`
+every time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _DEPENDS_ON_DATA = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_sh
 
 
 class _Result(NamedTuple):
-    """How to build one output: `same_as`/`view_of` is an index into the flattened tensor arguments, -1 for none."""
+    """How to build one output. `same_as` and `view_of` are indices into the flattened tensor arguments; -1: neither."""
 
     same_as: int
     view_of: int
@@ -41,18 +41,18 @@ WorkOf = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], Work]
 
 
 class RememberedOperators:
-    """Calls operators on fake tensors.
+    """Calls operators on fake tensors, and remembers their results.
 
-    `remembered(func, args, kwargs)` gives what `func(*args, **kwargs)` gives, and the work that it is.
+    `remembered(func, args, kwargs)` returns the result of `func(*args, **kwargs)` and the call's work.
     """
 
     def __init__(self, mode: FakeTensorMode, work_of: WorkOf, results: Mapping[Any, Callable[..., Any]]) -> None:
-        """Nothing is known yet.
+        """Start with an empty cache.
 
         Args:
             mode: the mode of the fake tensors.
-            work_of: `work_of(func, args, kwargs, out)` says what a call costs.
-            results: by operator, what to call in its place.
+            work_of: `work_of(func, args, kwargs, out)` returns the work of a call.
+            results: operator → the function to call in its place.
         """
         self._known: dict[Any, tuple[Any, Work]] = {}
         self._work_of, self._results = work_of, results
@@ -60,12 +60,12 @@ class RememberedOperators:
             self._attributes = dict(vars(torch.empty(0)))
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Work]:
-        """What `func(*args, **kwargs)` gives and costs, worked out or remembered."""
+        """Return the result of `func(*args, **kwargs)` and its work, computed or remembered."""
         tensors: list[FakeTensor] = []
         parts: list[Any] = [func]
-        with torch._C.DisableTorchFunction():  # a mode would be asked for every size and stride
+        with torch._C.DisableTorchFunction():  # else every access to a size or stride would go through the modes
             described = (
-                not torch.is_inference_mode_enabled()  # where what is built would be an inference tensor, views too
+                not torch.is_inference_mode_enabled()  # tensors built in it, views too, would be inference tensors
                 and _describe(args, parts, tensors)
                 and (not kwargs or _describe_named(kwargs, parts, tensors))
                 and tensors
@@ -104,7 +104,7 @@ class RememberedOperators:
                 data.set_(tensors[result.view_of].untyped_storage(), result.offset, result.size, result.stride)
             if result.is_conj:
                 torch._C._set_conj(data, True)
-            # What FakeTensor's constructor does, less the checks of its arguments: a third of a simulation's time.
+            # FakeTensor's constructor without its argument checks, which take a third of a simulation's time.
             fake = Tensor._make_subclass(FakeTensor, data, False, dispatch_device=True, device_for_backend_keys=_CPU)
             torch._C._set_throw_on_mutable_data_ptr(fake)
         fake.__dict__.update(self._attributes)
@@ -119,7 +119,7 @@ def _layout(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _describe(values: Any, parts: list[Any], tensors: list[FakeTensor]) -> bool:
-    """Append to `parts` what decides the results; False when something is unusual."""
+    """Append to `parts` everything that determines the results; return False for unusual values."""
     for value in values:
         kind = type(value)
         if kind is FakeTensor:
@@ -158,7 +158,7 @@ def _recipe(func: Any, out: Any, tensors: list[FakeTensor]) -> Any:
 
 
 def _result(out: Tensor, tensors: list[FakeTensor]) -> _Result | None:
-    """How to build `out`; None when that cannot be said."""
+    """How to build `out`; None where no recipe can describe it."""
     if type(out) is not FakeTensor or out.layout is not torch.strided or out.device != _CPU:
         return None
     if out.constant is not None or out.is_neg():

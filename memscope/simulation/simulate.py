@@ -1,4 +1,4 @@
-"""Simulate a workload: the same step on tensors without data, so that a 7B model needs neither a GPU nor the memory."""
+"""Simulation of a workload: training steps on tensors without data. A 7B model needs neither a GPU nor its memory."""
 
 from __future__ import annotations
 
@@ -55,29 +55,31 @@ def simulate(
     micro_batches: Choose = list,
     calls_of: Collection[str] = (),
 ) -> Trace:
-    """Trace `steps` training steps without computing anything.
+    """Trace `steps` training steps without computing any values.
 
     Args:
-        workload: what to train, or a function that builds it. Built by a function, the model's weights take no memory;
-            a workload given as such is copied, and stays as it is.
-        device: a name that `memscope devices` lists: `gpu` (an NVIDIA GPU without a limit), a certain GPU, or `cpu`.
+        workload: the workload to train, or a function that builds it. The weights of a model that the function builds
+            take no memory; a `Workload` is copied and left unchanged.
+        device: a name that `memscope devices` lists: `gpu` (an NVIDIA GPU without a memory limit), a specific GPU, or
+            `cpu`.
         strategies: a plan such as `lora:r=8,amp`, applied before the first step.
-        steps: optimizer steps to trace; from the second on, the optimizer's state is there.
-        allocator: settings of PyTorch's caching allocator; None: what `PYTORCH_CUDA_ALLOC_CONF` says.
-        progress: called after each micro-batch, `progress(done, in all)`.
-        live: called with a `memscope.hooks.live_state.LiveState` when a phase begins, and at the end: bytes as
-            requested, before the trace rounds them to the device's blocks.
-        micro_batches: gives those of a step's micro-batches that are to be run; as it stands, all.
-        calls_of: names of modules whose calls are noted in `meta["calls"]`.
+        steps: number of optimizer steps to trace; the optimizer state exists from the second step on.
+        allocator: settings of PyTorch's caching allocator; None: read from `PYTORCH_CUDA_ALLOC_CONF`.
+        progress: called after each micro-batch as `progress(done, total)`.
+        live: called with a `memscope.hooks.live_state.LiveState` when a phase begins, and at the end. Its sizes are
+            requested bytes; only the trace rounds them to the device's blocks.
+        micro_batches: selects the micro-batches of a step to run; default: all.
+        calls_of: names of modules whose calls are recorded in `meta["calls"]`.
 
     Returns:
-        The trace. Its sizes are the blocks that PyTorch's allocator would give on the device, workspaces of kernels
-        included; `meta["out_of_memory"]` says where the device would run out, if it would, and `meta["cost"]` how long
-        it would take, as `memscope.analysis.cost` reads it: an estimate, None where the device's rates are not known.
+        The trace. Its sizes are those of the blocks that PyTorch's allocator would return on the device, workspaces of
+        kernels included. `meta["out_of_memory"]` says where the device would run out of memory, or is None.
+        `meta["cost"]` is the estimated time, in the form that `memscope.analysis.cost` reads, or None where the
+        device's rates are unknown.
 
     Raises:
-        TargetError: when the target's code fails, or needs values that a simulation does not have.
-        UsageError: when strategies, device or data cannot be used.
+        TargetError: the target's code fails, or needs values that a simulation does not have.
+        UsageError: the strategies, the device or the data cannot be used.
 
     Examples:
         >>> import torch
@@ -107,7 +109,7 @@ def simulate(
     with _simulated(device, gpu), _explained():
         with mode:
             built = _build(workload, mode)
-        plan.check(built)  # on the host, where a strategy may look at the data
+        plan.check(built)  # outside the fake mode, so that a strategy can read the data
         with mode:
             plan.carry_out(built)
         pieces = prepare_steps(built, steps, micro_batches)
@@ -147,7 +149,7 @@ def _on_device(tensor: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _simulated(device: Device, gpu: VisibleGpu) -> Iterator[None]:
-    """Everything a simulation changes in PyTorch, put back on leaving."""
+    """Make all changes to PyTorch that a simulation needs, and undo them on exit."""
     with contextlib.ExitStack() as scopes:
         scopes.enter_context(fake_tensors_use_foreach())
         scopes.enter_context(fake_tensors_train())
@@ -159,7 +161,7 @@ def _simulated(device: Device, gpu: VisibleGpu) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _explained() -> Iterator[None]:
-    """Say what a simulation cannot do in the words of the target's code, not of PyTorch's internals."""
+    """Report what a simulation cannot do in terms of the target's code, not of PyTorch's internals."""
     try:
         yield
     except NotSimulated as error:
@@ -171,7 +173,7 @@ def _explained() -> Iterator[None]:
             raise TargetError(
                 f"{f'the optimizer {optimizer}' if optimizer else 'the target'} needs the value of a tensor, which a "
                 f"simulation does not have: {cause.func}{where(cause)}. "
-                + ("Take another optimizer" if optimizer else "Compute it without .item(), boolean masks or nonzero()")
+                + ("Use another optimizer" if optimizer else "Compute it without .item(), boolean masks or nonzero()")
                 + ", or record a real run: --device cpu"
             ) from cause
         if isinstance(cause, fake_tensor.UnsupportedOperatorException):
@@ -183,6 +185,6 @@ def _explained() -> Iterator[None]:
 
 
 def _optimizer_in(error: BaseException) -> str | None:
-    """Name of the optimizer in whose step an error was raised."""
+    """Name of the optimizer whose step raised an error; None: the error comes from elsewhere."""
     frames = (frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__))
     return next((type(owner).__name__ for owner in frames if isinstance(owner, torch.optim.Optimizer)), None)

@@ -79,7 +79,7 @@ def test_table_2_says_how_far_off_it_is_and_where_it_runs_out() -> None:
     assert table[4].startswith("| 1.00 GiB | lora | a/b | 5.00 |")
     assert lines[-2:] == [
         "Peaks of Table 2: worst 0.400% off, bound 0.5%: held.",
-        "Whether it fits was predicted wrongly: ga in 1.00 GiB.",
+        "Wrong predictions of whether a combination fits: ga in 1.00 GiB.",
     ]
 
 
@@ -94,7 +94,7 @@ def test_ours_may_be_a_twentieth_slower_and_need_no_more() -> None:
     lines = gpu_finetune.finetune_lines([{"attention": "eager", "ours": ours, "peer": peer}])
     assert "| eager | transformers 5.0 + peft 0.21 | 100.0 | 100.00 | 100.00 | 2.0000 | 1.5000 | 1 |" in lines
     assert lines[-1] == (
-        "eager: 200 samples, of 64 shipped ones, in 25 steps, 3 of them not timed: completed; 0.950 of the peer's "
+        "eager: 200 samples, from 64 shipped rows, in 25 steps, 3 of them not timed: completed; 0.950 of the peer's "
         "tokens/s, bound 0.95: held; allocated +0.00 MiB, bound 0: held; reserved +0.00 MiB, bound 0: held."
     )
     slower = {**ours, "tokens_per_second": 94.9, "allocated": 101 * MIB}

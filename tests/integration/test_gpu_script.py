@@ -120,12 +120,12 @@ def test_what_does_not_fit_into_the_time_is_left_out_and_said(tmp_path: Path) ->
     done = run(tmp_path, "--dry-run", "--cells", "1", "--seconds", "50")
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "cells.json").read_text())
-    assert [row["status"] for row in results["cells"]] == ["left out: no time"]
-    assert {run["unavailable"] for run in results["overhead"]} == {"left out: no time"}
+    assert [row["status"] for row in results["cells"]] == ["skipped: no time left"]
+    assert {run["unavailable"] for run in results["overhead"]} == {"skipped: no time left"}
     assert len(results["table2"]) == 2 * 2**3
-    assert {row["measured_problem"] for row in results["table2"]} == {"left out: no time"}
-    assert [row["problem"] for row in results["finetuning"]] == ["left out: no time"] * 2
-    assert "left out: no time" in done.stdout
+    assert {row["measured_problem"] for row in results["table2"]} == {"skipped: no time left"}
+    assert [row["problem"] for row in results["finetuning"]] == ["skipped: no time left"] * 2
+    assert "skipped: no time left" in done.stdout
 
 
 def test_a_cell_that_fails_is_said_and_stops_nothing(tmp_path: Path) -> None:

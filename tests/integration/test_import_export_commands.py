@@ -67,7 +67,7 @@ def test_import_as_json_has_bytes_and_says_what_is_inferred(run, taken, tmp_path
 def test_what_is_not_exact_is_shown(run, tmp_path):
     freed = [entry("free_requested", BASE, 2 * MIB, *FORWARD), entry("free_completed", BASE, 2 * MIB, *FORWARD)]
     _, out, _ = run("import", dumped(snapshot([segment(block(20 * MIB, "inactive"))], freed), tmp_path))
-    assert "Not exact: 1 blocks (2.00 MiB) were there before the history began" in out
+    assert "Not exact: blocks allocated before the history began and freed in it: 1 (2.00 MiB)" in out
 
 
 def test_running_out_of_memory_is_shown(run, tmp_path):
@@ -82,7 +82,7 @@ def test_one_of_several_gpus_is_chosen(run, tmp_path):
     path = dumped(snapshot([segment(block(MIB)), {**segment(block(2 * MIB)), "device": 1}]), tmp_path)
     code, _, err = run("import", path)
     assert code == 2
-    assert "--device, of 0, 1" in err
+    assert "choose one of 0, 1 with --device" in err
     assert run("import", path, "--device", "1")[0] == 0
 
 
@@ -132,7 +132,7 @@ def test_a_pickle_with_code_is_refused_and_leaves_nothing(run, tmp_path):
     code, out, err = run("import", path)
     assert code == 2
     assert out == ""
-    assert f"refused: it asks for {os.mkdir.__module__}.mkdir" in err
+    assert f"refused: the file asks for {os.mkdir.__module__}.mkdir" in err
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == [path]
 

@@ -204,7 +204,7 @@ def test_what_was_measured_of_a_device_comes_before_its_peaks() -> None:
 
 def test_a_dtype_without_a_rate_is_taken_as_fp32_and_named() -> None:
     trace = simulated(nn.Linear(256, 512, bias=False, dtype=torch.float64), torch.ones(64, 256, dtype=torch.float64))
-    assert trace.meta["cost"]["assumed"] == ["float64 products take as long as those of fp32"]
+    assert trace.meta["cost"]["assumed"] == ["float64 products take as long as fp32 products"]
     assert sum(cost.seconds for cost in forward(trace).values()) == pytest.approx(2 * 64 * 256 * 512 / FP32, abs=1e-9)
 
 
@@ -287,5 +287,5 @@ def test_without_rates_there_is_no_estimate_but_operations_are_counted(name: str
 def test_a_copy_to_the_host_takes_as_long_as_the_link() -> None:
     assert transfer_seconds(device(host_bytes_per_second=25e9), 10**9) == 0.04
     assert 32e9 > 1e9 / transfer_seconds(get_device("a100-40gb"), 10**9) > 16e9, "PCIe 4.0 x16, and more than 3.0"
-    with pytest.raises(UsageError, match='"gpu" copies to the host is not known'):
+    with pytest.raises(UsageError, match='the copy speed between "gpu" and the host is unknown'):
         transfer_seconds(get_device("gpu"), 1)

@@ -167,11 +167,11 @@ def test_a_file_adds_a_device(tmp_path: Path) -> None:
         (("51_539_607_552", '"48GB"'), "capacity_bytes = '48GB': expected"),
         (("51_539_607_552", "5.1e10"), "capacity_bytes = 51000000000.0: expected"),
         (("51_539_607_552", "true"), "capacity_bytes = True: expected"),
-        (('"9.0"', "9.0"), 'capability = 9.0: expected the compute capability as text, such as "8.0"'),
+        (('"9.0"', "9.0"), 'capability = 9.0: expected the compute capability as a string, such as "8.0"'),
         (('"9.0"', '"sm90"'), "capability = 'sm90': expected"),
         (('"9.0"', '"3.5"'), "capability = '3.5': expected"),
         (("96", "0"), "multiprocessors = 0: expected a whole number of streaming multiprocessors, from 1 to 1024"),
-        (('"My GPU"', '""'), "vendor_name = '': expected the name the driver gives the device"),
+        (('"My GPU"', '""'), "vendor_name = '': expected the name that the driver reports for the device"),
         (("multiprocessors", "multiprocesors"), 'has no field "multiprocesors": did you mean "multiprocessors"?'),
     ],
 )
@@ -193,7 +193,7 @@ def test_a_wrong_value_is_named_with_what_was_expected(tmp_path: Path, change: t
         ),
         ("peak_flops_per_second = 1e15", "peak_flops_per_second = 1000000000000000.0: expected a table"),
         ("context_bytes = -1", "context_bytes = -1: expected a whole number of bytes"),
-        ("sources = { capacity = 'x' }", "sources.capacity = 'x': expected the name of a field. did you mean"),
+        ("sources = { capacity = 'x' }", "sources.capacity = 'x': expected a field name: did you mean"),
         ("kind = 'rocm'", 'kind = \'rocm\': expected "cuda" or "cpu"'),
     ],
 )
@@ -210,11 +210,11 @@ def test_a_context_as_large_as_the_device_is_refused(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("", "FILE: the file holds no device"),
-        ("[my-gpu", "FILE: the device file is not TOML: "),
-        ("answer = 42", 'FILE: "answer" = 42: expected the table of a device, [answer]'),
-        (MINE.replace("my-gpu", "t4"), 'FILE: device "t4" comes with memscope already: give yours another name'),
-        (MINE.replace("my-gpu", "cuda"), 'FILE: device "cuda" comes with memscope already'),
-        (MINE.replace("[my-gpu]", '["My GPU"]'), 'FILE: device name "My GPU": expected lower case letters'),
+        ("[my-gpu", "FILE: the device file is not valid TOML: "),
+        ("answer = 42", 'FILE: "answer" = 42: expected a device table, [answer]'),
+        (MINE.replace("my-gpu", "t4"), 'FILE: memscope already has a device "t4": choose another name'),
+        (MINE.replace("my-gpu", "cuda"), 'FILE: memscope already has a device "cuda": choose another name'),
+        (MINE.replace("[my-gpu]", '["My GPU"]'), 'FILE: device name "My GPU": expected lowercase letters'),
     ],
 )
 def test_a_file_that_holds_no_usable_device_is_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -227,7 +227,6 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 
 def test_reading_devices_does_not_load_torch() -> None:
-    code = (
-        "import sys; from memscope.simulation import devices; devices.all_devices(); sys.exit('torch' in sys.modules)"
-    )
+    use = "from memscope.simulation.devices.catalogue import all_devices; all_devices()"
+    code = f"import sys; {use}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

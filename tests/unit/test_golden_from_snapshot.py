@@ -85,7 +85,7 @@ def test_a_free_that_waits_for_a_stream_is_refused() -> None:
 def test_a_history_with_entries_left_out_is_refused() -> None:
     data = begun_late()
     data["device_traces"][0].append(entry("alloc", BASE + WEIGHT, 4 * MIB))
-    with pytest.raises(UsageError, match=r"not whole: .*1 frees are missing"):
+    with pytest.raises(UsageError, match=r"incomplete: frees missing from the history: 1;"):
         golden_of(data, 0)
 
 

@@ -194,7 +194,7 @@ ROWS = [
     row("one", 100 * MIB, 101 * MIB),
     row("two", 200 * MIB, 200 * MIB),
     row("three", 100 * MIB, 98 * MIB),
-    {"name": "four", "status": "left out: no time"},
+    {"name": "four", "status": "skipped: no time left"},
     {"name": "five", "status": "failed: RuntimeError: a|b"},
 ]
 
@@ -235,7 +235,7 @@ def test_the_table_shows_what_was_left_out_and_what_failed() -> None:
     table = [line for line in lines if line.startswith("|")]
     assert "| one | 100.00 | 101.00 | +1.000% | 100.00 | 101.00 | +1.000% | 0.250 | identical |" in lines[6]
     assert "parameter +1.00 MiB" in lines[6]
-    assert any(line.startswith("| four | left out: no time |") for line in table)
+    assert any(line.startswith("| four | skipped: no time left |") for line in table)
     assert any("a/b" in line for line in table)
     # every row of one table has as many columns as its head
     assert {line.count("|") for line in table[:7]} == {12}

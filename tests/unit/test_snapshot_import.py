@@ -42,8 +42,8 @@ def test_a_history_begun_late_goes_on_as_the_whole_one(imported, path, number, s
     events = sum(about["action"] in ("alloc", "free_requested") for about in known.entries[cut:])
     assert np.array_equal(trace.reserved[-events:], whole.reserved[-events:])
     less = whole.allocated[-events:] - trace.allocated[-events:]
-    guessed = sum("were there before the history began" in note for note in notes(trace))
-    assert not any("does not fit" in note for note in notes(trace))
+    guessed = sum("allocated before the history began" in note for note in notes(trace))
+    assert not any("does not match" in note for note in notes(trace))
     assert (less == 0).all() or guessed, "all sizes are known, so all are exact"
     assert (less == 0).all() or "max_split_size_mb" in known.conf, "what lay behind the others tells their sizes"
     assert less[-1] == 0, "what is alive at the end has the size that the snapshot says"
@@ -67,7 +67,7 @@ def test_the_size_of_a_block_from_before_that_was_freed_since_is_a_guess_and_sai
     trace = imported(snapshot([empty], freed))
     assert trace.size.tolist() == [2 * MIB]
     assert trace.allocated.tolist() == [2 * MIB, 0]
-    assert [note for note in notes(trace) if "1 blocks (2.00 MiB) were there before" in note]
+    assert [note for note in notes(trace) if "and freed in it: 1 (2.00 MiB)" in note]
 
 
 @pytest.mark.parametrize(("behind", "expected"), [(MIB, 3 * MIB), (MIB + 512, 2 * MIB)])
@@ -132,7 +132,9 @@ def test_a_block_that_another_stream_still_uses_is_dead(imported):
     waits = segment(block(2 * MIB, "active_awaiting_free"), block(18 * MIB, "inactive"))
     trace = imported(snapshot([waits], [entry("alloc", BASE, 2 * MIB), entry("free_requested", BASE, 2 * MIB)]))
     assert trace.allocated.tolist() == [2 * MIB, 0]
-    assert notes(trace) == ["no stacks were recorded (context), so nothing tells what the memory was for"]
+    assert notes(trace) == [
+        "the snapshot has no stacks (recorded without context), so the purpose of memory is unknown"
+    ]
 
 
 @pytest.mark.parametrize("skipped", ["free_requested", "free_completed"])
@@ -146,14 +148,14 @@ def test_memory_that_is_given_out_twice_was_freed_between_and_that_is_said(impor
     history = [entry("alloc", BASE, 2 * MIB), entry("alloc", BASE, 2 * MIB)]
     trace = imported(snapshot([segment(block(2 * MIB), block(18 * MIB, "inactive"))], history))
     assert trace.allocated.tolist() == [2 * MIB, 0, 2 * MIB]
-    assert notes(trace)[0].startswith("1 frees are missing")
+    assert notes(trace)[0].startswith("frees missing from the history: 1;")
 
 
 def test_where_segments_were_skipped_sizes_are_rounded_requests_and_that_is_said(imported):
     history = [entry("alloc", BASE, 1000), entry("free_requested", BASE, 1000)]
     trace = imported(snapshot([], history))
     assert trace.size.tolist() == [1024]
-    assert notes(trace)[0].startswith("the history does not fit the segments")
+    assert notes(trace)[0].startswith("the history does not match the segments")
 
 
 def test_the_settings_of_the_allocator_decide_how_blocks_are_split(imported):
@@ -233,8 +235,8 @@ def damaged(**changes):
 
 
 DAMAGED = {
-    "plain data of another kind": ({"epoch": 1}, "no memory snapshot of PyTorch"),
-    "a number": (7, "no memory snapshot of PyTorch"),
+    "plain data of another kind": ({"epoch": 1}, "not a PyTorch memory snapshot"),
+    "a number": (7, "not a PyTorch memory snapshot"),
     "nothing in it": (snapshot([]), "neither segments nor a history"),
     "history of no lists": (damaged(device_traces={}), "device_traces is not a list of lists"),
     "entry that is no dict": (damaged(device_traces=[[7]]), "entry 0 of device_traces has no action"),
@@ -244,7 +246,7 @@ DAMAGED = {
     "size below zero": (damaged(device_traces=[[entry("alloc", BASE, -1)]]), "is not a number of bytes"),
     "address past 64 bits": (damaged(device_traces=[[entry("alloc", 2**70, 1)]]), "addr of entry 0"),
     "truth for a size": (damaged(device_traces=[[entry("alloc", BASE, True)]]), "size of entry 0"),
-    "stack that is no list": (damaged(device_traces=[[{**entry("alloc", BASE, 1), "frames": {}}]]), "is no list"),
+    "stack that is no list": (damaged(device_traces=[[{**entry("alloc", BASE, 1), "frames": {}}]]), "is not a list"),
     "frame that is no dict": (
         damaged(device_traces=[[{**entry("alloc", BASE, 1), "frames": [7]}]]),
         "frame of a stack",
@@ -252,17 +254,20 @@ DAMAGED = {
     "segment without blocks": (damaged(segments=[{"device": 0, "address": 0, "total_size": 1}]), "no list of blocks"),
     "segment larger than its blocks": (
         damaged(segments=[{**segment(block(MIB)), "total_size": 2 * MIB}]),
-        "has 2097152 bytes, its blocks 1048576",
+        "has 2097152 bytes, but its blocks have 1048576",
     ),
-    "block in an unknown state": (damaged(segments=[segment(block(MIB, "gone"))]), "in no state that is known"),
-    "block asked for more than it has": (damaged(segments=[segment(block(1, requested=2))]), "was not asked for"),
-    "segment of no device": (damaged(segments=[{**segment(block(MIB)), "device": "cuda"}]), "is of no device"),
+    "block in an unknown state": (damaged(segments=[segment(block(MIB, "gone"))]), "in an unknown state"),
+    "block asked for more than it has": (
+        damaged(segments=[segment(block(1, requested=2))]),
+        "is not from 0 to 1 bytes",
+    ),
+    "segment of no device": (damaged(segments=[{**segment(block(MIB)), "device": "cuda"}]), "has no valid device"),
     "settings that are none": (damaged(allocator_settings=[1]), "allocator_settings"),
     "settings of words": (
         damaged(allocator_settings={"roundup_power2_divisions": "none", "max_split_size": "none"}),
         "allocator_settings",
     ),
-    "annotations that are none": (damaged(external_annotations=7), "external_annotations is no list"),
+    "annotations that are none": (damaged(external_annotations=7), "external_annotations is not a list"),
 }
 
 
@@ -295,4 +300,4 @@ def test_an_imported_trace_has_a_ledger_up_to_reserved_and_says_why_no_further(i
         ("allocated", 2 * MIB),
         ("reserved", 20 * MIB),
     ]
-    assert "a snapshot does not tell" in found.note
+    assert "a snapshot does not contain it" in found.note

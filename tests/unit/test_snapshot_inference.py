@@ -331,7 +331,7 @@ def pair(address, *frames, **more):
 def test_a_history_without_stacks_says_nothing_of_what_memory_is_for(tmp_path):
     trace = trace_of(tmp_path, *pair(BASE))
     assert [CATEGORIES[code] for code in trace.category] == ["other"]
-    assert "no stacks were recorded" in trace.meta["imported"]["notes"][-1]
+    assert "the snapshot has no stacks" in trace.meta["imported"]["notes"][-1]
 
 
 def test_an_allocation_without_a_stack_after_the_forward_pass_is_of_the_backward_pass(tmp_path):

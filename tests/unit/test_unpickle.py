@@ -111,7 +111,7 @@ def exploits(mark):
 @pytest.mark.parametrize("name", exploits(""))
 def test_code_in_a_pickle_is_refused_and_never_executed(read, tmp_path, name):
     mark = tmp_path / "executed"
-    with pytest.raises(TraceFileError, match=r"refused: it asks .* Nothing in it was executed"):
+    with pytest.raises(TraceFileError, match=r"refused: the file asks .* Nothing in it was executed"):
         read(exploits(str(mark))[name])
     assert not mark.exists()
 
@@ -240,7 +240,7 @@ def test_tuples_nested_too_deep_to_be_hashed_are_refused(read, nest):
         (pickle.dumps([], 0), "not a pickle of protocol 2 to 5"),
         (b"\x80\x07N.", "protocol 7"),
         (b"\x1f\x8b\x08\x00", "gunzip"),
-        (b"\x80\x04\xff.", "no instruction"),
+        (b"\x80\x04\xff.", "not an instruction"),
         (b"\x80\x04}]K\x00s.", "damaged pickle"),  # a list as a key
         (b"\x80\x04a.", "damaged pickle"),  # appends to nothing
         (b"\x80\x04h\x07.", "damaged pickle"),  # recalls what was never remembered

@@ -1,1 +1,1 @@
-"""What PyTorch does differently on CUDA: autocast, attention kernels, results and workspaces of kernels."""
+"""PyTorch's behavior on CUDA that differs from the CPU: autocast, attention, and kernels' results and workspaces."""

@@ -1,8 +1,8 @@
-"""Which kernel scaled dot-product attention takes on CUDA, and what it is given.
+"""Choice of the scaled dot-product attention kernel on CUDA, and preparation of its arguments.
 
-The kernels' own operators trace on fake CPU tensors as they stand; the choice, and what is done to the arguments first,
-is made here, as `sdp_utils.cpp` in aten/src/ATen/native/transformers/cuda and `attention.cpp` one folder above make it.
-Read in revisions around 2.9.0, 2.10 and 2.11.0, and in one after 2.15; `sdp_utils_cpp.h` in 2.11.0, 2.13.0 and 2.15.0.
+The kernels' own operators can be traced on fake CPU tensors. This module chooses the kernel and prepares the arguments
+as `sdp_utils.cpp` in aten/src/ATen/native/transformers/cuda and `attention.cpp` one folder above do. Both were read in
+revisions around 2.9.0, 2.10 and 2.11.0, and in one after 2.15; `sdp_utils_cpp.h` in 2.11.0, 2.13.0 and 2.15.0.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ _CUDNN_OF_WHEELS = {
     (2, 6): 9_01_00, (2, 7): 9_05_01, (2, 8): 9_10_02, (2, 11): 9_19_00, (2, 12): 9_20_00, (2, 14): 9_24_00,
     (2, 15): 9_26_00,
 }  # fmt: skip
-"""From which PyTorch on its packages on PyPI require which cuDNN, as `torch.backends.cudnn.version()` counts."""
+"""First version of PyTorch → version of cuDNN that its packages on PyPI require, encoded as in `Platform`."""
 
 
 class Platform(NamedTuple):
-    """What the choice depends on besides the arguments."""
+    """GPU and library versions on which the choice of the kernel depends."""
 
     capability: tuple[int, int]
     """Compute capability of the GPU (major, minor)."""
     torch: tuple[int, int]
     """Version of PyTorch (major, minor)."""
     cudnn: int
-    """Version of cuDNN, as `torch.backends.cudnn.version()` counts: 92000 is 9.20.0."""
+    """Version of cuDNN in the encoding of `torch.backends.cudnn.version()`: 92000 is 9.20.0."""
 
     @classmethod
     def at_hand(cls, capability: tuple[int, int]) -> Platform:
-        """The PyTorch that runs, with its own cuDNN or, where it has none, that of its CUDA packages."""
+        """Return the platform of the installed PyTorch, with its own cuDNN, or its CUDA packages' if it has none."""
         major, minor = torch.__version__.split(".")[:2]
         version = int(major), int(minor)
         packaged = [cudnn for since, cudnn in _CUDNN_OF_WHEELS.items() if since <= version]
@@ -51,7 +51,7 @@ class AttentionCall(NamedTuple):
     """The arguments of `torch.nn.functional.scaled_dot_product_attention`."""
 
     query: Tensor
-    """`[batch, heads, sequence, head]`, as are key and value."""
+    """`[batch, heads, sequence, head]`, like key and value."""
     key: Tensor
     value: Tensor
     mask: Tensor | None = None
@@ -59,7 +59,7 @@ class AttentionCall(NamedTuple):
     is_causal: bool = False
     scale: float | None = None
     gqa: bool = False
-    """Whether several query heads may share one of key and value."""
+    """Whether several query heads may share one head of key and value."""
 
     @property
     def needs_gradient(self) -> bool:
@@ -67,20 +67,20 @@ class AttentionCall(NamedTuple):
         return any(t.requires_grad for t in (self.query, self.key, self.value))
 
     def is_dense(self, *, mask_too: bool = True) -> bool:
-        """Whether there is something to do, on rows of neighbouring numbers."""
+        """Whether the tensors are non-empty, have four dimensions, and hold each row contiguously."""
         tensors = [self.query, self.key, self.value]
         rows = [*tensors, self.mask] if mask_too and self.mask is not None else tensors
         return all(t.ndim == 4 and t.numel() for t in tensors) and all(t.stride(-1) == 1 for t in rows)
 
     def heads_fit(self, *, grouped: bool) -> bool:
-        """Whether batches are equal, and heads are too or, for a kernel that takes `grouped` ones, divide evenly."""
+        """Whether batch sizes are equal, and head counts are equal or, if `grouped`, divide the query's evenly."""
         batches, heads = ({t.shape[dim] for t in (self.query, self.key, self.value)} for dim in (0, 1))
         divides = grouped and self.gqa and all(self.query.shape[1] % count == 0 for count in heads)
         return len(batches) == 1 and (len(heads) == 1 or divides)
 
 
 def scaled_dot_product_attention(platform: Platform, call: AttentionCall) -> Tensor:
-    """The result `[batch, heads, sequence, head of value]` of the first kernel that accepts the arguments."""
+    """Return `[batch, heads, sequence, head of value]`, the result of the first kernel that accepts the arguments."""
     for kernel in _order(platform):
         if kernel == _CUDNN and _cudnn_accepts(platform, call):
             return _cudnn(call)
@@ -94,10 +94,10 @@ def scaled_dot_product_attention(platform: Platform, call: AttentionCall) -> Ten
 
 
 def _order(platform: Platform) -> list[int]:
-    """On data-center GPUs from Hopper on a new enough cuDNN comes first, unless the user set an order.
+    """Order in which kernels are tried: on data-center GPUs since Hopper, recent cuDNN first, unless the user set one.
 
-    Source: `check_prefer_cudnn_attention` and `priority_order` in sdp_utils.cpp. 2.9.0 asks for cuDNN 9.9; 2.10 and
-    2.11.0 for more than 9.15.0, which their packages on PyPI have from 2.11 on.
+    Source: `check_prefer_cudnn_attention` and `priority_order` in sdp_utils.cpp. 2.9.0 requires cuDNN 9.9; 2.10 and
+    2.11.0 require more than 9.15.0, which PyTorch's packages on PyPI have from 2.11 on.
     """
     order: list[int] = list(torch._C._get_sdp_priority_order())[: len(_USUAL_ORDER)]
     needed = 9_09_00 if platform.torch < (2, 10) else 9_15_01
@@ -133,7 +133,7 @@ def _cudnn_accepts(platform: Platform, call: AttentionCall) -> bool:
 
 
 def _cudnn_takes_mask(call: AttentionCall) -> bool:
-    """Source: `check_attn_mask_shape` in sdp_utils_cpp.h."""
+    """Whether cuDNN accepts the mask. Source: `check_attn_mask_shape` in sdp_utils_cpp.h."""
     if call.mask is None:
         return True
     full = (*call.query.shape[:3], call.key.shape[2])
@@ -143,9 +143,10 @@ def _cudnn_takes_mask(call: AttentionCall) -> bool:
 
 
 def _cudnn_takes_heads(platform: Platform, call: AttentionCall) -> bool:
-    """Source: `check_cudnn_tensor_shapes`, and from 2.14 on `check_cudnn_d256_bprop_head_dim`, in sdp_utils.cpp.
+    """Whether cuDNN accepts the head sizes.
 
-    The limit of 2.12 and 2.13 for heads of more than 128 was not read: taken as that of 2.11.
+    Source: `check_cudnn_tensor_shapes`, and from 2.14 on `check_cudnn_d256_bprop_head_dim`, in sdp_utils.cpp. The limit
+    of 2.12 and 2.13 for heads larger than 128 was not read; it is assumed to be that of 2.11.
     """
     sizes = call.query.shape[-1], call.value.shape[-1]
     if any(size % 8 for size in sizes):
@@ -164,7 +165,10 @@ def _cudnn_takes_heads(platform: Platform, call: AttentionCall) -> bool:
 
 
 def _cudnn(call: AttentionCall) -> Tensor:
-    """Source: `convert_boolean_attn_mask_cudnn` in attention.cpp, whose two numbers stay on the host."""
+    """Run cuDNN's kernel, with a boolean mask made additive.
+
+    Source: `convert_boolean_attn_mask_cudnn` in attention.cpp, whose two scalars stay on the host.
+    """
     mask, dtype = call.mask, call.query.dtype
     if mask is not None and mask.dtype is torch.bool:
         mask = torch.where(mask.logical_not(), torch.tensor(-65504.0, dtype=dtype), torch.tensor(0.0, dtype=dtype))
@@ -193,7 +197,7 @@ def _flash_accepts(platform: Platform, call: AttentionCall) -> bool:
 
 
 def _flash(call: AttentionCall) -> Tensor:
-    """Heads are padded to a multiple of 8 (`pad_last_dim<8>` in attention.cpp), the result is cut back."""
+    """Run the flash kernel on heads padded to a multiple of 8 (`pad_last_dim<8>` in attention.cpp); trim the result."""
     head = call.query.shape[-1]
     missing = -head % 8
     tensors = (call.query, call.key, call.value)
@@ -231,7 +235,7 @@ def _efficient(call: AttentionCall) -> Tensor:
 
 
 def _bias(call: AttentionCall) -> Tensor | None:
-    """A boolean mask becomes an additive one, its last dimension padded to a multiple of 16.
+    """The mask as an additive one, its last dimension padded to a multiple of 16.
 
     Source: `convert_boolean_attn_mask` and `preprocess_mask` in attention.cpp.
     """
@@ -251,9 +255,9 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _math(call: AttentionCall) -> Tensor:
-    """One operator after the other, the mask added in place.
+    """Run the operators one after the other, and add the mask in place.
 
-    Source: `_scaled_dot_product_attention_math` in attention.cpp, which adds it out of place on fake tensors.
+    Source: `_scaled_dot_product_attention_math` in attention.cpp, which adds the mask out of place on fake tensors.
     """
     query, key, value, mask = call.query, call.key, call.value, call.mask
     dtype = query.dtype
@@ -274,7 +278,7 @@ def _math(call: AttentionCall) -> Tensor:
     weights = torch._safe_softmax(weights, -1)
     if call.dropout_p > 0:
         weights = torch.dropout(weights, call.dropout_p, True)
-    returned_beside = weights.to(dtype)  # the operator gives it to whoever debugs
+    returned_beside = weights.to(dtype)  # the operator also returns the weights
     result = (weights @ value).to(dtype)
     del returned_beside
     return result

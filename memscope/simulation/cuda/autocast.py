@@ -1,14 +1,14 @@
 """CUDA's autocast policy, on tensors that stand for CUDA tensors.
 
-A simulation traces CPU tensors, whose autocast casts other operators than CUDA's: on CUDA, softmax, pow, rsqrt, norms,
-sums and losses run in float32, on the CPU most of them do not. For the length of a simulation the differing operators
-get CUDA's policy, registered on the `AutocastCPU` key; operators with the same policy on both keep PyTorch's own kernel
-and its cache of cast weights.
+A simulation traces CPU tensors, and autocast on the CPU casts other operators than on CUDA: on CUDA, softmax, pow,
+rsqrt, norms, sums and losses run in float32; on the CPU, most of them do not. During a simulation, the operators that
+differ get CUDA's policy, registered under the `AutocastCPU` key. Operators with the same policy on both keep PyTorch's
+own kernel and its cache of cast weights.
 
-The lists are those of `AT_FORALL_LOWER_PRECISION_FP`, `AT_FORALL_FP32`, `AT_FORALL_FP32_SET_OPT_DTYPE`,
+The lists below are those of `AT_FORALL_LOWER_PRECISION_FP`, `AT_FORALL_FP32`, `AT_FORALL_FP32_SET_OPT_DTYPE`,
 `AT_FORALL_DIFFERENT_REDISPATCH_SIGNATURE` and `AT_FORALL_PROMOTE` in aten/src/ATen/autocast_mode.h, and of the
-`Autocast` block in aten/src/ATen/autocast_mode.cpp (PyTorch 2.13). A test holds them against the kernels registered in
-the PyTorch at hand.
+`Autocast` block in aten/src/ATen/autocast_mode.cpp (PyTorch 2.13). A test compares them with the kernels registered in
+the installed PyTorch.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ AutocastKernel = Callable[..., Any]
 
 
 def policies() -> dict[str, str]:
-    """Policy of each operator that CUDA's autocast treats.
+    """Return the policy of each operator that CUDA's autocast handles.
 
-    One of `same`, `lower`, `float32`, `output`, `append`, `widest`, `banned`.
+    A policy is one of `same`, `lower`, `float32`, `output`, `append`, `widest`, `banned`.
     """
     lists = {
         "same": _SAME_ON_CPU,
@@ -71,7 +71,7 @@ def policies() -> dict[str, str]:
 
 
 def registered(key: str) -> set[str]:
-    """Names of the aten operators that have a kernel for a dispatch key in the PyTorch at hand."""
+    """Return the names of the aten operators that have a kernel for a dispatch key in the installed PyTorch."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     return {
         name[6:]
@@ -82,12 +82,12 @@ def registered(key: str) -> set[str]:
 
 @contextlib.contextmanager
 def cuda_autocast_policy() -> Iterator[None]:
-    """Autocast on the CPU follows CUDA's policy, and `torch.autocast("cuda")` means it, until the context is left."""
+    """Make autocast on the CPU follow CUDA's policy, and `torch.autocast("cuda")` enable it, inside the context."""
     weights = _CastWeights()
     library = torch.library.Library("aten", "IMPL")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that these kernels override others is the purpose
+            warnings.simplefilter("ignore", UserWarning)  # these kernels override others on purpose
             for name, kernel in _kernels(weights):
                 library.impl(name, kernel, "AutocastCPU")
         with _autocast_cuda_means_cpu(), weights.cleared_with_autocast():
@@ -160,16 +160,17 @@ def _with_float32_output(op: Any, args: Any, kwargs: Any) -> Any:
 
 def _banned(*args: Any, **kwargs: Any) -> Any:
     raise RuntimeError(
-        "binary_cross_entropy and BCELoss are unsafe under CUDA autocast, where PyTorch refuses them: "
+        "binary_cross_entropy and BCELoss are unsafe under CUDA autocast, and PyTorch refuses them: "
         "use binary_cross_entropy_with_logits"
     )
 
 
 class _CastWeights:
-    """Casts of float32 weights, kept until autocast ends, as PyTorch's own cache does.
+    """Casts of float32 weights, kept until autocast ends, as in PyTorch's own cache.
 
-    Source: `cached_cast` in aten/src/ATen/autocast_mode.cpp. In inference mode 2.6 keeps them, 2.11 and 2.13 do not
-    (seen on a CPU, and with 2.11 on a GPU); the releases between were not tried, and are taken as 2.6.
+    Source: `cached_cast` in aten/src/ATen/autocast_mode.cpp. In inference mode, 2.6 keeps the casts, 2.11 and 2.13 do
+    not (observed on a CPU, and with 2.11 on a GPU). Releases between 2.6 and 2.11 were not tried and are treated as
+    2.6.
     """
 
     def __init__(self) -> None:
@@ -205,7 +206,7 @@ class _CastWeights:
 
 @contextlib.contextmanager
 def _autocast_cuda_means_cpu() -> Iterator[None]:
-    """`torch.autocast("cuda")` works on the stand-ins; who asks whether it is on, and in which dtype, is told so."""
+    """Make `torch.autocast("cuda")` act on the stand-ins, and queries of its state and dtype report it."""
     initialize, is_enabled, dtype_of = torch.autocast.__init__, torch.is_autocast_enabled, torch.get_autocast_dtype
 
     def on_standin(self: Any, device_type: str, dtype: torch.dtype | None = None, *args: Any, **kwargs: Any) -> None:

@@ -1,7 +1,7 @@
-"""What real kernels give back otherwise than fake tensors say: larger storages, other dtypes, another order of birth.
+"""Results of real kernels that differ from those of fake tensors: larger storages, other dtypes, another order.
 
-`FakeTensorMode` gets shapes right; a storage that keeps the size it was worked out in, or a tensor that stays on the
-host, matters to nobody but a count of memory.
+`FakeTensorMode` gets shapes right. A storage that keeps the size of an intermediate result, or a tensor that stays on
+the host, matters only when memory is counted.
 """
 
 from __future__ import annotations
@@ -24,20 +24,22 @@ ResultKernel = Callable[..., Any]
 
 
 def results(*, on_gpu: bool) -> Mapping[Any, ResultKernel]:
-    """By operator: what to call in its place on fake tensors, with the same arguments.
+    """Return, by operator, the function to call in its place on fake tensors, with the same arguments.
 
     Args:
-        on_gpu: whether the tensors stand for tensors on a GPU.
+        on_gpu: whether the fake tensors stand for GPU tensors.
     """
     return {**_ANYWHERE, **_ON_GPU} if on_gpu else _ANYWHERE
 
 
 def _keeps_size_of_input(operator: Any) -> ResultKernel:
-    """A loss that is reduced to one number in a storage as large as all losses.
+    """A loss of one number, in a storage as large as all losses.
 
-    The storage is made for the losses and then given the shape `[]`, which frees nothing. Source: the meta functions of
-    mse_loss and smooth_l1_loss and soft_margin_loss_out in aten/src/ATen/native/Loss.cpp, binary_cross_entropy_out_cpu
-    there and binary_cross_entropy_out_cuda in cuda/Loss.cu; a revision after 2.5 and one after 2.9.
+    The kernel allocates the storage for the losses and then resizes it to the shape `[]`, which frees nothing.
+
+    Source: the meta functions of mse_loss and smooth_l1_loss and soft_margin_loss_out in
+    aten/src/ATen/native/Loss.cpp, binary_cross_entropy_out_cpu there and binary_cross_entropy_out_cuda in cuda/Loss.cu;
+    a revision after 2.5 and one after 2.9.
     """
     names = [argument.name for argument in operator._schema.arguments]
 
@@ -53,10 +55,10 @@ def _keeps_size_of_input(operator: Any) -> ResultKernel:
 
 
 def _statistics_in_float32(operator: Any) -> ResultKernel:
-    """A norm whose mean and inverse deviation are kept in float32, be its input of 16 bits.
+    """A norm that keeps its mean and inverse deviation in float32, even for an input of 16 bits.
 
-    Source: layer_norm_cuda in aten/src/ATen/native/cuda/layer_norm_kernel.cu, batch_norm_cuda in cuda/Normalization.cu
-    (2.6 to 2.15); on a CPU they have the dtype of the input or the weights.
+    On a CPU, they have the dtype of the input or the weights. Source: layer_norm_cuda in
+    aten/src/ATen/native/cuda/layer_norm_kernel.cu, batch_norm_cuda in cuda/Normalization.cu (2.6 to 2.15).
     """
 
     def norm(*args: Any, **kwargs: Any) -> Any:
@@ -68,16 +70,16 @@ def _statistics_in_float32(operator: Any) -> ResultKernel:
 
 def _sparse(*args: Any, **kwargs: Any) -> Any:
     raise NotSimulated(
-        "sparse tensors, such as the gradient of nn.Embedding(sparse=True), cannot be simulated: how much of one is "
-        "left when equal indices are put together depends on values. Leave sparse out, or record a real run"
+        "sparse tensors, such as the gradient of nn.Embedding(sparse=True), cannot be simulated: their size after "
+        "equal indices are merged depends on values. Remove sparse=True, or record a real run"
     )
 
 
 def _value(tensor: Tensor) -> Any:
-    """A value that PyTorch's own Adafactor or ASGD reads: 1, as no memory depends on it.
+    """Return the value of a tensor; 1 where PyTorch's own Adafactor or ASGD reads it, since no memory depends on it.
 
-    Both only scale by what they read, but for ASGD's `mu != 1`, which is false before step `t0`, a million by default.
-    Source: torch/optim/_adafactor.py and asgd.py, 2.11 and 2.13.
+    Both optimizers only scale by what they read. The exception is ASGD's `mu != 1`, which is false before step `t0`, a
+    million by default. Source: torch/optim/_adafactor.py and asgd.py, 2.11 and 2.13.
     """
     is_known = getattr(tensor, "constant", None) is not None
     if not is_known and _asked_by_scaling_optimizer():
@@ -102,10 +104,10 @@ Order = tuple[int, ...]
 
 
 def _seed_and_offset_on_host(arguments: Mapping[str, Any], torch_version: tuple[int, int]) -> Order:
-    """Memory-efficient attention keeps seed and offset on the host.
+    """Order of the results of memory-efficient attention, which keeps seed and offset on the host.
 
-    Without dropout they are on the GPU, made before the rest, since pytorch/pytorch pull request 184166; which release
-    has it first was not found out: taken as 2.14. Source: _efficient_attention_forward in
+    Since pytorch/pytorch pull request 184166, without dropout, they are on the GPU and are created first. The first
+    release with this change is unknown and assumed to be 2.14. Source: _efficient_attention_forward in
     aten/src/ATen/native/transformers/cuda/attention.cu, revisions around 2.11 and after 2.15.
     """
     on_host = bool(arguments.get("dropout_p", 0.0)) or torch_version < (2, 14)
@@ -113,14 +115,14 @@ def _seed_and_offset_on_host(arguments: Mapping[str, Any], torch_version: tuple[
 
 
 OWN_ORDER: Mapping[str, Callable[[Mapping[str, Any], tuple[int, int]], Order]] = {
-    # dropout_cuda in aten/src/ATen/native/cuda/Dropout.cu, 2.6 to 2.15: the mask, then the result
+    # dropout_cuda in aten/src/ATen/native/cuda/Dropout.cu, 2.6 to 2.15: first the mask, then the result
     "aten.native_dropout.default": lambda arguments, torch_version: (1, 0),
     # _cudnn_attention_forward in attention.cu and run_cudnn_SDP_fprop in aten/src/ATen/native/cudnn/MHA.cpp, revisions
-    # of 2.9 to 2.15: seed and offset, then the result and the log-sum-exp
+    # of 2.9 to 2.15: first seed and offset, then the result and the log-sum-exp
     "aten._scaled_dot_product_cudnn_attention.default": lambda arguments, torch_version: (6, 7, 0, 1),
     "aten._scaled_dot_product_efficient_attention.default": _seed_and_offset_on_host,
 }
-"""Operator → which of its results are made on a GPU, in which order, by its arguments and the version of PyTorch."""
+"""Operator → function of its arguments and PyTorch's version that returns the results made on a GPU, in order."""
 
 _ANYWHERE: Mapping[Any, ResultKernel] = {
     **{

@@ -1,8 +1,8 @@
-"""What PyTorch does differently on CUDA, on tensors that stand for CUDA tensors.
+"""PyTorch's behavior on CUDA that differs from the CPU, applied to tensors that stand for CUDA tensors.
 
-A simulation runs fake CPU tensors (fake CUDA tensors abort a CPU build, and their backward needs a GPU even in a CUDA
-build). Inside `cuda_semantics` those tensors are treated as PyTorch treats CUDA tensors; each difference has its source
-here. On leaving, also by an exception, everything is as it was.
+A simulation runs fake CPU tensors: fake CUDA tensors abort a CPU build, and their backward pass needs a GPU even in a
+CUDA build. Inside `cuda_semantics`, PyTorch treats those tensors as it treats CUDA tensors; each difference has its
+source here. PyTorch is restored when the context is left, also by an exception.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ aten = torch.ops.aten
 
 @contextlib.contextmanager
 def cuda_semantics(capability: tuple[int, int]) -> Iterator[None]:
-    """CPU tensors are treated as CUDA tensors of a GPU with the compute capability `(major, minor)`."""
+    """Treat CPU tensors as CUDA tensors of a GPU with the compute capability `(major, minor)`."""
     with cuda_autocast_policy(), _gpu_kernels(Platform.at_hand(capability)), _optimizers_of_a_gpu():
         yield
 
 
 @contextlib.contextmanager
 def fake_tensors_use_foreach() -> Iterator[None]:
-    """PyTorch lets only exact `Tensor` and `Parameter` use foreach kernels; a fake one stands for such.
+    """Let fake tensors use foreach kernels, which PyTorch allows only for exact `Tensor` and `Parameter`.
 
     Source: `_foreach_supported_types` in torch/utils/_foreach_utils.py and torch/optim/optimizer.py (2.6 to 2.13).
     """
@@ -55,11 +55,12 @@ def fake_tensors_use_foreach() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _optimizers_of_a_gpu() -> Iterator[None]:
-    """Optimizers take their foreach implementation by default, and may be capturable.
+    """Let optimizers default to their foreach implementation, and be capturable.
 
-    Foreach has temporaries as large as what it updates; a capturable optimizer keeps its step counters on the device.
-    Source: what `_default_to_fused_or_foreach` in torch/optim/optimizer.py (2.6 to 2.13) and each optimizer's module
-    (2.13) ask about the device; each looks the function up among its own names.
+    The foreach implementation makes temporaries as large as the tensors it updates. A capturable optimizer keeps its
+    step counters on the device. Source: the queries for supported devices in `_default_to_fused_or_foreach` of
+    torch/optim/optimizer.py (2.6 to 2.13) and in each optimizer's module (2.13). Every module has its own name for the
+    functions, so they are replaced in each.
     """
     with contextlib.ExitStack() as scopes:
         for name in ("_get_foreach_kernels_supported_devices", "_get_capturable_supported_devices"):
@@ -84,7 +85,7 @@ def _gpu_kernels(platform: Platform) -> Iterator[None]:
     library = torch.library.Library("aten", "IMPL")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that these kernels override others is the purpose
+            warnings.simplefilter("ignore", UserWarning)  # these kernels override others on purpose
             for name, kernel in kernels.items():
                 for key in ("AutogradCPU", "CPU"):
                     library.impl(name, kernel, key)
@@ -114,7 +115,7 @@ def _attention(platform: Platform) -> Callable[..., Tensor]:
 
 
 def _dropout(tensor: Tensor, p: float, train: bool) -> Tensor:
-    """One kernel that keeps a one-byte mask.
+    """Dropout as one kernel, which keeps a mask of one byte per element.
 
     Source: `is_fused_kernel_acceptable`, aten/src/ATen/native/Dropout.cpp (2.0 to 2.13).
     """
@@ -126,11 +127,12 @@ def _dropout(tensor: Tensor, p: float, train: bool) -> Tensor:
 
 
 def _fused_rms_norm() -> dict[str, Callable[..., Any]]:
-    """One kernel, which keeps its input, its weight and the inverse root mean square of each row, in float32.
+    """RMS norm as one kernel, which keeps its input, its weight and each row's inverse root mean square, in float32.
 
-    With a kernel for their device autograd takes the operators whole, by its own formula; without one, as on a CPU, it
-    takes them apart. Source: `rms_norm_symint` in aten/src/ATen/native/layer_norm.cpp and `_fused_rms_norm_cuda` in
-    cuda/layer_norm_kernel.cu, revisions after 2.9 and 2.15; PyTorch before 2.9 has no such kernel.
+    Where the device has a kernel, autograd differentiates the operator by a formula of its own; where it has none, as
+    on a CPU, PyTorch decomposes the operator. Source: `rms_norm_symint` in aten/src/ATen/native/layer_norm.cpp and
+    `_fused_rms_norm_cuda` in cuda/layer_norm_kernel.cu, revisions after 2.9 and 2.15; PyTorch before 2.9 has no such
+    kernel.
     """
     names = ("_fused_rms_norm", "_fused_rms_norm_backward")
     if not all(hasattr(aten, name) for name in names):
@@ -140,6 +142,6 @@ def _fused_rms_norm() -> dict[str, Callable[..., Any]]:
 
 def _refused_rnn(*args: Any) -> Any:
     raise NotSimulated(
-        "nn.LSTM, nn.GRU and nn.RNN are run by cuDNN on a GPU, and what cuDNN keeps for the backward pass "
-        "(its reserve space) only cuDNN can say. Record a real run: --device cuda, or simulate --device cpu"
+        "cuDNN runs nn.LSTM, nn.GRU and nn.RNN on a GPU, and only cuDNN knows the size of the reserve space it keeps "
+        "for the backward pass. Record a real run with --device cuda, or simulate --device cpu"
     )

@@ -1,6 +1,6 @@
-"""Workspaces of scaled dot-product attention: flash, memory-efficient, cuDNN and plain, forward and backward.
+"""Workspaces of scaled dot-product attention: flash, memory-efficient, cuDNN and math kernels, forward and backward.
 
-Arguments as in aten: query, key, value, out and grad_out are [batch, heads, sequence, head size].
+Arguments have the shapes of aten: query, key, value, out and grad_out are [batch, heads, sequence, head size].
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _up(size: int, multiple: int) -> int:
 
 
 def _head_size_rounded(size: int, torch: tuple[int, int]) -> int:
-    """As the flash kernels lay out fp32 buffers: multiples of 32; from 2.11 on multiples of 64 beyond 128.
+    """Head size in the fp32 buffers of flash kernels: a multiple of 32; from 2.11 on, above 128, a multiple of 64.
 
     Source: mha_fwd and mha_bwd in flash_api.cpp, 2.6.0. The later rule was read from the libraries of 2.11.0, 2.13.0
         and 2.15.0, the earlier one from those of 2.6.0 to 2.10.0.
@@ -39,7 +39,7 @@ def _head_size_rounded(size: int, torch: tuple[int, int]) -> int:
 
 
 def flash_forward(call: Call) -> list[Workspace]:
-    """Accumulators, where too few thread blocks would run and the keys are split among more.
+    """Accumulators of a split-KV run, which splits the keys among more thread blocks when there are too few of them.
 
     Source: set_params_splitkv in flash_api.cpp, 2.6.0; its constants checked in 2.13.0.
     """
@@ -48,7 +48,7 @@ def flash_forward(call: Call) -> list[Workspace]:
     if call.get("dropout_p", 0.0) > 0 or not (queries and keys):
         return []
     if queries == 1 and heads > key_heads and size % 8 == 0:
-        queries, heads = heads // key_heads, key_heads  # grouped heads of a single query are laid out as queries
+        queries, heads = heads // key_heads, key_heads  # flash lays out the grouped heads of a single query as queries
     keys_per_block = 256 if size <= 64 else 128 if size <= 128 else 64
     blocks = batch * heads * -(-queries // 64)
     splits = _splits(blocks, 2 * call.device.multiprocessors, -(-keys // keys_per_block))
@@ -62,7 +62,7 @@ def flash_forward(call: Call) -> list[Workspace]:
 
 
 def _splits(blocks: int, multiprocessors: int, key_blocks: int) -> int:
-    """The smallest number of splits with 85 % of the best occupancy (num_splits_heuristic, at most 128 splits)."""
+    """Smallest number of splits, at most 128, that reaches 85 % of the best efficiency (num_splits_heuristic)."""
     if blocks >= 0.8 * multiprocessors:
         return 1
     efficiency = {}
@@ -75,11 +75,12 @@ def _splits(blocks: int, multiprocessors: int, key_blocks: int) -> int:
 
 
 def flash_backward(call: Call) -> list[Workspace]:
-    """fp32 accumulator of dQ, row sums of dO · O, and dK and dV of every query head where heads are grouped.
+    """fp32 accumulator of dQ, row sums of dO · O, and, where heads are grouped, dK and dV of every query head.
+
+    Deterministic mode has one accumulator of dQ for each group of thread blocks.
 
     Source: mha_bwd in flash_api.cpp and _flash_attention_backward in attention_backward.cu, 2.6.0; allocations and
-        roundings checked in 2.11.0, 2.13.0 and 2.15.0. Deterministic mode has one accumulator of dQ for each group of
-        thread blocks.
+        roundings checked in 2.11.0, 2.13.0 and 2.15.0.
     """
     query, key = call.tensor("query"), call.tensor("key")
     (batch, heads, queries, size), (key_heads, keys) = query.shape, key.shape[1:3]
@@ -96,9 +97,9 @@ def flash_backward(call: Call) -> list[Workspace]:
 
 
 def cudnn_backward(call: Call) -> list[Workspace]:
-    """fp32 accumulator of dQ and row sums of dO · O in one buffer; a copy of dO whose rows have gaps.
+    """fp32 accumulator of dQ and row sums of dO · O in one buffer; a copy of dO if its rows have gaps.
 
-    An estimate: the kernel that cuDNN chooses may take more in the same buffer.
+    The size of the buffer is an estimate: the kernel that cuDNN chooses may take more in it.
 
     Source: run_cudnn_SDP_bprop in aten/src/ATen/native/cudnn/MHA.cpp, several revisions of 2.9 to 2.15, and
         get_fe_workspace_size_node of the backward node in
@@ -115,7 +116,7 @@ def cudnn_backward(call: Call) -> list[Workspace]:
 
 
 def safe_softmax(call: Call) -> list[Workspace]:
-    """The softmax before its fully masked rows are replaced, and where they are.
+    """The softmax before its fully masked rows are replaced, and the masks that find those rows.
 
     Source: _safe_softmax in aten/src/ATen/native/transformers/attention.cpp, a revision after 2.5.
     """
@@ -133,7 +134,7 @@ def safe_softmax(call: Call) -> list[Workspace]:
 
 
 def efficient_forward(call: Call) -> list[Workspace]:
-    """An fp32 accumulator of the output, where it is 16-bit and a head is larger than 128.
+    """An fp32 accumulator of the output, if the dtype has 16 bits and a head is larger than 128.
 
     Source: _efficient_attention_forward in attention.cu and kNeedsOutputAccumulatorBuffer in
         mem_eff_attention/kernel_forward.h, 2.6.0.
@@ -146,11 +147,12 @@ def efficient_forward(call: Call) -> list[Workspace]:
 
 
 def efficient_backward(call: Call) -> list[Workspace]:
-    """Row sums of dO · O and staging memory of the kernel for dQ, and for dK and dV where they do not fit in registers.
+    """Row sums of dO · O, and the kernel's staging memory for dQ, and for dK and dV where registers cannot hold them.
+
+    With grouped heads (2.15), the source applies only in part, so the sizes are estimates.
 
     Source: _efficient_attention_backward in attention_backward.cu and workspace_size in
-        mem_eff_attention/kernel_backward.h, 2.6.0. With grouped heads (2.15) what was read holds only in part: an
-        estimate.
+        mem_eff_attention/kernel_backward.h, 2.6.0.
     """
     query, key, value, grad = (call.tensor(name) for name in ("query", "key", "value", "grad_out_"))
     (batch, heads, queries, size), (key_heads, keys), value_size = query.shape, key.shape[1:3], value.shape[-1]
@@ -176,7 +178,7 @@ def efficient_backward(call: Call) -> list[Workspace]:
         if not no_staged_keys:
             splits = max(1, min(splits, 200 // (batch * heads)))
     staged_keys = 0 if no_staged_keys else splits * block_j * (_up(size, block_i) + _up(value_size, block_i))
-    # An fp32 gradient needs no staging on Pascal, whose kernel does not split the keys.
+    # On Pascal, whose kernel does not split the keys, an fp32 gradient needs no staging.
     staged = call.device.capability >= (7, 0) or query.item_bytes == 2
     tiles = -(-queries // block_i) * -(-size // block_j) if staged else 0
     size_bytes = 4 * batch * heads * _up(staged_keys + tiles * (4 + block_i * block_j), 4)
@@ -187,11 +189,15 @@ def efficient_backward(call: Call) -> list[Workspace]:
 
 
 def _efficient_kernel(call: Call, size: int) -> tuple[int, int, bool, bool] | None:
-    """The first backward kernel that fits: blocks of queries and of keys, dK and dV without staging, own row sums.
+    """The first backward kernel that fits the device; None: no kernel exists (bfloat16 before Ampere).
+
+    Returns:
+        Queries per thread block, keys per thread block, whether dK and dV need no staging, and whether the kernel
+        computes the row sums itself.
 
     Source: dispatch_cutlassB in mem_eff_attention/kernels/cutlassB.h, kOutputInRF and kKernelComputesDelta in
         kernel_backward.h, 2.6.0; the kernels' shared memory, compared with the device's, from the library of 2.13.0
-        (2.6.0 for compute capability 8.0 has the same). None where there is none: bfloat16 before Ampere.
+        (that of 2.6.0 has the same values for compute capability 8.0).
     """
     query = call.tensor("query")
     capability, shared = call.device.capability, limits(call.device).shared_bytes_per_block

@@ -1,4 +1,4 @@
-"""Workspaces of matrix products: of the cuBLAS handle of each thread and stream, and of cuBLASLt."""
+"""Workspaces of matrix products: those of cuBLAS handles, one per thread and stream, and those of cuBLASLt."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ _OPERANDS = {
 
 
 def gemm(call: Call) -> list[Workspace]:
-    """A matrix or vector product: copies of operands cuBLAS cannot read as they lie, then its workspace.
+    """A matrix or vector product: copies of operands whose strides cuBLAS cannot read, then the library's workspace.
 
-    Source: prepare_matrix_for_cublas and prepare_batch_matrix_for_cublas in Blas.cpp, 2.6.0. Empty products call no
-        library.
+    Empty products call no library.
+
+    Source: prepare_matrix_for_cublas and prepare_batch_matrix_for_cublas in Blas.cpp, 2.6.0.
     """
     operands = {name: call.tensor(name) for name in _OPERANDS[call.op]}
     if any(tensor.numel == 0 for tensor in operands.values()):
@@ -41,7 +42,7 @@ def gemm(call: Call) -> list[Workspace]:
 
 
 def _readable(tensor: TensorMeta) -> bool:
-    """Whether rows or columns of the last two dimensions lie together, at a distance that holds one of them."""
+    """Whether, in the last two dimensions, rows or columns are contiguous and do not overlap."""
     if tensor.strides is None or len(tensor.shape) < 2:
         return True
     (rows, columns), (down, right) = tensor.shape[-2:], tensor.strides[-2:]
@@ -52,9 +53,9 @@ def _readable(tensor: TensorMeta) -> bool:
 def _bias_in_epilogue(call: Call) -> bool:
     """Whether `addmm` goes through cuBLASLt, which adds the bias itself.
 
-    Source: useLtInterface in Blas.cpp, 2.6.0; isInputCompliesAddmmCudaLt in a revision after 2.9, which also asks for
-        more than one row and column of `mat1`. For a `mat1` with one of either the versions between are not known: the
-        later rule is taken from 2.10 on.
+    Source: useLtInterface in Blas.cpp, 2.6.0; isInputCompliesAddmmCudaLt in a revision after 2.9, which also requires
+        more than one row and column of `mat1`. The versions between were not read; the later rule is assumed from 2.10
+        on.
     """
     bias, left, right = call.tensor("self"), call.tensor("mat1"), call.tensor("mat2")
     return (
@@ -69,7 +70,7 @@ def _bias_in_epilogue(call: Call) -> bool:
 
 
 def _cublas_bytes(call: Call) -> int:
-    """Workspace of a handle: 2 × 4096 KiB + 8 × 16 KiB, or 32 MiB on newer architectures.
+    """Bytes of a handle's workspace: 2 × 4096 KiB + 8 × 16 KiB, or 32 MiB on newer architectures.
 
     Source: parseChosenWorkspaceSize in CublasHandlePool.cpp, 2.6.0 and later revisions. Checked in 2.6.0, 2.9.1 and
         2.11.0 (32 MiB for 9.0 only), 2.12.1 and 2.13.0 (9.x, 10.x, 12.x), 2.14.1 and 2.15.0 (9.x to 12.x).
@@ -87,10 +88,13 @@ def _cublas_bytes(call: Call) -> int:
 
 
 def _cublas(call: Call) -> Workspace:
-    """Kept by thread and stream up to 2.14; from 2.15 on each product's own, unless TORCH_CUBLAS_WORKSPACE_CACHE=1.
+    """The workspace of cuBLAS.
 
-    Source: setWorkspaceForHandle and getCurrentCUDABlasHandleWithWorkspace in CublasHandlePool.cpp; 2.15.0's library
-        has the latter, those up to 2.14.1 have not.
+    - up to 2.14: kept, one per thread and stream
+    - from 2.15: allocated and freed by each product, unless TORCH_CUBLAS_WORKSPACE_CACHE=1
+
+    Source: setWorkspaceForHandle and getCurrentCUDABlasHandleWithWorkspace in CublasHandlePool.cpp; the library of
+        2.15.0 has the latter, those up to 2.14.1 do not.
     """
     if call.torch >= (2, 15) and not call.settings.cached:
         return Workspace("cuBLAS workspace", _cublas_bytes(call), "op", _POOL)
@@ -98,15 +102,15 @@ def _cublas(call: Call) -> Workspace:
 
 
 def _cublaslt(call: Call) -> list[Workspace]:
-    """The workspace of cuBLASLt: 1 MiB, or a part of cuBLAS's.
+    """The workspace of cuBLASLt: 1 MiB, or a part of the cuBLAS handle's.
 
-    - up to 2.8: taken and freed by each product, beside the handle's, which the call sets up too
-    - 2.9 to 2.11: kept, beside the handle's; TORCH_CUBLASLT_UNIFIED_WORKSPACE=1 makes it a part of the handle's
+    - up to 2.8: allocated and freed by each product, in addition to the handle's, which the call also sets up
+    - 2.9 to 2.11: kept, in addition to the handle's; TORCH_CUBLASLT_UNIFIED_WORKSPACE=1 makes it a part of the handle's
     - 2.12 to 2.14: a part of the handle's unless TORCH_CUBLASLT_UNIFIED_WORKSPACE=0
-    - from 2.15: taken and freed by each product, alone; with TORCH_CUBLAS_WORKSPACE_CACHE=1 as 2.14
+    - from 2.15: allocated and freed by each product, alone; with TORCH_CUBLAS_WORKSPACE_CACHE=1, as in 2.14
 
     Source: gemm_and_bias in aten/src/ATen/cuda/CUDABlas.cpp, 2.6.0; getCUDABlasLtWorkspace in CublasHandlePool.cpp,
-        later revisions. Which release has which was read from the libraries of 2.6.0, 2.7.1, 2.8.0, 2.9.1, 2.10.0,
+        later revisions. The releases with each rule were read from the libraries of 2.6.0, 2.7.1, 2.8.0, 2.9.1, 2.10.0,
         2.11.0, 2.12.1, 2.13.0, 2.14.1 and 2.15.0.
     """
     settings, version = call.settings, call.torch

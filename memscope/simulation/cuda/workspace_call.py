@@ -1,4 +1,4 @@
-"""One call of an operator as the workspace tables see it, and what they answer. Needs no torch."""
+"""The call of an operator in the form that the kernel workspace model reads. Needs no torch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _ITEM_BYTES = {
 
 @dataclass(frozen=True)
 class TensorMeta:
-    """A tensor without its values."""
+    """Shape, dtype and strides of a tensor."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -54,7 +54,7 @@ class TensorMeta:
 
     @property
     def accumulate_bytes(self) -> int:
-        """Bytes of an element of the type it is summed in: float32 for 16-bit floats (toOpMathType), else its own."""
+        """Bytes of an element in the dtype of sums: float32 for 16-bit floats (toOpMathType), else its own dtype."""
         return 4 if self.dtype in ("float16", "bfloat16") else self.item_bytes
 
     @property
@@ -69,7 +69,7 @@ class TensorMeta:
 
     @property
     def is_contiguous(self) -> bool:
-        """As `torch.Tensor.is_contiguous`: strides of dimensions of size 1 do not matter."""
+        """Same as `torch.Tensor.is_contiguous`: strides of dimensions of size 1 do not matter."""
         if self.strides is None or self.numel == 0:
             return True
         step = 1
@@ -80,7 +80,7 @@ class TensorMeta:
         return True
 
     def transposed(self, first: int, second: int) -> TensorMeta:
-        """The view with two dimensions exchanged."""
+        """Return the view with two dimensions exchanged."""
         strides = list(self.strides or (math.prod(self.shape[dim + 1 :]) for dim in range(len(self.shape))))
         shape = list(self.shape)
         shape[first], shape[second] = shape[second], shape[first]
@@ -99,18 +99,18 @@ class KernelSettings:
     unified: bool | None = None
     """TORCH_CUBLASLT_UNIFIED_WORKSPACE: cuBLASLt uses cuBLAS's workspace (PyTorch 2.8 and later)."""
     cached: bool | None = None
-    """TORCH_CUBLAS_WORKSPACE_CACHE: workspaces are kept (PyTorch 2.15 and later)."""
+    """TORCH_CUBLAS_WORKSPACE_CACHE: workspaces are kept between calls (PyTorch 2.15 and later)."""
     addmm_lt: bool = True
-    """Whether `addmm` may use cuBLASLt: not with DISABLE_ADDMM_CUDA_LT=1."""
+    """Whether `addmm` may use cuBLASLt; DISABLE_ADDMM_CUDA_LT=1 forbids it."""
     deterministic: bool = False
     """torch.use_deterministic_algorithms(True)."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str], *, deterministic: bool = False) -> KernelSettings:
-        """What the environment variables say.
+        """Read the settings from environment variables.
 
         Raises:
-            UsageError: for a value that cannot be read. PyTorch would warn and use its default.
+            UsageError: a value cannot be parsed. PyTorch would warn and use its default.
         """
         return cls(
             cublas_bytes=_workspace_config(environment.get("CUBLAS_WORKSPACE_CONFIG")),
@@ -123,7 +123,7 @@ class KernelSettings:
 
 
 def _workspace_config(text: str | None) -> int | None:
-    """`:4096:2:16:8` is 2 × 4096 KiB + 8 × 16 KiB (parseChosenWorkspaceSize in ATen/cuda/CublasHandlePool.cpp)."""
+    """Parse `:4096:2:16:8`: 2 × 4096 KiB + 8 × 16 KiB (parseChosenWorkspaceSize in ATen/cuda/CublasHandlePool.cpp)."""
     if text is None:
         return None
     pairs = re.findall(r":(\d+):(\d+)", text)
@@ -149,7 +149,7 @@ def _flag(environment: Mapping[str, str], name: str) -> bool | None:
 
 @dataclass(frozen=True)
 class Call:
-    """An operator without overload, what it is called with, and where it runs."""
+    """A call of an operator: its name without overload, its arguments, and the device and PyTorch it runs on."""
 
     op: str
     arguments: Mapping[str, Any]
@@ -158,23 +158,24 @@ class Call:
     settings: KernelSettings
 
     def tensor(self, name: str) -> TensorMeta:
-        """The tensor argument `name`."""
+        """Return the tensor argument `name`."""
         found = self.arguments[name]
         assert isinstance(found, TensorMeta), f"{self.op}: {name} is {found!r}"
         return found
 
     def get(self, name: str, default: Any = None) -> Any:
-        """Any argument."""
+        """Return the argument `name`, or `default` if the call does not give it."""
         return self.arguments.get(name, default)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Two limits of a compute capability, and whether they are known for it or those of the nearest lower one."""
+    """Two limits of a compute capability."""
 
     shared_bytes_per_block: int
     threads_per_multiprocessor: int
     exact: bool = True
+    """Whether the limits are known for this compute capability; else they are those of the nearest lower one."""
 
 
 # CUDA C++ Programming Guide, "Technical Specifications per Compute Capability": shared memory a block can opt in to,
@@ -193,15 +194,15 @@ _LIMITS = {
 
 
 def limits(device: Device) -> Limits:
-    """The limits of a device's compute capability."""
+    """Return the limits of a device's compute capability."""
     lower = max((known for known in _LIMITS if known <= device.capability), default=min(_LIMITS))
     return Limits(*_LIMITS[lower], exact=lower == device.capability)
 
 
 def describe(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call seen by a dispatch mode, by the names of the operator's schema, without their values.
+    """Return the arguments of a call, as a dispatch mode receives it, by their names in the operator's schema.
 
-    Tensors become `TensorMeta`, lists tuples, dtypes PyTorch's names without `torch.`.
+    Tensors become `TensorMeta`, lists become tuples, and dtypes become PyTorch's names without `torch.`.
     """
     names = [argument.name for argument in func._schema.arguments]
     return {name: _described(value) for name, value in [*zip(names, args, strict=False), *kwargs.items()]}
@@ -217,14 +218,14 @@ def _described(value: Any) -> Any:
 
 
 def contiguous_copy(name: str, tensor: TensorMeta, source: str) -> list[Workspace]:
-    """The copy a kernel makes of an argument that it needs contiguous; nothing for one that is."""
+    """The copy a kernel makes of an argument that must be contiguous; empty if it already is."""
     if tensor.is_contiguous:
         return []
     return [Workspace(f"contiguous copy of {name}", tensor.size_bytes, "op", source, before_outputs=True)]
 
 
 def broadcast(*shapes: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape that all of them are expanded to."""
+    """Return the shape to which PyTorch expands all of the given shapes."""
     rank = max(map(len, shapes))
     padded = [(1,) * (rank - len(shape)) + shape for shape in shapes]
     return tuple(next((size for size in sizes if size != 1), 1) for sizes in zip(*padded, strict=True))

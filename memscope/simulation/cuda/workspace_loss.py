@@ -1,7 +1,7 @@
-"""Workspaces of loss functions: what is as large as their input before it becomes one number.
+"""Workspaces of loss functions: intermediate tensors as large as the input, before its losses become one number.
 
-The result of some keeps that size: see `memscope.simulation.cuda.kernel_results`. Sums and means inside take what
-`workspace_reduce.reduction` says.
+The result of some losses keeps that size: see `memscope.simulation.cuda.kernel_results`. The workspaces of the sums and
+means inside are those of `workspace_reduce.reduction`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ __all__ = [
 
 _LOSS = "aten/src/ATen/native/Loss.cpp"
 _MEAN = 1
-"""at::Reduction::Mean, the default of every loss; 0 is none, 2 the sum."""
+"""at::Reduction::Mean, the default of every loss; 0 is None, 2 is Sum."""
 
 
 def _losses(call: Call) -> TensorMeta | None:
-    """The losses of all elements; None when they are not reduced."""
+    """The losses of all elements; None: the losses are not reduced."""
     values, target = call.tensor("self"), call.tensor("target")
     if not call.get("reduction", _MEAN):
         return None
@@ -40,7 +40,7 @@ def _reduce(call: Call, losses: TensorMeta) -> list[Workspace]:
 
 
 def reduced_in_place(call: Call) -> list[Workspace]:
-    """mse_loss and smooth_l1_loss: the losses are made beside a result that is as large.
+    """mse_loss and smooth_l1_loss: the losses, in addition to a result of the same size.
 
     Source: mse_loss_out and smooth_l1_loss_out in Loss.cpp, a revision after 2.5 and one after 2.9.
     """
@@ -49,7 +49,7 @@ def reduced_in_place(call: Call) -> list[Workspace]:
 
 
 def reduced_afterwards(call: Call) -> list[Workspace]:
-    """binary_cross_entropy and soft_margin_loss: the losses are made in the result, their mean beside it.
+    """binary_cross_entropy and soft_margin_loss: the mean of the losses; the losses themselves are in the result.
 
     Source: binary_cross_entropy_out_cuda in aten/src/ATen/native/cuda/Loss.cu and soft_margin_loss_out in Loss.cpp, a
         revision after 2.5 and one after 2.9.
@@ -59,7 +59,7 @@ def reduced_afterwards(call: Call) -> list[Workspace]:
 
 
 def huber_loss(call: Call) -> list[Workspace]:
-    """The losses, from which a result of one number is made.
+    """The losses, before they are reduced to a result of one number.
 
     Source: huber_loss in Loss.cpp, a revision after 2.5 and one after 2.9.
     """
@@ -70,7 +70,7 @@ def huber_loss(call: Call) -> list[Workspace]:
 
 
 def binary_cross_entropy_with_logits(call: Call) -> list[Workspace]:
-    """log(sigmoid(x)), its weights where positives have some, and the losses.
+    """log(sigmoid(x)), its weights if `pos_weight` is given, and the losses.
 
     Source: binary_cross_entropy_with_logits in Loss.cpp, a revision after 2.5 and one after 2.9.
     """
@@ -90,7 +90,7 @@ def binary_cross_entropy_with_logits(call: Call) -> list[Workspace]:
 
 
 def soft_margin_loss_backward(call: Call) -> list[Workspace]:
-    """exp(-target * x), by way of the product's two factors.
+    """The negated target, its product with x, and the exponential of the product.
 
     Source: soft_margin_loss_backward_out in Loss.cpp, a revision after 2.5 and one after 2.9.
     """

@@ -1,4 +1,4 @@
-"""Workspaces of reductions: norms of many tensors, gradients of norms' weights, sums and means."""
+"""Workspaces of reductions: norms of many tensors, gradients of normalization weights, sums, means and extrema."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ __all__ = ["extremum", "foreach_norm", "norm_backward", "reduction"]
 
 
 def foreach_norm(call: Call) -> list[Workspace]:
-    """Norms of many tensors (gradient clipping): a partial result for each 65536 elements of the longest tensor.
+    """Norms of many tensors (gradient clipping): per tensor, one partial result per 65536 elements of the longest one.
+
+    Norms of other orders than 1, 2 and infinity, and of mixed dtypes, run tensor by tensor and take no workspace here.
 
     Source: foreach_tensor_norm_cuda in aten/src/ATen/native/cuda/ForeachReduceOp.cu, 2.6.0; kChunkSize in
-        MultiTensorApply.cuh, 2.6.0, 2.11.0, 2.13.0 and 2.15.0. Other norms than 1, 2 and infinity, and mixed dtypes, go
-        tensor by tensor and take nothing here.
+        MultiTensorApply.cuh, 2.6.0, 2.11.0, 2.13.0 and 2.15.0.
     """
     tensors: tuple[TensorMeta, ...] = tuple(call.get("self"))
     order = call.get("ord", 2)
@@ -28,10 +29,10 @@ def foreach_norm(call: Call) -> list[Workspace]:
 
 
 def norm_backward(call: Call) -> list[Workspace]:
-    """Weight gradients of layer and RMS norm over very many short rows go through partial sums of 32 rows.
+    """Weight gradients of layer and RMS norm over very many short rows: partial sums of 32 rows.
 
-    Source: LaunchGammaBetaBackwardCUDAKernel in aten/src/ATen/native/cuda/layer_norm_kernel.cu; it is in the libraries
-        of 2.8.0 to 2.15.0, not in 2.6.0 and 2.7.1.
+    Source: LaunchGammaBetaBackwardCUDAKernel in aten/src/ATen/native/cuda/layer_norm_kernel.cu; the libraries of 2.8.0
+        to 2.15.0 have this path, those of 2.6.0 and 2.7.1 do not.
     """
     values, weight = call.tensor("input"), call.get("weight")
     width = math.prod(call.get("normalized_shape"))
@@ -50,15 +51,16 @@ def norm_backward(call: Call) -> list[Workspace]:
 
 
 def reduction(call: Call) -> list[Workspace]:
-    """Sum, mean, or maximum with its place, over the outermost, the innermost or all dimensions of a dense tensor.
+    """Sum, mean, or extremum with its index, over the outermost, the innermost or all dimensions of a dense tensor.
 
-    The workspace is where thread blocks share a result. It is there from 256 values a thread on: the gradient of a bias
-    or of a norm's weight over 1024 tokens or more, the maximum of each row of logits that lie column by column. Its
-    size counts outputs once too often, so that it reaches 64 MiB and more. Other layouts with 256 values or more for an
-    output are not modelled.
+    The workspace is the buffer through which thread blocks share a result. PyTorch allocates it from 256 values per
+    thread on: for example, for the gradient of a bias or a normalization weight over 1024 tokens or more, or for the
+    maximum of each row of column-major logits. PyTorch's formula for its size counts outputs once too often, so the
+    buffer reaches 64 MiB and more. Other layouts with 256 values or more per output are not modelled.
 
     Source: setReduceConfig, global_memory_size and semaphore_size in aten/src/ATen/native/cuda/Reduce.cuh, 2.6.0,
-        2.11.0, 2.13.0, 2.15.0. The 16 bytes of a maximum are its value and its 64-bit place: seen on a GPU with 2.6.
+        2.11.0, 2.13.0, 2.15.0. The 16 bytes of a maximum are its value and its 64-bit index: measured on a GPU with
+        2.6.
     """
     values, asked = call.tensor("self"), call.get("dim")
     order = _outermost_first(values)
@@ -73,7 +75,7 @@ def reduction(call: Call) -> list[Workspace]:
         return []
     inputs = math.prod(values.shape[dim] for dim in dims)
     outputs = values.numel // inputs
-    across = trailing  # threads side by side share a sum, else they make neighbouring outputs
+    across = trailing  # adjacent threads share one sum; else they compute adjacent outputs
     vector = 1 if across else next(size for size in (4, 2, 1) if outputs % size == 0)
     first, second = (inputs // 4 if inputs >= 128 else inputs, outputs) if across else (outputs // vector, inputs)
     most = 512 // vector
@@ -96,7 +98,7 @@ def reduction(call: Call) -> list[Workspace]:
     shared_bytes = 16 if call.op in ("aten.max", "aten.min") else values.accumulate_bytes
     size_bytes = shared_bytes * outputs * splits * (1 if across else width * vector)
     source = "aten/src/ATen/native/cuda/Reduce.cuh"
-    estimate = values.size_bytes >= 2**31 or not known.exact  # from there on in parts, each with buffers of its own
+    estimate = values.size_bytes >= 2**31 or not known.exact  # larger ones are split in parts with buffers of their own
     return [
         Workspace("sums of thread blocks", size_bytes, "op", source, estimate=estimate),
         Workspace("semaphores", 4 * grid, "op", source, estimate=estimate),
@@ -104,12 +106,12 @@ def reduction(call: Call) -> list[Workspace]:
 
 
 def extremum(call: Call) -> list[Workspace]:
-    """Maximum or minimum along a dimension, with its place; one of all values, without a place, is not modelled."""
+    """Maximum or minimum along a dimension, with its index; the extremum of a whole tensor is not modelled."""
     return reduction(call) if "dim" in call.arguments else []
 
 
 def _outermost_first(tensor: TensorMeta) -> list[int] | None:
-    """Dimensions of more than one element as they lie in memory; None where they leave gaps or overlap."""
+    """Dimensions of more than one element, in order of decreasing stride; None: the layout has gaps or overlaps."""
     dims = [dim for dim, size in enumerate(tensor.shape) if size != 1]
     if tensor.strides is None:
         return dims

@@ -1,9 +1,9 @@
-"""Memory that CUDA kernels take inside themselves, through PyTorch's allocator: seen by no dispatch mode.
+"""The kernel workspace model: memory that CUDA kernels take from PyTorch's allocator, which no dispatch mode sees.
 
-Each family of operators has one function below, with the source its sizes were read from: file and PyTorch version.
-"Checked in" names versions whose released library was found to have the same constants. What cannot be known exactly is
-marked `estimate`, or is in `NOT_MODELLED` with the reason; nothing else is left out knowingly. Operators without an
-entry in either take nothing hidden. Sizes are bytes as requested: the allocator rounds them.
+Each family of operators has one function, here or in a `workspace_*` module, with the source of its sizes: file and
+PyTorch version. "Checked in" names versions whose released library has the same constants. Sizes that are not exactly
+known are marked `estimate`; workspaces that are left out are in `NOT_MODELLED` with the reason. Operators in neither
+take no workspaces, as far as is known. Sizes are requested bytes: the allocator rounds them.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ def workspaces_for(
     torch_version: tuple[int, int],
     settings: KernelSettings | None = None,
 ) -> list[Workspace]:
-    """What one call of an operator takes besides its outputs, in the order in which it is taken.
+    """Return the workspaces of one call of an operator, in order of allocation.
 
     Args:
         op: the operator's name with overload, such as `aten.addmm.default`.
-        arguments: its arguments by the names of its schema, as `describe` gives them; the others have their defaults.
-        device: where it runs; a CPU takes nothing.
+        arguments: the arguments as `describe` returns them; missing arguments have their defaults.
+        device: the device that runs the call; a CPU takes no workspaces.
         torch_version: (major, minor).
-        settings: environment variables and modes that change it; None: PyTorch's defaults.
+        settings: environment variables and modes that change workspaces; None: PyTorch's defaults.
     """
     family = _FAMILIES.get(op.rpartition(".")[0])
     if family is None or device.kind != "cuda":
@@ -69,10 +69,11 @@ def workspaces_for(
 def _embedding_backward(call: Call) -> list[Workspace]:
     """Gradient of an embedding: up to 3072 indices need no sort; more are sorted and summed in segments of 10 rows.
 
+    The scratch memory of cub's unique_by_key and exclusive_sum, a few KiB, is not modelled.
+
     Sources: embedding_dense_backward_cuda in aten/src/ATen/native/cuda/Embedding.cu and embedding_backward_cuda_kernel
         in EmbeddingBackwardKernel.cu, 2.6.0; the fused kernel from a later revision of the latter. Checked in 2.9.1 (no
-        fused kernel), 2.11.0, 2.13.0 and 2.15.0. The scratch of cub's unique_by_key and exclusive_sum, some KiB, is not
-        modelled.
+        fused kernel), 2.11.0, 2.13.0 and 2.15.0.
     """
     grad, indices = call.tensor("grad_output"), call.tensor("indices")
     source = "aten/src/ATen/native/cuda/EmbeddingBackwardKernel.cu"
@@ -118,12 +119,12 @@ def _embedding_backward(call: Call) -> list[Workspace]:
 
 
 def _sort_scratch(count: int, item_bytes: int, source: str) -> Workspace:
-    """What sorting keys with values of the same size takes: one byte, for nothing, where one block does it all.
+    """Scratch memory for sorting keys with values of the same size: one unused byte if a single block sorts them.
 
-    That is up to 256 threads of 19 four-byte items; beyond, cub::DeviceRadixSort documents O(N) temporary storage:
-    second buffers of keys and values, and histograms left out here. Source: SingleTilePolicy in
-    cub/device/dispatch/tuning/tuning_radix_sort.cuh, the same for every architecture from 3.5 to 10.0. GPUs were seen
-    to take 1 byte for 512, 1024 and 2048 items of 8 bytes, 72,191 for 4096 and 138,751 for 8192.
+    A single block sorts up to 256 threads × 19 four-byte items. For more, cub::DeviceRadixSort documents O(N) temporary
+    storage: second buffers of keys and values, and histograms, which are left out here. Source: SingleTilePolicy in
+    cub/device/dispatch/tuning/tuning_radix_sort.cuh, the same for every architecture from 3.5 to 10.0. Measured on
+    GPUs: 1 byte for 512, 1024 and 2048 items of 8 bytes, 72,191 bytes for 4096 and 138,751 bytes for 8192.
     """
     if count <= 256 * (19 * 4 // item_bytes):
         return Workspace("sort scratch", 1, "op", source)
@@ -133,28 +134,31 @@ def _sort_scratch(count: int, item_bytes: int, source: str) -> Workspace:
 def _softmax_backward(call: Call) -> list[Workspace]:
     """The product of gradient and output, as large as the gradient.
 
-    Source: softmax_backward_cuda_out in aten/src/ATen/native/cuda/SoftMax.cu, a revision before 2.6; 2.11.0 still takes
-        it. The backward of log_softmax has no such product.
+    The backward of log_softmax has no such product.
+
+    Source: softmax_backward_cuda_out in aten/src/ATen/native/cuda/SoftMax.cu, a revision before 2.6; 2.11.0 still
+        allocates it.
     """
     size_bytes = call.tensor("grad_output").size_bytes
     return [Workspace("gradient times output", size_bytes, "op", "aten/src/ATen/native/cuda/SoftMax.cu")]
 
 
 def _index_put(call: Call) -> list[Workspace]:
-    """Adding values at indices that may repeat (the gradient of indexing) sorts the indices.
+    """Sort of the indices, made to add values at indices that may repeat (the gradient of indexing).
 
-    Source: index_put_with_sort_kernel in aten/src/ATen/native/cuda/Indexing.cu, 2.6.0. Deterministic mode sorts without
-        `accumulate` too.
+    Deterministic mode also sorts without `accumulate`.
+
+    Source: index_put_with_sort_kernel in aten/src/ATen/native/cuda/Indexing.cu, 2.6.0.
     """
     indices = tuple(index for index in call.get("indices") if index is not None)
     sorts = bool(call.get("accumulate", False)) or call.settings.deterministic
     if not sorts or not indices or any(index.dtype in ("bool", "uint8") for index in indices):
-        return []  # a mask has as many indices as it has true values, which a simulation does not know
+        return []  # a mask has one index per true value, and a simulation does not know its values
     source = "aten/src/ATen/native/cuda/Indexing.cu"
     count = math.prod(broadcast(*(index.shape for index in indices)))
     values, target = call.tensor("values"), call.tensor("self")
     places = [place for place, index in enumerate(call.get("indices")) if index is not None]
-    # Indexed dimensions that are not side by side are moved to the front, with copies that depend on strides.
+    # PyTorch moves indexed dimensions that are not adjacent to the front, with copies that depend on strides.
     apart = places != list(range(places[0], places[-1] + 1))
     kept = [size for dim, size in enumerate(target.shape) if dim not in places]
     whole = TensorMeta((count * math.prod(kept),), values.dtype)
@@ -177,9 +181,9 @@ def _index_put(call: Call) -> list[Workspace]:
 
 
 def _power(call: Call) -> list[Workspace]:
-    """A number raised to the powers in a tensor (rotary embeddings do it) is put on the device first.
+    """The base of a power whose exponents are a tensor (as in rotary embeddings), copied to the device.
 
-    Source: pow_Scalar_out in aten/src/ATen/native/Pow.cpp; seen on a GPU with 2.6: 8 bytes for `10000 ** tensor`.
+    Source: pow_Scalar_out in aten/src/ATen/native/Pow.cpp; measured on a GPU with 2.6: 8 bytes for `10000 ** tensor`.
     """
     base = call.get("self")
     if isinstance(base, TensorMeta) or base == 1:
@@ -212,12 +216,15 @@ _FAMILIES: dict[str, Callable[[Call], list[Workspace]]] = {
 }
 
 OPERATORS = frozenset(_FAMILIES)
-"""Operators, without overload, with an entry in `workspaces_for`; others take nothing or are in `NOT_MODELLED`."""
+"""Operators, without overload, that `workspaces_for` models; others take no workspace or are in `NOT_MODELLED`."""
 
-_LIBRARY = "its library chooses an algorithm, and with it the workspace, when it runs"
-_CUB = "the scratch of cub's sorts, scans and selections depends on build and device: some KiB to twice the input"
-_PACKED = "buffers of sequences packed by length were not read"
-_SHARED = "a buffer where blocks share a result, as for sums (Reduce.cuh), with other element sizes"
+_LIBRARY = "the operator's library chooses an algorithm, and thereby the workspace, at run time"
+_CUB = (
+    "the scratch memory of cub's sorts, scans and selections depends on build and device: from a few KiB to twice the "
+    "input"
+)
+_PACKED = "the source for buffers of sequences packed by length was not read"
+_SHARED = "thread blocks share a result in a buffer, as for sums (Reduce.cuh), but element sizes differ"
 
 NOT_MODELLED: Mapping[str, str] = {
     **dict.fromkeys(
@@ -226,7 +233,7 @@ NOT_MODELLED: Mapping[str, str] = {
     "aten._scaled_dot_product_cudnn_attention": _LIBRARY,
     **dict.fromkeys(("aten.native_batch_norm", "aten.native_batch_norm_backward"), _LIBRARY),
     **dict.fromkeys(
-        ("aten._scaled_mm", "aten._grouped_mm", "aten._int_mm"), "low-precision matrix products were not read"
+        ("aten._scaled_mm", "aten._grouped_mm", "aten._int_mm"), "the source of low-precision products was not read"
     ),
     **dict.fromkeys(("aten._flash_attention_forward", "aten._flash_attention_backward"), _PACKED),
     **dict.fromkeys(("aten.sort", "aten.argsort", "aten.topk", "aten.cumsum", "aten.cumprod", "aten.nonzero"), _CUB),
@@ -234,4 +241,4 @@ NOT_MODELLED: Mapping[str, str] = {
     **dict.fromkeys(("aten.var", "aten.std", "aten.var_mean", "aten.linalg_vector_norm", "aten.norm"), _SHARED),
     **dict.fromkeys(("aten.amax", "aten.amin", "aten.argmax", "aten.argmin", "aten.prod"), _SHARED),
 }
-"""Operator, without overload → why what it takes inside is left out."""
+"""Operator, without overload → the reason why its workspaces are not modelled."""

@@ -1,1 +1,1 @@
-"""The catalogue of devices, and how long an operator takes on one."""
+"""The device catalogue, and estimates of an operator's time on a device."""

@@ -1,4 +1,4 @@
-"""Devices that can be simulated: what each offers, read from `devices.toml` or from a user's file of the same form."""
+"""Devices that can be simulated, with their properties, from `devices.toml` or a user's file of the same format."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from memscope.errors import UsageError, nearest
 __all__ = ["DTYPES", "Device", "all_devices", "get_device", "load_devices"]
 
 DTYPES = ("fp32", "tf32", "fp16", "bf16")
-"""Kinds of arithmetic a peak rate is given for; tf32 is fp32 data through TensorFloat-32 tensor cores."""
+"""Kinds of arithmetic with a peak rate; tf32 is fp32 data on TensorFloat-32 tensor cores."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """One kind of device, as PyTorch sees it. Every figure has its source in `sources`, by field name."""
+    """A model of device, as PyTorch sees it. `sources` gives the source of each figure by field name."""
 
     name: str
-    """Name it is asked for by, such as `a100-40gb`."""
+    """Name in memscope's commands, such as `a100-40gb`."""
     vendor_name: str
-    """Name that the driver gives it, such as `NVIDIA A100-SXM4-40GB`."""
+    """Name that the driver reports, such as `NVIDIA A100-SXM4-40GB`."""
     kind: Literal["cuda", "cpu"]
-    """Which of PyTorch's rules apply."""
+    """Type of the device in PyTorch, which selects the rules to simulate."""
     capability: tuple[int, int]
     """CUDA compute capability (major, minor); (0, 0) for a CPU."""
     capacity_bytes: int | None
@@ -37,74 +37,75 @@ class Device:
     multiprocessors: int
     """Streaming multiprocessors; 0 for a CPU."""
     bandwidth_bytes_per_second: float | None
-    """Peak rate of the device's memory; None: unknown."""
+    """Peak bandwidth of the device's memory; None: unknown."""
     peak_flops_per_second: Mapping[str, float] = field(hash=False)
-    """Dense peak rate by kind of arithmetic (see `DTYPES`); no entry where there is no fast path or no figure."""
+    """Dense peak rate by kind of arithmetic (see `DTYPES`); no entry: no fast path, or no figure."""
     context_bytes: int
-    """Estimate: what the driver counts for the CUDA context and libraries of a process, outside PyTorch's allocator."""
+    """Estimated bytes of a process's CUDA context and libraries, which lie outside PyTorch's allocator."""
     sources: Mapping[str, str] = field(hash=False)
-    """Field name → where its figure comes from."""
+    """Field name → source of its figure."""
     measured_bandwidth_bytes_per_second: float | None = None
-    """What programs that only move data reached of `bandwidth_bytes_per_second`; None: no figure."""
+    """Bandwidth measured with programs that only move data; None: no figure."""
     measured_flops_per_second: Mapping[str, float] = field(default_factory=dict, hash=False)
-    """What large matrix products reached in PyTorch, by kind of arithmetic; no entry: no figure."""
+    """Rate measured with large matrix products in PyTorch, by kind of arithmetic; no entry: no figure."""
     host_bytes_per_second: float | None = None
-    """What copies between the device and pinned host memory reached, in one direction; None: no figure."""
+    """Rate measured for copies between the device and pinned host memory, in one direction; None: no figure."""
 
     @property
     def allocatable_bytes(self) -> int | None:
-        """What is left for PyTorch's allocator when nobody else uses the device: an estimate, as `context_bytes` is."""
+        """Bytes available to PyTorch's allocator if no other process uses the device: an estimate."""
         return None if self.capacity_bytes is None else self.capacity_bytes - self.context_bytes
 
     @property
     def memory_bytes_per_second(self) -> float | None:
-        """What to expect of the device's memory: the measured rate, or the peak where there is none; None: unknown."""
+        """Expected memory bandwidth: the measured one or, without a measurement, the peak; None: unknown."""
         return self.measured_bandwidth_bytes_per_second or self.bandwidth_bytes_per_second
 
     def flops_per_second(self, kind: str) -> float | None:
-        """What to expect of a kind of arithmetic: the measured rate, or the peak where there is none; None: unknown."""
+        """Return the expected rate of a kind of arithmetic: measured or, without a measurement, peak; None: unknown."""
         return self.measured_flops_per_second.get(kind) or self.peak_flops_per_second.get(kind)
 
     @property
     def round_size(self) -> Callable[[int], int] | None:
-        """Bytes an allocation takes for the bytes asked, before blocks are split; None: exactly what is asked for."""
+        """Function from requested bytes to the bytes of the allocation, before blocks are split; None: no rounding."""
         return _whole_blocks if self.kind == "cuda" else None
 
 
 def all_devices() -> tuple[Device, ...]:
-    """The devices that come with memscope, in the order of `devices.toml`: `gpu` and `cpu` first."""
+    """Return the built-in devices, in the order of `devices.toml`: `gpu` and `cpu` first."""
     return tuple(_built_in().values())
 
 
 def get_device(name: str, added: Mapping[str, Device] | None = None) -> Device:
-    """The device called `name`, in any case, of memscope's and `added`.
+    """Return the device called `name`, ignoring case, from the built-in devices and `added`.
 
     Raises:
-        UsageError: when there is none, with the nearest name.
+        UsageError: no device has this name; the message offers the nearest name.
     """
     devices = {**_built_in(), **(added or {})}
     wanted = name.strip().lower()
     found = devices.get(wanted)
     if found is None:
-        more = '"memscope devices" says more; a TOML file adds one'
+        more = '"memscope devices" lists them all; a TOML file adds your own'
         raise UsageError(f'there is no device "{name}": {nearest(wanted, devices)}. {more}')
     return found
 
 
 def load_devices(path: Path) -> dict[str, Device]:
-    """Devices of a user's TOML file, by name: one table each, with the keys of `devices.toml`.
+    """Read a user's TOML file, and return its devices by name: one table each, with the keys of `devices.toml`.
 
-    `vendor_name`, `capability`, `capacity_bytes` and `multiprocessors` must be there. Without `context_bytes` it counts
-    as 0; without the rates of its memory and of fp32 there is no estimate of time.
+    `vendor_name`, `capability`, `capacity_bytes` and `multiprocessors` are required. `context_bytes` defaults to 0.
+    Without the rates of memory and of fp32, there are no time estimates.
 
     Raises:
-        UsageError: when the file cannot be read, is not TOML, holds no device, names one that memscope has, or a value
-            is missing, unknown or absurd. The message names file, device, field, value and what was expected.
+        UsageError: the file cannot be read, is not TOML, holds no device, or names a built-in device; or a field is
+            missing or unknown, or its value is out of range. The message names the file, device, field and value, and
+            the expected value.
     """
     devices = _read(path, required=("vendor_name", "capability", "capacity_bytes", "multiprocessors"))
     taken = sorted(devices.keys() & {*_built_in(), "cuda"})
     if taken:
-        raise UsageError(f'{path}: device "{taken[0]}" comes with memscope already: give yours another name')
+        raise UsageError(f'{path}: memscope already has a device "{taken[0]}": choose another name')
     return devices
 
 
@@ -123,15 +124,15 @@ def _read(path: Path, required: tuple[str, ...]) -> dict[str, Device]:
     except OSError as error:
         raise UsageError(f"{path}: the device file cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: the device file is not TOML: {error}") from error
+        raise UsageError(f"{path}: the device file is not valid TOML: {error}") from error
     if not tables:
-        raise UsageError(f"{path}: the file holds no device: expected one table for each, such as [my-gpu]")
+        raise UsageError(f"{path}: the file holds no device: expected one table per device, such as [my-gpu]")
     return {name: _Table(path, name, table, required).device() for name, table in tables.items()}
 
 
 @dataclass(frozen=True)
 class _Table:
-    """One device's table while it is read; its methods name file, device and field in their errors."""
+    """The table of one device in a file. Errors of its methods name the file, device and field."""
 
     path: Path
     name: str
@@ -140,11 +141,9 @@ class _Table:
 
     def device(self) -> Device:
         if not isinstance(self.table, dict):
-            raise UsageError(
-                f'{self.path}: "{self.name}" = {self.table!r}: expected the table of a device, [{self.name}]'
-            )
+            raise UsageError(f'{self.path}: "{self.name}" = {self.table!r}: expected a device table, [{self.name}]')
         if not re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", self.name):
-            raise UsageError(f'{self.path}: device name "{self.name}": expected lower case letters, digits, - and .')
+            raise UsageError(f'{self.path}: device name "{self.name}": expected lowercase letters, digits, - and .')
         known = set(Device.__dataclass_fields__) - {"name"}
         for key in self.table:
             if key not in known:
@@ -203,7 +202,7 @@ class _Table:
     def flops(self, field_name: str) -> dict[str, float]:
         table = self.table.get(field_name, {})
         if not isinstance(table, dict):
-            raise self.wrong(field_name, table, f"a table with some of {', '.join(DTYPES)}")
+            raise self.wrong(field_name, table, f"a table with keys among {', '.join(DTYPES)}")
         for key in table:
             if key not in DTYPES:
                 raise self.wrong(f"{field_name}.{key}", table[key], f"one of {', '.join(DTYPES)}")
@@ -213,10 +212,10 @@ class _Table:
     def sources(self, known: set[str]) -> dict[str, str]:
         table = self.table.get("sources", {})
         if not isinstance(table, dict) or not all(isinstance(text, str) for text in table.values()):
-            raise self.wrong("sources", table, "a table of texts, one for each figure")
+            raise self.wrong("sources", table, "a table of strings, one per figure")
         for key in table:
             if key not in known:
-                raise self.wrong(f"sources.{key}", table[key], f"the name of a field. {nearest(key, known)}")
+                raise self.wrong(f"sources.{key}", table[key], f"a field name: {nearest(key, known)}")
         return dict(table)
 
     def wrong(self, key: str, value: object, expected: str) -> UsageError:
@@ -224,8 +223,8 @@ class _Table:
 
 
 _EXPECTED = {
-    "vendor_name": "the name the driver gives the device, as text",
-    "capability": 'the compute capability as text, such as "8.0"',
+    "vendor_name": "the name that the driver reports for the device, as a string",
+    "capability": 'the compute capability as a string, such as "8.0"',
     "capacity_bytes": "torch.cuda.get_device_properties().total_memory, a whole number of bytes",
     "multiprocessors": "a whole number of streaming multiprocessors",
     "context_bytes": "a whole number of bytes",

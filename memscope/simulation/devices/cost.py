@@ -1,4 +1,4 @@
-"""Making the estimate of step time that a trace keeps; `memscope.analysis.cost` reads it. Needs no torch."""
+"""Writer of the step time estimate in a trace, which `memscope.analysis.cost` reads. Needs no torch."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ __all__ = ["cost_table", "transfer_seconds"]
 
 
 def cost_table(done: WorkDone, assumed: Collection[str]) -> dict[str, Any]:
-    """What a trace keeps of an estimate, as JSON values; seconds to the nanosecond."""
+    """Return the estimate that a trace stores, as JSON values; seconds are rounded to nanoseconds."""
     rows = [[*place, *counts, round(seconds, 9)] for place, (*counts, seconds) in done.sums.items()]
     return {"estimate": True, "assumed": sorted(assumed), "columns": list(COLUMNS), "rows": rows}
 
 
 def transfer_seconds(device: Device, size_bytes: int) -> float:
-    """Estimated seconds that copying to or from the host takes when nothing else uses the link; pinned host memory.
+    """Estimate the seconds of a copy to or from pinned host memory, while nothing else uses the link.
 
     Raises:
-        UsageError: when the device's link to the host is not known.
+        UsageError: the speed of the device's link to the host is unknown.
     """
     rate = device.host_bytes_per_second
     if rate is None:
         raise UsageError(
-            f'how fast "{device.name}" copies to the host is not known: choose a certain GPU ("memscope devices" lists '
-            "them), or set host_bytes_per_second in the device file"
+            f'the copy speed between "{device.name}" and the host is unknown: choose a specific GPU (see '
+            '"memscope devices"), or set host_bytes_per_second in the device file'
         )
     return size_bytes / rate

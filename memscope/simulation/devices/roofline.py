@@ -1,7 +1,7 @@
-"""How long an operator takes on a device: an estimate from what it computes and what it moves.
+"""Estimate of an operator's time on a device, from its arithmetic and memory traffic.
 
-The roofline model (Williams, Waterman, Patterson, Communications of the ACM 52(4), 2009), with a third roof for the
-host: a call takes as long as its arithmetic, its memory traffic or its launch takes alone, whichever is longest.
+The estimate is the roofline model (Williams, Waterman, Patterson, Communications of the ACM 52(4), 2009) with a third
+roof for the host: the time of a call is that of its arithmetic, its memory traffic or its launch, whichever is longest.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from memscope.simulation.devices.traffic import moved_bytes
 __all__ = ["LAUNCH_SECONDS", "Roofline"]
 
 LAUNCH_SECONDS = 7e-6
-"""What the host needs to ask for one operator; a shorter kernel makes the device wait.
+"""Time the host needs to launch one operator; after a shorter kernel, the device waits.
 
-Source: `kernel_launch_overhead` in autoparallel/cost_models/compute_estimation.py of meta-pytorch/autoparallel, found
-there by fitting measured operators on an H100 (pull request 146); 6.8 µs in pytorch/pytorch issue 41383.
+Source: `kernel_launch_overhead` in autoparallel/cost_models/compute_estimation.py of meta-pytorch/autoparallel, fitted
+there to measured operators on an H100 (pull request 146); 6.8 µs in pytorch/pytorch issue 41383.
 """
 
 _KINDS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -30,11 +30,11 @@ _CONVOLUTIONS = ("convolution", "_convolution", "cudnn_convolution", "convolutio
 
 
 class Roofline:
-    """Estimates calls on one device: `roofline(func, args, kwargs, out)` is the work of the call that gave `out`.
+    """Estimates calls on one device: `roofline(func, args, kwargs, out)` is the work of the call that returned `out`.
 
     Attributes:
         is_known: whether the device's rates are known; if not, only floating-point operations are counted.
-        assumed: what was taken for want of a figure, in words.
+        assumed: assumptions made in place of missing figures, as sentences.
     """
 
     def __init__(self, device: Device) -> None:
@@ -44,7 +44,7 @@ class Roofline:
         self.assumed: set[str] = set()
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Work:
-        """The work of one call; `NOTHING` when it runs no kernel."""
+        """Return the work of one call; `NOTHING` if it runs no kernel."""
         flops = flops_of(func, args, kwargs, out)
         if not self.is_known:
             return Work(flops, 0, 0.0) if flops else NOTHING
@@ -56,21 +56,21 @@ class Roofline:
         return Work(flops, moved, max(arithmetic, moved / self._bandwidth, LAUNCH_SECONDS))
 
     def _rate(self, func: Any, values: tuple[Any, ...]) -> float:
-        """Floating-point operations a second for what an operator really multiplies."""
+        """Floating-point operations per second for the kind of arithmetic that an operator's kernel uses."""
         op = func._overloadpacket.__name__
         dtype = next(value.dtype for value in values if isinstance(value, Tensor))
         kind = _KINDS.get(dtype, str(dtype).removeprefix("torch."))
         tf32 = self._device.flops_per_second("tf32")
         if kind == "fp32" and tf32 is not None:
             if op.startswith(_EFFICIENT_ATTENTION):
-                # Three TF32 products for one of fp32: OpMultiplyAddFastF32, for compute capability 8.0 and later, in
-                # aten/src/ATen/native/transformers/cuda/mem_eff_attention/gemm_kernel_utils.h (2.0 to 2.13).
+                # Each fp32 product takes three TF32 products: OpMultiplyAddFastF32, for compute capability 8.0 and
+                # later, in aten/src/ATen/native/transformers/cuda/mem_eff_attention/gemm_kernel_utils.h (2.0 to 2.13).
                 return tf32 / 3
             if _allows_tf32(op):
                 return tf32
         rate, fp32 = self._device.flops_per_second(kind), self._device.flops_per_second("fp32")
         if rate is None:
-            self.assumed.add(f"{kind} products take as long as those of fp32")
+            self.assumed.add(f"{kind} products take as long as fp32 products")
             rate = fp32
         assert rate is not None, "is_known says so"
         return rate

@@ -1,4 +1,4 @@
-"""Bytes that a kernel reads and writes in the device's memory, from what its operator is called with."""
+"""Bytes that a kernel reads and writes in device memory, derived from the arguments of its operator."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor
 __all__ = ["moved_bytes"]
 
 _ALLOCATE = {"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided"}
-"""Operators that take memory and leave in it what was there."""
+"""Operators that allocate memory without writing to it."""
 
 _OVERWRITE = {
     "copy_", "fill_", "zero_", "normal_", "uniform_", "random_", "bernoulli_", "exponential_", "scatter_",
     "index_copy_", "_foreach_copy_", "_foreach_zero_",
 }  # fmt: skip
-"""In-place operators that do not read what they write."""
+"""In-place operators that do not read the tensor they write."""
 
 _NOT_READ = {"nll_loss_backward": "self", "nll_loss2d_backward": "self"}
-"""Arguments of which only the shape matters; so it is for all of `*_like` and `new_*`."""
+"""Operator → argument of which only the shape matters; the same applies to all arguments of `*_like` and `new_*`."""
 
 _IN_PART = {
     **dict.fromkeys(("index", "index_select", "gather", "take"), ("self", "out")),
@@ -31,15 +31,14 @@ _IN_PART = {
     **dict.fromkeys(("index_add_", "index_copy_"), ("self", "source")),
     "index_put_": ("self", "values"),
 }
-"""Arguments read or written only where indices point, and what has as many elements as that: an argument, or `out`."""
+"""Operator → argument accessed only at given indices, and the argument (or `out`) with as many elements as accesses."""
 
 
 def moved_bytes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
-    """Bytes that one call reads and writes; 0 when no kernel runs: for views, metadata, memory that is only taken.
+    """Return the bytes that one call reads and writes; 0 where no kernel runs (views, metadata, allocation only).
 
-    Each tensor counts once, with the memory it has (an expanded dimension has one element), and once more when it is
-    changed in place. What a kernel reads twice, keeps in caches or puts in a workspace is not counted, nor are sparse
-    tensors.
+    Each tensor counts once, with the memory it occupies (an expanded dimension has one element), and a second time if
+    it is changed in place. Repeated reads, caches, workspaces and sparse tensors are not counted.
     """
     name = func._overloadpacket.__name__
     if name in _ALLOCATE or torch.Tag.inplace_view in func.tags:
@@ -78,7 +77,7 @@ def _bytes(tensor: Tensor) -> int:
 def _is_changed(op: str, argument: Any, given: Mapping[str, Any]) -> bool:
     """Whether a kernel writes to an argument.
 
-    Fused optimizers write gradients back only where they divide them by the gradient scaler's factor
+    Fused optimizers write gradients only to divide them by the gradient scaler's factor
     (aten/src/ATen/native/cuda/fused_adam_utils.cuh, 2.6 to 2.13).
     """
     if op.startswith("_fused_") and argument.name == "grads":

@@ -1,1 +1,1 @@
-"""The GPU as the code under simulation sees it."""
+"""The simulated GPU as the target's code sees it."""

@@ -1,7 +1,7 @@
-"""Where the stand-ins of a GPU's tensors say that they are: on the GPU, when a target's own code asks.
+"""The device that stand-ins for GPU tensors report: `cuda:0` to a target's code, the CPU to PyTorch and memscope.
 
-PyTorch's own code asks the same; it goes on to see them on the CPU, where they are. So who asks decides: the code of
-PyTorch and of memscope is told the truth, everybody else is a target.
+The stand-ins are fake CPU tensors, and PyTorch's own code must see them on the CPU. The answer therefore depends on
+the caller: code of PyTorch and memscope gets the real device, and all other code counts as the target's.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ _CPU, _CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 @contextlib.contextmanager
 def tensors_say_cuda() -> Iterator[None]:
-    """Fake CPU tensors are on `cuda:0` for targets, and whatever a target makes on a GPU is one of them."""
+    """Make fake CPU tensors report `cuda:0` to targets, and tensors that a target creates on a GPU fake CPU tensors."""
     devices = _Devices()
-    autograd: Any = torch.autograd  # it calls its own name of a function that it does not export
+    autograd: Any = torch.autograd  # it calls this function by a name of its own, which it does not export
     with contextlib.ExitStack() as scopes:
         for owner, name, value in (
             (torch, "set_default_device", _set_default_device(torch.set_default_device)),
             (torch, "Generator", _Generator),
             (nn.Module, "to", _module_to(nn.Module.to)),
             (FakeTensor, "device", _device_property(FakeTensor.device)),
-            (Tensor, "record_stream", lambda tensor, stream: None),  # its arguments are read before a mode is asked
+            (Tensor, "record_stream", lambda tensor, stream: None),  # PyTorch parses its arguments before asking a mode
             (autograd, "_engine_run_backward", _within(devices, autograd._engine_run_backward)),
         ):
             scopes.enter_context(replaced(owner, name, value))
@@ -42,7 +42,7 @@ def tensors_say_cuda() -> Iterator[None]:
 
 
 def _within(mode: TorchFunctionMode, run: Callable[..., Any]) -> Callable[..., Any]:
-    """`loss.backward()` is a function that a mode passes on, and leaves the stack for: what it runs has none."""
+    """Enter a mode around `run`: `loss.backward()` takes modes off the stack, so the code it runs would see none."""
 
     def run_within(*args: Any, **kwargs: Any) -> Any:
         with mode:
@@ -52,7 +52,7 @@ def _within(mode: TorchFunctionMode, run: Callable[..., Any]) -> Callable[..., A
 
 
 def is_target(frame: FrameType) -> bool:
-    """Whether a frame's code is a target's: neither PyTorch's nor memscope's, but for the targets that come with it."""
+    """Whether a frame runs a target's code: outside PyTorch and memscope, or in one of memscope's own targets."""
     name: str = frame.f_globals.get("__name__", "")
     package = name.partition(".")[0]
     return package != "torch" and (package != "memscope" or name.startswith("memscope.targets."))
@@ -60,7 +60,7 @@ def is_target(frame: FrameType) -> bool:
 
 @contextlib.contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """An attribute has another value."""
+    """Replace an attribute for the duration of the context."""
     inherited = name not in vars(owner)
     before = None if inherited else vars(owner)[name]
     setattr(owner, name, value)
@@ -71,14 +71,14 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 class _Devices(TorchFunctionMode):
-    """A device named `cuda`, or by its number, is the one the stand-ins are on; they say that they are on it."""
+    """Redirects arguments that name a GPU to the stand-ins' device, and makes stand-ins report a GPU to targets."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _ANSWERS and is_target(_caller()):
             return _ANSWERS[func](args[0])
         if func in _ALREADY_DONE:
             return args[0]
-        if not kwargs and len(args) == 1 and type(args[0]) is FakeTensor:  # most calls ask for a size or a stride
+        if not kwargs and len(args) == 1 and type(args[0]) is FakeTensor:  # most calls query a size or a stride
             return func(*args)
         kwargs = kwargs or {}
         if func is torch.device:
@@ -97,11 +97,11 @@ _ANSWERS: dict[Any, Callable[[Any], Any]] = {
     Tensor.is_cuda.__get__: lambda tensor: isinstance(tensor, FakeTensor),  # type: ignore[attr-defined]
     Tensor.is_cpu.__get__: lambda tensor: not isinstance(tensor, FakeTensor),  # type: ignore[attr-defined]
 }
-"""What methods and attributes of a tensor give to a target."""
+"""Tensor method or attribute → its result for a target."""
 
 
 def _caller() -> FrameType:
-    """Who called a function that function modes have passed on."""
+    """Frame that called a function which reached this mode, past the `__torch_function__` frames of other modes."""
     frame = sys._getframe(1)
     while frame.f_code.co_name == "__torch_function__" and frame.f_back is not None:
         frame = frame.f_back
@@ -126,7 +126,7 @@ def _device_property(original: Any) -> property:
 
 
 def _module_to(original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """`module.to(0)`: PyTorch reads the arguments without asking a mode."""
+    """Accept a GPU in `module.to(0)`: PyTorch parses these arguments without asking a mode."""
 
     def to(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         if args and type(args[0]) is int:
@@ -152,7 +152,7 @@ class _AnyGenerator(type(torch.Generator)):  # type: ignore[misc]
 
 
 class _Generator(torch.Generator, metaclass=_AnyGenerator):
-    """A generator of the GPU is one of the stand-ins' device."""
+    """A generator on the stand-ins' device, whichever device is asked for."""
 
     def __new__(cls, device: Any = "cpu") -> _Generator:
         return super().__new__(cls, "cpu")  # type: ignore[call-arg]

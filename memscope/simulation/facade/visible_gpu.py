@@ -1,6 +1,6 @@
-"""The GPU as a target's own code sees it: its tensors say `cuda`, and `torch.cuda` answers for the device simulated.
+"""The simulated GPU in PyTorch's API: a target's tensors report `cuda`, and `torch.cuda` describes the device.
 
-On leaving, also by an exception, everything is as it was.
+PyTorch is restored when the context is left, also by an exception.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ __all__ = ["VisibleGpu"]
 
 
 class VisibleGpu:
-    """While it is entered, a target's code sees a GPU.
+    """Context in which a target's code sees a GPU.
 
     Attributes:
-        seen: what is recorded, from when a recorder is there.
-        cache_emptied: how many events had been recorded at each call of `torch.cuda.empty_cache()`.
+        seen: the allocations recorded so far; None until the recorder exists.
+        cache_emptied: the number of events recorded before each call of `torch.cuda.empty_cache()`.
     """
 
     def __init__(self, device: Device, settings: AllocatorSettings) -> None:
@@ -55,7 +55,7 @@ class VisibleGpu:
     def __exit__(self, *exception: Any) -> None:
         self._scopes.__exit__(*exception)
 
-    # What torch.cuda and torch.accelerator answer.
+    # The answers of torch.cuda and torch.accelerator.
 
     def _cuda(self) -> dict[str, Callable[..., Any]]:
         device = self._device
@@ -110,10 +110,10 @@ class VisibleGpu:
         return len(self.seen.births) + sum(event >= 0 for event in self.seen.freed)
 
     def _memory(self, name: str) -> Replay:
-        """What the allocator has done so far; it begins with the first event that is recorded."""
+        """Replay of the allocator over all events so far, from the first recorded one."""
         if self.seen is None:
             raise _no_answer(
-                f"torch.cuda.{name}", "memory is counted from the first step on, not while a target is built"
+                f"torch.cuda.{name}", "memory is counted from the first step on, not while the target is built"
             )
         births = self.seen.births
         return replay(
@@ -131,24 +131,24 @@ _NOTHING_TO_DO = (
     "set_device", "set_rng_state", "synchronize",
 )  # fmt: skip
 _STREAMS = "everything is simulated on one stream"
-_MEASURED = "nothing runs whose state could be read"
-_TOTALS = "ask torch.cuda.memory_allocated() or memory_reserved(), or look into the trace afterwards"
+_MEASURED = "no GPU runs whose state could be read"
+_TOTALS = "use torch.cuda.memory_allocated() or memory_reserved(), or read the trace afterwards"
 _REFUSED = {
     **dict.fromkeys(("Stream", "ExternalStream", "stream", "set_stream"), _STREAMS),
-    **dict.fromkeys(("CUDAGraph", "graph", "make_graphed_callables"), "graphs are not simulated"),
+    **dict.fromkeys(("CUDAGraph", "graph", "make_graphed_callables"), "CUDA graphs are not simulated"),
     **dict.fromkeys(("memory_stats", "memory_summary", "memory_snapshot", "mem_get_info"), _TOTALS),
     **dict.fromkeys(("utilization", "temperature", "power_draw", "clock_rate", "list_gpu_processes"), _MEASURED),
     "set_per_process_memory_fraction": "choose a smaller device instead",
 }
-"""Function of torch.cuda → why it has no answer."""
+"""Function of torch.cuda → the reason why it has no answer."""
 
 
 def _no_answer(name: str, why: str) -> NotSimulated:
-    return NotSimulated(f"{name} has no answer in a simulation: {why}. Leave the call out, or record a real run")
+    return NotSimulated(f"{name} has no answer in a simulation: {why}. Remove the call, or record a real run")
 
 
 def _refused(name: str, why: str) -> type:
-    """In the place of a function or a class."""
+    """Replacement of a function or class that refuses every call."""
 
     def refuse(cls: type, *args: Any, **kwargs: Any) -> Any:
         raise _no_answer(name, why)
@@ -161,7 +161,7 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 
 class _InOrder:
-    """The stream, or an event on it: everything happens in order, so that there is nothing to wait for."""
+    """The stream, or an event on it. Everything happens in order, so there is nothing to wait for."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -169,12 +169,12 @@ class _InOrder:
     record = synchronize = wait = wait_event = wait_stream = record_event = staticmethod(_nothing)
 
     def query(self) -> bool:
-        """Whether all is done."""
+        """Whether all work is done: always true."""
         return True
 
     def elapsed_time(self, end: Any) -> float:
-        """Refused: nothing takes time."""
-        raise _no_answer("torch.cuda.Event.elapsed_time", "nothing runs that would take time")
+        """Refuse: a simulation measures no time."""
+        raise _no_answer("torch.cuda.Event.elapsed_time", "no kernel runs, so no time can be measured")
 
 
 def _for_targets(answer: Any, original: Any) -> Any:
