@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from memscope.errors import UsageError
-from memscope.runs.plans import RunSpec
 from memscope.runs import plans as runs
+from memscope.runs.plans import RunSpec
 from memscope.runs.would_free import would_free
 from memscope.simulation.devices.catalogue import load_devices
 from memscope.strategies import available

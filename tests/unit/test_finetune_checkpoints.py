@@ -81,7 +81,7 @@ def test_a_full_disk_leaves_the_checkpoints_that_are_there(tmp_path: Path) -> No
     large = training(width=10_000)
     with (
         files_no_larger_than(50_000),
-        pytest.raises(MemscopeError, match="nothing was saved; is there room on the disk"),
+        pytest.raises(MemscopeError, match="nothing was saved; is the disk full"),
     ):
         saved(tmp_path, 2, large, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == [first.name]
@@ -125,12 +125,16 @@ class MakesAFile:
 def test_a_damaged_or_foreign_checkpoint_is_refused_and_never_run(damage: Any, tmp_path: Path) -> None:
     path = saved(tmp_path)
     damage(path / "state.pt")
-    with pytest.raises(UsageError, match=r"step-00000001: damaged, or no checkpoint .*go on from the one before it"):
+    with pytest.raises(
+        UsageError, match=r"step-00000001: damaged, or not a checkpoint .*resume from the checkpoint before it"
+    ):
         load_checkpoint(path)
     assert not (path / "made by code").exists()
 
 
 def test_a_checkpoint_of_other_weights_is_refused_by_name(tmp_path: Path) -> None:
     path = saved(tmp_path)
-    with pytest.raises(UsageError, match=r"not in both or of another shape: 0\.bias, 0\.weight, 2\.weight$"):
+    with pytest.raises(
+        UsageError, match=r"other trained weights than in this run, or other shapes: 0\.bias, 0\.weight, 2\.weight$"
+    ):
         restore(training(width=9), load_checkpoint(path), path)

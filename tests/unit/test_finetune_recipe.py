@@ -102,14 +102,14 @@ def test_a_job_differs_in_what_a_run_must_keep_and_in_what_it_may_change() -> No
     one = Job.of({"samples": "3"}, PRESETS["debug"])
     other = Job.of({"samples": "4", "strategies": "ckpt", "lr": "0.5", "epochs": "2"}, PRESETS["debug"])
     refused, allowed = one.differences(other)
-    assert refused == ["samples: 3 there, 4 here", "strategies: none there, ckpt here"]
-    assert allowed == ["lr: 1e-05 there, 0.5 here", "epochs: 1.0 there, 2.0 here"]
+    assert refused == ["samples: 3 in the run, 4 given", "strategies: none in the run, ckpt given"]
+    assert allowed == ["lr: 1e-05 in the run, 0.5 given", "epochs: 1.0 in the run, 2.0 given"]
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"device": "gpu"}, 'device "gpu" cannot be used: .*Valid: cpu, cuda'),
+        ({"device": "gpu"}, 'unknown device "gpu": .*Valid: cpu, cuda'),
         ({"epochs": "many"}, 'fine-tuning: setting "epochs" cannot be "many": expected a number'),
         ({"schedule": "cos"}, 'fine-tuning: setting "schedule" cannot be "cos": did you mean "cosine"'),
         ({"keep": "0"}, "fine-tuning refuses these settings: keep=0"),

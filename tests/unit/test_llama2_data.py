@@ -184,11 +184,11 @@ def message(**changes: Any) -> str:
     [
         ("not json {", ["not JSON", "line 1", "--set data="]),
         ('{"a": 1}\n{"b": 2}', ["not JSON", "line 2", "JSON list"]),
-        ({"instruction": "x"}, ["one JSON object", "expected a JSON list"]),
+        ({"instruction": "x"}, ["holds a JSON object", "expected a JSON list"]),
         ([], ["list is empty", "nothing to train on"]),
-        ([ROW, "text"], ["row 1", "is a JSON text", "instruction, input, output"]),
-        ([ROW, ROW, {"instruction": "x", "input": ""}], ["row 2", 'lacks the field "output"', "instruction, input"]),
-        ([{"instruction": "x", "output": "y"}], ["row 0", 'lacks the field "input"', "empty text"]),
+        ([ROW, "text"], ["row 1", "a JSON text, expected an object", "instruction, input, output"]),
+        ([ROW, ROW, {"instruction": "x", "input": ""}], ["row 2", 'missing field "output"', "instruction, input"]),
+        ([{"instruction": "x", "output": "y"}], ["row 0", 'missing field "input"', "empty text"]),
         ([ROW | {"output": 3}], ["row 0", '"output" is a JSON number', "expected text"]),
         ([ROW | {"input": None}], ["row 0", '"input" is a JSON null', "expected text"]),
         ([ROW, ROW | {"output": " \n"}], ["row 1", '"output" is empty', "remove the row"]),
@@ -217,7 +217,7 @@ def test_a_sample_longer_than_the_context_is_named_with_its_row_and_length(writt
     path = written([ROW, ROW, ROW | {"output": "word " * 600}])
     length = len(alpaca.encode(alpaca.load(path, 3)[2], tokenizer).tokens)
     text = message(data=path)
-    assert f"{path}, row 2: the sample has {length} tokens, the context (max_seq_len) is 512" in text
+    assert f"{path}, row 2: the sample has {length} tokens, but the context (max_seq_len) is 512" in text
     assert f"--set max_seq_len={length}" in text
     build(dataclasses.replace(DEBUG, data=path, max_seq_len=length))
     build(dataclasses.replace(DEBUG, data=path, seq_len=512))
@@ -227,7 +227,7 @@ def test_missing_tokenizer_is_named(tmp_path: Path) -> None:
     text = message(tokenizer=str(tmp_path / "none.model"))
     assert f"tokenizer {tmp_path / 'none.model'}: no such file" in text
     assert "--set tokenizer=PATH" in text
-    assert f"tokenizer {tmp_path}: a folder" in message(tokenizer=str(tmp_path))
+    assert f"tokenizer {tmp_path}: is a folder" in message(tokenizer=str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_broken_tokenizer_is_an_error_of_its_own(tmp_path: Path, content: bytes)
 
 def test_a_vocabulary_larger_than_the_models_says_what_to_set() -> None:
     text = message(vocab_size=1000)
-    assert "has 1024 tokens, the model's (vocab_size) 1000" in text
+    assert "has 1024 tokens, but the model's (vocab_size) has 1000" in text
     assert "--set vocab_size=1024" in text
     build(dataclasses.replace(DEBUG, vocab_size=2048))
 

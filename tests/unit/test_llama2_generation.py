@@ -219,10 +219,10 @@ def test_the_peak_of_many_tokens_is_that_of_the_last_one_alone() -> None:
         ({"temperature": 1.0, "top_p": 0.0}, "top_p=0.0: expected a share of the probability, above 0 and up to 1"),
         ({"seed": -1}, "seed=-1: expected a whole number from 0"),
         ({"beams": 2, "length_penalty": 99.0}, "length_penalty=99.0: expected a number from -10 to 10"),
-        ({"beams": 4, "temperature": 0.7}, "beams=4 with temperature=0.7: beam search draws nothing"),
-        ({"beams": 4, "top_k": 9}, "beams=4 with top_k=9: beam search draws nothing"),
-        ({"top_p": 0.9}, "top_p=0.9 with temperature=0: nothing is drawn: set temperature=1"),
-        ({"length_penalty": 2.0}, "length_penalty=2.0 with beams=1: only beam search compares lengths"),
+        ({"beams": 4, "temperature": 0.7}, "beams=4 with temperature=0.7: beam search does not sample"),
+        ({"beams": 4, "top_k": 9}, "beams=4 with top_k=9: beam search does not sample"),
+        ({"top_p": 0.9}, "top_p=0.9 with temperature=0: nothing is sampled: set temperature=1"),
+        ({"length_penalty": 2.0}, "length_penalty=2.0 with beams=1: only beam search uses it"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], told: str) -> None:
@@ -240,9 +240,9 @@ def test_all_that_is_wrong_is_told_at_once() -> None:
     ("prompt", "told"),
     [
         ([], "prompt 2 is empty"),
-        ([1] * 512, r"prompt 2 has 512 tokens, the context \(max_seq_len\) is 512.*511 tokens or fewer"),
-        ([1, 1024], "prompt 2 has the token 1024, the model knows 0 to 1023"),
-        ([1, -1], "prompt 2 has the token -1, the model knows 0 to 1023"),
+        ([1] * 512, r"prompt 2 has 512 tokens.*the context \(max_seq_len\) of 512.*511 tokens or fewer"),
+        ([1, 1024], "prompt 2 has token 1024, but the model's tokens are 0 to 1023"),
+        ([1, -1], "prompt 2 has token -1, but the model's tokens are 0 to 1023"),
     ],
 )
 def test_prompts_that_cannot_be_continued_are_refused(prompt: list[int], told: str) -> None:
@@ -255,7 +255,7 @@ def test_broken_weights_are_told_instead_of_nonsense() -> None:
     with torch.no_grad():
         model.layers[0].feed_forward.w1.weight[0, 0] = torch.nan
     for decoding in WAYS.values():
-        with pytest.raises(MemscopeError, match="the logits of the model are not finite"):
+        with pytest.raises(MemscopeError, match="the model's logits are not finite"):
             generate(model, PROMPTS, decoding, eos_id=None)
 
 
@@ -347,19 +347,19 @@ def test_an_adapter_changes_the_text(run: Run, weights: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ([], "there is nothing to continue: give a text with --prompt or --instruction"),
+        ([], "no text to continue: give one with --prompt or --instruction"),
         (["--prompt", " "], '--prompt " " is empty'),
         (["--instruction", ""], '--instruction "" is empty'),
-        (["--prompt", "x", "--input", "y"], "--input belongs to one --instruction, 0 are given"),
-        (["--prompt", "word " * 600], "the context (max_seq_len) is 512: no room for a new one"),
+        (["--prompt", "x", "--input", "y"], "--input needs exactly one --instruction, but 0 are given"),
+        (["--prompt", "word " * 600], "leaves no room in the context (max_seq_len) of 512"),
         (["--prompt", "x", "--top-p", "1.5"], "top_p=1.5: expected a share"),
         (["--prompt", "x", "--beams", "0"], "beams=0: expected"),
         (["--prompt", "x", "--beams", "many"], 'setting "beams" cannot be "many": expected a whole number'),
         (["--prompt", "x", "--beams", "2", "--temperature", "1"], "beams=2 with temperature=1.0"),
-        (["--prompt", "x", "--set", "vocab_size=2048"], "its vocabulary has 1024 tokens, the model's 2048"),
+        (["--prompt", "x", "--set", "vocab_size=2048"], "its vocabulary has 1024 tokens, but the model's has 2048"),
         (["--prompt", "x", "--tokenizer", "nowhere.model"], "tokenizer nowhere.model: no such file"),
         (["--prompt", "x", "dtipe=bf16"], 'has no setting "dtipe": did you mean "dtype"?'),
-        (["--prompt", "x", "--device", "gpu"], 'device "gpu" cannot be used: did you mean "cpu"?'),
+        (["--prompt", "x", "--device", "gpu"], 'unknown device "gpu": did you mean "cpu"?'),
         (["--prompt", "x", "--weights", "nowhere"], "Directory 'nowhere' does not exist"),
     ],
 )
@@ -374,7 +374,7 @@ def test_weights_without_a_tokenizer_ask_for_it(run: Run, tmp_path: Path) -> Non
     bare = saved(tmp_path / "bare", "meta")
     code, _, err = run("--prompt", "x", "--weights", bare)
     assert code == 2
-    assert "there is no tokenizer.model with them: name their tokenizer with --tokenizer FILE" in err
+    assert "the folder has no tokenizer.model: name the tokenizer with --tokenizer FILE" in err
     assert run("--prompt", "x", "--weights", bare, "--tokenizer", SHIPPED_TOKENIZER)[0] == 0
 
 

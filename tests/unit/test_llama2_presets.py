@@ -121,7 +121,7 @@ def test_use_scaled_rope_means_metas_constants(tmp_path: Path) -> None:
 
 def test_rope_scaling_that_params_json_cannot_say_is_refused(tmp_path: Path) -> None:
     config = dataclasses.replace(SMALL, rope_scaling=(8.0, 1.0, 2.0, 8192))
-    with pytest.raises(UsageError, match=r"cannot be said in Meta's format"):
+    with pytest.raises(UsageError, match=r"cannot be saved in Meta's format"):
         saved(tmp_path / "w", "meta", config)
     assert not list(tmp_path.iterdir())
 
@@ -140,17 +140,17 @@ def test_a_preset_may_be_a_path(tmp_path: Path) -> None:
     ("changes", "said"),
     [
         ({"model_type": "qwen2"}, '"model_type" is "qwen2", expected "llama" or "mistral"'),
-        ({"attention_bias": True}, '"attention_bias" is true, this model can only be built with false'),
-        ({"hidden_act": "gelu"}, '"hidden_act" is "gelu", this model can only be built with "silu"'),
+        ({"attention_bias": True}, '"attention_bias" is true, but this target supports only false'),
+        ({"hidden_act": "gelu"}, '"hidden_act" is "gelu", but this target supports only "silu"'),
         ({"quantization_config": {"bits": 4}}, '"quantization_config" is {"bits": 4}'),
         ({"head_dim": 96}, '"head_dim" is 96'),
         (
             {"rope_scaling": {"type": "linear", "factor": 2.0}},
             '"rope_type" is "linear", expected "llama3" or "default"',
         ),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, 'lacks "low_freq_factor"'),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, 'missing "low_freq_factor"'),
         ({"hidden_size": "4096"}, '"hidden_size" is "4096", expected a whole number from 1'),
-        ({"num_hidden_layers": None}, 'lacks "num_hidden_layers"'),
+        ({"num_hidden_layers": None}, 'missing "num_hidden_layers"'),
         ({"rms_norm_eps": 0}, '"rms_norm_eps" is 0, expected a number above 0'),
     ],
 )

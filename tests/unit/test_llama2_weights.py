@@ -130,7 +130,7 @@ def test_a_simulation_reads_shapes_only(tmp_path: Path, format: Format, monkeypa
         build(config)
     loaded, random = (simulate(lambda c=c: build(c)) for c in (config, dataclasses.replace(config, weights=None)))
     assert loaded.peak.allocated_bytes == random.peak.allocated_bytes
-    with pytest.raises(UsageError, match="n_layers is 2 there, 3 in the model"):
+    with pytest.raises(UsageError, match="n_layers is 2 in the files, 3 in the model"):
         simulate(lambda: build(dataclasses.replace(config, n_layers=3)))
 
 
@@ -144,7 +144,7 @@ def test_layers_made_without_initialization_take_no_random_number() -> None:
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, format: Format) -> None:
     model = model_of()
-    with files_no_larger_than(50_000), pytest.raises(MemscopeError, match="nothing was saved; is there room"):
+    with files_no_larger_than(50_000), pytest.raises(MemscopeError, match="nothing was saved; is the disk full"):
         save_weights(model, tmp_path / "w", format)
     assert not list(tmp_path.iterdir())
 
@@ -152,7 +152,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, format: Format) -> No
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_folder_that_exists_is_not_overwritten(tmp_path: Path, format: Format) -> None:
     (tmp_path / "w").mkdir()
-    with pytest.raises(UsageError, match="exists already and is not overwritten"):
+    with pytest.raises(UsageError, match="already exists and is not overwritten"):
         saved(tmp_path / "w", format)
     with pytest.raises(UsageError, match="there is no folder"):
         saved(tmp_path / "no" / "w", format)
@@ -194,5 +194,5 @@ def test_lora_updates_are_merged_before_weights_are_saved(tmp_path: Path, format
 def test_a_bias_has_no_place_in_the_formats(tmp_path: Path) -> None:
     model = model_of()
     model.layers[0].attention.wq.bias = torch.nn.Parameter(torch.zeros(32))
-    with pytest.raises(UsageError, match=r"no format of LLaMA's has a place for layers.0.attention.wq.bias"):
+    with pytest.raises(UsageError, match=r"LLaMA's formats cannot hold layers.0.attention.wq.bias"):
         save_weights(model, tmp_path / "w")
