@@ -1,4 +1,4 @@
-"""Chains of blocks to plan checkpoints for: random ones, and every plan there is for a small one."""
+"""Chains of layers to plan checkpoints for: random chains, and every plan of a small one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["every_plan", "in_proportion", "random_chains", "takes", "varied"]
 
 @st.composite
 def random_chains(draw: st.DrawFn, most_blocks: int = 5, units: tuple[int, ...] = (1, 2**30 + 1)) -> Chain:
-    """A few blocks with up to three choices each, some of two blocks; few different numbers, so that many tie."""
+    """A few layers with up to three choices each, some for two layers; few different numbers, so that many tie."""
     blocks = draw(st.integers(1, most_blocks))
     unit = draw(st.sampled_from(units))
     few, time, size = (st.integers(*ends).map(lambda number: number * unit) for ends in ((0, 6), (0, 4), (-2, 12)))
@@ -41,7 +41,7 @@ def random_chains(draw: st.DrawFn, most_blocks: int = 5, units: tuple[int, ...] 
 
 
 def every_plan(chain: Chain, block: int = 0) -> Iterator[tuple[Choice, ...]]:
-    """Every sequence of choices that covers the blocks from one on."""
+    """Every sequence of choices that covers the layers from `block` on."""
     if block == len(chain.choices):
         yield ()
         return
@@ -51,7 +51,7 @@ def every_plan(chain: Chain, block: int = 0) -> Iterator[tuple[Choice, ...]]:
 
 
 def takes(chain: Chain, plan: tuple[Choice, ...]) -> tuple[int, int]:
-    """Time and peak of a plan: the constraints as they are written in the design, one after the other."""
+    """Time and peak of a plan, from the constraints in the order of the design."""
     s = e = time = i = 0
     p = False
     left_sides = [chain.fixed_bytes]
@@ -70,7 +70,7 @@ def takes(chain: Chain, plan: tuple[Choice, ...]) -> tuple[int, int]:
 
 
 def varied(seed: int, *, blocks: int, options: int, is_held: bool = True) -> Chain:
-    """Blocks that all differ: what an option keeps saves time, more or less; some cover two blocks."""
+    """Layers that all differ: an option that keeps more bytes saves more time, roughly; some cover two layers."""
     rng = np.random.default_rng(seed)
 
     def choice(block: int, number: int) -> Choice:
@@ -86,12 +86,12 @@ def varied(seed: int, *, blocks: int, options: int, is_held: bool = True) -> Cha
 
     choices = tuple(tuple(choice(block, number) for number in range(options)) for block in range(blocks))
     boundaries = tuple(int(size) for size in rng.integers(0, 50, size=blocks + 1))
-    # Held bytes, about 200 a block, count at the head's forward only: so that both of its sides may decide.
+    # Held bytes, about 200 per layer, count only in the head's forward, so that either of its constraints may bind.
     return Chain(choices, boundaries, 300, 300 + (100 * blocks if is_held else 0), bool(seed % 2), 500)
 
 
 def in_proportion(blocks: int, options: int) -> Chain:
-    """Blocks that all differ, with times in exact proportion to what is not kept: very many plans are good."""
+    """Layers that all differ, with times in exact proportion to the bytes not kept: very many plans are good."""
     rng = np.random.default_rng(1)
     choices = []
     for most in rng.integers(200_000_000, 1_000_000_000, size=blocks):

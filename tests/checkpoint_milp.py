@@ -14,25 +14,25 @@ __all__ = ["Answer", "solve"]
 
 @dataclass(frozen=True)
 class Answer:
-    """What HiGHS says."""
+    """The result of HiGHS."""
 
     nanoseconds: float
-    """Of the fastest plan found; infinite if none was."""
+    """Time of the fastest plan found; infinite if there is no plan."""
     peak_bytes: float
-    """The least peak found of plans that take no longer."""
+    """Smallest peak found among plans that take no longer."""
     is_proven: bool
-    """Both are the least, or there is no plan."""
+    """Whether both values are proven minimal, or it is proven that there is no plan."""
 
 
 def solve(chain: Chain, budget_bytes: int, *, seconds: float = 60.0, bytes_unit: int = 1, time_unit: int = 1) -> Answer:
-    """Look for the least time that fits a budget, then for the least peak with that time, with no gap left.
+    """Minimize the time within a budget, then the peak at that time, with no gap left.
 
     Args:
-        chain: the blocks.
-        budget_bytes: what no left side may exceed.
-        seconds: when to stop each of the two.
-        bytes_unit: what sizes are divided by, so that the solver's absolute tolerances suit them.
-        time_unit: the same for times.
+        chain: the layers.
+        budget_bytes: upper bound on the peak.
+        seconds: time limit of each of the two searches.
+        bytes_unit: divisor of sizes, so that the solver's absolute tolerances suit them.
+        time_unit: divisor of times.
     """
     solver = highspy.Highs()
     solver.silent()
@@ -51,7 +51,7 @@ def solve(chain: Chain, budget_bytes: int, *, seconds: float = 60.0, bytes_unit:
 
 
 class _Program:
-    """A 0/1 variable for each choice of each block; what is kept and held before each block is a variable too."""
+    """A 0/1 variable for each choice of each layer, and variables for the bytes kept and held before each layer."""
 
     def __init__(self, solver: Any, chain: Chain, budget: float, bytes_unit: int, time_unit: int) -> None:
         self.solver, self.chain, self.unit = solver, chain, bytes_unit
@@ -71,7 +71,7 @@ class _Program:
         solver.addConstr(kept + chain.head_backward_bytes / bytes_unit <= self.peak)
 
     def _lent(self, block: int) -> Any:
-        """1 if a choice ends before this block and saves its output."""
+        """1 if a choice ends before this layer and saves its output."""
         earlier = [(start, *pair) for start in range(block) for pair in self.taken[start]]
         return self.solver.qsum(x for start, c, x in earlier if start + c.length == block and c.saves_output)
 
@@ -79,7 +79,7 @@ class _Program:
         return self.solver.qsum(getattr(choice, name) / self.unit * taken for choice, taken in pairs)
 
     def _block(self, block: int, kept: Any, held: Any) -> tuple[Any, Any]:
-        """Constrain the choice that begins here, if one does; what is kept and held after it."""
+        """Constrain the choice that begins here, if one does. Returns the bytes kept and held after it."""
         solver, pairs = self.solver, self.taken[block]
         boundary = self.chain.boundary_bytes[block] / self.unit
         begins = solver.qsum(taken for _, taken in pairs)
