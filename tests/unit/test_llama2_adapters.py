@@ -1,4 +1,4 @@
-"""LoRA adapters of the LLaMA2 target as files: there and back, and those that cannot be used."""
+"""Files of LoRA adapters of the LLaMA2 target: round trips, and files that are refused."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def tensors_of(model: Llama) -> dict[str, Tensor]:
 
 
 def refused(folder: Path, model: Llama | None = None) -> str:
-    """What is said of a folder that cannot be loaded; the model stays as it was."""
+    """The error message for a folder that cannot be loaded; the model is unchanged."""
     model = model or model_of()
     before = tensors_of(model)
     with pytest.raises(UsageError) as caught:
@@ -86,7 +86,7 @@ def test_a_saved_adapter_is_loaded_on_a_model_with_or_without_updates(folder: Pa
         assert (layer.scaling, layer.dropout.p) == (6 / 2, 0.25)
 
 
-def test_a_model_that_is_given_an_adapter_trains_nothing_else(folder: Path) -> None:
+def test_a_model_that_loads_an_adapter_trains_nothing_else(folder: Path) -> None:
     model = model_of()
     load_adapter(model, folder)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -100,7 +100,7 @@ def test_an_adapter_of_other_layers_or_another_scale_is_refused(folder: Path) ->
     assert "r=2, alpha=6.0 in the file, r=3, alpha=6.0 in the model" in refused(folder, adapted("lora:r=3,alpha=6"))
 
 
-def test_updates_that_are_merged_are_not_replaced(folder: Path) -> None:
+def test_merged_updates_are_not_replaced(folder: Path) -> None:
     model = adapted()
     merge(model)
     assert "layers.0.attention.wq is merged into the weight: unmerge it first" in refused(folder, model)
@@ -139,7 +139,7 @@ def test_truncated_tensors_are_refused(folder: Path) -> None:
         ),
     ],
 )
-def test_settings_that_cannot_be_are_refused(folder: Path, changes: dict[str, Any], said: str) -> None:
+def test_invalid_settings_are_refused(folder: Path, changes: dict[str, Any], said: str) -> None:
     assert said in refused(edit(folder, **changes))
 
 

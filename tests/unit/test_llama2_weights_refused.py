@@ -1,4 +1,4 @@
-"""Weights that cannot be used: what is said of each, and that nothing in them is ever run."""
+"""Weights that are refused: the message for each; nothing in them is ever run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from memscope.targets.llama2.weights import load_weights
 
 
 def refused(folder: Path, config: Config = SMALL) -> str:
-    """What is said of a folder that cannot be loaded; the model stays as it was."""
+    """The error message for a folder that cannot be loaded; the model is unchanged."""
     model = model_of(config, seed=1)
     with pytest.raises(UsageError) as caught:
         load_weights(model, folder)
@@ -32,7 +32,7 @@ def refused(folder: Path, config: Config = SMALL) -> str:
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> Path:
-    """Change the tensors of a folder of either format in place, outside of memscope's code."""
+    """Change the tensors of a folder of either format in place, without memscope's code."""
     file = next(path for path in folder.iterdir() if path.suffix in (".pth", ".safetensors"))
     tensors = torch.load(file, weights_only=True) if file.suffix == ".pth" else load_file(file)
     change(tensors)
@@ -76,7 +76,7 @@ def test_truncated_weights_are_refused(tmp_path: Path, format: Format, kept: flo
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_weights_of_another_model_are_refused_by_what_differs(tmp_path: Path, format: Format) -> None:
+def test_weights_of_another_model_are_refused_with_the_differences(tmp_path: Path, format: Format) -> None:
     said = refused(saved(tmp_path / "w", format), dataclasses.replace(SMALL, n_layers=3, rope_theta=500.0))
     assert "n_layers is 2 in the files, 3 in the model; rope_theta is 10000.0 in the files, 500.0 in the model" in said
     assert f"--preset {tmp_path / 'w'}" in said
@@ -125,14 +125,14 @@ def test_missing_and_surplus_tensors_are_named(tmp_path: Path, format: Format) -
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_tables_that_older_programs_stored_are_no_surplus(tmp_path: Path, format: Format) -> None:
+def test_tables_stored_by_older_programs_are_accepted(tmp_path: Path, format: Format) -> None:
     folder, loaded = saved(tmp_path / "w", format), model_of(seed=1)
     table = "rope.freqs" if format == "meta" else "model.layers.0.self_attn.rotary_emb.inv_freq"
     load_weights(loaded, rewrite(folder, lambda tensors: tensors.update({table: torch.ones(4)})))
     assert same(loaded, model_of())
 
 
-def test_a_head_that_is_missing_or_not_tied_is_told_so(tmp_path: Path) -> None:
+def test_a_missing_or_untied_head_is_refused_with_the_setting_to_change(tmp_path: Path) -> None:
     tied = saved(tmp_path / "tied", "meta", TIED)
     with pytest.raises(UsageError, match=r"output.weight differs from tok_embeddings.weight.*set tied_head=false"):
         load_weights(model_of(TIED), saved(tmp_path / "untied", "meta"))
@@ -160,7 +160,7 @@ def test_shards_of_two_models_are_refused(tmp_path: Path) -> None:
     )
 
 
-def test_an_index_is_held_against_its_files(tmp_path: Path) -> None:
+def test_an_index_is_checked_against_its_files(tmp_path: Path) -> None:
     model = model_of()
     write(model.state_dict(), model.arch, tmp_path, shard_bytes=50_000)
     index = tmp_path / "model.safetensors.index.json"
@@ -179,7 +179,7 @@ def test_an_index_is_held_against_its_files(tmp_path: Path) -> None:
 
 
 class _Payload:
-    """Unpickled, it makes a file."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -201,7 +201,7 @@ def test_code_in_a_pickle_is_refused_and_never_run(tmp_path: Path, zipped: bool)
     assert not ran.exists()
     if zipped:
         assert f"names {os.mkdir.__module__}.mkdir, which may be code: refused, and nothing in it was run" in said
-        torch.load(folder / "consolidated.00.pth", weights_only=False)  # the payload itself is a real one
+        torch.load(folder / "consolidated.00.pth", weights_only=False)  # the payload works when it is unpickled
         assert ran.is_dir()
 
 
