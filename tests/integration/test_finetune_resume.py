@@ -1,4 +1,4 @@
-"""Fine-tuning that is killed, stopped or goes wrong, and goes on as if nothing had happened."""
+"""Fine-tuning that is killed, stopped or fails, and is resumed exactly where it was."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from memscope.targets.llama2.session import prepare
 from memscope.targets.llama2.target import SHIPPED_DATA, loss
 from memscope.targets.llama2.train import train
 
-# It survives being killed
+# Killed, stopped and failed runs
 
 KILLED_WHILE_SAVING = """
 import os, signal, sys
@@ -72,7 +72,7 @@ def test_a_killed_run_that_is_resumed_has_the_losses_of_one_never_killed(tmp_pat
 
 
 @pytest.mark.parametrize("plan", ["", "amp"], ids=["full", "fp16 with a scaler"])
-def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_goes_on_unchanged(
+def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_resumes_exactly(
     plan: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     words = small(strategies=plan)
@@ -111,7 +111,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(
 
 
 class WithoutAGradient(torch.autograd.Function):
-    """A loss that is finite with a gradient that is not."""
+    """A function with a finite value and a gradient that is not finite."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ def test_weights_that_are_not_finite_are_not_saved(
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
-def test_a_step_that_the_gradient_scaler_skips_is_no_end(tmp_path: Path) -> None:
+def test_a_step_that_the_gradient_scaler_skips_does_not_end_the_run(tmp_path: Path) -> None:
     session = prepare(job_of(small(strategies="amp")))
     # Far too large for float16, whose largest number is 65504: every gradient overflows.
     session.training.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
@@ -163,7 +163,7 @@ def test_a_full_disk_ends_the_run_and_the_last_checkpoint_is_whole(
     assert len(losses(folder)) == 6
 
 
-def test_a_full_disk_while_the_result_is_saved_leaves_none_and_the_run_goes_on_to_it(
+def test_a_full_disk_while_the_result_is_saved_leaves_none_and_the_run_can_be_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*args: object) -> None:
@@ -188,7 +188,7 @@ def test_a_full_disk_while_the_result_is_saved_leaves_none_and_the_run_goes_on_t
 
 @pytest.fixture
 def stopped(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A LoRA run on data and weights of its own that was stopped after a step."""
+    """A LoRA run on its own data and weights that was stopped after one step."""
     data, weights, folder = tmp_path / "data.json", tmp_path / "weights", tmp_path / "run"
     shutil.copytree(base, weights)
     data.write_text(json.dumps(json.loads(SHIPPED_DATA.read_text(encoding="utf-8"))[:14]), encoding="utf-8")
@@ -221,7 +221,7 @@ def test_another_model_plan_or_selection_is_refused_by_name(
     assert "To resume it, leave out all other options" in error
 
 
-def test_changed_data_are_noticed(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_changed_data_is_noticed(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = stopped.parent / "data.json"
     data.write_text(data.read_text(encoding="utf-8").replace(" the ", " a ", 1), encoding="utf-8")
     assert run("--resume", str(stopped)) == 2
