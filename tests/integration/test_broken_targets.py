@@ -31,8 +31,8 @@ def workload(**changes):
 def build(config):
 """
 BROKEN = {
-    "nothing": ("    workload()", "build gave nothing, not a Workload: end it with  return Workload("),
-    "a model": ("    return workload().model", "build gave a Linear, not a Workload"),
+    "nothing": ("    workload()", "build returned None, not a Workload: end it with  return Workload("),
+    "a model": ("    return workload().model", "build returned a Linear, not a Workload"),
     "no model": ("    return workload(model=None)", 'the model of "mine" is a NoneType: expected an nn.Module'),
     "a generator": ("    return workload(batches=(x for x in [1]))", "are a generator, not a sequence"),
     "an exit": ("    sys.exit('no data')", '"the target" failed: SystemExit: no data (at'),
