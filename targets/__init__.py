@@ -1,1 +1,1 @@
-"""Workloads shipped with memscope: one folder a target, each with a `target.py`. Installed as `memscope.targets`."""
+"""Targets shipped with memscope, one folder each with a `target.py`. Installed as `memscope.targets`."""

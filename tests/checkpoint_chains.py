@@ -1,4 +1,4 @@
-"""Random chains of layers, and every plan of a small chain."""
+"""Chains of layers to plan checkpoints for: random chains, and every plan of a small one."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def every_plan(chain: Chain, layer: int = 0) -> Iterator[tuple[Choice, ...]]:
 
 
 def takes(chain: Chain, plan: tuple[Choice, ...]) -> tuple[int, int]:
-    """Time and peak of a plan: the constraints as they are written in the design, one after the other."""
+    """Time and peak of a plan, from the constraints in the order of the design."""
     s = e = time = i = 0
     p = False
     left_sides = [chain.fixed_bytes]

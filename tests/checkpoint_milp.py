@@ -14,25 +14,25 @@ __all__ = ["Answer", "solve"]
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer of HiGHS."""
+    """The result of HiGHS."""
 
     nanoseconds: float
-    """Of the fastest plan found; infinite without a plan."""
+    """Time of the fastest plan found; infinite if there is no plan."""
     peak_bytes: float
-    """The least peak found of plans that take no longer."""
+    """Smallest peak found among plans that take no longer."""
     is_proven: bool
-    """Both are proven to be the least, or that there is no plan."""
+    """Whether both values are proven minimal, or it is proven that there is no plan."""
 
 
 def solve(chain: Chain, budget_bytes: int, *, seconds: float = 60.0, bytes_unit: int = 1, time_unit: int = 1) -> Answer:
-    """Look for the least time that fits a budget, then for the least peak with that time, with no gap left.
+    """Minimize the time within a budget, then the peak at that time, with no gap left.
 
     Args:
         chain: the layers.
-        budget_bytes: what no left side may exceed.
-        seconds: when to stop each of the two.
-        bytes_unit: what sizes are divided by, so that the solver's absolute tolerances suit them.
-        time_unit: the same for times.
+        budget_bytes: upper bound on the peak.
+        seconds: time limit of each of the two searches.
+        bytes_unit: divisor of sizes, so that the solver's absolute tolerances suit them.
+        time_unit: divisor of times.
     """
     solver = highspy.Highs()
     solver.silent()
@@ -51,7 +51,7 @@ def solve(chain: Chain, budget_bytes: int, *, seconds: float = 60.0, bytes_unit:
 
 
 class _Program:
-    """A 0/1 variable for each choice of each layer; what is kept and held before each layer is a variable too."""
+    """A 0/1 variable for each choice of each layer, and variables for the bytes kept and held before each layer."""
 
     def __init__(self, solver: Any, chain: Chain, budget: float, bytes_unit: int, time_unit: int) -> None:
         self.solver, self.chain, self.unit = solver, chain, bytes_unit

@@ -1,4 +1,4 @@
-"""For every test: small tensors are quicker on one thread, and results do not depend on the machine's cores."""
+"""One thread for every test: faster with small tensors, and results do not depend on the number of cores."""
 
 import torch
 

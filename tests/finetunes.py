@@ -34,32 +34,32 @@ TOGETHER = f"{LORA},amp:dtype=bf16,ckpt"
 
 
 def small(**changed: object) -> list[str]:
-    """6 steps of 2 samples on a model with 2 layers of width 32; settings may be changed."""
+    """Arguments for 6 steps of 2 samples on a model with 2 layers of width 32; `changed` overrides settings."""
     settings: dict[str, object] = {"dim": 32, "n_layers": 2, "n_heads": 2, "device": "cpu", "lr": 1e-3}
     settings |= {"accumulation": 2, "samples": 12, "held_out": 2}
     return ["--preset", "debug", *(f"{key}={value}" for key, value in (settings | changed).items())]
 
 
 def run(*words: str) -> int:
-    """The exit code of a run."""
+    """Run the program; returns its exit code."""
     with pytest.raises(SystemExit) as end:
         main([*words])
     return int(str(end.value.code))
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """All that was written down."""
+    """All metrics that the run wrote."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def losses(folder: Path) -> list[float]:
-    """Of all steps, as they were written down."""
+    """Losses of all steps, from the metrics."""
     return [line["loss"] for line in metrics(folder) if "loss" in line]
 
 
 @dataclass
 class Seen:
-    """A watch that stops after so many steps."""
+    """A watch that stops after `most` metrics."""
 
     most: int = 10**9
     metrics: list[Metric] = field(default_factory=list)
@@ -72,7 +72,7 @@ class Seen:
 
 
 def at_call(monkeypatch: pytest.MonkeyPatch, number: int, do: Any) -> None:
-    """Do something the moment the loss is computed for the n-th time; what it gives replaces the loss."""
+    """Call `do` when the loss is computed for the n-th time; its result, unless None, multiplies the loss."""
     calls = iter(range(1, 10**9))
 
     def watched(model: nn.Module, batch: Any) -> Tensor:
@@ -84,12 +84,12 @@ def at_call(monkeypatch: pytest.MonkeyPatch, number: int, do: Any) -> None:
 
 
 def job_of(words: list[str]) -> Job:
-    """The job that such words are about."""
+    """The job that these arguments describe."""
     return Job.of(dict(word.split("=", 1) for word in words if "=" in word), PRESETS["debug"])
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """What a run says that refuses these words."""
+    """The message of a run that refuses these arguments."""
     assert run(*words) == 2
     told = capsys.readouterr().err
     assert told.startswith("memscope: error: ")

@@ -1,4 +1,4 @@
-"""Histories of PyTorch's allocator, written by hand: what the host does beside what the allocator notes of it."""
+"""Histories of PyTorch's allocator, written by hand, together with the actions of the host that cause them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["BASE", "MIB", "Script", "block", "segment"]
 
 MIB = 2**20
 BASE = 0x7F00_0000_0000
-"""Where the first segment lies."""
+"""Address of the first segment."""
 
 
 def segment(*blocks: dict[str, Any], address: int = BASE, expandable: bool = False) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def block(size: int, state: str = "active_allocated", requested: int | None = No
 
 
 class Script:
-    """Notes what happens one after the other; `trace` joins it. Each thing that happens takes 10 microseconds."""
+    """Records a sequence of actions, which `trace` joins. Each action takes 10 microseconds."""
 
     def __init__(self, *, metadata: bool = True, before: list[dict[str, Any]] | None = None, conf: str = "") -> None:
         self._now = 1_700_000_000_000_000_000
@@ -68,7 +68,7 @@ class Script:
         self.moments.end()
 
     def storage(self, address: int, size: int, category: Category, op: str = "", module: str = "(model)") -> None:
-        """A storage is seen for the first time."""
+        """Record that a storage is seen for the first time."""
         self.seen.births.append(Birth(size, _index(self.modules, module), _index(self.ops, op), *self._at, born=0))
         self.seen.category.append(CATEGORIES.index(category))
         self.moments.born(address)

@@ -25,7 +25,7 @@ FORMATS: list[Format] = ["huggingface", "meta"]
 
 
 def model_of(config: Config = SMALL, seed: int = 0) -> Llama:
-    """Every weight random, those of the norms too, and large enough to tell what is done to them."""
+    """A model whose weights, norms included, are all random and large enough to make any change visible."""
     torch.manual_seed(seed)
     model = Llama(config.architecture)
     with torch.no_grad():
@@ -46,10 +46,10 @@ def saved(path: Path, format: Format, config: Config = SMALL) -> Path:
 
 
 def split_by_rank(folder: Path, shards: int, *, embedding: int = 1) -> Path:
-    """Make model-parallel shards of one: Meta's column-parallel layers are split by rows, its row-parallel by columns.
+    """Split one file into model-parallel shards: column-parallel layers by rows, row-parallel ones by columns.
 
     Source: ColumnParallelLinear, RowParallelLinear and ParallelEmbedding in facebookresearch/llama, llama/model.py;
-    LLaMA 3 has VocabParallelEmbedding, which is split by rows (`embedding=0`).
+    LLaMA 3's VocabParallelEmbedding is split by rows (`embedding=0`).
     """
     dims = dict.fromkeys(["wq", "wk", "wv", "w1", "w3", "output"], 0) | {"wo": 1, "w2": 1, "tok_embeddings": embedding}
     whole = torch.load(folder / "consolidated.00.pth", weights_only=True)
@@ -64,7 +64,7 @@ def split_by_rank(folder: Path, shards: int, *, embedding: int = 1) -> Path:
 
 @contextmanager
 def files_no_larger_than(size_bytes: int) -> Iterator[None]:
-    """As on a full disk, writing beyond this size fails."""
+    """Let writing beyond this file size fail, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
     try:

@@ -1,4 +1,4 @@
-"""Shared by the browser tests: runs to look at, and where to look."""
+"""Helpers of the browser tests: a run to show, and positions on its page."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from memscope.trace import Trace
 __all__ = ["PLOT", "comes_to", "html_of", "on_a_device", "point_at", "run"]
 
 PLOT = ".timeline .nsewdrag"
-"""The area inside the axes; the first of each timeline is the stack, the second the phase bar."""
+"""The area inside the axes. The first of each timeline is the stack, the second the phase bar."""
 
 
 def run() -> Trace:
-    """2 layers of 1 GiB in 2 parts; the peak is in the second micro-batch of step 1."""
+    """A run of 2 layers of 1 GiB in 2 parts; its peak is in the second micro-batch of step 1."""
     return training_run(layers=2, micro_batches=3, layer_bytes=2**30)
 
 
@@ -38,13 +38,13 @@ def html_of(*runs: Run | Trace, **more: Any) -> str:
 
 
 def point_at(page: Any, trace: Trace, event: int) -> tuple[float, float]:
-    """Where an event is in the first timeline, which must show the whole run."""
+    """Position of an event in the first timeline, which must show the whole run."""
     box = page.locator(PLOT).first.bounding_box()
     return box["x"] + box["width"] * event / trace.events, box["y"] + 60
 
 
 def comes_to(page: Any, look: Callable[[Any], Any], expected: Any) -> bool:
-    """Whether the page gets there within five seconds. Playwright's own waiting evaluates text: the page forbids it."""
+    """Whether `look` returns `expected` within five seconds. Playwright's own wait needs eval, which the page bans."""
     for _ in range(100):
         if look(page) == expected:
             return True

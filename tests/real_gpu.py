@@ -1,4 +1,4 @@
-"""The GPU at hand, for tests in tests/gpu."""
+"""The GPU of this machine, for the tests in tests/gpu."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["nearest_device"]
 
 
 def nearest_device() -> str:
-    """A device to simulate with the rules of the one at hand."""
+    """The name of a device to simulate that has the compute capability of this GPU."""
     capability = torch.cuda.get_device_capability()
     fitting = [d.name for d in all_devices() if d.kind == "cuda" and d.capability == capability and d.capacity_bytes]
     if not fitting:

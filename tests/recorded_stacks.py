@@ -1,8 +1,8 @@
 """Memory snapshots of real training steps with their real stacks, recorded on the CPU.
 
-Stacks are gathered by the function that PyTorch's CUDA allocator uses (`CapturedTraceback::gather`), for every storage
-that an operator makes and where it goes. Blocks and segments come from a replay of the allocator. As on a GPU, the
-backward pass has no Python above it: there, it runs in a thread of its own.
+Stacks are gathered by the function that PyTorch's CUDA allocator uses (`CapturedTraceback::gather`), at the birth and
+the end of every storage that an operator makes. Blocks and segments come from a replay of the allocator. Stacks of the
+backward pass have no Python frames above it, as on a GPU, where it runs in a thread of its own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _OURS = {"__torch_dispatch__", "_note", "<lambda>"}
 
 
 class StackRecorder(TorchDispatchMode):
-    """Follows storages while it is entered; `snapshot` then is what CUDA would have written."""
+    """Follows storages while it is active; `snapshot` then returns the snapshot that CUDA would have written."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class StackRecorder(TorchDispatchMode):
         self._stacks.append(torch._C._profiler.gather_traceback(True, True, False))
 
     def snapshot(self) -> dict[str, Any]:
-        """Call it outside, with what was made still there."""
+        """The snapshot. Call it after leaving the recorder, while the storages are still alive."""
         stacks = [_as_on_a_gpu(frames) for frames in torch._C._profiler.symbolize_tracebacks(self._stacks)]
         run = self._replayed()
         entries = []
@@ -83,14 +83,14 @@ class StackRecorder(TorchDispatchMode):
 
 
 def _as_on_a_gpu(frames: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without the recorder's own frames, and without what called the autograd engine."""
+    """The frames without the recorder's own and without the callers of the autograd engine."""
     kept: list[dict[str, Any]] = []
     for frame in frames:
         name, filename = frame["name"], frame["filename"]
         if filename == __file__ and name in {*_OURS, "_follow", "_end"}:
             continue
         if filename.endswith(("torch/_dynamo/eval_frame.py", "torch/_compile.py")) and name in ("_fn", "inner"):
-            continue  # around a dispatch mode
+            continue  # frames that PyTorch adds around a dispatch mode
         if name == "_engine_run_backward":
             return kept
         kept.append(frame)

@@ -1,4 +1,4 @@
-"""A chain of alike layers, small enough to simulate quickly and large enough for checkpoints to pay."""
+"""A chain of equal layers, small enough to simulate fast and large enough for checkpoints to pay."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory snapshots of PyTorch, put together by hand or from histories that its own allocator wrote."""
+"""Memory snapshots of PyTorch, built by hand or from histories that its own allocator wrote."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ def dumped(data: Any, folder: Path, protocol: int = 4) -> Path:
 
 
 class Golden:
-    """A history that PyTorch's own allocator wrote, and what it counted; see tests/golden.
+    """A history that PyTorch's own allocator wrote, and its statistics; see tests/golden.
 
     Attributes:
-        entries: of `device_traces`.
-        totals: allocated, active, reserved and requested bytes after each birth and each end of a free `[events, 4]`.
+        entries: the entries of `device_traces`.
+        totals: allocated, active, reserved and requested bytes after each birth and each completed free `[events, 4]`.
     """
 
     def __init__(self, path: Path, number: int) -> None:
@@ -80,7 +80,7 @@ def golden(path: Path, number: int) -> Golden:
 
 
 def segments_at_end(known: Golden) -> list[Entry]:
-    """The segments when a history that began with nothing ended."""
+    """The segments at the end of a history that began with an empty allocator."""
     memory, blocks = Memory(), known.blocks
     states = {"free_requested": "active_pending_free", "free_completed": "", "alloc": "active_allocated"}
     state: dict[int, str] = {}
@@ -110,18 +110,18 @@ def segments_at_end(known: Golden) -> list[Entry]:
 
 
 def notes(trace: Trace) -> list[str]:
-    """What an import says is not exact."""
+    """The notes of an import on values that are not exact."""
     told: list[str] = trace.meta["imported"]["notes"]
     return told
 
 
 def categories(trace: Trace) -> list[str]:
-    """Of each allocation."""
+    """The category of each allocation."""
     return [CATEGORIES[code] for code in trace.category]
 
 
 def came_of(conf: str, **values: Any) -> dict[str, Any]:
-    """`allocator_settings` as PyTorch 2.3 and later write them: the text, and what came of it (cuda/Module.cpp)."""
+    """`allocator_settings` as PyTorch 2.3 and later write them: the text, and the parsed values (cuda/Module.cpp)."""
     divisions = {str(2**number): values.get("divisions", 0) for number in range(16)}
     return {
         "PYTORCH_CUDA_ALLOC_CONF": conf,

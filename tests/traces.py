@@ -1,4 +1,4 @@
-"""Small traces, built by hand: one event after the other, as a recorder would see them."""
+"""Small traces, built by hand event by event, as a recorder would see them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["TraceBuilder", "random_traces"]
 
 
 class TraceBuilder:
-    """Each `new` and each `free` is one event; `phase` says what the events after it belong to."""
+    """Builds a trace. Each `new` and each `free` is one event; `phase` begins the phase of the events after it."""
 
     def __init__(self) -> None:
         self._allocations: list[dict[str, int]] = []
@@ -28,7 +28,7 @@ class TraceBuilder:
         self._marks.append((self._events, PHASES.index(name), step, micro_batch))
 
     def new(self, category: Category, size: int, *, module: str = "", op: str = "") -> int:
-        """An allocation of `size` bytes, none of them added by rounding; returns its index."""
+        """Add an allocation of `size` bytes, none of them from rounding; returns its index."""
         _, phase, step, micro_batch = self._marks[-1]
         self._allocations.append({
             "size": size, "requested": size, "category": CATEGORIES.index(category), "phase": phase, "step": step,

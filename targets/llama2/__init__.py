@@ -1,1 +1,1 @@
-"""Fine-tuning of LLaMA2 on instruction data: the architecture, its tokenizer and data, and the training step."""
+"""The LLaMA2 target: architecture, tokenizer, instruction data and training step; fine-tuning and generation."""

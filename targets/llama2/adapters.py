@@ -1,6 +1,6 @@
 """LoRA adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
-PEFT's base model is that of transformers: its names, and its order of rows in q and k, are translated here.
+PEFT's base model comes from transformers. This module translates between its names and row order of q and k, and ours.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 
 # Settings of peft.LoraConfig (peft 0.21, tuners/lora/config.py) that change what an adapter computes, and the values
-# with which it is what `LoRALinear` computes. Initializations other than these also change the model's own weights.
+# for which an adapter computes the same as `LoRALinear`. Other initializations also change the model's own weights.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "use_dora": (False, None),
     "use_rslora": (False, None),
@@ -48,15 +48,15 @@ class _Settings:
 
 
 def save_adapter(model: Llama, path: str | Path) -> None:
-    """Write the model's LoRA updates to a new folder that PEFT opens; it appears when it is complete.
+    """Write the model's LoRA updates to a new folder in PEFT's format. The folder appears only when it is complete.
 
     Raises:
-        UsageError: when the folder exists, or the model has no updates.
-        MemscopeError: when the disk is full or cannot be written.
+        UsageError: the folder exists, or the model has no LoRA updates.
+        MemscopeError: the disk is full or cannot be written.
     """
     layers = _layers(model)
     if not layers:
-        raise UsageError(f"{path}: the model has no LoRA updates to save: apply the strategy lora first")
+        raise UsageError(f"{path}: the model has no LoRA updates to save: apply the lora strategy first")
     tensors = {}
     for name, layer in layers.items():
         module = _PREFIX + hf_module(name)
@@ -68,14 +68,14 @@ def save_adapter(model: Llama, path: str | Path) -> None:
 
 
 def load_adapter(model: Llama, path: str | Path) -> None:
-    """Put the LoRA updates in a folder on the model, converted to its dtype and moved to its device.
+    """Load LoRA updates from a folder into the model, converted to its dtype and moved to its device.
 
-    A model without updates is frozen and given them, with the dropout of the file; one that has them, from the
-    strategy `lora`, must have them on the same layers, of the same rank and scaling, and keeps its dropout.
+    A model without updates is frozen and adapted, with the dropout of the file. A model that the `lora` strategy has
+    adapted must have updates on the same modules, with the same rank and scaling; it keeps its dropout.
 
     Raises:
-        UsageError: when a file is missing or damaged, the adapter is of a kind other than plain LoRA, does not fit the
-            model, or differs from the updates that the model has. The model is as it was.
+        UsageError: a file is missing or damaged, or the adapter is not plain LoRA, does not fit the model, or differs
+            from the updates that the model has. The model is unchanged.
     """
     folder = Path(path)
     settings = _read_settings(folder)
@@ -97,13 +97,13 @@ def _layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 def _settings(layer: LoRALinear) -> _Settings:
     r = layer.lora_a.shape[0]
-    alpha = float(f"{layer.scaling * r:.12g}")  # alpha / r * r may miss alpha by a bit: 1 / 49 * 49 < 1
+    alpha = float(f"{layer.scaling * r:.12g}")  # alpha / r * r may differ from alpha in the last bit: 1 / 49 * 49 < 1
     return _Settings(r, alpha, layer.dropout.p)
 
 
 def _config(model: Llama, layers: dict[str, LoRALinear]) -> dict[str, Any]:
     settings, *others = {_settings(layer) for layer in layers.values()}
-    assert not others, "the strategy lora gives every layer the same rank, scaling and dropout"
+    assert not others, "the lora strategy gives every module the same rank, scaling and dropout"
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -118,7 +118,7 @@ def _config(model: Llama, layers: dict[str, LoRALinear]) -> dict[str, Any]:
 
 
 def _target_modules(model: Llama, layers: dict[str, LoRALinear]) -> list[str]:
-    """Last parts of names, as PEFT's users write them; full names where not all layers of such a name are adapted."""
+    """Last parts of names, as PEFT's users write them; full names if not all modules of that name are adapted."""
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     last = {name.rpartition(".")[2] for name in layers}
     whole = {name for name in linear if name.rpartition(".")[2] in last} == layers.keys()
@@ -128,7 +128,7 @@ def _target_modules(model: Llama, layers: dict[str, LoRALinear]) -> list[str]:
 
 def _read_settings(folder: Path) -> _Settings:
     if not folder.is_dir():
-        what = "a file" if folder.exists() else "no such folder"
+        what = "is a file" if folder.exists() else "no such folder"
         raise UsageError(f"adapter {folder}: {what}; expected a folder with {_CONFIG} and {_TENSORS}")
     file = JsonFile.read(folder / _CONFIG)
     if file.values.get("peft_type") != "LORA":
@@ -137,19 +137,17 @@ def _read_settings(folder: Path) -> _Settings:
         value = file.values.get(key, plain[0])
         if value not in plain:
             raise UsageError(
-                f'{file.path}: "{key}" is {json.dumps(value)}; only plain LoRA can be loaded, where it is '
-                f"{json.dumps(plain[0])}"
+                f'{file.path}: "{key}" is {json.dumps(value)}, expected {json.dumps(plain[0])}: '
+                "only plain LoRA can be loaded"
             )
     dropout = file.values.get("lora_dropout", 0.0)
     if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        raise UsageError(
-            f'{file.path}: "lora_dropout" is {json.dumps(dropout)}, expected 0 up to, but not including, 1'
-        )
+        raise UsageError(f'{file.path}: "lora_dropout" is {json.dumps(dropout)}, expected a number from 0 and below 1')
     return _Settings(file.count("r"), file.number("lora_alpha"), float(dropout))
 
 
 def _open(folder: Path, model: Llama, settings: _Settings) -> dict[str, tuple[StoredTensor, StoredTensor]]:
-    """A and B by the module they belong to, all of them checked against it."""
+    """A and B of each adapted module, by its name; their shapes and dtypes are checked."""
     tensors = open_safetensors(folder / _TENSORS)
     found: dict[str, tuple[StoredTensor, StoredTensor]] = {}
     for name, module in model.named_modules():
@@ -158,9 +156,9 @@ def _open(folder: Path, model: Llama, settings: _Settings) -> dict[str, tuple[St
             found[name] = tensors.pop(key + _A), tensors.pop(key + _B)
             _check_shapes(folder, *found[name], module, settings.r)
     if tensors:
-        raise UsageError(f"{folder / _TENSORS}: the model has no place for {listed(tensors)}")
+        raise UsageError(f"{folder / _TENSORS}: the model has no module for {listed(tensors)}")
     if not found:
-        raise UsageError(f"{folder / _TENSORS}: it is empty")
+        raise UsageError(f"{folder / _TENSORS}: the file holds no tensors")
     return found
 
 
@@ -170,7 +168,7 @@ def _check_shapes(folder: Path, a: StoredTensor, b: StoredTensor, module: nn.Mod
         if tensor.shape != shape:
             raise UsageError(
                 f"adapter {folder}: {tensor.place} has shape {list(tensor.shape)}, expected {list(shape)} "
-                f"(rank {r} on a layer from {module.in_features} to {module.out_features})"
+                f"(rank {r}, linear layer with {module.in_features} inputs and {module.out_features} outputs)"
             )
         if isinstance(tensor.dtype, str):
             raise UsageError(f"adapter {folder}: {tensor.place} has dtype {tensor.dtype}, expected floating point")
@@ -179,13 +177,13 @@ def _check_shapes(folder: Path, a: StoredTensor, b: StoredTensor, module: nn.Mod
 def _check_same(folder: Path, layers: dict[str, LoRALinear], found: set[str], settings: _Settings) -> None:
     differing = layers.keys() ^ found
     if differing:
-        raise UsageError(f"adapter {folder}: {listed(differing)} is adapted in the model or in the file, not in both")
+        raise UsageError(f"adapter {folder}: adapted only in the model or only in the file: {listed(differing)}")
     for name, layer in layers.items():
         if layer.merged:
-            raise UsageError(f"adapter {folder}: the update of {name} is merged into its weight: unmerge it first")
+            raise UsageError(f"adapter {folder}: the update of {name} is merged into the weight: unmerge it first")
         has = _settings(layer)
         if (has.r, has.alpha) != (settings.r, settings.alpha):
             raise UsageError(
-                f"adapter {folder}: r={settings.r}, alpha={settings.alpha} there; "
+                f"adapter {folder}: r={settings.r}, alpha={settings.alpha} in the file, "
                 f"r={has.r}, alpha={has.alpha} in the model ({name})"
             )

@@ -17,9 +17,9 @@ from memscope.targets.llama2.tokenizer import Tokenizer
 __all__ = ["IGNORED", "Batch", "Instruction", "Sample", "collate", "encode", "fixed_length", "load", "longest_first"]
 
 IGNORED = -100
-"""The label of a token that is not to be learned: `ignore_index` of `torch.nn.functional.cross_entropy`."""
+"""Label of a token without a loss: `ignore_index` of `torch.nn.functional.cross_entropy`."""
 _PAD_ID = 0
-"""Fills a short sample up on the right. Any id would do: see `collate`."""
+"""Pads short samples on the right. Any id would do: see `collate`."""
 
 # Wording and order: Stanford Alpaca, train.py, PROMPT_DICT.
 _WITH_INPUT = (
@@ -40,13 +40,13 @@ class Instruction:
 
     instruction: str
     input: str
-    """What the instruction is about; empty when it needs nothing more."""
+    """Context for the instruction; empty if it needs none."""
     output: str
     """The response to learn."""
 
     @property
     def prompt(self) -> str:
-        """What the model is given: the template with or without input, filled in."""
+        """The prompt: the template with or without input, filled in."""
         template = _WITH_INPUT if self.input else _WITHOUT_INPUT
         return template.format(instruction=self.instruction, input=self.input)
 
@@ -60,16 +60,16 @@ class Sample:
 
     tokens: tuple[int, ...]
     prompt_tokens: int
-    """Leading tokens (BOS included) that are given and not learned."""
+    """Number of leading tokens, BOS included, that are the prompt and have no loss."""
 
     @property
     def labels(self) -> tuple[int, ...]:
-        """The tokens, with `IGNORED` over the prompt."""
+        """The tokens, with `IGNORED` in place of the prompt."""
         return (IGNORED,) * self.prompt_tokens + self.tokens[self.prompt_tokens :]
 
 
 class Batch(TypedDict):
-    """A micro-batch: two int64 tensors `[batch, seq]` on the host."""
+    """A micro-batch: two int64 tensors `[batch, seq]` in host memory."""
 
     tokens: Tensor
     labels: Tensor
@@ -79,15 +79,15 @@ def load(path: str | Path, limit: int) -> list[Instruction]:
     """Read the first `limit` rows of a JSON list of objects with `instruction`, `input` and `output`.
 
     Raises:
-        UsageError: when the file is missing, is not JSON, not a list, or empty, or when a row lacks a field, has one
-            that is not text, or has an empty instruction or output. Rows are counted from 0.
+        UsageError: the file is missing, is not JSON, or is not a list, or the list is empty; or a row lacks a field,
+            has a field that is not text, or has an empty instruction or output. Rows are counted from 0.
     """
     rows = _json_list(Path(path))
     return [_instruction(f"data {path}, row {index}", row) for index, row in enumerate(rows[:limit])]
 
 
 def _json_list(path: Path) -> list[Any]:
-    wanted = 'expected a JSON list of {"instruction": …, "input": …, "output": …}; name one with --set data=PATH'
+    wanted = 'expected a JSON list of {"instruction": …, "input": …, "output": …}; choose a file with --set data=PATH'
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -97,26 +97,26 @@ def _json_list(path: Path) -> list[Any]:
     except (ValueError, RecursionError) as error:
         raise UsageError(f"data {path}: not JSON ({error}); {wanted}") from None
     if not isinstance(rows, list):
-        raise UsageError(f"data {path}: holds one JSON {_json_type(rows)}; {wanted}")
+        raise UsageError(f"data {path}: holds a JSON {_json_type(rows)}; {wanted}")
     if not rows:
-        raise UsageError(f"data {path}: the list is empty, there is nothing to train on; {wanted}")
+        raise UsageError(f"data {path}: the list is empty, so there is nothing to train on; {wanted}")
     return rows
 
 
 def _instruction(where: str, row: Any) -> Instruction:
     if not isinstance(row, dict):
-        raise UsageError(f"{where}: is a JSON {_json_type(row)}, expected an object with {', '.join(_FIELDS)}")
+        raise UsageError(f"{where}: a JSON {_json_type(row)}, expected an object with {', '.join(_FIELDS)}")
     for name in _FIELDS:
         if name not in row:
             raise UsageError(
-                f'{where}: lacks the field "{name}"; it has {", ".join(row) or "none"}: '
-                f"add it{' (an empty text means no input)' if name == 'input' else ''} or remove the row"
+                f'{where}: missing field "{name}"; the row has {", ".join(row) or "no fields"}: '
+                f"add the field{' (empty text for no input)' if name == 'input' else ''} or remove the row"
             )
         if not isinstance(row[name], str):
             raise UsageError(f'{where}: "{name}" is a JSON {_json_type(row[name])}, expected text')
     for name in ("instruction", "output"):
         if not row[name].strip():
-            raise UsageError(f'{where}: "{name}" is empty, nothing can be learned: fill it in or remove the row')
+            raise UsageError(f'{where}: "{name}" is empty, so there is nothing to learn: fill it in or remove the row')
     return Instruction(row["instruction"], row["input"], row["output"])
 
 
@@ -126,10 +126,11 @@ def _json_type(value: Any) -> str:
 
 
 def encode(instruction: Instruction, tokenizer: Tokenizer) -> Sample:
-    """BOS, prompt, response and EOS as one text, as Stanford Alpaca does it.
+    """Encode BOS, prompt, response and EOS as one text, as Stanford Alpaca does.
 
-    The mask covers BOS and as many tokens as the prompt has alone. A response that begins with punctuation may share
-    its first token with the colon that ends the prompt (":-" is one piece of LLaMA2's tokenizer); it counts as prompt.
+    The mask covers BOS and as many tokens as the prompt alone has. If the response begins with punctuation, its first
+    token may include the colon that ends the prompt (":-" is one piece of LLaMA2's tokenizer); that token counts as
+    prompt.
     """
     prompt = instruction.prompt
     ids = tokenizer.encode(prompt + instruction.output)
@@ -137,21 +138,21 @@ def encode(instruction: Instruction, tokenizer: Tokenizer) -> Sample:
 
 
 def fixed_length(sample: Sample, seq_len: int) -> Sample:
-    """The sample repeated or cut to exactly `seq_len` tokens, each one a target: for measurements of one shape."""
+    """Repeat or cut a sample to exactly `seq_len` tokens, all of them targets: for measurements of one shape."""
     repeats = -(-seq_len // len(sample.tokens))
     return Sample((sample.tokens * repeats)[:seq_len], 0)
 
 
 def longest_first(samples: Sequence[Sample]) -> list[Sample]:
-    """The (first) longest sample, which decides the peak, then the others as they come."""
+    """Move the (first) longest sample, which decides the peak, to the front; the others keep their order."""
     longest = max(range(len(samples)), key=lambda index: len(samples[index].tokens))
     return [samples[longest], *samples[:longest], *samples[longest + 1 :]]
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Samples of different lengths as one micro-batch, padded on the right to the longest.
+    """Combine samples of different lengths into one micro-batch, padded on the right to the longest.
 
-    No padding mask is needed: attention is causal, so no token sees the padding behind it, and padding has no label.
+    No padding mask is needed: attention is causal, so no token sees the padding after it, and padding has no label.
     """
     seq_len = max(len(sample.tokens) for sample in samples)
     tokens = [sample.tokens + (_PAD_ID,) * (seq_len - len(sample.tokens)) for sample in samples]

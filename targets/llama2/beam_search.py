@@ -1,4 +1,4 @@
-"""Beam search: the sequences with the highest log-probability, several at a time."""
+"""Beam search: follow several sequences at once and keep those with the highest log-probability."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from memscope.targets.llama2.decoding import Continuation, Decoding, Limit, Sear
 __all__ = ["beam_search"]
 
 _Beam = tuple[float, list[int]]
-"""A score, and the new tokens that have it."""
+"""A score and the new tokens it belongs to."""
 
 
 def beam_search(prompt: Sequence[int], limit: Limit, decoding: Decoding, eos_id: int | None) -> Search:
-    """Continue a prompt by what scores best; see `decoding.Search`.
+    """Continue a prompt with the best-scoring text; see `decoding.Search`.
 
-    The score of a finished text is its log-probability / length ** length_penalty, where the length counts its new
-    tokens, EOS included. The search goes on until as many texts as beams are finished and the best unfinished one,
-    scored at the length it has, is no better than the worst of these. These are the rules of transformers' `generate`
-    with its default, `early_stopping=False` (transformers 5.23, generation/utils.py, `_beam_search`).
+    The score of a finished text is log-probability / length ** length_penalty, where the length counts the new tokens,
+    EOS included. The search ends when there are as many finished texts as beams, and the best unfinished text, scored
+    at its present length, is no better than the worst of them. These are the rules of transformers' `generate` with
+    its default, `early_stopping=False` (transformers 5.23, generation/utils.py, `_beam_search`).
     """
     width = decoding.beams
     beams: list[_Beam] = [(0.0, [])]
     finished: list[_Beam] = []
     for length in range(1, limit.tokens + 1):
-        # Twice as many as beams: at most one continuation of each beam is EOS, so enough of them go on.
+        # Twice as many candidates as beams: at most one continuation of each beam is EOS, so enough can go on.
         candidates = _best((yield [[*prompt, *new] for _, new in beams]), beams, 2 * width)
         ended = [length == limit.tokens or new[-1] == eos_id for _, new in candidates]
         scale = length**decoding.length_penalty
-        # Only the best get this far as finished texts; the others are there to replace them as beams.
+        # Only the best `width` candidates may count as finished; the others replace ended ones as beams.
         finished += [(score / scale, new) for (score, new), end in zip(candidates[:width], ended, strict=False) if end]
         finished = sorted(finished, key=itemgetter(0), reverse=True)[:width]
         beams = [beam for beam, end in zip(candidates, ended, strict=True) if not end][:width]

@@ -1,6 +1,7 @@
-"""Checkpoints of a run: what was trained, the optimizer, and all else that the next step depends on.
+"""Checkpoints of a run: the trained weights, the optimizer state, and everything else the next step depends on.
 
-A checkpoint is a folder `step-00000100` with one file; it appears when it is complete, and older ones go after that.
+A checkpoint is a folder `step-00000100` with one file. It appears only when it is complete; older checkpoints are
+removed after that.
 """
 
 from __future__ import annotations
@@ -24,19 +25,19 @@ _FILE = "state.pt"
 
 
 def save_checkpoint(folder: Path, training: Training, step: int, about: dict[str, Any], *, keep: int) -> Path:
-    """Write a checkpoint, then remove all but the newest `keep`; one that is there already stays as it is.
+    """Write a checkpoint, unless the step already has one, then remove all but the newest `keep`.
 
-    Frozen weights are left out: they are where they came from. Random state is that of Python and PyTorch.
+    Frozen weights are left out: a resumed run loads them from their source. Random state is that of Python and PyTorch.
 
     Args:
-        folder: where the checkpoints of the run are; it exists.
-        training: what is saved.
-        step: optimizer steps that have been done.
-        about: what else `load_checkpoint` gives back: numbers, text, lists and dicts.
+        folder: the existing folder of the run's checkpoints.
+        training: the training to save.
+        step: optimizer steps done.
+        about: further values for `load_checkpoint` to return: numbers, text, lists and dicts.
         keep: number of checkpoints that remain.
 
     Raises:
-        MemscopeError: when the disk is full or cannot be written; what was there is still there.
+        MemscopeError: the disk is full or cannot be written; existing checkpoints are kept.
     """
     path = folder / f"step-{step:08}"
     if not path.exists():
@@ -51,7 +52,7 @@ def save_checkpoint(folder: Path, training: Training, step: int, about: dict[str
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint; what is left of others, whose writing or removal was interrupted, is removed."""
+    """The newest complete checkpoint. Removes the remains of checkpoints whose writing or removal was interrupted."""
     whole = _whole(folder)
     for leftover in {*folder.glob(".step-*"), *folder.glob("step-*")} - {*whole}:
         shutil.rmtree(leftover)
@@ -59,24 +60,24 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def _whole(folder: Path) -> list[Path]:
-    """Oldest first."""
+    """Complete checkpoints, oldest first."""
     return sorted(file.parent for file in folder.glob(f"step-*/{_FILE}"))
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint, its tensors mapped from the file; pickled code is refused, never run.
+    """Read a checkpoint. Its tensors are mapped from the file; pickled code is refused, never run.
 
     Raises:
-        UsageError: when it is damaged or something else.
+        UsageError: the file is damaged or is not a checkpoint.
     """
     try:
         state: dict[str, Any] = torch.load(path / _FILE, map_location="cpu", weights_only=True, mmap=True)
         if not (isinstance(state, dict) and {"step", "training", "random"} <= state.keys()):
-            raise ValueError("it holds something else")
+            raise ValueError("its contents are not those of a checkpoint")
     except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         raise UsageError(
-            f"checkpoint {path}: damaged, or no checkpoint ({_first_line(error)}): "
-            "remove this folder to go on from the one before it"
+            f"checkpoint {path}: damaged, or not a checkpoint ({_first_line(error)}): "
+            "remove this folder to resume from the checkpoint before it"
         ) from None
     return state
 
@@ -86,10 +87,10 @@ def _first_line(error: Exception) -> str:
 
 
 def restore(training: Training, state: dict[str, Any], path: Path) -> None:
-    """Put a training that has just been started where it was when the checkpoint was saved.
+    """Restore the state of a checkpoint into a training that has just been started.
 
     Raises:
-        UsageError: when the checkpoint is of a model in which other weights are trained.
+        UsageError: the checkpoint is of a model with other trained weights.
     """
     parts, trained = state["training"], _trained(training)
     there = {name: tuple(value.shape) for name, value in parts["trained"].items()}
@@ -97,7 +98,7 @@ def restore(training: Training, state: dict[str, Any], path: Path) -> None:
     differing = {name for name in there.keys() | here.keys() if there.get(name) != here.get(name)}
     if differing:
         raise UsageError(
-            f"checkpoint {path}: trained there or here, not in both or of another shape: {listed(differing)}"
+            f"checkpoint {path}: other trained weights than in this run, or other shapes: {listed(differing)}"
         )
     with torch.no_grad():
         for name, parameter in trained.items():

@@ -1,4 +1,4 @@
-"""Which samples a step takes: a pure function of seed and step, so that a resumed run goes on where it was."""
+"""The samples of each step: a pure function of seed and step, so that a resumed run continues in the same order."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ T = TypeVar("T")
 
 
 def samples_of_step(samples: Sequence[T], step: int, size: int, seed: int) -> list[T]:
-    """The `size` samples of a step, counted from 0.
+    """The `size` samples of a step; steps are counted from 0.
 
-    Every epoch goes through all samples in an order of its own. A step may lie across the border of two epochs, so all
-    steps are full and no sample is left out.
+    Every epoch visits all samples in an order of its own. A step may span two epochs, so all steps are full and no
+    sample is left out.
     """
     places = range(step * size, (step + 1) * size)
     return [samples[_order(len(samples), seed, place // len(samples))[place % len(samples)]] for place in places]
@@ -24,5 +24,5 @@ def samples_of_step(samples: Sequence[T], step: int, size: int, seed: int) -> li
 
 @lru_cache(maxsize=2)
 def _order(count: int, seed: int, epoch: int) -> tuple[int, ...]:
-    # Python keeps the sequence of a generator that is seeded with text; PyTorch does not promise it across versions.
+    # Python keeps the sequence of a text-seeded generator across versions; PyTorch does not promise that.
     return tuple(random.Random(f"{seed}/{epoch}").sample(range(count), count))

@@ -1,4 +1,4 @@
-"""How the next token is chosen, and what comes out."""
+"""Settings that choose the next token, and the result."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ __all__ = ["Continuation", "Decoding", "Limit", "Search"]
 
 @dataclass(frozen=True)
 class Decoding:
-    """How the next token is chosen. The defaults are greedy: always the most probable one.
+    """Settings that choose the next token. The default is greedy decoding: always the most probable token.
 
     Raises:
-        UsageError: listing everything that is wrong with the values, at once.
+        UsageError: a value is invalid or contradicts another; the message lists every problem.
     """
 
     max_new_tokens: int = 128
-    """Most tokens to add to a prompt; it ends earlier at EOS, or where the context is full."""
+    """Maximum number of tokens to add to a prompt; generation ends earlier at EOS or when the context is full."""
     temperature: float = 0.0
-    """Logits are divided by it and the next token is drawn; 0: nothing is drawn, the most probable token is taken."""
+    """Divide logits by this value and sample the next token; 0: no sampling, take the most probable token."""
     top_k: int | None = None
-    """Draw from this many of the most probable tokens only."""
+    """Sample only from this many of the most probable tokens."""
     top_p: float | None = None
-    """Draw only from the most probable tokens, as few as have this much of the probability together."""
+    """Sample only from the fewest most probable tokens whose probabilities add up to this share."""
     beams: int = 1
-    """Sequences that beam search follows for each prompt; 1: no beam search."""
+    """Number of sequences that beam search follows for each prompt; 1: no beam search."""
     length_penalty: float = 1.0
-    """Beam search compares log-probability / length ** length_penalty: the larger, the longer the texts."""
+    """Beam search compares log-probability / length ** length_penalty; larger values favor longer texts."""
     seed: int = 0
-    """The first prompt draws with this seed, the next with one more, and so on."""
+    """Seed for sampling the first prompt; each further prompt uses the next seed."""
 
     def __post_init__(self) -> None:
         problems = list(_problems(self))
         if problems:
-            raise UsageError("nothing can be generated:\n" + "\n".join(f"  {problem}" for problem in problems))
+            raise UsageError("invalid generation settings:\n" + "\n".join(f"  {problem}" for problem in problems))
 
 
 def _problems(decoding: Decoding) -> Iterator[str]:
@@ -65,39 +65,41 @@ def _contradictions(decoding: Decoding) -> Iterator[str]:
     ]
     if decoding.beams > 1 and (decoding.temperature > 0 or filters):
         drawing = ", ".join([f"temperature={decoding.temperature}"] * (decoding.temperature > 0) + filters)
-        yield f"beams={decoding.beams} with {drawing}: beam search draws nothing: leave out the one or the other"
+        yield f"beams={decoding.beams} with {drawing}: beam search does not sample: leave out one or the other"
     elif filters and decoding.temperature == 0:
-        yield f"{', '.join(filters)} with temperature=0: nothing is drawn: set temperature=1, or leave it out"
+        yield f"{', '.join(filters)} with temperature=0: nothing is sampled: set temperature=1, or leave it out"
     if decoding.length_penalty != 1 and decoding.beams == 1:
-        yield f"length_penalty={decoding.length_penalty} with beams=1: only beam search compares lengths: set beams"
+        yield f"length_penalty={decoding.length_penalty} with beams=1: only beam search uses it: set beams to 2 or more"
 
 
 @dataclass(frozen=True)
 class Limit:
-    """Where a continuation has to end at the latest."""
+    """Maximum length of a continuation."""
 
     tokens: int
     reason: Literal["length", "context"]
-    """What sets it: `max_new_tokens`, or the context of the model."""
+    """What sets the limit: `max_new_tokens` or the context of the model."""
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """What was added to a prompt."""
+    """The text added to a prompt."""
 
     tokens: tuple[int, ...]
     """Token ids, without the prompt and without EOS."""
     ended_by: Literal["eos", "length", "context"]
-    """The model itself, `max_new_tokens`, or the context, which is full."""
+    """The reason it ended: the model gave EOS, `max_new_tokens` was reached, or the context is full."""
 
     @classmethod
     def of(cls, tokens: Sequence[int], eos_id: int | None, limit: Limit) -> Continuation:
-        """From new tokens, of which the last one may be EOS."""
+        """Build a continuation from new tokens; the last may be EOS."""
         if tokens[-1] == eos_id:
             return cls(tuple(tokens[:-1]), "eos")
         return cls(tuple(tokens), limit.reason)
 
 
 Search = Generator[list[list[int]], Tensor, Continuation]
-"""The continuation of one prompt. Yields the sequences (prompt included) whose next token it wants to know, the best
-one first; is sent their logits `[sequences, vocab_size]`, which it must not keep; returns the result."""
+"""A search for the continuation of one prompt, as a generator.
+
+It yields the sequences (prompt included) whose next token it needs, best first; receives their logits
+`[sequences, vocab_size]`, which it must not keep; and returns the continuation."""

@@ -1,4 +1,4 @@
-"""The device that a model is trained or used on."""
+"""The device for training or generation: cpu or cuda."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ _DEVICES = ("cpu", "cuda")
 
 
 def default_device() -> str:
-    """Cuda where PyTorch has a GPU, cpu elsewhere."""
+    """`cuda` if PyTorch finds a GPU, else `cpu`."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def require_known_device(device: str) -> None:
-    """Refuse anything but cpu and cuda.
+    """Refuse any device but cpu and cuda.
 
     Raises:
-        UsageError: says what can be chosen.
+        UsageError: the device is unknown; the message names the valid ones.
     """
     if device not in _DEVICES:
-        raise UsageError(f'device "{device}" cannot be used: {nearest(device, _DEVICES)}')
+        raise UsageError(f'unknown device "{device}": {nearest(device, _DEVICES)}')
 
 
 def require_device(device: str) -> None:
-    """Refuse a device that this machine does not have, or that is none.
+    """Refuse a device that is unknown or that this machine does not have.
 
     Raises:
-        UsageError: says what can be chosen.
+        UsageError: the device cannot be used; the message names one that can.
     """
     require_known_device(device)
     if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: PyTorch finds no GPU on this machine; compute on the CPU with --device cpu")
+        raise UsageError("--device cuda: PyTorch finds no GPU on this machine; to use the CPU: --device cpu")
 
 
 @contextmanager
 def room_on_device(remedy: str) -> Iterator[None]:
-    """Tells in words when the GPU runs out of memory, and what to do about it.
+    """Turn PyTorch's out-of-memory error into a message that ends with `remedy`.
 
     Raises:
-        OutOfDeviceMemory: instead of PyTorch's error.
+        OutOfDeviceMemory: the GPU ran out of memory.
     """
     try:
         yield

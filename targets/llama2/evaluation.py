@@ -1,4 +1,4 @@
-"""Perplexity of samples that are not trained on."""
+"""Perplexity of held-out samples."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ __all__ = ["perplexity"]
 def perplexity(training: Training, samples: Sequence[Sample]) -> float:
     """`exp` of the mean cross-entropy over all target tokens of the samples, in the precision of the training.
 
-    Dropout is off meanwhile; random state stays as it is.
+    Dropout is off; random state does not change.
 
     Raises:
-        MemscopeError: when the loss of the samples is not finite.
+        MemscopeError: the loss is not finite, or too large for its `exp`.
     """
     workload = training.workload
     dtype = workload.plan.autocast
@@ -42,7 +42,7 @@ def perplexity(training: Training, samples: Sequence[Sample]) -> float:
     mean = total.item() / weight
     if not mean < math.log(sys.float_info.max):
         raise MemscopeError(
-            f"the loss of the {len(samples)} held-out samples is {mean}: weights or precision are broken; "
-            "with amp, try dtype=bf16, whose range is that of float32; --held-out 0 leaves the evaluation out"
+            f"the loss of the {len(samples)} held-out samples is {mean}: broken weights, or numbers out of range; "
+            "with amp, try dtype=bf16, which has the range of float32; --held-out 0 skips the evaluation"
         )
     return math.exp(mean)

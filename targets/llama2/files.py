@@ -1,4 +1,4 @@
-"""What weights and adapters share as files: tensors not read yet, checked JSON, folders that appear whole."""
+"""Files of weights and adapters: tensors that are read on demand, checked JSON, folders written atomically."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ __all__ = ["JsonFile", "StoredTensor", "listed", "new_folder", "open_safetensors
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file: what its header says, and a way to read it."""
+    """A tensor in a file: the shape and dtype in its header, and a function that reads it."""
 
     place: str
     """Name and file, for messages."""
     shape: tuple[int, ...]
     dtype: torch.dtype | str
-    """A name instead where PyTorch has no such dtype."""
+    """The name in the file, for a dtype that is not in `_DTYPES`."""
     read: Callable[[], Tensor]
-    """The tensor, on the host, mapped from the file where nothing has to be rearranged."""
+    """Returns the tensor in host memory, mapped from the file unless rows must be reordered."""
 
 
 def open_safetensors(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file by name. Reads its header only; nothing in such a file is ever run.
+    """The tensors of a safetensors file by name. Reads only the header and runs nothing from the file.
 
     Raises:
-        UsageError: when it is missing, truncated or something else.
+        UsageError: the file is missing, truncated, or not a safetensors file.
     """
     try:
-        # Kept open by the functions that read from it.
+        # The functions that read the tensors keep the file open.
         file: Any = safe_open(path, framework="pt", device="cpu")
         names: list[str] = file.keys()
         return {name: _stored(file, name, path) for name in names}
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file") from None
     except (SafetensorError, OSError) as error:
-        raise UsageError(f"{path}: truncated, or no safetensors file ({error})") from None
+        raise UsageError(f"{path}: truncated, or not a safetensors file ({error})") from None
 
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -62,7 +62,7 @@ def _stored(file: Any, name: str, path: Path) -> StoredTensor:
 
 @dataclass(frozen=True)
 class JsonFile:
-    """A JSON object in a file; its values are checked when they are asked for."""
+    """A JSON object in a file. Each value is checked when it is read."""
 
     path: Path
     values: Mapping[str, Any]
@@ -72,7 +72,7 @@ class JsonFile:
         """Read a file that holds one JSON object.
 
         Raises:
-            UsageError: when it is missing, not JSON, or not one object.
+            UsageError: the file is missing, is not JSON, or is not one object.
         """
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -85,10 +85,10 @@ class JsonFile:
         return cls(path, values)
 
     def count(self, key: str, default: int | None = None) -> int:
-        """A whole number from 1; the default where the key is absent or null.
+        """A whole number from 1; the default if the key is absent or null.
 
         Raises:
-            UsageError: when it is something else, or absent without a default.
+            UsageError: the value is anything else, or is absent and there is no default.
         """
         value = self._value(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -96,10 +96,10 @@ class JsonFile:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A number above 0; the default where the key is absent or null.
+        """A number above 0; the default if the key is absent or null.
 
         Raises:
-            UsageError: when it is something else, or absent without a default.
+            UsageError: the value is anything else, or is absent and there is no default.
         """
         value = self._value(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
@@ -109,37 +109,35 @@ class JsonFile:
     def _value(self, key: str, default: Any) -> Any:
         value = self.values.get(key)
         if value is None and default is None:
-            raise UsageError(f'{self.path}: lacks "{key}"; it has {listed(self.values) or "nothing"}')
+            raise UsageError(f'{self.path}: missing "{key}"; the file has {listed(self.values) or "no keys"}')
         return default if value is None else value
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill that takes its name when it is complete; if filling it fails, nothing is left.
+    """Give a temporary folder to fill, then rename it to `path`; if filling it fails, remove it.
 
     Raises:
-        UsageError: when the path exists already, or the folder to hold it does not.
-        MemscopeError: when the disk is full or cannot be written.
+        UsageError: the path exists already, or its parent folder does not.
+        MemscopeError: the disk is full or cannot be written.
     """
     if path.exists():
-        raise UsageError(f"{path}: exists already and is not overwritten: choose another folder, or remove it")
+        raise UsageError(f"{path}: already exists and is not overwritten: choose another folder, or remove this one")
     if not path.absolute().parent.is_dir():
-        raise UsageError(f"{path}: there is no folder {path.parent}: make it first")
+        raise UsageError(f"{path}: there is no folder {path.parent}: create it first")
     unfinished = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
     try:
         unfinished.mkdir()
         yield unfinished
         unfinished.rename(path)
-    except (OSError, SafetensorError, RuntimeError) as error:  # PyTorch's writer tells a full disk as RuntimeError
-        raise MemscopeError(
-            f"{path}: cannot be written, nothing was saved; is there room on the disk? ({error})"
-        ) from error
+    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: PyTorch's writer on a full disk
+        raise MemscopeError(f"{path}: cannot be written, so nothing was saved; is the disk full? ({error})") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def listed(names: Iterable[str], most: int = 5) -> str:
-    """The first names in order, and how many more there are."""
+    """The first names in alphabetical order, and how many more there are."""
     ordered = sorted(names)
     more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
     return ", ".join(ordered[:most]) + more

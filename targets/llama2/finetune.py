@@ -36,7 +36,7 @@ __all__ = ["command", "main"]
 
 _NAME = "python -m memscope.targets.llama2.finetune"
 _METAVARS = {"weights": "FOLDER", "data": "FILE", "tokenizer": "FILE"}
-_INTERRUPTED = 130  # what shells give for Ctrl-C: 128 + SIGINT
+_INTERRUPTED = 130  # shells' exit code for Ctrl-C: 128 + SIGINT
 
 
 @click.command("finetune", context_settings={"help_option_names": ["-h", "--help"]})
@@ -51,10 +51,10 @@ _INTERRUPTED = 130  # what shells give for Ctrl-C: 128 + SIGINT
     defaults={"tokenizer": "tokenizer.model in the folder of the weights"},
 )
 @click.option(
-    "-s", "--strategies", metavar="PLAN", help="What to apply, such as lora:r=16,targets=wq+wv,amp:dtype=bf16."
+    "-s", "--strategies", metavar="PLAN", help="Strategies to apply, such as lora:r=16,targets=wq+wv,amp:dtype=bf16."
 )
 @setting_options(Recipe)
-@click.option("--preset", metavar="NAME|PATH", help="Shape of the model; that of the weights if not given.")
+@click.option("--preset", metavar="NAME|PATH", help="Shape of the model. Default: that of the weights.")
 @other_settings
 @device_option
 @click.option(
@@ -62,15 +62,15 @@ _INTERRUPTED = 130  # what shells give for Ctrl-C: 128 + SIGINT
     "--output",
     type=click.Path(path_type=Path),
     metavar="FOLDER",
-    help=f"Where everything goes. Default: a new folder in {RUNS}.",
+    help=f"Folder for everything the run writes. Default: a new folder in {RUNS}.",
 )
 @click.option(
     "--resume",
     type=click.Path(path_type=Path),
     metavar="FOLDER",
-    help="Go on with the run in this folder; it needs no other option.",
+    help="Resume the run in this folder; no other option is needed.",
 )
-@click.option("-f", "--force", is_flag=True, help="Overwrite the run that is in the folder.")
+@click.option("-f", "--force", is_flag=True, help="Overwrite the run in the folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document at the end.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def command(
@@ -86,10 +86,10 @@ def command(
 ) -> int:
     """Fine-tune LLaMA2, or a model of its family, on instructions in Alpaca's format.
 
-    One sample a micro-batch (micro_batch=1), 8 micro-batches a step (accumulation=8), AdamW. Techniques are memscope's
-    strategies: what a plan will need can be seen before with memscope profile, on the same settings.
-    Ctrl-C stops after the step, with a checkpoint. Exit codes: 0 ok, 1 error, 2 usage, 4 out of GPU memory, 130
-    stopped.
+    Defaults: one sample per micro-batch (micro_batch=1), 8 micro-batches per step (accumulation=8), AdamW. Techniques
+    are memscope's strategies; memscope profile with the same settings shows the memory that a plan needs.
+    Ctrl-C stops after the current step and writes a checkpoint. Exit codes: 0 ok, 1 error, 2 usage, 4 out of GPU
+    memory, 130 stopped.
     """
     given = [f"{key}={text}" for key, text in texts.items() if text is not None]
     words = settings_of([*changed, *settings, *given])
@@ -97,7 +97,7 @@ def command(
     if resume is None:
         folder, session = _begun(output, preset, words, force)
     elif output or force:
-        raise UsageError("--resume goes on in the folder of its run: leave -o and -f out")
+        raise UsageError("--resume continues in the folder of its run: leave out -o and -f")
     else:
         folder, session = _continued(RunFolder(resume), preset, words)
     saved = _carried_out(session, folder)
@@ -121,13 +121,13 @@ def _begun(output: Path | None, preset: str | None, words: dict[str, str], force
 
 
 def _base(preset: str | None, words: Mapping[str, str]) -> Config:
-    """The model's shape, with the defaults of everything else."""
+    """The shape of the model, with defaults for all other settings."""
     if preset is not None:
         base: Config = find_target("llama2").configure(preset)
         return base
     if "weights" not in words:
         raise UsageError(
-            "which model? Name a folder of weights with --weights, or a shape with random weights with --preset, "
+            "no model given: name a folder of weights with --weights, or a shape for random weights with --preset, "
             "such as --preset debug"
         )
     return read_preset(Path(words["weights"]))
@@ -136,28 +136,28 @@ def _base(preset: str | None, words: Mapping[str, str]) -> Config:
 def _continued(folder: RunFolder, preset: str | None, words: dict[str, str]) -> tuple[RunFolder, Session]:
     there = folder.read_job()
     if folder.finished:
-        raise UsageError(f"{folder.path}: this run is finished, there is nothing to go on with: see {folder.finished}")
+        raise UsageError(f"{folder.path}: this run is finished, so there is nothing to resume: see {folder.finished}")
     checkpoint = newest_checkpoint(folder.checkpoints)
     if checkpoint is None:
-        raise UsageError(f"{folder.path}: no checkpoint was written yet: begin again, with -o {folder.path} -f")
+        raise UsageError(f"{folder.path}: no checkpoint was written yet: start again with -o {folder.path} -f")
     shape = _base(preset, words) if preset is not None else there.config
     names = [field.name for field in dataclasses.fields(Architecture)]
     job = Job.of({**there.settings, **{name: format_value(getattr(shape, name)) for name in names}, **words})
     refused, changed = there.differences(job)
     if refused:
         raise UsageError(
-            f"{folder.path} is another run: {'; '.join(refused)}. To go on with it, --resume needs no other option"
+            f"{folder.path} is another run: {'; '.join(refused)}. To resume it, leave out all other options"
         )
     session = prepare(job)
     continue_from(session, checkpoint)
     folder.note(job)
     for difference in changed:
-        click.echo(f"changed from step {session.done + 1} on: {difference}", err=True)
+        click.echo(f"changed from step {session.done + 1}: {difference}", err=True)
     return folder, session
 
 
 def _carried_out(session: Session, folder: RunFolder) -> Path | None:
-    """What was saved at the end; None when the run was stopped."""
+    """Carry out the run. Returns the path of the saved result, or None if the run was stopped."""
     total, trained = session.training.workload.parameter_counts()
     plan = f", {session.job.plan}" if session.job.plan else ""
     click.echo(
@@ -167,8 +167,8 @@ def _carried_out(session: Session, folder: RunFolder) -> Path | None:
     )
     if session.job.recipe.held_out and not session.held_out:
         click.echo(
-            f"the data end after these {len(session.samples)} samples, no row can be held out: perplexity is not "
-            "measured; fewer --samples leave some",
+            f"the data has no rows after these {len(session.samples)} samples to hold out, so perplexity is not "
+            "measured; use fewer --samples to leave some",
             err=True,
         )
     with watched(session, folder) as watch:
@@ -199,8 +199,8 @@ def _tell(session: Session, folder: RunFolder, outcome: Outcome, saved: Path | N
     peak = "" if outcome.peak_bytes is None else f", peak {format_bytes(outcome.peak_bytes)}"
     skipped = f", {outcome.skipped_steps} skipped by the gradient scaler" if outcome.skipped_steps else ""
     click.echo(
-        f"{session.done} of {session.steps} steps{skipped}: loss {outcome.first_loss:.4f} in the first, "
-        f"{outcome.last_loss:.4f} in the last; {outcome.tokens_per_second:,.0f} tokens/s{peak}"
+        f"{session.done} of {session.steps} steps{skipped}: loss {outcome.first_loss:.4f} at the first, "
+        f"{outcome.last_loss:.4f} at the last; {outcome.tokens_per_second:,.0f} tokens/s{peak}"
     )
     if outcome.perplexity_before is not None and outcome.perplexity_after is not None:
         click.echo(
@@ -208,7 +208,7 @@ def _tell(session: Session, folder: RunFolder, outcome: Outcome, saved: Path | N
             f"{outcome.perplexity_after:,.2f} after"
         )
     if saved is None:
-        click.echo(f"stopped. To go on: {_NAME} --resume {shlex.quote(str(folder.path))}")
+        click.echo(f"stopped. To resume: {_NAME} --resume {shlex.quote(str(folder.path))}")
         return
     click.echo(f"saved: {saved}")
     words = _how_to_generate(session.job.config, saved)
@@ -217,7 +217,7 @@ def _tell(session: Session, folder: RunFolder, outcome: Outcome, saved: Path | N
 
 
 def _how_to_generate(config: Config, saved: Path) -> list[str]:
-    """The command that tries out what was saved; none for updates of random weights, which are in no file."""
+    """The command that tries the saved result; empty for updates of random weights, which are in no file."""
     words = ["python", "-m", "memscope.targets.llama2.generate"]
     if (saved / TOKENIZER).is_file():
         words += ["--weights", str(saved)]
@@ -231,7 +231,7 @@ def _how_to_generate(config: Config, saved: Path) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run this program; errors end as one message and an exit code."""
+    """Run this program; an error ends it with one message and an exit code."""
     run_command(command, _NAME, arguments)
 
 

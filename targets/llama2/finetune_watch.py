@@ -1,4 +1,4 @@
-"""What is seen of a fine-tuning run while it goes: a bar on stderr, its metrics, and the wish to stop it."""
+"""Watching a fine-tuning run: a progress bar on stderr, the metrics files, and stopping on a signal."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from memscope.units import format_bytes
 
 __all__ = ["watched"]
 
-_SECONDS_BETWEEN_DRAWINGS = 0.5  # each one takes a millisecond or two away from the training
+_SECONDS_BETWEEN_DRAWINGS = 0.5  # drawing the bar costs the training a millisecond or two
 
 
 @contextmanager
 def watched(session: Session, folder: RunFolder) -> Iterator[Watch]:
-    """Writes metrics, shows a bar, and holds back SIGINT and SIGTERM until the step is done; the second one ends all.
+    """Write metrics, show a progress bar, and on SIGINT or SIGTERM stop after the step; a second signal stops at once.
 
     Raises:
-        TraceFileError: when the metrics cannot be written.
+        MemscopeError: the metrics cannot be written.
     """
 
     def say(text: str) -> None:
@@ -55,7 +55,7 @@ def watched(session: Session, folder: RunFolder) -> Iterator[Watch]:
 
 
 def _bars(console: Console) -> Progress:
-    """A line of 80 columns has room for all of it, the peak too."""
+    """A progress bar that fits 80 columns, peak included."""
     columns = (
         BarColumn(),
         MofNCompleteColumn(),
@@ -86,15 +86,15 @@ class _Watched:
 
 @contextmanager
 def _stop_asked() -> Iterator[Callable[[], bool]]:
-    """Gives what tells whether the run is to stop."""
+    """Give a function that returns whether SIGINT or SIGTERM asked the run to stop."""
     asked: list[int] = []
 
     def ask(signum: int, frame: FrameType | None) -> None:
         if asked:
             raise KeyboardInterrupt
         asked.append(signum)
-        # Not print: the signal may have come in the middle of one.
-        os.write(2, b"\nstopping after this step, with a checkpoint; once more stops at once, without\n")
+        # Not `print`: the signal may have interrupted one.
+        os.write(2, b"\nstopping after this step, with a checkpoint; a second Ctrl-C stops at once, without one\n")
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

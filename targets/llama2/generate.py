@@ -90,10 +90,10 @@ def command(
     device: str | None,
     **texts: str | None,
 ) -> None:
-    """Continue texts with LLaMA2, or a model of its family. Several texts run at once, each as it would alone.
+    """Continue texts with LLaMA2, or a model of its family. Prompts run together, but each result is as if run alone.
 
     Decoding is greedy unless --temperature or --beams is given. There is no KV cache: every token takes one forward
-    pass over all the text before it. Text goes to stdout; a single prompt without beam search is printed as it grows.
+    pass over all the text before it. Text goes to stdout; with one prompt and no beam search, it is streamed.
     """
     decoding = fill(Decoding, {key: text for key, text in texts.items() if text is not None}, of="generation")
     config = fill(read_preset(options.weights), settings_of([*changed, *settings]), of='target "llama2"')
@@ -132,16 +132,16 @@ _REMEDY = "Continue fewer prompts at once, with fewer --beams, or with --set dty
 def load_model(
     weights: Path, config: Config | None = None, *, adapter: Path | None = None, device: str = "cpu"
 ) -> Llama:
-    """A model from a folder of weights, with the LoRA updates of an adapter, on a device, for use and not for training.
+    """Load a model for generation from a folder of weights, with the LoRA updates of an adapter if one is given.
 
     Args:
-        weights: a folder of Meta's or Hugging Face's format.
-        config: its shape, dtype and attention; None: the shape of the folder, and the defaults.
-        adapter: a folder of PEFT's format.
-        device: cpu or cuda. The host needs no more than one tensor beside what is there.
+        weights: a folder in Meta's or Hugging Face's format.
+        config: shape, dtype and attention of the model; None: the shape in the folder, and defaults for the rest.
+        adapter: a folder in PEFT's format.
+        device: cpu or cuda. Loading to a GPU needs host memory for only one tensor at a time.
 
     Raises:
-        UsageError: when a file is missing or damaged, or does not fit the model.
+        UsageError: a file is missing or damaged, or does not fit the model.
     """
     config = config or read_preset(weights)
     with torch.device(device), without_initialization():
@@ -154,9 +154,9 @@ def load_model(
 
 def _prompts(prompts: Sequence[str], instructions: Sequence[str], about: str | None) -> list[str]:
     if not prompts and not instructions:
-        raise UsageError("there is nothing to continue: give a text with --prompt or --instruction")
+        raise UsageError("no text to continue: give one with --prompt or --instruction")
     if about is not None and len(instructions) != 1:
-        raise UsageError(f"--input belongs to one --instruction, {len(instructions)} are given")
+        raise UsageError(f"--input needs exactly one --instruction, but {len(instructions)} are given")
     given = [("--prompt", text) for text in prompts] + [("--instruction", text) for text in instructions]
     for name, text in given:
         if not text.strip():
@@ -165,13 +165,13 @@ def _prompts(prompts: Sequence[str], instructions: Sequence[str], about: str | N
 
 
 def _text(tokenizer: Tokenizer, prompt: list[int], new: Sequence[int]) -> str:
-    """What was added, with the space it may begin with: the first piece of a text decodes without."""
+    """The new text, with the space it may begin with: decoded alone, its first piece would lose that space."""
     return tokenizer.decode([*prompt, *new])[len(tokenizer.decode(prompt)) :]
 
 
 @contextmanager
 def _streamed(tokenizer: Tokenizer, prompt: list[int]) -> Iterator[OnToken]:
-    """Prints the text as it comes; a character waits until all of its bytes are there."""
+    """Print the text as it is generated; a character is held back until all of its bytes are there."""
     text, shown = "", 0
 
     def show(new: list[tuple[int, ...]]) -> None:
@@ -203,7 +203,7 @@ def _print(results: list[dict[str, Any]]) -> None:
 def _print_ends(found: Sequence[Continuation], decoding: Decoding, config: Config, seconds: float) -> None:
     tokens = sum(len(one.tokens) for one in found)
     why = {
-        "eos": "the model ended it",
+        "eos": "ended by the model",
         "length": f"--max-new-tokens {decoding.max_new_tokens} reached",
         "context": f"the context of {config.max_seq_len} tokens is full",
     }
@@ -212,7 +212,7 @@ def _print_ends(found: Sequence[Continuation], decoding: Decoding, config: Confi
 
 
 def main() -> None:
-    """Run the command."""
+    """Run this program; an error ends it with one message and an exit code."""
     run_command(command, "python -m memscope.targets.llama2.generate")
 
 

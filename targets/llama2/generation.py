@@ -1,4 +1,4 @@
-"""New tokens for prompts, without a KV cache: every token is one forward pass over the whole sequence before it."""
+"""Generation without a KV cache: every new token takes one forward pass over the whole sequence before it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from memscope.targets.llama2.sampling import one_by_one
 __all__ = ["Continuation", "Decoding", "check_prompts", "generate"]
 
 _PAD_ID = 0
-"""Fills short rows up on the right. Any id would do: see `_next_logits`."""
+"""Pads short rows on the right. Any id would do: see `_next_logits`."""
 
 
 def generate(
@@ -27,24 +27,24 @@ def generate(
     eos_id: int | None,
     on_token: Callable[[list[tuple[int, ...]]], None] = lambda new: None,
 ) -> list[Continuation]:
-    """Continue prompts of any lengths; each as it would be continued alone.
+    """Continue prompts of any lengths. Each result is the same as for that prompt alone.
 
-    Dropout is off meanwhile. No more is held on the device from one token to the next than the model.
+    Dropout is off. Between tokens, only the model stays on the device.
 
     Args:
         model: the model, on any device.
-        prompts: token ids, those of BOS included.
-        decoding: how the next token is chosen.
-        eos_id: the token that ends a text; None: none does.
-        on_token: called after each forward pass with the new tokens of every prompt so far, in beam search those of the
-            best beam, which may still be replaced.
+        prompts: token ids, BOS included.
+        decoding: settings that choose the next token.
+        eos_id: the token that ends a text; None: no token does.
+        on_token: called after each forward pass with the new tokens of every prompt so far; in beam search, with those
+            of the best beam, which may still be replaced.
 
     Returns:
-        What was added, in the order of the prompts.
+        The continuations, in the order of the prompts.
 
     Raises:
-        UsageError: when a prompt is empty, fills the context, or has a token that the model does not know.
-        MemscopeError: when logits are not finite.
+        UsageError: a prompt is empty, fills the context, or has a token outside the model's vocabulary.
+        MemscopeError: logits are not finite.
     """
     check_prompts(prompts, model.arch)
     searches = [_search(model, prompt, decoding, eos_id, index) for index, prompt in enumerate(prompts)]
@@ -62,25 +62,25 @@ def generate(
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], arch: Architecture) -> None:
-    """What `generate` refuses, before a model is loaded.
+    """Check prompts as `generate` does, before a model is loaded.
 
     Raises:
-        UsageError: when a prompt is empty, fills the context, or has a token that the model does not know.
+        UsageError: a prompt is empty, fills the context, or has a token outside the model's vocabulary.
     """
     context, vocab_size = arch.max_seq_len, arch.vocab_size
     for index, prompt in enumerate(prompts):
         if not prompt:
-            raise UsageError(f"prompt {index + 1} is empty: there is nothing to continue")
+            raise UsageError(f"prompt {index + 1} is empty: expected at least one token")
         if len(prompt) >= context:
             raise UsageError(
-                f"prompt {index + 1} has {len(prompt)} tokens, the context (max_seq_len) is {context}: no room for "
-                f"a new one; shorten it to {context - 1} tokens or fewer"
+                f"prompt {index + 1} has {len(prompt)} tokens, which leaves no room in the context (max_seq_len) of "
+                f"{context}: shorten it to {context - 1} tokens or fewer"
             )
         unknown = next((token for token in prompt if not 0 <= token < vocab_size), None)
         if unknown is not None:
             raise UsageError(
-                f"prompt {index + 1} has the token {unknown}, the model knows 0 to {vocab_size - 1}: "
-                "it is of another tokenizer"
+                f"prompt {index + 1} has token {unknown}, but the model's tokens are 0 to {vocab_size - 1}: "
+                "use the model's own tokenizer"
             )
 
 
@@ -94,10 +94,10 @@ def _search(model: Llama, prompt: Sequence[int], decoding: Decoding, eos_id: int
 
 
 def _advance(model: Llama, searches: Sequence[Search], wanted: dict[int, list[list[int]]]) -> dict[int, Continuation]:
-    """One forward pass for all prompts that go on: changes what they want, returns the results of those that ended."""
+    """One forward pass for all unfinished prompts. Updates `wanted`; returns the continuations that ended."""
     logits = _next_logits(model, [row for rows in wanted.values() for row in rows])
     if not logits.isfinite().all():
-        raise MemscopeError("the logits of the model are not finite: its weights, or those of the adapter, are broken")
+        raise MemscopeError("the model's logits are not finite: its weights, or those of the adapter, are broken")
     parts = logits.split([len(rows) for rows in wanted.values()])
     done = {}
     for index, part in zip(list(wanted), parts, strict=True):
@@ -111,10 +111,10 @@ def _advance(model: Llama, searches: Sequence[Search], wanted: dict[int, list[li
 
 @torch.inference_mode()
 def _next_logits(model: Llama, rows: list[list[int]]) -> Tensor:
-    """Logits `[rows, vocab_size]` of the token after each of these sequences.
+    """Logits `[rows, vocab_size]` of the token after each sequence.
 
-    Padding on the right needs neither mask nor shifted positions: attention is causal, so no token sees what is behind
-    it, and logits are read where each sequence ends.
+    Padding on the right needs neither a mask nor shifted positions: attention is causal, so no token sees the padding
+    after it, and logits are read at the end of each sequence.
     """
     device, longest = model.freqs_cis.device, max(len(row) for row in rows)
     tokens = torch.tensor([row + [_PAD_ID] * (longest - len(row)) for row in rows], device=device)

@@ -1,4 +1,4 @@
-"""Weights as Hugging Face's transformers has them: `config.json` and safetensors, in one file or with an index."""
+"""Weights in Hugging Face's format: `config.json` and safetensors, in one file or in shards with an index."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _RECOMPUTED = "rotary_emb.inv_freq"  # stored by transformers before 4.32
 
 
 def hf_module(name: str) -> str:
-    """The name that a module of `Llama` has in transformers: `layers.3.attention.wq` is one `q_proj`."""
+    """The transformers name of a module of `Llama`: `layers.3.attention.wq` is `model.layers.3.self_attn.q_proj`."""
     if name in _OUTSIDE:
         return _OUTSIDE[name]
     _, index, part = name.split(".", 2)
@@ -46,10 +46,10 @@ def hf_module(name: str) -> str:
 
 
 def rotary_order(rows: Tensor, module: str, arch: Architecture, *, to_hf: bool) -> Tensor:
-    """Put the output rows `[heads * head_dim, ...]` of a query or key projection into the other order, if it is one.
+    """Reorder the rows `[heads * head_dim, ...]` of a query or key projection; return any other tensor unchanged.
 
-    The rotary embedding turns pairs of rows. Meta has a pair side by side, transformers half a head apart
-    (`rotate_half` in its models/llama/modeling_llama.py).
+    The rotary embedding rotates pairs of rows. Meta's format stores a pair side by side, transformers half a head
+    apart (`rotate_half` in its models/llama/modeling_llama.py).
     """
     heads = {"wq": arch.n_heads, "wk": arch.kv_heads}.get(module.rpartition(".")[2])
     if heads is None:
@@ -60,15 +60,18 @@ def rotary_order(rows: Tensor, module: str, arch: Architecture, *, to_hf: bool) 
 
 
 def read_shape(file: JsonFile) -> dict[str, Any]:
-    """The fields of `Architecture` that a config.json decides.
+    """Read the fields of `Architecture` that config.json defines.
 
     Raises:
-        UsageError: when it is the configuration of another kind of model, lacks a field, or has an impossible value.
+        UsageError: the file describes another kind of model, lacks a field, or has an invalid value.
     """
     _check_family(file)
     dim, n_heads = file.count("hidden_size"), file.count("num_attention_heads")
     if file.count("head_dim", dim // n_heads) * n_heads != dim:
-        raise UsageError(f'{file.path}: "head_dim" is {file.values["head_dim"]}, this model has hidden_size / heads')
+        raise UsageError(
+            f'{file.path}: "head_dim" is {file.values["head_dim"]}, expected hidden_size / num_attention_heads, '
+            f"which is {dim / n_heads:g}"
+        )
     kv_heads = file.count("num_key_value_heads", n_heads)
     shape = {
         "dim": dim,
@@ -76,7 +79,7 @@ def read_shape(file: JsonFile) -> dict[str, Any]:
         "n_heads": n_heads,
         "n_kv_heads": None if kv_heads == n_heads else kv_heads,
         "vocab_size": file.count("vocab_size"),
-        # Meta's rule for the inner size, turned round: it gives exactly this size.
+        # Meta's rule for the inner size, inverted: with these two, it gives exactly this size.
         "multiple_of": 1,
         "ffn_dim_multiplier": (file.count("intermediate_size") + 0.5) / int(2 * (4 * dim) / 3),
         "norm_eps": file.number("rms_norm_eps"),
@@ -86,7 +89,7 @@ def read_shape(file: JsonFile) -> dict[str, Any]:
         "tied_head": file.values.get("tie_word_embeddings") is True,
         "max_seq_len": file.count("max_position_embeddings"),
     }
-    # Silence means 4096: transformers, models/mistral/configuration_mistral.py.
+    # 4096 if absent: transformers, models/mistral/configuration_mistral.py.
     if file.values["model_type"] == "mistral" and file.values.get("sliding_window", 4096) is not None:
         shape["sliding_window"] = file.count("sliding_window", 4096)
     return shape
@@ -100,16 +103,16 @@ def _check_family(file: JsonFile) -> None:
     for key, value in expected.items():
         if file.values.get(key, value) != value:
             raise UsageError(
-                f'{file.path}: "{key}" is {json.dumps(file.values[key])}, this model can only be built with '
+                f'{file.path}: "{key}" is {json.dumps(file.values[key])}, but this target supports only '
                 f"{json.dumps(value)}"
             )
 
 
 def _rope(file: JsonFile) -> JsonFile:
-    """What is said of the rotary embedding: an object of its own since transformers 5, spread out before."""
+    """The settings of the rotary embedding: one object since transformers 5, separate keys before."""
     nested = file.values.get("rope_parameters", file.values.get("rope_scaling")) or {}
     if not isinstance(nested, dict):
-        raise UsageError(f"{file.path}: expected an object of rope parameters, found {json.dumps(nested)}")
+        raise UsageError(f"{file.path}: expected an object of RoPE parameters, found {json.dumps(nested)}")
     return JsonFile(file.path, {"rope_theta": file.values.get("rope_theta"), **nested})
 
 
@@ -128,7 +131,7 @@ def _rope_scaling(rope: JsonFile) -> tuple[float, float, float, int] | None:
 
 
 def _config(arch: Architecture, dtype: str) -> dict[str, Any]:
-    """What `read_shape` reads, in the words that transformers 4 and 5 both understand."""
+    """The config.json for `read_shape`, with keys that transformers 4 and 5 both understand."""
     config: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM" if arch.sliding_window is None else "MistralForCausalLM"],
         "model_type": "llama" if arch.sliding_window is None else "mistral",
@@ -159,10 +162,10 @@ def has_weights(folder: Path) -> bool:
 
 
 def open_weights(folder: Path, arch: Architecture) -> dict[str, list[StoredTensor]]:
-    """Every weight by Meta's name, each in one piece. Reads headers only.
+    """Every weight by Meta's name, each in one piece. Reads only headers.
 
     Raises:
-        UsageError: when a file is missing or damaged, or does not hold what the index says.
+        UsageError: a file is missing or damaged, or lacks a tensor that the index names.
     """
     modules = [*_OUTSIDE, *(f"layers.{layer}.{part}" for layer in range(arch.n_layers) for part in _IN_BLOCK)]
     known = {f"{hf_module(module)}.weight": module for module in modules}
@@ -185,41 +188,41 @@ def _open_files(folder: Path) -> Iterator[tuple[str, StoredTensor]]:
         yield from open_safetensors(folder / _SINGLE).items()
         return
     if not (folder / _INDEX).is_file():
-        raise UsageError(f"weights {folder}: neither {_SINGLE} nor {_INDEX} beside {CONFIG}{_other_files(folder)}")
+        raise UsageError(f"weights {folder}: neither {_SINGLE} nor {_INDEX} next to {CONFIG}{_other_files(folder)}")
     names = _index(folder / _INDEX)
     missing = {file for file in names.values() if not (folder / file).is_file()}
     if missing:
         raise UsageError(
-            f"weights {folder}: shard {listed(missing)} is missing; {_INDEX} names {len({*names.values()})}"
+            f"weights {folder}: shard {listed(missing)} is missing; {_INDEX} names {len({*names.values()})} shards"
         )
     shards = {file: open_safetensors(folder / file) for file in sorted({*names.values()})}
     absent = {name for name, file in names.items() if name not in shards[file]}
     if absent:
-        raise UsageError(f"{folder / _INDEX}: names tensors that are not in their files: {listed(absent)}")
+        raise UsageError(f"{folder / _INDEX}: names tensors that their files lack: {listed(absent)}")
     yield from ((name, shards[file][name]) for name, file in names.items())
 
 
 def _other_files(folder: Path) -> str:
     pickled = folder / "pytorch_model.bin"
     if pickled.is_file() or pickled.with_name(f"{pickled.name}.index.json").is_file():
-        return "; pytorch_model.bin is not read: convert it with transformers' save_pretrained"
+        return "; pytorch_model.bin is not supported: convert it with transformers' save_pretrained"
     return ""
 
 
 def _index(path: Path) -> dict[str, str]:
     names = JsonFile.read(path).values.get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
-        raise UsageError(f'{path}: expected "weight_map", an object that gives each tensor its file')
+        raise UsageError(f'{path}: expected "weight_map", an object from tensor names to file names')
     elsewhere = {file for file in names.values() if Path(file).name != file}
     if elsewhere:
-        raise UsageError(f"{path}: names a file outside its folder: {listed(elsewhere)}")
+        raise UsageError(f"{path}: names files outside its folder: {listed(elsewhere)}")
     return names
 
 
 def write(weights: Mapping[str, Tensor], arch: Architecture, folder: Path, shard_bytes: int = _SHARD_BYTES) -> None:
-    """The weights, in files of about `shard_bytes` with an index where one is not enough, and config.json.
+    """Write config.json and the weights: one file, or files of about `shard_bytes` with an index.
 
-    A tied head is left out, as transformers does.
+    A tied head is not written, as in transformers.
     """
     dtype = str(weights["norm.weight"].dtype).removeprefix("torch.")
     (folder / CONFIG).write_text(json.dumps(_config(arch, dtype), indent=2) + "\n", encoding="utf-8")
@@ -241,7 +244,7 @@ def _in_hf_order(weights: Mapping[str, Tensor], module: str, arch: Architecture)
 
 
 def _shards(weights: Mapping[str, Tensor], shard_bytes: int) -> list[list[str]]:
-    """Modules in order, so many to a shard that it stays within `shard_bytes` unless it has one alone."""
+    """Modules in order, grouped into shards of at most `shard_bytes`; a larger module has a shard to itself."""
     shards: list[list[str]] = []
     room = 0
     for name, tensor in weights.items():

@@ -1,4 +1,4 @@
-"""What a fine-tuning run does: model, data, recipe, strategies and device, as one value and as text."""
+"""The description of a fine-tuning run: model, data, recipe, strategies and device, as one value and as text."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from memscope.workload.settings import fill, format_value
 
 __all__ = ["Job"]
 
-# What may be another when a run goes on: nothing that the weights, the data or the optimizer's state belong to.
+# Settings that may change when a run is resumed: its weights, data and optimizer state stay valid.
 _FREE = {field.name for field in dataclasses.fields(Recipe)} - {"held_out"} | {"lr"}
 _RECIPE = {field.name for field in dataclasses.fields(Recipe)}
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that decides the losses of a run, and what is kept of it."""
+    """All settings of a run: those that decide its losses, and those that decide what it keeps."""
 
     config: Config
     recipe: Recipe
     plan: str
-    """Strategies, as `Plan` writes them."""
+    """Strategies, in the syntax of `Plan`."""
     device: str
     """cpu or cuda."""
 
@@ -36,7 +36,7 @@ class Job:
 
     @property
     def settings(self) -> dict[str, str]:
-        """All of it as text; `of` reads it back."""
+        """All settings as text; `of` reads them back."""
         values: dict[str, Any] = {
             **{field.name: getattr(self.config, field.name) for field in dataclasses.fields(Config)},
             **{field.name: getattr(self.recipe, field.name) for field in dataclasses.fields(Recipe)},
@@ -48,10 +48,10 @@ class Job:
 
     @classmethod
     def of(cls, settings: Mapping[str, str], base: Config | None = None) -> Job:
-        """A job from settings as text; those that are left out are those of `base` and the defaults.
+        """Build a job from settings as text; missing settings come from `base` and the defaults.
 
         Raises:
-            UsageError: for an unknown setting, or a value that cannot be used.
+            UsageError: a setting is unknown or has an invalid value.
         """
         words = dict(settings)
         plan, device = words.pop("strategies", ""), words.pop("device", "cpu")
@@ -59,10 +59,10 @@ class Job:
         return cls(fill(base or Config(), words, of='target "llama2"'), recipe, str(Plan.parse(plan)), device)
 
     def differences(self, other: Job) -> tuple[list[str], list[str]]:
-        """How another job differs: in what a run that goes on must not change, and in what it may."""
+        """Differences from another job: those that a resumed run must not have, and those that it may have."""
         mine, others = self.settings, other.settings
         told = {
-            name: f"{name}: {mine[name] or 'none'} there, {others[name] or 'none'} here"
+            name: f"{name}: {mine[name] or 'none'} in the run, {others[name] or 'none'} given"
             for name in mine
             if mine[name] != others[name]
         }

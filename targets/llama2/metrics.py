@@ -1,4 +1,4 @@
-"""What is measured while a model is fine-tuned: JSON lines, and TensorBoard where it is installed."""
+"""Metrics of a fine-tuning run: JSON lines, and TensorBoard if it is installed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Stepped:
     step: int
     """From 1."""
     epoch: float
-    """Share of the data seen, this step included; above 1 from the second epoch on."""
+    """Epochs done, this step included, as a fraction: above 1 in the second epoch."""
     loss: float
     """Mean cross-entropy over the target tokens of the step, before its update."""
     lr: float
@@ -32,11 +32,11 @@ class Stepped:
     seconds: float
     tokens_per_second: float
     peak_bytes: int | None = None
-    """Most bytes the GPU's allocator had allocated since the run or its continuation began; None on a CPU."""
+    """Peak allocated bytes on the GPU since the run was started or resumed; None on a CPU."""
     grad_scale: float | None = None
-    """What the gradient scaler multiplied the loss by; None without one."""
+    """Factor by which the gradient scaler multiplied the loss; None without a scaler."""
     skipped: bool | None = None
-    """Whether the scaler left the update out because the scaled gradients had overflowed; None without a scaler."""
+    """Whether the scaler skipped the update because scaled gradients overflowed; None without a scaler."""
 
 
 @dataclass(frozen=True)
@@ -52,21 +52,21 @@ Metric = Stepped | Evaluated
 
 @dataclass(frozen=True)
 class Outcome:
-    """A whole run in numbers, over every time it was continued."""
+    """Summary of a whole run, including every time it was resumed."""
 
     first_loss: float
     last_loss: float
     perplexity_before: float | None
     perplexity_after: float | None
     seconds: float
-    """In steps; without evaluation, checkpoints and what stands between steps."""
+    """Time spent in steps, without evaluation, checkpoints and anything else between steps."""
     tokens_per_second: float
     peak_bytes: int | None
     skipped_steps: int
 
     @classmethod
     def read(cls, file: Path) -> Outcome:
-        """The outcome from the metrics of a run that has done a step."""
+        """Read the outcome from the metrics of a run that has done at least one step."""
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         steps = [line for line in lines if "loss" in line]
         perplexity = {line["step"] > 0: line["perplexity"] for line in lines if "perplexity" in line}
@@ -87,16 +87,16 @@ class Outcome:
 def metrics_written(
     file: Path, board: Path, done: int, say: Callable[[str], None]
 ) -> Iterator[Callable[[Metric], None]]:
-    """Gives what writes a metric: a line of JSON in `file`, and scalars in the TensorBoard folder `board`.
+    """Give a function that writes a metric: a line of JSON in `file`, and scalars in the TensorBoard folder `board`.
 
     Args:
-        file: what is in it from after step `done`, by a run that was killed, is removed first.
-        board: made only where TensorBoard is installed.
+        file: the metrics file. Lines after step `done`, from a run that was killed, are removed first.
+        board: created only if TensorBoard is installed.
         done: steps done before.
-        say: told once when there is no TensorBoard.
+        say: called once with a message if TensorBoard is not installed.
 
     Raises:
-        MemscopeError: when the file cannot be written.
+        MemscopeError: the file cannot be written.
     """
     write_whole(file, "".join(_kept(file, done)).encode())
     writer = _board(board, done, say)
@@ -121,7 +121,7 @@ def metrics_written(
 
 
 def _kept(file: Path, done: int) -> Iterator[str]:
-    """Lines up to and with step `done`; the last line may have been cut off, and what was measured then comes again."""
+    """Lines up to step `done`. The last line may be cut off; an evaluation after step `done` is measured again."""
     if not file.exists():
         return
     for line in file.read_text(encoding="utf-8").splitlines(keepends=True):

@@ -1,7 +1,7 @@
-"""LLaMA2 as in Meta's reference code, with KV cache and model parallelism removed: the plain training forward pass.
+"""LLaMA2 as in Meta's reference code, without KV cache and model parallelism: the plain training forward pass.
 
 Module names, the order of operations and their precision are Meta's (facebookresearch/llama, llama/model.py), so the
-weights load by name and every tensor that the forward pass allocates has the size that it has there. Its successors
+weights load by name and every tensor of the forward pass has the same size as there. Later models of the family
 differ in three places: a stretched rotary embedding and a tied head (LLaMA 3), and a sliding window (Mistral).
 """
 
@@ -19,13 +19,13 @@ __all__ = ["Architecture", "Llama"]
 
 @dataclass(frozen=True)
 class Architecture:
-    """What decides the shapes of the model; the names are those of Meta's `params.json`."""
+    """Settings that define the model. Names are those of Meta's `params.json` where it has the setting."""
 
     dim: int
     n_layers: int
     n_heads: int
     n_kv_heads: int | None
-    """Heads of keys and values, each shared by `n_heads / n_kv_heads` query heads; None: as many as query heads."""
+    """Heads of keys and values, each shared by `n_heads / n_kv_heads` query heads; None: `n_heads`."""
     vocab_size: int
     multiple_of: int
     ffn_dim_multiplier: float | None
@@ -34,9 +34,9 @@ class Architecture:
     rope_scaling: tuple[float, float, float, int] | None
     """LLaMA 3.1's: factor, low and high frequency factor, original context; see `stretched`."""
     sliding_window: int | None
-    """Tokens that a token sees, itself included; None: all before it."""
+    """Number of tokens each token attends to, itself included; None: all earlier tokens."""
     tied_head: bool
-    """Embedding and output head are one parameter."""
+    """Whether embedding and output head are one parameter."""
     max_seq_len: int
     attention: str
     """`eager`: scores, mask and softmax as single operations; `sdpa`: `F.scaled_dot_product_attention`."""
@@ -61,12 +61,12 @@ class Architecture:
         return self.multiple_of * math.ceil(hidden / self.multiple_of)
 
     def linear(self, inputs: int, outputs: int) -> nn.Linear:
-        """A linear layer of this model: no bias, the model's dtype."""
+        """Make a linear layer without bias, in the model's dtype."""
         return nn.Linear(inputs, outputs, bias=False, dtype=self.dtype)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
-    # float64 stays as it is: tests compare gradients far below the precision of float32.
+    # Keep float64: tests compare gradients far below the precision of float32.
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -90,7 +90,7 @@ class RMSNorm(nn.Module):
 def rotations(arch: Architecture) -> Tensor:
     """The complex factors of the rotary embedding: complex64 `[2 * max_seq_len, head_dim / 2]`.
 
-    Twice the context, as in Meta's code.
+    They cover twice the context, as in Meta's code.
     """
     freqs = 1.0 / (arch.rope_theta ** (torch.arange(0, arch.head_dim, 2).float() / arch.head_dim))
     if arch.rope_scaling is not None:
@@ -102,8 +102,8 @@ def rotations(arch: Architecture) -> Tensor:
 def stretched(freqs: Tensor, factor: float, low: float, high: float, original_context: int) -> Tensor:
     """Frequencies `[head_dim / 2]` for a context `factor` times as long as the original one.
 
-    Those with fewer than `low` turns in the original context are divided by `factor`, those with more than `high` stay
-    as they are, and in between the two are mixed. Source: `apply_scaling` in meta-llama/llama-models,
+    Frequencies with fewer than `low` turns in the original context are divided by `factor`, those with more than `high`
+    are kept, and those in between are interpolated. Source: `apply_scaling` in meta-llama/llama-models,
     models/llama3/model.py, where the constants are 8, 1, 4 and 8192.
     """
     turns = original_context * freqs / (2 * math.pi)
@@ -112,7 +112,7 @@ def stretched(freqs: Tensor, factor: float, low: float, high: float, original_co
 
 
 def rotate(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotary embedding of queries and keys `[batch, seq, heads, head_dim]`: neighbours make one complex number."""
+    """Rotary embedding of queries and keys `[batch, seq, heads, head_dim]`: neighbors form one complex number."""
     xq_ = torch.view_as_complex(_at_least_float32(xq).reshape(*xq.shape[:-1], -1, 2))
     xk_ = torch.view_as_complex(_at_least_float32(xk).reshape(*xk.shape[:-1], -1, 2))
     freqs_cis = freqs_cis.view(1, xq_.shape[1], 1, xq_.shape[3])
@@ -122,7 +122,7 @@ def rotate(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def repeat_kv(x: Tensor, repeats: int) -> Tensor:
-    """Each head of `[batch, seq, kv_heads, head_dim]` copied for the query heads that share it."""
+    """Copy each head of `[batch, seq, kv_heads, head_dim]` for the query heads that share it."""
     if repeats == 1:
         return x
     batch, seq, kv_heads, head_dim = x.shape
@@ -130,9 +130,9 @@ def repeat_kv(x: Tensor, repeats: int) -> Tensor:
 
 
 def causal_mask(h: Tensor, window: int | None) -> Tensor:
-    """What is added to the scores so that no token sees a later one: `[seq, seq]`, −∞ above the diagonal.
+    """The mask `[seq, seq]` to add to the scores so that no token sees a later one: −∞ above the diagonal.
 
-    With a window, also −∞ for tokens that are `window` or more places back.
+    With a window, tokens `window` or more positions back are −∞ too.
     """
     seq = h.shape[1]
     mask = torch.full((seq, seq), float("-inf"), device=h.device)
@@ -143,7 +143,7 @@ def causal_mask(h: Tensor, window: int | None) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary embedding and, where keys and values have fewer heads, shared ones."""
+    """Causal self-attention with rotary embedding; query heads may share heads of keys and values."""
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ class Attention(nn.Module):
         self.wo = arch.linear(self.n_heads * self.head_dim, arch.dim)
 
     def forward(self, x: Tensor, freqs_cis: Tensor, mask: Tensor | None) -> Tensor:
-        """`[batch, seq, dim]` to the same; without a mask, `F.scaled_dot_product_attention` is causal by itself."""
+        """`[batch, seq, dim]` to the same; without a mask, `F.scaled_dot_product_attention` with `is_causal=True`."""
         batch, seq, _ = x.shape
         xq, xk, xv = self.wq(x), self.wk(x), self.wv(x)
         xq = xq.view(batch, seq, self.n_heads, self.head_dim)
@@ -210,7 +210,7 @@ class TransformerBlock(nn.Module):
 
 
 class Llama(nn.Module):
-    """The whole model. Weights begin with PyTorch's default initialization, so it trains from scratch."""
+    """The whole model, with PyTorch's default initialization, so that it trains from scratch."""
 
     freqs_cis: Tensor
 
@@ -223,13 +223,13 @@ class Llama(nn.Module):
         self.output = arch.linear(arch.dim, arch.vocab_size)
         if arch.tied_head:
             self.tok_embeddings.weight = self.output.weight
-        # A buffer, so that it moves with the model; not persistent, so that the state dict holds Meta's weights only.
+        # A buffer, so that it moves with the model; not persistent, so that the state dict holds only Meta's weights.
         self.register_buffer("freqs_cis", rotations(arch), persistent=False)
 
     def forward(self, tokens: Tensor, places: Tensor | None = None) -> Tensor:
         """Token ids `[batch, seq]` to logits `[batch, seq, vocab_size]` in float32; `seq` up to `2 * max_seq_len`.
 
-        With `places` `[batch]`, to the logits at that place of each row alone: `[batch, vocab_size]`.
+        With `places` `[batch]`, only to the logits at that position of each row: `[batch, vocab_size]`.
         """
         h = self.tok_embeddings(tokens)
         freqs_cis = self.freqs_cis[: tokens.shape[1]]
@@ -242,7 +242,7 @@ class Llama(nn.Module):
         return _at_least_float32(self.output(h))
 
     def _mask(self, h: Tensor) -> Tensor | None:
-        """None where `F.scaled_dot_product_attention` needs none: a window as long as the sequence hides nothing."""
+        """The mask, or None if `is_causal=True` suffices: a window as long as the sequence hides nothing."""
         window = self.arch.sliding_window
         if window is not None and window >= h.shape[1]:
             window = None

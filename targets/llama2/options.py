@@ -1,4 +1,4 @@
-"""The options that fine-tuning and generating share: one for each setting of a dataclass, and any other setting."""
+"""Options that fine-tuning and generation share: one per field of a dataclass, and KEY=VALUE for other settings."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def setting_options(
     metavars: Mapping[str, str] | None = None,
     defaults: Mapping[str, str] | None = None,
 ) -> _Decorator:
-    """An option for each of these settings, for all of them if none is named; as text, None where it is not given.
+    """Add an option for each of these settings. Its value is text, or None if the option is not given.
 
     Args:
         config: a dataclass whose fields all have defaults.
-        names: which of its fields.
-        metavars: what stands for the value in the help, where it is not VALUE.
-        defaults: what the help says of a default, where it is not that of the field.
+        names: the fields to add; all if empty.
+        metavars: placeholders for values in the help, if not VALUE.
+        defaults: descriptions of defaults in the help, if not the default of the field.
     """
     default, helps = config(), help_of(config)
 
@@ -47,7 +47,7 @@ def setting_options(
 
 
 def other_settings(function: _Function) -> _Function:
-    """`changed` and `settings`: words KEY=VALUE for what has no option of its own."""
+    """Add `changed` and `settings`: KEY=VALUE words for settings without an option of their own."""
     function = click.option(
         "--set",
         "changed",
@@ -60,5 +60,5 @@ def other_settings(function: _Function) -> _Function:
 
 
 device_option: _Decorator = click.option(
-    "--device", metavar="cpu|cuda", help="Where to compute. Default: cuda where PyTorch has a GPU."
+    "--device", metavar="cpu|cuda", help="Device to compute on. Default: cuda if PyTorch finds a GPU, else cpu."
 )

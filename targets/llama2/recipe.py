@@ -1,4 +1,4 @@
-"""How a fine-tuning run goes: its length, its learning rates, what is measured and what is kept."""
+"""Settings of a fine-tuning run: its length, learning rates, held-out samples, checkpoints and result."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ __all__ = ["Recipe"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """The settings of a run beside model and data; schedule, warm-up and clipping by default as in Stanford Alpaca.
+    """The settings of a run besides model and data. Schedule, warm-up and clipping default to Stanford Alpaca's.
 
-    Alpaca's README gives cosine and a warm-up ratio of 0.03; clipping at 1.0 is the default of the trainer it uses,
-    transformers'. That begins its warm-up with a step at rate 0; none is wasted so here.
+    Alpaca's README gives cosine and a warm-up ratio of 0.03; clipping at 1.0 is the default of transformers' trainer,
+    which Alpaca uses. That trainer begins the warm-up with a step at rate 0; this one does not waste a step.
 
     Raises:
-        ValueError: listing everything that is wrong with the values.
+        ValueError: a value is invalid; the message lists every problem.
     """
 
     epochs: float = 1.0
-    """How often every sample is seen."""
+    """Number of passes over the samples."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """Learning rate after the warm-up: constant, or falling to 0: linear or cosine."""
+    """Learning rate after the warm-up: constant, or falling to 0 as linear or cosine."""
     warmup: float = 0.03
-    """Share of the steps in which the learning rate rises to its full value."""
+    """Share of the steps over which the learning rate rises to its full value."""
     clip_grad_norm: float | None = 1.0
-    """Largest total norm of the gradients; none: no clipping."""
+    """Maximum total norm of the gradients; none: no clipping."""
     held_out: int = 16
-    """Rows after the samples that are not trained on; their perplexity is measured before and after."""
+    """Number of rows after the samples to hold out; their perplexity is measured before and after training."""
     save_every: int = 100
-    """Steps from one checkpoint to the next."""
+    """Steps between checkpoints."""
     keep: int = 2
-    """Checkpoints kept, the newest ones."""
+    """Number of newest checkpoints to keep."""
     format: Literal["huggingface", "meta"] = "huggingface"
-    """Of the weights that are saved at the end: huggingface or meta; LoRA updates are saved as PEFT does."""
+    """Format of the weights saved at the end: huggingface or meta; LoRA updates are saved in PEFT's format."""
 
     def __post_init__(self) -> None:
         problems = list(_problems(self))
@@ -44,11 +44,11 @@ class Recipe:
             raise ValueError("; ".join(problems))
 
     def steps(self, samples: int, batch: int) -> int:
-        """Optimizer steps in which `samples` samples are seen `epochs` times, `batch` in each; the last one is full."""
+        """Optimizer steps for `epochs` passes over `samples` samples, `batch` per step; the last step is full."""
         return math.ceil(self.epochs * samples / batch)
 
     def rate_factor(self, step: int, steps: int) -> float:
-        """What the learning rate is multiplied by in a step, counted from 0: rises to 1, never 0 in a step."""
+        """Factor on the learning rate in a step, counted from 0. Rises to 1 in the warm-up; never 0."""
         rising = math.ceil(self.warmup * steps)
         if step < rising:
             return (step + 1) / rising

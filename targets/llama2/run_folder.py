@@ -1,4 +1,4 @@
-"""The folder of a fine-tuning run: where everything is, and what run it is."""
+"""The folder of a fine-tuning run: its paths, and the record of the job."""
 
 from __future__ import annotations
 
@@ -19,53 +19,53 @@ _SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths of what a run reads and leaves."""
+    """Paths of the files that a run reads and writes."""
 
     path: Path
 
     @property
     def job(self) -> Path:
-        """What run it is."""
+        """The settings of the run."""
         return self.path / "run.json"
 
     @property
     def metrics(self) -> Path:
-        """One line of JSON a step."""
+        """Metrics as lines of JSON: one per step, and one per evaluation."""
         return self.path / "metrics.jsonl"
 
     @property
     def board(self) -> Path:
-        """For TensorBoard."""
+        """The folder for TensorBoard."""
         return self.path / "tensorboard"
 
     @property
     def checkpoints(self) -> Path:
-        """One folder each."""
+        """The folder of checkpoints, one folder each."""
         return self.path / "checkpoints"
 
     @property
     def results(self) -> tuple[Path, Path]:
-        """Where LoRA updates, or all weights, are saved at the end."""
+        """The folders for LoRA updates and for all weights; a run saves one of them at its end."""
         return self.path / "adapter", self.path / "weights"
 
     @property
     def finished(self) -> Path | None:
-        """What was saved at the end; None as long as the run is not over."""
+        """The saved result; None until the run is finished."""
         return next((path for path in self.results if path.exists()), None)
 
     def require_new(self, *, overwrite: bool) -> None:
-        """Refuse a folder with a run in it, unless that is to be overwritten.
+        """Refuse a folder that holds a run, unless `overwrite` is set.
 
         Raises:
-            UsageError: says what is there, or that it is a file.
+            UsageError: the folder holds a run, or the path is a file.
         """
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"{self.path} is a file: -o takes a folder, for example -o runs/first")
         existing = self._own()
         if existing and not overwrite:
-            go_on = "" if self.finished else f"go on with that run (--resume {self.path}), "
+            go_on = "" if self.finished else f"resume that run (--resume {self.path}), "
             raise UsageError(
-                f"{existing[0]} exists already: {go_on}choose another folder with -o, or overwrite it with -f"
+                f"{existing[0]} already exists: {go_on}choose another folder with -o, or overwrite it with -f"
             )
 
     def _own(self) -> list[Path]:
@@ -73,10 +73,10 @@ class RunFolder:
         return [path for path in own if path.exists()]
 
     def begin(self, job: Job) -> None:
-        """Make the folder without the run that may be in it, and note what run it is; other files stay.
+        """Create the folder, remove any run that it holds, and write down the job. Other files stay.
 
         Raises:
-            UsageError: when it cannot be made.
+            UsageError: the folder cannot be created.
         """
         for path in self._own():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -84,34 +84,34 @@ class RunFolder:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(
-                f"{self.path}: the folder cannot be made ({error.strerror}): choose another one with -o"
+                f"{self.path}: the folder cannot be created ({error.strerror}): choose another one with -o"
             ) from error
         self.note(job)
 
     def note(self, job: Job) -> None:
-        """Write down what run it is.
+        """Write down the job.
 
         Raises:
-            TraceFileError: when that cannot be written.
+            TraceFileError: the file cannot be written.
         """
         document = {"schema_version": _SCHEMA_VERSION, "settings": job.settings}
         write_whole(self.job, (json.dumps(document, ensure_ascii=False, indent=2) + "\n").encode())
 
     def read_job(self) -> Job:
-        """What run it is.
+        """Read the job.
 
         Raises:
-            UsageError: when there is none, or it was written by a newer memscope.
+            UsageError: the folder holds no run, or its schema version is not the one of this memscope.
         """
         if not self.job.is_file():
             raise UsageError(
-                f"{self.path}: no run to go on with: it has no {self.job.name}, which every run begins with"
+                f"{self.path}: no run to resume: the folder has no {self.job.name}, which every run writes first"
             )
         document = JsonFile.read(self.job)
         version, settings = document.values.get("schema_version"), document.values.get("settings")
         if version != _SCHEMA_VERSION or not isinstance(settings, dict):
             raise UsageError(
-                f"{self.job}: schema version {json.dumps(version)}, this memscope reads {_SCHEMA_VERSION}: "
-                "go on with the version that began the run"
+                f"{self.job}: schema version {json.dumps(version)}, but this memscope reads {_SCHEMA_VERSION}: "
+                "resume the run with the version of memscope that started it"
             )
         return Job.of({key: str(value) for key, value in settings.items()})

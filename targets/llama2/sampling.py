@@ -1,4 +1,4 @@
-"""One token after the other: the most probable one, or one drawn from the most probable."""
+"""Greedy decoding and sampling: one token at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["one_by_one", "probabilities"]
 def one_by_one(
     prompt: Sequence[int], limit: Limit, decoding: Decoding, eos_id: int | None, drawing: torch.Generator
 ) -> Search:
-    """Continue a prompt greedily or, with a temperature, by drawing; see `decoding.Search`."""
+    """Continue a prompt greedily or, with a temperature, by sampling; see `decoding.Search`."""
     new: list[int] = []
     while True:
         new.append(_choose((yield [[*prompt, *new]])[0], decoding, drawing))
@@ -26,17 +26,17 @@ def one_by_one(
 def _choose(logits: Tensor, decoding: Decoding, drawing: torch.Generator) -> int:
     if decoding.temperature == 0:
         return int(logits.argmax())
-    # On the host, where a seed gives the same numbers whatever the device.
+    # On the host, so that a seed gives the same numbers for every device.
     chances = probabilities(logits.cpu(), decoding)
     return int(torch.multinomial(chances, 1, generator=drawing))
 
 
 def probabilities(logits: Tensor, decoding: Decoding) -> Tensor:
-    """What a token is drawn with: float64 `[..., vocab_size]`, from logits of the same shape.
+    """Probabilities to sample a token with: float64 `[..., vocab_size]`, from logits of the same shape.
 
-    Temperature first, then the `top_k` most probable (Fan et al., "Hierarchical Neural Story Generation", 2018; all
-    that are as probable as the last of them), then the fewest of these that have `top_p` together (Holtzman et al.,
-    "The Curious Case of Neural Text Degeneration", 2020). That is the order of transformers' `generate`, too.
+    Temperature comes first, then the `top_k` most probable tokens (Fan et al., "Hierarchical Neural Story Generation",
+    2018; tokens that tie with the last are kept too), then the fewest of these whose probabilities add up to `top_p`
+    (Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020). transformers' `generate` uses this order.
     """
     highest = logits.max(dim=-1, keepdim=True).values
     scores = (logits - highest).double() / decoding.temperature

@@ -1,4 +1,4 @@
-"""A fine-tuning run under way: from a job, or a checkpoint of one, to what is trained."""
+"""A fine-tuning run in progress, prepared from a job or continued from a checkpoint."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ __all__ = ["Session", "continue_from", "prepare", "room_to_train"]
 
 @dataclass
 class Session:
-    """A job under way: what is trained, on what, and how far it is."""
+    """A job in progress: the training, its samples, and the steps done."""
 
     job: Job
     training: Training
     samples: list[Sample]
     held_out: list[Sample]
     steps: int
-    """Optimizer steps in all."""
+    """Total number of optimizer steps."""
     rates: list[float]
     """Full learning rate of each parameter group."""
     origin: dict[str, str]
-    """SHA-256 of the samples, and of the weights that are not trained: what a checkpoint belongs to."""
+    """SHA-256 of the samples and of the frozen weights: a checkpoint is valid only for these."""
     done: int = 0
     """Optimizer steps done."""
 
@@ -49,12 +49,12 @@ def prepare(job: Job) -> Session:
     """Read the data, build the model, apply the strategies on the host, and move it to the device.
 
     Raises:
-        UsageError: when data, weights or plan cannot be used; found out before weights are read.
-        OutOfDeviceMemory: when the weights alone do not fit.
+        UsageError: data, weights or plan cannot be used. All are checked before weights are read.
+        OutOfDeviceMemory: the weights alone do not fit on the device.
     """
     require_device(job.device)
     config, recipe = job.config, job.recipe
-    if config.weights is not None:  # random ones can be trained on any ids that they have a row for
+    if config.weights is not None:  # random weights can be trained on any token ids that have a row
         Tokenizer.load(config.tokenizer or SHIPPED_TOKENIZER, config.vocab_size)
     rows = read_samples(dataclasses.replace(config, samples=config.samples + recipe.held_out))
     samples, held_out = rows[: config.samples], rows[config.samples :]
@@ -81,7 +81,7 @@ def _fingerprint_of_samples(samples: list[Sample]) -> str:
 
 
 _VALUES = 1024
-"""Values of each weight that its fingerprint sees: another training changes them all, and 7B are read in no time."""
+"""Values per weight in the fingerprint: training changes all values, so the first ones suffice and are fast to read."""
 
 
 def _fingerprint_of_frozen(model: nn.Module) -> str:
@@ -95,16 +95,17 @@ def _fingerprint_of_frozen(model: nn.Module) -> str:
 
 
 def continue_from(session: Session, path: Path) -> None:
-    """Go on where a checkpoint was saved.
+    """Continue from a checkpoint.
 
     Raises:
-        UsageError: when it is damaged, or of a run that differs in more than its recipe; names every difference.
+        UsageError: the checkpoint is damaged, or of a run that differs in more than may change when a run is resumed;
+            the message names every difference.
     """
     state = load_checkpoint(path)
     differing, _ = Job.of(state["settings"]).differences(session.job)
     if not differing:
         now, then = session.origin, state["origin"]
-        differing = [f"the {what} are not what they were when it began" for what in now if then[what] != now[what]]
+        differing = [f"the {what} have changed since the run began" for what in now if then[what] != now[what]]
     if differing:
         raise UsageError(f"checkpoint {path} is of another run: {'; '.join(differing)}")
     restore(session.training, state, path)
@@ -112,5 +113,5 @@ def continue_from(session: Session, path: Path) -> None:
 
 
 def room_to_train() -> AbstractContextManager[None]:
-    """Tells in words when the GPU runs out of memory."""
-    return room_on_device("What would make it fit: memscope advise targets/llama2 --budget …, with the same settings")
+    """Turn an out-of-memory error of the GPU into a message with a remedy."""
+    return room_on_device("To make it fit, see: memscope advise targets/llama2 --budget …, with the same settings")

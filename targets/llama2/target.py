@@ -1,4 +1,4 @@
-"""Fine-tuning LLaMA2 on instruction data: what `memscope profile targets/llama2` runs."""
+"""Fine-tuning LLaMA2 on instruction data: the workload of `memscope profile targets/llama2`."""
 
 from __future__ import annotations
 
@@ -35,59 +35,59 @@ class Config:
     """The model, its data and its training step. The defaults are LLaMA2-7B.
 
     Raises:
-        UsageError: listing everything that is wrong with the values, at once.
+        UsageError: a value is invalid; the message lists every problem.
     """
 
     dim: int = 4096
     """Size of the residual stream."""
     n_layers: int = 32
-    """Transformer blocks."""
+    """Number of transformer layers."""
     n_heads: int = 32
-    """Attention heads of the queries; dim / n_heads is the size of a head."""
+    """Number of query heads; dim / n_heads is the size of a head."""
     n_kv_heads: int | None = None
-    """Attention heads of keys and values; none: as many as n_heads."""
+    """Number of key and value heads; none: n_heads."""
     vocab_size: int = 32_000
-    """Rows of the embedding and of the output head; at least the tokenizer's vocabulary."""
+    """Rows of the embedding and of the output head; at least the size of the tokenizer's vocabulary."""
     multiple_of: int = 256
-    """The feed-forward's inner size is rounded up to a multiple of this."""
+    """Round the feed-forward's inner size up to a multiple of this."""
     ffn_dim_multiplier: float | None = None
-    """Scales the feed-forward's inner size, 8/3 of dim, before it is rounded."""
+    """Factor on the feed-forward's inner size, 8/3 of dim, before rounding; none: no factor."""
     norm_eps: float = 1e-5
-    """Added to the mean square in RMSNorm."""
+    """Epsilon that RMSNorm adds to the mean square."""
     rope_theta: float = 10_000.0
     """Base of the rotary embedding's wavelengths."""
     rope_scaling: tuple[float, float, float, int] | None = None
-    """LLaMA 3.1's longer wavelengths: factor, low and high frequency factor, original context, joined by +."""
+    """Stretched wavelengths, as in LLaMA 3.1: factor, low and high frequency factor, original context, joined by +."""
     sliding_window: int | None = None
-    """Tokens that a token sees, itself included, as in Mistral; none: all before it."""
+    """Number of tokens each token attends to, itself included, as in Mistral; none: all earlier tokens."""
     tied_head: bool = False
-    """Use the embedding as output head too."""
+    """Use the embedding as the output head too."""
     max_seq_len: int = 4096
-    """Context: the longest sample allowed, in tokens."""
+    """Context: maximum length of a sample, in tokens."""
     attention: str = "eager"
     """eager: scores, mask and softmax as single operations, as in Meta's code; sdpa: scaled_dot_product_attention."""
     dtype: str = "fp32"
-    """Weights: fp32 or bf16; fp64 is there for exact comparisons."""
+    """Dtype of the weights: fp32 or bf16; fp64 is for exact comparisons."""
     weights: str | None = None
-    """Folder with weights of Meta's or Hugging Face's format, converted to dtype; none: random ones."""
+    """Folder with weights in Meta's or Hugging Face's format, converted to dtype; none: random weights."""
     data: str | None = None
-    """Instruction data, a JSON file in Alpaca's format; none: the small set that is shipped."""
+    """Instruction data, a JSON file in Alpaca's format; none: the small data set shipped with memscope."""
     tokenizer: str | None = None
-    """SentencePiece model file; none: the small one that is shipped."""
+    """SentencePiece model file; none: the small tokenizer shipped with memscope."""
     samples: int = 200
-    """Use the first so many samples of the data."""
+    """Number of samples to use, from the start of the data."""
     seq_len: int | None = None
-    """Repeat or cut every sample to exactly so many tokens, all of them targets; none: the lengths of the data."""
+    """Repeat or cut every sample to exactly this many tokens, all of them targets; none: the lengths of the data."""
     micro_batch: int = 1
-    """Samples in one micro-batch."""
+    """Samples per micro-batch."""
     accumulation: int = 8
-    """Micro-batches in one optimizer step."""
+    """Micro-batches per optimizer step."""
     lr: float = 1e-5
     """Learning rate of AdamW."""
     weight_decay: float = 0.01
     """Weight decay of AdamW."""
     seed: int = 0
-    """Seed of random weights."""
+    """Seed of random weights; in fine-tuning, also of the order of samples and of dropout."""
 
     def __post_init__(self) -> None:
         problems = list(_problems(self))
@@ -96,7 +96,7 @@ class Config:
 
     @property
     def architecture(self) -> Architecture:
-        """The part that decides the model."""
+        """The settings that define the model."""
         names = [field.name for field in dataclasses.fields(Architecture)]
         return Architecture(**{name: getattr(self, name) for name in names} | {"dtype": _DTYPES[self.dtype]})
 
@@ -120,7 +120,7 @@ def _problems(config: Config) -> Iterator[str]:
             yield f"{name}={getattr(config, name)}: expected 0 or more"
     if not bad.keys() & {"dim", "n_heads"} and config.dim % (2 * config.n_heads):
         yield (
-            f"dim={config.dim} with n_heads={config.n_heads}: the rotary embedding needs heads of one even size, "
+            f"dim={config.dim} with n_heads={config.n_heads}: the rotary embedding needs heads of an even size, "
             f"so dim must be a multiple of {2 * config.n_heads}"
         )
     if config.n_kv_heads and not bad.keys() & {"n_heads", "n_kv_heads"} and config.n_heads % config.n_kv_heads:
@@ -171,31 +171,31 @@ PRESETS = {
 
 
 def read_preset(path: Path) -> Config:
-    """The default settings with the shape of a published model: its config.json or params.json, or a folder with one.
+    """The default settings with the shape in a config.json or params.json, or in a folder that holds one.
 
     Raises:
-        UsageError: when there is none, or it is of another family.
+        UsageError: the path holds no such file, or the file describes a model of another family.
     """
     return Config(**read_shape(path))
 
 
 def build(config: Config) -> Workload:
-    """The model, instruction data in steps of `micro_batch * accumulation` samples, and AdamW.
+    """Build the workload: model, instruction data in steps of `micro_batch * accumulation` samples, and AdamW.
 
     Raises:
-        UsageError: when weights, data or tokenizer cannot be used, do not fit the model, or a sample is longer than the
+        UsageError: weights, data or tokenizer cannot be used or do not fit the model, or a sample is longer than the
             context.
     """
     return build_on(alpaca.longest_first(read_samples(config)), config)
 
 
 def build_on(samples: list[Sample], config: Config) -> Workload:
-    """The workload on samples that are at hand, in steps of `micro_batch * accumulation`.
+    """Build the workload on the given samples, in steps of `micro_batch * accumulation`.
 
-    They stay in order, but for the first: it comes last in the first step.
+    The samples keep their order, except that the first one moves to the end of the first step.
 
     Raises:
-        UsageError: when the weights cannot be used or do not fit the model.
+        UsageError: the weights cannot be used or do not fit the model.
     """
 
     def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -220,7 +220,7 @@ def _model(config: Config) -> Llama:
             model = Llama(config.architecture)
         load_weights(model, config.weights)
         return model
-    # Only the weights depend on the seed; the host's random state is handed back as it was.
+    # Here the seed affects only the weights: the random state of the host is restored.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return Llama(config.architecture)
@@ -236,12 +236,12 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def split(samples: list[Sample], parts: int) -> list[Batch]:
-    """The micro-batches of one step, each padded to its own longest sample."""
+    """Split the samples of one step into micro-batches, each padded to its own longest sample."""
     return [alpaca.collate(piece) for piece in split_batch(samples, parts)]
 
 
 def target_tokens(batch: Batch) -> float:
-    """Tokens that a micro-batch is the mean over: those that are predicted and have a label."""
+    """Number of tokens in the mean of a micro-batch's loss: those that are predicted and have a label."""
     return float((batch["labels"][:, 1:] != IGNORED).sum())
 
 
@@ -249,13 +249,13 @@ def read_samples(config: Config) -> list[Sample]:
     """The first `samples` rows of the data as token ids, in the order of the file.
 
     Raises:
-        UsageError: when data or tokenizer cannot be used, or a sample is longer than the context; names the row.
+        UsageError: data or tokenizer cannot be used, or a sample is longer than the context; the message names the row.
     """
     path = config.tokenizer or SHIPPED_TOKENIZER
     tokenizer = Tokenizer.load(path)
     if tokenizer.vocab_size > config.vocab_size:
         raise UsageError(
-            f"tokenizer {path}: its vocabulary has {tokenizer.vocab_size} tokens, the model's (vocab_size) "
+            f"tokenizer {path}: its vocabulary has {tokenizer.vocab_size} tokens, but the model's (vocab_size) has "
             f"{config.vocab_size}: use another tokenizer, or --set vocab_size={tokenizer.vocab_size}"
         )
     path = config.data or SHIPPED_DATA
@@ -265,7 +265,7 @@ def read_samples(config: Config) -> list[Sample]:
     for row, sample in enumerate(samples):
         if len(sample.tokens) > config.max_seq_len:
             raise UsageError(
-                f"data {path}, row {row}: the sample has {len(sample.tokens)} tokens, the context (max_seq_len) is "
+                f"data {path}, row {row}: the sample has {len(sample.tokens)} tokens, but the context (max_seq_len) is "
                 f"{config.max_seq_len}: shorten the sample or leave it out, cut every sample with --set "
                 f"seq_len={config.max_seq_len}, or make the context larger with --set max_seq_len={len(sample.tokens)}"
             )
@@ -273,10 +273,10 @@ def read_samples(config: Config) -> list[Sample]:
 
 
 def _steps(samples: list[Sample], size: int) -> list[list[Sample]]:
-    """One list of `size` samples for each optimizer step; the last one is filled up from the beginning.
+    """One list of `size` samples per optimizer step; the last list is filled up from the first samples.
 
-    The longest sample, first of all, becomes the last of the first step: there the gradients of the others are held
-    already, as they are for all but one sample of a step.
+    The first sample, which is the longest, moves to the end of the first step. There, gradients of the others are held
+    already, as for all but one sample of a step.
     """
     count = -(-len(samples) // size)
     first, *others = [[samples[(step * size + i) % len(samples)] for i in range(size)] for step in range(count)]

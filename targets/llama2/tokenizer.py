@@ -1,4 +1,4 @@
-"""A SentencePiece model by path, with the ids that LLaMA2 puts around every sample."""
+"""A SentencePiece model from a file, with the ids that LLaMA2 puts around every sample."""
 
 from __future__ import annotations
 
@@ -12,28 +12,26 @@ from memscope.errors import UsageError
 __all__ = ["TOKENIZER", "Tokenizer", "tokenizer_beside"]
 
 TOKENIZER = "tokenizer.model"
-"""The tokenizer in a folder of weights, as Meta and Hugging Face call it."""
+"""File name of the tokenizer in a folder of weights, as published by Meta and Hugging Face."""
 
 
 def tokenizer_beside(weights: Path) -> Path:
-    """The tokenizer in a folder of weights: on the ids of another one they know nothing.
+    """The tokenizer in a folder of weights: weights are of no use with the ids of another tokenizer.
 
     Raises:
-        UsageError: when there is none, or no such folder.
+        UsageError: the folder does not exist or has no tokenizer.
     """
     path = weights / TOKENIZER
     if not weights.is_dir():
-        raise UsageError(f"weights {weights}: there is no such folder: expected one with weights and {TOKENIZER}")
+        raise UsageError(f"weights {weights}: no such folder: expected one with weights and {TOKENIZER}")
     if not path.is_file():
-        raise UsageError(
-            f"weights {weights}: there is no {TOKENIZER} with them: name their tokenizer with --tokenizer FILE"
-        )
+        raise UsageError(f"weights {weights}: the folder has no {TOKENIZER}: name the tokenizer with --tokenizer FILE")
     return path
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Text to token ids and back."""
+    """Converts text to token ids and back."""
 
     pieces: SentencePieceProcessor
     vocab_size: int
@@ -48,36 +46,38 @@ class Tokenizer:
 
         Args:
             path: the file.
-            vocab_size: that of the weights it is used with; one of another size is refused.
+            vocab_size: vocabulary size of the weights; a tokenizer of another size is refused.
 
         Raises:
-            UsageError: when the file is missing, is no SentencePiece model, has no BOS or EOS token, or is of another
-                vocabulary.
+            UsageError: the file is missing, is not a SentencePiece model, has no BOS or EOS token, or has another
+                vocabulary size.
         """
         path = Path(path)
-        wanted = "expected a SentencePiece model such as LLaMA2's tokenizer.model; name one with --set tokenizer=PATH"
+        wanted = (
+            "expected a SentencePiece model such as LLaMA2's tokenizer.model; choose a file with --set tokenizer=PATH"
+        )
         if not path.is_file():
-            raise UsageError(f"tokenizer {path}: {'a folder' if path.is_dir() else 'no such file'}; {wanted}")
+            raise UsageError(f"tokenizer {path}: {'is a folder' if path.is_dir() else 'no such file'}; {wanted}")
         try:
             pieces = SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
             raise UsageError(f"tokenizer {path}: not a SentencePiece model, or damaged ({error}); {wanted}") from None
         if pieces.bos_id() < 0 or pieces.eos_id() < 0:
-            raise UsageError(f"tokenizer {path}: it has no token that begins (BOS) or ends (EOS) a sample; {wanted}")
+            raise UsageError(f"tokenizer {path}: no token begins (BOS) or ends (EOS) a sample; {wanted}")
         found = cls(pieces, pieces.get_piece_size(), pieces.bos_id(), pieces.eos_id())
         if vocab_size is not None and found.vocab_size != vocab_size:
             raise UsageError(
-                f"tokenizer {path}: its vocabulary has {found.vocab_size} tokens, the model's {vocab_size}: "
-                "it is of another model; name the right one with --tokenizer FILE"
+                f"tokenizer {path}: its vocabulary has {found.vocab_size} tokens, but the model's has {vocab_size}: "
+                "this is another model's tokenizer; name the right one with --tokenizer FILE"
             )
         return found
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without BOS and EOS."""
+        """Convert a text to token ids, without BOS and EOS."""
         ids: list[int] = self.pieces.encode(text)
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        """The text of token ids; BOS and EOS leave no trace in it."""
+        """Convert token ids to text, without BOS and EOS."""
         text: str = self.pieces.decode(ids)
         return text

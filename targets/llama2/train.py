@@ -1,4 +1,4 @@
-"""The steps of a fine-tuning run, and what it leaves."""
+"""The steps of a fine-tuning run, its evaluations and its result."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ __all__ = ["Watch", "evaluate", "save_result", "train"]
 
 
 class Watch(Protocol):
-    """Who watches a run: shown what is measured, and asked whether to go on."""
+    """Observer of a run: receives the metrics and decides whether to stop."""
 
     def metric(self, metric: Metric) -> None:
-        """A step has been done, or the held-out samples were evaluated."""
+        """Called after every step and every evaluation of the held-out samples."""
 
     def stopped(self) -> bool:
-        """Whether the run is to end after this step, with a checkpoint."""
+        """Whether to stop the run after this step, with a checkpoint."""
 
 
 def evaluate(session: Session, watch: Watch) -> None:
     """Measure the perplexity of the held-out samples, if there are any.
 
     Raises:
-        MemscopeError: when their loss is not finite.
-        OutOfDeviceMemory: when they do not fit on the device.
+        MemscopeError: the loss of the samples is not finite.
+        OutOfDeviceMemory: the samples do not fit on the device.
     """
     if session.held_out:
         with room_to_train():
@@ -52,14 +52,14 @@ def evaluate(session: Session, watch: Watch) -> None:
 
 
 def train(session: Session, folder: RunFolder, watch: Watch) -> bool:
-    """Carry out the steps that are left, with a checkpoint now and then and after the last one.
+    """Carry out the remaining steps, with a checkpoint every `save_every` steps and after the last one.
 
     Returns:
-        Whether all steps are done; False when the watch has stopped the run.
+        Whether all steps are done; False if the watch stopped the run.
 
     Raises:
-        MemscopeError: when a loss is not finite, or a checkpoint cannot be written; says how to go on.
-        OutOfDeviceMemory: when a step does not fit on the device.
+        MemscopeError: a loss is not finite, or a checkpoint cannot be written; the message says how to resume.
+        OutOfDeviceMemory: a step does not fit on the device.
     """
     if session.job.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -81,7 +81,7 @@ def _step(session: Session) -> Stepped:
     size = config.micro_batch * config.accumulation
     samples = samples_of_step(session.samples, session.done, size, config.seed)
     scale = training.scaler.get_scale() if training.scaler else None
-    loss = run_step(training, micro_batches(training.workload, samples)).item()  # waits for the device, once a step
+    loss = run_step(training, micro_batches(training.workload, samples)).item()  # waits for the device, once per step
     if not math.isfinite(loss):
         raise MemscopeError(f"step {session.done + 1}: the loss is {loss}. {_REMEDIES}")
     session.done += 1
@@ -102,8 +102,8 @@ def _step(session: Session) -> Stepped:
 
 
 _REMEDIES = (
-    "A lower --lr, a longer --warmup or a smaller --clip-grad-norm may prevent it; "
-    "with amp, dtype=bf16, whose range is that of float32"
+    "A lower --lr, a longer --warmup or a smaller --clip-grad-norm may prevent this; "
+    "with amp, so may dtype=bf16, which has the range of float32"
 )
 
 
@@ -111,20 +111,20 @@ def _save(session: Session, folder: RunFolder) -> None:
     trained = [p for p in session.training.workload.model.parameters() if p.requires_grad]
     if not all(torch.stack([torch.isfinite(parameter).all() for parameter in trained]).tolist()):
         raise MemscopeError(
-            f"step {session.done}: its update left weights that are not finite, so nothing was saved. {_REMEDIES}"
+            f"step {session.done}: the update produced weights that are not finite, so nothing was saved. {_REMEDIES}"
         )
     about = {"settings": session.job.settings, "origin": session.origin}
     save_checkpoint(folder.checkpoints, session.training, session.done, about, keep=session.job.recipe.keep)
 
 
 def save_result(session: Session, folder: RunFolder) -> Path:
-    """Save the LoRA updates as PEFT does, or, without any, the tokenizer and all weights in the format of the recipe.
+    """Save the LoRA updates in PEFT's format, or without any, the tokenizer and all weights in the recipe's format.
 
     Raises:
-        MemscopeError: when the disk is full or cannot be written; says how to go on.
+        MemscopeError: the disk is full or cannot be written; the message says how to resume.
     """
     model = session.training.workload.model
-    assert isinstance(model, Llama), "build_on makes it"
+    assert isinstance(model, Llama), "build_on makes a Llama"
     adapter, weights = folder.results
     with _told_how_to_go_on(folder):
         if any(isinstance(module, LoRALinear) for module in model.modules()):
@@ -137,11 +137,11 @@ def save_result(session: Session, folder: RunFolder) -> Path:
 
 @contextmanager
 def _told_how_to_go_on(folder: RunFolder) -> Iterator[None]:
-    """Errors name the last checkpoint and what to do with it."""
+    """Add the last checkpoint, and how to resume from it, to error messages."""
     try:
         yield
     except MemscopeError as error:
         last = newest_checkpoint(folder.checkpoints)
-        hint = f"The last checkpoint is {last}; --resume {folder.path} goes on from it" if last else "No checkpoint yet"
+        hint = f"The last checkpoint is {last}; --resume {folder.path} resumes from it" if last else "No checkpoint yet"
         error.args = (f"{error}\n{hint}",)
         raise

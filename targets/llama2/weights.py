@@ -1,4 +1,4 @@
-"""Weights of the model from files and to files, in the formats of Meta and of Hugging Face."""
+"""Reading and writing the model's weights, in Meta's and Hugging Face's formats."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _HEAD, _EMBEDDING = "output.weight", "tok_embeddings.weight"
 
 
 def read_shape(path: str | Path) -> dict[str, Any]:
-    """The shape of a model, as fields of `Architecture`, from Meta's params.json or Hugging Face's config.json.
+    """Read the shape of a model, as fields of `Architecture`, from Meta's params.json or Hugging Face's config.json.
 
     Args:
-        path: one of the two files, or a folder that has one.
+        path: one of the two files, or a folder that holds one.
 
     Raises:
-        UsageError: when there is none, or it describes a model of another family.
+        UsageError: neither file is there, or it describes a model of another family.
     """
     path = Path(path)
     file = JsonFile.read(path / _format(path).CONFIG if path.is_dir() else path)
@@ -44,10 +44,10 @@ def read_shape(path: str | Path) -> dict[str, Any]:
 
 def _format(folder: Path) -> ModuleType:
     if not folder.is_dir():
-        raise UsageError(f"weights {folder}: {'a file' if folder.exists() else 'no such folder'}; {_EXPECTED}")
+        raise UsageError(f"weights {folder}: {'is a file' if folder.exists() else 'no such folder'}; {_EXPECTED}")
     described = [form for form in (hf_format, meta_format) if (folder / form.CONFIG).is_file()]
     if not described:
-        raise UsageError(f"weights {folder}: neither {hf_format.CONFIG} nor {meta_format.CONFIG} is there; {_EXPECTED}")
+        raise UsageError(f"weights {folder}: neither {hf_format.CONFIG} nor {meta_format.CONFIG} found; {_EXPECTED}")
     return next((form for form in described if form.has_weights(folder)), described[0])
 
 
@@ -57,9 +57,9 @@ _EXPECTED = "expected a folder with config.json and model.safetensors, or with p
 def load_weights(model: Llama, path: str | Path) -> None:
     """Fill the model with the weights in a folder, converted to its dtype and moved to its device.
 
-    The host needs memory for one tensor beyond the model: files are mapped and read tensor by tensor. Pickled code is
-    refused, never run. A model without data (on the meta device, or in a simulation) is compared with the headers of
-    the files and nothing is read.
+    Files are mapped and read tensor by tensor, so the host needs memory for only one tensor beyond the model. Pickled
+    code is refused, never run. A model without data (on the meta device, or in a simulation) is only compared with the
+    headers of the files; no tensor is read.
 
     Args:
         model: as built, before a strategy changes its layers.
@@ -67,8 +67,8 @@ def load_weights(model: Llama, path: str | Path) -> None:
             and `consolidated.*.pth`.
 
     Raises:
-        UsageError: when a file is missing, damaged or holds code, or weights are missing, too many, or not of the
-            model's shape. The model is as it was, unless a tied head turns out not to be tied.
+        UsageError: a file is missing, damaged or holds code; or weights are missing, unknown to the model, or not of
+            its shape. The model is unchanged, unless the head of a tied model turns out not to be tied.
     """
     folder = Path(path)
     form = _format(folder)
@@ -85,7 +85,7 @@ def load_weights(model: Llama, path: str | Path) -> None:
             target.copy_(tensor.read())
         if not all(torch.equal(target, tensor.read().to(target)) for target, tensor in head):
             raise UsageError(
-                f"weights {folder}: {_HEAD} differs from {_EMBEDDING}, the model has one parameter for both: "
+                f"weights {folder}: {_HEAD} differs from {_EMBEDDING}, but the model has one parameter for both: "
                 "set tied_head=false"
             )
 
@@ -94,13 +94,13 @@ def _check_shape(arch: Architecture, shape: Mapping[str, Any], folder: Path) -> 
     there = dataclasses.replace(arch, **shape)
     names = ("dim", "n_layers", "n_heads", "kv_heads", "hidden_dim", "vocab_size", "norm_eps", "rope_theta")
     differing = [
-        f"{name} is {format_value(getattr(there, name))} there, {format_value(getattr(arch, name))} in the model"
+        f"{name} is {format_value(getattr(there, name))} in the files, {format_value(getattr(arch, name))} in the model"
         for name in (*names, "rope_scaling", "sliding_window", "tied_head")
         if getattr(there, name) != getattr(arch, name)
     ]
     if differing:
         raise UsageError(
-            f"weights {folder}: of another model: {'; '.join(differing)}. For a model of their shape: --preset {folder}"
+            f"weights {folder}: of another model: {'; '.join(differing)}. To use their shape: --preset {folder}"
         )
 
 
@@ -109,15 +109,15 @@ def _check_names(expected: set[str], found: set[str], folder: Path, *, tied: boo
     if missing == {_HEAD}:
         raise UsageError(f"weights {folder}: {_HEAD} is missing; if the head is the embedding, set tied_head=true")
     if missing:
-        raise UsageError(f"weights {folder}: {len(missing)} of {len(expected)} are missing: {listed(missing)}")
+        raise UsageError(f"weights {folder}: {len(missing)} of {len(expected)} tensors are missing: {listed(missing)}")
     if found - expected:
-        raise UsageError(f"weights {folder}: the model has no place for {listed(found - expected)}")
+        raise UsageError(f"weights {folder}: the model has no parameter for {listed(found - expected)}")
 
 
 def _pieces(parameter: Tensor, stored: list[StoredTensor], folder: Path) -> Iterator[tuple[Tensor, StoredTensor]]:
-    """Which part of the parameter each stored tensor fills.
+    """Pair each part of the parameter with the stored tensor that fills it.
 
-    Meta's shards split matrices along one dimension, which their shape tells, and repeat vectors.
+    Meta's shards split matrices along one dimension, which follows from their shapes, and repeat vectors.
     """
     for tensor in stored:
         if tensor.dtype not in _READABLE:
@@ -133,7 +133,7 @@ def _pieces(parameter: Tensor, stored: list[StoredTensor], folder: Path) -> Iter
     shards = [shape[d] // piece[d] for d in split if shape[d] % piece[d] == 0]
     if shards and shards[0] > len(stored) and meta_format.has_weights(folder):
         raise UsageError(
-            f"weights {folder}: {stored[0].place} is one of {shards[0]} shards, {len(stored)} are there: "
+            f"weights {folder}: {stored[0].place} is one of {shards[0]} shards, but only {len(stored)} are there: "
             f"{listed(f'consolidated.{index:02}.pth' for index in range(len(stored), shards[0]))} is missing"
         )
     for tensor in stored:
@@ -152,26 +152,26 @@ def save_weights(
     *,
     tokenizer: Path | None = None,
 ) -> None:
-    """Write the model's weights, in their dtype, to a new folder, which appears when it is complete.
+    """Write the model's weights, in their dtype, to a new folder. The folder appears only when it is complete.
 
-    LoRA updates have to be merged first (`memscope.strategies.lora.merge`); to keep them apart, use `save_adapter`.
+    LoRA updates must be merged first (`memscope.strategies.lora.merge`); to save them separately, use `save_adapter`.
 
     Args:
         model: the model, on any device.
         path: a folder that does not exist yet.
         format: `huggingface` (config.json and safetensors) or `meta` (params.json and consolidated.00.pth).
-        tokenizer: the SentencePiece model they are used with, to be copied into the folder; None: no copy.
+        tokenizer: the SentencePiece model to copy into the folder; None: no copy.
 
     Raises:
-        UsageError: when the folder exists, or the model has what the format cannot hold.
-        MemscopeError: when the disk is full or cannot be written.
+        UsageError: the folder exists, or the format cannot hold something in the model.
+        MemscopeError: the disk is full or cannot be written.
     """
     if any(isinstance(module, LoRALinear) and not module.merged for module in model.modules()):
         raise UsageError(f"{path}: the model has LoRA updates that are not merged: merge them, or save the adapter")
     weights = {name: value for name, value in model.state_dict().items() if not name.endswith((".lora_a", ".lora_b"))}
     foreign = {name for name in weights if not name.endswith(".weight")}
     if foreign:
-        raise UsageError(f"{path}: no format of LLaMA's has a place for {listed(foreign)}")
+        raise UsageError(f"{path}: LLaMA's formats cannot hold {listed(foreign)}")
     writers: dict[str, Callable[[Mapping[str, Tensor], Architecture, Path], None]] = {
         "huggingface": hf_format.write,
         "meta": meta_format.write,
@@ -183,7 +183,7 @@ def save_weights(
 
 
 class without_initialization(TorchFunctionMode):  # noqa: N801 (used as a function: `with without_initialization():`)
-    """Layers made in here keep whatever their memory holds: for a model that is filled from files right afterwards."""
+    """Skip the initialization of new modules: for a model whose weights are read from files right afterwards."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__module__", None) == "torch.nn.init":

@@ -1,4 +1,4 @@
-"""Checkpoint plans on a GPU: gradients stay bit for bit, and offloading frees what it says."""
+"""Checkpoint plans on a GPU: gradients are identical, and offloading frees the bytes it promises."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Model(nn.Module):
 
 
 def run(options: list[str]) -> tuple[dict[str, Tensor], int]:
-    """Gradients after a step, and bytes held between forward and backward besides weights and batch."""
+    """Gradients after a step, and bytes held between forward and backward beyond weights and batch."""
     gc.collect()
     torch.manual_seed(0)
     model = Model().cuda()

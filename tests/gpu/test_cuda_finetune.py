@@ -1,4 +1,4 @@
-"""Fine-tuning on a GPU: peak memory is measured, and a run that was stopped goes on where it was."""
+"""Fine-tuning on a GPU: peak memory is measured, and a stopped run is resumed exactly where it was."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FP16 = f"{LORA},amp:dtype=fp16"
 
 
 @pytest.mark.parametrize("plan", [TOGETHER, FP16], ids=["bf16 and checkpoints", "fp16 with a scaler"])
-def test_a_stopped_run_goes_on_on_a_gpu(plan: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_run_is_resumed_on_a_gpu(plan: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = small(device="cuda", strategies=plan)
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
     # 2 held-out samples, then 2 calls a step: in the middle of step 3.
@@ -42,15 +42,15 @@ def test_a_stopped_run_goes_on_on_a_gpu(plan: str, tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("plan", [FP16, "amp:dtype=bf16", ""], ids=["lora, fp16", "all weights, bf16", "all weights"])
-def test_the_losses_are_those_of_a_cpu(plan: str, tmp_path: Path) -> None:
-    plan = plan.replace("dropout=0.05", "dropout=0")  # a GPU draws other numbers than a CPU
+def test_the_losses_equal_those_on_a_cpu(plan: str, tmp_path: Path) -> None:
+    plan = plan.replace("dropout=0.05", "dropout=0")  # a GPU generates other random numbers than a CPU
     for device in ("cuda", "cpu"):
         assert run(*small(device=device, strategies=plan), "-o", str(tmp_path / device)) == 0
     # float16 has 11 bits of precision, bfloat16 8: a few parts in a thousand of a product.
     assert losses(tmp_path / "cuda") == pytest.approx(losses(tmp_path / "cpu"), rel=1e-2 if plan else 1e-3)
 
 
-def test_nothing_but_the_training_is_left_on_the_device(tmp_path: Path) -> None:
+def test_only_the_training_is_left_on_the_device(tmp_path: Path) -> None:
     run(*small(device="cuda", strategies=FP16), "-o", str(tmp_path / "first"))
     gc.collect()
     before = torch.cuda.memory_allocated()

@@ -1,4 +1,4 @@
-"""Weights loaded onto a GPU, and texts continued there."""
+"""Loading weights onto a GPU and continuing texts there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Table 2 measured on a GPU: each combination in a process of its own, and a limit where a smaller card is meant."""
+"""Table 2 measured on a GPU: each combination in its own process, and a limit to represent a smaller card."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ WEIGHTS = 4 * (4 * (4 * 1024**2 + 3 * 1024 * 2752 + 2 * 1024) + 2 * 1024**2 + 10
 def grid_of(
     text: str, folder: Path, settings: dict[str, str], device: str = "cuda", memory_bytes: int | None = None
 ) -> Grid:
-    """Table 2 as `memscope profile --grid` makes it."""
+    """Table 2 as computed by `memscope profile --grid`."""
     factors = read_strategies(text)
     applied, plans = zip(*combinations(factors), strict=True)
     first = RunSpec(
@@ -81,7 +81,7 @@ def test_with_a_gradient_scaler_too(tmp_path: Path) -> None:
 
 
 def test_on_a_smaller_card_a_combination_runs_out(tmp_path: Path) -> None:
-    # Training all weights takes four times their bytes: gradients and two moments, too. LoRA takes little beside them.
+    # Training all weights takes four times their bytes, with gradients and two moments. LoRA adds little to them.
     plain, lora = grid_of("lora", tmp_path, WIDE, memory_bytes=600_000_000).cells
     assert not plain.fits
     assert plain.allocated_bytes is plain.seconds is None

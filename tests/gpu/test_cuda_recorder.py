@@ -41,7 +41,7 @@ def workload(width=512, **plan):
 
 @pytest.fixture(autouse=True)
 def clean():
-    """Nothing left over from another test, and PyTorch's peaks counted anew."""
+    """Frees memory of other tests and resets PyTorch's peak statistics."""
     gc.collect()
     torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
@@ -55,7 +55,7 @@ PLANS = {
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-def test_peaks_are_those_pytorch_counts(plan):
+def test_peaks_equal_those_counted_by_pytorch(plan):
     trace = record(lambda: workload(**plan), device="cuda")
     assert trace.peak.allocated_bytes == torch.cuda.max_memory_allocated()
     assert trace.meta["peak_reserved"] == torch.cuda.max_memory_reserved()
@@ -66,7 +66,7 @@ def test_peaks_are_those_pytorch_counts(plan):
 
 
 @pytest.mark.parametrize("metadata", [True, False], ids=["by metadata", "by time"])
-def test_every_byte_of_the_allocator_has_a_row_at_every_moment_that_was_looked_at(metadata, monkeypatch):
+def test_every_byte_of_the_allocator_has_a_row_at_every_moment_checked(metadata, monkeypatch):
     if not metadata:
         monkeypatch.setattr(snapshot, "_annotation", lambda: None)
     model = workload().model.to("cuda")
@@ -108,7 +108,7 @@ def test_a_simulation_predicts_the_measured_sequence(plan):
     assert after_setup[0] == after_setup[1]
 
 
-def test_a_step_that_runs_out_of_memory_leaves_a_trace_up_to_there():
+def test_a_step_that_runs_out_of_memory_leaves_a_trace_up_to_that_point():
     total = torch.cuda.get_device_properties(0).total_memory
     # 4 x (8 x 512^2 + ...) weights of 4 bytes are 34 MiB: they and what cuBLAS takes fit into 128 MiB, AdamW's state
     # and gradients do not.
@@ -127,7 +127,7 @@ def test_a_step_that_runs_out_of_memory_leaves_a_trace_up_to_there():
     assert record(workload, device="cuda").meta["out_of_memory"] is None, "the next run is not affected"
 
 
-def test_the_history_is_switched_off_again_also_after_an_error():
+def test_the_history_is_switched_off_even_after_an_error():
     def fail(model, x):
         model(x)
         raise ValueError("stop")
@@ -139,7 +139,7 @@ def test_the_history_is_switched_off_again_also_after_an_error():
     assert not torch._C._cuda_isHistoryEnabled()
 
 
-def test_the_ledger_accounts_for_what_the_driver_sees():
+def test_the_ledger_accounts_for_the_memory_that_the_driver_counts():
     found = ledger(record(workload, device="cuda"))
     if found.total("device") is None:
         pytest.skip(found.note)

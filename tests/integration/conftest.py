@@ -1,4 +1,4 @@
-"""The command line, run in an empty folder; weights that were fine-tuned."""
+"""Fixtures: the command line in an empty folder, and fine-tuned weights."""
 
 import pytest
 from finetunes import run as fine_tune
@@ -24,7 +24,7 @@ def run(capsys, monkeypatch, tmp_path):
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
-    """A folder of weights with its tokenizer, trained for a step; not to be changed."""
+    """A folder of weights with a tokenizer, trained for one step. Tests must not change it."""
     folder = tmp_path_factory.mktemp("base") / "run"
     assert fine_tune(*small(samples=2, held_out=0), "-o", str(folder)) == 0
     return folder / "weights"

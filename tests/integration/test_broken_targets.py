@@ -1,4 +1,4 @@
-"""Targets that are not what they should be: one message in words, and nothing left behind."""
+"""Broken targets: one error message, and nothing left behind."""
 
 import signal
 
@@ -60,7 +60,7 @@ def test_a_real_run_that_fails_leaves_no_traceback_of_the_runs_after_it(run, tmp
     assert "Traceback" not in err
 
 
-def test_a_bug_in_memscope_is_one_message_that_asks_for_a_report(run, tmp_path, monkeypatch):
+def test_an_unexpected_error_is_reported_as_one_message(run, tmp_path, monkeypatch):
     monkeypatch.setattr("memscope.cli.profile.find_target", lambda text: 1 / 0)
     code, _, err = run("profile", "llama2")
     assert code == 1
@@ -71,7 +71,7 @@ def test_a_bug_in_memscope_is_one_message_that_asks_for_a_report(run, tmp_path, 
 
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="signals of this system have no mask")
-def test_child_processes_ignore_sigint_from_their_first_moment():
+def test_child_processes_ignore_ctrl_c_from_the_start():
     # Called in a process of a run, as work(index, spec): adds nothing to what is blocked there, and says what is.
     (blocked,) = _side_by_side(signal.pthread_sigmask, [(signal.SIG_BLOCK, ())], lambda *message: None)
     assert signal.SIGINT in blocked
@@ -79,7 +79,7 @@ def test_child_processes_ignore_sigint_from_their_first_moment():
 
 
 class _Failing(torch.nn.Linear):
-    """Fails inside a checkpoint of its own, if it is told to."""
+    """A layer that fails inside a checkpoint of its own if `fails` is set."""
 
     fails = True
 
@@ -93,7 +93,7 @@ class _Failing(torch.nn.Linear):
 
 
 def test_a_target_that_fails_inside_a_checkpoint_leaves_the_next_run_alone():
-    """PyTorch up to 2.11 leaves the hooks of the region on, for as long as somebody keeps the error."""
+    """PyTorch up to 2.11 leaves the hooks of the region active as long as the error is referenced."""
 
     def failing():
         data = torch.ones(2, 4, requires_grad=True)

@@ -1,4 +1,4 @@
-"""The conformance kit: the strategies that come with memscope pass it, and it notices every promise that is broken."""
+"""The conformance kit: the built-in strategies pass it, and it notices every broken promise."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Install = Callable[..., None]
 
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
-    """Adds strategies to the installed ones, which are those that come with memscope."""
+    """Adds strategies to the built-in ones."""
 
     def install(*kinds: type[Strategy]) -> None:
         shipped = [point for point in entry_points(group="memscope.strategies") if point.name in SHIPPED]
@@ -37,7 +37,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Threads cost more than they bring where tensors are small."""
+    """One thread: with small tensors, threads cost more than they gain."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -60,11 +60,11 @@ def test_the_strategies_that_come_with_memscope_keep_their_promises(name: str) -
         "lora:r=2,alpha=4,dropout=0,targets=wk+wo+head",
     ],
 )
-def test_so_they_do_with_other_settings(spec: str) -> None:
+def test_the_strategies_keep_their_promises_with_other_settings(spec: str) -> None:
     check_strategy(spec)
 
 
-def test_so_they_do_on_a_workload_of_ones_own() -> None:
+def test_the_strategies_keep_their_promises_on_the_users_own_workload() -> None:
     target = find_target("llama2")
     small = target.configure(
         "debug",
@@ -74,7 +74,7 @@ def test_so_they_do_on_a_workload_of_ones_own() -> None:
 
 
 def test_the_toy_is_small_and_its_batch_splits() -> None:
-    # embed and head 40·16 each; a block: norm 2·16, wq wk wv wo 16·16 each, up 16·32 + 32, down 32·16 + 16
+    # embed and head 40·16 each; a layer: norm 2·16, wq wk wv wo 16·16 each, up 16·32 + 32, down 32·16 + 16
     block = 2 * 16 + 4 * 16 * 16 + (16 * 32 + 32) + (32 * 16 + 16)
     toy = toy_workload()
     assert toy.parameter_counts() == (2 * 40 * 16 + 2 * block,) * 2
@@ -94,7 +94,7 @@ class Nothing:
 
 
 class Frozen(Strategy):
-    """Freezes the head: sound, and the ground of the broken ones below."""
+    """Freezes the head: sound, and the base of the broken strategies below."""
 
     name = "frozen"
     stage = Stage.ADAPT
@@ -119,17 +119,17 @@ class Unexplained:
 @dataclass(frozen=True)
 class Unwritable:
     sizes: dict[str, int] | None = None
-    """A kind of value that a plan has no words for."""
+    """A kind of value that a plan cannot write."""
 
 
 @dataclass(frozen=True)
 class Unreadable:
     separator: str = ","
-    """A text that a plan takes apart."""
+    """A text that a plan splits."""
 
 
 class Undescribed(Frozen):
-    """Says nothing of its setting."""
+    """Does not document its setting."""
 
     Config = Unexplained
 
@@ -147,13 +147,13 @@ class OneWay(Frozen):
 
 
 class Silent(Frozen):
-    """Changes something, and does not say what."""
+    """Changes something without describing it."""
 
     changes = ""
 
 
 class Fancy(Frozen):
-    """Its candidates are of no use to anybody."""
+    """Its candidates cannot be used."""
 
     @classmethod
     def candidates(cls, workload: Workload) -> list[Unexplained]:
@@ -161,7 +161,7 @@ class Fancy(Frozen):
 
 
 class Greedy(Frozen):
-    """Takes the workload in hand before it is asked to."""
+    """Changes the workload before it is applied."""
 
     @classmethod
     def candidates(cls, workload: Workload) -> list[Nothing]:
@@ -170,7 +170,7 @@ class Greedy(Frozen):
 
 
 class Slower(Frozen):
-    """Says that it carries out the same step, and learns half as fast."""
+    """Claims to carry out the same step, but learns half as fast."""
 
     exact = True
     stage = Stage.OPTIM
@@ -194,13 +194,13 @@ class Picky(Frozen):
 
 
 class Needy(Frozen):
-    """Requires what nobody provides."""
+    """Requires a feature that no strategy provides."""
 
     requires = frozenset({"eight GPUs"})
 
 
 class Unpredictable(Frozen):
-    """Takes another number of bytes at each run."""
+    """Takes a different number of bytes in each run."""
 
     runs: ClassVar[int] = 0
 
@@ -210,13 +210,13 @@ class Unpredictable(Frozen):
 
 
 class Freezes(Frozen):
-    """Says that gradients stay, but one goes."""
+    """Claims to keep gradients, but removes one."""
 
     exact = True
 
 
 class Rounds(Frozen):
-    """Says that losses stay, and changes them by a part in 10⁶."""
+    """Claims to keep losses, but changes them by a part in 10⁶."""
 
     exact = True
 
@@ -226,7 +226,7 @@ class Rounds(Frozen):
 
 
 class Clashing(Frozen):
-    """Cannot do with autocast, and does not say so."""
+    """Conflicts with autocast without declaring it."""
 
     stage = Stage.STEP
     name = "zz"
@@ -276,27 +276,27 @@ def test_the_kit_names_the_strategy_and_the_promise_that_it_breaks(
         check_strategy(broken)
 
 
-def test_a_strategy_that_is_not_installed_is_told_so() -> None:
+def test_a_strategy_that_is_not_installed_is_an_error() -> None:
     with pytest.raises(
         AssertionError, match=r'^strategy "frozen" breaks a promise: it is installed, .*expected .*Frozen'
     ):
         check_strategy(Frozen)
 
 
-def test_several_strategies_are_not_one() -> None:
+def test_a_plan_of_several_strategies_is_an_error() -> None:
     with pytest.raises(AssertionError, match="Expected one strategy, found 2"):
         check_strategy("ga,amp")
 
 
 class Provider(Frozen):
-    """Brings what `Seeker` requires."""
+    """Provides the feature that `Seeker` requires."""
 
     name = "provider"
     provides = frozenset({"a cold head"})
 
 
 class Seeker(Frozen):
-    """Requires it, and is exact beside it."""
+    """Requires the feature of `Provider`, and is exact together with it."""
 
     name = "seeker"
     requires = frozenset({"a cold head"})
@@ -313,12 +313,12 @@ def test_what_a_strategy_requires_is_added(install: Install) -> None:
 
 
 class Loner(Clashing):
-    """Cannot do with autocast, and says so."""
+    """Conflicts with autocast and declares it."""
 
     conflicts = frozenset({"autocast"})
 
 
-def test_a_declared_conflict_is_no_clash(install: Install) -> None:
+def test_a_declared_conflict_is_accepted(install: Install) -> None:
     install(Loner)
     check_strategy(Loner)
 
@@ -328,11 +328,11 @@ def test_a_declared_conflict_must_be_refused(install: Install, monkeypatch: pyte
     monkeypatch.setattr(plan, "_conflicts", lambda ordered: [])
     with pytest.raises(AssertionError, match=r'combined with "amp".*declared, but the plan was accepted'):
         check_strategy(Loner)
-    Plan.parse("amp,zz")  # which is what the kit complains of
+    Plan.parse("amp,zz")  # the kit complains about this
 
 
 class Demanding(Frozen):
-    """Fits no small model, and nobody asks whether it does."""
+    """Applies to no small model, although its check passes."""
 
     name = "demanding"
 
@@ -343,7 +343,7 @@ class Demanding(Frozen):
         raise RuntimeError("never applied")
 
 
-def test_others_that_cannot_be_applied_at_all_are_left_out(install: Install) -> None:
+def test_other_strategies_that_cannot_be_applied_are_left_out(install: Install) -> None:
     install(Demanding)
     check_strategy("ckpt")
     with pytest.raises(UsageError, match="demanding: too small"):

@@ -1,4 +1,4 @@
-"""Fine-tuning: it learns, and leaves what it has learned."""
+"""Fine-tuning: the losses, the saved result, and perplexity."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from memscope.targets.llama2.session import prepare
 from memscope.targets.llama2.target import PRESETS, SHIPPED_TOKENIZER, build_on, read_preset, read_samples
 from memscope.targets.llama2.train import train
 
-# It learns
+# Learning
 
 
 def losses_of(plan: str, lr: float, folder: Path) -> list[float]:
-    """16 steps of 4 samples, 4 epochs of the first 16 shipped instructions, on the debug preset with random weights."""
+    """Losses of 16 steps of 4 samples: 4 epochs of the first 16 shipped instructions, debug preset, random weights."""
     settings = {"samples": "16", "accumulation": "4", "epochs": "4", "schedule": "constant", "held_out": "0"}
     session = prepare(Job.of({**settings, "lr": str(lr), "strategies": plan}, PRESETS["debug"]))
     seen = Seen()
@@ -36,7 +36,7 @@ def losses_of(plan: str, lr: float, folder: Path) -> list[float]:
     return [metric.loss for metric in seen.metrics if isinstance(metric, Stepped)]
 
 
-GUESS = math.log(1024)  # the loss of a model that finds all pieces of the vocabulary equally likely
+GUESS = math.log(1024)  # the loss of a model that gives all tokens of the vocabulary the same probability
 
 
 @pytest.fixture(scope="module")
@@ -53,22 +53,22 @@ def test_bf16_learns_as_well(full: list[float], tmp_path: Path) -> None:
     assert sum(losses_of("amp:dtype=bf16", 3e-3, tmp_path)[-4:]) / 4 == pytest.approx(sum(full[-4:]) / 4, rel=0.05)
 
 
-def test_checkpointing_leaves_every_loss_as_it_is(full: list[float], tmp_path: Path) -> None:
+def test_checkpointing_changes_no_loss(full: list[float], tmp_path: Path) -> None:
     assert losses_of("ckpt", 3e-3, tmp_path) == pytest.approx(full, rel=1e-5)
 
 
 @pytest.mark.parametrize("plan", [LORA, TOGETHER], ids=["lora", "all together"])
-def test_lora_learns_what_queries_and_values_can_of_a_random_model(plan: str, tmp_path: Path) -> None:
-    # Embedding and head stay random and frozen, so it gets below a guess, but not far.
+def test_lora_on_a_random_model_gets_below_a_guess(plan: str, tmp_path: Path) -> None:
+    # Embedding and head stay random and frozen, so the loss falls only a little below a guess.
     found = losses_of(plan, 3e-2, tmp_path)
     assert found[0] > GUESS
     assert sum(found[-4:]) / 4 < GUESS - 0.4
 
 
-# What it leaves
+# The result
 
 
-def test_the_document_tells_the_run_and_the_saved_weights_are_the_trained_ones(
+def test_the_document_describes_the_run_and_the_saved_weights_are_the_trained_ones(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
@@ -99,7 +99,7 @@ def test_a_saved_adapter_on_its_base_gives_the_perplexity_that_was_measured(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
-    # The base learned with the shipped tokenizer, which was saved beside it and is found there.
+    # The base was trained with the shipped tokenizer, which was saved in its folder and is found there.
     words = ["--weights", str(base), "-s", LORA, "samples=4", "accumulation=2", "held_out=2", "lr=0.1", "device=cpu"]
     assert run(*words, "-o", str(folder)) == 0
     told = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""What fine-tuning refuses, and in which words."""
+"""Errors of fine-tuning, and their messages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_nothing_is_overwritten_without_force(tmp_path: Path, capsys: pytest.Cap
     capsys.readouterr()
     (folder / "notes.txt").write_text("mine")
     before = (folder / "metrics.jsonl").read_bytes()
-    assert f"{folder / 'run.json'} exists already: choose another folder with -o, or overwrite" in refused(
+    assert f"{folder / 'run.json'} already exists: choose another folder with -o, or overwrite" in refused(
         capsys, *words
     )
     assert "no such file" in refused(capsys, *words, "-f", "--data", str(tmp_path / "none.json"))
@@ -39,8 +39,8 @@ def test_nothing_is_overwritten_without_force(tmp_path: Path, capsys: pytest.Cap
     [
         ({"instruction": "Say yes.", "input": "", "output": " "}, 'row 1: "output" is empty'),
         ({"instruction": "Say yes.", "input": "", "output": 3}, 'row 1: "output" is a JSON number, expected text'),
-        ({"instruction": "Say yes.", "output": "yes"}, 'row 1: lacks the field "input"'),
-        ("yes", "row 1: is a JSON text"),
+        ({"instruction": "Say yes.", "output": "yes"}, 'row 1: missing field "input"'),
+        ("yes", "row 1: a JSON text, expected an object"),
     ],
 )
 def test_a_row_that_cannot_be_used_is_named(
@@ -60,26 +60,26 @@ def test_a_held_out_row_that_cannot_be_used_is_named_too(tmp_path: Path, capsys:
     assert 'row 1: "output" is empty' in refused(capsys, *small(data=data, samples=1))
 
 
-def test_what_to_train_must_be_said(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "which model? Name a folder of weights with --weights" in refused(capsys)
+def test_the_model_to_train_is_required(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no model given: name a folder of weights with --weights" in refused(capsys)
 
 
-def test_weights_without_a_tokenizer_are_not_trained_on_the_ids_of_another(
+def test_weights_without_a_tokenizer_are_not_trained_on_another_tokenizers_ids(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights = tmp_path / "weights"
     shutil.copytree(base, weights, ignore=shutil.ignore_patterns("tokenizer.model"))
-    told = f"weights {weights}: there is no tokenizer.model with them: name their tokenizer with --tokenizer FILE"
+    told = f"weights {weights}: the folder has no tokenizer.model: name the tokenizer with --tokenizer FILE"
     assert told in refused(capsys, "--weights", str(weights))
 
 
-def test_a_tokenizer_of_another_vocabulary_size_is_refused_with_weights_and_not_without(
+def test_a_tokenizer_of_another_vocabulary_size_is_refused_only_with_weights(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # The shipped tokenizer has 1,024 pieces: fewer than these weights have rows, so that every id would be found.
+    # The shipped tokenizer has 1,024 pieces: fewer than the rows of these weights, so that every id would have one.
     weights = saved(tmp_path / "weights", "huggingface", dataclasses.replace(SMALL, vocab_size=1040))
     shutil.copy(SHIPPED_TOKENIZER, weights / "tokenizer.model")
-    told = f"tokenizer {weights / 'tokenizer.model'}: its vocabulary has 1024 tokens, the model's 1040: it is of"
+    told = f"tokenizer {weights / 'tokenizer.model'}: its vocabulary has 1024 tokens, but the model's has 1040: this is"
     assert told in refused(capsys, "--weights", str(weights), "-o", str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
     assert run(*small(vocab_size=1040, samples=2, held_out=0), "-o", str(tmp_path / "run")) == 0
@@ -89,7 +89,7 @@ def test_a_tokenizer_of_another_vocabulary_size_is_refused_with_weights_and_not_
     ("damage", "told"),
     [
         (lambda file: os.truncate(file, 10_000), "model.safetensors: truncated"),
-        (lambda file: file.rename(file.with_name("pytorch_model.bin")), "pytorch_model.bin is not read"),
+        (lambda file: file.rename(file.with_name("pytorch_model.bin")), "pytorch_model.bin is not supported"),
     ],
     ids=["truncated", "pickled"],
 )
@@ -110,7 +110,7 @@ def test_a_plan_that_cannot_be_applied_leaves_nothing(tmp_path: Path, capsys: py
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_a_gpu_that_is_not_there_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_gpu_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     assert "PyTorch finds no GPU on this machine" in refused(capsys, *small(device="cuda"))
 
 

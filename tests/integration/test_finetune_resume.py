@@ -1,4 +1,4 @@
-"""Fine-tuning that is killed, stopped or goes wrong, and goes on as if nothing had happened."""
+"""Fine-tuning that is killed, stopped or fails, and is resumed exactly where it was."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from memscope.targets.llama2.session import prepare
 from memscope.targets.llama2.target import SHIPPED_DATA, loss
 from memscope.targets.llama2.train import train
 
-# It survives being killed
+# Killed, stopped and failed runs
 
 KILLED_WHILE_SAVING = """
 import os, signal, sys
@@ -72,7 +72,7 @@ def test_a_killed_run_that_is_resumed_has_the_losses_of_one_never_killed(tmp_pat
 
 
 @pytest.mark.parametrize("plan", ["", "amp"], ids=["full", "fp16 with a scaler"])
-def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_goes_on_unchanged(
+def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_resumes_exactly(
     plan: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     words = small(strategies=plan)
@@ -83,8 +83,8 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_goes_on_unchanged(
         assert run(*words, "-o", str(stopped)) == 130
     told = capfd.readouterr()
     assert told.err.count("stopping after this step, with a checkpoint") == 1
-    assert f"2 of 6 steps: loss {losses(stopped)[0]:.4f} in the first" in told.out
-    assert f"To go on: python -m memscope.targets.llama2.finetune --resume {stopped}" in told.out
+    assert f"2 of 6 steps: loss {losses(stopped)[0]:.4f} at the first" in told.out
+    assert f"To resume: python -m memscope.targets.llama2.finetune --resume {stopped}" in told.out
 
     assert run("--resume", str(stopped)) == 0
     assert run(*words, "-o", str(whole)) == 0
@@ -101,17 +101,17 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(
     told = capsys.readouterr().err
     assert told.count("error:") == 1
     assert "step 3: the loss is nan. A lower --lr" in told
-    assert f"The last checkpoint is {folder / 'checkpoints' / 'step-00000002'}; --resume {folder} goes on" in told
+    assert f"The last checkpoint is {folder / 'checkpoints' / 'step-00000002'}; --resume {folder} resumes" in told
     assert "Traceback" not in told
 
     assert run("--resume", str(folder), "--lr", "1e-4") == 0
-    assert "changed from step 3 on: lr: 0.001 there, 0.0001 here" in capsys.readouterr().err
+    assert "changed from step 3: lr: 0.001 in the run, 0.0001 given" in capsys.readouterr().err
     assert [line["lr"] <= 1e-4 for line in metrics(folder) if "loss" in line] == [False] * 2 + [True] * 4
     assert all(map(math.isfinite, losses(folder)))
 
 
 class WithoutAGradient(torch.autograd.Function):
-    """A loss that is finite with a gradient that is not."""
+    """A function with a finite value and a gradient that is not finite."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor) -> Tensor:
@@ -128,12 +128,12 @@ def test_weights_that_are_not_finite_are_not_saved(
     monkeypatch.setattr(target, "loss", lambda model, batch: WithoutAGradient.apply(loss(model, batch)))
     assert run(*small(held_out=0, samples=2), "-o", str(tmp_path / "run")) == 1
     told = capsys.readouterr().err
-    assert "step 1: its update left weights that are not finite, so nothing was saved" in told
+    assert "step 1: the update produced weights that are not finite, so nothing was saved" in told
     assert "No checkpoint yet" in told
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
-def test_a_step_that_the_gradient_scaler_skips_is_no_end(tmp_path: Path) -> None:
+def test_a_step_that_the_gradient_scaler_skips_does_not_end_the_run(tmp_path: Path) -> None:
     session = prepare(job_of(small(strategies="amp")))
     # Far too large for float16, whose largest number is 65504: every gradient overflows.
     session.training.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
@@ -156,14 +156,14 @@ def test_a_full_disk_ends_the_run_and_the_last_checkpoint_is_whole(
         assert run(*small(save_every=2), "-o", str(folder)) == 1
     full.__exit__(None, None, None)
     told = capsys.readouterr().err
-    assert "step-00000004: cannot be written, nothing was saved; is there room on the disk?" in told
-    assert f"--resume {folder} goes on from it" in told
+    assert "step-00000004: cannot be written, so nothing was saved; is the disk full?" in told
+    assert f"--resume {folder} resumes from it" in told
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000002"]
     assert run("--resume", str(folder)) == 0
     assert len(losses(folder)) == 6
 
 
-def test_a_full_disk_while_the_result_is_saved_leaves_none_and_the_run_goes_on_to_it(
+def test_a_full_disk_while_the_result_is_saved_leaves_none_and_the_run_can_be_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*args: object) -> None:
@@ -174,7 +174,7 @@ def test_a_full_disk_while_the_result_is_saved_leaves_none_and_the_run_goes_on_t
         patched.setattr(shutil, "copyfile", full)  # of the tokenizer, when the weights have been written
         assert run(*small(samples=2), "-o", str(folder)) == 1
     told = capsys.readouterr().err
-    assert f"{folder / 'weights'}: cannot be written, nothing was saved; is there room on the disk?" in told
+    assert f"{folder / 'weights'}: cannot be written, so nothing was saved; is the disk full?" in told
     assert not list(folder.glob("*weights*"))
     assert run("--resume", str(folder)) == 0
     assert sorted(path.name for path in (folder / "weights").iterdir()) == [
@@ -188,7 +188,7 @@ def test_a_full_disk_while_the_result_is_saved_leaves_none_and_the_run_goes_on_t
 
 @pytest.fixture
 def stopped(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A LoRA run on data and weights of its own that was stopped after a step."""
+    """A LoRA run on its own data and weights that was stopped after one step."""
     data, weights, folder = tmp_path / "data.json", tmp_path / "weights", tmp_path / "run"
     shutil.copytree(base, weights)
     data.write_text(json.dumps(json.loads(SHIPPED_DATA.read_text(encoding="utf-8"))[:14]), encoding="utf-8")
@@ -201,12 +201,15 @@ def stopped(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--set", "n_layers=3"], "n_layers: 2 there, 3 here"),
-        (["--preset", "debug"], "dim: 32 there, 192 here; n_layers: 2 there, 4 here; n_heads: 2 there, 6 here"),
-        (["-s", "lora:r=8"], "strategies: lora there, lora:r=8 here"),
-        (["--samples", "13"], "samples: 12 there, 13 here"),
-        (["--held-out", "3"], "held_out: 2 there, 3 here"),
-        (["seed=1"], "seed: 0 there, 1 here"),
+        (["--set", "n_layers=3"], "n_layers: 2 in the run, 3 given"),
+        (
+            ["--preset", "debug"],
+            "dim: 32 in the run, 192 given; n_layers: 2 in the run, 4 given; n_heads: 2 in the run, 6 given",
+        ),
+        (["-s", "lora:r=8"], "strategies: lora in the run, lora:r=8 given"),
+        (["--samples", "13"], "samples: 12 in the run, 13 given"),
+        (["--held-out", "3"], "held_out: 2 in the run, 3 given"),
+        (["seed=1"], "seed: 0 in the run, 1 given"),
     ],
 )
 def test_another_model_plan_or_selection_is_refused_by_name(
@@ -215,14 +218,14 @@ def test_another_model_plan_or_selection_is_refused_by_name(
     assert run("--resume", str(stopped), *words) == 2
     error = capsys.readouterr().err
     assert f"{stopped} is another run: {told}" in error
-    assert "--resume needs no other option" in error
+    assert "To resume it, leave out all other options" in error
 
 
-def test_changed_data_are_noticed(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_changed_data_is_noticed(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = stopped.parent / "data.json"
     data.write_text(data.read_text(encoding="utf-8").replace(" the ", " a ", 1), encoding="utf-8")
     assert run("--resume", str(stopped)) == 2
-    assert "is of another run: the data are not what they were when it began" in capsys.readouterr().err
+    assert "is of another run: the data have changed since the run began" in capsys.readouterr().err
 
 
 def test_changed_weights_below_the_updates_are_noticed(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -230,7 +233,7 @@ def test_changed_weights_below_the_updates_are_noticed(stopped: Path, capsys: py
     tensors = load_file(file)
     save_file({name: tensor * 1.01 for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
     assert run("--resume", str(stopped)) == 2
-    assert "is of another run: the frozen weights are not what they were" in capsys.readouterr().err
+    assert "is of another run: the frozen weights have changed" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_another_run_is_refused_by_name(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -240,25 +243,25 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(stopped: Path, capsys: p
     capsys.readouterr()
     assert run("--resume", str(stopped)) == 2
     told = capsys.readouterr().err
-    assert "step-00000009 is of another run: weights: none there," in told
-    assert "samples: 4 there, 12 here" in told
-    assert "strategies: none there, lora here" in told
+    assert "step-00000009 is of another run: weights: none in the run," in told
+    assert "samples: 4 in the run, 12 given" in told
+    assert "strategies: none in the run, lora given" in told
 
 
 def test_a_run_that_has_no_checkpoint_or_is_over_cannot_be_resumed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("--resume", str(tmp_path)) == 2
-    assert "no run to go on with: it has no run.json" in capsys.readouterr().err
+    assert "no run to resume: the folder has no run.json" in capsys.readouterr().err
 
     RunFolder(tmp_path).begin(job_of(small()))
     assert run(*small(), "-o", str(tmp_path)) == 2
-    assert f"run.json exists already: go on with that run (--resume {tmp_path}), choose" in capsys.readouterr().err
+    assert f"run.json already exists: resume that run (--resume {tmp_path}), choose" in capsys.readouterr().err
     assert run("--resume", str(tmp_path)) == 2
-    assert f"no checkpoint was written yet: begin again, with -o {tmp_path} -f" in capsys.readouterr().err
+    assert f"no checkpoint was written yet: start again with -o {tmp_path} -f" in capsys.readouterr().err
 
     (tmp_path / "adapter").mkdir()
     assert run("--resume", str(tmp_path)) == 2
     assert "this run is finished" in capsys.readouterr().err
     assert run("--resume", str(tmp_path), "-f") == 2
-    assert "leave -o and -f out" in capsys.readouterr().err
+    assert "leave out -o and -f" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""How `make gpu` compares Table 2 and fine-tuning: what counts as equal, and what is said of it."""
+"""The comparisons of Table 2 and of fine-tuning in `make gpu`, and their output."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MIB = 2**20
 
 
 class Runs:
-    """Answers in the place of processes; keeps the jobs."""
+    """Answers in place of child processes; keeps the jobs."""
 
     def __init__(self, **answers: dict[str, Any]) -> None:
         self.answers = answers
@@ -43,7 +43,7 @@ def combination(plan: str, applied: tuple[bool, ...], memory_bytes: int | None) 
     return {**job, "memory_bytes": memory_bytes, "predicted_for": "h200-141gb"}
 
 
-def test_without_ga_the_whole_batch_goes_through_at_once() -> None:
+def test_without_ga_the_whole_batch_is_one_micro_batch() -> None:
     small = gpu_table2.predict_combination(combination("ga,lora", (True, True), None))
     large = gpu_table2.predict_combination(combination("lora", (False, True), None))
     # Logits alone: 8 padded samples of 405 tokens, 1024 entries of 4 bytes, in place of one.
@@ -51,9 +51,9 @@ def test_without_ga_the_whole_batch_goes_through_at_once() -> None:
     assert small["steps"] == large["steps"] == 25
 
 
-def test_the_smaller_card_is_a_limit_of_the_allocator_alone() -> None:
+def test_the_smaller_card_limits_only_the_allocator() -> None:
     free = gpu_table2.predict_combination(combination("ga", (True, False), None))
-    # As much as is reserved is enough, though the context would not fit beside it; a segment less is not.
+    # A limit equal to the reserved bytes is enough, although the context would not fit too; one segment less is not.
     exact = gpu_table2.predict_combination(combination("ga", (True, False), free["reserved_bytes"]))
     assert free["reserved_bytes"] < get_device("h200-141gb").context_bytes
     assert exact["fits"]
@@ -65,7 +65,7 @@ def side(allocated: int | None, *, fits: bool = True) -> dict[str, Any]:
     return {"fits": fits, "allocated_bytes": allocated, "reserved_bytes": allocated, "seconds": 1.5 if fits else None}
 
 
-def test_table_2_says_how_far_off_it_is_and_where_it_runs_out() -> None:
+def test_table_2_shows_its_errors_and_the_runs_out_of_memory() -> None:
     rows = [
         {"strategies": "", "memory_limit": None, "measured": side(1000 * MIB), "predicted": side(1004 * MIB)},
         {"strategies": "ga", "memory_limit": 2**30, "measured": side(None, fits=False), "predicted": side(900 * MIB)},
@@ -88,7 +88,7 @@ def program(tokens_per_second: float, allocated: int) -> dict[str, Any]:
     return {**steps, "tokens_per_second": tokens_per_second, "allocated": allocated, "reserved": allocated}
 
 
-def test_ours_may_be_a_twentieth_slower_and_need_no_more() -> None:
+def test_our_program_may_be_a_twentieth_slower_but_need_no_more_memory() -> None:
     ours = {**program(95.0, 100 * MIB), "samples": 200, "rows": 64, "finished": True}
     peer = {**program(100.0, 100 * MIB), "versions": {"transformers": "5.0", "peft": "0.21"}}
     lines = gpu_finetune.finetune_lines([{"attention": "eager", "ours": ours, "peer": peer}])
@@ -115,10 +115,10 @@ def test_the_peer_is_given_our_first_step_and_its_failure_keeps_our_figures() ->
 
 
 def test_a_peer_that_does_other_work_is_refused_before_it_is_measured(tmp_path: Path) -> None:
-    pytest.importorskip("peft", reason="what it is compared with, PEFT on transformers, is not installed")
+    pytest.importorskip("peft", reason="the reference, PEFT on transformers, is not installed")
     job = {"preset": "debug", "device": "cpu", "attention": "sdpa", "steps": 1, "folder": str(tmp_path / "run")}
     ours = gpu_finetune.finetune(job)
-    # The same but for a thousandth in the gradient's norm: found, and the norm of the peer is what ours is.
+    # A difference of a thousandth in the gradient's norm is found; otherwise the peer's norm equals ours.
     other = {**ours["first_step"], "gradient_norm": 1.002 * ours["first_step"]["gradient_norm"]}
     with pytest.raises(ValueError, match="not the same work: gradient_norm of the first step") as refused:
         gpu_finetune.finetune_with_peft({**job, "first_step": other})

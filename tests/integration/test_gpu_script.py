@@ -1,4 +1,4 @@
-"""`make gpu` from end to end without a GPU: the debug model on the CPU in the place of each measurement."""
+"""`make gpu` from end to end without a GPU: the debug model on the CPU in place of each measurement."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_every_combination_of_table_2_is_measured_and_predicted(fine_tuned: Run)
 
 
 def test_both_programs_do_the_same_work(fine_tuned: Run) -> None:
-    pytest.importorskip("peft", reason="what it is compared with, PEFT on transformers, is not installed")
+    pytest.importorskip("peft", reason="the reference, PEFT on transformers, is not installed")
     _, printed, results = fine_tuned
     (row,) = results["finetuning"]
     assert "problem" not in row, row
@@ -95,7 +95,7 @@ def test_both_programs_do_the_same_work(fine_tuned: Run) -> None:
     assert "of the peer's tokens/s" in printed
 
 
-def test_commit_and_driver_are_there_without_git_and_nvidia_smi(dry_run: Run) -> None:
+def test_commit_and_driver_are_known_without_git_and_nvidia_smi(dry_run: Run) -> None:
     _, _, results = dry_run
     assert results["commit"] == "abc123"
     assert results["device"] == {"name": "CPU", "driver": "unknown"}
@@ -115,7 +115,7 @@ def test_files_are_few_and_small_and_histories_can_be_golden(dry_run: Run) -> No
             assert stored["trace_0"].shape[1] == 4
 
 
-def test_what_does_not_fit_into_the_time_is_left_out_and_said(tmp_path: Path) -> None:
+def test_cells_without_time_left_are_left_out_and_reported(tmp_path: Path) -> None:
     # Of 50 seconds 20 are kept for the end, and the first cell may take 45.
     done = run(tmp_path, "--dry-run", "--cells", "1", "--seconds", "50")
     assert done.returncode == 0, done.stderr
@@ -128,7 +128,7 @@ def test_what_does_not_fit_into_the_time_is_left_out_and_said(tmp_path: Path) ->
     assert "skipped: no time left" in done.stdout
 
 
-def test_a_cell_that_fails_is_said_and_stops_nothing(tmp_path: Path) -> None:
+def test_a_cell_that_fails_is_reported_and_stops_nothing(tmp_path: Path) -> None:
     words = ["--timed", "0", "--advised", "0", "--rounds", "1", "--grid", "lora"]
     done = run(tmp_path, "--dry-run", "--cells", "2", *words, "--preset", "absent")
     assert done.returncode == 0, done.stderr
@@ -144,7 +144,7 @@ def test_a_cell_that_fails_is_said_and_stops_nothing(tmp_path: Path) -> None:
     assert results["finetuning"][0]["problem"].startswith('ours: UsageError: target "llama2" has no preset "absent"')
 
 
-def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+def test_without_a_gpu_the_script_says_so(tmp_path: Path) -> None:
     done = run(tmp_path, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 1
     assert "no CUDA device here" in done.stderr

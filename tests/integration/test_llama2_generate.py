@@ -1,4 +1,4 @@
-"""Generation against that of transformers, without a cache, on the same weights."""
+"""Generation compared with that of transformers, without a cache, on the same weights."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def by_transformers(theirs: Any, prompts: list[list[int]], eos_id: int | None, **settings: Any) -> list[Continuation]:
-    """What transformers adds to prompts, padded on the left as it wants them."""
+    """The tokens that transformers adds to prompts, padded on the left as it requires."""
     longest = max(map(len, prompts))
     padded = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
     real = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -61,12 +61,14 @@ def _continuation(tokens: list[int], eos_id: int | None) -> Continuation:
 
 
 def third_token(model: Llama) -> int:
-    """As EOS, it ends some texts early and others not: what the first prompt is continued with in the third place."""
+    """The third token added to the first prompt. As EOS, it ends some texts early and others not."""
     return generate(model, PROMPTS[:1], Decoding(max_new_tokens=3), eos_id=None)[0].tokens[2]
 
 
 @pytest.mark.parametrize("stops", [False, True], ids=["no EOS", "EOS"])
-def test_greedy_is_that_of_transformers_for_one_prompt_and_for_many(models: tuple[Llama, Any], stops: bool) -> None:
+def test_greedy_decoding_equals_that_of_transformers_for_one_prompt_and_for_many(
+    models: tuple[Llama, Any], stops: bool
+) -> None:
     ours, theirs = models
     eos_id = third_token(ours) if stops else None
     decoding = Decoding(max_new_tokens=NEW)
@@ -77,7 +79,7 @@ def test_greedy_is_that_of_transformers_for_one_prompt_and_for_many(models: tupl
 
 
 @pytest.mark.parametrize("length_penalty", [1.0, 0.0, 2.5, -1.0])
-def test_beam_search_is_that_of_transformers(models: tuple[Llama, Any], length_penalty: float) -> None:
+def test_beam_search_equals_that_of_transformers(models: tuple[Llama, Any], length_penalty: float) -> None:
     ours, theirs = models
     decoding = Decoding(max_new_tokens=NEW, beams=4, length_penalty=length_penalty)
     endless = generate(ours, PROMPTS, decoding, eos_id=None)
@@ -87,10 +89,10 @@ def test_beam_search_is_that_of_transformers(models: tuple[Llama, Any], length_p
         found = generate(ours, PROMPTS, decoding, eos_id=eos_id)
         assert found == by_transformers(theirs, PROMPTS, eos_id, num_beams=4, length_penalty=length_penalty)
         ends |= {one.ended_by for one in found}
-    assert ends == {"eos", "length"} or length_penalty > 1  # which favours texts that do not end
+    assert ends == {"eos", "length"} or length_penalty > 1  # this favors texts that do not end
 
 
-def test_beam_search_of_one_prompt_is_that_of_transformers(models: tuple[Llama, Any]) -> None:
+def test_beam_search_of_one_prompt_equals_that_of_transformers(models: tuple[Llama, Any]) -> None:
     ours, theirs = models
     eos_id = third_token(ours)
     for beams in (2, 5):
@@ -99,12 +101,12 @@ def test_beam_search_of_one_prompt_is_that_of_transformers(models: tuple[Llama, 
             assert found == by_transformers(theirs, [prompt], eos_id, num_beams=beams)
 
 
-def test_beam_search_finds_what_greedy_does_not(models: tuple[Llama, Any]) -> None:
+def test_beam_search_finds_texts_that_greedy_decoding_misses(models: tuple[Llama, Any]) -> None:
     ours, _ = models
     greedy, searched = (
         generate(ours, PROMPTS, Decoding(max_new_tokens=NEW, beams=beams), eos_id=None) for beams in (1, 4)
     )
-    assert greedy != searched  # otherwise the agreement above would prove nothing
+    assert greedy != searched  # without this, the agreement above would prove nothing
 
 
 FILTERS: list[dict[str, Any]] = [
@@ -121,7 +123,7 @@ FILTERS: list[dict[str, Any]] = [
 
 
 def filtered_by_transformers(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Probabilities after its processors, in the order in which `generate` has them."""
+    """Probabilities after the processors of transformers, in the order of its `generate`."""
     scores = transformers.TemperatureLogitsWarper(temperature)(None, logits)
     scores = transformers.TopKLogitsWarper(top_k)(None, scores) if top_k else scores
     scores = transformers.TopPLogitsWarper(top_p)(None, scores) if top_p < 1 else scores
@@ -129,14 +131,14 @@ def filtered_by_transformers(logits: Tensor, temperature: float, top_k: int = 0,
 
 
 @pytest.mark.parametrize("settings", FILTERS, ids=str)
-def test_tokens_are_drawn_from_those_that_transformers_leaves(settings: dict[str, Any]) -> None:
+def test_tokens_are_sampled_from_those_that_transformers_keeps(settings: dict[str, Any]) -> None:
     logits = 3 * torch.randn(50, 1000, generator=torch.Generator().manual_seed(0))
     ours, theirs = probabilities(logits, Decoding(**settings)), filtered_by_transformers(logits, **settings)
     assert torch.equal(ours > 0, theirs > 0)
     torch.testing.assert_close(ours.float(), theirs)
 
 
-def test_tokens_as_probable_as_the_last_of_top_k_stay_as_in_transformers() -> None:
+def test_tokens_that_tie_with_the_last_of_top_k_are_kept_as_in_transformers() -> None:
     logits = torch.randint(0, 6, (20, 100), generator=torch.Generator().manual_seed(0)).float()
     kept = probabilities(logits, Decoding(temperature=1.0, top_k=7)) > 0
     assert torch.equal(kept, filtered_by_transformers(logits, 1.0, top_k=7) > 0)
@@ -144,12 +146,12 @@ def test_tokens_as_probable_as_the_last_of_top_k_stay_as_in_transformers() -> No
 
 
 def chance_of(counts: Tensor, expected: Tensor) -> float:
-    """Pearson's chi-square test: how often chance alone would differ more from what is expected."""
+    """Pearson's chi-square test: the probability of a larger difference from the expected counts by chance."""
     statistic = ((counts - expected) ** 2 / expected).sum()
     return float(torch.special.gammaincc(torch.tensor((len(expected) - 1) / 2.0), statistic / 2))
 
 
-def test_tokens_are_drawn_as_often_as_transformers_says(models: tuple[Llama, Any]) -> None:
+def test_tokens_are_sampled_with_the_probabilities_of_transformers(models: tuple[Llama, Any]) -> None:
     ours, theirs = models
     draws, settings = 4000, {"temperature": 1.2, "top_k": 12, "top_p": 0.9}
     decoding = Decoding(max_new_tokens=1, **settings)
@@ -162,6 +164,6 @@ def test_tokens_are_drawn_as_often_as_transformers_says(models: tuple[Llama, Any
     assert possible.sum() > 3
     assert counts[~possible].sum() == 0
     assert chance_of(counts[possible], expected[possible]) > 1e-3
-    # The test can fail: at a temperature of 1 it would have.
+    # The test can fail: it would at a temperature of 1.
     other = draws * filtered_by_transformers(logits, **settings | {"temperature": 1.0})[0].double()
     assert other[possible].min() == 0 or chance_of(counts[possible], other[possible]) < 1e-6

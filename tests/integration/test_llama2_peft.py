@@ -44,7 +44,7 @@ def base(tmp_path: Path) -> Path:
 
 
 def ours(base: Path, plan: str = "") -> Llama:
-    """The model with its weights and, as after some training, updates that are not zero."""
+    """Our model with its weights and, as after some training, updates that are not zero."""
     workload = build(dataclasses.replace(read_preset(base), weights=str(base), samples=8))
     torch.manual_seed(2)
     Plan.parse(plan).apply(workload)
@@ -59,7 +59,7 @@ def updates(model: Llama) -> dict[str, LoRALinear]:
 
 
 def theirs(base: Path, **settings: Any) -> Any:
-    """PEFT's model of the same weights, its updates random."""
+    """PEFT's model with the same weights and random updates."""
     model = peft.get_peft_model(
         transformers.LlamaForCausalLM.from_pretrained(base), peft.LoraConfig(**(THEIRS | settings))
     )
@@ -117,7 +117,7 @@ def test_we_open_pefts_adapter_and_compute_the_same(base: Path, tmp_path: Path) 
     assert_same_updates(model, peer)
 
 
-def test_pefts_adapter_goes_on_where_the_strategy_put_its_layers(base: Path, tmp_path: Path) -> None:
+def test_pefts_adapter_loads_into_a_model_that_the_strategy_adapted(base: Path, tmp_path: Path) -> None:
     peer = theirs(base)
     peer.save_pretrained(tmp_path / "adapter")
     model = ours(base, PLAN.replace("dropout=0", "dropout=0.5"))
@@ -126,7 +126,7 @@ def test_pefts_adapter_goes_on_where_the_strategy_put_its_layers(base: Path, tmp
     assert_same_updates(model, peer)
 
 
-def test_an_adapter_that_went_there_and_back_is_the_same(base: Path, tmp_path: Path) -> None:
+def test_an_adapter_is_the_same_after_a_round_trip_through_peft(base: Path, tmp_path: Path) -> None:
     model = ours(base, PLAN)
     save_adapter(model, tmp_path / "ours")
     opened(base, tmp_path / "ours").save_pretrained(tmp_path / "theirs")
@@ -146,13 +146,13 @@ def test_peft_reads_rank_scale_and_dropout_from_our_settings(base: Path, tmp_pat
     assert config.target_modules == {"q_proj", "v_proj"}
 
 
-def test_peft_adapts_a_single_layer_where_we_did(base: Path, tmp_path: Path) -> None:
+def test_peft_adapts_the_same_single_layer(base: Path, tmp_path: Path) -> None:
     model = ours(base, "lora:r=4,targets=layers.1.attention.wo+output")
     save_adapter(model, tmp_path / "adapter")
     assert_same_updates(model, opened(base, tmp_path / "adapter"))
 
 
-def test_merged_equals_unmerged_and_what_peft_merges(base: Path, tmp_path: Path) -> None:
+def test_merged_equals_unmerged_and_pefts_merge(base: Path, tmp_path: Path) -> None:
     model = ours(base, PLAN).eval()
     save_adapter(model, tmp_path / "adapter")
     before = model(TOKENS)
@@ -164,7 +164,7 @@ def test_merged_equals_unmerged_and_what_peft_merges(base: Path, tmp_path: Path)
 
 
 def test_without_its_adapter_the_model_differs(base: Path, tmp_path: Path) -> None:
-    # Otherwise the agreement above would prove nothing.
+    # Without this, the agreement above would prove nothing.
     plain = ours(base)
     adapted = ours(base, PLAN)
     load_weights(plain, base)

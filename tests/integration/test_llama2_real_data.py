@@ -1,4 +1,4 @@
-"""The LLaMA2 target on the real Alpaca samples and the real tokenizer, where they lie beside the project."""
+"""The LLaMA2 target on the real Alpaca samples and the real tokenizer, if they are next to the project."""
 
 from __future__ import annotations
 

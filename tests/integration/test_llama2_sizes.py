@@ -1,4 +1,4 @@
-"""Sizes of a LLaMA2 step, worked out by hand from shapes, against the simulation."""
+"""Sizes of a LLaMA2 step, derived by hand from shapes, compared with the simulation."""
 
 import pytest
 
@@ -47,7 +47,7 @@ def test_full_fine_tuning_peaks_in_the_optimizer_with_a_fifth_copy_of_the_parame
 
 
 def activations_of_one_block(tokens, *, inner=D, feed_forward=FFN, heads=32):
-    """Bytes one block keeps for its backward pass, eager attention, float32, micro-batch 1; each kept tensor once."""
+    """Bytes that one layer keeps for its backward pass: eager attention, float32, micro-batch 1; each tensor once."""
     hidden, wide = tokens * inner * 4, tokens * feed_forward * 4
     scale = -(-tokens * 4 // 512) * 512  # [tokens, 1], in whole blocks of the allocator
     return (
@@ -74,7 +74,7 @@ def activations(trace, layer):
 
 
 def test_saved_activations_of_a_block_are_those_of_its_shapes(plain):
-    # A block's input is its predecessor's output: block 5 makes the input of block 6, so the sum is that of one block.
+    # A layer's input is the output of the layer before: layer 5 makes the input of layer 6, so the sum is one layer's.
     assert activations(plain, 5) == activations_of_one_block(TOKENS)
 
 
@@ -106,7 +106,7 @@ def test_amp_with_frozen_weights_keeps_a_half_precision_copy_of_every_linear_wei
     trace = trace_of("lora,amp")
     linear = LAYERS * (4 * D * D + 3 * D * FFN) + VOCABULARY * D
     adapters = LAYERS * 2 * (16 * D + D * 16)
-    # Nothing below the first block is trained, so its input needs no gradient:
+    # Nothing below the first layer is trained, so its input needs no gradient:
     # wq, wk, wv and the two A there are cast, used and dropped.
     unused = 3 * D * D + 2 * 16 * D
     assert trace.max_by_category(step=1)["weight_copy"] == 2 * (linear + adapters - unused)

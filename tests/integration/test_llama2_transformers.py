@@ -39,7 +39,7 @@ TOKENS = torch.randint(0, 96, (2, 100), generator=torch.Generator().manual_seed(
 
 
 def reference(kind: str) -> Any:
-    """A model of transformers with random weights, norms included."""
+    """A transformers model with random weights, norms included."""
     name = "Mistral" if "sliding_window" in FAMILY[kind] else "Llama"
     config = getattr(transformers, f"{name}Config")(**(SMALL | FAMILY[kind]))
     torch.manual_seed(0)
@@ -63,19 +63,21 @@ def loaded(config: Config, folder: Path) -> Llama:
 
 @torch.no_grad()
 def assert_same_logits(ours: Tensor, theirs: Tensor) -> None:
-    """In float32, to 1e-4 of the largest logit and, where they are not near zero, of each."""
+    """Assert equal logits in float32, to 1e-4 of the largest logit and, unless near zero, of each."""
     assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_logits_are_those_of_transformers(tmp_path: Path, theirs: Any, attention: str) -> None:
+def test_logits_equal_those_of_transformers(tmp_path: Path, theirs: Any, attention: str) -> None:
     theirs.save_pretrained(tmp_path)
     ours = loaded(dataclasses.replace(read_preset(tmp_path), attention=attention), tmp_path)
     assert_same_logits(ours(TOKENS), theirs(TOKENS).logits)
 
 
-def test_logits_are_those_of_transformers_through_both_formats_and_back(tmp_path: Path, theirs: Any) -> None:
+def test_logits_equal_those_of_transformers_after_a_round_trip_through_both_formats(
+    tmp_path: Path, theirs: Any
+) -> None:
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
     assert (tmp_path / "theirs" / "model.safetensors.index.json").is_file()
     config = read_preset(tmp_path / "theirs")
@@ -88,13 +90,13 @@ def test_logits_are_those_of_transformers_through_both_formats_and_back(tmp_path
 
 
 def rms(values: Tensor) -> float:
-    """Root of the mean square."""
+    """The root mean square."""
     return values.square().mean().sqrt().item()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_bf16_is_as_close_to_float32_as_transformers_is_and_closer_to_that(
+def test_bf16_is_as_close_to_float32_as_transformers_and_closer_to_transformers(
     tmp_path: Path, theirs: Any, attention: str
 ) -> None:
     # Not equal: transformers rounds the rotation to bfloat16 too, which is float32 here, as in Meta's code.
@@ -108,11 +110,13 @@ def test_bf16_is_as_close_to_float32_as_transformers_is_and_closer_to_that(
     exact, mine, peer = theirs(TOKENS).logits, ours.model(TOKENS), low(TOKENS).logits.float()
     assert rms(mine - exact) < 1.1 * rms(peer - exact)
     assert rms(mine - peer) < rms(peer - exact)
-    ours.model.freqs_cis = torch.complex(ours.model.freqs_cis.real, torch.zeros(()))  # what a cast would leave of it
+    ours.model.freqs_cis = torch.complex(
+        ours.model.freqs_cis.real, torch.zeros(())
+    )  # the value that a cast would leave
     assert rms(ours.model(TOKENS) - exact) > 3 * rms(peer - exact)
 
 
-# Otherwise the agreement above would prove nothing.
+# Without this, the agreement above would prove nothing.
 
 
 def logits_without(setting: str, theirs: Any, folder: Path) -> Tensor:
@@ -123,7 +127,7 @@ def logits_without(setting: str, theirs: Any, folder: Path) -> Tensor:
     return model(TOKENS)  # type: ignore[no-any-return]
 
 
-def test_the_window_hides_what_it_should(tmp_path: Path) -> None:
+def test_the_window_hides_earlier_tokens(tmp_path: Path) -> None:
     theirs = reference("mistral")
     difference = (logits_without("sliding_window", theirs, tmp_path) - theirs(TOKENS).logits).abs().amax((0, 2))
     assert difference[:7].max() < 1e-4  # the first seven tokens see everything before them
@@ -136,7 +140,7 @@ def test_rope_scaling_changes_the_logits(tmp_path: Path) -> None:
     assert difference > 1e-2 * theirs(TOKENS).logits.abs().max()
 
 
-def test_transformers_opens_the_half_precision_that_was_saved(tmp_path: Path) -> None:
+def test_transformers_opens_saved_half_precision_weights(tmp_path: Path) -> None:
     theirs = reference("grouped heads").bfloat16()
     theirs.save_pretrained(tmp_path / "theirs")
     config = dataclasses.replace(read_preset(tmp_path / "theirs"), dtype="bf16")

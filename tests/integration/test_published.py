@@ -20,13 +20,11 @@ SHARED = Path(__file__).parents[2].parent / "shared"
 CASES = json.loads((SHARED / "truth" / "published.json").read_text()) if SHARED.is_dir() else []
 TARGET = find_target("llama2")
 
-pytestmark = pytest.mark.skipif(
-    not CASES, reason="the published measurements lie beside the project only where it is developed"
-)
+pytestmark = pytest.mark.skipif(not CASES, reason="the published measurements are not part of the project")
 
 
 def published_program(case):
-    """The workload of a published row."""
+    """The workload of a published measurement."""
     config = TARGET.configure(
         "7b",
         {

@@ -1,4 +1,4 @@
-"""What is simulated is what runs: the same allocations, size by size, for every combination of the four strategies."""
+"""A simulation equals a real run, allocation by allocation, for every combination of the four strategies."""
 
 import itertools
 
@@ -15,9 +15,9 @@ SMALL = TARGET.configure("debug", {"n_layers": "2", "dim": "48", "accumulation":
 
 
 def births_before_death(trace):
-    """How many allocations were made before each one died.
+    """The number of allocations made before each one died.
 
-    The order of deaths between two births is autocast's own affair.
+    The order of deaths between two births is up to autocast.
     """
     births = np.sort(trace.born)
     return np.where(trace.freed < 0, -1, np.searchsorted(births, trace.freed))
@@ -28,7 +28,7 @@ def names(table, codes):
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan or "plain")
-def test_simulated_and_really_run_traces_are_the_same_list_of_allocations(plan):
+def test_simulated_and_real_runs_are_the_same_list_of_allocations(plan):
     def build():
         return TARGET.build(SMALL)
 

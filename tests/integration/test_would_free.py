@@ -1,4 +1,4 @@
-"""Where a run does not fit: what is said of the strategies that were not used, and whether that is what they do."""
+"""A run that does not fit: the savings reported for unused strategies, and whether they are true."""
 
 import dataclasses
 import json
@@ -33,8 +33,8 @@ def build(config):
     batch = torch.ones(32768, config.width)
     return Workload(model, [batch], lambda m, x: m(x).square().mean(), torch.optim.SGD, name="toy")
 """
-# Weights: 4 x 2048^2 x 4 B = 64 MiB. The batch and each result: 32768 x 2048 x 4 B = 256 MiB. Two results a layer are
-# kept, nine such tensors with the batch; checkpointed one a layer, and both of the layer that is recomputed.
+# Weights: 4 x 2048^2 x 4 B = 64 MiB. The batch and each result: 32768 x 2048 x 4 B = 256 MiB. Two results per layer
+# are kept, nine such tensors with the batch; with checkpoints one per layer, and both of the layer being recomputed.
 GPU = """
 [small]
 vendor_name = "a GPU of 2.6 GiB"
@@ -51,7 +51,7 @@ def toy(tmp_path):
     return ["profile", "toy.py", "--device", "small", "--device-file", "gpu.toml"]
 
 
-def test_what_a_strategy_would_free_is_what_a_run_with_it_shows(run, toy):
+def test_the_memory_that_a_strategy_would_free_is_what_a_run_with_it_saves(run, toy):
     code, out, err = run(*toy, "--json")
     assert code == 4, err
     (alone,) = json.loads(out)["runs"]
@@ -110,7 +110,7 @@ def test_strategies_of_the_plan_and_those_it_conflicts_with_are_left_out(spec, m
     assert [one.change_bytes for one in tried] == sorted(one.change_bytes for one in tried)
 
 
-def test_a_strategy_that_cannot_be_simulated_is_named_and_the_others_stand(spec, monkeypatch):
+def test_a_strategy_that_cannot_be_simulated_is_named_and_the_others_are_reported(spec, monkeypatch):
     def refuse(self, workload):
         raise UsageError("no")
 
@@ -121,7 +121,7 @@ def test_a_strategy_that_cannot_be_simulated_is_named_and_the_others_stand(spec,
     assert "ckpt" in {one.strategy.name for one in advice.tried}
 
 
-def test_a_measured_run_is_simulated_on_such_a_gpu_with_the_memory_it_had(spec, monkeypatch):
+def test_a_measured_run_is_simulated_on_the_same_gpu_with_the_memory_it_had(spec, monkeypatch):
     assert in_this_process([spec], [""]) == [""]
     simulated = Trace.load(spec.path)
     limit = 2000 * 2**20

@@ -1,4 +1,4 @@
-"""What several files of unit tests ask for."""
+"""Fixtures of several files of unit tests."""
 
 import pytest
 from snapshots import dumped

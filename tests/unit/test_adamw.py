@@ -1,4 +1,4 @@
-"""How the optimizer's step is carried out: what becomes of the optimizer, and which temporaries each way takes."""
+"""Implementations of the optimizer's step: the changed optimizer, and the temporaries that each one takes."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_the_flags_reach_every_parameter_group_and_the_rest_stays(name: str, pla
 @pytest.mark.parametrize(
     "name", ["NAdam", "RAdam", "Adamax", "RMSprop", "Adadelta", "Rprop", "ASGD", "AdamW", "Adam", "Adagrad", "SGD"]
 )
-def test_every_optimizer_of_pytorch_that_has_a_foreach_implementation_can_do_without(name: str) -> None:
+def test_every_pytorch_optimizer_with_a_foreach_implementation_also_works_without_it(name: str) -> None:
     kind = getattr(torch.optim, name)
     training = started(workload_with(kind), "adamw:foreach=false")
     assert [group["foreach"] for group in training.optimizer.param_groups] == [False]
@@ -83,7 +83,7 @@ def test_every_optimizer_of_pytorch_that_has_a_foreach_implementation_can_do_wit
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_after_three_steps_the_weights_differ_in_rounding_alone(plan: str) -> None:
+def test_after_three_steps_the_weights_differ_only_in_rounding(plan: str) -> None:
     def weights(plan: str) -> list[Tensor]:
         workload = workload_with(lambda p: torch.optim.AdamW(p, lr=0.01))
         workload.model.double()
@@ -93,10 +93,10 @@ def test_after_three_steps_the_weights_differ_in_rounding_alone(plan: str) -> No
         return [parameter.detach() for parameter in workload.model.parameters()]
 
     for one, other in zip(weights(plan), weights(""), strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-13)  # after moving by 0.03; rounding is 2e-16 a time
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-13)  # after moving by 0.03; rounding is 2e-16 per step
 
 
-def test_state_that_the_factory_has_loaded_is_kept() -> None:
+def test_optimizer_state_loaded_by_the_factory_is_kept() -> None:
     trained = started(workload_with(torch.optim.AdamW), "")
     step(trained)
     saved = trained.optimizer.state_dict()
@@ -114,8 +114,8 @@ def test_state_that_the_factory_has_loaded_is_kept() -> None:
         }
 
 
-def test_a_fused_step_whose_gradients_overflow_is_left_out() -> None:
-    # The kernel is given the scale and whether a gradient overflowed; an infinite loss makes infinite gradients.
+def test_a_fused_step_whose_gradients_overflow_is_skipped() -> None:
+    # The kernel receives the scale and whether a gradient overflowed; an infinite loss gives infinite gradients.
     model = nn.Linear(1, 1, bias=False)
     workload = Workload(model, [torch.ones(2, 1)], lambda m, x: (model.weight * 3e38).sum(), torch.optim.AdamW)
     training = started(workload, "adamw:fused,amp:dtype=fp16")
@@ -138,7 +138,7 @@ def test_a_fused_step_unscales_the_gradients() -> None:
 
 
 class Warm(torch.optim.AdamW):
-    """Keeps an argument of its constructor for itself."""
+    """An optimizer that does not pass on an argument of its constructor."""
 
     def __init__(self, params: Any, warmup: int = 10, fused: bool | None = None, foreach: bool | None = None) -> None:
         super().__init__(params, fused=fused, foreach=foreach)
@@ -169,11 +169,13 @@ class Warm(torch.optim.AdamW):
     ],
     ids=["NAdam", "LBFGS", "SparseAdam", "an argument is lost", "differentiable", "lr is a tensor"],
 )  # fmt: skip
-def test_an_optimizer_that_cannot_is_refused_in_words(factory: Factory, plan: str, message: str) -> None:
+def test_an_optimizer_without_the_implementation_is_refused_with_the_reason(
+    factory: Factory, plan: str, message: str
+) -> None:
     assert refusal(factory, plan) == message
 
 
-def test_an_optimizer_that_cannot_be_built_at_all_is_left_to_whoever_runs_it() -> None:
+def test_an_optimizer_that_cannot_be_built_is_no_problem_of_the_strategy() -> None:
     def broken(parameters: Iterable[nn.Parameter]) -> Optimizer:
         raise RuntimeError("no optimizer today")
 
@@ -194,10 +196,10 @@ FUSED, ONE_BY_ONE = OptimizerStep.Config(fused=True), OptimizerStep.Config(forea
         ({"foreach": True}, [FUSED, ONE_BY_ONE]),
         ({"fused": True}, [ONE_BY_ONE]),
         ({"foreach": False}, [FUSED]),
-        ({"fused": False}, [FUSED]),  # PyTorch chooses foreach only where neither is given
+        ({"fused": False}, [FUSED]),  # PyTorch chooses foreach only if neither flag is given
     ],
 )
-def test_candidates_are_the_ways_that_the_optimizer_does_not_go_yet(
+def test_candidates_are_the_implementations_that_the_optimizer_does_not_use_yet(
     flags: dict[str, Any], candidates: list[Any]
 ) -> None:
     assert OptimizerStep.candidates(workload_with(lambda p: torch.optim.AdamW(p, **flags))) == candidates
@@ -216,7 +218,7 @@ def simulated_on_a_gpu(plan: str, factory: Factory = torch.optim.AdamW) -> Trace
 
 
 def temporaries(trace: Trace) -> list[tuple[int, int, int]]:
-    """`(born, freed, bytes)` of what the optimizer allocates in the second step, where its state is there already."""
+    """`(born, freed, bytes)` of the optimizer's allocations in the second step, in which its state already exists."""
     chosen = (trace.step == 1) & (trace.phase == PHASES.index("optimizer"))
     rows = zip(trace.born[chosen].tolist(), trace.freed[chosen].tolist(), trace.size[chosen].tolist(), strict=True)
     return list(rows)
@@ -228,14 +230,14 @@ def most_at_once(trace: Trace) -> int:
 
 
 def test_foreach_takes_a_temporary_as_large_as_all_parameters() -> None:
-    # The root of the second moment, of all of them at once (`_multi_tensor_adam`, torch/optim/adam.py, 2.13).
+    # The roots of all second moments at once (`_multi_tensor_adam`, torch/optim/adam.py, 2.13).
     assert most_at_once(simulated_on_a_gpu("adamw")) == LAYERS * WEIGHT
-    assert most_at_once(simulated_on_a_gpu("")) == LAYERS * WEIGHT  # which is PyTorch's own choice on a GPU
+    assert most_at_once(simulated_on_a_gpu("")) == LAYERS * WEIGHT  # PyTorch's own choice on a GPU
 
 
 def test_one_by_one_takes_the_temporaries_of_one_parameter() -> None:
     # `denom = (exp_avg_sq.sqrt() / bias_correction2_sqrt).add_(eps)`: the root and the quotient, while `denom` still
-    # names the one before (`_single_tensor_adam`, torch/optim/adam.py, 2.13).
+    # refers to the previous one (`_single_tensor_adam`, torch/optim/adam.py, 2.13).
     assert most_at_once(simulated_on_a_gpu("adamw:foreach=false")) == 3 * WEIGHT
 
 
@@ -248,14 +250,14 @@ def test_fused_takes_no_temporary_and_keeps_a_counter_for_each_parameter_on_the_
         assert simulated_on_a_gpu(plan).max_by_category(1)["optimizer_state"] == two_moments
 
 
-def test_fused_with_a_gradient_scaler_takes_scalars_alone() -> None:
-    # A factor of 1, whether there was an overflow, a copy of each for the device, the sum over devices, the scale
+def test_fused_with_a_gradient_scaler_takes_only_scalars() -> None:
+    # A factor of 1, the overflow flag, a copy of each for the device, the sum over devices, the scale
     # (`step`, `_check_inf_per_device` and `_MultiDeviceReplicator.get`, torch/amp/grad_scaler.py, 2.13).
     assert [size for _, _, size in temporaries(simulated_on_a_gpu("adamw:fused,amp:dtype=fp16"))] == [512] * 6
 
 
 @pytest.mark.parametrize("flags", [{"fused": True}, {"foreach": False}, {}])
-def test_the_workloads_own_flags_do_what_the_strategy_does(flags: dict[str, Any]) -> None:
+def test_the_workloads_own_flags_have_the_effect_of_the_strategy(flags: dict[str, Any]) -> None:
     plan = {(): "adamw", ("fused",): "adamw:fused", ("foreach",): "adamw:foreach=false"}[tuple(flags)]
     own = simulated_on_a_gpu("", lambda p: torch.optim.AdamW(p, **flags))
     assert own.size.tolist() == simulated_on_a_gpu(plan).size.tolist()

@@ -1,4 +1,4 @@
-"""The caching allocator's rules, one by one, with numbers worked out from them by hand."""
+"""The rules of the caching allocator, one by one, with numbers derived by hand."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def allocator(settings: str = "", capacity_mib: int | None = None) -> CachingAll
 
 
 def changes(made: CachingAllocator) -> list[Change]:
-    """What was taken and given back, as (action, MiB)."""
+    """Segments taken and given back, as (action, MiB)."""
     return [(event.action.removeprefix("segment_"), event.size_bytes // MIB) for event in made.segment_events]
 
 
@@ -51,7 +51,7 @@ def test_just_over_1_mib_gets_a_20_mib_segment_and_the_rest_of_it_is_cached() ->
     assert made.reserved == 20 * MIB
 
 
-def test_from_10_mib_on_a_block_has_a_segment_of_its_own_size() -> None:
+def test_from_10_mib_a_block_gets_a_segment_of_its_own_size() -> None:
     made = allocator()
     made.malloc(10 * MIB)
     made.malloc(11 * MIB)
@@ -65,7 +65,7 @@ def test_small_and_large_pool_do_not_share() -> None:
     assert changes(made) == [("alloc", 20), ("alloc", 2)]
 
 
-def test_a_stream_does_not_reuse_what_another_freed() -> None:
+def test_a_stream_does_not_reuse_a_block_that_another_stream_freed() -> None:
     made = allocator()
     made.free(made.malloc(30 * MIB, stream=1))
     made.malloc(30 * MIB, stream=2)
@@ -99,7 +99,7 @@ def test_a_small_block_is_split_down_to_512_bytes() -> None:
     assert cached(made) == [512]
 
 
-def test_the_smallest_block_that_fits_is_taken_and_of_equal_ones_the_lowest() -> None:
+def test_the_smallest_fitting_block_is_taken_and_the_lowest_of_equal_ones() -> None:
     made = allocator()
     blocks = [made.malloc(size * MIB) for size in (30, 24, 26, 24)]
     for block in blocks:
@@ -109,7 +109,7 @@ def test_the_smallest_block_that_fits_is_taken_and_of_equal_ones_the_lowest() ->
     assert made.malloc(23 * MIB).address == blocks[2].address
 
 
-def test_freed_neighbours_become_one_block() -> None:
+def test_freed_neighbors_become_one_block() -> None:
     made = allocator()
     low, middle, high = (made.malloc(6 * MIB) for _ in range(3))
     made.free(low)
@@ -148,7 +148,7 @@ def test_a_block_is_freed_once() -> None:
         made.free(block)
 
 
-def test_nothing_is_allocated_for_an_empty_tensor() -> None:
+def test_an_empty_tensor_allocates_nothing() -> None:
     with pytest.raises(ValueError, match="malloc of 0 bytes"):
         allocator().malloc(0)
 
@@ -163,7 +163,7 @@ def test_an_oversize_block_is_not_given_to_a_smaller_request() -> None:
     assert changes(made) == [("alloc", 40), ("alloc", 30)]
 
 
-def test_an_oversize_block_is_given_whole_to_a_request_less_than_20_mib_smaller() -> None:
+def test_an_oversize_block_goes_whole_to_a_request_less_than_20_mib_smaller() -> None:
     made = allocator("max_split_size_mb:32")
     oversize = made.malloc(60 * MIB)
     made.free(oversize)
@@ -200,8 +200,8 @@ def test_an_expandable_block_keeps_no_slack() -> None:
 
 
 def test_empty_cache_unmaps_whole_unused_pages_and_the_gap_is_filled_first() -> None:
-    # Pages end at 20, 40, 60 and 80 MiB; blocks lie at 0 (3 MiB), 3 (50 MiB) and 53 (10 MiB). Without the 50, what lies
-    # from 3 to 53 is unused, and in it the page from 20 to 40. From 63 to 80 is unused too, and holds no whole page.
+    # Pages end at 20, 40, 60 and 80 MiB; blocks lie at 0 (3 MiB), 3 (50 MiB) and 53 (10 MiB). Without the 50, the range
+    # 3 to 53 is unused and contains the page 20 to 40. The range 63 to 80 is unused too, but contains no whole page.
     made = allocator("expandable_segments:True")
     base = made.malloc(3 * MIB).address
     middle = made.malloc(50 * MIB)
@@ -218,7 +218,7 @@ def test_empty_cache_unmaps_whole_unused_pages_and_the_gap_is_filled_first() -> 
 
 
 def test_an_expandable_segment_has_addresses_for_nine_eighths_of_the_device() -> None:
-    # Of 160 MiB: 180. After 160 of them 20 follow; for 30 another segment is begun.
+    # 180 for a device of 160 MiB. After 160 of them, 20 still fit; 30 need another segment.
     made = CachingAllocator(AllocatorSettings(expandable_segments=True), device_bytes=160 * MIB)
     full = made.malloc(160 * MIB)
     assert made.malloc(30 * MIB).address != full.address + full.size
@@ -248,8 +248,8 @@ def test_a_full_device_gets_its_unused_segments_back_before_memory_runs_out() ->
     assert [event.event for event in made.segment_events] == [0, 1, 4, 4, 4]
 
 
-def test_of_oversize_blocks_only_one_large_enough_is_given_back_first() -> None:
-    # 42 MiB do not fit in 40, and 64 ≥ 42 + 20. 40 + 64 + 42 > 120: the 64 go, which is enough; the 40 stay cached.
+def test_an_oversize_block_that_is_large_enough_is_given_back_alone() -> None:
+    # 42 MiB do not fit in 40, and 64 ≥ 42 + 20. 40 + 64 + 42 > 120: giving back the 64 is enough; the 40 stay cached.
     made = allocator("max_split_size_mb:32", capacity_mib=120)
     for block in [made.malloc(40 * MIB), made.malloc(64 * MIB)]:
         made.free(block)
@@ -267,7 +267,7 @@ def test_several_oversize_blocks_are_given_back_largest_first() -> None:
     assert made.reserved == (34 + 76) * MIB
 
 
-def test_out_of_memory_tells_what_failed_and_what_was_left() -> None:
+def test_out_of_memory_reports_the_failed_request_and_the_free_memory() -> None:
     # 2 MiB sit in a segment of 20, so its other 18 cannot be given back. 19 MiB ask for 20 more: 40 > 36.
     made = allocator(capacity_mib=36)
     made.malloc(2 * MIB)
@@ -292,7 +292,7 @@ def test_out_of_memory_tells_what_failed_and_what_was_left() -> None:
     assert changes(made) == [("alloc", 20), ("alloc", 12), ("free", 12)]
 
 
-def test_after_running_out_the_allocator_goes_on() -> None:
+def test_the_allocator_works_after_running_out_of_memory() -> None:
     made = allocator(capacity_mib=36)
     made.malloc(20 * MIB)
     with pytest.raises(AllocationFailed):
@@ -300,8 +300,8 @@ def test_after_running_out_the_allocator_goes_on() -> None:
     assert made.malloc(16 * MIB).size == 16 * MIB
 
 
-def test_expandable_segments_fit_where_a_segment_more_does_not() -> None:
-    # 5 MiB twice take 20 MiB. 30 more are a segment more, 50 > 45; or the 10 that are cached and one page, 40.
+def test_expandable_segments_fit_where_another_segment_does_not() -> None:
+    # Two blocks of 5 MiB take 20 MiB. 30 more need a new segment, 50 > 45; or the 10 MiB cached and one page, 40.
     plain, expandable = allocator(capacity_mib=45), allocator("expandable_segments:True", capacity_mib=45)
     for made in (plain, expandable):
         made.malloc(5 * MIB)
@@ -325,10 +325,10 @@ def test_a_fraction_of_the_device_is_a_limit_below_its_capacity() -> None:
     assert info.value.record.limit_bytes == 50 * MIB
 
 
-def test_garbage_collection_gives_back_what_has_not_been_used_for_long() -> None:
+def test_garbage_collection_gives_back_blocks_unused_for_long() -> None:
     # 90 of 100 MiB are allowed and half of that, 45, is the threshold: 20 + 30 are over it when 32 more are needed. The
     # clock counts searches of the large pool: 20 was cached at 2, 30 at 3, and now it is 4. Their ages are 2 and 1, the
-    # average is 1.5: the 20 go, and that is enough.
+    # average is 1.5: giving back the 20 is enough.
     made = allocator("garbage_collection_threshold:0.5,per_process_memory_fraction:0.9", capacity_mib=100)
     for block in [made.malloc(20 * MIB), made.malloc(30 * MIB)]:
         made.free(block)
@@ -345,7 +345,7 @@ def test_garbage_is_not_collected_in_a_process_without_a_limit() -> None:
     assert changes(made) == [("alloc", 20), ("alloc", 30), ("alloc", 32)]
 
 
-def test_throw_on_oom_refuses_without_giving_back_what_is_cached() -> None:
+def test_throw_on_oom_fails_without_giving_back_cached_blocks() -> None:
     made = allocator("throw_on_cudamalloc_oom:True", capacity_mib=50)
     made.free(made.malloc(40 * MIB))
     with pytest.raises(AllocationFailed) as info:

@@ -1,6 +1,6 @@
-"""Replays held against what PyTorch's own allocator did, to the byte.
+"""Replays compared with PyTorch's own allocator, to the byte.
 
-`tests/golden/allocator-torch-*.npz` were recorded from the compiled allocator of PyTorch releases; each says how.
+`tests/golden/allocator-torch-*.npz` were recorded from the compiled allocator of PyTorch releases; each file says how.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def test_blocks_and_segments_lie_where_pytorch_put_them(release: str, number: in
     assert (totals == known.totals).all()
 
 
-def test_a_limit_reached_can_be_replayed_without_knowing_it() -> None:
+def test_a_reached_limit_can_be_replayed_without_knowing_it() -> None:
     known = case("2.13.0", 8)
     history = read_history(known.entries)
     assert history.given_back, "in this history the limit was never reached"
@@ -82,8 +82,8 @@ def test_a_limit_reached_can_be_replayed_without_knowing_it() -> None:
     )
 
 
-def test_other_settings_are_found_out() -> None:
-    # With pages instead of segments the first thing taken is already another.
+def test_other_settings_give_differences() -> None:
+    # With pages instead of segments, the first memory taken already differs.
     known = case("2.13.0", 0)
     history = read_history(known.entries)
     other = replay_of(

@@ -1,4 +1,4 @@
-"""Replays of whole runs: their columns, and what must hold for any run on any device."""
+"""Replays of whole runs: their columns, and invariants of any run on any device."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def column(values: Sequence[int]) -> Ints:
 
 
 def run_of(program: Sequence[tuple[int, int]]) -> Run:
-    """From steps `(bytes, stream)` and `(-k, 0)`: free the k-th of those alive, counted from 1 and around."""
+    """A run from steps `(bytes, stream)`, and `(-k, 0)` to free the k-th live allocation, counted from 1 and modulo."""
     sizes: list[int] = []
     born: list[int] = []
     freed: list[int] = []
@@ -64,7 +64,7 @@ def replayed(run: Run, text: str = "", capacity_mib: int | None = None) -> Repla
 
 
 def test_each_event_has_its_totals() -> None:
-    # 3 MiB: a segment of 20. 1000 B: one of 2, block 1024. The 3 MiB are freed, no segment is. 40 MiB: one of 40.
+    # 3 MiB: a segment of 20. 1000 B: one of 2, block 1024. The 3 MiB are freed, but no segment. 40 MiB: one of 40.
     done = replayed(run_of([(3 * MIB, 0), (1000, 0), (-2, 0), (40 * MIB, 0)]))
     assert done.block_sizes.tolist() == [3 * MIB, 1024, 40 * MIB]
     assert done.allocated.tolist() == [3 * MIB, 3 * MIB + 1024, 1024, 40 * MIB + 1024]
@@ -91,7 +91,7 @@ def test_a_run_without_allocations_has_no_events_and_no_peak() -> None:
 
 
 def test_the_replay_ends_where_memory_runs_out() -> None:
-    # 30 + 12 of 50 MiB are in use; 5 more ask for a segment of 20. What follows does not take place.
+    # 30 + 12 of 50 MiB are in use; 5 more need a segment of 20. The replay ends there.
     done = replayed(run_of([(30 * MIB, 0), (12 * MIB, 0), (5 * MIB, 0), (-1, 0), (512, 0)]), capacity_mib=50)
     assert done.oom is not None
     assert (done.oom.event, done.failed_allocation) == (2, 2)
@@ -135,8 +135,8 @@ def test_segments_lie_where_the_driver_put_them() -> None:
     assert done.addresses.tolist() == [2**40, 2**39]
 
 
-def test_a_run_that_left_the_drivers_history_keeps_its_segments_apart() -> None:
-    # What the driver saw given back before event 1 is still held here, and event 1 was given the same addresses.
+def test_a_run_that_departs_from_the_drivers_history_keeps_its_segments_apart() -> None:
+    # A segment that the driver got back before event 1 is still held here, and event 1 received the same addresses.
     for address in (2**40, 2**40 + 20 * MIB, 2**40 - 20 * MIB):
         done = replay(
             column([30 * MIB, 40 * MIB]),
@@ -160,7 +160,7 @@ def test_a_run_that_left_the_drivers_history_keeps_its_segments_apart() -> None:
         ([512], [0, 1], [-1], "1 sizes, 2 births, 1 frees"),
     ],
 )
-def test_columns_that_are_no_sequence_of_events_are_refused(
+def test_columns_that_are_not_a_sequence_of_events_are_refused(
     sizes: list[int], born: list[int], freed: list[int], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -191,7 +191,9 @@ CAPACITIES = st.sampled_from([None, 60, 150, 400])
 
 @settings(deadline=None)
 @given(program=PROGRAMS, text=SETTINGS, capacity_mib=CAPACITIES)
-def test_any_run_keeps_its_books(program: list[tuple[int, int]], text: str, capacity_mib: int | None) -> None:
+def test_the_totals_of_any_run_are_consistent(
+    program: list[tuple[int, int]], text: str, capacity_mib: int | None
+) -> None:
     run = run_of(program)
     done = replayed(run, text, capacity_mib)
     assert (done.requested <= done.allocated).all()
@@ -209,7 +211,7 @@ def test_any_run_keeps_its_books(program: list[tuple[int, int]], text: str, capa
 
 @settings(deadline=None)
 @given(program=PROGRAMS, text=SETTINGS, capacity_mib=CAPACITIES)
-def test_after_any_event_the_blocks_tile_what_is_reserved(
+def test_after_any_event_the_blocks_tile_the_segments(
     program: list[tuple[int, int]], text: str, capacity_mib: int | None
 ) -> None:
     run = run_of(program)
@@ -238,7 +240,7 @@ def test_after_any_event_the_blocks_tile_what_is_reserved(
 @settings(deadline=None)
 @given(program=PROGRAMS, text=SETTINGS)
 def test_a_capacity_that_was_enough_changes_nothing(program: list[tuple[int, int]], text: str) -> None:
-    if "fraction" in text:  # the capacity is then what the limit is a fraction of
+    if "fraction" in text:  # the limit is a fraction of the capacity
         return
     run = run_of(program)
     free = replayed(run, text)

@@ -1,4 +1,4 @@
-"""Allocator settings: what is read, what is refused and in which words, and the sizes that follow."""
+"""Allocator settings: reading them, error messages, and the sizes that follow."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def test_every_key_that_places_memory_is_read() -> None:
 @pytest.mark.parametrize(
     "text", ["", "  ", "backend:native", "pinned_use_background_threads:True,release_lock_on_cudamalloc:True"]
 )
-def test_keys_without_influence_on_device_memory_leave_the_default(text: str) -> None:
+def test_keys_without_influence_on_device_memory_keep_the_defaults(text: str) -> None:
     assert AllocatorSettings.parse(text) == AllocatorSettings()
 
 
-def test_spaces_are_passed_over() -> None:
+def test_spaces_are_ignored() -> None:
     assert AllocatorSettings.parse(" max_split_size_mb : 64 ").max_split_size_bytes == 64 * MIB
 
 
@@ -59,7 +59,7 @@ def test_pytorch_accepts_a_split_limit_with_expandable_segments_and_so_do_we() -
         ("4", (4,) * 16),
     ],
 )
-def test_roundup_lists_mean_what_they_mean_to_pytorch(text: str, divisions: tuple[int, ...]) -> None:
+def test_roundup_lists_are_read_as_pytorch_reads_them(text: str, divisions: tuple[int, ...]) -> None:
     assert AllocatorSettings.parse(f"roundup_power2_divisions:{text}").roundup_power2_divisions == divisions
 
 
@@ -98,7 +98,7 @@ def test_roundup_lists_mean_what_they_mean_to_pytorch(text: str, divisions: tupl
         ("roundup_power2_divisions:[256:1,512:2", "expected comma-separated key:value pairs"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_with_what_was_expected(text: str, message: str) -> None:
+def test_invalid_settings_are_refused_with_the_expected_value(text: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         AllocatorSettings.parse(text)
 
@@ -108,7 +108,7 @@ def test_values_given_in_code_are_checked_too() -> None:
         AllocatorSettings(roundup_power2_divisions=(4, 4))
 
 
-def test_the_variable_pytorch_looks_at_first_wins() -> None:
+def test_the_variable_that_pytorch_reads_first_wins() -> None:
     # Order recorded from torch 2.13.0 with all three set, then without the first.
     split = {"PYTORCH_ALLOC_CONF": "max_split_size_mb:200", "PYTORCH_HIP_ALLOC_CONF": "max_split_size_mb:300"}
     assert AllocatorSettings.from_environment(split).max_split_size_bytes == 300 * MIB
@@ -126,7 +126,7 @@ def test_an_error_in_the_environment_names_the_variable() -> None:
         AllocatorSettings.from_environment({"PYTORCH_ALLOC_CONF": "expandable_segment:True"})
 
 
-def test_settings_pytorch_passes_over_in_silence_are_told() -> None:
+def test_settings_that_pytorch_ignores_silently_are_reported() -> None:
     collecting = AllocatorSettings.parse("garbage_collection_threshold:0.8")
     assert collecting.without_effect == (
         "garbage_collection_threshold does nothing unless per_process_memory_fraction is below 1",
@@ -146,9 +146,9 @@ def test_sizes_are_rounded_up_to_512_bytes(asked: int, block: int) -> None:
     assert AllocatorSettings().block_size(asked) == block
 
 
-def test_roundup_divides_the_way_to_the_next_power_of_two() -> None:
+def test_roundup_divides_the_range_to_the_next_power_of_two() -> None:
     # The example of PyTorch's CUDA notes, in KiB: 4 divisions between 1024 and 2048 give 1280, 1536 and 1792, and 1200
-    # becomes 1280. Powers of two stay. Up to 4 × 512 B the steps would be too small: rounded to 512 B, as without.
+    # becomes 1280. Powers of two stay. Up to 4 × 512 B the steps would be too small: rounded to 512 B, as usual.
     four = AllocatorSettings.parse("roundup_power2_divisions:4")
     assert four.block_size(1200 * KIB) == 1280 * KIB
     assert four.block_size(1281 * KIB) == 1536 * KIB

@@ -1,4 +1,4 @@
-"""Mixed precision: where autocast is active, when there is a gradient scaler, and what keeps its precision."""
+"""Mixed precision: where autocast is active, when there is a gradient scaler, and which dtypes stay."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ LOW = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def autocast() -> torch.dtype | None:
-    """The dtype that autocast lowers to here; None where it is not active."""
+    """The dtype of autocast here; None if it is not active."""
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
 
 
 class Probe(nn.Module):
-    """A linear layer that notes what it sees, in the forward and in the backward pass."""
+    """A linear layer that records autocast and dtypes in the forward and the backward pass."""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ def step(training: Training) -> Tensor:
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("micro_batches", [1, 4])
-def test_autocast_is_active_in_forward_and_loss_and_nowhere_else(dtype: str, micro_batches: int) -> None:
+def test_autocast_is_active_only_in_forward_and_loss(dtype: str, micro_batches: int) -> None:
     model = Probe()
     training = started(probe_workload(model), f"amp:dtype={dtype},ga:steps={micro_batches}")
     optimizer: list[torch.dtype | None] = []
@@ -83,7 +83,7 @@ def test_without_the_strategy_autocast_is_not_active() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_a_linear_layer_computes_low_while_weights_and_gradients_keep_their_precision(dtype: str) -> None:
+def test_a_linear_layer_computes_in_low_precision_while_weights_and_gradients_keep_theirs(dtype: str) -> None:
     model = Probe()
     training = started(probe_workload(model), f"amp:dtype={dtype}")
     gradients: list[torch.dtype] = []
@@ -120,7 +120,7 @@ def test_the_scaled_gradient_is_unscaled_before_it_is_used() -> None:
     assert model.weight.item() == pytest.approx(before - 1, abs=1e-6)
 
 
-def test_a_step_whose_gradients_overflow_is_left_out() -> None:
+def test_a_step_whose_gradients_overflow_is_skipped() -> None:
     model = nn.Linear(1, 1, bias=False)
     training = started(probe_workload(model, lambda m, x: (model.weight * 3e38).sum()), "amp:dtype=fp16")
     before = model.weight.item()
@@ -130,7 +130,7 @@ def test_a_step_whose_gradients_overflow_is_left_out() -> None:
     assert training.scaler.get_scale() == 65536.0 / 2
 
 
-def test_a_gradient_scaler_is_a_feature_of_float16_alone() -> None:
+def test_only_float16_provides_a_gradient_scaler() -> None:
     assert AMP(AMP.Config("fp16")).provides == {"autocast", "gradient scaler"}
     assert AMP(AMP.Config("bf16")).provides == AMP.provides == {"autocast"}
 
@@ -142,7 +142,7 @@ def test_candidates_are_the_precisions_that_the_workload_does_not_have() -> None
     assert AMP.candidates(workload) == [AMP.Config("fp16")]
 
 
-def test_float16_weights_that_are_trained_are_refused_with_a_scaler() -> None:
+def test_trained_float16_weights_are_refused_with_a_gradient_scaler() -> None:
     with pytest.raises(UsageError) as caught:
         Plan.parse("amp:dtype=fp16").apply(probe_workload(Probe(torch.float16)))
     assert str(caught.value) == (
@@ -151,7 +151,7 @@ def test_float16_weights_that_are_trained_are_refused_with_a_scaler() -> None:
     )
 
 
-def test_float16_weights_are_accepted_where_no_gradient_of_theirs_is_scaled() -> None:
+def test_float16_weights_without_scaled_gradients_are_accepted() -> None:
     workload = probe_workload(Probe(torch.float16))
     Plan.parse("amp:dtype=bf16").apply(workload)
     assert workload.plan.autocast is torch.bfloat16

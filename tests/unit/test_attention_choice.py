@@ -1,4 +1,4 @@
-"""Which attention kernel CUDA takes, by GPU, by version of PyTorch and of cuDNN, and by what it is given.
+"""The attention kernel that CUDA chooses, by GPU, by version of PyTorch and of cuDNN, and by arguments.
 
 Expected: the conditions in sdp_utils.cpp of the versions named in `memscope/simulation/attention.py`.
 """
@@ -27,7 +27,7 @@ class Calls(TorchDispatchMode):
 
 
 def run(platform, *, heads=4, kv_heads=None, queries=32, keys=None, size=64, dtype=torch.bfloat16, mask=None, **how):
-    """The names of the operators that one attention runs, and the last results of each."""
+    """Names of the operators that one attention runs, and the last results of each."""
     with FakeTensorMode(), Calls() as calls:
         query = torch.ones(2, heads, queries, size, dtype=dtype, requires_grad=how.pop("grad", True))
         key = torch.ones(2, kv_heads or heads, keys or queries, size, dtype=dtype)
@@ -44,9 +44,9 @@ def kernel(platform, **how):
 @pytest.mark.parametrize(
     ("capability", "version", "cudnn", "expected"),
     [
-        ((9, 0), (2, 8), 91002, "flash"),  # there, but last in the order
+        ((9, 0), (2, 8), 91002, "flash"),  # present, but last in the order
         ((9, 0), (2, 9), 91002, "cudnn"),
-        ((9, 0), (2, 10), 91002, "flash"),  # 2.10 asks for more than 9.15.0
+        ((9, 0), (2, 10), 91002, "flash"),  # 2.10 requires more than 9.15.0
         ((9, 0), (2, 11), 91900, "cudnn"),
         ((9, 0), (2, 11), 91002, "flash"),  # 2.11 built for CUDA 12 comes with an older cuDNN
         ((9, 0), (2, 13), 92000, "cudnn"),
@@ -57,13 +57,13 @@ def kernel(platform, **how):
         ((8, 9), (2, 13), 92000, "flash"),
     ],
 )
-def test_cudnn_is_preferred_on_data_center_gpus_from_hopper_on_where_it_is_new_enough(
+def test_cudnn_is_preferred_on_data_center_gpus_from_hopper_on_if_it_is_new_enough(
     capability, version, cudnn, expected
 ):
     assert kernel(Platform(capability, version, cudnn)) == expected
 
 
-def test_a_pytorch_without_cudnn_is_taken_to_have_that_of_its_cuda_packages():
+def test_a_pytorch_without_cudnn_is_assumed_to_have_the_version_in_its_cuda_packages():
     if torch.backends.cudnn.version() is not None:
         pytest.skip("this PyTorch has a cuDNN of its own")
     # `pip install torch==2.11.0` and 2.13.0 install nvidia-cudnn-cu13 9.19.0 and 9.20.0
@@ -84,25 +84,25 @@ def test_a_pytorch_without_cudnn_is_taken_to_have_that_of_its_cuda_packages():
         ({"mask": lambda: torch.zeros(32, 32, dtype=torch.bfloat16, requires_grad=True)}, "efficient"),
         ({"mask": lambda: torch.zeros(4, 32, 32, dtype=torch.bfloat16)}, "efficient"),  # neither 2-D nor 4-D
         ({"dropout_p": 0.125}, "cudnn"),
-        ({"dropout_p": 0.1}, "flash"),  # cuDNN knows sixteenths only
+        ({"dropout_p": 0.1}, "flash"),  # cuDNN supports only multiples of 1/16
         ({"queries": 1, "keys": 32, "dropout_p": 0.125}, "flash"),
         ({"kv_heads": 2, "gqa": True}, "cudnn"),
         ({"kv_heads": 2, "gqa": True, "dtype": torch.float32}, "math"),
     ],
 )
-def test_cudnn_takes_what_it_can(how, expected):
+def test_cudnn_takes_the_shapes_it_supports(how, expected):
     assert kernel(H100, **how) == expected
 
 
-def test_pytorch_2_11_gives_cudnn_any_dropout():
+def test_pytorch_2_11_uses_cudnn_with_any_dropout():
     assert kernel(Platform((9, 0), (2, 11), 91900), dropout_p=0.1) == "cudnn"
 
 
-def test_blackwell_has_large_heads_only_as_deepseek_has_them():
+def test_blackwell_does_not_use_cudnn_for_heads_of_256():
     assert kernel(H100._replace(capability=(10, 0)), size=256) == "flash"
 
 
-def test_deterministic_algorithms_keep_cudnn_away():
+def test_deterministic_algorithms_exclude_cudnn():
     torch.use_deterministic_algorithms(True)
     try:
         assert kernel(H100) == "flash"
@@ -121,13 +121,13 @@ def test_deterministic_algorithms_keep_cudnn_away():
         ([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION], False, "flash"),
     ],
 )
-def test_what_the_user_asks_for_is_taken(backends, in_order, expected):
+def test_the_users_choice_of_kernels_is_followed(backends, in_order, expected):
     with sdpa_kernel(backends, set_priority=in_order):
         assert kernel(A100) == expected
         assert kernel(H100) == expected
 
 
-def test_no_kernel_left_is_an_error_as_on_cuda():
+def test_no_available_kernel_is_an_error_as_on_cuda():
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION), pytest.raises(RuntimeError, match="No available kernel"):
         kernel(A100, dtype=torch.float32)
 

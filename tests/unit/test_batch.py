@@ -1,4 +1,4 @@
-"""A batch's tensors are found in whatever keeps them."""
+"""The tensors of a batch are found in any container."""
 
 from collections import UserDict, namedtuple
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ class Frozen:
 
 
 class Encoding(UserDict):
-    """As transformers' BatchEncoding: a UserDict with more attributes."""
+    """Like transformers' BatchEncoding: a UserDict with further attributes."""
 
     def __init__(self, data):
         super().__init__(data)
@@ -56,7 +56,7 @@ def test_a_mapped_batch_keeps_its_type_and_everything_else():
     assert (mapped["ids"].item(), mapped["inner"].one.tolist(), mapped["text"]) == (2.0, [2.0, 2.0], "as it is")
 
 
-def test_the_batch_itself_stays_as_it_is():
+def test_the_batch_itself_is_unchanged():
     for batch in (Plain(ONE), Frozen(ONE), Encoding({"one": ONE})):
         map_tensors(torch.zeros_like, batch)
         assert tensors_in(batch)[0] is ONE

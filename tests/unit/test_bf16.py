@@ -1,4 +1,4 @@
-"""Pure bfloat16: what is converted, what follows, and what keeps its precision."""
+"""Pure bfloat16: the tensors that are converted, and those that keep their precision."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LOW = torch.bfloat16
 
 
 class Model(nn.Module):
-    """A linear layer with a buffer of each kind; notes what it is given."""
+    """A linear layer with a buffer of each kind; records its input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ def workload(plan: str = "bf16") -> Workload:
         y = model(batch["x"], scale=batch["x"].new_full((), 2.0), chosen=torch.arange(4))
         assert y.dtype is LOW
         assert batch["target"].dtype is torch.float32
-        return F.mse_loss(y.float(), batch["target"])  # PyTorch 2.11's takes one precision only
+        return F.mse_loss(y.float(), batch["target"])  # PyTorch 2.11's kernel takes only one precision
 
     torch.manual_seed(0)
     batch = {"x": torch.randn(8, 4), "target": torch.randn(8, 4)}
@@ -81,9 +81,9 @@ def test_gradients_and_optimizer_state_follow() -> None:
     assert moments == {LOW}
 
 
-def test_what_goes_into_the_model_is_converted_and_the_target_is_not() -> None:
+def test_the_models_input_is_converted_and_the_labels_are_not() -> None:
     found = workload()
-    step(found)  # whose loss looks at the target
+    step(found)  # whose loss reads the labels
     assert found.model.seen == {"x": LOW, "scale": LOW, "chosen": torch.int64}
 
 
@@ -102,7 +102,7 @@ def test_adapters_have_the_precision_of_the_weights() -> None:
     assert {p.dtype for p in toy.model.parameters() if p.requires_grad} == {LOW}
 
 
-def test_every_memory_of_a_layer_is_half_as_large() -> None:
+def test_every_category_of_a_layer_is_half_as_large() -> None:
     # A linear layer of 256 x 256 without a bias, 4 bytes an element in float32; Adam has two moments.
     def build() -> Workload:
         return Workload(
@@ -118,13 +118,13 @@ def test_every_memory_of_a_layer_is_half_as_large() -> None:
 
 
 @pytest.mark.parametrize("plan", ["bf16", "bf16,amp:dtype=bf16", "bf16,lora:r=2,adamw:fused"])
-def test_simulated_is_what_really_runs(plan: str) -> None:
+def test_simulated_and_real_runs_make_the_same_allocations(plan: str) -> None:
     simulated, real = simulate(toy_workload, device="cpu", strategies=plan), record(toy_workload, strategies=plan)
     assert simulated.requested.tolist() == real.requested.tolist()
     assert simulated.category.tolist() == real.category.tolist()
 
 
-def test_llama2_converted_takes_what_llama2_built_in_bfloat16_takes() -> None:
+def test_llama2_converted_takes_the_memory_of_llama2_built_in_bfloat16() -> None:
     target = find_target("llama2")
     sizes = {"n_layers": "2", "dim": "48", "accumulation": "2", "seq_len": "48"}
     low, high = (target.configure("debug", {**sizes, "dtype": dtype}) for dtype in ("bf16", "fp32"))
@@ -141,7 +141,7 @@ def test_llama2_converted_computes_what_llama2_built_in_bfloat16_computes(attent
     low, high = (target.build(target.configure("debug", {**settings, "dtype": dtype})) for dtype in ("bf16", "fp32"))
     rotations = high.model.get_buffer("freqs_cis").clone()
     Plan.parse("bf16").apply(high)
-    # Its complex numbers have no counterpart in bfloat16: they stay, and the rotation is computed in float32.
+    # Complex numbers have no counterpart in bfloat16: they are kept, and the rotation is computed in float32.
     assert high.model.get_buffer("freqs_cis").dtype is torch.complex64
     assert torch.equal(high.model.get_buffer("freqs_cis"), rotations)
     low.model.load_state_dict(high.model.state_dict())
@@ -149,7 +149,7 @@ def test_llama2_converted_computes_what_llama2_built_in_bfloat16_computes(attent
     assert torch.equal(high.model(tokens), low.model(tokens))
 
 
-def test_a_model_that_is_in_bfloat16_already_is_refused() -> None:
+def test_a_model_already_in_bfloat16_is_refused() -> None:
     toy = toy_workload()
     toy.model.bfloat16()
     (problem,) = BF16().check(toy)

@@ -1,4 +1,4 @@
-"""Limits as they are written, and what they hold a trace to."""
+"""Limits as text, and traces checked against them."""
 
 from fractions import Fraction
 
@@ -41,17 +41,17 @@ def test_a_growth_in_bytes_is_on_top_of_the_baseline():
     assert not holds("activation:+2MiB", trace(12 * MIB + 1), trace(10 * MIB))
 
 
-def test_no_growth_at_all_can_be_asked_for():
+def test_zero_growth_can_be_required():
     assert holds("peak:+0%", trace(MIB), trace(MIB))
     assert not holds("peak:+0%", trace(MIB + 1), trace(MIB))
 
 
-def test_step_time_is_the_last_step_s():
+def test_step_time_is_that_of_the_last_step():
     assert holds("step time:800ms", trace(MIB, [9.0, 0.75]))
     assert not holds("step_time:+5%", trace(MIB, [1.0, 1.06]), trace(MIB, [1.0, 1.0]))
 
 
-def test_a_budget_is_held_to_allocated_memory_where_nothing_else_is_known():
+def test_a_budget_limits_allocated_memory_if_reserved_memory_is_unknown():
     verdict = budget_verdict(trace(50 * MIB), 150 * MIB)
     assert verdict.key == "peak"
     assert verdict.holds
@@ -85,11 +85,11 @@ def test_a_growth_without_a_baseline_asks_for_one():
 
 
 @pytest.mark.parametrize("key", ["reserved", "device"])
-def test_what_a_trace_does_not_know_cannot_be_limited(key):
+def test_a_value_that_the_trace_lacks_cannot_be_limited(key):
     with pytest.raises(UsageError, match=f"has no value for {key} memory"):
         holds(f"{key}:1GB", trace(MIB))
 
 
-def test_a_time_that_nobody_measured_or_estimated_cannot_be_limited():
+def test_a_time_neither_measured_nor_estimated_cannot_be_limited():
     with pytest.raises(UsageError, match="has no value for step_time"):
         holds("step_time:1s", trace(MIB))

@@ -1,4 +1,4 @@
-"""The estimate of step time: what one operator costs, by hand, and what a trace keeps of it."""
+"""The estimate of step time: the cost of one operator, by hand, and the estimate in a trace."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from memscope.trace import Phase
 
 aten = torch.ops.aten
 FP32, TF32, BF16, BANDWIDTH = 1e12, 8e12, 16e12, 1e11
-"""Rates of a made-up device, so slow that launches do not hide them."""
+"""Rates of a fictitious device, so slow that launches do not hide them."""
 
 
 def device(**changes: Any) -> Device:
@@ -87,7 +87,7 @@ def test_a_tiny_operation_takes_as_long_as_its_launch() -> None:
     assert [cost.seconds for cost in found.values()] == [LAUNCH_SECONDS]
 
 
-def test_views_metadata_and_memory_that_is_only_taken_cost_nothing() -> None:
+def test_views_metadata_and_mere_allocations_cost_nothing() -> None:
     class Viewed(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             x.detach().t_().unsqueeze_(0)
@@ -169,7 +169,7 @@ def _fp32_as_it_was() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_fp32_as_it_was")
-def test_fp32_products_use_tensor_cores_only_where_pytorch_is_told_so() -> None:
+def test_fp32_products_use_tensor_cores_only_if_pytorch_allows_it() -> None:
     assert seconds_of(aten.mm.default, MATRIX, MATRIX) == PRODUCT / FP32
     torch.set_float32_matmul_precision("high")
     assert seconds_of(aten.mm.default, MATRIX, MATRIX) == PRODUCT / TF32
@@ -196,13 +196,13 @@ def test_memory_efficient_attention_multiplies_fp32_in_three_tf32_products() -> 
     assert seconds_of(aten._scaled_dot_product_efficient_attention.default, *args) == pytest.approx(3 * flops / TF32)
 
 
-def test_what_was_measured_of_a_device_comes_before_its_peaks() -> None:
+def test_measured_rates_of_a_device_override_its_peak_rates() -> None:
     on = device(measured_flops_per_second={"fp32": 5e11}, measured_bandwidth_bytes_per_second=5e10)
     assert seconds_of(aten.mm.default, MATRIX, MATRIX, on=on) == PRODUCT / 5e11
     assert seconds_of(aten.neg.default, MATRIX, on=on) == 2 * 4 * 512 * 512 / 5e10
 
 
-def test_a_dtype_without_a_rate_is_taken_as_fp32_and_named() -> None:
+def test_a_dtype_without_a_rate_is_estimated_as_fp32_and_named() -> None:
     trace = simulated(nn.Linear(256, 512, bias=False, dtype=torch.float64), torch.ones(64, 256, dtype=torch.float64))
     assert trace.meta["cost"]["assumed"] == ["float64 products take as long as fp32 products"]
     assert sum(cost.seconds for cost in forward(trace).values()) == pytest.approx(2 * 64 * 256 * 512 / FP32, abs=1e-9)
@@ -211,7 +211,7 @@ def test_a_dtype_without_a_rate_is_taken_as_fp32_and_named() -> None:
 # A step.
 
 
-def test_phases_modules_and_operators_sum_to_the_same() -> None:
+def test_phases_modules_and_operators_have_the_same_sum() -> None:
     trace = simulate(toy_workload, device="a100-40gb")
     by_phase = step_seconds(trace, 1)
     assert by_phase is not None
@@ -242,7 +242,7 @@ def by_operator(trace: Trace, phase: Phase) -> dict[str, tuple[int, float]]:
     return found
 
 
-def test_checkpointing_adds_exactly_the_forward_of_the_layers_again() -> None:
+def test_checkpointing_adds_exactly_a_second_forward_of_the_layers() -> None:
     plain = simulate(toy_workload, device="a100-40gb")
     with set_checkpoint_early_stop(False):
         trace = simulate(toy_workload, device="a100-40gb", strategies="ckpt")
@@ -250,10 +250,10 @@ def test_checkpointing_adds_exactly_the_forward_of_the_layers_again() -> None:
     assert by_operator(trace, "backward") == by_operator(plain, "backward")
 
 
-def test_checkpointing_stops_when_the_last_tensor_needed_is_there_again() -> None:
+def test_recomputation_stops_at_the_last_tensor_needed() -> None:
     trace = simulate(toy_workload, device="a100-40gb", strategies="ckpt")
     done, again = by_operator(trace, "forward"), by_operator(trace, "recompute")
-    # the product in `down` is begun, but it and the residual sum after it are not needed: one of each less in 2 layers
+    # recomputation stops before the product in `down` and the residual sum: one less of each in each of 2 layers
     assert {op: done[op][0] - again[op][0] for op in done if done[op][0] != again[op][0]} == {
         "aten.addmm.default": 2,
         "aten.add.Tensor": 2,

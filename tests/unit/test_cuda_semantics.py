@@ -31,7 +31,7 @@ class Operators(TorchDispatchMode):
 
 
 def run(body, capability=(8, 0)):
-    """What `body` returns and the operators it ran, on fake tensors under CUDA's rules."""
+    """The result of `body` and the operators it ran, on fake tensors under CUDA's rules."""
     with FakeTensorMode(), cuda_semantics(capability), Operators() as operators:
         return body(), operators.names
 
@@ -40,7 +40,7 @@ def test_every_operator_that_cuda_autocast_treats_in_this_pytorch_has_its_policy
     on_cuda = autocast.registered("AutocastCUDA")
     known = set(autocast.policies())
     assert on_cuda - known == set(), "a PyTorch newer than the table: add them with their policy"
-    # `same` keeps the CPU's own kernel: that needs one to be there.
+    # `same` keeps the CPU's own kernel, which must exist.
     same = {name for name, policy in autocast.policies().items() if policy == "same"}
     assert same & on_cuda <= autocast.registered("AutocastCPU")
 
@@ -123,7 +123,7 @@ def test_dropout_is_one_kernel_with_a_mask_of_one_byte_an_element():
         (torch.float64, (8, 0), False, "aten.bmm"),
     ],
 )
-def test_attention_takes_the_kernel_that_cuda_takes(dtype, capability, mask, expected):
+def test_attention_uses_the_kernel_that_cuda_uses(dtype, capability, mask, expected):
     def body():
         query = torch.ones(2, 4, 32, 64, dtype=dtype, requires_grad=True)
         bias = torch.zeros(32, 32, dtype=dtype) if mask else None
@@ -174,7 +174,7 @@ def test_step_counters_stay_on_the_host_unless_the_optimizer_is_fused():
 
 
 def test_a_capturable_optimizer_keeps_its_counters_and_corrections_on_the_device():
-    # One parameter: beside the root of its second moment, two corrections of bias, each in a block of 512 bytes.
+    # One parameter: the root of its second moment and two bias corrections, each of these in a block of 512 bytes.
     temporary, trace = optimizer_temporaries(capturable=True)
     assert temporary == 256 * 256 * 4 + 2 * 512
     assert trace.max_by_category(1)["optimizer_state"] == 2 * 256 * 256 * 4 + 512
@@ -205,7 +205,7 @@ def test_allocations_take_whole_blocks_of_512_bytes():
 
 
 def behaviour():
-    """What a simulation could leave changed, as it is now."""
+    """The present values of everything that a simulation could leave changed."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         softmax = torch.ones(4, dtype=torch.bfloat16).softmax(-1).dtype
     attention = F.scaled_dot_product_attention(torch.ones(1, 1, 4, 8), torch.ones(1, 1, 4, 8), torch.ones(1, 1, 4, 8))

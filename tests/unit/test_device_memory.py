@@ -1,4 +1,4 @@
-"""From requested to reserved: kernels' workspaces, the allocator's blocks and where a device runs out."""
+"""From requested to reserved: workspaces of kernels, blocks of the allocator, and running out of memory."""
 
 import dataclasses
 
@@ -62,14 +62,14 @@ def test_the_backward_of_a_softmax_takes_a_product_as_large_as_its_gradient():
     assert per_step == [("temporary", 32 * 64 * 4), ("workspace", 32 * 64 * 4)]
 
 
-def test_what_takes_less_than_a_mebibyte_comes_from_segments_of_two_mebibytes():
+def test_requests_below_one_mebibyte_come_from_segments_of_two_mebibytes():
     trace = trace_of(width=256)
     small = trace.requested <= MIB
     assert small.any()
     weight = trace.size[trace.requested == 256 * 256 * 4]
     assert set(weight.tolist()) == {256 * 256 * 4}
-    # Everything small fits into one segment. A cuBLAS workspace of 8.125 MiB gets a segment of 20 MiB, and what that
-    # leaves has room for the other one.
+    # Everything small fits into one segment. A cuBLAS workspace of 8.125 MiB gets a segment of 20 MiB, whose remainder
+    # has room for the other one.
     assert trace.meta["peak_reserved"] == 2 * MIB + 20 * MIB
 
 
@@ -102,7 +102,7 @@ def limited(capacity_bytes):
     return dataclasses.replace(get_device("gpu"), name="limited", capacity_bytes=capacity_bytes)
 
 
-def test_a_device_that_is_too_small_is_told_with_the_request_that_failed_and_the_rest_of_the_step():
+def test_a_device_that_is_too_small_reports_the_failed_request_and_the_whole_step():
     # The weight takes 64 MiB and its gradient as much again: 100 MiB hold one of them.
     trace = trace_of(width=4096, device=limited(100 * MIB))
     oom = trace.meta["out_of_memory"]
@@ -117,7 +117,7 @@ def test_a_device_that_is_large_enough_is_no_limit():
     assert trace_of(width=4096, device=limited(256 * MIB)).meta["out_of_memory"] is None
 
 
-def test_settings_of_the_allocator_decide_what_a_block_takes(monkeypatch):
+def test_allocator_settings_decide_the_size_of_a_block(monkeypatch):
     def weight_block(**how):
         trace = trace_of(width=1000, **how)
         return set(trace.size[trace.requested == 1000 * 1000 * 4].tolist())

@@ -1,4 +1,4 @@
-"""What the simulated devices are, and what happens with a device file that is wrong."""
+"""The catalogue of simulated devices, and errors in device files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def file_with(tmp_path: Path, text: str) -> Path:
 
 
 def refused(tmp_path: Path, text: str) -> str:
-    """The message for a device file that must be refused; it names the file and exits with 2."""
+    """The error message for an invalid device file; it names the file, and the exit code is 2."""
     path = file_with(tmp_path, text)
     with pytest.raises(UsageError) as caught:
         load_devices(path)
@@ -38,7 +38,7 @@ def refused(tmp_path: Path, text: str) -> str:
     return message.replace(str(path), "FILE")
 
 
-def test_the_devices_of_the_first_release_are_there() -> None:
+def test_the_devices_of_the_first_release_are_in_the_catalogue() -> None:
     assert [device.name for device in all_devices()] == [
         "gpu", "cpu", "rtx4090", "a10g", "l4", "t4", "p100-16gb", "v100-16gb", "v100-32gb", "a100-40gb", "a100-80gb",
         "h100-80gb", "h200-141gb",
@@ -62,7 +62,7 @@ def test_the_devices_of_the_first_release_are_there() -> None:
         ("h200-141gb", 139.80),
     ],
 )
-def test_capacity_is_what_pytorch_prints_when_memory_runs_out(name: str, printed_gib: float) -> None:
+def test_capacity_equals_the_capacity_in_pytorchs_out_of_memory_message(name: str, printed_gib: float) -> None:
     capacity = get_device(name).capacity_bytes
     assert capacity is not None
     assert capacity / GIB == pytest.approx(printed_gib, abs=0.0055)
@@ -79,7 +79,7 @@ def test_every_figure_of_every_gpu_names_its_source() -> None:
         assert all(len(text) > 5 for text in device.sources.values()), device.name
 
 
-def test_figures_hang_together() -> None:
+def test_the_figures_of_a_device_are_consistent() -> None:
     for device in all_devices():
         if device.capacity_bytes is None:
             continue
@@ -107,7 +107,7 @@ def test_bandwidth_follows_from_bus_and_clock() -> None:
     assert get_device("a100-40gb").bandwidth_bytes_per_second == pytest.approx(5120 / 8 * 2 * 1215e6, rel=0.01)
 
 
-def test_a_gpu_gives_its_allocator_what_the_context_leaves() -> None:
+def test_the_allocator_gets_the_capacity_without_the_context() -> None:
     device = get_device("a100-40gb")
     assert device.allocatable_bytes == 42_298_834_944 - 501 * 2**20
 
@@ -135,7 +135,7 @@ def test_an_unknown_device_gets_the_nearest_name(given: str, meant: str) -> None
         get_device(given)
 
 
-def test_mi300x_is_absent_and_says_what_there_is() -> None:
+def test_mi300x_is_absent_and_the_error_lists_the_devices() -> None:
     with pytest.raises(UsageError, match=r'no device "mi300x": .*Valid: a100-40gb, .*v100-32gb\. "memscope devices"'):
         get_device("mi300x")
 
@@ -221,7 +221,7 @@ def test_a_file_that_holds_no_usable_device_is_refused(tmp_path: Path, text: str
     assert message in refused(tmp_path, text)
 
 
-def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"none\.toml: the device file cannot be read: No such file"):
         load_devices(tmp_path / "none.toml")
 

@@ -1,4 +1,4 @@
-"""What grew and what shrank between two traces."""
+"""Changes between two traces."""
 
 import pytest
 from hypothesis import given
@@ -12,7 +12,7 @@ MIB = 2**20
 
 
 def run(*layers: int, kept: bool = True, extra: int = 0, meta: dict | None = None) -> Trace:
-    """A weight of 8 MiB; one activation a layer, freed in the backward pass, or, if not kept, in the forward pass."""
+    """A weight of 8 MiB; one activation per layer, freed in the backward pass or, if not kept, in the forward pass."""
     builder = TraceBuilder()
     builder.phase("setup")
     builder.new("parameter", 8 * MIB, module="layers.0.w")
@@ -54,7 +54,7 @@ def test_every_table_sums_to_the_difference_of_the_peaks(before, after):
 
 
 @given(random_traces(), random_traces())
-def test_the_other_way_round_every_change_is_the_opposite(before, after):
+def test_every_change_is_the_opposite_in_the_other_direction(before, after):
     if before.events and after.events:
         there, back = diff(before, after), diff(after, before)
         assert {n: -c.change for n, c in there.categories.items()} == {n: c.change for n, c in back.categories.items()}
@@ -78,14 +78,14 @@ def test_a_larger_activation_of_every_layer_is_one_change():
     assert (change.before, change.after) == (2 * MIB, 6 * MIB)
 
 
-def test_what_only_one_run_makes_is_new_or_gone():
+def test_allocations_of_only_one_run_are_new_or_gone():
     without, with_head = run(MIB), run(MIB, extra=5 * MIB)
     assert [(c.kind, c.module, c.change) for c in diff(without, with_head).allocations] == [("new", "head", 5 * MIB)]
     assert [(c.kind, c.module, c.change) for c in diff(with_head, without).allocations] == [("gone", "head", -5 * MIB)]
 
 
-def test_what_is_made_but_freed_before_the_peak_is_no_longer_alive():
-    """Not kept, the first of two activations of 1 MiB is a temporary, alive at the peak without the second."""
+def test_an_allocation_freed_before_the_peak_is_no_longer_alive():
+    """If not kept, the first of two activations of 1 MiB is a temporary, alive at the peak without the second."""
     changes = diff(run(MIB, MIB), run(MIB, MIB, kept=False)).allocations
     assert [(c.kind, c.category, c.count, c.change) for c in changes] == [
         ("no longer alive", "activation", 2, -2 * MIB),
@@ -93,8 +93,8 @@ def test_what_is_made_but_freed_before_the_peak_is_no_longer_alive():
     ]
 
 
-def test_same_sizes_are_matched_before_the_order_of_birth():
-    """Three births in one module; the first is not made: the two others are what they were, not its successors."""
+def test_equal_sizes_are_matched_before_the_order_of_birth():
+    """Three births in one module. Without the first, the other two are unchanged and do not replace it."""
 
     def one(*sizes):
         builder = TraceBuilder()
@@ -107,7 +107,7 @@ def test_same_sizes_are_matched_before_the_order_of_birth():
     assert (change.kind, change.before, change.after, change.count) == ("gone", 10, 0, 1)
 
 
-def test_what_is_freed_in_another_phase_has_another_lifetime():
+def test_an_allocation_freed_in_another_phase_has_another_lifetime():
     def one(phase):
         builder = TraceBuilder()
         builder.phase("forward", 0)
@@ -122,7 +122,7 @@ def test_what_is_freed_in_another_phase_has_another_lifetime():
     assert (change.kind, change.freed_before, change.freed_after) == ("other lifetime", "backward", "zero_grad")
 
 
-def test_settings_that_differ_are_the_reason():
+def test_differing_settings_are_given_as_the_reason():
     before = run(MIB, meta={"strategies": [], "settings": {"seq": 512, "batch": 8}, "versions": {"torch": "2.11"}})
     after = run(MIB, meta={"strategies": ["amp"], "settings": {"seq": 1024, "batch": 8}, "versions": {"torch": "2.13"}})
     assert set(map(repr, changed_settings(before, after))) == {
@@ -132,7 +132,7 @@ def test_settings_that_differ_are_the_reason():
     }
 
 
-def test_traces_of_different_targets_are_compared_and_said_to_be():
+def test_traces_of_different_targets_are_compared_with_a_note():
     found = diff(run(MIB), run(2 * MIB, meta={"target": "u"}))
     assert not found.same_target
     assert found.peak.change == MIB

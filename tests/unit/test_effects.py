@@ -1,4 +1,4 @@
-"""Table 1 on traces built by hand."""
+"""Table 1, on traces built by hand."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_arrow_of_computation_needs_more_than_one_percent(before: int, after: in
     assert (found.arrow, found.before, found.after) == (arrow, before, after)
 
 
-def test_a_row_looks_at_its_own_category_only() -> None:
+def test_a_row_considers_only_its_own_category() -> None:
     sizes: dict[Category, int] = {
         "parameter": 50 * MIB,
         "activation": 40 * MIB,
@@ -154,14 +154,14 @@ def test_seconds_are_given_only_when_both_were_measured(
     assert found["gradient"].seconds is None
 
 
-def test_comparison_is_stated() -> None:
+def test_comparison_is_described() -> None:
     assert column(trace_of({}), trace_of({}, {})).comparison == (
         "peak of each category in step 1 with the strategy, compared with step 0 of the baseline; "
         "computation: floating-point operations of the same steps"
     )
 
 
-def test_table_has_a_column_a_plan() -> None:
+def test_table_has_a_column_per_plan() -> None:
     runs = [Run("lora", trace_of({}), {}), Run("amp", trace_of({"gradient": 2 * MIB}, flops=2 * 10**9), {})]
     unchanged = dict.fromkeys(ROWS, "–")
     expected = {"lora": unchanged, "amp": unchanged | {"gradient": "↑", "computation": "↑"}}
@@ -192,7 +192,7 @@ def note(baseline: Trace, trace: Trace, row: str, usual: str) -> str:
     return column(baseline, trace, **{row: usual})[row].note
 
 
-def test_no_note_where_the_textbook_is_right_or_silent() -> None:
+def test_no_note_if_the_textbook_is_right_or_silent() -> None:
     baseline, halved = trace_of({"gradient": 10 * MIB}), trace_of({"gradient": 5 * MIB})
     assert note(baseline, halved, "gradient", "↓") == ""
     assert note(baseline, halved, "gradient", "") == ""
@@ -247,13 +247,13 @@ def test_note_counts_what_is_alive_at_the_end_as_kept() -> None:
     )
 
 
-def test_note_says_nothing_of_keeping_when_nothing_is_kept() -> None:
+def test_note_does_not_mention_keeping_if_nothing_is_kept() -> None:
     assert note(trace_of({"parameter": 40 * MIB}), casts(0, 3), "parameter", "↓") == (
         "usually ↓, here ↑: +12.0 MiB of weight copy made by aten._to_copy in forward"
     )
 
 
-def test_note_says_nothing_of_keeping_without_a_backward_pass() -> None:
+def test_note_does_not_mention_keeping_without_a_backward_pass() -> None:
     build = TraceBuilder()
     build.phase("forward", 0)
     build.new("activation", 4 * MIB, op="mm")
@@ -272,7 +272,7 @@ def test_gradients_are_not_called_kept_for_a_later_backward_pass() -> None:
     )
 
 
-def test_note_on_less_memory_names_what_went() -> None:
+def test_note_on_less_memory_names_the_allocations_that_went() -> None:
     baseline = trace_of({"parameter": 40 * MIB, "activation": 30 * MIB})
     assert note(baseline, trace_of({"parameter": 40 * MIB}), "activation", "↑") == (
         "usually ↑, here ↓: -30.0 MiB of activation made by mm in forward"
@@ -283,7 +283,7 @@ def test_note_on_less_memory_names_what_went() -> None:
 
 
 def test_note_names_the_largest_change_in_the_direction_of_the_row() -> None:
-    # In all +5 MiB: mm −8, add +7, cat +6.
+    # +5 MiB in total: mm −8, add +7, cat +6.
     def run(**sizes_mib: int) -> Trace:
         build = TraceBuilder()
         build.phase("forward", 0)
@@ -299,7 +299,7 @@ def test_note_names_the_largest_change_in_the_direction_of_the_row() -> None:
 def test_note_on_no_change_states_the_sizes() -> None:
     baseline = trace_of({"gradient": 40 * MIB})
     assert note(baseline, trace_of({"gradient": 40 * MIB}), "gradient", "↓") == "usually ↓, here –: 40.0 MiB, as before"
-    # 40.5 MiB: below 1 MiB more.
+    # 40.5 MiB: less than 1 MiB more.
     slightly = trace_of({"gradient": 40 * MIB + MIB // 2})
     assert note(baseline, slightly, "gradient", "↓") == "usually ↓, here –: 40.0 MiB became 40.5 MiB"
 

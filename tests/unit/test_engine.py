@@ -1,4 +1,4 @@
-"""Autograd on simulated tensors takes the memory that it takes on plain ones, not that of tensor subclasses."""
+"""Autograd on simulated tensors takes as much memory as on plain tensors, not as much as on tensor subclasses."""
 
 from collections import Counter
 
@@ -14,7 +14,7 @@ SIZE = 1000  # floats of every tensor
 
 
 def backward_of(body, device="gpu"):
-    """How often each operator makes something as large as the weight in the backward pass of the second step."""
+    """How often each operator makes a tensor as large as the weight in the backward pass of the second step."""
 
     class Model(nn.Module):
         def __init__(self):
@@ -36,23 +36,23 @@ def backward_of(body, device="gpu"):
 
 
 def test_gradients_that_meet_are_added_into_the_first():
-    # exp and sin each make their gradient; it is the first that both end up in. So on GPUs: all 120 places where
+    # exp and sin each make a gradient; both end up in the first. GPUs do the same: all 120 places where
     # gradients meet in Wedsonlin/assignment2-systems, medium_128_training (PyTorch 2.11), take no memory.
     assert backward_of(lambda x, batch: x.exp() + x.sin())["add.Tensor"] == 0
 
 
-def test_gradients_that_meet_under_a_dispatch_mode_alone_are_added_in_a_third():
-    # What PyTorch itself does with subclasses and modes; `cpu` stands for a run as it is recorded there.
+def test_gradients_that_meet_under_only_a_dispatch_mode_are_added_into_a_third():
+    # PyTorch's own behavior with subclasses and modes; `cpu` stands for a run recorded there.
     assert backward_of(lambda x, batch: x.exp() + x.sin(), device="cpu")["add.Tensor"] == 1
 
 
-def test_a_gradient_that_is_no_memory_of_its_own_is_not_added_into():
-    # The gradient of the sum is one number, expanded: what comes second cannot be added into it.
+def test_a_gradient_without_memory_of_its_own_is_not_added_into():
+    # The gradient of the sum is one number, expanded: the second gradient cannot be added into it.
     assert backward_of(lambda x, batch: x + x.exp())["add.Tensor"] == 1
 
 
-def test_a_gradient_that_somebody_else_holds_is_not_added_into():
-    # The sum gives the same gradient to x twice: what comes first is held for the second time, too.
+def test_a_gradient_with_another_holder_is_not_added_into():
+    # The sum gives the same gradient to x twice: the first one is still held for the second use.
     assert backward_of(lambda x, batch: (x + x) * 1)["add.Tensor"] == 1
 
 
@@ -78,7 +78,7 @@ def test_the_place_of_a_maximum_gets_its_gradient_without_a_copy():
     assert backward_of(rows, device="cpu")["scatter.src"] == 1
 
 
-def test_additions_of_a_backward_in_python_stay_as_they_are():
+def test_additions_in_a_python_backward_are_not_changed():
     class Twice(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
@@ -96,7 +96,7 @@ def test_weights_cast_in_inference_mode_are_not_kept():
     # Wedsonlin/assignment2-systems, medium_512_inference (2.11, autocast): each cast is freed before the next one.
     def loss(model, batch):
         with torch.inference_mode():
-            model(batch.unbind(0)[0])  # the view of a tensor from outside stays what it is
+            model(batch.unbind(0)[0])  # the view of a tensor from outside is unchanged
         return model[0].weight.sum()
 
     trace = simulate(

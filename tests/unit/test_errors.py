@@ -1,4 +1,4 @@
-"""What an error message offers, and where it says an error came from."""
+"""Suggestions in error messages, and the location of an error."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from memscope.errors import nearest, where
 @pytest.mark.parametrize(
     ("given", "offered"),
     [
-        ("a100", 'did you mean "a100-40gb" or "a100-80gb"? '),  # not a10g, which differs in as few letters
+        ("a100", 'did you mean "a100-40gb" or "a100-80gb"? '),  # not a10g, which differs in equally few letters
         ("A100-8", 'did you mean "a100-80gb"? '),
         ("h100", 'did you mean "h100-80gb"? '),
         ("a10", 'did you mean "a100-40gb" or "a100-80gb" or "a10g"? '),
@@ -19,12 +19,12 @@ from memscope.errors import nearest, where
         ("", ""),
     ],
 )
-def test_names_that_go_on_from_what_was_given_are_nearest(given: str, offered: str) -> None:
+def test_names_that_begin_with_the_given_text_are_nearest(given: str, offered: str) -> None:
     names = ["a100-40gb", "a100-80gb", "a10g", "h100-80gb"]
     assert nearest(given, names) == f"{offered}Valid: a100-40gb, a100-80gb, a10g, h100-80gb"
 
 
-def test_an_error_came_from_the_line_of_the_users_own_code() -> None:
+def test_an_error_is_located_in_the_users_own_code() -> None:
     import torch
 
     def mine() -> None:

@@ -1,4 +1,4 @@
-"""Traces for other tools: what is written can be read by them, and says what the trace says."""
+"""Traces for other tools: the files can be read by them and hold the content of the trace."""
 
 import csv
 import dataclasses
@@ -32,7 +32,7 @@ NUMBERS = (
 
 
 def small():
-    """A weight for good, an activation from forward to backward, a temporary that begins and ends with it."""
+    """A permanent weight, an activation from forward to backward, and a temporary with the same lifetime."""
     builder = TraceBuilder()
     builder.phase("setup")
     builder.new("parameter", 4 * MIB, module="head", op="aten.empty")
@@ -68,7 +68,7 @@ def test_any_trace_comes_back_from_a_torch_snapshot_as_it_was(tmp_path_factory, 
     assert differing(import_snapshot(path), trace) == []
 
 
-def test_what_comes_back_says_what_was_alive_at_the_peak_and_where_it_was_made(tmp_path):
+def test_a_trace_read_back_names_the_allocations_at_the_peak_and_their_origin(tmp_path):
     trace = import_snapshot(dumped(torch_snapshot(small()), tmp_path))
     assert trace.peak == (1, 7 * MIB, 0, "forward", 0)
     assert trace.by("category", "module", "op") == {
@@ -82,19 +82,19 @@ def test_what_comes_back_says_what_was_alive_at_the_peak_and_where_it_was_made(t
 def test_a_simulated_trace_comes_back_with_its_reserved_memory(simulated, tmp_path):
     trace = import_snapshot(dumped(torch_snapshot(simulated), tmp_path))
     assert differing(trace, simulated) == []
-    # What the replay of PyTorch's allocator gave, in whole segments of 2 MiB: there is something to come back.
+    # From the replay of PyTorch's allocator, in whole segments of 2 MiB: a value that can be lost.
     assert trace.reserved.max() == simulated.meta["peak_reserved"] > 0
     assert not (trace.reserved % (2 * MIB)).any()
 
 
-def test_reserved_memory_that_a_replay_does_not_give_is_kept(simulated, tmp_path):
+def test_reserved_memory_that_a_replay_cannot_give_is_kept(simulated, tmp_path):
     other = dataclasses.replace(simulated, reserved=simulated.reserved + 2 * MIB)
     trace = import_snapshot(dumped(torch_snapshot(other), tmp_path))
     assert differing(trace, other) == []
     assert (trace.reserved - simulated.reserved).tolist() == [2 * MIB] * simulated.events
 
 
-def test_without_what_memscope_put_in_it_is_a_snapshot_with_the_same_sizes(simulated, tmp_path):
+def test_without_memscopes_additions_the_file_is_a_snapshot_with_the_same_sizes(simulated, tmp_path):
     data = torch_snapshot(simulated)
     del data["memscope"]
     trace = import_snapshot(dumped(data, tmp_path))
@@ -111,7 +111,7 @@ def test_pytorchs_viewer_accepts_it_and_finds_the_same_memory(simulated):
     data = pickle.loads(torch_snapshot_bytes(simulated))
     for page in (_memory_viz.trace_plot(data), _memory_viz.segment_plot(data)):
         assert "MemoryViz.js" in page
-    # A line of a flame graph: what, and after the last space its bytes; <gaps> are what blocks have beyond the request.
+    # A line of a flame graph: name, space, bytes; <gaps> are the bytes of blocks beyond the request.
     flames = _memory_viz.memory(data, format_flamegraph=lambda lines: lines).splitlines()
     alive = [int(line.rpartition(" ")[2]) for line in flames if "active_allocated" in line and "<gaps>" not in line]
     assert sum(alive) == simulated.requested[simulated.freed < 0].sum()
@@ -125,8 +125,8 @@ def test_the_official_viewers_check_of_all_memory_holds(simulated):
     assert f"total_reserved: {_memory_viz.Bytes(reserved)}" in _memory_viz.segsum(torch_snapshot(simulated))
 
 
-def test_it_uses_only_instructions_that_the_page_of_the_viewer_knows(simulated):
-    # The constants of `unpickle` in torch/utils/viz/MemoryViz.js (PyTorch 2.6): it has no others, and protocols 2 to 4.
+def test_it_uses_only_instructions_that_the_viewers_page_supports(simulated):
+    # All constants of `unpickle` in torch/utils/viz/MemoryViz.js (PyTorch 2.6), which reads protocols 2 to 4.
     known = """
         APPEND APPENDS BINFLOAT BINGET BININT BININT1 BININT2 BINPUT BINUNICODE DICT EMPTY_DICT EMPTY_LIST EMPTY_TUPLE
         FRAME LIST LONG1 LONG_BINGET LONG_BINPUT MARK MEMOIZE NEWFALSE NEWTRUE NONE PROTO SETITEM SETITEMS
@@ -137,13 +137,13 @@ def test_it_uses_only_instructions_that_the_page_of_the_viewer_knows(simulated):
     assert data[:2] == b"\x80\x04"
 
 
-def test_the_viewer_colours_by_category_and_finds_the_one_it_would_add_in_vain(simulated):
-    # `annotate_snapshot` in MemoryViz.js pushes "unknown" to a misspelt list where no entry is of it.
+def test_the_viewer_colors_by_category_and_finds_the_category_it_would_fail_to_add(simulated):
+    # `annotate_snapshot` in MemoryViz.js appends "unknown" to a misspelled list if no entry has this category.
     told = {entry["category"] for entry in torch_snapshot(simulated)["device_traces"][0] if "category" in entry}
     assert told == {CATEGORIES[code] for code in np.unique(simulated.category)} | {"unknown"}
 
 
-def test_the_stack_of_an_allocation_says_what_the_trace_knows():
+def test_the_stack_of_an_allocation_holds_its_columns_in_the_trace():
     alloc = [entry for entry in torch_snapshot(small())["device_traces"][0] if entry["action"] == "alloc"][1]
     assert [(frame["filename"], frame["line"], frame["name"]) for frame in alloc["frames"]] == [
         ("memscope/op", 0, "aten.mm"),
@@ -185,18 +185,18 @@ def first(entries, action):
 CHANGED = {
     "schema to come": lambda data, _: data["memscope"].update(schema_version=2),
     "what is freed was never there": lambda _, entries: entries.pop(first(entries[::-1], "alloc") * -1 - 1),
-    "a category that is none": lambda _, entries: entries[first(entries, "alloc")]["frames"][2].update(name="weights"),
-    "frames that are none": lambda _, entries: [e.update(frames=7) for e in entries],
+    "an unknown category": lambda _, entries: entries[first(entries, "alloc")]["frames"][2].update(name="weights"),
+    "frames of another type": lambda _, entries: [e.update(frames=7) for e in entries],
     "a step that is no number": lambda _, entries: [f.update(line="x") for e in entries for f in e["frames"]],
     "marks out of order": lambda _, entries: entries.reverse(),
-    "history that is none": lambda data, _: data.update(device_traces=[]),
-    "reserved that is none": lambda data, _: data["memscope"].update(reserved=[["x"]]),
-    "meta that is none": lambda data, _: data["memscope"].update(meta=7),
+    "an empty history": lambda data, _: data.update(device_traces=[]),
+    "reserved of another type": lambda data, _: data["memscope"].update(reserved=[["x"]]),
+    "meta of another type": lambda data, _: data["memscope"].update(meta=7),
 }
 
 
 @pytest.mark.parametrize("name", CHANGED)
-def test_an_own_snapshot_that_was_changed_is_refused(tmp_path, name):
+def test_a_snapshot_by_memscope_that_was_changed_is_refused(tmp_path, name):
     with pytest.raises(TraceFileError, match=r"snapshot\.pickle: .*memscope wrote it"):
         import_snapshot(dumped(changed(CHANGED[name]), tmp_path))
 
@@ -208,7 +208,7 @@ def events(trace, kind):
     return [event for event in json.loads(chrome_trace_bytes(trace))["traceEvents"] if event["ph"] == kind]
 
 
-def test_counters_follow_each_category_and_the_whole():
+def test_counters_follow_each_category_and_the_total():
     found = {}
     for event in events(small(), "C"):
         found.setdefault(event["name"], []).append((event["ts"], event["args"]["bytes"]))
@@ -240,7 +240,7 @@ def test_allocations_are_slices_from_birth_to_death():
     ]
 
 
-def test_of_very_many_allocations_the_largest_are_slices_and_the_counters_have_all(monkeypatch):
+def test_with_very_many_allocations_only_the_largest_are_slices_but_counters_include_all(monkeypatch):
     monkeypatch.setattr(chrome_trace, "MOST_SLICES", 1)
     assert [event["id"] for event in events(small(), "b")] == [0]
     assert len([event for event in events(small(), "C") if event["name"] == "allocated"]) == 3
@@ -248,7 +248,7 @@ def test_of_very_many_allocations_the_largest_are_slices_and_the_counters_have_a
 
 @given(random_traces())
 @settings(deadline=None, max_examples=50)
-def test_any_trace_is_valid_for_chrome_and_ends_at_what_is_alive(trace):
+def test_any_trace_is_valid_for_chrome_and_ends_with_the_live_bytes(trace):
     counters = {event["name"]: event["args"]["bytes"] for event in events(trace, "C")}
     assert counters.get("allocated", 0) == (trace.allocated[-1] if trace.events else 0)
     assert len(events(trace, "b")) == len(events(trace, "e")) == len(trace)
@@ -259,7 +259,7 @@ def test_any_trace_is_valid_for_chrome_and_ends_at_what_is_alive(trace):
 
 @given(random_traces())
 @settings(deadline=None, max_examples=50)
-def test_csv_has_one_row_an_allocation_with_names_and_bytes(trace):
+def test_csv_has_one_row_per_allocation_with_names_and_bytes(trace):
     rows = list(csv.DictReader(io.StringIO(csv_bytes(trace).decode(), newline="")))
     assert [int(row["size_bytes"]) for row in rows] == trace.size.tolist()
     assert [row["category"] for row in rows] == [CATEGORIES[code] for code in trace.category]
@@ -287,7 +287,7 @@ def test_parquet_has_the_same_columns_and_the_traces_own_meta(tmp_path):
     assert json.loads(table.schema.metadata[b"memscope"]) == {"target": "small"}
 
 
-def test_without_pyarrow_parquet_says_how_to_get_it(monkeypatch):
+def test_without_pyarrow_parquet_export_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UsageError, match="pip install pyarrow"):
         parquet_bytes(small())

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, the newest ones kept, nothing foreign read."""
+"""Checkpoints: complete or absent, the newest ones kept, foreign files refused."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def saved(folder: Path, step: int = 1, of: Training | None = None, *, keep: int 
 
 
 @pytest.mark.parametrize("scaler", [False, True])
-def test_a_restored_training_goes_on_as_if_nothing_had_happened(scaler: bool, tmp_path: Path) -> None:
+def test_a_restored_training_continues_exactly_where_it_was_saved(scaler: bool, tmp_path: Path) -> None:
     first = training(scaler=scaler)
     steps(first, 3)
     if first.scaler:
-        first.scaler.update(8.0)  # another scale than it begins with
+        first.scaler.update(8.0)  # another scale than the initial one
     path = saved(tmp_path, 3, first)
     drawn = random.random()
     expected = steps(first, 3)
@@ -54,10 +54,10 @@ def test_a_restored_training_goes_on_as_if_nothing_had_happened(scaler: bool, tm
     restore(other, load_checkpoint(path), path)
     assert random.random() == drawn
     assert other.scaler is None or other.scaler.get_scale() == 8.0
-    assert steps(other, 3) == expected  # dropout draws the same numbers, AdamW has the same moments
+    assert steps(other, 3) == expected  # dropout samples the same numbers, AdamW has the same moments
 
 
-def test_what_is_said_about_a_checkpoint_comes_back_with_it(tmp_path: Path) -> None:
+def test_values_saved_about_a_checkpoint_are_loaded_with_it(tmp_path: Path) -> None:
     state = load_checkpoint(saved(tmp_path, 7))
     assert (state["step"], state["note"]) == (7, "mine")
 
@@ -81,14 +81,14 @@ def test_a_full_disk_leaves_the_checkpoints_that_are_there(tmp_path: Path) -> No
     large = training(width=10_000)
     with (
         files_no_larger_than(50_000),
-        pytest.raises(MemscopeError, match="nothing was saved; is there room on the disk"),
+        pytest.raises(MemscopeError, match="nothing was saved; is the disk full"),
     ):
         saved(tmp_path, 2, large, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == [first.name]
     assert load_checkpoint(first)["step"] == 1
 
 
-def test_leftovers_of_a_killed_process_are_no_checkpoints_and_go_away(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_process_are_not_checkpoints_and_are_removed(tmp_path: Path) -> None:
     whole = saved(tmp_path, 1)
     half = tmp_path / ".step-00000002.4711"  # killed while it was written
     half.mkdir()
@@ -98,7 +98,7 @@ def test_leftovers_of_a_killed_process_are_no_checkpoints_and_go_away(tmp_path: 
     assert [path.name for path in tmp_path.iterdir()] == [whole.name]
 
 
-def test_there_is_no_newest_where_there_is_none(tmp_path: Path) -> None:
+def test_a_missing_folder_has_no_newest_checkpoint(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path / "nowhere") is None
 
 
@@ -125,12 +125,16 @@ class MakesAFile:
 def test_a_damaged_or_foreign_checkpoint_is_refused_and_never_run(damage: Any, tmp_path: Path) -> None:
     path = saved(tmp_path)
     damage(path / "state.pt")
-    with pytest.raises(UsageError, match=r"step-00000001: damaged, or no checkpoint .*go on from the one before it"):
+    with pytest.raises(
+        UsageError, match=r"step-00000001: damaged, or not a checkpoint .*resume from the checkpoint before it"
+    ):
         load_checkpoint(path)
     assert not (path / "made by code").exists()
 
 
 def test_a_checkpoint_of_other_weights_is_refused_by_name(tmp_path: Path) -> None:
     path = saved(tmp_path)
-    with pytest.raises(UsageError, match=r"not in both or of another shape: 0\.bias, 0\.weight, 2\.weight$"):
+    with pytest.raises(
+        UsageError, match=r"other trained weights than in this run, or other shapes: 0\.bias, 0\.weight, 2\.weight$"
+    ):
         restore(training(width=9), load_checkpoint(path), path)

@@ -1,4 +1,4 @@
-"""Metrics of a run: lines that survive being killed, TensorBoard or a word about it, the outcome as numbers."""
+"""Metrics of a run: lines that survive a kill, TensorBoard or a message without it, and the outcome."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def step(number: int, loss: float = 2.0, **values: Any) -> Stepped:
 
 
 def written(folder: Path, metrics: list[Metric], done: int = 0) -> tuple[Path, list[str]]:
-    """The file with these metrics, and what was said."""
+    """Write metrics; returns the file and the messages."""
     said: list[str] = []
     file = folder / "metrics.jsonl"
     with metrics_written(file, folder / "board", done, said.append) as write:
@@ -38,7 +38,7 @@ def _no_tensorboard(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
 
 
-def test_each_metric_is_a_line_that_is_there_at_once(tmp_path: Path) -> None:
+def test_each_metric_is_written_at_once_as_a_line(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     with metrics_written(file, tmp_path / "board", 0, lambda text: None) as write:
         write(Evaluated(0, 20.5))
@@ -49,7 +49,7 @@ def test_each_metric_is_a_line_that_is_there_at_once(tmp_path: Path) -> None:
     assert "peak_bytes" not in lines[1]  # nothing was measured
 
 
-def test_a_continued_run_loses_what_was_measured_after_its_checkpoint(tmp_path: Path) -> None:
+def test_a_resumed_run_drops_the_metrics_after_its_checkpoint(tmp_path: Path) -> None:
     file, _ = written(tmp_path, [Evaluated(0, 9.0), step(1), step(2), step(3)])
     file.write_text(file.read_text() + '{"step": 4, "lo')  # killed in the middle of a line
     written(tmp_path, [step(3, 7.0), Evaluated(3, 5.0)], done=2)
@@ -64,7 +64,7 @@ def test_a_run_that_was_killed_after_its_last_step_is_evaluated_once(tmp_path: P
     assert len(file.read_text().splitlines()) == 3
 
 
-def test_missing_tensorboard_is_said_once(tmp_path: Path) -> None:
+def test_missing_tensorboard_is_reported_once(tmp_path: Path) -> None:
     _, said = written(tmp_path, [step(1), step(2)])
     assert said == ["TensorBoard is not installed: metrics go into metrics.jsonl only"]
     assert not (tmp_path / "board").exists()
@@ -92,7 +92,7 @@ def test_tensorboard_gets_every_number_at_its_step(tmp_path: Path, monkeypatch: 
     assert calls[-1] == "closed"
 
 
-def test_a_full_disk_is_told_in_words(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported(tmp_path: Path) -> None:
     with (
         pytest.raises(MemscopeError, match=r"metrics\.jsonl: cannot be written \(File too large\)"),
         files_no_larger_than(500),
@@ -133,7 +133,7 @@ def test_the_outcome_sums_up_all_steps(tmp_path: Path) -> None:
     )
 
 
-def test_what_was_not_measured_is_absent_from_the_outcome(tmp_path: Path) -> None:
+def test_values_not_measured_are_absent_from_the_outcome(tmp_path: Path) -> None:
     file, _ = written(tmp_path, [step(1)])
     outcome = Outcome.read(file)
     assert (outcome.perplexity_before, outcome.perplexity_after, outcome.peak_bytes) == (None, None, None)

@@ -35,7 +35,7 @@ def test_cosine_rate_is_half_in_the_middle_and_symmetric_around_it() -> None:
     assert found == pytest.approx([1.0, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2])
 
 
-def test_a_share_of_a_step_of_warm_up_is_a_whole_one() -> None:
+def test_a_fraction_of_a_warm_up_step_is_a_whole_step() -> None:
     # 0.03 of 25 steps, 200 samples in steps of 8, is 0.75: one step, at the full rate.
     assert factors(25, schedule="constant", warmup=0.03) == [1.0] * 25
     assert factors(100, schedule="constant", warmup=0.03)[:4] == pytest.approx([1 / 3, 2 / 3, 1, 1])
@@ -52,7 +52,7 @@ def test_steps_cover_the_epochs_and_only_the_last_one_goes_beyond(epochs: float,
     assert Recipe(epochs=epochs).steps(samples, 8) == steps
 
 
-def test_everything_wrong_with_a_recipe_is_told_at_once() -> None:
+def test_every_problem_of_a_recipe_is_reported_at_once() -> None:
     with pytest.raises(
         ValueError, match=r"epochs=0: .*; warmup=2: .*; clip_grad_norm=-1: .*; held_out=-1: .*; keep=0: "
     ):
@@ -63,7 +63,7 @@ def test_everything_wrong_with_a_recipe_is_told_at_once() -> None:
 
 
 def test_every_epoch_has_each_sample_once_in_an_order_of_its_own() -> None:
-    # 3 steps of 4 are 2 epochs of 6: the second step lies across the border.
+    # 3 steps of 4 are 2 epochs of 6: the second step spans both epochs.
     seen = [sample for step in range(3) for sample in samples_of_step("abcdef", step, 4, seed=0)]
     assert sorted(seen[:6]) == sorted(seen[6:]) == list("abcdef")
     assert seen[:6] != seen[6:]
@@ -91,25 +91,25 @@ def test_a_job_is_read_back_from_its_text() -> None:
     assert Job.of(job.settings) == job
 
 
-def test_the_folder_of_a_run_tells_its_job(tmp_path: Path) -> None:
+def test_the_job_is_read_back_from_the_folder_of_a_run(tmp_path: Path) -> None:
     job = Job.of({"samples": "3", "epochs": "2"}, PRESETS["debug"])
     folder = RunFolder(tmp_path / "run")
     folder.begin(job)
     assert folder.read_job() == job
 
 
-def test_a_job_differs_in_what_a_run_must_keep_and_in_what_it_may_change() -> None:
+def test_differences_of_jobs_are_split_into_those_a_resumed_run_may_have_and_others() -> None:
     one = Job.of({"samples": "3"}, PRESETS["debug"])
     other = Job.of({"samples": "4", "strategies": "ckpt", "lr": "0.5", "epochs": "2"}, PRESETS["debug"])
     refused, allowed = one.differences(other)
-    assert refused == ["samples: 3 there, 4 here", "strategies: none there, ckpt here"]
-    assert allowed == ["lr: 1e-05 there, 0.5 here", "epochs: 1.0 there, 2.0 here"]
+    assert refused == ["samples: 3 in the run, 4 given", "strategies: none in the run, ckpt given"]
+    assert allowed == ["lr: 1e-05 in the run, 0.5 given", "epochs: 1.0 in the run, 2.0 given"]
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"device": "gpu"}, 'device "gpu" cannot be used: .*Valid: cpu, cuda'),
+        ({"device": "gpu"}, 'unknown device "gpu": .*Valid: cpu, cuda'),
         ({"epochs": "many"}, 'fine-tuning: setting "epochs" cannot be "many": expected a number'),
         ({"schedule": "cos"}, 'fine-tuning: setting "schedule" cannot be "cos": did you mean "cosine"'),
         ({"keep": "0"}, "fine-tuning rejects these settings: keep=0"),

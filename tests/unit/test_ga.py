@@ -1,4 +1,4 @@
-"""Gradient accumulation: the same step in pieces."""
+"""Gradient accumulation: the same step in micro-batches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ IGNORED = -100
 
 
 def toy(plan: str = "", *, masked: tuple[int, ...] = ()) -> Workload:
-    """The toy in float64; the samples in `masked` have no target at all."""
+    """The toy in float64; the samples in `masked` have no target token."""
     torch.manual_seed(0)
     workload = toy_workload()
     workload.model.double()
@@ -72,7 +72,7 @@ def test_loss_and_gradients_are_those_of_the_batch_in_one_go(steps: int) -> None
     assert max(float(gradient.abs().max()) for gradient in expected.values()) > 0.01
 
 
-def test_a_mean_over_micro_batches_would_be_something_else() -> None:
+def test_a_mean_over_micro_batches_would_differ() -> None:
     workload = toy("ga:steps=8")
     workload.weight = lambda batch: 1.0
     _, gradients = step(workload)
@@ -89,7 +89,7 @@ def test_a_micro_batch_without_any_target_adds_nothing(masked: tuple[int, ...]) 
         assert_exact(gradient, expected[name])
 
 
-def test_the_effective_batch_stays_what_it_was() -> None:
+def test_the_effective_batch_is_unchanged() -> None:
     workload = toy("ga:steps=4")
     pieces = micro_batches(workload, workload.batches[0])
     assert [piece.data.shape for piece in pieces] == [(2, 5), (2, 7), (2, 9), (2, 11)]  # padded to the longer of two
@@ -107,7 +107,7 @@ def test_the_effective_batch_stays_what_it_was() -> None:
         ("-2", "steps=-2 is not a number of micro-batches: choose at least 1"),
     ],
 )  # fmt: skip
-def test_a_number_of_micro_batches_that_cannot_be_is_refused(steps: str, problem: str) -> None:
+def test_an_impossible_number_of_micro_batches_is_refused(steps: str, problem: str) -> None:
     with pytest.raises(UsageError) as caught:
         toy(f"ga:steps={steps}")
     assert str(caught.value) == f'the plan "ga:steps={steps}" cannot be applied to "toy": ga: {problem}'
@@ -130,7 +130,7 @@ def test_the_baseline_is_the_same_batch_in_one_go() -> None:
     assert piece.data.shape == (8, 11)
 
 
-def test_a_workload_without_a_batch_is_left_to_whoever_runs_it() -> None:
+def test_a_workload_without_a_batch_is_no_problem_of_the_strategy() -> None:
     workload = toy()
     workload.batches = []
     assert GradientAccumulation().check(workload) == []

@@ -1,4 +1,4 @@
-"""Golden histories out of other people's snapshots: what was there when recording began is led to, and told apart."""
+"""Golden histories from other people's snapshots: added entries lead to the state when recording began."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WEIGHT = 3 * MIB
 
 
 def begun_late() -> dict[str, Any]:
-    """Three segments; 4 MiB were put into the hole of 6 MiB, and 2 MiB taken out from behind it."""
+    """Three segments; 4 MiB were allocated in the gap of 6 MiB, and the 2 MiB after it were freed."""
     segments = [
         segment(block(WEIGHT), block(4 * MIB), block(4 * MIB, "inactive"), block(2 * MIB), block(7 * MIB, "inactive")),
         segment(block(512), block(MIB + 512, "inactive"), block(1024), block(MIB - 2048, "inactive"), address=SMALL),
@@ -40,7 +40,7 @@ def begun_late() -> dict[str, Any]:
     )
 
 
-def test_the_entries_in_front_lead_to_what_was_there() -> None:
+def test_the_added_entries_lead_to_the_state_when_recording_began() -> None:
     entries, about = golden_of(begun_late(), 0)
     history = read_history(entries)
     done = replay(
@@ -61,7 +61,7 @@ def test_the_entries_in_front_lead_to_what_was_there() -> None:
 
 
 def test_peaks_are_those_since_recording_began() -> None:
-    # Before: 3 + 2 + 2 + 30 MiB and 1.5 KiB; 4 MiB more, then 2 less. What led there filled all of 86 MiB.
+    # Before: 3 + 2 + 2 + 30 MiB and 1.5 KiB; then 4 MiB more, then 2 less. The added entries filled all 86 MiB.
     _, about = golden_of(begun_late(), 0)
     most = 41 * MIB + 1536
     assert about["measured"] == {"allocated": most, "reserved": 86 * MIB}

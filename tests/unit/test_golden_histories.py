@@ -1,7 +1,7 @@
 """Histories recorded on GPUs, replayed to the byte: every block, every segment, every peak.
 
-`make gpu` writes them, and `benchmarks/golden_from_snapshot.py` out of memory snapshots that others published; each
-file says where it comes from.
+`make gpu` writes them, and `benchmarks/golden_from_snapshot.py` makes them from memory snapshots that others published.
+Each file names its source.
 """
 
 from __future__ import annotations
@@ -50,21 +50,21 @@ def replayed(path: Path) -> tuple[History, Replay, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("path", FROM_A_GPU, ids=lambda path: path.stem)
-def test_a_replay_does_what_the_gpu_did(path: Path) -> None:
+def test_a_replay_matches_the_gpu(path: Path) -> None:
     history, done, measured = replayed(path)
     assert first_difference(history, done) is None
-    start = max(about(path).get("began", 0) - 1, 0)  # what led to the state when recording began was not recorded
+    start = max(about(path).get("began", 0) - 1, 0)  # the events before recording began were not recorded
     peaks = {
         "allocated": int(done.allocated[start:].max()),
         "reserved": done.peak_reserved,
         "requested": int(done.requested[start:].max()),
     }
-    told = {name: measured[name] for name in peaks if name in measured}  # requested: not where blocks were there before
+    told = {name: measured[name] for name in peaks if name in measured}  # no requested bytes if blocks existed before
     assert told == {name: peaks[name] for name in told}
 
 
-def test_a_history_that_was_changed_is_found_out(tmp_path: Path) -> None:
-    # Two blocks in one segment by the rules, then the second one moved: what the test above would say of it.
+def test_a_changed_history_gives_differences(tmp_path: Path) -> None:
+    # Two blocks in one segment by the rules, then the second one moved: the test above would report it.
     rows = [[1, 0x7000000, 20 * 2**20, 0], [0, 0x7000000, 3 * 2**20, 0], [0, 0x7400000, 2 * 2**20, 0]]
     known = {
         "actions": ["alloc", "segment_alloc"],

@@ -1,4 +1,4 @@
-"""The parts of `make gpu` that need no GPU: which cells, how long, and what is a difference."""
+"""The parts of `make gpu` that need no GPU: choice of cells, time limits, and differences."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def ints(*values: int) -> Any:
     return np.array(values, dtype=np.int64)
 
 
-def test_sixteen_cells_hold_every_pair_of_values_that_is_possible() -> None:
+def test_sixteen_cells_cover_every_possible_pair_of_values() -> None:
     cells = gpu_plan.covering(16)
     assert len(set(cells)) == 16
     axes = list(gpu_plan.AXES)
@@ -53,7 +53,7 @@ def test_a_cell_is_a_plan_that_memscope_reads() -> None:
     assert gpu_plan.Cell("bf16", "none", "full", "none", 1, "eager").plan == "ga:steps=1"
 
 
-def test_nothing_begins_that_might_not_end_in_time() -> None:
+def test_no_cell_starts_that_might_not_end_in_time() -> None:
     now = 100.0
     budget = gpu_plan.Budget(60, reserve_seconds=20, clock=lambda: now)
     assert budget.left == 40
@@ -61,7 +61,7 @@ def test_nothing_begins_that_might_not_end_in_time() -> None:
     assert not budget.allows([], guess=41)
     now = 120.0
     assert budget.spent == 20
-    # 20 seconds are left: enough for what took 16 (with a quarter more, 20), not for what took 17
+    # 20 seconds are left: enough for a cell that took 16 (a quarter more is 20), not for one that took 17
     assert budget.allows([5, 16], guess=1000)
     assert not budget.allows([17, 5], guess=0)
     now = 300.0
@@ -84,7 +84,7 @@ def test_equal_sequences_align_without_a_difference() -> None:
     ],
     ids=["only in the first", "only in the second", "another size", "longer"],
 )
-def test_one_difference_does_not_hide_what_follows(
+def test_one_difference_does_not_hide_those_after_it(
     ours: list[int], theirs: list[int], partner: list[int], place: tuple[slice, slice]
 ) -> None:
     aligned = gpu_report.align(ints(*ours), ints(*theirs))
@@ -105,7 +105,7 @@ def test_sequences_that_differ_in_two_places_meet_again_in_between() -> None:
 
 
 def trace(sizes: list[int], freed: list[int], categories: list[str]) -> Trace:
-    """Allocations in a row, one event each; the frees come after."""
+    """Allocations in sequence, one event each, then the frees."""
     count = len(sizes)
     zeros = np.zeros(count, dtype=np.int64)
     return Trace(
@@ -141,11 +141,11 @@ def test_the_same_allocations_are_identical_and_give_their_categories_to_the_mea
     assert found["identical"]
     assert found["identical_with_frees"]
     assert found["first_difference"] is None
-    # the block of 100 bytes is 512 large
+    # the block for 100 bytes has 512
     assert found["measured_by_category"] == {"parameter": MIB, "activation": 1024, "input": 512}
 
 
-def test_another_order_of_frees_is_told_apart() -> None:
+def test_another_order_of_frees_is_reported_separately() -> None:
     predicted = trace([MIB, 1024], [2, 3], ["parameter", "activation"])
     found = compared([MIB, 1024], [3, 2], predicted)
     assert found["identical"]
@@ -199,7 +199,7 @@ ROWS = [
 ]
 
 
-def test_the_summary_has_the_worst_and_the_median_error_of_what_was_measured() -> None:
+def test_the_summary_has_the_worst_and_the_median_error_of_the_measured_cells() -> None:
     found = gpu_report.summary(ROWS)
     assert (found["cells"], found["measured"], found["compared"], found["identical"]) == (5, 3, 3, 1)
     # errors: 1 in 100, none, 2 in 100
@@ -207,7 +207,7 @@ def test_the_summary_has_the_worst_and_the_median_error_of_what_was_measured() -
     assert found["allocated_median"] == pytest.approx(0.01)
 
 
-def test_the_table_shows_what_was_left_out_and_what_failed() -> None:
+def test_the_table_shows_cells_that_were_left_out_or_failed() -> None:
     timed = [
         {"cell": "one", "by": "nothing", "median": 0.2},
         {"cell": "one", "by": "memscope", "median": 0.21},
@@ -237,7 +237,7 @@ def test_the_table_shows_what_was_left_out_and_what_failed() -> None:
     assert "parameter +1.00 MiB" in lines[6]
     assert any(line.startswith("| four | skipped: no time left |") for line in table)
     assert any("a/b" in line for line in table)
-    # every row of one table has as many columns as its head
+    # every row of a table has as many columns as its head
     assert {line.count("|") for line in table[:7]} == {12}
     assert {line.count("|") for line in table[7:]} == {5}
     assert "| one | memscope | 0.2100 | +5.0% |" in table
@@ -245,7 +245,7 @@ def test_the_table_shows_what_was_left_out_and_what_failed() -> None:
     assert "| two | memscope | 0.5000 |  |" in table
 
 
-def test_advice_holds_where_the_measured_peak_and_the_context_are_within_the_budget() -> None:
+def test_advice_holds_if_the_measured_peak_and_the_context_are_within_the_budget() -> None:
     measured = {"planned": {"allocated": 900 * MIB, "seconds": 1.2}, "none": {"allocated": 990 * MIB, "seconds": 1.0}}
     row = {"case": "lora", "budget": 1000 * MIB, "context": 100 * MIB, "allocated": 890 * MIB}
     row |= {"overhead_vs_none": 0.1, "measured": measured}

@@ -1,4 +1,4 @@
-"""Table 2: combinations, run times, and what is said where memory runs out."""
+"""Table 2: combinations, run times, and runs that run out of memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OFF_OFF, OFF_ON, ON_OFF, ON_ON = (False, False), (False, True), (True, False), (
 
 
 def trace(size_mib: int, *, simulated: bool = True, **meta: Any) -> Trace:
-    """A run of one step whose only allocation has so many MiB."""
+    """A run of one step with a single allocation of this many MiB."""
     builder = TraceBuilder()
     builder.phase("forward", step=0)
     builder.new("activation", size_mib * MIB)
@@ -32,7 +32,7 @@ def trace(size_mib: int, *, simulated: bool = True, **meta: Any) -> Trace:
 
 
 def estimate(*seconds: float) -> dict[str, Any]:
-    """The estimate of a step whose forward operators take so long."""
+    """The estimate of a step whose forward operators take this long."""
     return {"rows": [[0, 0, PHASES.index("forward"), 0, 0, 1, 0, 0, value] for value in seconds]}
 
 
@@ -40,7 +40,7 @@ def grid_of(*traces: Trace | None, samples: int = 200) -> Grid:
     return table2(FACTORS, list(zip((OFF_OFF, OFF_ON, ON_OFF, ON_ON), traces, strict=True)), samples)
 
 
-def test_every_combination_is_there_once_in_the_order_of_the_factors() -> None:
+def test_every_combination_appears_once_in_the_order_of_the_factors() -> None:
     found = combinations(read_strategies("ga:steps=2,amp,lora"))
     assert [str(plan) for _, plan in found] == [
         "", "lora", "amp", "lora,amp", "ga:steps=2", "lora,ga:steps=2", "amp,ga:steps=2", "lora,amp,ga:steps=2",
@@ -49,7 +49,7 @@ def test_every_combination_is_there_once_in_the_order_of_the_factors() -> None:
 
 
 @pytest.mark.parametrize(("text", "expected"), [("ga,ga:steps=4", '"ga" occurs 2 times'), ("", "no strategy")])
-def test_factors_that_make_no_grid_are_refused(text: str, expected: str) -> None:
+def test_invalid_factors_are_refused(text: str, expected: str) -> None:
     with pytest.raises(UsageError, match=expected):
         combinations(read_strategies(text))
 
@@ -70,13 +70,13 @@ def test_measured_seconds_are_those_of_the_last_step() -> None:
     assert found.cells[3].seconds == 25 * 2.0
 
 
-def test_a_predicted_run_that_does_not_fit_says_what_it_would_need_and_has_no_time() -> None:
+def test_a_predicted_run_that_does_not_fit_shows_the_memory_it_needs_and_no_time() -> None:
     one = trace(70, cost=estimate(1.0), out_of_memory={"limit": 1})
     cell = grid_of(one, one, one, one).cells[0]
     assert (cell.fits, cell.allocated_bytes, cell.seconds) == (False, 70 * MIB, None)
 
 
-def test_a_measured_run_that_ran_out_does_not_pass_off_where_it_ended_as_its_need() -> None:
+def test_a_measured_run_that_ran_out_of_memory_shows_no_peak() -> None:
     ended = trace(70, simulated=False, seconds=[1.0], out_of_memory={"limit": 1})
     fits = trace(3, simulated=False, seconds=[1.0])
     found = grid_of(ended, None, fits, fits)
@@ -89,7 +89,7 @@ def test_a_grid_in_which_no_run_has_room_for_its_weights_is_an_error() -> None:
         grid_of(None, None, None, None)
 
 
-def test_runs_of_different_samples_a_step_are_not_compared() -> None:
+def test_runs_with_different_numbers_of_samples_per_step_are_not_compared() -> None:
     one = trace(1)
     with pytest.raises(UsageError, match="different numbers of samples"):
         grid_of(one, one, one, trace(1, samples_per_step=4))
@@ -100,7 +100,7 @@ def mixed() -> Grid:
     return grid_of(too_large, too_large, fits, fits)
 
 
-def test_markdown_marks_what_is_on_and_what_runs_out() -> None:
+def test_markdown_marks_the_strategies_and_the_runs_out_of_memory() -> None:
     lines = FORMATS[".md"](mixed(), list(grid_notes(mixed(), ["The same batch in one go (ga)"]))).splitlines()
     assert lines[0] == "Table 2: mine on a100-40gb, predicted"
     assert lines[2] == "| ga:steps=2 | lora | peak allocated (MiB) | peak reserved (MiB) | run time, estimate |"
@@ -127,7 +127,7 @@ def test_csv_has_plain_numbers_and_says_in_each_row_that_they_are_predicted() ->
         ({"samples_per_step": None}, "samples in the batch of a step cannot"),
     ],
 )
-def test_where_there_is_no_run_time_the_table_says_why(meta: dict[str, Any], reason: str) -> None:
+def test_without_a_run_time_the_table_says_why(meta: dict[str, Any], reason: str) -> None:
     one, out = trace(1, **meta), io.StringIO()
     found = grid_of(one, one, one, one)
     print_grid(Console(file=out, width=200), found, list(grid_notes(found, [])))

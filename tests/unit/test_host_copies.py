@@ -1,4 +1,4 @@
-"""Tensors that a simulated GPU's program moves to the host take no memory of the device, and moved back they do."""
+"""Tensors that a program moves to the host take no memory of the simulated GPU until they are moved back."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ U = ROWS * DIM * 4
 
 
 def kept_bytes(move: Callable[[Tensor], Tensor | None], device: str = "gpu") -> int:
-    """Bytes that are left at the end of a step which keeps what `move` gives of an activation."""
+    """Bytes allocated at the end of a step that keeps the result of `move` for an activation."""
     kept: list[Tensor | None] = []
 
     def build() -> Workload:
@@ -53,7 +53,7 @@ MOVES: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
 
 
 @pytest.mark.parametrize(("move", "expected"), MOVES.values(), ids=MOVES)
-def test_what_is_kept_takes_device_memory_unless_it_is_on_the_host(
+def test_a_kept_tensor_takes_device_memory_unless_it_is_on_the_host(
     move: Callable[[Tensor], Tensor], expected: int
 ) -> None:
     assert kept_bytes(move) - kept_bytes(lambda y: None) == expected
@@ -71,7 +71,7 @@ def test_the_methods_are_put_back() -> None:
 
 
 class Saved(nn.Module):
-    """A layer under PyTorch's own offloading."""
+    """A layer with PyTorch's own offloading."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ def test_pytorchs_own_offloading_is_seen() -> None:
         return Workload(model, [torch.randn(ROWS, DIM)], lambda model, x: model(x).sum(), torch.optim.SGD)
 
     trace = simulate(build, device="gpu", steps=1)
-    # Each linear layer saves its input, the second one its weight too (the batch needs no gradient), each sine its own.
+    # Linear layers and sines save their inputs, the second layer also its weight (the batch needs no gradient).
     assert copies_back(trace) == sorted([U, U, U, U, DIM * DIM * 4])
     backward = trace.mark_event[[PHASES[phase] for phase in trace.mark_phase].index("backward")]
     alive = (trace.born < backward) & ((trace.freed < 0) | (trace.freed >= backward))

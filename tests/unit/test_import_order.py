@@ -1,4 +1,4 @@
-"""The way of the data is the order of the folders: imports point one way, without circles."""
+"""Imports follow the order of the folders, in one direction and without circles."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LOOSE = {"__init__", "__main__", "errors", "units"}
 
 
 def sources(*folders: str) -> dict[str, Path]:
-    """Every module by its name; `targets/` and `dashboards/` are installed as subpackages of memscope."""
+    """The file of every module by name; `targets/` and `dashboards/` are installed as subpackages of memscope."""
     found = {}
     for folder in folders:
         for path in sorted((ROOT / folder).rglob("*.py")):
@@ -42,7 +42,7 @@ def sources(*folders: str) -> dict[str, Path]:
 
 
 def imports_of(path: Path, modules: set[str]) -> set[str]:
-    """The modules that a file imports, wherever in it; also those for type checking only."""
+    """The modules that a file imports anywhere, including imports only for type checking."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -74,7 +74,7 @@ def upward(imports: dict[str, set[str]]) -> Iterator[str]:
 
 
 def circle(imports: dict[str, set[str]]) -> list[str]:
-    """A circle of modules, first one found; empty where there is none."""
+    """The first circle of modules found; empty if there is no circle."""
     done: set[str] = set()
 
     def walk(name: str, path: list[str]) -> list[str]:
@@ -138,7 +138,7 @@ def test_trace_imports_nothing_above_numpy() -> None:
             assert {root for root in outside if not root.startswith(("memscope.trace", "memscope.errors"))} == set()
 
 
-def test_few_modules_lie_loose_beside_the_folders() -> None:
+def test_few_modules_are_outside_the_folders() -> None:
     assert {path.stem for path in (ROOT / "memscope").glob("*.py")} == LOOSE
 
 

@@ -1,4 +1,4 @@
-"""What kernels give back: the storages, dtypes and order that they have on the device."""
+"""Results of kernels: their storages, dtypes and order as on the device."""
 
 import pytest
 import torch
@@ -31,13 +31,13 @@ def workload(model, loss, batch=None, optimizer=torch.optim.SGD):
 
 
 def made(trace, op, step=1):
-    """Bytes asked for by each allocation of an operator in a step, in order of birth."""
+    """Requested bytes of each allocation of an operator in a step, in order of birth."""
     code = trace.ops.index(op)
     return trace.requested[(trace.op == code) & (trace.step == step)].tolist()
 
 
 def rows(trace):
-    """Every allocation; the operator that brings the batch to the device is another where nothing is copied."""
+    """Every allocation. The operator that moves the batch to the device differs if nothing is copied."""
     names = ["brought" if name in ("aten.clone.default", "aten.empty_strided.default") else name for name in trace.ops]
     return [
         (names[op], int(size), CATEGORIES[category], PHASES[phase], int(born), int(freed))
@@ -70,7 +70,7 @@ def test_a_mean_loss_keeps_a_storage_as_large_as_its_input(loss, op):
 
 def test_on_a_gpu_mse_loss_holds_the_losses_twice_for_a_moment():
     trace = simulate(workload(lambda: nn.Linear(8, 8), lambda m, x: F.mse_loss(m(x), x)))
-    assert made(trace, "aten.mse_loss.default") == [4 * N, 4 * N]  # the result, and the losses beside it
+    assert made(trace, "aten.mse_loss.default") == [4 * N, 4 * N]  # the result and the losses
     of_loss = (trace.op == trace.ops.index("aten.mse_loss.default")) & (trace.step == 1)
     assert [CATEGORIES[category] for category in trace.category[of_loss]] == ["activation", "workspace"]
 
@@ -145,7 +145,7 @@ def test_seed_and_offset_of_memory_efficient_attention_stay_on_the_host(monkeypa
     assert made(attended(torch.float32, "a100-40gb", dropout_p), OP.format("efficient")) == [4 * 4096, 4 * 128]
 
 
-def test_newer_pytorch_makes_them_on_the_gpu_before_the_rest_where_there_is_no_dropout(monkeypatch):
+def test_newer_pytorch_makes_seed_and_offset_on_the_gpu_first_if_there_is_no_dropout(monkeypatch):
     monkeypatch.setattr(device_memory, "_torch_version", lambda: (2, 14))
     assert made(attended(torch.float32, "a100-40gb"), OP.format("efficient")) == [8, 8, 4 * 4096, 4 * 128]
     assert made(attended(torch.float32, "a100-40gb", 0.1), OP.format("efficient")) == [4 * 4096, 4 * 128]
@@ -165,7 +165,7 @@ def test_cudnn_attention_makes_seed_and_offset_first_and_its_workspace_is_named_
 
 @pytest.mark.parametrize("optimizer", [torch.optim.Adafactor, torch.optim.ASGD])
 @pytest.mark.parametrize("device", ["gpu", "cpu"])
-def test_an_optimizer_that_scales_by_values_it_reads_is_simulated(optimizer, device):
+def test_an_optimizer_whose_step_depends_on_values_it_reads_is_simulated(optimizer, device):
     trace = simulate(workload(lambda: nn.Linear(8, 8), lambda m, x: m(x).sum(), None, optimizer), device=device)
     assert trace.max_by_category(1)["optimizer_state"] > 0
 
@@ -179,7 +179,7 @@ def test_adafactor_keeps_a_row_and_a_column_of_a_matrix():
         assert trace.max_by_category(1)["optimizer_state"] == 4 * 256 + 4 * 128 + 4  # and its step counter
 
 
-def test_adafactor_takes_the_memory_it_takes_when_it_runs():
+def test_adafactor_takes_the_same_memory_as_in_a_real_run():
     build = workload(lambda: nn.Linear(8, 8), lambda m, x: m(x).sum(), None, torch.optim.Adafactor)
     assert rows(simulate(build, device="cpu")) == rows(record(build))
 

@@ -1,4 +1,4 @@
-"""The ledger of a measured run: from the tensors to what the driver counted, and what nobody explains."""
+"""The ledger of a measured run: from the tensors to the memory the driver counts, with the unexplained rest."""
 
 import dataclasses
 
@@ -29,7 +29,7 @@ KNOWN = (
 )
 
 
-def test_every_step_from_the_tensors_to_the_driver_has_a_line():
+def test_every_level_from_the_tensors_to_the_driver_has_a_line():
     found = ledger(measured(*KNOWN))
     # The context took 520 - 20 MiB before the first step; at the end the process has 612 MiB, 42 of them reserved.
     assert [(line.name, line.added, line.total) for line in found.lines] == [
@@ -45,7 +45,7 @@ def test_every_step_from_the_tensors_to_the_driver_has_a_line():
     assert not any(line.estimate for line in found.lines)
 
 
-def test_a_process_that_cannot_be_told_apart_is_counted_with_the_others_and_it_says_so():
+def test_an_unidentified_process_is_counted_with_the_others_and_the_ledger_says_so():
     unknown = [DriverMemory(d.total_bytes, d.used_bytes, reason="in a container") for d in KNOWN]
     found = ledger(measured(*unknown))
     assert found["device"].total == 700 * MIB

@@ -1,4 +1,4 @@
-"""LoRA adapters of the LLaMA2 target as files: there and back, and those that cannot be used."""
+"""Files of LoRA adapters of the LLaMA2 target: round trips, and files that are refused."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def tensors_of(model: Llama) -> dict[str, Tensor]:
 
 
 def refused(folder: Path, model: Llama | None = None) -> str:
-    """What is said of a folder that cannot be loaded; the model stays as it was."""
+    """The error message for a folder that cannot be loaded; the model is unchanged."""
     model = model or model_of()
     before = tensors_of(model)
     with pytest.raises(UsageError) as caught:
@@ -86,7 +86,7 @@ def test_a_saved_adapter_is_loaded_on_a_model_with_or_without_updates(folder: Pa
         assert (layer.scaling, layer.dropout.p) == (6 / 2, 0.25)
 
 
-def test_a_model_that_is_given_an_adapter_trains_nothing_else(folder: Path) -> None:
+def test_a_model_that_loads_an_adapter_trains_nothing_else(folder: Path) -> None:
     model = model_of()
     load_adapter(model, folder)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -95,15 +95,15 @@ def test_a_model_that_is_given_an_adapter_trains_nothing_else(folder: Path) -> N
 
 def test_an_adapter_of_other_layers_or_another_scale_is_refused(folder: Path) -> None:
     said = refused(folder, adapted("lora:r=2,alpha=6,targets=wq"))
-    assert "layers.0.attention.wv, layers.1.attention.wv is adapted in the model or in the file, not in both" in said
-    assert "r=2, alpha=6.0 there; r=2, alpha=4.0 in the model" in refused(folder, adapted("lora:r=2,alpha=4"))
-    assert "r=2, alpha=6.0 there; r=3, alpha=6.0 in the model" in refused(folder, adapted("lora:r=3,alpha=6"))
+    assert "adapted only in the model or only in the file: layers.0.attention.wv, layers.1.attention.wv" in said
+    assert "r=2, alpha=6.0 in the file, r=2, alpha=4.0 in the model" in refused(folder, adapted("lora:r=2,alpha=4"))
+    assert "r=2, alpha=6.0 in the file, r=3, alpha=6.0 in the model" in refused(folder, adapted("lora:r=3,alpha=6"))
 
 
-def test_updates_that_are_merged_are_not_replaced(folder: Path) -> None:
+def test_merged_updates_are_not_replaced(folder: Path) -> None:
     model = adapted()
     merge(model)
-    assert "layers.0.attention.wq is merged into its weight: unmerge it first" in refused(folder, model)
+    assert "layers.0.attention.wq is merged into the weight: unmerge it first" in refused(folder, model)
 
 
 def test_alpha_survives_its_division_by_the_rank(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_missing_files_are_named(folder: Path) -> None:
 
 def test_truncated_tensors_are_refused(folder: Path) -> None:
     os.truncate(folder / "adapter_model.safetensors", 1000)
-    assert "truncated, or no safetensors file" in refused(folder)
+    assert "truncated, or not a safetensors file" in refused(folder)
 
 
 @pytest.mark.parametrize(
@@ -131,12 +131,15 @@ def test_truncated_tensors_are_refused(folder: Path) -> None:
         ({"r": 0}, '"r" is 0, expected a whole number from 1'),
         ({"r": 4}, "lora_A.weight in adapter_model.safetensors has shape [2, 32], expected [4, 32]"),
         ({"lora_alpha": "6"}, '"lora_alpha" is "6", expected a number above 0'),
-        ({"lora_dropout": 1.0}, '"lora_dropout" is 1.0, expected 0 up to, but not including, 1'),
-        ({"use_dora": True}, '"use_dora" is true; only plain LoRA can be loaded'),
-        ({"alpha_pattern": {"v_proj": 1}}, '"alpha_pattern" is {"v_proj": 1}; only plain LoRA can be loaded'),
+        ({"lora_dropout": 1.0}, '"lora_dropout" is 1.0, expected a number from 0 and below 1'),
+        ({"use_dora": True}, '"use_dora" is true, expected false: only plain LoRA can be loaded'),
+        (
+            {"alpha_pattern": {"v_proj": 1}},
+            '"alpha_pattern" is {"v_proj": 1}, expected {}: only plain LoRA can be loaded',
+        ),
     ],
 )
-def test_settings_that_cannot_be_are_refused(folder: Path, changes: dict[str, Any], said: str) -> None:
+def test_invalid_settings_are_refused(folder: Path, changes: dict[str, Any], said: str) -> None:
     assert said in refused(edit(folder, **changes))
 
 
@@ -145,8 +148,8 @@ def test_settings_that_cannot_be_are_refused(folder: Path, changes: dict[str, An
     [
         ({f"{Q}.lora_B.weight": torch.ones(31, 2)}, "q_proj.lora_B.weight in adapter_model.safetensors has shape [31"),
         ({f"{Q}.lora_B.weight": torch.ones(32, 2).to(torch.int8)}, "has dtype I8, expected floating point"),
-        ({"base_model.model.lm_head.weight": torch.ones(1)}, "no place for base_model.model.lm_head.weight"),
-        ({Q.replace("0", "7") + ".lora_A.weight": torch.ones(2, 32)}, "no place for base_model.model.model.layers.7"),
+        ({"base_model.model.lm_head.weight": torch.ones(1)}, "no module for base_model.model.lm_head.weight"),
+        ({Q.replace("0", "7") + ".lora_A.weight": torch.ones(2, 32)}, "no module for base_model.model.model.layers.7"),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(folder: Path, change: dict[str, Tensor], said: str) -> None:
@@ -154,7 +157,7 @@ def test_tensors_that_do_not_fit_are_named(folder: Path, change: dict[str, Tenso
 
 
 def test_an_adapter_without_tensors_is_refused(folder: Path) -> None:
-    assert "it is empty" in refused(rewrite(folder, lambda tensors: tensors.clear()))
+    assert "the file holds no tensors" in refused(rewrite(folder, lambda tensors: tensors.clear()))
 
 
 def test_a_model_without_updates_has_no_adapter_to_save(tmp_path: Path) -> None:
@@ -169,5 +172,5 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_an_adapter_that_exists_is_not_overwritten(folder: Path) -> None:
-    with pytest.raises(UsageError, match="exists already"):
+    with pytest.raises(UsageError, match="already exists"):
         save_adapter(adapted(), folder)

@@ -1,4 +1,4 @@
-"""Instruction data of the LLaMA2 target: templates, labels, micro-batches, and every input that cannot be used."""
+"""Instruction data of the LLaMA2 target: templates, labels, micro-batches, and invalid input."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def written(tmp_path: Path) -> Any:
     return write
 
 
-# What is shipped
+# Shipped files
 
 
 def test_shipped_data_has_one_long_sample_and_fits_the_debug_context(tokenizer: Tokenizer) -> None:
     samples = [alpaca.encode(row, tokenizer) for row in alpaca.load(SHIPPED_DATA, 1000)]
     lengths = sorted(len(sample.tokens) for sample in samples)
     assert len(lengths) >= 60
-    # The real data has 405 tokens in its longest sample and 121 on average; the shipped one stands in for it.
+    # The longest sample of the real data has 405 tokens, the average 121; the shipped data resembles it.
     assert 380 <= lengths[-1] <= 430
     assert 100 <= sum(lengths) / len(lengths) <= 140
     assert lengths[-1] <= DEBUG.max_seq_len
@@ -66,7 +66,7 @@ def test_shipped_tokenizer_has_llamas_special_ids_and_knows_every_byte(tokenizer
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_shipped_tokenizer_is_what_the_script_trains_from_the_shipped_text() -> None:
+def test_the_script_trains_the_shipped_tokenizer_from_the_shipped_text() -> None:
     trained = SentencePieceProcessor(
         model_proto=runpy.run_path(str(PROJECT / "scripts" / "make_llama2_data.py"))["train"]()
     )
@@ -129,7 +129,7 @@ def test_the_first_of_the_default_steps_ends_with_the_longest_sample() -> None:
     assert [piece["tokens"].shape for piece in pieces] == [(1, length) for length in lengths[:8]]
 
 
-def test_a_step_in_one_go_is_padded_to_its_longest_sample() -> None:
+def test_a_step_of_one_micro_batch_is_padded_to_its_longest_sample() -> None:
     workload = build(DEBUG)
     [whole] = workload.split(workload.batches[0], 1)
     longest = max(len(sample.tokens) for sample in workload.batches[0])
@@ -138,7 +138,7 @@ def test_a_step_in_one_go_is_padded_to_its_longest_sample() -> None:
 
 def test_weight_is_the_number_of_tokens_that_are_predicted_and_labelled() -> None:
     workload = build(DEBUG)
-    # The first token is never predicted, so its label counts for nothing.
+    # The first token is never predicted, so its label does not count.
     batch = alpaca.collate([Sample((1, 5, 6, 2), 0), Sample((1, 7, 2), 2)])
     assert workload.weight(batch) == 3 + 1
 
@@ -148,7 +148,7 @@ def test_too_few_samples_for_a_step_are_used_again(written: Any) -> None:
     workload = build(dataclasses.replace(DEBUG, data=written(rows), micro_batch=2, accumulation=2))
     [step] = workload.batches
     assert len(step) == 4
-    assert step[2] == step[3]  # the first one comes again, and as the longest it is the last of the first step as well
+    assert step[2] == step[3]  # the first sample is used again; as the longest it also ends the first step
     assert len(set(step)) == 3
 
 
@@ -170,7 +170,7 @@ def test_settings_are_the_configuration() -> None:
     assert build(DEBUG).settings == json.loads(json.dumps(dataclasses.asdict(DEBUG)))
 
 
-# Input that cannot be used
+# Invalid input
 
 
 def message(**changes: Any) -> str:
@@ -184,11 +184,11 @@ def message(**changes: Any) -> str:
     [
         ("not json {", ["not JSON", "line 1", "--set data="]),
         ('{"a": 1}\n{"b": 2}', ["not JSON", "line 2", "JSON list"]),
-        ({"instruction": "x"}, ["one JSON object", "expected a JSON list"]),
+        ({"instruction": "x"}, ["holds a JSON object", "expected a JSON list"]),
         ([], ["list is empty", "nothing to train on"]),
-        ([ROW, "text"], ["row 1", "is a JSON text", "instruction, input, output"]),
-        ([ROW, ROW, {"instruction": "x", "input": ""}], ["row 2", 'lacks the field "output"', "instruction, input"]),
-        ([{"instruction": "x", "output": "y"}], ["row 0", 'lacks the field "input"', "empty text"]),
+        ([ROW, "text"], ["row 1", "a JSON text, expected an object", "instruction, input, output"]),
+        ([ROW, ROW, {"instruction": "x", "input": ""}], ["row 2", 'missing field "output"', "instruction, input"]),
+        ([{"instruction": "x", "output": "y"}], ["row 0", 'missing field "input"', "empty text"]),
         ([ROW | {"output": 3}], ["row 0", '"output" is a JSON number', "expected text"]),
         ([ROW | {"input": None}], ["row 0", '"input" is a JSON null', "expected text"]),
         ([ROW, ROW | {"output": " \n"}], ["row 1", '"output" is empty', "remove the row"]),
@@ -217,7 +217,7 @@ def test_a_sample_longer_than_the_context_is_named_with_its_row_and_length(writt
     path = written([ROW, ROW, ROW | {"output": "word " * 600}])
     length = len(alpaca.encode(alpaca.load(path, 3)[2], tokenizer).tokens)
     text = message(data=path)
-    assert f"{path}, row 2: the sample has {length} tokens, the context (max_seq_len) is 512" in text
+    assert f"{path}, row 2: the sample has {length} tokens, but the context (max_seq_len) is 512" in text
     assert f"--set max_seq_len={length}" in text
     build(dataclasses.replace(DEBUG, data=path, max_seq_len=length))
     build(dataclasses.replace(DEBUG, data=path, seq_len=512))
@@ -227,21 +227,21 @@ def test_missing_tokenizer_is_named(tmp_path: Path) -> None:
     text = message(tokenizer=str(tmp_path / "none.model"))
     assert f"tokenizer {tmp_path / 'none.model'}: no such file" in text
     assert "--set tokenizer=PATH" in text
-    assert f"tokenizer {tmp_path}: a folder" in message(tokenizer=str(tmp_path))
+    assert f"tokenizer {tmp_path}: is a folder" in message(tokenizer=str(tmp_path))
 
 
 @pytest.mark.parametrize(
     "content", [b"", b"no model", SHIPPED_TOKENIZER.read_bytes()[:4000]], ids=["empty", "text", "cut"]
 )
-def test_broken_tokenizer_is_an_error_of_its_own(tmp_path: Path, content: bytes) -> None:
+def test_broken_tokenizer_is_refused_with_the_reason(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "broken.model"
     path.write_bytes(content)
     assert f"tokenizer {path}: not a SentencePiece model, or damaged (" in message(tokenizer=str(path))
 
 
-def test_a_vocabulary_larger_than_the_models_says_what_to_set() -> None:
+def test_a_vocabulary_larger_than_the_models_is_refused_with_the_setting_to_change() -> None:
     text = message(vocab_size=1000)
-    assert "has 1024 tokens, the model's (vocab_size) 1000" in text
+    assert "has 1024 tokens, but the model's (vocab_size) has 1000" in text
     assert "--set vocab_size=1024" in text
     build(dataclasses.replace(DEBUG, vocab_size=2048))
 
@@ -266,13 +266,13 @@ def test_a_vocabulary_larger_than_the_models_says_what_to_set() -> None:
         ({"seq_len": 5000}, "seq_len=5000: expected 2 to max_seq_len=4096"),
     ],
 )
-def test_a_value_that_cannot_be_used_is_named_with_what_was_expected(changes: dict[str, Any], expected: str) -> None:
+def test_an_invalid_value_is_named_with_the_expected_one(changes: dict[str, Any], expected: str) -> None:
     with pytest.raises(UsageError) as caught:
         Config(**changes)
     assert expected in str(caught.value)
 
 
-def test_everything_wrong_is_said_at_once() -> None:
+def test_every_problem_is_reported_at_once() -> None:
     with pytest.raises(UsageError) as caught:
         Config(n_heads=0, n_kv_heads=-1, attention="x", dtype="y", lr=-1.0)
     assert len(str(caught.value).splitlines()) == 1 + 5

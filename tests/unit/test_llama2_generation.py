@@ -1,4 +1,4 @@
-"""Generation: what it gives, what it keeps in memory, and what it refuses."""
+"""Generation: its results, its memory, its errors and its command."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ WAYS = {
 }
 
 
-# What it gives.
+# Results.
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_prompts_of_different_lengths_are_continued_as_each_alone(way: str) -> None:
+def test_prompts_of_different_lengths_are_continued_as_if_each_were_alone(way: str) -> None:
     model, decoding = model_of(), WAYS[way]
     together = generate(model, PROMPTS, decoding, eos_id=None)
     for index, prompt in enumerate(PROMPTS):
@@ -46,7 +46,7 @@ def test_prompts_of_different_lengths_are_continued_as_each_alone(way: str) -> N
         assert generate(model, [prompt], of_its_own, eos_id=None) == [together[index]]
 
 
-def test_logits_behind_the_end_of_a_padded_row_are_those_of_the_row_alone() -> None:
+def test_logits_at_the_end_of_a_padded_row_are_those_of_the_row_alone() -> None:
     model = model_of()
     rows = torch.tensor([PROMPTS[0] + [0] * 6, PROMPTS[1]])
     logits = model(rows, torch.tensor([2, 8]))
@@ -62,17 +62,17 @@ def test_the_same_seed_gives_the_same_text_and_another_seed_another() -> None:
     )
     assert first == again
     assert all(one != another for one, another in zip(first, other, strict=True))
-    assert first[0] != first[3]  # the same prompt, drawn for anew
+    assert first[0] != first[3]  # the same prompt, sampled anew
 
 
-def test_random_state_stays_as_it_was() -> None:
+def test_random_state_is_unchanged() -> None:
     model = model_of()
     before = torch.get_rng_state()
     generate(model, PROMPTS, WAYS["drawn"], eos_id=None)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_dropout_is_off_and_the_model_goes_on_training_afterwards() -> None:
+def test_dropout_is_off_and_the_model_is_back_in_training_mode_afterwards() -> None:
     model = model_of()
     adapt(model, ["layers.0.attention.wq"], r=2, alpha=50.0, dropout=0.9)
     layer = model.layers[0].attention.wq
@@ -86,14 +86,14 @@ def test_dropout_is_off_and_the_model_goes_on_training_afterwards() -> None:
     assert layer.dropout.training
 
 
-def test_a_text_ends_where_the_context_is_full() -> None:
+def test_a_text_ends_when_the_context_is_full() -> None:
     model = model_of(dataclasses.replace(SMALL, max_seq_len=6))
     short, long = generate(model, [PROMPTS[0], [1, 2, 3, 4, 5]], WAYS["greedy"], eos_id=None)
     assert (len(short.tokens), short.ended_by) == (3, "context")
     assert (len(long.tokens), long.ended_by) == (1, "context")
 
 
-def test_every_forward_pass_tells_what_is_there_so_far() -> None:
+def test_every_forward_pass_reports_the_tokens_so_far() -> None:
     seen: list[list[tuple[int, ...]]] = []
     model, decoding = model_of(), Decoding(max_new_tokens=4)
     (endless,) = generate(model, PROMPTS[:1], decoding, eos_id=None)
@@ -104,7 +104,7 @@ def test_every_forward_pass_tells_what_is_there_so_far() -> None:
 
 
 def steer(search: Search, logits_after: Callable[[list[int]], list[float]]) -> Continuation:
-    """Carry a search out on a model that is a table of probabilities."""
+    """Run a search on a table of probabilities in place of a model."""
     rows = next(search)
     while True:
         try:
@@ -116,8 +116,8 @@ def steer(search: Search, logits_after: Callable[[list[int]], list[float]]) -> C
 A, B, EOS = 0, 1, 2
 
 
-def test_beam_search_finds_the_likelier_text_behind_the_less_likely_token() -> None:
-    # A is likelier than B (0.6, 0.4), but B EOS (0.4 · 0.9 = 0.36) is likelier than all that begins with A: A EOS has
+def test_beam_search_finds_the_likelier_text_after_a_less_likely_token() -> None:
+    # A is likelier than B (0.6, 0.4), but B EOS (0.4 · 0.9 = 0.36) is likelier than any text with A first: A EOS has
     # 0.6 · 0.4 = 0.24.
     table = {(): [0.6, 0.4, 1e-9], (A,): [0.3, 0.3, 0.4], (B,): [0.05, 0.05, 0.9]}
     search = beam_search([], Limit(2, "length"), Decoding(beams=2), EOS)
@@ -130,7 +130,7 @@ def test_beam_search_finds_the_likelier_text_behind_the_less_likely_token() -> N
 def test_the_length_penalty_decides_between_a_likely_short_text_and_a_long_one(
     length_penalty: float, expected: Continuation
 ) -> None:
-    # EOS at once has log 0.4 = -0.92, with length 1. A A has log (0.5 · 0.7) = -1.05: less, but -0.52 for each token.
+    # EOS at once has log 0.4 = -0.92, with length 1. A A has log (0.5 · 0.7) = -1.05: less, but -0.52 per token.
     first, later = [0.5, 0.1, 0.4], [0.7, 0.2, 0.1]
     search = beam_search([], Limit(2, "length"), Decoding(beams=2, length_penalty=length_penalty), EOS)
     assert steer(search, lambda row: later if row else first) == expected
@@ -138,7 +138,7 @@ def test_the_length_penalty_decides_between_a_likely_short_text_and_a_long_one(
 
 def test_beam_search_ends_when_no_beam_is_better_than_the_finished_texts() -> None:
     # After the first token: EOS is finished (log 0.3 = -1.20), A and B go on. After the second: A EOS (log 0.45 / 2 =
-    # -0.40) and B EOS (log 0.18 / 2 = -0.86) are the two best, and what goes on, A A, has only log 0.025 / 2 = -1.84.
+    # -0.40) and B EOS (log 0.18 / 2 = -0.86) are the two best; A A, which goes on, has only log 0.025 / 2 = -1.84.
     asked: list[list[int]] = []
 
     def logits_after(row: list[int]) -> list[float]:
@@ -150,10 +150,10 @@ def test_beam_search_ends_when_no_beam_is_better_than_the_finished_texts() -> No
     assert asked == [[], [A], [B]]
 
 
-# What it keeps in memory.
+# Memory.
 
 MARK = 12_347
-"""Bytes of a tensor made between two tokens, to find that moment in a trace."""
+"""Bytes of a tensor allocated between two tokens, to find that moment in a trace."""
 
 
 def recorded(decoding: Decoding, prompts: list[list[int]]) -> tuple[Trace, list[Continuation]]:
@@ -174,7 +174,7 @@ def bytes_of_model() -> int:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_between_two_tokens_nothing_is_held_but_the_model(way: str) -> None:
+def test_between_two_tokens_only_the_model_is_held(way: str) -> None:
     trace, _ = recorded(WAYS[way], PROMPTS)
     moments = trace.born[trace.size == MARK]
     assert len(moments) == WAYS[way].max_new_tokens
@@ -189,7 +189,7 @@ def test_generation_keeps_no_activation(way: str) -> None:
 
 
 def test_a_forward_pass_for_training_keeps_activations() -> None:
-    model = model_of()  # otherwise the claim above would prove nothing
+    model = model_of()  # without this, the claim above would prove nothing
     with Recorder(model) as recorder:
         model(torch.tensor(PROMPTS[:1])).sum().backward()
     assert recorder.trace().max_by_category()["activation"] > 0
@@ -204,7 +204,7 @@ def test_the_peak_of_many_tokens_is_that_of_the_last_one_alone() -> None:
     assert first.peak.allocated_bytes < last.peak.allocated_bytes
 
 
-# What it refuses.
+# Errors.
 
 
 @pytest.mark.parametrize(
@@ -219,19 +219,19 @@ def test_the_peak_of_many_tokens_is_that_of_the_last_one_alone() -> None:
         ({"temperature": 1.0, "top_p": 0.0}, "top_p=0.0: expected a share of the probability, above 0 and up to 1"),
         ({"seed": -1}, "seed=-1: expected a whole number from 0"),
         ({"beams": 2, "length_penalty": 99.0}, "length_penalty=99.0: expected a number from -10 to 10"),
-        ({"beams": 4, "temperature": 0.7}, "beams=4 with temperature=0.7: beam search draws nothing"),
-        ({"beams": 4, "top_k": 9}, "beams=4 with top_k=9: beam search draws nothing"),
-        ({"top_p": 0.9}, "top_p=0.9 with temperature=0: nothing is drawn: set temperature=1"),
-        ({"length_penalty": 2.0}, "length_penalty=2.0 with beams=1: only beam search compares lengths"),
+        ({"beams": 4, "temperature": 0.7}, "beams=4 with temperature=0.7: beam search does not sample"),
+        ({"beams": 4, "top_k": 9}, "beams=4 with top_k=9: beam search does not sample"),
+        ({"top_p": 0.9}, "top_p=0.9 with temperature=0: nothing is sampled: set temperature=1"),
+        ({"length_penalty": 2.0}, "length_penalty=2.0 with beams=1: only beam search uses it"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], told: str) -> None:
+def test_contradictory_or_invalid_settings_are_refused(settings: dict[str, Any], told: str) -> None:
     with pytest.raises(UsageError) as refused:
         Decoding(**settings)
     assert told in str(refused.value)
 
 
-def test_all_that_is_wrong_is_told_at_once() -> None:
+def test_every_problem_of_the_settings_is_reported_at_once() -> None:
     with pytest.raises(UsageError, match=r"(?s)beams=0.*temperature=-1.*top_p=2"):
         Decoding(beams=0, temperature=-1, top_p=2)
 
@@ -240,9 +240,9 @@ def test_all_that_is_wrong_is_told_at_once() -> None:
     ("prompt", "told"),
     [
         ([], "prompt 2 is empty"),
-        ([1] * 512, r"prompt 2 has 512 tokens, the context \(max_seq_len\) is 512.*511 tokens or fewer"),
-        ([1, 1024], "prompt 2 has the token 1024, the model knows 0 to 1023"),
-        ([1, -1], "prompt 2 has the token -1, the model knows 0 to 1023"),
+        ([1] * 512, r"prompt 2 has 512 tokens.*the context \(max_seq_len\) of 512.*511 tokens or fewer"),
+        ([1, 1024], "prompt 2 has token 1024, but the model's tokens are 0 to 1023"),
+        ([1, -1], "prompt 2 has token -1, but the model's tokens are 0 to 1023"),
     ],
 )
 def test_prompts_that_cannot_be_continued_are_refused(prompt: list[int], told: str) -> None:
@@ -250,12 +250,12 @@ def test_prompts_that_cannot_be_continued_are_refused(prompt: list[int], told: s
         generate(model_of(), [[1], prompt], Decoding(), eos_id=None)
 
 
-def test_broken_weights_are_told_instead_of_nonsense() -> None:
+def test_broken_weights_are_an_error_instead_of_nonsense() -> None:
     model = model_of()
     with torch.no_grad():
         model.layers[0].feed_forward.w1.weight[0, 0] = torch.nan
     for decoding in WAYS.values():
-        with pytest.raises(MemscopeError, match="the logits of the model are not finite"):
+        with pytest.raises(MemscopeError, match="the model's logits are not finite"):
             generate(model, PROMPTS, decoding, eos_id=None)
 
 
@@ -291,7 +291,7 @@ def document(run: Run, *words: str | Path) -> dict[str, Any]:
     return json.loads(out)  # type: ignore[no-any-return]
 
 
-def test_the_text_comes_as_the_document_has_it(run: Run, weights: Path) -> None:
+def test_the_printed_text_equals_that_in_the_json_document(run: Run, weights: Path) -> None:
     (result,) = document(run, "--prompt", "The rain")["results"]
     code, out, err = run("--prompt", "The rain")
     assert (code, out) == (0, result["text"] + "\n")
@@ -304,7 +304,7 @@ def test_the_text_comes_as_the_document_has_it(run: Run, weights: Path) -> None:
     assert "The rain" + result["text"] == tokenizer.decode([*prompt, *expected.tokens])
 
 
-def test_a_character_is_shown_when_all_of_its_bytes_are_there(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_character_is_printed_when_all_of_its_bytes_are_there(capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = Tokenizer.load(SHIPPED_TOKENIZER)
     ids = tokenizer.encode("a☃b")
     new = [ids[: count + 1] for count in range(len(ids))]
@@ -347,23 +347,23 @@ def test_an_adapter_changes_the_text(run: Run, weights: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ([], "there is nothing to continue: give a text with --prompt or --instruction"),
+        ([], "no text to continue: give one with --prompt or --instruction"),
         (["--prompt", " "], '--prompt " " is empty'),
         (["--instruction", ""], '--instruction "" is empty'),
-        (["--prompt", "x", "--input", "y"], "--input belongs to one --instruction, 0 are given"),
-        (["--prompt", "word " * 600], "the context (max_seq_len) is 512: no room for a new one"),
+        (["--prompt", "x", "--input", "y"], "--input needs exactly one --instruction, but 0 are given"),
+        (["--prompt", "word " * 600], "leaves no room in the context (max_seq_len) of 512"),
         (["--prompt", "x", "--top-p", "1.5"], "top_p=1.5: expected a share"),
         (["--prompt", "x", "--beams", "0"], "beams=0: expected"),
         (["--prompt", "x", "--beams", "many"], 'setting "beams" cannot be "many": expected a whole number'),
         (["--prompt", "x", "--beams", "2", "--temperature", "1"], "beams=2 with temperature=1.0"),
-        (["--prompt", "x", "--set", "vocab_size=2048"], "its vocabulary has 1024 tokens, the model's 2048"),
+        (["--prompt", "x", "--set", "vocab_size=2048"], "its vocabulary has 1024 tokens, but the model's has 2048"),
         (["--prompt", "x", "--tokenizer", "nowhere.model"], "tokenizer nowhere.model: no such file"),
         (["--prompt", "x", "dtipe=bf16"], 'has no setting "dtipe": did you mean "dtype"?'),
-        (["--prompt", "x", "--device", "gpu"], 'device "gpu" cannot be used: did you mean "cpu"?'),
+        (["--prompt", "x", "--device", "gpu"], 'unknown device "gpu": did you mean "cpu"?'),
         (["--prompt", "x", "--weights", "nowhere"], "Directory 'nowhere' does not exist"),
     ],
 )
-def test_what_cannot_be_used_is_told_in_one_message(run: Run, words: list[str], told: str) -> None:
+def test_invalid_options_are_refused_with_one_message(run: Run, words: list[str], told: str) -> None:
     code, out, err = run(*words)
     assert (code, out) == (2, "")
     assert told in err
@@ -374,12 +374,12 @@ def test_weights_without_a_tokenizer_ask_for_it(run: Run, tmp_path: Path) -> Non
     bare = saved(tmp_path / "bare", "meta")
     code, _, err = run("--prompt", "x", "--weights", bare)
     assert code == 2
-    assert "there is no tokenizer.model with them: name their tokenizer with --tokenizer FILE" in err
+    assert "the folder has no tokenizer.model: name the tokenizer with --tokenizer FILE" in err
     assert run("--prompt", "x", "--weights", bare, "--tokenizer", SHIPPED_TOKENIZER)[0] == 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_told(run: Run) -> None:
+def test_a_missing_gpu_is_reported(run: Run) -> None:
     code, _, err = run("--prompt", "x", "--device", "cuda")
     assert code == 2
     assert "PyTorch finds no GPU on this machine" in err

@@ -1,4 +1,4 @@
-"""The LLaMA2 architecture: its shapes, its arithmetic, and what it may not see."""
+"""The LLaMA2 architecture: its shapes, its arithmetic and its masks."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ def test_presets_have_the_published_numbers_of_parameters(
     feed_forward = 3 * dim * hidden  # w1, w2, w3
     norms = 2 * dim
     tables = 1 if preset.startswith("llama3.2") else 2  # embedding and head, tied in LLaMA 3.2
-    by_hand = tables * vocab * dim + layers * (attention + feed_forward + norms) + dim  # tables; blocks; last norm
+    by_hand = tables * vocab * dim + layers * (attention + feed_forward + norms) + dim  # tables; layers; last norm
     assert by_hand == total
-    config = dataclasses.replace(PRESETS[preset], max_seq_len=64)  # the rotary table decides no parameter
+    config = dataclasses.replace(PRESETS[preset], max_seq_len=64)  # the rotary table has no parameter
     assert sum(parameter.numel() for parameter in on_meta(config).parameters()) == total
 
 
-def test_the_first_preset_is_the_default_one() -> None:
+def test_the_first_preset_is_the_default() -> None:
     assert next(iter(PRESETS)) == "7b"
     assert PRESETS["7b"] == Config()
 
@@ -105,13 +105,13 @@ def test_a_later_token_does_not_change_earlier_logits(attention: str) -> None:
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_a_sliding_window_hides_what_lies_further_back(attention: str) -> None:
+def test_a_sliding_window_hides_earlier_tokens(attention: str) -> None:
     model = small_model(attention=attention, sliding_window=3, n_layers=1)
     tokens = token_ids(1, 12)
     changed = tokens.clone()
     changed[0, 4] = (changed[0, 4] + 1) % SMALL.vocab_size
     difference = (model(tokens) - model(changed)).abs().amax((0, 2))
-    sees_it = [4, 5, 6]  # itself and the two after it; with one block there is no way around
+    sees_it = [4, 5, 6]  # itself and the two after it; with one layer there is no indirect path
     assert difference[sees_it].min() > 1e-6
     difference[sees_it] = 0
     assert difference.max() < 1e-12
@@ -130,7 +130,7 @@ def test_a_tied_head_is_the_embedding() -> None:
 
 
 def test_stretched_wavelengths_follow_their_turns_in_the_original_context() -> None:
-    # 8192 · f / 2π turns: 16 stay as they are, half a turn is divided by 8, and 2.5 lie halfway between 1 and 4.
+    # 8192 · f / 2π turns: 16 are kept, half a turn is divided by 8, and 2.5 is halfway between 1 and 4.
     turns = torch.tensor([16.0, 2.5, 0.5])
     freqs = turns * (2 * math.pi) / 8192
     expected = freqs * torch.tensor([1.0, 0.5 + 0.5 / 8, 1 / 8])
@@ -192,7 +192,7 @@ def test_rms_norm_is_computed_in_float32_and_cast_back() -> None:
 
 
 class Operations(TorchDispatchMode):
-    """Counts the operations that run in it, and notes the dtype of what each is given first."""
+    """Counts the operations that run inside it, and records the dtype of the first argument of each."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -237,7 +237,7 @@ def lengths_and_prompts() -> list[Sample]:
 
 
 class Gradients:
-    """A `StepObserver` that keeps the gradients as they are when the optimizer is about to use them."""
+    """A `StepObserver` that copies the gradients just before the optimizer uses them."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
@@ -269,7 +269,7 @@ def test_accumulation_over_samples_of_different_length_equals_the_large_batch(at
     whole_loss, whole = gradients_of_a_step(config, 1)
     loss, split = gradients_of_a_step(config, parts)
     torch.testing.assert_close(loss, whole_loss, rtol=1e-12, atol=0)
-    assert len(whole) == 2 * 9 + 3  # weights of two blocks; embedding, last norm, head
+    assert len(whole) == 2 * 9 + 3  # weights of two layers; embedding, last norm, head
     for name, gradient in whole.items():
         torch.testing.assert_close(split[name], gradient, rtol=1e-12, atol=1e-14)
 
@@ -315,6 +315,6 @@ def test_the_debug_model_learns_the_shipped_instructions() -> None:
     workload = build(dataclasses.replace(PRESETS["debug"], lr=3e-3, samples=8))
     training = Training.start(workload, "cpu", lambda data: data)
     losses = [run_step(training, micro_batches(workload, workload.batches[0])).item() for _ in range(5)]
-    # Untrained, it is about as good as a guess among 1,024 tokens: ln 1024 = 6.93.
+    # An untrained model is about as good as a guess among 1,024 tokens: ln 1024 = 6.93.
     assert 6.4 < losses[0] < 7.9
     assert losses[-1] < losses[0] / 2

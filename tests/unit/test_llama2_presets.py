@@ -1,4 +1,4 @@
-"""Shapes of the LLaMA2 target's models: presets against what is published, and configurations read from files."""
+"""Shapes of the LLaMA2 target's models: presets compared with published files, and configurations read from files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from memscope.workload.target import find_target
 
 HF_CONFIGS = {
     # config.json of mistralai/Mistral-7B-v0.1, meta-llama/Meta-Llama-3-8B, Llama-3.1-8B, Llama-3.2-1B and -3B, and
-    # Llama-2-7b-hf: what decides the shape.
+    # Llama-2-7b-hf: the keys that define the shape.
     "7b": {
         "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "max_position_embeddings": 4096,
         "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 32, "rms_norm_eps": 1e-05,
@@ -95,13 +95,13 @@ def test_presets_have_the_shape_of_the_published_config_json(tmp_path: Path, pre
 @pytest.mark.parametrize("preset", META_PARAMS)
 def test_presets_have_the_shape_of_the_published_params_json(tmp_path: Path, preset: str) -> None:
     (tmp_path / "params.json").write_text(json.dumps(META_PARAMS[preset]))
-    # The context is not in it.
+    # It does not hold the context.
     assert shape_of(read_preset(tmp_path), context=False) == shape_of(PRESETS[preset], context=False)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("format", FORMATS)
-def test_every_preset_can_be_said_in_both_formats(tmp_path: Path, preset: str, format: Format) -> None:
+def test_every_preset_can_be_written_in_both_formats(tmp_path: Path, preset: str, format: Format) -> None:
     config = dataclasses.replace(PRESETS[preset], dim=256, n_heads=8, n_kv_heads=4, n_layers=1)
     with torch.device("meta"):
         model = Llama(dataclasses.replace(config.architecture, vocab_size=128))
@@ -119,9 +119,9 @@ def test_use_scaled_rope_means_metas_constants(tmp_path: Path) -> None:
     assert read_shape(file)["rope_scaling"] == (8.0, 1.0, 4.0, 8192)
 
 
-def test_rope_scaling_that_params_json_cannot_say_is_refused(tmp_path: Path) -> None:
+def test_rope_scaling_that_params_json_cannot_express_is_refused(tmp_path: Path) -> None:
     config = dataclasses.replace(SMALL, rope_scaling=(8.0, 1.0, 2.0, 8192))
-    with pytest.raises(UsageError, match=r"cannot be said in Meta's format"):
+    with pytest.raises(UsageError, match=r"cannot be saved in Meta's format"):
         saved(tmp_path / "w", "meta", config)
     assert not list(tmp_path.iterdir())
 
@@ -140,17 +140,17 @@ def test_a_preset_may_be_a_path(tmp_path: Path) -> None:
     ("changes", "said"),
     [
         ({"model_type": "qwen2"}, '"model_type" is "qwen2", expected "llama" or "mistral"'),
-        ({"attention_bias": True}, '"attention_bias" is true, this model can only be built with false'),
-        ({"hidden_act": "gelu"}, '"hidden_act" is "gelu", this model can only be built with "silu"'),
+        ({"attention_bias": True}, '"attention_bias" is true, but this target supports only false'),
+        ({"hidden_act": "gelu"}, '"hidden_act" is "gelu", but this target supports only "silu"'),
         ({"quantization_config": {"bits": 4}}, '"quantization_config" is {"bits": 4}'),
         ({"head_dim": 96}, '"head_dim" is 96'),
         (
             {"rope_scaling": {"type": "linear", "factor": 2.0}},
             '"rope_type" is "linear", expected "llama3" or "default"',
         ),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, 'lacks "low_freq_factor"'),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, 'missing "low_freq_factor"'),
         ({"hidden_size": "4096"}, '"hidden_size" is "4096", expected a whole number from 1'),
-        ({"num_hidden_layers": None}, 'lacks "num_hidden_layers"'),
+        ({"num_hidden_layers": None}, 'missing "num_hidden_layers"'),
         ({"rms_norm_eps": 0}, '"rms_norm_eps" is 0, expected a number above 0'),
     ],
 )

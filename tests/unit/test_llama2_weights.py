@@ -1,4 +1,4 @@
-"""Weights of the LLaMA2 target as files: there and back, read piece by piece, saved whole or not at all."""
+"""Files of the LLaMA2 target's weights: round trips, reading tensor by tensor, saving completely or not at all."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from memscope.targets.llama2.weights import load_weights, save_weights, without_
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("config", [SMALL, TIED, dataclasses.replace(SMALL, dtype="bf16")])
-def test_saved_and_loaded_again_every_weight_is_the_same(tmp_path: Path, format: Format, config: Config) -> None:
+def test_every_weight_is_the_same_after_saving_and_loading(tmp_path: Path, format: Format, config: Config) -> None:
     loaded = model_of(config, seed=1)
     load_weights(loaded, saved(tmp_path / "w", format, config))
     assert same(loaded, model_of(config))
@@ -56,7 +56,7 @@ def test_large_models_are_saved_in_several_files_with_an_index(tmp_path: Path) -
     write(model.state_dict(), model.arch, tmp_path, shard_bytes=50_000)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     sizes = {file: sum(t.nbytes for t in load_file(tmp_path / file).values()) for file in index["weight_map"].values()}
-    embedding = 1024 * 32 * 4  # larger than a file may be: alone in its own, and so is the head
+    embedding = 1024 * 32 * 4  # larger than a shard may be, so alone in its file; the head too
     assert sorted(sizes.values())[-2:] == [embedding, embedding]
     assert all(size <= 50_000 for size in sorted(sizes.values())[:-2])
     assert index["metadata"]["total_size"] == sum(p.nbytes for p in model.parameters()) == sum(sizes.values())
@@ -90,7 +90,7 @@ def test_the_target_loads_weights_by_path(tmp_path: Path) -> None:
 
 
 class _Allocations(TorchDispatchMode):
-    """The most bytes that results of operations held at once, views of other tensors aside."""
+    """Peak bytes of operation results, without views of other tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ def test_loading_needs_no_more_than_one_tensor_beyond_the_model(tmp_path: Path, 
     folder, model = saved(tmp_path / "w", format), model_of(dataclasses.replace(SMALL, dtype="bf16"))
     with _Allocations() as allocations:
         load_weights(model, folder)
-    rearranged = 32 * 32 * 4  # a query projection in float32, put into Meta's order
+    rearranged = 32 * 32 * 4  # a query projection in float32, in Meta's order
     assert allocations.most == (rearranged if format == "huggingface" else 0)
 
 
@@ -130,7 +130,7 @@ def test_a_simulation_reads_shapes_only(tmp_path: Path, format: Format, monkeypa
         build(config)
     loaded, random = (simulate(lambda c=c: build(c)) for c in (config, dataclasses.replace(config, weights=None)))
     assert loaded.peak.allocated_bytes == random.peak.allocated_bytes
-    with pytest.raises(UsageError, match="n_layers is 2 there, 3 in the model"):
+    with pytest.raises(UsageError, match="n_layers is 2 in the files, 3 in the model"):
         simulate(lambda: build(dataclasses.replace(config, n_layers=3)))
 
 
@@ -144,7 +144,7 @@ def test_layers_made_without_initialization_take_no_random_number() -> None:
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, format: Format) -> None:
     model = model_of()
-    with files_no_larger_than(50_000), pytest.raises(MemscopeError, match="nothing was saved; is there room"):
+    with files_no_larger_than(50_000), pytest.raises(MemscopeError, match="nothing was saved; is the disk full"):
         save_weights(model, tmp_path / "w", format)
     assert not list(tmp_path.iterdir())
 
@@ -152,18 +152,18 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, format: Format) -> No
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_folder_that_exists_is_not_overwritten(tmp_path: Path, format: Format) -> None:
     (tmp_path / "w").mkdir()
-    with pytest.raises(UsageError, match="exists already and is not overwritten"):
+    with pytest.raises(UsageError, match="already exists and is not overwritten"):
         saved(tmp_path / "w", format)
     with pytest.raises(UsageError, match="there is no folder"):
         saved(tmp_path / "no" / "w", format)
 
 
-def test_the_folder_has_no_name_before_it_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_folder_gets_its_name_only_when_it_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("memscope.targets.llama2.hf_format.save_file", killed)
-    # What a process that is killed cannot clean up still does not bear the name.
+    # Files that a killed process leaves behind do not have the name either.
     monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
     with pytest.raises(KeyboardInterrupt):
         saved(tmp_path / "w", "huggingface")
@@ -194,5 +194,5 @@ def test_lora_updates_are_merged_before_weights_are_saved(tmp_path: Path, format
 def test_a_bias_has_no_place_in_the_formats(tmp_path: Path) -> None:
     model = model_of()
     model.layers[0].attention.wq.bias = torch.nn.Parameter(torch.zeros(32))
-    with pytest.raises(UsageError, match=r"no format of LLaMA's has a place for layers.0.attention.wq.bias"):
+    with pytest.raises(UsageError, match=r"LLaMA's formats cannot hold layers.0.attention.wq.bias"):
         save_weights(model, tmp_path / "w")

@@ -1,4 +1,4 @@
-"""LoRA: what is trained, what stays, and what the update computes."""
+"""LoRA: trained and frozen weights, and the computation of the update."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from memscope.workload.description import Workload
 from memscope.workload.micro_batches import micro_batches
 from memscope.workload.step import Training, run_step
 
-DIM = 16  # of the toy: wq, wk, wv, wo are [16, 16], up is [32, 16], down is [16, 32], head is [40, 16]
+DIM = 16  # in the toy: wq, wk, wv, wo are [16, 16], up is [32, 16], down is [16, 32], head is [40, 16]
 
 
 def toy(plan: str = "", *, dtype: torch.dtype = torch.float32) -> Workload:
@@ -38,7 +38,7 @@ def adapters(workload: Workload) -> list[LoRALinear]:
 
 
 def with_updates(plan: str) -> Workload:
-    """A float64 toy whose updates are not zero, as after some training."""
+    """A float64 toy model whose updates are not zero, as after some training."""
     workload = toy(plan, dtype=torch.float64)
     for layer in adapters(workload):
         nn.init.normal_(layer.lora_b, std=0.1)
@@ -48,12 +48,12 @@ def with_updates(plan: str) -> Workload:
 @pytest.mark.parametrize(
     ("plan", "trainable"),
     [
-        ("lora:r=4", 2 * 2 * 4 * (DIM + DIM)),  # wq and wv in two blocks; A [4, 16] and B [16, 4] each
+        ("lora:r=4", 2 * 2 * 4 * (DIM + DIM)),  # wq and wv in two layers; A [4, 16] and B [16, 4] each
         ("lora:r=2,targets=up+head", 2 * 2 * (DIM + 32) + 2 * (DIM + 40)),
         ("lora:r=3,targets=blocks.1.wo", 3 * (DIM + DIM)),
     ],
 )
-def test_trained_are_two_small_matrices_for_each_chosen_layer(plan: str, trainable: int) -> None:
+def test_only_two_small_matrices_of_each_chosen_layer_are_trained(plan: str, trainable: int) -> None:
     total = toy().parameter_counts()[0]
     assert toy(plan).parameter_counts() == (total + trainable, trainable)
 
@@ -111,7 +111,7 @@ def test_lora_leaves_the_embedding_gradient_absent() -> None:
     assert with_gradient == {name for name, parameter in workload.model.named_parameters() if parameter.requires_grad}
 
 
-def test_names_values_and_memory_of_the_base_weights_stay() -> None:
+def test_names_values_and_memory_of_the_base_weights_are_unchanged() -> None:
     workload = toy()
     before = {name: (value.data_ptr(), value.clone()) for name, value in workload.model.state_dict().items()}
     Plan.parse("lora:r=4,targets=wq+up").apply(workload)
@@ -131,7 +131,7 @@ def test_merging_computes_the_same_and_changes_the_weights() -> None:
     torch.testing.assert_close(workload.model(x), unmerged, rtol=1e-12, atol=1e-12)
     for layer, weight in zip(adapters(workload), weights, strict=True):
         torch.testing.assert_close(layer.weight, weight + 32 / 4 * layer.lora_b @ layer.lora_a, rtol=1e-12, atol=1e-12)
-    assert (unmerged - toy(dtype=torch.float64).model(x)).abs().max().item() > 0.01  # the updates do something
+    assert (unmerged - toy(dtype=torch.float64).model(x)).abs().max().item() > 0.01  # the updates have an effect
 
 
 def test_merging_twice_changes_nothing_more() -> None:
@@ -146,7 +146,7 @@ def test_unmerging_restores_the_weights_and_the_update() -> None:
     workload = with_updates("lora:r=4,dropout=0")
     x, weights = tokens(workload), [layer.weight.clone() for layer in adapters(workload)]
     unmerged = workload.model(x)
-    unmerge(workload.model)  # not merged yet: nothing to take out
+    unmerge(workload.model)  # not merged yet: nothing to unmerge
     assert all(torch.equal(layer.weight, weight) for layer, weight in zip(adapters(workload), weights, strict=True))
     merge(workload.model)
     unmerge(workload.model)
@@ -169,7 +169,7 @@ def test_dropout_acts_on_the_update_alone_and_only_in_training() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_a_model_in_evaluation_stays_so(training: bool) -> None:
+def test_a_model_in_evaluation_mode_stays_in_it(training: bool) -> None:
     workload = toy()
     workload.model.train(training)
     Plan.parse("lora").apply(workload)
@@ -197,7 +197,7 @@ def test_only_whole_names_match_and_only_linear_layers() -> None:
     assert "targets=embed matches no linear layer" in refused("lora:targets=embed", toy())
 
 
-def test_a_layer_that_shares_its_weight_is_refused_with_the_other_place() -> None:
+def test_a_layer_that_shares_its_weight_is_refused_with_the_other_name() -> None:
     workload = toy()
     workload.model.get_submodule("head").weight = workload.model.get_submodule("embed").weight
     message = refused("lora:targets=head", workload)
@@ -205,7 +205,7 @@ def test_a_layer_that_shares_its_weight_is_refused_with_the_other_place() -> Non
     assert message.endswith("Valid: down, up, wk, wo, wq, wv")
 
 
-def test_a_layer_that_is_there_under_two_names_is_refused() -> None:
+def test_a_layer_with_two_names_is_refused() -> None:
     workload = toy()
     first, second = (workload.model.get_submodule(f"blocks.{i}") for i in (0, 1))
     second.wq = first.wq
@@ -229,7 +229,7 @@ def test_settings_out_of_their_range_are_refused_all_at_once() -> None:
 
 
 def named(names: list[str]) -> Workload:
-    """Two blocks with linear layers of these names, and a head."""
+    """Two repeated layers with linear modules of these names, and a head."""
     blocks = [nn.ModuleDict({name: nn.Linear(4, 4) for name in names}) for _ in range(2)]
     model = nn.ModuleDict({"blocks": nn.ModuleList(blocks), "head": nn.Linear(4, 8)})
     return Workload(model, [], lambda m, x: x.sum(), torch.optim.AdamW)

@@ -1,4 +1,4 @@
-"""What the driver sees, and what is said where it cannot be asked. The driver here is an object with its functions."""
+"""Memory counted by the driver, and the reason if it cannot be queried. An object with its functions replaces it."""
 
 import sys
 from types import SimpleNamespace
@@ -50,7 +50,7 @@ class Driver:
         return [SimpleNamespace(pid=pid, usedGpuMemory=size) for pid, size in self.processes.items()]
 
 
-def test_this_process_and_the_others_are_told_apart():
+def test_this_process_and_the_others_are_counted_separately():
     driver = Driver({41: 7 * GIB, 42: 3 * GIB})
     assert driver_memory("abc", 41, driver) == DriverMemory(80 * GIB, 10 * GIB, 7 * GIB, 3 * GIB)
     assert driver.asked == ["GPU-abc"]
@@ -63,13 +63,13 @@ def test_without_a_process_id_it_is_this_process(monkeypatch):
 
 
 @pytest.mark.parametrize("uuid", ["GPU-abc", "MIG-abc"])
-def test_a_whole_identifier_is_asked_for_as_it_is(uuid):
+def test_a_complete_identifier_is_passed_on_unchanged(uuid):
     driver = Driver()
     driver_memory(uuid, 1, driver)
     assert driver.asked == [uuid]
 
 
-def test_an_older_driver_is_asked_in_the_older_way():
+def test_an_older_driver_is_queried_by_the_older_function():
     assert driver_memory("abc", 41, Driver({41: GIB}, fails=("version",))).used_bytes == 11 * GIB
 
 
@@ -80,7 +80,7 @@ def test_a_process_the_driver_does_not_list_is_not_known_but_the_device_is():
     assert "container" in found.reason
 
 
-def test_a_process_whose_memory_is_not_told_is_not_known():
+def test_a_process_without_a_reported_size_is_unknown():
     found = driver_memory("abc", 41, Driver({41: None}))
     assert found.process_bytes is None
     assert "each process" in found.reason
@@ -93,7 +93,7 @@ def test_without_permission_to_list_processes_the_device_is_still_known():
 
 
 @pytest.mark.parametrize("function", ["nvmlInit", "nvmlDeviceGetHandleByUUID", "nvmlDeviceGetMemoryInfo"])
-def test_a_driver_that_does_not_answer_is_a_reason_not_an_error(function):
+def test_a_driver_that_does_not_answer_gives_a_reason_not_an_error(function):
     driver = Driver({41: GIB}, fails=(function,))
     found = driver_memory("abc", 41, driver)
     assert found == DriverMemory(reason=found.reason)
@@ -101,13 +101,13 @@ def test_a_driver_that_does_not_answer_is_a_reason_not_an_error(function):
     assert driver.open == 0
 
 
-def test_without_the_package_it_says_so(monkeypatch):
+def test_without_the_package_the_reason_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
     found = driver_memory("abc", 41)
     assert found.total_bytes is None
     assert "nvidia-ml-py" in found.reason
 
 
-def test_an_outdated_package_is_a_reason_not_an_error():
+def test_an_outdated_package_gives_a_reason_not_an_error():
     library = SimpleNamespace(NVMLError=NVMLError, nvmlInit=lambda: None, nvmlShutdown=lambda: None)
     assert "nvmlDeviceGetHandleByUUID" in driver_memory("abc", 41, library).reason

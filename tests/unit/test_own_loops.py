@@ -1,4 +1,4 @@
-"""Training loops as people write them: what is recognised without being told."""
+"""Training loops as people write them: steps, phases and inputs are recognized without hints."""
 
 import copy
 
@@ -32,10 +32,10 @@ def net():
     return nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
 
 
-def test_a_batch_and_its_targets_are_input_wherever_they_were_made():
+def test_a_batch_and_its_labels_are_input_wherever_they_were_made():
     model = net()
     optimizer = torch.optim.SGD(model.parameters())
-    before = torch.ones(16, 8)  # there before the recording
+    before = torch.ones(16, 8)  # exists before the recording
     with Recorder(model, optimizer) as recorder:
         for batch in (before, torch.zeros(16, 8)):
             target = torch.full((16, 8), 0.5)
@@ -45,7 +45,7 @@ def test_a_batch_and_its_targets_are_input_wherever_they_were_made():
     assert category_sizes(recorder.trace(), "input") == [BATCH_BYTES] * 4
 
 
-def test_a_moving_average_of_the_weights_is_no_activation():
+def test_a_moving_average_of_the_weights_is_not_an_activation():
     model = net()
     optimizer = torch.optim.SGD(model.parameters())
     with Recorder(model, optimizer) as recorder:
@@ -62,7 +62,7 @@ def test_a_moving_average_of_the_weights_is_no_activation():
     assert category_sizes(trace, "other", op="clone") == sorted(p.nbytes for p in model.parameters())
 
 
-def test_what_follows_the_backward_pass_is_outside_until_the_optimizer_steps():
+def test_code_after_the_backward_pass_is_outside_any_phase_until_the_optimizer_steps():
     model = net()
     optimizer = torch.optim.SGD(model.parameters())
     with Recorder(model, optimizer) as recorder:
@@ -74,7 +74,7 @@ def test_what_follows_the_backward_pass_is_outside_until_the_optimizer_steps():
     assert [PHASES[phase] for phase in born] == ["outside"]
 
 
-def test_steps_are_recognised_where_only_parts_of_the_model_are_called():
+def test_steps_are_recognized_if_only_parts_of_the_model_are_called():
     model = nn.ModuleDict({"generator": net(), "critic": net()})
     optimizers = {name: torch.optim.SGD(part.parameters()) for name, part in model.items()}
     with Recorder(model) as recorder:
@@ -118,8 +118,8 @@ def test_a_training_step_method_of_the_model_is_a_forward_pass():
     assert category_sizes(trace, "activation", op="exp") == [BATCH_BYTES] * 4
 
 
-def test_a_model_that_is_called_by_a_wrapper_around_it_is_recognised():
-    class Wrapper(nn.Module):  # as DistributedDataParallel, torch.compile and models with a loss of their own are
+def test_a_model_that_is_called_by_a_wrapper_around_it_is_recognized():
+    class Wrapper(nn.Module):  # like DistributedDataParallel, torch.compile and models with a loss of their own
         def __init__(self, model):
             super().__init__()
             self.module = model
@@ -153,9 +153,9 @@ def test_a_loop_without_any_module_call_has_steps_and_activations():
     assert category_sizes(trace, "input") == [BATCH_BYTES] * 2
 
 
-def test_an_optimizer_that_steps_again_begins_a_step_though_no_backward_pass_was_seen():
+def test_a_second_optimizer_step_begins_a_step_even_without_a_backward_pass():
     model = nn.Linear(8, 8)
-    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)  # which makes temporary tensors in every step
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)  # makes temporary tensors in every step
     with Recorder(model, optimizer) as recorder:
         for _ in range(3):
             for parameter in model.parameters():
@@ -164,7 +164,7 @@ def test_an_optimizer_that_steps_again_begins_a_step_though_no_backward_pass_was
     assert steps_of(recorder.trace(), "optimizer") == {0: {0}, 1: {0}, 2: {0}}
 
 
-def test_two_optimizers_that_step_one_after_the_other_share_a_step():
+def test_two_optimizers_that_step_in_succession_share_a_step():
     model = net()
     optimizers = [torch.optim.SGD(model[0].parameters()), torch.optim.SGD(model[2].parameters())]
     with Recorder(model) as recorder:
@@ -175,7 +175,7 @@ def test_two_optimizers_that_step_one_after_the_other_share_a_step():
     assert recorder.trace().steps == (0, 1)
 
 
-def test_an_optimizer_that_calls_the_model_itself_goes_on_as_optimizer_afterwards():
+def test_after_an_optimizer_calls_the_model_the_phase_is_optimizer_again():
     model = nn.Linear(8, 1)
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
 
@@ -193,7 +193,7 @@ def test_an_optimizer_that_calls_the_model_itself_goes_on_as_optimizer_afterward
     assert {0, 1} <= set(steps_of(trace, "optimizer"))
 
 
-def test_a_validation_pass_is_no_step():
+def test_a_validation_pass_is_not_a_step():
     model = net()
     optimizer = torch.optim.SGD(model.parameters())
     with Recorder(model, optimizer) as recorder:
@@ -211,7 +211,7 @@ def test_a_validation_pass_is_no_step():
     assert steps_of(trace, "forward") == {0: {0}, 1: {0}}
 
 
-def test_the_gradient_of_a_weight_that_is_unfrozen_on_the_way_is_a_gradient():
+def test_the_gradient_of_a_weight_unfrozen_during_the_recording_is_a_gradient():
     model = net()
     model[0].requires_grad_(False)
     optimizer = torch.optim.SGD(model.parameters())
@@ -228,7 +228,7 @@ def test_the_gradient_of_a_weight_that_is_unfrozen_on_the_way_is_a_gradient():
     assert trace.max_by_category()["other"] == 0
 
 
-def test_a_module_added_on_the_way_has_parameters_and_a_name():
+def test_a_module_added_during_the_recording_has_parameters_and_a_name():
     model = net()
     with Recorder(model) as recorder:
         model.append(nn.Linear(8, 64, bias=False))

@@ -1,4 +1,4 @@
-"""What an installation contains, and what starting the command costs."""
+"""The content of an installation, and the imports of the command line."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def modules_loaded_by(*arguments: str, cwd: Path) -> set[str]:
 
 
 def installed_files() -> set[str]:
-    """Files an installation must have, as paths from its root: everything in the source folders but bytecode."""
+    """Files that an installation must have, as paths from its root: everything in the source folders but bytecode."""
     return {
         f"{installed}/{path.relative_to(ROOT / folder).as_posix()}"
         for installed, folder in SOURCES.items()
@@ -71,7 +71,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("place", ["repository root", "elsewhere"])
 @pytest.mark.parametrize("module", ["memscope.targets.llama2", "memscope.dashboards"])
 def test_top_level_folders_import_as_memscope(module: str, place: str, tmp_path: Path) -> None:
-    # In the repository root `./memscope` comes first on the path, and has neither folder in it.
+    # In the repository root, `./memscope` comes first on the path and contains neither folder.
     done = python("-c", f"import {module}", cwd=ROOT if place == "repository root" else tmp_path)
     assert done.returncode == 0, done.stderr
 

@@ -1,4 +1,4 @@
-"""Plans as text: the grammar, the order of strategies, and what is refused in which words."""
+"""Plans as text: the grammar, the order of strategies, and error messages."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_settings_may_follow_a_switch_and_a_bare_word_after_a_comma_is_a_strateg
 
 
 class Switches(Strategy):
-    """A strategy to throw away, with several switches."""
+    """A dummy strategy with several switches."""
 
     name, stage, exact = "switches", Stage.STEP, True
 
@@ -142,7 +142,7 @@ def test_a_plan_reads_back_as_it_was_written(chosen: list[Strategy]) -> None:
 
 @given(st.permutations(["lora", "ckpt", "adamw", "amp", "ga"]))
 def test_strategies_are_ordered_by_stage_then_by_name_however_they_are_given(words: list[str]) -> None:
-    # lora changes what is trained, ckpt wraps modules, adamw changes the optimizer, amp and ga change the step.
+    # lora changes the trained weights, ckpt wraps modules, adamw changes the optimizer, amp and ga change the step.
     assert Plan.parse(",".join(words)).specs == ["lora", "ckpt", "adamw", "amp", "ga"]
 
 
@@ -200,7 +200,7 @@ def test_an_unknown_strategy_is_refused_with_the_nearest_name() -> None:
         ),
     ],
 )
-def test_an_unknown_key_or_value_is_refused_with_what_is_valid(text: str, message: str) -> None:
+def test_an_unknown_key_or_value_is_refused_with_the_valid_ones(text: str, message: str) -> None:
     with pytest.raises(UsageError) as caught:
         Plan.parse(text)
     assert str(caught.value) == message
@@ -212,7 +212,7 @@ class Nothing:
 
 
 def made(called: str, *, stage_: Stage = Stage.STEP, **features: set[str]) -> Strategy:
-    """A strategy to throw away; `requires`, `provides` and `conflicts` by keyword."""
+    """A dummy strategy; `requires`, `provides` and `conflicts` by keyword."""
 
     class Made(Strategy):
         name, stage, exact, Config = called, stage_, False, Nothing
@@ -238,7 +238,7 @@ OF_FEATURE = ', because of "sharding": remove one, or change the setting that ad
     ],
     ids=["by name", "by name, of the other", "by feature", "by feature, of the other"],
 )
-def test_a_conflict_is_refused_whoever_declares_it(one: Strategy, other: Strategy, why: str) -> None:
+def test_a_conflict_is_refused_whichever_strategy_declares_it(one: Strategy, other: Strategy, why: str) -> None:
     for given_order in [(one, other), (other, one)]:
         with pytest.raises(UsageError) as caught:
             Plan.of(*given_order)
@@ -253,7 +253,7 @@ def test_a_requirement_is_met_by_a_feature_or_a_name_and_refused_otherwise() -> 
     assert str(caught.value) == 'the plan cannot be used: "a" requires "c": add a strategy that provides it'
 
 
-def test_everything_wrong_with_a_plan_is_said_at_once() -> None:
+def test_every_problem_of_a_plan_is_reported_at_once() -> None:
     with pytest.raises(UsageError) as caught:
         Plan.of(made("d"), made("c", requires={"y", "x"}), made("a", conflicts={"b"}), made("d"), made("b"))
     assert str(caught.value).splitlines() == [
@@ -265,7 +265,7 @@ def test_everything_wrong_with_a_plan_is_said_at_once() -> None:
     ]
 
 
-def test_every_problem_of_every_strategy_is_said_before_anything_is_changed() -> None:
+def test_every_problem_of_every_strategy_is_reported_before_anything_changes() -> None:
     workload = toy_workload()
     step, modules = workload.plan, [type(module) for module in workload.model.modules()]
     with pytest.raises(UsageError) as caught:
@@ -278,13 +278,13 @@ def test_every_problem_of_every_strategy_is_said_before_anything_is_changed() ->
     assert all(parameter.requires_grad for parameter in workload.model.parameters())
 
 
-def test_a_strategy_is_tried_with_its_default_settings_unless_it_says_otherwise() -> None:
+def test_the_only_candidate_of_a_strategy_is_its_defaults_by_default() -> None:
     assert type(made("a")).candidates(toy_workload()) == [Nothing()]
 
 
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
-    """Puts a table of its own in the place of the installed strategies: `install((name, value), …)`."""
+    """Replaces the table of installed strategies: `install((name, value), …)`."""
 
     def install(*points: tuple[str, str]) -> None:
         table = [EntryPoint(name, value, "memscope.strategies") for name, value in points]
@@ -305,7 +305,7 @@ def test_one_class_that_is_listed_twice_is_one_strategy(install: Install) -> Non
     assert available() == {"lora": LoRA}
 
 
-def test_a_name_that_two_packages_bring_is_refused(install: Install) -> None:
+def test_a_name_used_by_two_packages_is_refused(install: Install) -> None:
     install(("lora", "memscope.strategies.lora:LoRA"), ("amp", "memscope.strategies.amp:AMP"), ("lora", "mine:LoRA"))
     with pytest.raises(UsageError) as caught:
         Plan.parse("amp")

@@ -1,4 +1,4 @@
-"""What is said of a strategy of another package that is broken."""
+"""Errors for broken strategies of other packages."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Install = Callable[..., None]
 
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Install]:
-    """Installs a package with one strategy, `mine`: that of `GOOD`, with texts in it replaced."""
+    """Installs a package with one strategy, `mine`: the source in `GOOD`, with texts in it replaced."""
 
     def install(*changes: str) -> None:
         code = dedent(GOOD)
@@ -77,7 +77,7 @@ def test_a_sound_strategy_is_used(install: Install) -> None:
         (("size: int = 1", "size: int"), "its Config cannot be created without arguments: "),
     ],
 )
-def test_what_is_no_strategy_is_named_with_what_is_wrong(install: Install, changes: list[str], said: str) -> None:
+def test_an_invalid_strategy_is_named_with_its_fault(install: Install, changes: list[str], said: str) -> None:
     install(*changes)
     with pytest.raises(UsageError) as caught:
         Plan.parse("mine")
@@ -102,7 +102,9 @@ def test_code_that_fails_when_it_is_imported_is_named_with_its_line(install: Ins
         (('["mine"]', '["mine"][0]'), r"\"mine\" failed in apply\(\): KeyError: 'mine' \(at .*, in apply: work"),
     ],
 )
-def test_a_strategy_that_fails_at_work_is_named_with_its_line(install: Install, changes: list[str], said: str) -> None:
+def test_a_strategy_that_fails_in_check_or_apply_is_named_with_its_line(
+    install: Install, changes: list[str], said: str
+) -> None:
     install(*changes)
     with pytest.raises(MemscopeError, match=said):
         Plan.parse("mine").apply(toy_workload())

@@ -1,4 +1,4 @@
-"""The mark and the fixture, in a project of somebody else."""
+"""The mark and the fixture, in another project."""
 
 import sys
 
@@ -22,7 +22,7 @@ def build():
 
 @pytest.fixture(autouse=True, scope="module")
 def _torch_is_loaded():
-    """pytester forgets what a run has imported, and torch cannot be imported twice."""
+    """pytester drops the modules that a run imported, and torch cannot be imported twice."""
     simulate(toy_workload)
 
 
@@ -44,7 +44,7 @@ def test_small(memscope_trace):
     result.assert_outcomes(passed=1)
 
 
-def test_a_test_above_its_limit_fails_and_says_what_is_there(pytester):
+def test_a_test_above_its_limit_fails_and_lists_the_memory(pytester):
     result = outcome(
         pytester,
         """
@@ -60,7 +60,7 @@ def test_large(memscope_trace):
     )
 
 
-def test_without_the_mark_nothing_is_limited(pytester):
+def test_without_the_mark_there_is_no_limit(pytester):
     result = outcome(
         pytester,
         """
@@ -106,7 +106,7 @@ def test_wrong(memscope_trace):
     result.stdout.fnmatch_lines([says])
 
 
-def test_other_projects_pay_nothing_for_it(pytester):
+def test_other_projects_do_not_import_torch_for_it(pytester):
     pytester.makepyfile(
         """
 import sys

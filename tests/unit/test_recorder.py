@@ -1,4 +1,4 @@
-"""Who owns each byte, and when: categories, modules, phases and steps, in the user's own loop."""
+"""The owner of each byte over time: categories, modules, phases and steps, in the user's own loop."""
 
 import copy
 
@@ -60,12 +60,12 @@ def recorded(model=None, **how):
 PARAMETER_BYTES = 2 * (8 * 32 + 32 * 8) * 4
 
 
-def test_what_is_no_model_is_refused_in_words():
+def test_an_object_other_than_a_model_is_refused():
     with pytest.raises(UsageError, match=r"Recorder expects an nn\.Module but got a int: pass the model"):
         Recorder(3)
 
 
-def test_parameters_gradients_and_optimizer_state_have_the_sizes_their_shapes_say():
+def test_parameters_gradients_and_optimizer_state_have_the_sizes_of_their_shapes():
     largest = recorded().max_by_category(step=1)
     assert largest["parameter"] == PARAMETER_BYTES
     assert largest["gradient"] == PARAMETER_BYTES
@@ -75,14 +75,14 @@ def test_parameters_gradients_and_optimizer_state_have_the_sizes_their_shapes_sa
     assert largest["buffer"] == 3 * 4
 
 
-def test_activations_are_what_the_backward_pass_needs():
+def test_activations_are_the_tensors_that_the_backward_pass_needs():
     trace = recorded()
     first_backward = int(trace.mark_event[(trace.mark_phase == PHASES.index("backward")) & (trace.mark_step == 1)][0])
     by_module = {
         m: size for (c, m), size in trace.by("category", "module", at=first_backward - 1).items() if c == "activation"
     }
     # relu keeps its own result [16, 32], which `down` keeps as its input: one storage.
-    # The block's result [16, 8] is the input of the next block; the last one is kept by square().
+    # The layer's result [16, 8] is the input of the next layer; the last one is kept by square().
     assert by_module["blocks.0"] == (16 * 32 + 16 * 8) * 4
     assert by_module["blocks.1"] == (16 * 32 + 16 * 8) * 4
 
@@ -92,11 +92,11 @@ def test_categories_sum_to_allocated_at_every_event():
     assert (sum(trace.timeline(c) for c in CATEGORIES) == trace.allocated).all()
 
 
-def test_nothing_is_left_without_an_owner():
+def test_every_byte_has_an_owner():
     assert recorded().by_category()["other"] == 0
 
 
-def test_phases_and_steps_are_recognised_in_a_plain_loop():
+def test_phases_and_steps_are_recognized_in_a_plain_loop():
     trace = recorded(steps=2)
     seen = [(int(s), PHASES[p]) for s, p in zip(trace.mark_step, trace.mark_phase, strict=True)]
     order = [
@@ -140,7 +140,7 @@ def test_recomputation_in_the_backward_pass_is_a_phase_of_its_own_with_its_modul
     assert (recompute & activation).any()
 
 
-def test_recomputed_activations_are_the_ones_that_were_dropped():
+def test_recomputed_activations_are_those_that_were_dropped():
     plain, recomputed = recorded(Net()), recorded(Net(recompute=True))
     assert recomputed.max_by_category(1)["activation"] < plain.max_by_category(1)["activation"]
 
@@ -177,7 +177,7 @@ def hook_counts(model):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_every_hook_is_removed_again(fails):
+def test_every_hook_is_removed_afterwards(fails):
     model = Net()
     before = hook_counts(model)
     optimizer = torch.optim.SGD(model.parameters())
@@ -210,7 +210,7 @@ def test_a_failing_forward_is_shown_as_the_targets_own_error_with_its_line():
     assert hook_counts(workload.model) == before
 
 
-def test_state_and_gradients_from_before_the_recording_are_taken_in():
+def test_state_and_gradients_from_before_the_recording_are_included():
     model = Net()
     optimizer = torch.optim.AdamW(model.parameters())
     loop(model, optimizer, steps=1)

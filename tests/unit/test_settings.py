@@ -1,4 +1,4 @@
-"""Settings from text and back."""
+"""Settings read from text and written as text."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_false_has_four_spellings(text: str) -> None:
         ("betas", "0.9+0.99+0.999", "expected 2 values joined by +"),
     ],
 )
-def test_wrong_value_is_refused_with_what_was_expected(key: str, text: str, expected: str) -> None:
+def test_wrong_value_is_refused_with_the_expected_kind(key: str, text: str, expected: str) -> None:
     message = refusal(**{key: text})
     assert message.startswith(f'target "mine": setting "{key}" cannot be "{text}": ')
     assert message.endswith(expected)
@@ -146,7 +146,7 @@ def test_unknown_key_is_refused_with_the_nearest_name() -> None:
     assert message.startswith('target "mine" has no setting "layer": did you mean "layers"? Valid: betas, data, dtype,')
 
 
-def test_field_that_cannot_be_given_is_no_setting() -> None:
+def test_field_outside_the_constructor_is_not_a_setting() -> None:
     message = refusal(total="3")
     assert message.startswith('target "mine" has no setting "total"')
     assert "total" not in message.partition("Valid: ")[2].split(", ")
@@ -156,7 +156,7 @@ def test_value_that_the_dataclass_refuses_is_a_wrong_setting() -> None:
     assert refusal(layers="-1") == 'target "mine" rejects these settings: layers must not be negative'
 
 
-def test_other_fields_keep_what_the_instance_has() -> None:
+def test_other_fields_keep_the_values_of_the_instance() -> None:
     given = Config(layers=5, name="big")
     filled = fill(given, {"rate": "1"}, of="it")
     assert filled == Config(layers=5, name="big", rate=1.0)
@@ -189,7 +189,7 @@ def test_written_settings_read_back_the_same(config: Config) -> None:
     assert fill(Config, non_defaults(config), of="it") == config
 
 
-def test_non_defaults_leaves_out_what_is_unchanged() -> None:
+def test_non_defaults_omits_unchanged_fields() -> None:
     assert non_defaults(Config()) == {}
     assert non_defaults(Config(layers=2, rate=0.5, limit=3, shuffle=False, heads=(1,))) == {
         "rate": "0.5", "shuffle": "false", "limit": "3", "heads": "1",
@@ -217,7 +217,7 @@ def test_help_of_a_dataclass_inside_a_class() -> None:
     assert help_of(Outer.Config) == {"r": "Rank.", "last": ""}
 
 
-def test_help_is_no_other_constant_under_a_field() -> None:
+def test_help_ignores_other_constants_under_a_field() -> None:
     class Config:
         r: int = 16
         ...

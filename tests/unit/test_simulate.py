@@ -1,4 +1,4 @@
-"""`simulate` on a user's own workload: real models stay as they are, and what cannot be simulated is said."""
+"""`simulate` on a user's own workload: real models are unchanged, and unsupported code is named."""
 
 import pytest
 import torch
@@ -46,10 +46,10 @@ def test_a_model_too_large_for_any_machine_takes_no_memory():
 
 
 @pytest.mark.parametrize("move", [lambda m: m.to("cuda"), lambda m: m.cuda(), lambda m: m.to(torch.device("cuda", 0))])
-def test_a_target_that_names_the_gpu_is_simulated_on_the_stand_in(move):
+def test_a_target_that_names_the_gpu_is_simulated_on_fake_tensors(move):
     def build():
         def loss(model, x):
-            assert x.to("cuda", non_blocking=True) is x, "it is there already"
+            assert x.to("cuda", non_blocking=True) is x, "the tensor is already there"
             return (model(x.cuda()) + torch.arange(8, device="cuda")).sum()
 
         model = nn.Linear(8, 8)
@@ -86,7 +86,7 @@ def test_every_conversion_of_a_model_counts(convert, item_bytes):
     assert simulate(build).max_by_category(0)["parameter"] == 64 * 64 * item_bytes
 
 
-def test_a_model_that_is_built_by_copying_layers_is_simulated_as_it_runs():
+def test_a_model_built_by_copying_layers_is_simulated_as_it_runs():
     # nn.TransformerEncoder deep-copies its layer.
     def build():
         torch.manual_seed(0)
@@ -117,7 +117,7 @@ def test_two_simulations_of_one_workload_are_identical():
     assert one.freed.tolist() == other.freed.tolist()
 
 
-def test_a_value_that_a_simulation_does_not_have_is_named_with_the_users_line():
+def test_reading_a_value_in_a_simulation_is_refused_with_the_users_line():
     def loss(model, x):
         value = model(x).square().mean()
         print(value.item())
@@ -163,7 +163,7 @@ def test_an_error_while_building_is_the_targets_own():
         ({"model": nn.Identity()}, "no trainable parameter"),
     ],
 )
-def test_a_workload_that_cannot_be_trained_is_refused_in_words(changes, message):
+def test_a_workload_that_cannot_be_trained_is_refused(changes, message):
     with pytest.raises(UsageError, match=message):
         simulate(workload(**changes))
 
@@ -189,7 +189,7 @@ def test_float16_training_steps_although_no_gradient_can_be_checked_for_overflow
     assert trace.max_by_category(1)["optimizer_state"] > 0
 
 
-@pytest.mark.parametrize("bound", [3.0, 0.01])  # PyTorch 2.13 draws in two ways, and looks at values in both
+@pytest.mark.parametrize("bound", [3.0, 0.01])  # PyTorch 2.13 samples in two ways, and reads values in both
 def test_weights_drawn_from_a_truncated_normal_distribution_are_simulated(bound):
     def build():
         model = nn.Linear(8, 8)

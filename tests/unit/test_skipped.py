@@ -1,4 +1,4 @@
-"""Steps that a gradient scaler leaves out are told: without them, a measured run lacks the optimizer's state."""
+"""Optimizer steps skipped by a gradient scaler are reported: a measured run then lacks optimizer state."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from memscope.cli.report_tables import comparison_sections, print_sections
 
 
 def recorded(factor: float, steps: int) -> Trace:
-    """A weight's gradient in fp16, at most 65,504, is that of two samples: 2 * factor * 65,536, once halved 32,768."""
+    """A run whose scaled gradients are 2 * factor * 65,536 (32,768 after a skip); fp16 holds at most 65,504."""
 
     def build() -> Workload:
         loss = lambda model, x: model(x).float().sum() * factor  # noqa: E731
@@ -32,7 +32,7 @@ def shown(trace: Trace) -> str:
 
 
 @pytest.mark.parametrize(("factor", "left_out"), [(4.0, 2), (0.6, 1), (0.25, 0)])
-def test_steps_left_out_are_counted_and_told(factor: float, left_out: int) -> None:
+def test_skipped_steps_are_counted_and_reported(factor: float, left_out: int) -> None:
     trace = recorded(factor, steps=2)
     assert trace.meta.get("skipped_steps", 0) == left_out
     assert (trace.max_by_category()["optimizer_state"] > 0) == (left_out < 2)

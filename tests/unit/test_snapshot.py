@@ -1,4 +1,4 @@
-"""The allocator's history joined to the storages of the tracker: every block has an owner, whatever happened."""
+"""The allocator's history joined to the storages of the tracker: every block has an owner in every case."""
 
 import json
 from pathlib import Path
@@ -61,7 +61,7 @@ def test_blocks_are_as_large_as_pytorchs_own_allocator_counts_them(path, number)
     assert blocks.peak_active == max(totals[:, 1])
 
 
-def test_what_is_too_little_to_be_split_off_belongs_to_the_block(script):
+def test_a_rest_too_small_to_be_split_off_belongs_to_the_block(script):
     # 19.5 MiB of a free segment of 20 MiB: half a MiB is left, less than a block of the large pool.
     with script.op("aten.empty.memory_format"):
         script.storage(script.alloc(BASE, 19 * MIB + MIB // 2), 19 * MIB + MIB // 2, "temporary")
@@ -70,7 +70,7 @@ def test_what_is_too_little_to_be_split_off_belongs_to_the_block(script):
     assert trace.requested.tolist() == [19 * MIB + MIB // 2]
 
 
-def test_blocks_that_differ_from_the_snapshot_at_the_end_are_told(script):
+def test_blocks_that_differ_from_the_snapshot_at_the_end_are_reported(script):
     script.alloc(BASE, 2 * MIB)
     assert script.trace(after=[segment(block(2 * MIB), block(18 * MIB, "inactive"))]).meta["size_differences"] == 0
     assert script.trace(after=[segment(block(3 * MIB), block(17 * MIB, "inactive"))]).meta["size_differences"] == MIB
@@ -108,7 +108,7 @@ def test_within_an_operator_an_output_may_lie_where_a_workspace_was(script):
     assert [row[1] for row in rows(script.trace())] == ["workspace", "activation"]
 
 
-def test_one_address_used_again_and_again_has_an_owner_each_time(script):
+def test_an_address_that_is_reused_has_an_owner_each_time(script):
     for op, category in (
         ("aten.mul.Tensor", "temporary"),
         ("aten.add.Tensor", "gradient"),
@@ -154,7 +154,7 @@ def test_memory_that_no_operator_took_is_not_that_of_a_storage_that_was_there_be
     assert [row[1] for row in rows(script.trace())] == ["temporary", "other"]
 
 
-def test_what_is_freed_between_two_phases_belongs_to_the_first(script):
+def test_a_free_between_two_phases_belongs_to_the_first(script):
     script.phase("forward", 0)
     with script.op("aten.mul.Tensor"):
         for place in range(3):
@@ -168,7 +168,7 @@ def test_what_is_freed_between_two_phases_belongs_to_the_first(script):
     assert [PHASES[trace.mark_phase[trace.mark_at(event)]] for event in range(7)] == ["forward"] * 6 + ["backward"]
 
 
-def test_a_storage_outside_the_allocator_is_no_block_but_is_counted(script):
+def test_a_storage_outside_the_allocator_has_no_block_but_is_counted(script):
     script.alloc(BASE, 512)
     script.storage(0x1000, 4096, "input")
     trace = script.trace()
@@ -186,7 +186,7 @@ def test_the_backward_thread_has_its_own_operators_and_frees(script):
         script.alloc(BASE + 2 * MIB, 8 * MIB)
         script.storage(script.alloc(BASE + 10 * MIB, MIB), MIB, "gradient", "aten.mm.default", "head")
     script.free(BASE, 2 * MIB)
-    script.thread = "main"  # whose last annotation is of before the backward pass
+    script.thread = "main"  # its last annotation is from before the backward pass
     script.phase("optimizer", 0)
     trace = script.trace()
     assert [row[1::3] for row in rows(trace)] == [
@@ -302,7 +302,7 @@ def test_an_expandable_segment_grows_and_gives_back_pages_from_its_middle():
     script.entry("segment_map", BASE, 20 * MIB)
     script.alloc(BASE, 15 * MIB)
     script.entry("segment_map", BASE + 20 * MIB, 20 * MIB)
-    script.alloc(BASE + 15 * MIB, 25 * MIB - 512)  # across both; 512 bytes are enough to be split off
+    script.alloc(BASE + 15 * MIB, 25 * MIB - 512)  # across both; a rest of 512 bytes is split off
     script.free(BASE, 15 * MIB)
     script.entry("segment_unmap", BASE, 14 * MIB)
     script.alloc(BASE + 14 * MIB, MIB)
@@ -325,7 +325,7 @@ def out_of_memory(script):
     script.entry("oom", 5 * MIB, 30 * MIB)
 
 
-def test_an_error_for_want_of_memory_says_what_was_asked_and_what_there_was(script):
+def test_an_out_of_memory_error_records_the_request_and_the_memory_in_use(script):
     out_of_memory(script)
     trace = script.trace(ran_out=True)
     assert trace.meta["out_of_memory"] == {
@@ -345,12 +345,12 @@ def test_an_error_for_want_of_memory_says_what_was_asked_and_what_there_was(scri
     }
 
 
-def test_what_the_process_may_take_is_a_limit_below_what_the_device_has_free(script):
+def test_the_limit_of_the_process_comes_before_the_free_memory_of_the_device(script):
     out_of_memory(script)
     assert script.trace(ran_out=True, limit=21 * MIB).meta["out_of_memory"]["limit"] == 21 * MIB
 
 
-def test_a_want_of_memory_that_the_run_got_over_is_none(script):
+def test_an_out_of_memory_error_that_the_run_survived_is_not_recorded(script):
     out_of_memory(script)
     assert script.trace().meta["out_of_memory"] is None
 
@@ -367,7 +367,7 @@ def test_a_joined_trace_is_written_and_read_like_any_other(script, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_recording_on_a_gpu_that_is_not_there_says_how_to_simulate_one():
+def test_recording_on_a_missing_gpu_says_how_to_simulate_one():
     with pytest.raises(UsageError, match=r'"cuda".*--device gpu'):
         record(lambda: pytest.fail("the target must not be built"), device="cuda")
 

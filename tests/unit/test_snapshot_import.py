@@ -1,4 +1,4 @@
-"""Memory snapshots of PyTorch become traces: whole or begun late, with what is not exact told."""
+"""Traces from memory snapshots of PyTorch: complete or begun late, with notes on values that are not exact."""
 
 import json
 
@@ -11,7 +11,7 @@ from memscope.errors import TraceFileError
 from memscope.exchange.torch_reader import INFERRED
 from memscope.trace import CATEGORIES, PHASES, Trace
 
-# Sizes, lifetimes and reserved memory: those of PyTorch's allocator.
+# Sizes, lifetimes and reserved memory equal those of PyTorch's allocator.
 
 
 def counted(known):
@@ -34,7 +34,7 @@ def test_a_whole_history_gives_every_byte_as_pytorch_counted_it(imported, path, 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize(("path", "number"), GOLDEN, ids=lambda value: getattr(value, "stem", value))
-def test_a_history_begun_late_goes_on_as_the_whole_one(imported, path, number, share):
+def test_a_history_begun_late_continues_as_the_whole_one(imported, path, number, share):
     known = Golden(path, number)
     cut = int(share * len(known.entries))
     trace = imported(snapshot(segments_at_end(known), known.entries[cut:], conf=known.conf))
@@ -45,12 +45,12 @@ def test_a_history_begun_late_goes_on_as_the_whole_one(imported, path, number, s
     guessed = sum("allocated before the history began" in note for note in notes(trace))
     assert not any("does not match" in note for note in notes(trace))
     assert (less == 0).all() or guessed, "all sizes are known, so all are exact"
-    assert (less == 0).all() or "max_split_size_mb" in known.conf, "what lay behind the others tells their sizes"
-    assert less[-1] == 0, "what is alive at the end has the size that the snapshot says"
+    assert (less == 0).all() or "max_split_size_mb" in known.conf, "the blocks after them show their sizes"
+    assert less[-1] == 0, "live blocks at the end have the size in the snapshot"
     assert (less >= 0).all()
 
 
-def test_a_block_that_was_there_before_is_born_at_the_start_with_its_size(imported):
+def test_a_block_from_before_the_history_is_born_at_its_start_with_its_size(imported):
     here = segment(block(2 * MIB, requested=2 * MIB - 100), block(18 * MIB, "inactive"))
     trace = imported(snapshot([here], [entry(a, BASE + 2 * MIB, 512) for a in ("alloc", "free_requested")]))
     assert trace.size.tolist() == [2 * MIB, 512]
@@ -61,7 +61,7 @@ def test_a_block_that_was_there_before_is_born_at_the_start_with_its_size(import
     assert trace.step[0] == -1
 
 
-def test_the_size_of_a_block_from_before_that_was_freed_since_is_a_guess_and_said_to_be(imported):
+def test_the_size_of_an_earlier_block_that_was_freed_is_marked_as_a_guess(imported):
     empty = segment(block(20 * MIB, "inactive"))
     freed = [entry("free_requested", BASE, 2 * MIB - 100), entry("free_completed", BASE, 2 * MIB - 100)]
     trace = imported(snapshot([empty], freed))
@@ -71,15 +71,15 @@ def test_the_size_of_a_block_from_before_that_was_freed_since_is_a_guess_and_sai
 
 
 @pytest.mark.parametrize(("behind", "expected"), [(MIB, 3 * MIB), (MIB + 512, 2 * MIB)])
-def test_what_is_too_little_to_be_a_block_belonged_to_the_block_before_it(imported, behind, expected):
-    # Of a large block no rest of up to 1 MiB is split off; the next one is there from before.
+def test_a_gap_too_small_for_a_block_belongs_to_the_block_before_it(imported, behind, expected):
+    # A rest of up to 1 MiB is not split off a large block; the next block is from before the history.
     here = segment(block(2 * MIB + behind, "inactive"), block(3 * MIB), block(15 * MIB - behind, "inactive"))
     freed = [entry("free_requested", BASE, 2 * MIB - 100), entry("free_completed", BASE, 2 * MIB - 100)]
     assert imported(snapshot([here], freed)).size.tolist() == [expected, 3 * MIB]
 
 
 @pytest.mark.parametrize(("while_there", "expected"), [(True, 2 * MIB + 512 * 1024), (False, 2 * MIB)])
-def test_a_block_put_behind_one_from_before_tells_where_that_ended(imported, while_there, expected):
+def test_a_block_after_an_earlier_one_shows_where_that_ended(imported, while_there, expected):
     end = segment(block(2 * MIB + 512 * 1024, "inactive"), block(3 * MIB), block(14 * MIB + 512 * 1024, "inactive"))
     freed = [entry("free_requested", BASE, 2 * MIB), entry("free_completed", BASE, 2 * MIB)]
     put = [entry("alloc", BASE + 2 * MIB + 512 * 1024, 3 * MIB)]
@@ -87,8 +87,8 @@ def test_a_block_put_behind_one_from_before_tells_where_that_ended(imported, whi
     assert trace.size.tolist() == [expected, 3 * MIB]
 
 
-def test_a_block_from_before_ended_with_its_segment(imported):
-    # A segment of 2 MiB lies right behind, with a block 512 bytes into it.
+def test_an_earlier_block_ends_at_the_latest_with_its_segment(imported):
+    # A segment of 2 MiB follows at once, with a block at offset 512.
     large = segment(block(10 * MIB, "inactive"))
     small = segment(block(512, "inactive"), block(512), block(2 * MIB - 1024, "inactive"), address=BASE + 10 * MIB)
     freed = [entry("free_requested", BASE, 10 * MIB - 4096), entry("free_completed", BASE, 10 * MIB - 4096)]
@@ -102,7 +102,7 @@ def test_nothing_was_split_off_blocks_that_max_split_size_forbids_to_split(impor
 
 
 def test_segments_that_came_and_went_are_followed_backwards(imported):
-    # At the end one segment of 20 MiB; before, one of 2 MiB as well, given back, while the large one was taken.
+    # One segment of 20 MiB at the end. Before, there was also one of 2 MiB, and the large one was taken later.
     end = segment(block(20 * MIB, "inactive"), address=BASE + 64 * MIB)
     history = [
         entry("segment_alloc", BASE + 64 * MIB, 20 * MIB),
@@ -138,20 +138,20 @@ def test_a_block_that_another_stream_still_uses_is_dead(imported):
 
 
 @pytest.mark.parametrize("skipped", ["free_requested", "free_completed"])
-def test_a_free_of_which_one_half_was_skipped_is_a_free(imported, skipped):
+def test_a_free_with_only_one_of_its_two_entries_is_a_free(imported, skipped):
     history = [entry(a, BASE, 2 * MIB) for a in ("alloc", "free_requested", "free_completed") * 2 if a != skipped]
     trace = imported(snapshot([segment(block(20 * MIB, "inactive"))], history))
     assert trace.allocated.tolist() == [2 * MIB, 0, 2 * MIB, 0]
 
 
-def test_memory_that_is_given_out_twice_was_freed_between_and_that_is_said(imported):
+def test_memory_allocated_twice_was_freed_in_between_and_the_trace_says_so(imported):
     history = [entry("alloc", BASE, 2 * MIB), entry("alloc", BASE, 2 * MIB)]
     trace = imported(snapshot([segment(block(2 * MIB), block(18 * MIB, "inactive"))], history))
     assert trace.allocated.tolist() == [2 * MIB, 0, 2 * MIB]
     assert notes(trace)[0].startswith("frees missing from the history: 1;")
 
 
-def test_where_segments_were_skipped_sizes_are_rounded_requests_and_that_is_said(imported):
+def test_without_segment_entries_sizes_are_rounded_requests_and_the_trace_says_so(imported):
     history = [entry("alloc", BASE, 1000), entry("free_requested", BASE, 1000)]
     trace = imported(snapshot([], history))
     assert trace.size.tolist() == [1024]
@@ -159,7 +159,7 @@ def test_where_segments_were_skipped_sizes_are_rounded_requests_and_that_is_said
 
 
 def test_the_settings_of_the_allocator_decide_how_blocks_are_split(imported):
-    # With expandable segments every rest of 512 bytes is split off, else only what exceeds 1 MiB.
+    # With expandable segments every rest from 512 bytes is split off, otherwise only one above 1 MiB.
     history = [entry("alloc", BASE, 19 * MIB + MIB // 2)]
     sizes = {}
     for conf in ("", "expandable_segments:True"):
@@ -168,7 +168,7 @@ def test_the_settings_of_the_allocator_decide_how_blocks_are_split(imported):
     assert sizes == {"": [20 * MIB], "expandable_segments:True": [19 * MIB + MIB // 2]}
 
 
-def test_settings_that_are_not_understood_are_told(imported):
+def test_unknown_settings_are_reported(imported):
     trace = imported(snapshot([segment(block(20 * MIB, "inactive"))], [entry("alloc", BASE, 512)], conf="new_key:1"))
     assert 'unknown key "new_key"' in notes(trace)[0]
 
@@ -177,7 +177,7 @@ def test_settings_that_are_not_understood_are_told(imported):
     ("values", "requested", "expected"),
     [
         ({}, 19 * MIB + MIB // 2, 20 * MIB),  # half a MiB is too little to be split off
-        ({"expandable_segments": True}, 19 * MIB + MIB // 2, 19 * MIB + MIB // 2),  # but for expandable segments
+        ({"expandable_segments": True}, 19 * MIB + MIB // 2, 19 * MIB + MIB // 2),  # except in expandable segments
         ({}, 6 * MIB + 1, 6 * MIB + 512),
         ({"divisions": 4}, 6 * MIB + 1, 7 * MIB),  # from 4 to 8 MiB in four steps
         ({"max_split_size": 40 * MIB}, 6 * MIB, 6 * MIB),
@@ -185,7 +185,7 @@ def test_settings_that_are_not_understood_are_told(imported):
     ],
 )
 @pytest.mark.parametrize("conf", ["", "a_key_to_come:1"])
-def test_what_came_of_the_settings_decides_whatever_was_written(imported, conf, values, requested, expected):
+def test_parsed_settings_take_precedence_over_their_text(imported, conf, values, requested, expected):
     segment_bytes = 40 * MIB if requested > 20 * MIB else 20 * MIB
     rest = [block(segment_bytes - expected, "inactive")] if expected < segment_bytes else []
     data = snapshot([segment(block(expected, requested=requested), *rest)], [entry("alloc", BASE, requested)])
@@ -204,7 +204,7 @@ def ran_out(*after):
     return snapshot([segment(block(4 * MIB), block(16 * MIB, "inactive"))], history)
 
 
-def test_a_request_that_failed_is_told_with_what_there_was(imported):
+def test_a_failed_request_is_recorded_with_the_memory_in_use(imported):
     oom = imported(ran_out()).meta["out_of_memory"]
     assert oom == {
         "event": 1,
@@ -223,7 +223,7 @@ def test_a_request_that_failed_is_told_with_what_there_was(imported):
     }
 
 
-def test_a_failure_that_the_run_got_over_is_none(imported):
+def test_a_failure_that_the_run_survived_is_not_recorded(imported):
     assert imported(ran_out(entry("alloc", BASE + 4 * MIB, 512))).meta["out_of_memory"] is None
 
 
@@ -272,17 +272,17 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_a_damaged_snapshot_is_refused_in_words_that_name_the_file(imported, tmp_path, name):
+def test_a_damaged_snapshot_is_refused_by_file_name(imported, tmp_path, name):
     data, expected = DAMAGED[name]
     with pytest.raises(TraceFileError, match=expected) as error:
         imported(data)
     assert str(tmp_path / "snapshot.pickle") in str(error.value)
 
 
-# What the trace says of itself.
+# Metadata of the trace.
 
 
-def test_what_is_inferred_is_marked_and_the_trace_is_one_like_any_other(imported, tmp_path):
+def test_inferred_columns_are_marked_and_the_trace_is_saved_like_any_other(imported, tmp_path):
     known = Golden(*GOLDEN[0])
     trace = imported(snapshot(segments_at_end(known), known.entries, conf=known.conf))
     assert trace.meta["inferred"] == list(INFERRED) == ["category", "module", "op", "phase", "step", "micro_batch"]
@@ -291,7 +291,7 @@ def test_what_is_inferred_is_marked_and_the_trace_is_one_like_any_other(imported
     assert json.loads(json.dumps(trace.meta)) == trace.meta
 
 
-def test_an_imported_trace_has_a_ledger_up_to_reserved_and_says_why_no_further(imported):
+def test_an_imported_trace_has_a_ledger_up_to_reserved_and_says_why_it_stops_there(imported):
     from memscope.analysis.ledger import ledger
 
     found = ledger(imported(snapshot([segment(block(2 * MIB, requested=MIB), block(18 * MIB, "inactive"))])))

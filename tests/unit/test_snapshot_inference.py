@@ -1,4 +1,4 @@
-"""What is inferred from stacks, held against training steps whose memory is known byte for byte."""
+"""Inference from stacks, compared with training steps whose memory is known byte for byte."""
 
 import tempfile
 from functools import cache
@@ -137,7 +137,7 @@ def test_steps_of_an_optimizer_that_allocates_nothing_are_counted_by_zero_grad()
 
 
 class OwnMomentum(torch.optim.Optimizer):
-    """State that is made anew in each step, beside a temporary."""
+    """An optimizer that makes its state anew in each step, and a temporary."""
 
     def __init__(self, parameters, lr):
         super().__init__(parameters, {"lr": lr})
@@ -148,7 +148,7 @@ class OwnMomentum(torch.optim.Optimizer):
             self.state[parameter]["momentum"] = decayed + parameter.grad
 
 
-def test_state_of_an_optimizer_of_ones_own_is_found_where_the_history_ends_with_its_step():
+def test_state_of_a_custom_optimizer_is_found_if_the_history_ends_with_its_step():
     trace, model, optimizer = trained(plain, OwnMomentum)
     assert PHASES[trace.mark_phase[-1]] == "optimizer"
     momentum = [state["momentum"] for state in optimizer.state.values()]
@@ -156,7 +156,7 @@ def test_state_of_an_optimizer_of_ones_own_is_found_where_the_history_ends_with_
     assert trace.by_category(at=trace.events - 1)["optimizer_state"] == rounded(*momentum)
 
 
-def test_what_an_optimizer_held_when_memory_ran_out_may_be_a_temporary(tmp_path):
+def test_memory_of_an_optimizer_step_that_ran_out_of_memory_is_not_called_state(tmp_path):
     step = frame("step", "/m/optim.py")
     held = entry("alloc", BASE, 512, step)
     assert [CATEGORIES[code] for code in trace_of(tmp_path, held).category] == ["optimizer_state"]
@@ -164,7 +164,7 @@ def test_what_an_optimizer_held_when_memory_ran_out_may_be_a_temporary(tmp_path)
     assert [CATEGORIES[code] for code in ended.category] == ["other"]
 
 
-def test_activations_are_what_the_forward_pass_left_when_the_backward_pass_begins():
+def test_activations_are_the_memory_left_by_the_forward_pass_when_the_backward_pass_begins():
     known = []
 
     def watched(model, optimizer, tokens):
@@ -308,7 +308,7 @@ def test_the_chain_of_modules_follows_their_calls():
     assert reader.places[reader.read(frames)].module == "model:31.mlp:9.linear"
 
 
-def test_stacks_that_are_equal_are_looked_at_once_and_others_never_taken_for_each_other():
+def test_equal_stacks_are_examined_once_and_different_ones_are_never_confused():
     inner = [frame(f"f{n}", "/m/model.py", n) for n in range(40)]
     other = [*inner[:20], frame("forward", "/m/model.py"), *inner[21:]]  # between the frames that tell stacks apart
     reader = StackReader()
@@ -317,7 +317,7 @@ def test_stacks_that_are_equal_are_looked_at_once_and_others_never_taken_for_eac
     assert reader.places[0] is NO_STACK
 
 
-# A history of the rest: what the file alone can tell.
+# Histories whose stacks are missing.
 
 
 def trace_of(tmp_path, *history, **more):
@@ -328,7 +328,7 @@ def pair(address, *frames, **more):
     return [entry(action, address, 512, *frames, **more) for action in ("alloc", "free_requested", "free_completed")]
 
 
-def test_a_history_without_stacks_says_nothing_of_what_memory_is_for(tmp_path):
+def test_a_history_without_stacks_gives_no_categories(tmp_path):
     trace = trace_of(tmp_path, *pair(BASE))
     assert [CATEGORIES[code] for code in trace.category] == ["other"]
     assert "the snapshot has no stacks" in trace.meta["imported"]["notes"][-1]
@@ -350,9 +350,9 @@ ANNOTATED = [("## forward ##", 0, 15), ("Optimizer.step#AdamW.step", 25, 35), ("
 
 
 def annotations(layout):
-    """Blocks of `record_function` as PyTorch 2.5 and later note them, and before.
+    """Blocks of `record_function` as PyTorch 2.5 and later record them, and as earlier versions do.
 
-    Of before: https://github.com/pytorch/pytorch/pull/124179 shows `{"name": "START", "filename": "## forward ##"}`.
+    Earlier: https://github.com/pytorch/pytorch/pull/124179 shows `{"name": "START", "filename": "## forward ##"}`.
     """
     noted = [
         (name, stage, time) for name, *times in ANNOTATED for stage, time in zip(("START", "END"), times, strict=True)
@@ -363,7 +363,7 @@ def annotations(layout):
 
 
 @pytest.mark.parametrize("layout", ["external", "user_defined"])
-def test_annotations_give_phases_and_steps_where_stacks_do_not(tmp_path, layout):
+def test_annotations_give_phases_and_steps_if_stacks_do_not(tmp_path, layout):
     more, entries = annotations(layout)
     own_code = frame("main", "/m/train.py")
     history = [*pair(BASE, own_code, time_us=10), *pair(BASE, own_code, time_us=30), *pair(BASE, own_code, time_us=50)]
@@ -395,7 +395,7 @@ def test_the_phases_of_a_trace_are_those_of_its_allocations():
     assert np.array_equal(trace.mark_step[marks], trace.step)
 
 
-def test_memory_of_compiled_code_is_of_its_region_where_no_module_is_known(tmp_path):
+def test_memory_of_compiled_code_belongs_to_its_region_if_no_module_is_known(tmp_path):
     backward, region = (
         frame("backward", "/x/torch/_functorch/_aot_autograd/runtime_wrappers.py"),
         "Torch-Compiled Region: 0/0",

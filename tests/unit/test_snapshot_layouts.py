@@ -8,7 +8,7 @@ from snapshots import GOLDEN, Golden, came_of, categories, entry, frame, notes, 
 from memscope.errors import UsageError
 
 
-def test_private_pools_other_streams_and_all_that_pytorch_2_13_notes_beside_are_read(imported):
+def test_private_pools_other_streams_and_further_fields_of_pytorch_2_13_are_read(imported):
     noted = {"compile_context": "N/A", "user_metadata": "step 3", "pool_id": (0, 1), "stream": 123323568}
     traced = {"fx_node_op": "call_function", "fx_node_name": "relu", "fx_original_trace": "relu(x)"}
     stack = [{**frame("forward", "/m/model.py", 7), **traced}, frame("_call_impl", "/x/torch/nn/modules/module.py", 9)]
@@ -27,7 +27,7 @@ def test_private_pools_other_streams_and_all_that_pytorch_2_13_notes_beside_are_
     assert notes(trace) == []
 
 
-def test_a_list_of_segments_alone_is_a_trace_of_what_is_alive(imported):
+def test_a_bare_list_of_segments_is_a_trace_of_the_live_blocks(imported):
     # torch.cuda.memory_snapshot(), PyTorch 1.10: blocks have a size and a state.
     blocks = [{"size": 2 * MIB, "state": "active_allocated"}, {"size": 18 * MIB, "state": "inactive"}]
     about = {"device": 0, "address": BASE, "total_size": 20 * MIB, "segment_type": "large", "blocks": blocks}
@@ -62,7 +62,7 @@ def test_every_protocol_gives_the_same_trace(imported, protocol):
     assert np.array_equal(trace.allocated[: len(known.totals)], known.totals[:, 0])
 
 
-def test_entries_of_kinds_to_come_are_passed_over_and_told(imported):
+def test_unknown_kinds_of_entries_are_skipped_and_reported(imported):
     history = [entry("alloc", BASE, 512), entry("snapshot", 0, 0), entry("segment_swap", BASE, 2 * MIB)]
     trace = imported(snapshot([segment(block(512), block(2 * MIB - 512, "inactive"))], history))
     assert trace.events == 1
@@ -77,8 +77,8 @@ def two_gpus():
     return snapshot([segment(block(2 * MIB)), other], [], [entry("snapshot", 0, 0)])
 
 
-def test_a_gpu_of_which_nothing_but_a_snapshot_is_noted_is_none_to_choose(imported):
-    # A process on GPU 1 with enabled="state", which keeps the last entry of each: GPU 0 has its own snapshot alone.
+def test_a_gpu_with_only_a_snapshot_entry_is_not_offered(imported):
+    # A process on GPU 1 with enabled="state", which keeps each GPU's last entry: GPU 0 has only its "snapshot" entry.
     here = {**segment(block(2 * MIB), block(18 * MIB, "inactive")), "device": 1}
     last = {"action": "free_completed", "addr": BASE + 2 * MIB, "size": 512, "stream": 0}
     trace = imported(snapshot([here], [{"action": "snapshot", "addr": 0, "size": 0, "stream": 0}], [last]))
@@ -87,13 +87,13 @@ def test_a_gpu_of_which_nothing_but_a_snapshot_is_noted_is_none_to_choose(import
     assert trace.meta["size_differences"] == 0
 
 
-def test_of_several_gpus_one_has_to_be_chosen(imported):
+def test_one_of_several_gpus_must_be_chosen(imported):
     with pytest.raises(UsageError, match=r"several GPUs: choose one of 0, 1 with --device"):
         imported(two_gpus())
     assert imported(two_gpus(), device=1).size.tolist() == [4 * MIB]
 
 
-def test_a_gpu_that_is_not_there_is_refused(imported):
+def test_a_missing_gpu_is_refused(imported):
     with pytest.raises(UsageError, match=r"does not hold GPU 7: choose one of 0, 1 with --device"):
         imported(two_gpus(), device=7)
 

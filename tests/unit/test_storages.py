@@ -1,6 +1,6 @@
-"""Every storage born and freed is seen, whatever is done to it.
+"""Every birth and free of a storage is seen, whatever happens to its tensors.
 
-Sizes are on the CPU, so bytes are elements times item size.
+The tests run on the CPU, so bytes are elements times item size.
 """
 
 import gc
@@ -14,7 +14,7 @@ from memscope.errors import MemscopeError
 
 
 def sizes(trace):
-    """`(bytes, was freed)` of every allocation made after the model was taken in, in order of birth."""
+    """`(bytes, was freed)` of every allocation made after the model, in order of birth."""
     made = trace.step >= -1
     taken_in = trace.op == 0
     return [
@@ -79,7 +79,7 @@ def test_a_storage_resized_to_nothing_is_freed_and_comes_back_with_its_new_size(
     assert sizes(watched(body)) == [(40, True), (80, False)]
 
 
-def test_an_out_argument_of_the_wrong_size_is_seen_to_grow(watched):
+def test_an_out_argument_of_the_wrong_size_grows(watched):
     def body():
         out = torch.empty(1)
         torch.add(torch.ones(50), torch.ones(50), out=out)
@@ -99,7 +99,7 @@ def test_set_moves_a_tensor_to_another_storage_and_the_old_one_dies(watched):
     assert sizes(watched(body)) == [(40, True), (80, False)]
 
 
-def test_empty_tensors_are_no_allocation(watched):
+def test_empty_tensors_are_not_allocations(watched):
     assert sizes(watched(lambda: torch.empty(0))) == []
 
 
@@ -113,14 +113,14 @@ def test_a_sparse_tensor_counts_its_indices_and_values(watched):
     assert 16 in alive
 
 
-def test_resize_is_pytorchs_own_again_after_recording_even_after_an_exception():
+def test_pytorchs_resize_is_restored_after_recording_even_after_an_exception():
     before = torch.UntypedStorage.resize_
     with pytest.raises(RuntimeError, match="stop"), Recorder(nn.Linear(2, 2)):
         raise RuntimeError("stop")
     assert torch.UntypedStorage.resize_ is before
 
 
-def test_nothing_lives_longer_for_being_watched():
+def test_recording_does_not_prolong_any_lifetime():
     recorder = Recorder(nn.Linear(2, 2))
     with recorder:
         tensor = torch.ones(1000)

@@ -1,4 +1,4 @@
-"""Finding a target: shipped, a folder of one's own, a file; and what is said of what is none."""
+"""Finding a target: shipped, in a folder, in a file; and errors for anything else."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ OWN = """
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names are looked up from the working folder: an empty one."""
+    """Runs each test in an empty working folder, from which names are looked up."""
     monkeypatch.chdir(tmp_path)
 
 
 def write(path: str, code: str = OWN) -> Path:
-    """A file with its folders, below the working folder."""
+    """Write a file and its folders below the working folder."""
     file = Path(path)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(dedent(code), encoding="utf-8")
@@ -72,7 +72,7 @@ def test_shipped_target_is_found_by_its_path() -> None:
     assert is_llama2(find_target(str(Path(file).parent)))
 
 
-def test_own_folder_is_taken_before_a_shipped_target_of_its_name() -> None:
+def test_own_folder_takes_precedence_over_a_shipped_target_of_its_name() -> None:
     write("llama2/target.py")
     write("targets/llama2/target.py")
     for text in ("llama2", "./llama2", "targets/llama2"):
@@ -85,7 +85,7 @@ def test_folder_without_a_target_does_not_hide_the_shipped_one() -> None:
 
 
 @pytest.mark.parametrize("text", ["mine/llama2", "targets/llama2/other.py", "targets/mine/llama2"])
-def test_wrong_path_is_not_taken_for_a_shipped_target(text: str) -> None:
+def test_wrong_path_does_not_select_a_shipped_target(text: str) -> None:
     with pytest.raises(UsageError, match=f'no target "{text}"'):
         find_target(text)
 
@@ -114,7 +114,7 @@ def test_working_folder_is_a_target_named_for_itself(tmp_path: Path) -> None:
     assert find_target(".").name == tmp_path.name
 
 
-def test_own_target_may_import_the_files_beside_it() -> None:
+def test_own_target_may_import_files_next_to_it() -> None:
     write("mine/memscope_test_plain.py", "LAYERS = 3")
     write("mine/memscope_test_relative.py", "NAME = 'beside'")
     code = OWN.replace("layers: int = 2", "layers: int = LAYERS").replace('"small"\n', "NAME\n")
@@ -165,7 +165,7 @@ def test_wrong_value_names_target_and_setting() -> None:
     ("text", "nearest"),
     [("lama2", 'did you mean "llama2"? '), ("mine/llama3", 'did you mean "llama2"? '), ("bert", "")],
 )
-def test_unknown_target_is_refused_with_what_was_expected(text: str, nearest: str) -> None:
+def test_unknown_target_is_refused_with_the_expected_kinds(text: str, nearest: str) -> None:
     with pytest.raises(UsageError) as caught:
         find_target(text)
     assert str(caught.value) == (
@@ -185,13 +185,13 @@ def test_folder_without_target_and_file_without_python_are_refused() -> None:
     ("code", "lacking"),
     [("def build(config): ...", "Config"), ("class Config: ...", "build"), ("x = 1", "Config and build")],
 )
-def test_target_that_lacks_a_part_is_told_which(code: str, lacking: str) -> None:
+def test_target_that_lacks_a_part_is_refused_with_its_name(code: str, lacking: str) -> None:
     write("mine/target.py", code)
     expected = "expected a Config dataclass and build(config) -> Workload"
     assert failure("mine") == f'target "mine" lacks {lacking}: {expected}'
 
 
-def test_config_that_is_no_dataclass_is_refused() -> None:
+def test_config_that_is_not_a_dataclass_is_refused() -> None:
     write("mine/target.py", "class Config: ...\ndef build(config): ...")
     assert failure("mine") == (
         'target "mine" has a Config that is not a dataclass: expected a Config dataclass and build(config) -> Workload'
@@ -227,7 +227,7 @@ def test_syntax_error_in_own_code_is_shown_with_its_line() -> None:
     assert failure("mine") == "target \"mine\" cannot be loaded: SyntaxError: '(' was never closed (target.py, line 2)"
 
 
-def test_error_beside_the_target_is_shown_where_it_is() -> None:
+def test_error_in_a_file_next_to_the_target_is_shown_with_its_line() -> None:
     write("mine/memscope_test_broken.py", "def scale(x):\n    return x / 0\n")
     write("mine/target.py", "import memscope_test_broken\nmemscope_test_broken.scale(1)")
     shown = failure("mine")
@@ -243,14 +243,14 @@ def test_target_that_failed_to_load_leaves_nothing_behind() -> None:
     assert sys.path == path
 
 
-def test_error_that_memscope_explains_already_passes_through() -> None:
+def test_error_that_memscope_already_explains_passes_through() -> None:
     write("mine/target.py", "from memscope.errors import UsageError\nraise UsageError('data.json: no such file')")
     with pytest.raises(UsageError) as caught:
         find_target("mine")
     assert str(caught.value) == "data.json: no such file"
 
 
-def test_own_build_may_import_the_files_beside_it_when_it_is_called() -> None:
+def test_own_build_may_import_files_next_to_it_when_it_is_called() -> None:
     write("mine/memscope_test_late.py", "LAYERS = 7")
     late = "def build(config: Config):\n        from memscope_test_late import LAYERS\n        return LAYERS"
     write("mine/target.py", OWN.split("def build")[0] + late)
@@ -276,12 +276,12 @@ def test_presets_of_the_wrong_kind_are_refused(presets: str, said: str) -> None:
     assert said in failure("mine")
 
 
-def test_a_build_that_is_no_function_is_refused() -> None:
+def test_a_build_that_is_not_a_function_is_refused() -> None:
     write("mine/target.py", OWN.split("def build")[0] + "build = 3")
     assert "has a build that is not a function" in failure("mine")
 
 
-def test_the_workload_of_ones_own_target_keeps_its_settings(tmp_path: Path) -> None:
+def test_the_workload_of_an_own_target_keeps_its_settings(tmp_path: Path) -> None:
     (tmp_path / "target.py").write_text(
         dedent("""
         from dataclasses import dataclass

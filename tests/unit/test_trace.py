@@ -1,4 +1,4 @@
-"""What a trace answers, on numbers worked out by hand."""
+"""Queries of a trace, on numbers derived by hand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from memscope.trace import CATEGORIES, Category, Peak, Trace
 
 
 def two_steps() -> Trace:
-    """17 events: one before the first step, 9 in step 0, 7 in step 1. Bytes allocated after each are at its right."""
+    """17 events: one before the first step, 9 in step 0, 7 in step 1. Comments give the bytes allocated after each."""
     build = TraceBuilder()
     build.phase("setup")
     build.new("parameter", 100, module="lin")  # 0: 100
@@ -94,7 +94,7 @@ def test_peak_may_lie_before_the_first_step() -> None:
     assert build.trace().peak == Peak(event=0, allocated_bytes=10, step=-1, phase="setup", micro_batch=0)
 
 
-def test_steps_are_those_begun() -> None:
+def test_steps_are_those_that_began() -> None:
     assert two_steps().steps == (0, 1)
 
 
@@ -104,7 +104,7 @@ def test_step_reaches_from_its_first_phase_to_the_next_step() -> None:
     assert trace.step_range(1) == (10, 17)
 
 
-def test_step_ends_where_its_loop_is_left() -> None:
+def test_step_ends_when_its_loop_is_left() -> None:
     build = TraceBuilder()
     build.phase("forward", 0)
     build.new("activation", 4)
@@ -115,7 +115,7 @@ def test_step_ends_where_its_loop_is_left() -> None:
     assert trace.peak_of(0).allocated_bytes == 4
 
 
-def test_missing_step_is_refused_with_those_there_are() -> None:
+def test_missing_step_is_refused_with_the_existing_ones() -> None:
     with pytest.raises(UsageError, match="no step 2; it has 0, 1"):
         two_steps().peak_of(2)
     with pytest.raises(UsageError, match="no step 0; it has none"):
@@ -144,7 +144,7 @@ def test_mark_at_is_the_phase_an_event_falls_into(event: int, phase: str, step: 
     assert (trace.mark_step[mark], trace.mark_micro_batch[mark]) == (step, micro_batch)
 
 
-def test_at_lists_what_is_alive_after_an_event() -> None:
+def test_at_lists_the_allocations_alive_after_an_event() -> None:
     trace = two_steps()
     assert trace.at(0).tolist() == [0]
     assert trace.at(3).tolist() == [0, 1, 2, 3]
@@ -191,13 +191,13 @@ def test_by_groups_any_other_moment() -> None:
     assert two_steps().by("category", at=3) == {"parameter": 100, "activation": 40, "temporary": 30, "input": 8}
 
 
-def test_by_adds_up_what_carries_the_same_name() -> None:
+def test_by_adds_up_allocations_with_the_same_name() -> None:
     trace = two_steps()
     twins = Trace(**{**vars(two_steps()), "modules": ("same",) * len(trace.modules)})
     assert twins.by("module") == {"same": 258}
 
 
-def test_by_of_a_moment_with_nothing_alive_is_empty() -> None:
+def test_by_is_empty_at_a_moment_with_nothing_alive() -> None:
     build = TraceBuilder()
     build.phase("forward", 0)
     build.free(build.new("temporary", 10))
@@ -214,7 +214,7 @@ def test_by_of_a_moment_with_nothing_alive_is_empty() -> None:
         ([], 'cannot group a trace by "": Valid: category'),
     ],
 )
-def test_by_refuses_unknown_keys_and_none(keys: list[Any], message: str) -> None:
+def test_by_refuses_unknown_keys_and_no_keys(keys: list[Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         two_steps().by(*keys)
 
@@ -226,17 +226,17 @@ def test_by_category_has_every_category_in_order() -> None:
 
 
 def test_max_by_category_takes_each_at_its_own_moment() -> None:
-    # The 40 bytes of `temporary` in step 1 are there when the activation is gone already.
+    # The 40 bytes of `temporary` in step 1 exist when the activation is already freed.
     assert list(two_steps().max_by_category().values()) == [100, 0, 0, 60, 50, 40, 8, 40, 0, 0]
     assert list(two_steps().max_by_category(0).values()) == [100, 0, 0, 60, 50, 40, 8, 30, 0, 0]
 
 
-def test_max_by_category_counts_what_an_earlier_step_left() -> None:
-    # Nothing of optimizer_state is born in step 1; its 50 bytes are from step 0.
+def test_max_by_category_counts_allocations_of_earlier_steps() -> None:
+    # No optimizer_state is born in step 1; its 50 bytes are from step 0.
     assert two_steps().max_by_category(1)["optimizer_state"] == 50
 
 
-def test_empty_trace_answers_or_says_that_it_is_empty() -> None:
+def test_empty_trace_answers_or_is_refused_as_empty() -> None:
     trace = empty()
     assert (len(trace), trace.events, trace.steps, trace.timeline("input").tolist()) == (0, 0, (), [])
     assert set(trace.max_by_category().values()) == {0}

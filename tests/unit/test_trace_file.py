@@ -1,4 +1,4 @@
-"""Trace files: what comes back, how they are written, and what is said of files that are no traces."""
+"""Trace files: round trips, writing, and errors for files that are not traces."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def header(**changed: Any) -> Any:
 
 
 def refusal(path: Path) -> str:
-    """What is said of a file that is no trace, without the path it begins with."""
+    """The error message for a file that is not a trace, without the path at its start."""
     with pytest.raises(TraceFileError) as caught:
         Trace.load(path)
     start, text = str(caught.value)[: len(str(path)) + 2], str(caught.value)[len(str(path)) + 2 :]
@@ -97,7 +97,7 @@ def test_path_is_used_as_given(tmp_path: Path) -> None:
     assert same(Trace.load(str(tmp_path / "run.trace")), small())
 
 
-def test_existing_file_is_kept_unless_told_otherwise(tmp_path: Path) -> None:
+def test_existing_file_is_kept_unless_overwriting_is_requested(tmp_path: Path) -> None:
     path = tmp_path / "a.npz"
     path.write_text("mine")
     with pytest.raises(TraceFileError, match=r"a\.npz exists already: choose another name, or overwrite it with -f"):
@@ -109,7 +109,7 @@ def test_existing_file_is_kept_unless_told_otherwise(tmp_path: Path) -> None:
 
 @contextmanager
 def files_up_to(most_bytes: int) -> Iterator[None]:
-    """Let this process write no file larger than that: the nearest thing to a full disk."""
+    """Let this process write no file larger than this: the nearest thing to a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, hard))
     try:
@@ -178,7 +178,7 @@ FOREIGN = "not a memscope trace, or truncated: expected a file written by memsco
 NO_HEADER = "not a memscope trace: it has no memscope header"
 
 
-def test_missing_file_and_folder_are_told_apart(tmp_path: Path) -> None:
+def test_missing_file_and_folder_have_different_errors(tmp_path: Path) -> None:
     assert refusal(tmp_path / "a.npz") == "no such file"
     assert refusal(tmp_path) == "cannot be read (Is a directory)"
 
@@ -257,7 +257,7 @@ def test_flipped_byte_is_refused_or_changes_nothing(data: st.DataObject, saved: 
 
 
 def test_newer_schema_asks_for_an_upgrade(tmp_path: Path) -> None:
-    # Its columns may be others: nothing but the version is looked at.
+    # Its columns may differ: only the version is read.
     path = stored(tmp_path / "a.npz", header=header(schema_version=SCHEMA_VERSION + 1, modules="other"), size=None)
     assert refusal(path) == "has trace schema 2; this memscope reads schemas up to 1: upgrade memscope"
 

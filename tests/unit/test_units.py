@@ -1,4 +1,4 @@
-"""Sizes as text, both ways."""
+"""Sizes written as text and read from text."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_size_is_read_with_its_unit(text: str, size_bytes: int) -> None:
 @pytest.mark.parametrize(
     "text", ["", "forty", "-1GB", "+1GB", "1,5GB", "1e9", "nan", "inf", "GB", "1.GB", "4 0GB", "40GB!"]
 )
-def test_what_is_no_size_is_refused(text: str) -> None:
+def test_invalid_size_is_refused(text: str) -> None:
     with pytest.raises(UsageError) as caught:
         parse_bytes(text)
     assert str(caught.value) == (
@@ -90,7 +90,7 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize(("text", "unit"), [("40G", "G"), ("40 XB", "XB"), ("1gigabyte", "gigabyte")])
-def test_unknown_unit_is_refused_with_those_there_are(text: str, unit: str) -> None:
+def test_unknown_unit_is_refused_with_the_valid_ones(text: str, unit: str) -> None:
     with pytest.raises(UsageError) as caught:
         parse_bytes(text)
     assert str(caught.value) == (

@@ -1,4 +1,4 @@
-"""What is read from a pickle is plain data; whatever else a pickle can do, this one does not."""
+"""The unpickler reads plain data and refuses everything else that a pickle can do."""
 
 import copyreg
 import datetime
@@ -30,7 +30,7 @@ PLAIN = st.recursive(
 
 @pytest.fixture
 def read(tmp_path):
-    """What is read of a pickle's bytes."""
+    """Read a pickle from bytes."""
 
     def read(data):
         path = tmp_path / "snapshot.pickle"
@@ -40,7 +40,7 @@ def read(tmp_path):
     return read
 
 
-# What is plain.
+# Plain data.
 
 
 @given(PLAIN, st.sampled_from(PROTOCOLS))
@@ -68,7 +68,7 @@ def test_a_deeply_nested_list_is_read_without_recursion(read):
     assert levels == depth
 
 
-# What is not: nothing of it is executed.
+# Code: never executed.
 
 
 class Calls:
@@ -82,7 +82,7 @@ class Calls:
 
 
 def exploits(mark):
-    """Pickles that make the file `mark` when Python reads them, or try to, each by another way."""
+    """Pickles that create the file `mark` when Python reads them, or try to, each in another way."""
     word = struct.pack("<I", len(mark)) + mark.encode()
     mkdir = b"\x80\x02cos\nmkdir\n"
     return {
@@ -123,7 +123,7 @@ def test_these_exploits_work_on_a_reader_that_is_not_restricted(tmp_path, name):
     assert mark.exists()
 
 
-def test_the_refusal_names_what_was_asked_for(read):
+def test_the_error_names_the_object_that_was_requested(read):
     with pytest.raises(TraceFileError, match=rf"{os.mkdir.__module__}\.mkdir"):
         read(pickle.dumps({"segments": [Calls(os.mkdir, "x")]}, 4))
     with pytest.raises(TraceFileError, match=r"datetime\.date"):
@@ -131,7 +131,7 @@ def test_the_refusal_names_what_was_asked_for(read):
 
 
 def test_an_extension_code_is_refused_even_where_this_process_knows_it(read):
-    # Once it was read, Python gives the class for the code out of a cache, past find_class.
+    # After the first read, Python takes the class for the code from a cache, bypassing find_class.
     copyreg.add_extension("os", "mkdir", 0x7654)
     try:
         known = b"\x80\x02\x83" + struct.pack("<H", 0x7654)
@@ -158,12 +158,12 @@ def test_buffers_from_outside_are_refused(read):
 
 
 @pytest.mark.parametrize("code", [b"cos\nmkdir\n", b"X\x01\x00\x00\x00xQ"], ids=["class", "persistent id"])
-def test_the_second_lock_holds_without_the_first(code):
+def test_the_second_check_holds_without_the_first(code):
     with pytest.raises(_Refused):
         _PlainUnpickler(io.BytesIO(b"\x80\x02" + code + b".")).load()
 
 
-# What is broken.
+# Broken pickles.
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -177,7 +177,7 @@ def test_a_pickle_cut_anywhere_is_refused(read, protocol):
 
 
 def is_plain(value):
-    """Whether a value holds nothing but plain data; lists and dicts may hold themselves."""
+    """Whether a value holds only plain data; lists and dicts may contain themselves."""
     waiting, seen = [value], set()
     while waiting:
         part = waiting.pop()
@@ -242,12 +242,12 @@ def test_tuples_nested_too_deep_to_be_hashed_are_refused(read, nest):
         (b"\x1f\x8b\x08\x00", "gunzip"),
         (b"\x80\x04\xff.", "not an instruction"),
         (b"\x80\x04}]K\x00s.", "damaged pickle"),  # a list as a key
-        (b"\x80\x04a.", "damaged pickle"),  # appends to nothing
-        (b"\x80\x04h\x07.", "damaged pickle"),  # recalls what was never remembered
+        (b"\x80\x04a.", "damaged pickle"),  # appends to an empty stack
+        (b"\x80\x04h\x07.", "damaged pickle"),  # recalls a value that was never stored
         (b"\x80\x04.", "damaged pickle"),
     ],
 )
-def test_what_is_no_such_pickle_is_told_in_words(read, data, expected):
+def test_a_broken_pickle_is_refused_with_the_reason(read, data, expected):
     with pytest.raises(TraceFileError, match=expected):
         read(data)
 
@@ -260,7 +260,7 @@ def test_an_archive_of_torch_save_is_not_opened(read):
         read(archive.getvalue())
 
 
-def test_a_missing_file_and_a_folder_are_told_apart(tmp_path):
+def test_a_missing_file_and_a_folder_have_different_errors(tmp_path):
     with pytest.raises(TraceFileError, match="no such file"):
         read_plain_pickle(tmp_path / "snapshot.pickle")
     with pytest.raises(TraceFileError, match="cannot be read"):

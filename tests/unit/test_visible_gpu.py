@@ -1,4 +1,4 @@
-"""Ordinary training code, written for a GPU, runs in a simulation of one; afterwards PyTorch is as it was."""
+"""Ordinary training code for a GPU runs in a simulation of one; afterwards PyTorch is restored."""
 
 from collections import UserDict
 from dataclasses import dataclass
@@ -23,12 +23,12 @@ def train(loss=lambda m, x: m(x).sum(), model=lambda: nn.Linear(8, 8), batch=Non
 
 
 def same_as_plain(trace):
-    """Whether a run took what the plainest one takes."""
+    """Whether a run made the same allocations as the plainest one."""
     plain = train()
     return (trace.requested.tolist(), trace.freed.tolist()) == (plain.requested.tolist(), plain.freed.tolist())
 
 
-def test_tensors_say_that_they_are_on_the_gpu():
+def test_tensors_report_the_gpu_as_their_device():
     def loss(model, x):
         for tensor in (x, model.weight, model(x)):
             assert tensor.is_cuda
@@ -49,7 +49,7 @@ def test_tensors_say_that_they_are_on_the_gpu():
         lambda x: x.pin_memory().cuda(non_blocking=True),
     ],
 )  # fmt: skip
-def test_moving_a_batch_to_the_gpu_copies_nothing_as_it_is_there(move):
+def test_moving_a_batch_to_the_gpu_copies_nothing_if_it_is_there(move):
     assert same_as_plain(train(lambda m, x: m(move(x)).sum()))
 
 
@@ -147,7 +147,7 @@ def test_torch_cuda_answers_for_the_device_that_is_simulated():
     train(loss)
 
 
-def test_what_has_nothing_to_do_in_a_simulation_does_nothing():
+def test_calls_without_an_effect_in_a_simulation_do_nothing():
     def loss(model, x):
         torch.cuda.set_device(0)
         torch.cuda.manual_seed_all(0)
@@ -162,7 +162,7 @@ def test_what_has_nothing_to_do_in_a_simulation_does_nothing():
     assert same_as_plain(train(loss))
 
 
-def test_memory_is_what_the_allocator_has_given_so_far():
+def test_memory_statistics_are_those_of_the_allocator_so_far():
     seen = []
 
     def loss(model, x):
@@ -177,10 +177,10 @@ def test_memory_is_what_the_allocator_has_given_so_far():
         )
         return y.sum()
 
-    # Without a bias, whose product PyTorch 2.9 to 2.11 gives a workspace of its own.
+    # No bias: PyTorch 2.9 to 2.11 gives a product with bias a workspace of its own.
     trace = train(loss, model=lambda: nn.Linear(8, 8, bias=False))
     # Weight, input and output in a block of 512 bytes each, and the 8,519,680 bytes of cuBLAS: in a segment of
-    # 2 MiB for small blocks and one of 20 MiB for such as are below 10 MiB.
+    # 2 MiB for small blocks and one of 20 MiB for blocks below 10 MiB.
     assert seen[0] == (3 * 512 + 8_519_680, 3 * 512 + 8_519_680, 22 * 2**20, 22 * 2**20)
     # By the second step the optimizer's state is there: two moments of the weight; the backward pass's thread has
     # taken cuBLAS's memory too, and the loss of the first step is gone.
@@ -216,19 +216,19 @@ def test_emptying_the_cache_gives_unused_segments_back():
         (lambda: torch.cuda.Event().elapsed_time(torch.cuda.Event()), "Event.elapsed_time"),
     ],
 )
-def test_what_has_no_answer_is_refused_with_the_line_that_asks(call, name):
+def test_calls_without_an_answer_are_refused_with_the_calling_line(call, name):
     with pytest.raises(
         TargetError, match=rf"torch.cuda.{name} has no answer in a simulation: .*test_visible_gpu.py:\d+"
     ):
         train(lambda m, x: (call(), m(x).sum())[1])
 
 
-def test_memory_cannot_be_asked_while_the_model_is_built():
+def test_memory_statistics_are_refused_while_the_model_is_built():
     with pytest.raises(TargetError, match="counted from the first step on"):
         train(model=lambda: (torch.cuda.memory_allocated(), nn.Linear(8, 8))[1])
 
 
-def test_autocast_of_the_gpu_is_seen_to_be_on():
+def test_autocast_on_the_gpu_is_reported_as_enabled():
     def loss(model, x):
         assert torch.is_autocast_enabled("cuda")
         assert torch.is_autocast_enabled()
@@ -277,7 +277,7 @@ def test_a_batch_of_another_kind_is_input_on_the_gpu(make):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_everything_is_as_before_afterwards(fails):
+def test_a_simulation_restores_everything(fails):
     def state():
         return {
             **{f"cuda.{name}": value for name, value in vars(torch.cuda).items()},

@@ -1,4 +1,4 @@
-"""One step, carried out: its phases, its scopes, its weights, and the ways a batch can be split."""
+"""One training step: its phases, contexts and weights, and the splitting of a batch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Events = list[tuple[Any, ...]]
 
 
 class Diary:
-    """Observes a step, and notes what it is told."""
+    """A `StepObserver` that records its calls."""
 
     def __init__(self) -> None:
         self.events: Events = []
@@ -86,7 +86,7 @@ def test_micro_batches_are_moved_to_the_device_one_at_a_time_and_let_go() -> Non
     workload = scalar_workload(StepPlan(micro_batches=2))
     pieces = micro_batches(workload, workload.batches[0])
     run_step(Training.start(workload, "cpu", to_device), pieces)
-    assert moved == [(1, 1), (1, 0)]  # a sample each; while it is used, the list holds only those to come
+    assert moved == [(1, 1), (1, 0)]  # one sample each; while one is used, the list holds only later ones
     assert pieces == []
 
 
@@ -133,7 +133,7 @@ def test_clipping_bounds_the_norm_of_the_unscaled_gradient(
     assert weight(workload) == pytest.approx([1 - change[0], 1 - change[1]], abs=1e-5)
 
 
-def test_the_scaler_is_told_of_every_step() -> None:
+def test_the_scaler_is_updated_in_every_step() -> None:
     workload = scalar_workload(StepPlan(grad_scaler=True))
     training = Training.start(workload, "cpu", lambda data: data)
     assert training.scaler is not None
@@ -142,7 +142,7 @@ def test_the_scaler_is_told_of_every_step() -> None:
     assert training.scaler.state_dict()["_growth_tracker"] == 3  # steps in a row without an overflow
 
 
-def test_only_trainable_parameters_go_to_the_optimizer_and_the_model_is_put_in_training() -> None:
+def test_only_trainable_parameters_go_to_the_optimizer_and_the_model_is_put_in_training_mode() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)).eval()
     model[0].requires_grad_(False)
     training = Training.start(scalar_workload(model=model), "cpu", lambda data: data)
@@ -169,7 +169,7 @@ def test_a_tied_parameter_is_counted_once() -> None:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Equality that looks into tensors."""
+    """Equality, including the values of tensors."""
     if isinstance(one, Tensor):
         return isinstance(other, Tensor) and torch.equal(one, other)
     if isinstance(one, dict):
@@ -231,7 +231,7 @@ def shares(workload: Workload) -> list[float]:
     return [piece.share for piece in micro_batches(workload, workload.batches[0])]
 
 
-def test_a_micro_batch_counts_by_its_samples_unless_told_otherwise() -> None:
+def test_a_micro_batch_is_weighted_by_its_samples_by_default() -> None:
     workload = scalar_workload(StepPlan(micro_batches=2), batches=[torch.ones(4, 2)])
     assert shares(workload) == [0.5, 0.5]
     workload.split = lambda batch, parts: [batch[:1], batch[1:]]

@@ -1,4 +1,4 @@
-"""Memory taken inside CUDA kernels: expected sizes worked out here from shapes, as the cited sources compute them."""
+"""Memory taken inside CUDA kernels: expected sizes are derived from shapes, as the cited sources compute them."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def test_embedding_of_few_rows_adds_atomically_from_2_11_on() -> None:
         assert sizes["sum of each partial"] == 1100 * 1024 * 4
 
 
-def test_adding_at_indices_sorts_them() -> None:
+def test_adding_at_indices_sorts_the_indices() -> None:
     arguments: dict[str, Any] = {
         "self": meta(32000, 64),
         "indices": (meta(500, dtype="int64"),),
@@ -215,8 +215,8 @@ def test_adding_at_indices_sorts_them() -> None:
 
 
 def test_more_than_2304_indices_are_sorted_with_second_buffers() -> None:
-    # One block sorts 256 × 9 keys of 8 bytes. Beyond, second buffers of keys and values are most of what GPUs were seen
-    # to take: 72,191 bytes for 4096 (Wedsonlin/assignment2-systems) and 138,751 for 8192 (MAGMA27/assignment2-systems).
+    # One block sorts 256 × 9 keys of 8 bytes. Beyond, second buffers of keys and values are most of the bytes measured
+    # on GPUs: 72,191 bytes for 4096 (Wedsonlin/assignment2-systems) and 138,751 for 8192 (MAGMA27/assignment2-systems).
     for count, size_bytes in ((2304, 1), (2305, 36_880), (4096, 65_536), (8192, 131_072)):
         arguments = {"self": meta(32000, 64), "indices": (meta(count, dtype="int64"),), "values": meta(count, 64)}
         assert taken("aten.index_put.default", accumulate=True, **arguments)["sort scratch"] == size_bytes
@@ -226,15 +226,15 @@ def test_more_than_2304_indices_are_sorted_with_second_buffers() -> None:
 
 
 def test_gradient_of_a_bias_over_2048_tokens_stages_64_mib() -> None:
-    # 4 outputs a thread: blocks of 32 × 4 threads; 2048 / 4 = 512 values a thread. 16 blocks fit on each of the 108
-    # multiprocessors, and 1024 / 32 = 32 are there: min(⌈1728 / 32⌉, ⌈512 / 16⌉) = 32 parts.
+    # 4 outputs per thread: blocks of 32 × 4 threads; 2048 / 4 = 512 values per thread. 16 blocks fit on each of the 108
+    # multiprocessors, and there are 1024 / 32 = 32: min(⌈1728 / 32⌉, ⌈512 / 16⌉) = 32 parts.
     # Staged are 4096 outputs × 32 parts × (32 × 4) floats.
     sizes = taken("aten.sum.dim_IntList", self=meta(1, 2048, 4096), dim=(0, 1))
     assert sizes == {"sums of thread blocks": 4096 * 32 * (32 * 4) * 4, "semaphores": 32 * 4}
     assert sizes["sums of thread blocks"] == 64 * MIB
 
 
-def test_rows_that_lie_column_by_column_are_reduced_in_parts() -> None:
+def test_rows_stored_column_by_column_are_reduced_in_parts() -> None:
     # Measured on an H100 with PyTorch 2.6 (kkaitlyn111/cs336-a2-systems, memory_ctx128_fullstep_.pickle): 512 rows of
     # 10,000 logits whose rows lie side by side take 164,626,432 bytes for the maximum, and 41,156,608 for the sum.
     # 4 outputs a thread: blocks of 32 × 4 threads, 10000 / 4 = 2500 values a thread; 4 blocks for 512 outputs, and
@@ -246,8 +246,8 @@ def test_rows_that_lie_column_by_column_are_reduced_in_parts() -> None:
     assert (512 * 157 * 128 * 16, 512 * 157 * 128 * 4) == (164_626_432, 41_156_608)
 
 
-def test_rows_that_lie_one_after_the_other_are_reduced_without() -> None:
-    # 10000 / 512 threads = 20 values a thread. So on an A10 or like it: Wedsonlin's medium_128_training.
+def test_contiguous_rows_are_reduced_without_a_workspace() -> None:
+    # 10000 / 512 threads = 20 values per thread. Confirmed on an A10 or similar: Wedsonlin's medium_128_training.
     for op, dim in (("max.dim", -1), ("sum.dim_IntList", (-1,))):
         assert taken(f"aten.{op}", self=meta(4, 128, 10_000), dim=dim, keepdim=True) == {}
     assert taken("aten.max.default", self=meta(4, 128, 10_000)) == {}
@@ -255,7 +255,7 @@ def test_rows_that_lie_one_after_the_other_are_reduced_without() -> None:
     assert taken("aten.max.dim", "h100-80gb", self=gaps, dim=-1) == {}
 
 
-def test_a_number_raised_to_powers_is_put_on_the_device() -> None:
+def test_the_base_of_a_power_is_put_on_the_device() -> None:
     assert taken("aten.pow.Scalar", self=10000, exponent=meta(32)) == {"base": 8}
     assert taken("aten.pow.Scalar", self=1, exponent=meta(32)) == {}
     assert taken("aten.pow.Tensor_Scalar", self=meta(32), exponent=2) == {}
@@ -336,7 +336,7 @@ def test_arguments_are_named_as_in_pytorchs_schemas() -> None:
         workspaces_for(str(func), describe(func, args, {}), A100, (2, 13))
 
 
-def test_each_operator_is_modelled_or_said_not_to_be() -> None:
+def test_each_operator_is_modeled_or_listed_as_not_modeled() -> None:
     assert not OPERATORS & set(NOT_MODELLED)
     for name in {*OPERATORS, *NOT_MODELLED}:
         assert hasattr(torch.ops.aten, name.removeprefix("aten.")), name

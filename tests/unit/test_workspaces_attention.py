@@ -1,4 +1,4 @@
-"""Memory taken inside attention kernels: expected sizes worked out from shapes, as the cited sources compute them."""
+"""Memory taken inside attention kernels: expected sizes are derived from shapes, as the cited sources compute them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def taken(op: str, arguments: dict[str, Any], **where: Any) -> dict[str, int]:
 def attention(
     batch: int, heads: int, seq: int, size: int, dtype: str = "bfloat16", kv_heads: int = 0
 ) -> dict[str, Any]:
-    """Arguments of a backward whose gradient and output lie as [batch, seq, heads, size]."""
+    """Arguments of a backward whose gradient and output have the layout [batch, seq, heads, size]."""
     laid = (seq * heads * size, size, heads * size, 1)
     query = meta(batch, heads, seq, size, dtype=dtype, strides=laid)
     key = meta(batch, kv_heads or heads, seq, size, dtype=dtype)
@@ -82,7 +82,7 @@ def test_flash_head_size_is_rounded_up(version: tuple[int, int], rounded: int) -
     assert taken(op, attention(1, 1, 128, 80), version=version)["dQ accumulator"] == 128 * 96 * 4
 
 
-def test_flash_backward_copies_a_gradient_that_lies_otherwise() -> None:
+def test_flash_backward_copies_a_gradient_with_another_layout() -> None:
     arguments = {**attention(1, 32, 512, 128), "grad_out": meta(1, 32, 512, 128, dtype="bfloat16")}
     found = call(BACKWARD.format("flash"), arguments)
     assert (found[0].name, found[0].size_bytes, found[0].before_outputs) == (

@@ -1,4 +1,4 @@
-"""Memory that losses take before they are one number: expected sizes worked out from the cited sources."""
+"""Memory that losses take before they are reduced: expected sizes are derived from the cited sources."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MEAN, NONE = 1, 0
 
 
 def taken(op: str, **arguments: Any) -> list[tuple[str, int, bool]]:
-    """Name, bytes, and whether it is taken before the result."""
+    """Name, bytes, and whether the memory is taken before the result."""
     found = workspaces_for(f"aten.{op}.default", {"self": X, "target": X, **arguments}, A100, (2, 13))
     return [(workspace.name, workspace.size_bytes, workspace.before_outputs) for workspace in found]
 
@@ -43,7 +43,7 @@ def test_cross_entropy_of_logits_holds_two_tensors_as_large_as_they_are() -> Non
     assert taken("binary_cross_entropy_with_logits") == [("log sigmoid", 4000, True), ("losses", 4000, True)]
 
 
-def test_weights_of_positives_are_gone_before_the_losses_are_made() -> None:
+def test_weights_of_positives_are_freed_before_the_losses_are_made() -> None:
     arguments = {"self": X, "target": X, "pos_weight": TensorMeta((10,), "float32")}
     found = workspaces_for("aten.binary_cross_entropy_with_logits.default", arguments, A100, (2, 13))
     assert {workspace.name: workspace.size_bytes for workspace in found} == {
@@ -52,7 +52,7 @@ def test_weights_of_positives_are_gone_before_the_losses_are_made() -> None:
     assert found[-1].frees == ("weight less 1", "weights")
 
 
-def test_nothing_is_taken_when_every_loss_is_wanted() -> None:
+def test_unreduced_losses_take_nothing() -> None:
     for op in ("mse_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "soft_margin_loss"):
         assert taken(op, reduction=NONE) == []
     assert taken("binary_cross_entropy_with_logits", reduction=NONE) == [("log sigmoid", 4000, True)]
