@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from html import escape
@@ -157,9 +156,3 @@ def _rows(parent: str, node: Node) -> Iterable[tuple[str, str, Node]]:
     yield key, parent, node
     for inner in node.inner.values():
         yield from _rows(key, inner)
-
-
-if __name__ == "__main__":
-    from memscope.dashboards.demo import training_run
-
-    breakdown(training_run()).write_html(sys.argv[1] if len(sys.argv) > 1 else "breakdown.html")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from memscope.analysis.effects import Run
+from memscope.dashboards.page import render_page
 from memscope.trace import CATEGORIES, MARK_COLUMNS, PHASES, Category, Phase, Trace, columns_of
 
 __all__ = ["training_run", "write_page"]
@@ -125,9 +128,6 @@ def write_page(arguments: Sequence[str]) -> None:
         FileExistsError: when the page exists already.
         TraceFileError: when a file is not a trace.
     """
-    from memscope.analysis.effects import Run
-    from memscope.dashboards.page import render_page
-
     runs = [Run(Path(name).stem, Trace.load(name)) for name in arguments] or [Run("made-up", training_run())]
     with open("memscope-page.html", "x", encoding="utf-8") as file:
         file.write(render_page(runs))
@@ -135,7 +135,4 @@ def write_page(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    trace = training_run()
-    print(repr(trace))
-    for category, size_bytes in trace.by_category().items():
-        print(f"{category:<16}{size_bytes:>16,}")
+    write_page(sys.argv[1:])

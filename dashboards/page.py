@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 
 from memscope.analysis.effects import Run, Table1
@@ -77,9 +76,3 @@ def run_sections(runs: Sequence[Run], progress: Callable[[str, int, int], None] 
         progress(f"drawing {run.label}", index, len(runs))
         sections.append(run_section(run, f"run{index}", room, opened=len(runs) == 1))
     return sections
-
-
-if __name__ == "__main__":
-    from memscope.dashboards.demo import write_page
-
-    write_page(sys.argv[1:])

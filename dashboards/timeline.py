@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from html import escape
 from typing import NamedTuple
 
@@ -280,9 +279,3 @@ def _mark_steps(figure: go.Figure, trace: Trace) -> None:
     menu = {"type": "buttons", "direction": "right"} if len(buttons) <= _MOST_BUTTONS else {"type": "dropdown"}
     place = {"x": 0, "xanchor": "left", "y": 1.06, "yanchor": "bottom"}
     figure.update_layout(updatemenus=[{**menu, **place, "buttons": buttons}])
-
-
-if __name__ == "__main__":
-    from memscope.dashboards.demo import write_page
-
-    write_page(sys.argv[1:])
