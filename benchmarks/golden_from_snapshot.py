@@ -18,14 +18,12 @@ from typing import Any
 import numpy as np
 from gpu_report import ACTIONS, write_history
 
-from memscope.allocator.recorded import RecordedBlocks
+from memscope.allocator.recorded import Entry, RecordedBlocks
 from memscope.allocator.settings import SMALL_SEGMENT, SMALL_SIZE
 from memscope.errors import MemscopeError, UsageError
 from memscope.exchange.device_history import read_device, segments_before
 from memscope.exchange.layout import read_layout
 from memscope.exchange.plain_pickle import read_plain_pickle
-
-Entry = dict[str, Any]
 
 
 def golden_of(data: Any, device: int) -> tuple[list[Entry], dict[str, Any]]:

@@ -27,7 +27,7 @@ from typing import IO, Any
 
 from gpu_advice import CASES
 from gpu_finetune import ATTENTION, compare_programs
-from gpu_plan import STEP, TIMED, Budget, Cell, covering
+from gpu_plan import STEP, TIMED, Budget, TrainingCell, covering
 from gpu_report import summary, table
 from gpu_table2 import CARD, GRID, Table2
 
@@ -92,7 +92,7 @@ class Processes:
         self._ready.communicate()
 
 
-class Session:
+class Measurements:
     """All cells of one run, with their results so far."""
 
     def __init__(self, options: argparse.Namespace, processes: Processes, scratch: Path, budget: Budget) -> None:
@@ -100,9 +100,9 @@ class Session:
         self._pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 3))
         self.cells = covering(options.cells)
         self._common = {"preset": options.preset, "device": "cpu" if options.dry_run else "cuda"}
-        self._predictions: dict[Cell, Future[dict[str, Any]]] = {}
-        self._comparisons: dict[Cell, Future[dict[str, Any]]] = {}
-        self._measured: dict[Cell, dict[str, Any]] = {}
+        self._predictions: dict[TrainingCell, Future[dict[str, Any]]] = {}
+        self._comparisons: dict[TrainingCell, Future[dict[str, Any]]] = {}
+        self._measured: dict[TrainingCell, dict[str, Any]] = {}
         self._status = dict.fromkeys(self.cells, "skipped: no time left")
         self._taken: list[float] = []
         self.overhead: list[dict[str, Any]] = []
@@ -114,10 +114,10 @@ class Session:
         ]
         self.about: dict[str, Any] = {}
 
-    def _files(self, cell: Cell) -> dict[str, str]:
+    def _files(self, cell: TrainingCell) -> dict[str, str]:
         return {"trace": str(self._scratch / f"{cell.name}.npz"), "history": str(self.history(cell))}
 
-    def history(self, cell: Cell) -> Path:
+    def history(self, cell: TrainingCell) -> Path:
         """Return the path of a cell's allocator history, which exists once the cell is measured."""
         return self._scratch / f"golden-{cell.name}.npz"
 
@@ -172,7 +172,7 @@ class Session:
                     row["problem"] = f"{name}: {done['error']}"
                     break
 
-    def measure(self, cell: Cell) -> None:
+    def measure(self, cell: TrainingCell) -> None:
         """Measure a cell if time allows, and start its comparison."""
         if not self._budget.allows(self._taken, GUESS_SECONDS):
             return
@@ -185,7 +185,7 @@ class Session:
             self._measured[cell] = done | {"process_seconds": self._taken[-1]}
             self._comparisons[cell] = self._pool.submit(self._compare, cell)
 
-    def _compare(self, cell: Cell) -> dict[str, Any]:
+    def _compare(self, cell: TrainingCell) -> dict[str, Any]:
         self._predictions[cell].exception()
         return self._processes.do("compare", **self._files(cell))
 
@@ -227,7 +227,7 @@ def _known(future: Future[dict[str, Any]] | None) -> dict[str, Any]:
     return future.result() if future and future.done() and not future.cancelled() else {}
 
 
-def written(out: Path, session: Session, machine: dict[str, Any], budget: Budget) -> str:
+def written(out: Path, session: Measurements, machine: dict[str, Any], budget: Budget) -> str:
     """Write the results so far to `cells.json` and `table.md`; return the table."""
     options, rows = session.options, list(session.rows())
     settings = {
@@ -268,7 +268,7 @@ def _output(*command: str) -> str:
         return ""
 
 
-def keep_histories(out: Path, session: Session) -> None:
+def keep_histories(out: Path, session: Measurements) -> None:
     """Save the first small histories as golden files, and all others in one archive."""
     paths = [path for path in map(session.history, session.cells) if path.exists()]
     golden = [path for path in paths if path.stat().st_size < GOLDEN_BYTES][:GOLDEN_CELLS]
@@ -340,7 +340,7 @@ def main(words: Sequence[str] | None = None) -> int:
                 return 1
             driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
             machine["device"]["driver"] = driver or "unknown"
-            session = Session(options, processes, scratch, budget)
+            session = Measurements(options, processes, scratch, budget)
             session.about = about_histories(machine)
             session.predict()
             early = min(EARLY_CELLS, max(len(session.cells) - 1, 0))

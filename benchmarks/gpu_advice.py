@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gpu_plan import Cell
+from gpu_plan import TrainingCell
 
 __all__ = ["CASES", "advice_table", "advise", "measure_plan"]
 
 CASES = (
-    (Cell(weights="bf16", amp="none", training="lora", ckpt="none", accumulation=8, attention="sdpa"), 0.97),
-    (Cell(weights="bf16", amp="none", training="lora", ckpt="none", accumulation=8, attention="eager"), 0.95),
+    (TrainingCell(weights="bf16", amp="none", training="lora", ckpt="none", accumulation=8, attention="sdpa"), 0.97),
+    (TrainingCell(weights="bf16", amp="none", training="lora", ckpt="none", accumulation=8, attention="eager"), 0.95),
 )
 """Ways to train, and the share of the memory they need without checkpointing that is given as budget."""
 
@@ -26,7 +26,7 @@ def advise(job: dict[str, Any]) -> dict[str, Any]:
     from memscope.strategies.ckpt import LayerPlan
 
     torch.set_num_threads(1)
-    cell, device = Cell(**job["cell"]), get_device(job["predicted_for"])
+    cell, device = TrainingCell(**job["cell"]), get_device(job["predicted_for"])
     plain = memscope.simulate(lambda: prepare(cell, job["preset"]), device=device, strategies=cell.plan).meta
     needs = plain["peak_reserved"] + plain["context"]
     given = cell.plan + ",adamw:fused"
@@ -58,7 +58,7 @@ def measure_plan(job: dict[str, Any]) -> dict[str, Any]:
     from memscope.workload.step import run_step
 
     on_gpu = job["device"] == "cuda"
-    cell = Cell(**job["cell"])
+    cell = TrainingCell(**job["cell"])
     training, pieces = start(materialized(cell, job["preset"], job["device"], job["plan"]), job["device"], steps=5)
     seconds = []
     while pieces:

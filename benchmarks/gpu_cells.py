@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from gpu_advice import advise, measure_plan
 from gpu_finetune import finetune, finetune_with_peft
-from gpu_plan import Cell
+from gpu_plan import TrainingCell
 from gpu_report import compare_sequences, imitated, write_history
 from gpu_table2 import measure_combination, predict_combination
 from gpu_training import materialized, prepare, start
@@ -50,7 +50,7 @@ def predict(job: dict[str, Any]) -> dict[str, Any]:
     if job["device"] == "cuda":
         os.nice(10)  # measurements that run meanwhile take precedence
     torch.set_num_threads(1)
-    cell, began = Cell(**job["cell"]), time.perf_counter()
+    cell, began = TrainingCell(**job["cell"]), time.perf_counter()
     trace = simulate(lambda: prepare(cell, job["preset"]), device=job["predicted_for"], strategies=cell.plan, steps=2)
     seconds = time.perf_counter() - began
     trace.save(job["trace"])
@@ -69,13 +69,13 @@ def predict(job: dict[str, Any]) -> dict[str, Any]:
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Run two steps with the allocator's history, then one timed step."""
-    cell = Cell(**job["cell"])
+    cell = TrainingCell(**job["cell"])
     result, entries = (_on_gpu if job["device"] == "cuda" else _in_place_of_a_gpu)(cell, job["preset"])
     write_history(Path(job["history"]), entries, job["about"] | {"cell": cell.name, "measured": result})
     return result
 
 
-def _on_gpu(cell: Cell, preset: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _on_gpu(cell: TrainingCell, preset: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     import torch
 
     from memscope.workload.step import run_step
@@ -106,7 +106,7 @@ def _on_gpu(cell: Cell, preset: str) -> tuple[dict[str, Any], list[dict[str, Any
     return result, entries
 
 
-def _in_place_of_a_gpu(cell: Cell, preset: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _in_place_of_a_gpu(cell: TrainingCell, preset: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     from memscope import record
 
     trace = record(materialized(cell, preset, "cpu", ""), strategies=cell.plan, steps=3)
@@ -150,7 +150,7 @@ def overhead(job: dict[str, Any]) -> dict[str, Any]:
     """Measure the time of a step under one recorder."""
     from memscope.workload.step import run_step
 
-    cell, device, steps = Cell(**job["cell"]), job["device"], job["steps"]
+    cell, device, steps = TrainingCell(**job["cell"]), job["device"], job["steps"]
     if job["by"] == "memscope":
         return _under_memscope(cell, job["preset"], device, steps)
     if job["by"] == "_record_memory_history" and device != "cuda":
@@ -191,7 +191,7 @@ class _Reset:
         pass
 
 
-def _under_memscope(cell: Cell, preset: str, device: str, steps: int) -> dict[str, Any]:
+def _under_memscope(cell: TrainingCell, preset: str, device: str, steps: int) -> dict[str, Any]:
     import torch
 
     from memscope import record

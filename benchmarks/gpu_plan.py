@@ -28,7 +28,7 @@ AXES: dict[str, tuple[Any, ...]] = {
 
 
 @dataclass(frozen=True)
-class Cell:
+class TrainingCell:
     """One way to train. A step's 8 samples run in `accumulation` micro-batches."""
 
     weights: str
@@ -62,10 +62,12 @@ class Cell:
 
 
 FIRST = (
-    Cell("fp32", "none", "full", "none", 8, "eager"),  # the largest: nearly all of an H200
-    Cell("fp32", "fp16", "lora", "none", 8, "eager"),  # as published for an A100, except for wk's update and the biases
-    Cell("bf16", "none", "lora", "none", 8, "sdpa"),
-    Cell("bf16", "bf16", "full", "all", 1, "sdpa"),
+    TrainingCell("fp32", "none", "full", "none", 8, "eager"),  # the largest: nearly all of an H200
+    TrainingCell(
+        "fp32", "fp16", "lora", "none", 8, "eager"
+    ),  # as published for an A100, except for wk's update and the biases
+    TrainingCell("bf16", "none", "lora", "none", 8, "sdpa"),
+    TrainingCell("bf16", "bf16", "full", "all", 1, "sdpa"),
 )
 
 
@@ -75,7 +77,7 @@ TIMED = tuple(
         (FIRST[2], ("nothing", "memscope", "_record_memory_history", "nothing")),
         # MemTracker does not support frozen weights: it requires a gradient of each weight.
         (
-            Cell("bf16", "none", "full", "none", 8, "sdpa"),
+            TrainingCell("bf16", "none", "full", "none", 8, "sdpa"),
             ("nothing", "memscope", "_record_memory_history", "MemTracker"),
         ),
     )
@@ -84,13 +86,13 @@ TIMED = tuple(
 """Cells whose steps are timed, each with the recorder."""
 
 
-def covering(count: int, first: Sequence[Cell] = FIRST) -> list[Cell]:
+def covering(count: int, first: Sequence[TrainingCell] = FIRST) -> list[TrainingCell]:
     """Return `count` cells, or all. Each next cell adds the most new pairs of values, then the most new triples."""
-    left = [cell for values in itertools.product(*AXES.values()) if (cell := Cell(*values)).possible]
-    chosen: list[Cell] = []
+    left = [cell for values in itertools.product(*AXES.values()) if (cell := TrainingCell(*values)).possible]
+    chosen: list[TrainingCell] = []
     seen: set[tuple[tuple[str, Any], ...]] = set()
 
-    def gain(cell: Cell) -> tuple[int, int]:
+    def gain(cell: TrainingCell) -> tuple[int, int]:
         new = [tuple_ for tuple_ in combinations(cell) if tuple_ not in seen]
         return sum(len(tuple_) == 2 for tuple_ in new), len(new)
 
@@ -104,7 +106,7 @@ def covering(count: int, first: Sequence[Cell] = FIRST) -> list[Cell]:
     raise AssertionError("unreachable: the loop is infinite")
 
 
-def combinations(cell: Cell) -> Iterator[tuple[tuple[str, Any], ...]]:
+def combinations(cell: TrainingCell) -> Iterator[tuple[tuple[str, Any], ...]]:
     """Return each pair and each triple of a cell's values."""
     values = list(asdict(cell).items())
     return itertools.chain(itertools.combinations(values, 2), itertools.combinations(values, 3))

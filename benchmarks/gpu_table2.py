@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
-from gpu_plan import Budget, Cell
+from gpu_plan import Budget, TrainingCell
 
 from memscope.units import format_bytes, parse_bytes
 
@@ -24,7 +24,7 @@ CARD = "40GB"
 SAMPLES = 200
 BOUND = 0.005
 """Largest accepted relative error of a predicted peak."""
-_PLAIN = Cell(weights="fp32", amp="none", training="full", ckpt="none", accumulation=8, attention="eager")
+_PLAIN = TrainingCell(weights="fp32", amp="none", training="full", ckpt="none", accumulation=8, attention="eager")
 
 
 class Runs(Protocol):
@@ -148,13 +148,12 @@ def _cell(job: dict[str, Any], trace: Any) -> dict[str, Any]:
     """The cell of Table 2 for one run; `trace` is None if the weights did not fit."""
     from dataclasses import asdict
 
-    from memscope.analysis.grid import Cell as GridCell
-    from memscope.analysis.grid import table2
+    from memscope.analysis.grid import Cell, table2
     from memscope.strategies import read_strategies
 
     applied = tuple(job["applied"])
     if trace is None:
-        return asdict(GridCell(applied, fits=False, allocated_bytes=None, reserved_bytes=None, seconds=None))
+        return asdict(Cell(applied, fits=False, allocated_bytes=None, reserved_bytes=None, seconds=None))
     grid = table2(read_strategies(job["grid"]), [(applied, trace)], SAMPLES, job["memory_bytes"])
     optimizer_state = trace.by_category()["optimizer_state"]
     return asdict(grid.cells[0]) | {"steps": grid.steps, "optimizer_state_bytes": optimizer_state}

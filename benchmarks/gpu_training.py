@@ -5,10 +5,10 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from gpu_plan import STEP, Cell
+from gpu_plan import STEP, TrainingCell
 
 
-def prepare(cell: Cell, preset: str) -> Any:
+def prepare(cell: TrainingCell, preset: str) -> Any:
     """Return the cell's workload, before its strategies; its only data are the lengths in `STEP`."""
     from memscope.targets.llama2.alpaca import Sample
     from memscope.workload.target import find_target
@@ -19,7 +19,7 @@ def prepare(cell: Cell, preset: str) -> Any:
     return workload
 
 
-def materialized(cell: Cell, preset: str, device: str, strategies: str) -> Any:
+def materialized(cell: TrainingCell, preset: str, device: str, strategies: str) -> Any:
     """Return the cell's workload on a device: one allocation per weight, in the order of the model, and no others."""
     import torch
 

@@ -17,7 +17,7 @@ from memscope.dashboards.palette import LIGHT, Theme, dressed, themed
 from memscope.trace import CATEGORIES, Category, Trace
 from memscope.units import format_bytes
 
-__all__ = ["Node", "breakdown", "tree"]
+__all__ = ["AreaNode", "breakdown", "tree"]
 
 _SMALLEST_SHARE = 1 / 2000
 """Siblings with less than this share of the whole become one area: each alone would be invisible."""
@@ -31,7 +31,7 @@ _PART = re.compile(r"\.(?!(?:\d+|\*)(?:\.|$))")
 
 
 @dataclass
-class Node:
+class AreaNode:
     """One area: a module, an operator in it, or a category of the allocations of that operator."""
 
     label: str
@@ -39,7 +39,7 @@ class Node:
     count: int = 0
     category: Category = "other"
     """The category with the most bytes in it."""
-    inner: dict[str, Node] = field(default_factory=dict)
+    inner: dict[str, AreaNode] = field(default_factory=dict)
 
 
 def breakdown(
@@ -94,7 +94,7 @@ def breakdown(
     return themed(figure, theme)
 
 
-def tree(trace: Trace, event: int, *, layers_together: bool = True) -> Node:
+def tree(trace: Trace, event: int, *, layers_together: bool = True) -> AreaNode:
     """Everything alive after an event, from the whole down to categories.
 
     Siblings with less than a two-thousandth of the whole become one node, "smaller ones", so that the bytes of a node
@@ -109,7 +109,7 @@ def tree(trace: Trace, event: int, *, layers_together: bool = True) -> Node:
     sizes, counts = np.zeros((2, groups.shape[1]), dtype=np.int64)
     np.add.at(sizes, index.reshape(-1), trace.size[alive])
     np.add.at(counts, index.reshape(-1), 1)
-    root = Node("allocated")
+    root = AreaNode("allocated")
     for module, op, code, size_bytes, count in zip(*groups.tolist(), sizes.tolist(), counts.tolist(), strict=True):
         name = together(trace.modules[module]) if layers_together else trace.modules[module]
         within = [*_PART.split(name or "(no module)"), trace.ops[op]]
@@ -118,17 +118,17 @@ def tree(trace: Trace, event: int, *, layers_together: bool = True) -> Node:
     return root
 
 
-def _add(root: Node, within: list[str], category: Category, size_bytes: int, count: int) -> None:
+def _add(root: AreaNode, within: list[str], category: Category, size_bytes: int, count: int) -> None:
     path = [root]
     for label in (*within, spoken(category)):
-        path.append(path[-1].inner.setdefault(label, Node(label)))
+        path.append(path[-1].inner.setdefault(label, AreaNode(label)))
     path[-1].category = category
     for node in path:
         node.size_bytes += size_bytes
         node.count += count
 
 
-def _finish(node: Node, smallest: float) -> dict[Category, int]:
+def _finish(node: AreaNode, smallest: float) -> dict[Category, int]:
     """Gather nodes that are too small, set the largest category of each node, and return its bytes by category."""
     if not node.inner:
         return {node.category: node.size_bytes}
@@ -140,7 +140,7 @@ def _finish(node: Node, smallest: float) -> dict[Category, int]:
     small = [label for label, inner in node.inner.items() if inner.size_bytes < smallest]
     if small:
         gone = [node.inner.pop(label) for label in small]
-        rest = node.inner[SMALLER] = Node(SMALLER, sum(g.size_bytes for g in gone), sum(g.count for g in gone))
+        rest = node.inner[SMALLER] = AreaNode(SMALLER, sum(g.size_bytes for g in gone), sum(g.count for g in gone))
         rest.category = max(gone, key=lambda inner: inner.size_bytes).category
     return sums
 
@@ -150,7 +150,7 @@ def _most(sums: dict[Category, int]) -> Category:
     return max(CATEGORIES, key=lambda category: sums.get(category, -1))
 
 
-def _rows(parent: str, node: Node) -> Iterable[tuple[str, str, Node]]:
+def _rows(parent: str, node: AreaNode) -> Iterable[tuple[str, str, AreaNode]]:
     """`(id, id of the parent, node)` of a node and of all nodes within it."""
     key = f"{parent}{_SEPARATOR}{node.label}" if parent else node.label
     yield key, parent, node

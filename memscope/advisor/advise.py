@@ -11,7 +11,7 @@ import torch
 from memscope.advisor.advice import Advice, FrontPoint, PlanPeak, binding_of, in_words
 from memscope.advisor.combinations import combinations, forbidden, require_known
 from memscope.advisor.measure.reference import LayerList, full_probe, seconds_of, uniform
-from memscope.advisor.measure.runner import Asker, InProcess, Progress, Runner, Seen
+from memscope.advisor.measure.runner import Asker, InProcess, Runner, Seen
 from memscope.advisor.planning import Found, device_bytes
 from memscope.advisor.search import Search
 from memscope.allocator.settings import AllocatorSettings
@@ -20,7 +20,7 @@ from memscope.simulation.device_memory import least_reserved
 from memscope.simulation.devices.catalogue import Device, get_device
 from memscope.strategies import Plan
 from memscope.strategies.ckpt.layer_plan import made_for
-from memscope.trace import Trace
+from memscope.trace import Progress, Trace
 from memscope.units import format_bytes, parse_budget
 from memscope.workload.building import build_workload
 from memscope.workload.description import Workload

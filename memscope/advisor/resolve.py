@@ -9,7 +9,7 @@ import torch
 
 from memscope.advisor.advise import budget_of
 from memscope.advisor.measure.reference import LayerList, Reference, full_probe, none_probe
-from memscope.advisor.measure.runner import Asker, Progress, Scene, require, side_by_side
+from memscope.advisor.measure.runner import Asker, Scene, require, side_by_side
 from memscope.advisor.planning import Planning
 from memscope.allocator.settings import AllocatorSettings
 from memscope.errors import GateFailed, UsageError
@@ -17,6 +17,7 @@ from memscope.simulation.devices.catalogue import Device
 from memscope.strategies import Plan, Strategy
 from memscope.strategies.ckpt import Checkpoint
 from memscope.strategies.ckpt.layer_plan import LayerPlan, made_for
+from memscope.trace import Progress
 from memscope.units import format_bytes
 from memscope.workload.building import build_workload
 

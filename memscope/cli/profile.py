@@ -208,7 +208,7 @@ def _is_simulated(device: str, file: Path | None, simulate: bool) -> bool:
                 '"cuda" is the GPU of this machine and cannot be simulated: '
                 "choose --device gpu, or another device of memscope devices"
             )
-        from memscope.gpu.watch import require_gpu
+        from memscope.hooks.device import require_gpu
 
         require_gpu()
         return False

@@ -24,7 +24,7 @@ from memscope.trace import CATEGORIES, Trace
 from memscope.units import format_bytes, format_change, format_seconds
 
 __all__ = [
-    "Section", "comparison_sections", "do_not_fit", "estimated_seconds", "headline", "largest_sections",
+    "TableSection", "comparison_sections", "do_not_fit", "estimated_seconds", "headline", "largest_sections",
     "print_sections", "rests_on",
 ]  # fmt: skip
 
@@ -36,7 +36,7 @@ _COLOR = {"↑": "red", "↓": "green", "–": ""}
 
 
 @dataclass(frozen=True)
-class Section:
+class TableSection:
     """A table that can be made of all its columns or of some of them, and the notes below it."""
 
     columns: Sequence[Any]
@@ -70,33 +70,33 @@ def do_not_fit(runs: Sequence[Run]) -> Iterator[Text]:
             yield Text.assemble((f"{run.label} does not fit: ", "bold red"), ran_out(run.trace))
 
 
-def comparison_sections(runs: Sequence[Run], table: Table1, baselines: Sequence[str]) -> Iterator[Section]:
+def comparison_sections(runs: Sequence[Run], table: Table1, baselines: Sequence[str]) -> Iterator[TableSection]:
     """The peak of each run, the ledgers, Table 1, and predictions against measurements.
 
     `baselines` says in words what strategies asked of the baseline, for a fair comparison.
     """
-    yield Section(runs, _peaks, [*_trained(runs), *_inexact(runs)])
+    yield TableSection(runs, _peaks, [*_trained(runs), *_inexact(runs)])
     if all(ledger(run.trace) for run in runs):
         notes = sorted({found.note for run in runs if (found := ledger(run.trace)) and found.note})
-        yield Section(runs, _ledgers, [Text(note, style="dim") for note in notes])
+        yield TableSection(runs, _ledgers, [Text(note, style="dim") for note in notes])
     if table.columns:
         effects = [(column, effect) for column in table.columns for effect in column.effects if effect.note]
         notes_of = [
             Text.assemble((f"{column.label}, {TITLES[effect.row]}: ", "bold"), effect.note)
             for column, effect in effects
         ]
-        yield Section(table.columns, _table1, [Text(rests_on(table, baselines), style="dim"), *notes_of])
+        yield TableSection(table.columns, _table1, [Text(rests_on(table, baselines), style="dim"), *notes_of])
     for one in agreements(runs):
-        yield Section([one], _agreement, stacked="rows")
+        yield TableSection([one], _agreement, stacked="rows")
 
 
-def largest_sections(runs: Sequence[Run]) -> Iterator[Section]:
+def largest_sections(runs: Sequence[Run]) -> Iterator[TableSection]:
     """The largest allocations at the peak of each run."""
     for run in runs:
-        yield Section([run], _largest, stacked="rows")
+        yield TableSection([run], _largest, stacked="rows")
 
 
-def print_sections(console: Console, sections: Iterable[Section]) -> None:
+def print_sections(console: Console, sections: Iterable[TableSection]) -> None:
     """Print tables and their notes; a table that is too wide is printed in several parts, or stacked."""
     for section in sections:
         if is_narrow(console):
@@ -107,7 +107,7 @@ def print_sections(console: Console, sections: Iterable[Section]) -> None:
             console.print(note)
 
 
-def _print_in_parts(console: Console, section: Section) -> None:
+def _print_in_parts(console: Console, section: TableSection) -> None:
     without_limit = console.options.update_width(sys.maxsize)
     columns = section.columns
     while columns:

@@ -13,7 +13,7 @@ from rich.text import Text
 from memscope.analysis.effects import Run, Table1
 from memscope.analysis.inferred import inferred_columns
 from memscope.cli.report_tables import (
-    Section,
+    TableSection,
     comparison_sections,
     do_not_fit,
     headline,
@@ -24,7 +24,7 @@ from memscope.cli.report_tables import (
 __all__ = ["csv_text", "markdown", "markdown_table", "print_all"]
 
 
-def _sections(runs: Sequence[Run], table: Table1) -> Iterable[Section]:
+def _sections(runs: Sequence[Run], table: Table1) -> Iterable[TableSection]:
     yield from comparison_sections(runs, table, [])
     yield from largest_sections(runs)
 

@@ -8,7 +8,7 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-from memscope.targets.llama2.decoding import Continuation, Decoding, Limit, Search
+from memscope.targets.llama2.decoding import Continuation, Decoding, Limit, TextSearch
 
 __all__ = ["beam_search"]
 
@@ -16,8 +16,8 @@ _Beam = tuple[float, list[int]]
 """A score and the new tokens it belongs to."""
 
 
-def beam_search(prompt: Sequence[int], limit: Limit, decoding: Decoding, eos_id: int | None) -> Search:
-    """Continue a prompt with the best-scoring text; see `decoding.Search`.
+def beam_search(prompt: Sequence[int], limit: Limit, decoding: Decoding, eos_id: int | None) -> TextSearch:
+    """Continue a prompt with the best-scoring text; see `decoding.TextSearch`.
 
     The score of a finished text is log-probability / length ** length_penalty, where the length counts the new tokens,
     EOS included. The search ends when there are as many finished texts as beams, and the best unfinished text, scored

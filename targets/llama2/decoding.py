@@ -11,7 +11,7 @@ from torch import Tensor
 
 from memscope.errors import UsageError
 
-__all__ = ["Continuation", "Decoding", "Limit", "Search"]
+__all__ = ["Continuation", "Decoding", "Limit", "TextSearch"]
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Continuation:
         return cls(tuple(tokens), limit.reason)
 
 
-Search = Generator[list[list[int]], Tensor, Continuation]
+TextSearch = Generator[list[list[int]], Tensor, Continuation]
 """A search for the continuation of one prompt, as a generator.
 
 It yields the sequences (prompt included) whose next token it needs, best first; receives their logits

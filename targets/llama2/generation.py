@@ -9,7 +9,7 @@ from torch import Tensor
 
 from memscope.errors import MemscopeError, UsageError
 from memscope.targets.llama2.beam_search import beam_search
-from memscope.targets.llama2.decoding import Continuation, Decoding, Limit, Search
+from memscope.targets.llama2.decoding import Continuation, Decoding, Limit, TextSearch
 from memscope.targets.llama2.model import Architecture, Llama
 from memscope.targets.llama2.sampling import one_by_one
 
@@ -84,7 +84,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], arch: Architecture) -> None:
             )
 
 
-def _search(model: Llama, prompt: Sequence[int], decoding: Decoding, eos_id: int | None, index: int) -> Search:
+def _search(model: Llama, prompt: Sequence[int], decoding: Decoding, eos_id: int | None, index: int) -> TextSearch:
     room = model.arch.max_seq_len - len(prompt)
     by_length = decoding.max_new_tokens <= room
     limit = Limit(decoding.max_new_tokens, "length") if by_length else Limit(room, "context")
@@ -93,7 +93,9 @@ def _search(model: Llama, prompt: Sequence[int], decoding: Decoding, eos_id: int
     return one_by_one(prompt, limit, decoding, eos_id, torch.Generator().manual_seed(decoding.seed + index))
 
 
-def _advance(model: Llama, searches: Sequence[Search], wanted: dict[int, list[list[int]]]) -> dict[int, Continuation]:
+def _advance(
+    model: Llama, searches: Sequence[TextSearch], wanted: dict[int, list[list[int]]]
+) -> dict[int, Continuation]:
     """One forward pass for all unfinished prompts. Updates `wanted`; returns the continuations that ended."""
     logits = _next_logits(model, [row for rows in wanted.values() for row in rows])
     if not logits.isfinite().all():

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from memscope.targets.llama2.decoding import Continuation, Decoding, Limit, Search
+from memscope.targets.llama2.decoding import Continuation, Decoding, Limit, TextSearch
 
 __all__ = ["one_by_one", "probabilities"]
 
 
 def one_by_one(
     prompt: Sequence[int], limit: Limit, decoding: Decoding, eos_id: int | None, drawing: torch.Generator
-) -> Search:
-    """Continue a prompt greedily or, with a temperature, by sampling; see `decoding.Search`."""
+) -> TextSearch:
+    """Continue a prompt greedily or, with a temperature, by sampling; see `decoding.TextSearch`."""
     new: list[int] = []
     while True:
         new.append(_choose((yield [[*prompt, *new]])[0], decoding, drawing))

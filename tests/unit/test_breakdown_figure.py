@@ -7,7 +7,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from traces import TraceBuilder, random_traces
 
-from memscope.dashboards.breakdown import Node, breakdown, tree
+from memscope.dashboards.breakdown import AreaNode, breakdown, tree
 from memscope.dashboards.palette import DARK, LIGHT
 from memscope.errors import UsageError
 from memscope.trace import Trace
@@ -23,7 +23,7 @@ def run() -> Trace:
     return built.trace()
 
 
-def at(node: Node, *labels: str) -> Node:
+def at(node: AreaNode, *labels: str) -> AreaNode:
     for label in labels:
         node = node.inner[label]
     return node
@@ -62,7 +62,7 @@ def test_what_nobody_could_see_is_gathered() -> None:
     assert at(whole, "smaller ones").category == "activation"
 
 
-def parts_sum_to_the_whole(node: Node) -> bool:
+def parts_sum_to_the_whole(node: AreaNode) -> bool:
     inner = list(node.inner.values())
     own = (node.size_bytes, node.count) == (sum(n.size_bytes for n in inner), sum(n.count for n in inner))
     return (own or not inner) and all(map(parts_sum_to_the_whole, inner))

@@ -47,10 +47,10 @@ def test_the_most_important_cells_come_first_and_none_comes_twice() -> None:
 
 
 def test_a_cell_is_a_plan_that_memscope_reads() -> None:
-    cell = gpu_plan.Cell("fp32", "fp16", "lora", "all", 8, "sdpa")
+    cell = gpu_plan.TrainingCell("fp32", "fp16", "lora", "all", 8, "sdpa")
     assert cell.plan == "lora,amp:dtype=fp16,ckpt,ga:steps=8"
     assert cell.name == "fp32-ampfp16-lora-ckpt-ga8-sdpa"
-    assert gpu_plan.Cell("bf16", "none", "full", "none", 1, "eager").plan == "ga:steps=1"
+    assert gpu_plan.TrainingCell("bf16", "none", "full", "none", 1, "eager").plan == "ga:steps=1"
 
 
 def test_no_cell_starts_that_might_not_end_in_time() -> None:

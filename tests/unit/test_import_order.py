@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -159,3 +159,45 @@ def test_the_check_notices_a_circle(tmp_path: Path) -> None:
     broken = tmp_path / "errors.py"
     broken.write_text("from memscope.units import parse_bytes")
     assert "memscope.errors" in circle(graph({**PACKAGE, "memscope.errors": broken}))
+
+
+def names_of(path: Path) -> Iterator[str]:
+    """Public classes of a module, and its type aliases."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            yield node.name
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name = node.targets[0].id
+            if name[0].isupper() and not name.isupper():
+                yield name
+
+
+def twice(paths: Iterable[Path]) -> dict[str, list[str]]:
+    """Names that several modules define, with the modules."""
+    found: dict[str, list[str]] = {}
+    for path in paths:
+        for name in names_of(path):
+            found.setdefault(name, []).append(str(path))
+    return {name: places for name, places in found.items() if len(places) > 1}
+
+
+def test_one_name_is_one_class() -> None:
+    assert twice([*PACKAGE.values(), *sources("benchmarks").values()]) == {}
+
+
+def test_the_check_notices_a_second_class_of_one_name(tmp_path: Path) -> None:
+    second = tmp_path / "second.py"
+    second.write_text("class Trace: ...")
+    assert list(twice([*PACKAGE.values(), second])) == ["Trace"]
+
+
+@pytest.mark.parametrize("folder", ["memscope", "targets", "dashboards", "benchmarks"])
+def test_no_function_takes_more_than_nine_parameters(folder: str) -> None:
+    many = []
+    for path in sources(folder).values():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                own = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                if len([one for one in own if one.arg not in ("self", "cls")]) > 9:
+                    many.append(f"{path.name}:{node.name}")
+    assert many == []

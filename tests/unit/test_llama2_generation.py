@@ -20,7 +20,7 @@ from memscope.strategies.lora import LoRALinear, adapt
 from memscope.targets.llama2.adapters import save_adapter
 from memscope.targets.llama2.alpaca import Instruction
 from memscope.targets.llama2.beam_search import beam_search
-from memscope.targets.llama2.decoding import Limit, Search
+from memscope.targets.llama2.decoding import Limit, TextSearch
 from memscope.targets.llama2.generate import _streamed, command, load_model
 from memscope.targets.llama2.generation import Continuation, Decoding, generate
 from memscope.targets.llama2.target import SHIPPED_TOKENIZER
@@ -103,7 +103,7 @@ def test_every_forward_pass_reports_the_tokens_so_far() -> None:
     assert [new[1] for new in seen] == [other.tokens[:count] for count in (1, 2, 3, 4)]
 
 
-def steer(search: Search, logits_after: Callable[[list[int]], list[float]]) -> Continuation:
+def steer(search: TextSearch, logits_after: Callable[[list[int]], list[float]]) -> Continuation:
     """Run a search on a table of probabilities in place of a model."""
     rows = next(search)
     while True:

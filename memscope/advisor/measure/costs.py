@@ -29,7 +29,7 @@ _SEGMENTS = (2, 4)
 """Layers that one checkpoint may cover."""
 _RARE = 0.1
 """A class with a smaller share of all layers gets fewer options, because each takes a simulation of its own."""
-Kind = tuple[int, ...]
+LayerClasses = tuple[int, ...]
 """The class of each layer that an option covers; layers of one class are alike."""
 
 
@@ -67,7 +67,7 @@ class LayerCosts:
     """The measured options, by the kind of layers each covers."""
 
     reference: Reference
-    measured: Mapping[tuple[Kind, str], Measured]
+    measured: Mapping[tuple[LayerClasses, str], Measured]
     settled: Mapping[tuple[int, str], Choice] = field(default_factory=dict)
     """Choices read from a plan that was simulated as a whole; exact for that plan."""
     around: _Around | None = None
@@ -78,7 +78,7 @@ class LayerCosts:
         reference, classes = self.reference, self.reference.classes
         full = reference.full_chains
         around = self.around or _Around.of(reference.full, uniform(reference.layers.names, "full"), full)
-        by_kind: dict[Kind, list[str]] = defaultdict(list)
+        by_kind: dict[LayerClasses, list[str]] = defaultdict(list)
         for kind, option in self.measured:
             by_kind[kind].append(option)
         choices = [
@@ -101,7 +101,7 @@ class LayerCosts:
             fixed_bytes=around.fixed_bytes,
         )
 
-    def _choice(self, start: int, kind: Kind, option: str) -> Choice:
+    def _choice(self, start: int, kind: LayerClasses, option: str) -> Choice:
         found = self.measured[kind, option]
         full = self.reference.full_chains
         pairs = list(zip(found.seen, full, strict=True))
@@ -120,7 +120,7 @@ class LayerCosts:
             saves_output=self._saves_output(kind, option),
         )
 
-    def _saves_output(self, kind: Kind, option: str) -> bool:
+    def _saves_output(self, kind: LayerClasses, option: str) -> bool:
         """Whether the option's graph keeps its output, as seen where the next layer does not keep its own input.
 
         A checkpoint around a whole layer keeps no output. A checkpoint around a part of a layer leaves its end as it
@@ -175,7 +175,7 @@ def measure(ask: Callable[[Sequence[Probe]], list[Answer]], found: Reference, de
     names = found.layers.names
     plans = [_probe_plan(names, batch) for batch in batches]
     probes = [Probe(found.strategies, plan, calls_of=names, steps=found.steps, whole=False) for plan in plans]
-    measured: dict[tuple[Kind, str], Measured] = {}
+    measured: dict[tuple[LayerClasses, str], Measured] = {}
     for plan, batch, answer in zip(plans, batches, ask(probes), strict=True):
         seen = require(answer)
         chains = found.look(seen, plan, found.steps - 1)
@@ -203,7 +203,7 @@ def _copied_bytes(found: Reference, plain: Measured, offloaded: Measured) -> int
     return round(2 * gone * found.none.elements_of_step / found.none.elements[found.deciding[-1]])
 
 
-def _tasks(found: Reference, *, offload: bool) -> Iterable[tuple[Kind, str]]:
+def _tasks(found: Reference, *, offload: bool) -> Iterable[tuple[LayerClasses, str]]:
     """Everything to measure: options of single layers, and segments of consecutive layers."""
     classes = found.classes
     for number in dict.fromkeys(classes):
@@ -254,9 +254,11 @@ def _packet(op: str) -> str:
     return op.rpartition(".")[0]
 
 
-def _packed(tasks: Sequence[tuple[Kind, str]], classes: Sequence[int]) -> list[dict[int, tuple[Kind, str]]]:
+def _packed(
+    tasks: Sequence[tuple[LayerClasses, str]], classes: Sequence[int]
+) -> list[dict[int, tuple[LayerClasses, str]]]:
     """Pack the tasks into few simulations, `{first layer: task}`, with at least one layer between two tasks."""
-    batches: list[dict[int, tuple[Kind, str]]] = []
+    batches: list[dict[int, tuple[LayerClasses, str]]] = []
     for kind, option in tasks:
         places = [s for s in range(len(classes) - len(kind) + 1) if tuple(classes[s : s + len(kind)]) == kind]
         for batch in batches:
@@ -269,12 +271,12 @@ def _packed(tasks: Sequence[tuple[Kind, str]], classes: Sequence[int]) -> list[d
     return batches
 
 
-def _is_free(batch: Mapping[int, tuple[Kind, str]], start: int, length: int) -> bool:
+def _is_free(batch: Mapping[int, tuple[LayerClasses, str]], start: int, length: int) -> bool:
     """Whether no other task takes the layers from `start` or their neighbours."""
     return all(start > other + len(kind) or start + length < other for other, (kind, _) in batch.items())
 
 
-def _probe_plan(names: Sequence[str], batch: Mapping[int, tuple[Kind, str]]) -> LayerPlan:
+def _probe_plan(names: Sequence[str], batch: Mapping[int, tuple[LayerClasses, str]]) -> LayerPlan:
     options: list[tuple[str, int]] = []
     layer = 0
     while layer < len(names):

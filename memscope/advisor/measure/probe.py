@@ -13,10 +13,9 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from memscope.errors import UsageError
-from memscope.trace import PHASES, Ints, Trace
+from memscope.trace import PHASES, Bools, Ints, Trace
 
 __all__ = ["ChainSeen", "LayerSeen", "look", "rounded"]
 
@@ -24,7 +23,6 @@ _ROUNDING_BYTES = (
     512  # kMinBlockSize of PyTorch's c10/cuda/CUDACachingAllocator.h (c10/core/AllocatorConfig.h from 2.9)
 )
 _FORWARD, _BACKWARD = PHASES.index("forward"), PHASES.index("backward")
-Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,14 @@ from memscope.errors import MemscopeError, TargetError
 from memscope.runs.processes import cores, interrupts_held, pool
 from memscope.simulation.devices.catalogue import Device, get_device, load_devices
 from memscope.strategies.ckpt import LayerPlan
-from memscope.trace import Trace
+from memscope.trace import Progress, Trace
 
 if TYPE_CHECKING:
     from memscope.workload.description import Workload
     from memscope.workload.micro_batches import MicroBatch
 
 __all__ = [
-    "Answer", "Asker", "InProcess", "Probe", "Progress", "Runner", "Scene", "Seen", "deciding_indices",
+    "Answer", "Asker", "InProcess", "Probe", "Runner", "Scene", "Seen", "deciding_indices",
     "require", "side_by_side",
 ]  # fmt: skip
 
@@ -97,16 +97,13 @@ class Runner(Protocol):
         ...
 
 
-Progress = Callable[[str, int, int], None]
-"""`progress(activity, simulations done, simulations known to be needed)`."""
-
-
 @dataclass
 class Asker:
     """Asks a runner, reports progress, and remembers answers."""
 
     runner: Runner
     progress: Progress
+    """Called with the simulations done and those known to be needed."""
     done: int = 0
     known: dict[tuple[object, ...], Answer] = field(default_factory=dict)
 

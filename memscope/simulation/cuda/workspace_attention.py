@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 from memscope.hooks.kernels import Workspace
-from memscope.simulation.cuda.workspace_call import Call, TensorMeta, contiguous_copy, limits
+from memscope.simulation.cuda.workspace_call import OperatorCall, TensorMeta, contiguous_copy, limits
 
 __all__ = [
     "cudnn_backward",
@@ -38,7 +38,7 @@ def _head_size_rounded(size: int, torch: tuple[int, int]) -> int:
     return _up(_up(size, 8), 64 if size > 128 and torch >= (2, 11) else 32)
 
 
-def flash_forward(call: Call) -> list[Workspace]:
+def flash_forward(call: OperatorCall) -> list[Workspace]:
     """Accumulators of a split-KV run, which splits the keys among more thread blocks when there are too few of them.
 
     Source: set_params_splitkv in flash_api.cpp, 2.6.0; its constants checked in 2.13.0.
@@ -74,7 +74,7 @@ def _splits(blocks: int, multiprocessors: int, key_blocks: int) -> int:
     return next(splits for splits, reached in efficiency.items() if reached >= 0.85 * best)
 
 
-def flash_backward(call: Call) -> list[Workspace]:
+def flash_backward(call: OperatorCall) -> list[Workspace]:
     """fp32 accumulator of dQ, row sums of dO · O, and, where heads are grouped, dK and dV of every query head.
 
     Deterministic mode has one accumulator of dQ for each group of thread blocks.
@@ -96,7 +96,7 @@ def flash_backward(call: Call) -> list[Workspace]:
     ]
 
 
-def cudnn_backward(call: Call) -> list[Workspace]:
+def cudnn_backward(call: OperatorCall) -> list[Workspace]:
     """fp32 accumulator of dQ and row sums of dO · O in one buffer; a copy of dO if its rows have gaps.
 
     The size of the buffer is an estimate: the kernel that cuDNN chooses may take more in it.
@@ -115,7 +115,7 @@ def cudnn_backward(call: Call) -> list[Workspace]:
     ]
 
 
-def safe_softmax(call: Call) -> list[Workspace]:
+def safe_softmax(call: OperatorCall) -> list[Workspace]:
     """The softmax before its fully masked rows are replaced, and the masks that find those rows.
 
     Source: _safe_softmax in aten/src/ATen/native/transformers/attention.cpp, a revision after 2.5.
@@ -133,7 +133,7 @@ def safe_softmax(call: Call) -> list[Workspace]:
     return [Workspace(name, size, "op", source, before_outputs=True) for name, size in sizes.items()]
 
 
-def efficient_forward(call: Call) -> list[Workspace]:
+def efficient_forward(call: OperatorCall) -> list[Workspace]:
     """An fp32 accumulator of the output, if the dtype has 16 bits and a head is larger than 128.
 
     Source: _efficient_attention_forward in attention.cu and kNeedsOutputAccumulatorBuffer in
@@ -146,7 +146,7 @@ def efficient_forward(call: Call) -> list[Workspace]:
     return [Workspace("output accumulator", 4 * batch * queries * heads * value.shape[-1], "op", _EFFICIENT)]
 
 
-def efficient_backward(call: Call) -> list[Workspace]:
+def efficient_backward(call: OperatorCall) -> list[Workspace]:
     """Row sums of dO · O, and the kernel's staging memory for dQ, and for dK and dV where registers cannot hold them.
 
     With grouped heads (2.15), the source applies only in part, so the sizes are estimates.
@@ -188,7 +188,7 @@ def efficient_backward(call: Call) -> list[Workspace]:
     return taken if certain else [workspace.uncertain() for workspace in taken]
 
 
-def _efficient_kernel(call: Call, size: int) -> tuple[int, int, bool, bool] | None:
+def _efficient_kernel(call: OperatorCall, size: int) -> tuple[int, int, bool, bool] | None:
     """The first backward kernel that fits the device; None: no kernel exists (bfloat16 before Ampere).
 
     Returns:

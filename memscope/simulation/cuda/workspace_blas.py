@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from memscope.hooks.kernels import Workspace
-from memscope.simulation.cuda.workspace_call import Call, TensorMeta
+from memscope.simulation.cuda.workspace_call import OperatorCall, TensorMeta
 
 __all__ = ["gemm"]
 
@@ -22,7 +22,7 @@ _OPERANDS = {
 }
 
 
-def gemm(call: Call) -> list[Workspace]:
+def gemm(call: OperatorCall) -> list[Workspace]:
     """A matrix or vector product: copies of operands whose strides cuBLAS cannot read, then the library's workspace.
 
     Empty products call no library.
@@ -50,7 +50,7 @@ def _readable(tensor: TensorMeta) -> bool:
     return (down == 1 and right >= rows) or (right == 1 and down >= columns) or rows == columns == 1
 
 
-def _bias_in_epilogue(call: Call) -> bool:
+def _bias_in_epilogue(call: OperatorCall) -> bool:
     """Whether `addmm` goes through cuBLASLt, which adds the bias itself.
 
     Source: useLtInterface in Blas.cpp, 2.6.0; isInputCompliesAddmmCudaLt in a revision after 2.9, which also requires
@@ -69,7 +69,7 @@ def _bias_in_epilogue(call: Call) -> bool:
     )
 
 
-def _cublas_bytes(call: Call) -> int:
+def _cublas_bytes(call: OperatorCall) -> int:
     """Bytes of a handle's workspace: 2 × 4096 KiB + 8 × 16 KiB, or 32 MiB on newer architectures.
 
     Source: parseChosenWorkspaceSize in CublasHandlePool.cpp, 2.6.0 and later revisions. Checked in 2.6.0, 2.9.1 and
@@ -87,7 +87,7 @@ def _cublas_bytes(call: Call) -> int:
     return 32 * 2**20 if large else (2 * 4096 + 8 * 16) * 1024
 
 
-def _cublas(call: Call) -> Workspace:
+def _cublas(call: OperatorCall) -> Workspace:
     """The workspace of cuBLAS.
 
     - up to 2.14: kept, one per thread and stream
@@ -101,7 +101,7 @@ def _cublas(call: Call) -> Workspace:
     return Workspace("cuBLAS workspace", _cublas_bytes(call), "handle", _POOL, key="cublas")
 
 
-def _cublaslt(call: Call) -> list[Workspace]:
+def _cublaslt(call: OperatorCall) -> list[Workspace]:
     """The workspace of cuBLASLt: 1 MiB, or a part of the cuBLAS handle's.
 
     - up to 2.8: allocated and freed by each product, in addition to the handle's, which the call also sets up

@@ -13,9 +13,9 @@ from memscope.hooks.kernels import Workspace
 from memscope.simulation.devices.catalogue import Device
 
 __all__ = [
-    "Call",
     "KernelSettings",
     "Limits",
+    "OperatorCall",
     "TensorMeta",
     "broadcast",
     "contiguous_copy",
@@ -148,7 +148,7 @@ def _flag(environment: Mapping[str, str], name: str) -> bool | None:
 
 
 @dataclass(frozen=True)
-class Call:
+class OperatorCall:
     """A call of an operator: its name without overload, its arguments, and the device and PyTorch it runs on."""
 
     op: str

@@ -7,7 +7,7 @@ means inside are those of `workspace_reduce.reduction`.
 from __future__ import annotations
 
 from memscope.hooks.kernels import Workspace
-from memscope.simulation.cuda.workspace_call import Call, TensorMeta, broadcast
+from memscope.simulation.cuda.workspace_call import OperatorCall, TensorMeta, broadcast
 from memscope.simulation.cuda.workspace_reduce import reduction
 
 __all__ = [
@@ -23,7 +23,7 @@ _MEAN = 1
 """at::Reduction::Mean, the default of every loss; 0 is None, 2 is Sum."""
 
 
-def _losses(call: Call) -> TensorMeta | None:
+def _losses(call: OperatorCall) -> TensorMeta | None:
     """The losses of all elements; None: the losses are not reduced."""
     values, target = call.tensor("self"), call.tensor("target")
     if not call.get("reduction", _MEAN):
@@ -35,11 +35,11 @@ def _width(tensor: TensorMeta) -> tuple[bool, int]:
     return tensor.is_floating, tensor.item_bytes
 
 
-def _reduce(call: Call, losses: TensorMeta) -> list[Workspace]:
-    return reduction(Call("aten.mean", {"self": losses}, call.device, call.torch, call.settings))
+def _reduce(call: OperatorCall, losses: TensorMeta) -> list[Workspace]:
+    return reduction(OperatorCall("aten.mean", {"self": losses}, call.device, call.torch, call.settings))
 
 
-def reduced_in_place(call: Call) -> list[Workspace]:
+def reduced_in_place(call: OperatorCall) -> list[Workspace]:
     """mse_loss and smooth_l1_loss: the losses, in addition to a result of the same size.
 
     Source: mse_loss_out and smooth_l1_loss_out in Loss.cpp, a revision after 2.5 and one after 2.9.
@@ -48,7 +48,7 @@ def reduced_in_place(call: Call) -> list[Workspace]:
     return [Workspace("losses", losses.size_bytes, "op", _LOSS), *_reduce(call, losses)] if losses else []
 
 
-def reduced_afterwards(call: Call) -> list[Workspace]:
+def reduced_afterwards(call: OperatorCall) -> list[Workspace]:
     """binary_cross_entropy and soft_margin_loss: the mean of the losses; the losses themselves are in the result.
 
     Source: binary_cross_entropy_out_cuda in aten/src/ATen/native/cuda/Loss.cu and soft_margin_loss_out in Loss.cpp, a
@@ -58,7 +58,7 @@ def reduced_afterwards(call: Call) -> list[Workspace]:
     return [Workspace("mean", losses.item_bytes, "op", _LOSS), *_reduce(call, losses)] if losses else []
 
 
-def huber_loss(call: Call) -> list[Workspace]:
+def huber_loss(call: OperatorCall) -> list[Workspace]:
     """The losses, before they are reduced to a result of one number.
 
     Source: huber_loss in Loss.cpp, a revision after 2.5 and one after 2.9.
@@ -69,7 +69,7 @@ def huber_loss(call: Call) -> list[Workspace]:
     return [Workspace("losses", losses.size_bytes, "op", _LOSS, before_outputs=True), *_reduce(call, losses)]
 
 
-def binary_cross_entropy_with_logits(call: Call) -> list[Workspace]:
+def binary_cross_entropy_with_logits(call: OperatorCall) -> list[Workspace]:
     """log(sigmoid(x)), its weights if `pos_weight` is given, and the losses.
 
     Source: binary_cross_entropy_with_logits in Loss.cpp, a revision after 2.5 and one after 2.9.
@@ -89,7 +89,7 @@ def binary_cross_entropy_with_logits(call: Call) -> list[Workspace]:
     return [*taken, made, *_reduce(call, losses)]
 
 
-def soft_margin_loss_backward(call: Call) -> list[Workspace]:
+def soft_margin_loss_backward(call: OperatorCall) -> list[Workspace]:
     """The negated target, its product with x, and the exponential of the product.
 
     Source: soft_margin_loss_backward_out in Loss.cpp, a revision after 2.5 and one after 2.9.

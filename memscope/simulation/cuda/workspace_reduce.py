@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 
 from memscope.hooks.kernels import Workspace
-from memscope.simulation.cuda.workspace_call import Call, TensorMeta, limits
+from memscope.simulation.cuda.workspace_call import OperatorCall, TensorMeta, limits
 
 __all__ = ["extremum", "foreach_norm", "norm_backward", "reduction"]
 
 
-def foreach_norm(call: Call) -> list[Workspace]:
+def foreach_norm(call: OperatorCall) -> list[Workspace]:
     """Norms of many tensors (gradient clipping): per tensor, one partial result per 65536 elements of the longest one.
 
     Norms of other orders than 1, 2 and infinity, and of mixed dtypes, run tensor by tensor and take no workspace here.
@@ -28,7 +28,7 @@ def foreach_norm(call: Call) -> list[Workspace]:
     return [Workspace("norms of chunks", size_bytes, "op", "ATen/native/cuda/ForeachReduceOp.cu", before_outputs=True)]
 
 
-def norm_backward(call: Call) -> list[Workspace]:
+def norm_backward(call: OperatorCall) -> list[Workspace]:
     """Weight gradients of layer and RMS norm over very many short rows: partial sums of 32 rows.
 
     Source: LaunchGammaBetaBackwardCUDAKernel in aten/src/ATen/native/cuda/layer_norm_kernel.cu; the libraries of 2.8.0
@@ -50,7 +50,7 @@ def norm_backward(call: Call) -> list[Workspace]:
     ]
 
 
-def reduction(call: Call) -> list[Workspace]:
+def reduction(call: OperatorCall) -> list[Workspace]:
     """Sum, mean, or extremum with its index, over the outermost, the innermost or all dimensions of a dense tensor.
 
     The workspace is the buffer through which thread blocks share a result. PyTorch allocates it from 256 values per
@@ -105,7 +105,7 @@ def reduction(call: Call) -> list[Workspace]:
     ]
 
 
-def extremum(call: Call) -> list[Workspace]:
+def extremum(call: OperatorCall) -> list[Workspace]:
     """Maximum or minimum along a dimension, with its index; the extremum of a whole tensor is not modelled."""
     return reduction(call) if "dim" in call.arguments else []
 

@@ -24,8 +24,8 @@ from memscope.simulation.cuda.workspace_attention import (
 )
 from memscope.simulation.cuda.workspace_blas import gemm
 from memscope.simulation.cuda.workspace_call import (
-    Call,
     KernelSettings,
+    OperatorCall,
     TensorMeta,
     broadcast,
     contiguous_copy,
@@ -63,10 +63,10 @@ def workspaces_for(
     family = _FAMILIES.get(op.rpartition(".")[0])
     if family is None or device.kind != "cuda":
         return []
-    return family(Call(op.rpartition(".")[0], arguments, device, torch_version, settings or KernelSettings()))
+    return family(OperatorCall(op.rpartition(".")[0], arguments, device, torch_version, settings or KernelSettings()))
 
 
-def _embedding_backward(call: Call) -> list[Workspace]:
+def _embedding_backward(call: OperatorCall) -> list[Workspace]:
     """Gradient of an embedding: up to 3072 indices need no sort; more are sorted and summed in segments of 10 rows.
 
     The scratch memory of cub's unique_by_key and exclusive_sum, a few KiB, is not modelled.
@@ -131,7 +131,7 @@ def _sort_scratch(count: int, item_bytes: int, source: str) -> Workspace:
     return Workspace("sort scratch", 2 * count * item_bytes, "op", source, estimate=True)
 
 
-def _softmax_backward(call: Call) -> list[Workspace]:
+def _softmax_backward(call: OperatorCall) -> list[Workspace]:
     """The product of gradient and output, as large as the gradient.
 
     The backward of log_softmax has no such product.
@@ -143,7 +143,7 @@ def _softmax_backward(call: Call) -> list[Workspace]:
     return [Workspace("gradient times output", size_bytes, "op", "aten/src/ATen/native/cuda/SoftMax.cu")]
 
 
-def _index_put(call: Call) -> list[Workspace]:
+def _index_put(call: OperatorCall) -> list[Workspace]:
     """Sort of the indices, made to add values at indices that may repeat (the gradient of indexing).
 
     Deterministic mode also sorts without `accumulate`.
@@ -180,7 +180,7 @@ def _index_put(call: Call) -> list[Workspace]:
     return [workspace.uncertain() for workspace in taken] if apart else taken
 
 
-def _power(call: Call) -> list[Workspace]:
+def _power(call: OperatorCall) -> list[Workspace]:
     """The base of a power whose exponents are a tensor (as in rotary embeddings), copied to the device.
 
     Source: pow_Scalar_out in aten/src/ATen/native/Pow.cpp; measured on a GPU with 2.6: 8 bytes for `10000 ** tensor`.
@@ -191,7 +191,7 @@ def _power(call: Call) -> list[Workspace]:
     return [Workspace("base", 16 if isinstance(base, complex) else 8, "op", "aten/src/ATen/native/Pow.cpp")]
 
 
-_FAMILIES: dict[str, Callable[[Call], list[Workspace]]] = {
+_FAMILIES: dict[str, Callable[[OperatorCall], list[Workspace]]] = {
     **dict.fromkeys(("aten.mm", "aten.addmm", "aten._addmm_activation", "aten.bmm", "aten.baddbmm"), gemm),
     **dict.fromkeys(("aten.mv", "aten.addmv", "aten.dot", "aten.vdot"), gemm),
     "aten._scaled_dot_product_flash_attention": flash_forward,

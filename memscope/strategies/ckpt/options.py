@@ -22,8 +22,8 @@ __all__ = ["Call", "Option", "check_segments"]
 
 Call = tuple[str, str]
 """A module, named as in its layer (`.` is the layer itself), and an operator without overload, such as `aten.mm`."""
-Kind = Literal["none", "full", "recompute", "save", "offload", "within"]
-_KINDS: dict[str, Kind] = {kind: kind for kind in get_args(Kind)}
+OptionKind = Literal["none", "full", "recompute", "save", "offload", "within"]
+_KINDS: dict[str, OptionKind] = {kind: kind for kind in get_args(OptionKind)}
 _EXAMPLES = {
     "recompute": "recompute:attention+mlp",
     "save": "save:mlp.up/aten.mm+attention/aten.bmm",
@@ -35,7 +35,7 @@ _EXAMPLES = {
 class Option:
     """A parsed option. Fields that its kind does not use keep their defaults."""
 
-    kind: Kind
+    kind: OptionKind
     length: int = 1
     """full: layers that the checkpoint covers."""
     children: tuple[str, ...] = ()
