@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import os
 import sys
@@ -196,8 +195,6 @@ def _under_memscope(cell: TrainingCell, preset: str, device: str, steps: int) ->
 
     from memscope import record
 
-    if device == "cuda" and not importlib.util.find_spec("memscope.gpu.watch"):
-        return {"unavailable": "not available: this memscope records on the CPU only"}
     marks: list[float] = []
 
     def progress(done: int, total: int) -> None:
