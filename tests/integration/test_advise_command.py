@@ -98,7 +98,7 @@ def test_profile_makes_a_plan_for_a_budget_on_the_way(run):
     [
         (["--budget", "nothing"], "is not a size"),
         (["--budget", "40GB", "--allow", "loro"], 'no strategy "loro"'),
-        (["--budget", "40GB", "--blocks", "layer"], 'no nn.ModuleList or nn.Sequential "layer"'),
+        (["--budget", "40GB", "--layer-list", "layer"], 'no nn.ModuleList or nn.Sequential "layer"'),
         (["--budget", "40GB", "-s", "lora:r=0"], "r=0 is no rank"),
         (["--budget", "40GB", "-o", "no/such/folder.json"], "there is no folder"),
     ],
