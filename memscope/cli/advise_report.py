@@ -70,7 +70,7 @@ def _print_refusal(console: Console, advice: Advice) -> None:
     )
     console.print(Text(f"Its peak: {_event(advice.binding)}"))
     if advice.binding.helps:
-        console.print(Text(f"To fit the budget: {advice.binding.helps}"))
+        console.print(Text(f"With other strategies: {advice.binding.helps}"))
 
 
 def _event(binding: Binding) -> str:
