@@ -278,7 +278,7 @@ def test_the_kit_names_the_strategy_and_the_promise_that_it_breaks(
 
 def test_a_strategy_that_is_not_installed_is_an_error() -> None:
     with pytest.raises(
-        AssertionError, match=r'^strategy "frozen" breaks a promise: it is installed, .*expected .*Frozen'
+        AssertionError, match=r'^strategy "frozen" breaks a promise: it is installed and .*expected .*Frozen'
     ):
         check_strategy(Frozen)
 

@@ -99,7 +99,7 @@ def test_tables_name_the_peak_the_arrows_and_what_they_rest_on(run, tmp_path):
         "Table 1",
         "ga:steps=2",
         "↓",
-        "against step 1",
+        "compared with step 1",
         "of the baseline",
         "Baseline: The same effective batch in one go (ga)",
         "Next:",

@@ -85,7 +85,7 @@ def test_a_measured_run_that_ran_out_of_memory_shows_no_peak() -> None:
 
 
 def test_a_grid_in_which_no_run_has_room_for_its_weights_is_an_error() -> None:
-    with pytest.raises(OutOfDeviceMemory, match="room for the weights"):
+    with pytest.raises(OutOfDeviceMemory, match="do not fit in any combination"):
         grid_of(None, None, None, None)
 
 

@@ -76,7 +76,7 @@ def test_an_older_driver_is_queried_by_the_older_function():
 def test_a_process_the_driver_does_not_list_is_not_known_but_the_device_is():
     found = driver_memory("abc", 7, Driver({41: 10 * GIB}))
     assert (found.used_bytes, found.process_bytes, found.others_bytes) == (10 * GIB, None, None)
-    assert "no process 7" in found.reason
+    assert "does not list process 7" in found.reason
     assert "container" in found.reason
 
 
