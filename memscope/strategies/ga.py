@@ -61,7 +61,7 @@ class GradientAccumulation(Strategy):
         return []
 
     def baseline(self, workload: Workload) -> None:
-        """Run the same effective batch as one micro-batch."""
+        """The same effective batch in one micro-batch."""
         workload.plan = dataclasses.replace(workload.plan, micro_batches=1)
 
     def apply(self, workload: Workload) -> None:

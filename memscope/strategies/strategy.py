@@ -106,7 +106,10 @@ class Strategy(Protocol):
         return []
 
     def baseline(self, workload: Workload) -> None:
-        """Change the workload that runs without this strategy to make the comparison fair. Default: no change."""
+        """Change the workload that runs without this strategy to make the comparison fair. Default: no change.
+
+        Reports show the docstring of an overriding method as the description of the baseline.
+        """
         return None  # without a body, type checkers would treat this method as abstract
 
     def apply(self, workload: Workload) -> None:

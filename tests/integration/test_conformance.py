@@ -252,7 +252,7 @@ class Clashing(Frozen):
         ),
         (Fancy, r"candidates are settings .*\. Its candidate Unexplained\(size=2\) is not a Fancy\.Config"),
         (Greedy, r"finding them changes nothing\. candidates\(\) or check\(\) changed the plan, the model or the data"),
-        (Slower, r"\(exact\)\. In step 0 the embed\.weight afterwards differs by 0\.000\d+; the largest value is"),
+        (Slower, r"\(exact\)\. In step 0, the embed\.weight afterwards differs by 0\.000\d+; the largest value is"),
         (Idle, r"changes something\. Its apply\(\) did not change the plan, the model or the data"),
         (Picky, r"applied.*it is too small: take a larger one\. Pass another workload"),
         (

@@ -26,7 +26,7 @@ def test_the_grid_has_every_combination_with_a_prediction_and_a_trace(run, tmp_p
     # Alone, lora trains less than everything; with ga one sample of 32 tokens is there at a time instead of two.
     assert rows[1]["peak"]["allocated"] < rows[0]["peak"]["allocated"]
     assert rows[3]["peak"]["allocated"] < rows[1]["peak"]["allocated"]
-    assert any("same effective batch in one go (ga)" in note for note in document["notes"])
+    assert any("same effective batch in one micro-batch (ga)" in note for note in document["notes"])
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "Table 2: llama2 on l4, predicted" in page
     (tmp_path / "grid.json").write_text(out)

@@ -101,7 +101,7 @@ def test_tables_name_the_peak_the_arrows_and_what_they_rest_on(run, tmp_path):
         "↓",
         "compared with step 1",
         "of the baseline",
-        "Baseline: The same effective batch in one go (ga)",
+        "Baseline: The same effective batch in one micro-batch (ga)",
         "Next:",
     ):
         assert text in " ".join(out.split())
