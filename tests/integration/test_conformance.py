@@ -264,7 +264,7 @@ class Clashing(Frozen):
             r'same allocations\. With "frozen", allocation \d+ is simulated as \(\d+, .*, but measured as \(\d+, ',
         ),
         (Freezes, r"\(exact\)\. In step 0, only the baseline or only the strategy has gradient of head\.weight"),
-        (Rounds, r"\(exact\)\. In step 0 the loss differs by \S+e-06; the largest value is"),
+        (Rounds, r"\(exact\)\. In step 0, the loss differs by \S+e-06; the largest value is"),
         (Clashing, r'combined with "amp", or one of the two declares a conflict\. .*no kernel for autocast'),
     ],
 )
