@@ -70,7 +70,7 @@ class Trace:
 
     Examples:
         >>> from memscope import simulate
-        >>> from memscope.toy import toy_workload
+        >>> from memscope.testing import toy_workload
         >>> trace = simulate(toy_workload)
         >>> sum(trace.by("category", at="peak").values()) == trace.peak.allocated_bytes
         True

@@ -62,7 +62,7 @@ class Strategy(Protocol):
         >>> from dataclasses import dataclass, replace
         >>> from memscope import Plan, Strategy
         >>> from memscope.strategies import Stage
-        >>> from memscope.toy import toy_workload
+        >>> from memscope.testing import toy_workload
         >>> class Clip(Strategy):
         ...     '''Clip the total norm of the gradients.'''
         ...
