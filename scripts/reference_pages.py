@@ -116,9 +116,9 @@ def _module_text(package: griffe.Module, module: str, listed: Mapping[str, Mappi
     names = {f"`{name}`": path for name, path in listed[module].items()}
     modules = {f"`{other}`": other for other in below}
     text = f"---\ntitle: {module}\n---\n\n::: {module}\n    options: {{members: false}}\n\n"
-    for title, rows in (("Names", names), ("Modules", modules)):
+    for title, rows in (("Name", names), ("Module", modules)):
         if rows:
-            text += f"## {title}\n\n| | |\n|---|---|\n"
+            text += f"## {title}s\n\n| {title} | Description |\n|---|---|\n"
         for shown, path in rows.items():
             file = f"{_folder(path)}/index.md" if path in listed else _file(path, listed)
             link = posixpath.relpath(file, _folder(module))

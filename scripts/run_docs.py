@@ -8,9 +8,10 @@ The line before a fenced block marks it. Readers do not see the mark:
     (its output)
     ```
 
-`small` blocks also run in the tests; `7b` blocks take minutes. A page's blocks run in order, in one empty folder
-that has `targets/`, at 80 columns. In a block of commands, `$` starts a command and the other lines are its standard
-output; a Python block is executed with the names of those before it, and then its functions `test_*`. Options:
+`small` blocks also run in the tests; `7b` blocks take minutes. A page's blocks run in order, at 80 columns, in an empty
+folder that has `targets/` and from which Python imports. In a block of commands, `$` starts a command and the other
+lines are its standard output. A Python block is executed with the names of those before it, and then its functions
+`test_*` are called. Options:
 
     file=PATH    write the block to PATH instead of running it
     quiet        every line is a command; its output is not in the text
@@ -101,13 +102,14 @@ def run_blocks(blocks: list[Block]) -> Iterator[tuple[Block, tuple[str, ...]]]:
         BlockFailed: when a command ends with another exit code than expected, or Python code raises.
     """
     names: dict[str, Any] = {"__name__": "__docs__"}
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), _importable(folder):
         Path("targets").symlink_to(ROOT / "targets")
         for block in blocks:
             if file := block.options.get("file"):
                 Path(file).parent.mkdir(parents=True, exist_ok=True)
                 Path(file).write_text("\n".join([*block.lines, ""]), encoding="utf-8")
-            if block.language == "python":
+                yield block, block.lines
+            elif block.language == "python":
                 _run_python(block, names)
                 yield block, block.lines
             elif "quiet" in block.options:
@@ -115,6 +117,21 @@ def run_blocks(blocks: list[Block]) -> Iterator[tuple[Block, tuple[str, ...]]]:
                 yield block, block.lines
             else:
                 yield block, tuple(_session(block))
+
+
+@contextlib.contextmanager
+def _importable(folder: str) -> Iterator[None]:
+    """Python blocks import the files that a page writes; another page may write others of the same name."""
+    sys.path.insert(0, folder)
+    known = set(sys.modules)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+        for name in sys.modules.keys() - known:
+            places = [getattr(sys.modules[name], "__file__", None), *getattr(sys.modules[name], "__path__", ())]
+            if any(str(place).startswith(folder) for place in places):
+                del sys.modules[name]
 
 
 def _run_python(block: Block, names: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ def result(page: str) -> list[str]:
 
 @pytest.mark.parametrize("page", SMALL)
 def test_small_blocks_print_what_the_page_shows(page: str) -> None:
-    for block, lines in run_blocks(SMALL[page]):
+    for block, lines in list(run_blocks(SMALL[page])):
         assert not differences(block, lines), "\n".join(differences(block, lines))
 
 
@@ -61,10 +61,16 @@ def test_a_command_must_end_as_expected() -> None:
 
 
 def test_commands_find_the_targets_and_files_of_their_page() -> None:
-    page = page_of("hello", "run: small file=a/b.txt quiet").replace("hello", "echo hello") + page_of(
-        "$ cat a/b.txt; ls -d targets/llama2\necho hello\ntargets/llama2"
-    )
+    page = page_of("hello", "run: small file=a/b.txt")
+    page += page_of("$ cat a/b.txt; ls -d targets/llama2\nhello\ntargets/llama2")
     assert not [diff for block, lines in run_blocks(read_blocks("page.md", page)) for diff in differences(block, lines)]
+
+
+def test_python_blocks_import_the_files_of_their_own_page_only() -> None:
+    for value in (1, 2):
+        page = page_of(f"value = {value}", "run: small file=mine.py", "python")
+        page += page_of(f"import mine\nassert mine.value == {value}", language="python")
+        assert len(list(run_blocks(read_blocks("page.md", page)))) == 2
 
 
 def test_python_blocks_of_a_page_share_names_and_their_tests_are_called() -> None:
