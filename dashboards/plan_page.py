@@ -19,7 +19,7 @@ from memscope.dashboards.palette import LIGHT, Theme, dressed, themed
 from memscope.dashboards.timeline import unit_of
 from memscope.errors import UsageError
 from memscope.trace import Trace, write_whole
-from memscope.units import format_bytes, format_gb
+from memscope.units import format_both, format_bytes, format_seconds
 
 __all__ = ["kept_by_layer", "pareto_front", "plan_card", "plan_heatmap", "write_plan_page"]
 
@@ -163,7 +163,7 @@ def _point_text(point: FrontPoint) -> str:
     strategies = escape(", ".join(point.strategies) or "no strategy")
     return (
         f"{strategies}<br>checkpointed: {escape(point.recomputed)}<br>"
-        f"{format_bytes(point.peak.device)}, {point.step_seconds:.3g} s"
+        f"{format_bytes(point.peak.device)}, {format_seconds(point.step_seconds)}"
     )
 
 
@@ -207,11 +207,11 @@ def _facts(advice: Advice) -> list[tuple[str, str]]:
     event = f"{format_bytes(binding.allocated)} in step {binding.step}, {binding.phase}, {binding.module}"
     found = [
         ("needs" if advice.feasible else "smallest feasible budget", format_bytes(peak.device)),
-        ("budget", f"{format_bytes(advice.budget_bytes)} ({format_gb(advice.budget_bytes)})"),
+        ("budget", format_both(advice.budget_bytes)),
         ("device", advice.device),
         ("strategies", ", ".join(advice.strategies) or "none needed"),
         ("allocated, reserved", f"{format_bytes(peak.allocated)}, {format_bytes(peak.reserved)}"),
-        ("step time (estimate)", f"{advice.step_seconds:.3g} s"),
+        ("step time (estimate)", format_seconds(advice.step_seconds)),
         ("against no checkpointing", f"{advice.overhead_vs_none:+.1%}"),
         ("against all layers", f"{advice.overhead_vs_all:+.1%}"),
         ("peak", f"{event}, {binding.op}" if binding.op else event),
@@ -227,7 +227,7 @@ def _front_card(advice: Advice) -> Section:
     rows = [
         [
             format_bytes(point.peak.device),
-            f"{point.step_seconds:.3g} s",
+            format_seconds(point.step_seconds),
             escape(", ".join(point.strategies) or "none"),
             escape(point.recomputed),
         ]

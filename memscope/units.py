@@ -11,6 +11,7 @@ from fractions import Fraction
 from memscope.errors import UsageError
 
 __all__ = [
+    "at_least",
     "format_both", "format_bytes", "format_change", "format_flop", "format_flop_change", "format_gb", "format_given",
     "format_part", "format_seconds", "parse_budget", "parse_bytes",
 ]  # fmt: skip
@@ -75,6 +76,12 @@ def _both(size_bytes: int) -> tuple[str, str]:
     decimal, binary = format_gb(size_bytes), format_bytes(size_bytes)
     number, unit = decimal.split()
     return (decimal, binary) if Fraction(number) * _SCALE[unit] == size_bytes else (binary, decimal)
+
+
+def at_least(size_bytes: int) -> str:
+    """`25.94GiB`: a size for the command line, rounded up to two decimals."""
+    unit, scale = ("GiB", 2**30) if size_bytes >= 2**30 else ("MiB", 2**20)
+    return f"{-(-size_bytes * 100 // scale) / 100:.2f}{unit}"
 
 
 def format_flop(count: float) -> str:

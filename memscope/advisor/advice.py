@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from memscope.trace import PHASES, Trace
-from memscope.units import format_bytes
+from memscope.units import format_bytes, format_seconds
 
 __all__ = ["Advice", "Binding", "Certificate", "FrontPoint", "PlanPeak", "binding_of", "in_words", "short_option"]
 
@@ -154,7 +154,7 @@ class Advice:
         slower = f"{proven.fragmentation_gap:.2%}" if proven.fragmentation_gap else "nothing"
         return (
             f"{search} for allocated bytes: with these strategies, no checkpoint plan of the options considered that "
-            f"fits takes less than {proven.lower_bound_seconds:.3g} s (estimate); fragmentation, {format_bytes(extra)} "
+            f"fits takes less than {format_seconds(proven.lower_bound_seconds)} (estimate); fragmentation, {format_bytes(extra)} "
             f"reserved beyond allocated, adds {slower}"
         )
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import click
 from rich.console import Console
+from rich.text import Text
 
 from memscope.advisor.advice import Advice
 from memscope.advisor.advise import DEFAULT_DEVICE, advise, budget_of
@@ -19,84 +19,106 @@ from memscope.advisor.emit import TOOLS, emit
 from memscope.advisor.measure.runner import Scene, side_by_side
 from memscope.allocator.settings import AllocatorSettings
 from memscope.cli.advise_report import print_advice
+from memscope.cli.next_command import print_next, profile_words
+from memscope.command.options import FILE, argument, option, with_options
+from memscope.command.output import require_writable
 from memscope.command.progress import shown_progress
 from memscope.command.target_words import last_profiled, settings_of
-from memscope.errors import GateFailed, UsageError
+from memscope.errors import GateFailed
 from memscope.simulation.devices.catalogue import get_device, load_devices
 from memscope.strategies.ckpt import LayerPlan
+from memscope.units import at_least
 
 __all__ = ["command"]
 
 
 @dataclass(frozen=True)
-class Options:
-    """The words of the command line, as `--help` names them."""
+class AdviseOptions:
+    """The options of `memscope advise`."""
 
-    target: str | None
-    settings: tuple[str, ...]
-    budget: str
-    device: str | None
-    device_file: Path | None
-    strategies: str
-    allow: tuple[str, ...]
-    layer_list: str
-    preset: str | None
-    changed: tuple[str, ...]
-    """Of `--set`."""
-    allocator: str | None
-    emit: str | None
-    output: Path
-    html: Path | None
-    force: bool
-    as_json: bool
-    debug: bool
-
-
-_PATH = click.Path(path_type=Path)
+    target: Annotated[str | None, argument(required=False)]
+    settings: Annotated[tuple[str, ...], argument(nargs=-1, metavar="[KEY=VALUE]...")]
+    budget: Annotated[
+        str,
+        option("--budget", required=True, metavar="SIZE", help="Memory of the device: 40GB, 37.3GiB, or 90% of it."),
+    ]
+    device: Annotated[
+        str | None,
+        option(
+            "--device",
+            help=f"Device whose kernels and rates are assumed (see: memscope devices). Default: {DEFAULT_DEVICE}.",
+        ),
+    ]
+    device_file: Annotated[
+        Path | None, option("--device-file", type=FILE, metavar="FILE", help="TOML file with devices of your own.")
+    ]
+    strategies: Annotated[
+        str, option("-s", "--strategies", default="", metavar="PLAN", help="Strategies that every plan must use.")
+    ]
+    allow: Annotated[
+        tuple[str, ...],
+        option(
+            "--allow",
+            multiple=True,
+            metavar="NAME,...",
+            help="Strategies that change the mathematics and may be used, such as lora,bf16. "
+            "All exact strategies may be used.",
+        ),
+    ]
+    layer_list: Annotated[
+        str,
+        option(
+            "--layer-list",
+            default="",
+            metavar="NAME",
+            help="List of modules that are the layers, such as transformer.h.",
+        ),
+    ]
+    preset: Annotated[
+        str | None,
+        option("--preset", metavar="NAME|PATH", help="Preset of the target. Default: its first preset."),
+    ]
+    changed: Annotated[
+        tuple[str, ...],
+        option("--set", multiple=True, metavar="KEY=VALUE", help="Change a setting of the target. Repeatable."),
+    ]
+    allocator: Annotated[
+        str | None,
+        option("--allocator", metavar="CONF", help="Settings of PyTorch's allocator, as in PYTORCH_CUDA_ALLOC_CONF."),
+    ]
+    emit: Annotated[
+        str | None,
+        option("--emit", type=click.Choice(TOOLS), help="Also print the plan as settings of another training tool."),
+    ]
+    output: Annotated[
+        Path,
+        option(
+            "-o",
+            "--output",
+            type=FILE,
+            default="memscope-plan.json",
+            show_default=True,
+            metavar="FILE",
+            help="Plan file.",
+        ),
+    ]
+    html: Annotated[Path | None, option("--html", type=FILE, metavar="FILE", help="Also write a page with the plan.")]
+    force: Annotated[bool, option("-f", "--force", is_flag=True, help="Overwrite existing files.")]
+    as_json: Annotated[bool, option("--json", is_flag=True, help="Print one JSON document instead of tables.")]
 
 
 @click.command("advise")
-@click.argument("target", required=False)
-@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--budget", required=True, metavar="SIZE", help="Memory of the device: 40GB, 37.3GiB, or 90% of it.")
-@click.option(
-    "--device",
-    help=f"Device whose kernels and rates are assumed (see: memscope devices). Default: {DEFAULT_DEVICE}.",
-)
-@click.option("--device-file", type=_PATH, metavar="FILE", help="TOML file with devices of your own.")
-@click.option("-s", "--strategies", default="", metavar="PLAN", help="Strategies that every plan must use.")
-@click.option(
-    "--allow",
-    multiple=True,
-    metavar="NAME,...",
-    help="Strategies that change the mathematics and may be used, such as lora,bf16. All exact strategies may be used.",
-)
-@click.option(
-    "--layer-list", default="", metavar="NAME", help="List of modules that are the layers, such as transformer.h."
-)
-@click.option("--preset", metavar="NAME|PATH", help="Preset of the target. Default: its first preset.")
-@click.option(
-    "--set", "changed", multiple=True, metavar="KEY=VALUE", help="Change a setting of the target. Repeatable."
-)
-@click.option("--allocator", metavar="CONF", help="Settings of PyTorch's allocator, as in PYTORCH_CUDA_ALLOC_CONF.")
-@click.option("--emit", type=click.Choice(TOOLS), help="Also print the plan as settings of another training tool.")
-@click.option(
-    "-o", "--output", type=_PATH, default="memscope-plan.json", show_default=True, metavar="FILE", help="Plan file."
-)
-@click.option("--html", type=_PATH, metavar="FILE", help="Also write a page with the plan.")
-@click.option("-f", "--force", is_flag=True, help="Overwrite existing files.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of tables.")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def command(**words: Any) -> int:
+@with_options(AdviseOptions)
+def command(options: AdviseOptions) -> int:
     """Find the cheapest plan that makes TARGET fit a budget: strategies, and which layers to checkpoint.
 
     TARGET is as for `memscope profile`; the default is the target last profiled in this folder, or else targets/llama2.
     Every combination of strategies is simulated, and so is the plan that is printed. Times are estimates. Exit code 3:
     nothing fits.
     """
-    options = Options(**words)
-    for path in [options.output, *([options.html] if options.html else [])]:
-        _require_writable(path, options.force)
+    require_writable(options.output, overwrite=options.force)
+    if options.html:
+        require_writable(options.html, overwrite=options.force, option="--html")
     advice, scene = _advised(options)
     if advice.layers and advice.feasible:
         LayerPlan(advice.layers, advice.made_for).save(options.output, overwrite=options.force)
@@ -112,11 +134,15 @@ def command(**words: Any) -> int:
         document = advice.document() | ({"emit": lines} if options.emit else {})
         click.echo(json.dumps(document, ensure_ascii=False, indent=2))
     else:
-        print_advice(Console(highlight=False), advice, _profiled(scene), lines, options.html)
+        console = Console(highlight=False)
+        print_advice(console, advice, lines)
+        if options.html:
+            console.print(Text(f"Page: {options.html}"), soft_wrap=True)
+        print_next(console, _next_words(options, advice, scene))
     return 0 if advice.feasible else GateFailed.exit_code
 
 
-def _advised(options: Options) -> tuple[Advice, Scene]:
+def _advised(options: AdviseOptions) -> tuple[Advice, Scene]:
     """The advice, and the workload and device that it is about."""
     if options.target is None:
         target, preset, settings = last_profiled(options.preset, settings_of(options.changed))
@@ -142,26 +168,19 @@ def _advised(options: Options) -> tuple[Advice, Scene]:
     return advice, scene
 
 
-def _profiled(scene: Scene) -> str:
-    """The arguments of `memscope profile` for the same workload on the same device."""
-    words = [scene.target]
-    if scene.preset is not None:
-        words += ["--preset", scene.preset]
-    if scene.settings:
-        words += ["--set", *(f"{key}={value}" for key, value in scene.settings.items())]
-    if scene.device_file is not None:
-        words += ["--device-file", str(scene.device_file)]
-    if scene.allocator is not None:
-        words += ["--allocator", scene.allocator]
-    return shlex.join([*words, "--device", scene.device])
+def _next_words(options: AdviseOptions, advice: Advice, scene: Scene) -> list[object]:
+    """A profile of the plan; if nothing fits, the same advice for the smallest feasible budget."""
+    if advice.feasible:
+        return [*profile_words(scene), *(["-s", advice.plan] if advice.plan else [])]
+    words: list[object] = ["memscope", "advise", *profile_words(scene)[2:], "--budget", at_least(advice.minimum_bytes)]
+    if options.strategies:
+        words += ["-s", options.strategies]
+    if options.allow:
+        words += ["--allow", ",".join(_names(options.allow))]
+    if options.layer_list:
+        words += ["--layer-list", options.layer_list]
+    return words
 
 
 def _names(texts: Sequence[str]) -> list[str]:
     return [name.strip() for text in texts for name in text.split(",") if name.strip()]
-
-
-def _require_writable(path: Path, force: bool) -> None:
-    if path.exists() and not force:
-        raise UsageError(f"{path} exists already: choose another name, or overwrite it with -f")
-    if not path.parent.is_dir():
-        raise UsageError(f"{path}: there is no folder {path.parent}: create it, or choose another file")

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from memscope.errors import UsageError
 from memscope.units import (
+    at_least,
     format_both,
     format_bytes,
     format_change,
@@ -204,3 +205,12 @@ def test_times_have_three_digits_and_the_unit_of_their_size(seconds: float, text
 def test_a_budget_without_its_unit_is_refused() -> None:
     with pytest.raises(UsageError, match='a budget of "40" is 40 B: add a unit, for example 40GB'):
         parse_budget("40")
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "text"),
+    [(40 * 2**30, "40.00GiB"), (40 * 2**30 + 1, "40.01GiB"), (1, "0.01MiB"), (2**30 - 1, "1024.00MiB")],
+)
+def test_a_budget_for_the_command_line_is_never_smaller_than_the_size(size_bytes, text):
+    assert at_least(size_bytes) == text
+    assert parse_bytes(text) >= size_bytes
