@@ -154,8 +154,8 @@ class Advice:
         slower = f"{proven.fragmentation_gap:.2%}" if proven.fragmentation_gap else "nothing"
         return (
             f"{search} for allocated bytes: with these strategies, no checkpoint plan of the options considered that "
-            f"fits takes less than {format_seconds(proven.lower_bound_seconds)} (estimate); fragmentation, {format_bytes(extra)} "
-            f"reserved beyond allocated, adds {slower}"
+            f"fits takes less than {format_seconds(proven.lower_bound_seconds)} (estimate); fragmentation, "
+            f"{format_bytes(extra)} reserved beyond allocated, adds {slower}"
         )
 
     @property
