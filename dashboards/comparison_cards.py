@@ -136,6 +136,8 @@ def _settings(found: Difference) -> str:
 
 def _value(value: Any) -> str:
     text = ", ".join(map(str, value)) or "none" if isinstance(value, list | tuple) else str(value)
+    if type(value) is int:
+        text = f"{value:,}"
     return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 1]}…"
 
 

@@ -55,7 +55,7 @@ PICTURES_TO_MAKE = (
     Picture("page", "lora+amp.html", "header", "#run0 .phases"),
     Picture("moment", "lora+amp.html", "#run0-alive", "#run0-alive .tables", hide=LEFT_OUT),
     Picture("largest", "lora+amp.html", "#run0-alive", "#run0 table.allocations", click=0.36, hide=LEFT_OUT),
-    Picture("search", "lora+amp.html", ".search", "#run0 .phases", search="attention.wq"),
+    Picture("search", "lora+amp.html", ".search", "#run0 .phases", search="log_softmax"),
     Picture("allocator", "lora+amp.html", "#run0-allocator", "#run0-allocator .figure:nth-of-type(2)"),
     Picture("runs", "report.html", "#runs", "#runs .figure"),
     Picture("differences", "report.html", "#difference1", "#difference1 .figure"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import datetime
 import json
 import re
 import zlib
@@ -48,6 +49,10 @@ def page_of(*runs: Run, **more: Any) -> str:
 
 def unpacked(text: str) -> str:
     return zlib.decompress(base64.b64decode(text)).decode()
+
+
+def run_a() -> Run:
+    return Run("a", small())
 
 
 def hostile_runs() -> list[Run]:
@@ -116,6 +121,70 @@ def test_page_states_the_run_and_its_peak() -> None:
         "<dd>5 of 2,000 (0.25%)</dd>",
     ):
         assert text in page
+
+
+def test_the_head_states_device_kind_date_and_settings_of_all_runs() -> None:
+    settings = {"n_layers": 32, "dtype": "fp32", "n_kv_heads": None}
+    device = {"name": "A100", "simulated": True}
+    first = small(settings=settings, device=device)
+    second = small(settings=settings | {"dtype": "bf16"}, device=device | {"simulated": False})
+    page = page_of(Run("a", first), Run("b", second))
+    head = page[page.index("<header>") : page.index("</header>")]
+    today = datetime.date.today().isoformat()
+    for text in (
+        f'<time datetime="{today}">',
+        "<dt>device</dt><dd>A100</dd>",
+        "<dt>recorded</dt><dd>simulated, measured</dd>",
+        "<dt>n layers</dt><dd>32</dd>",
+        "<dt>dtype</dt><dd>fp32 | bf16</dd>",
+        "<dt>n kv heads</dt><dd>none</dd>",
+    ):
+        assert text in head
+
+
+def test_the_list_of_sections_links_every_run_and_its_parts() -> None:
+    page = page_of(Run("one", small()), Run("<two>", small()))
+    links = re.findall(r'<a href="#([^"]*)"><b>([^<]*)</b>', page)
+    assert links == [
+        ("runs", "All runs on the same axes"),
+        ("differences", "What grew and what shrank"),
+        ("run0", "one"),
+        ("run1", "&lt;two&gt;"),
+    ]
+    for key in re.findall(r'<a href="#([^"]*)">', page):
+        assert page.count(f'id="{key}"') == 1
+
+
+def test_the_parts_of_a_single_run_start_with_the_allocations_unfolded_and_of_several_runs_folded() -> None:
+    assert '<details class="part" id="run0-alive" open' in page_of()
+    assert "open" not in "".join(
+        re.findall(r'<details class="part" id="run\d-alive"[^>]{0,6}', page_of(*2 * [run_a()]))
+    )
+
+
+def test_people_read_names_with_spaces() -> None:
+    trace = training_run(layers=1)
+    page = page_of(Run("a", trace), Run("b", training_run(layers=2)))
+    for name in ("optimizer state", "zero grad"):
+        assert f">{name}<" in page or f"{name}<" in page
+    shown = re.sub(r"var\(--[a-z_]+\)|<style>.*?</style>|<script>.*?</script>", "", page, flags=re.DOTALL)
+    assert "optimizer_state" not in shown
+    assert "zero_grad" not in shown
+
+
+def test_changes_below_a_thousandth_of_the_peak_are_folded() -> None:
+    def with_norm(size_bytes: int) -> Trace:
+        run = TraceBuilder()
+        run.phase("setup")
+        run.new("parameter", 1000 * GIB, module="large")
+        run.new("parameter", size_bytes, module="norm")
+        return run.trace()
+
+    page = page_of(Run("a", with_norm(0)), Run("b", with_norm(GIB // 2)))
+    # Half a GiB of 1000: 0.05 %, once as category and once as module.
+    assert "2 changes below 0.1% of the peak</summary>" in page
+    assert "<code>norm</code></td><td>+512.0 MiB</td>" in page
+    assert "Allocations that changed most" not in page
 
 
 def test_a_measured_run_is_marked_so() -> None:
