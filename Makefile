@@ -36,7 +36,8 @@ check: setup ## Check style, formatting and types
 	cd build/typing && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p memscope
 
 docs: setup ## Build the documentation, offline, into build/site
-	$(DOCS) $(BIN)/mkdocs build --quiet --strict
+	# Without --quiet: mkdocs then counts no warnings, and --strict would pass every page.
+	$(DOCS) $(BIN)/mkdocs build --strict
 
 docs-check: setup ## Run every marked block of the documents, 7B included, and compare its output
 	$(BIN)/python scripts/run_docs.py

@@ -198,7 +198,8 @@ def differences(block: Block, lines: tuple[str, ...]) -> list[str]:
 
 
 def _without_times(line: str) -> str:
-    """A line without durations that were measured (`in 1.2 s`); estimated ones are part of the result."""
+    """A line without measured durations (`in 1.2 s`) and without dates of run folders; estimates of time stay."""
+    line = re.sub(r"-\d{8}-\d{6}\b", "-DATE", line)
     return re.sub(r"\bin \d[\d.,]* (µs|ms|s|min)\b", "in TIME", line).rstrip()
 
 

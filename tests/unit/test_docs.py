@@ -46,6 +46,13 @@ def test_measured_times_are_no_difference_but_estimated_ones_are() -> None:
     assert result(page_of("$ echo step time 3.2 s\nstep time 17 s"))
 
 
+def test_the_date_in_the_name_of_a_run_folder_is_no_difference() -> None:
+    assert not result(
+        page_of("$ echo runs/llama2-20261121-190459/report.html\nruns/llama2-20261120-080000/report.html")
+    )
+    assert result(page_of("$ echo runs/llama2-20261121-190459/report.html\nruns/gpt-20261121-190459/report.html"))
+
+
 def test_a_part_of_the_output_can_be_shown() -> None:
     assert not result(page_of("$ seq 9\n3\n4\n5", 'run: small from=3 to="5"'))
     with pytest.raises(BlockFailed, match=r"page\.md:3: no line of the output has '12'"):
