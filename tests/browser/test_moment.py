@@ -10,7 +10,7 @@ import pytest
 from pages import PLOT, comes_to, html_of, point_at, run
 
 from memscope.analysis.effects import Run
-from memscope.dashboards.breakdown import Node, tree
+from memscope.dashboards.breakdown import AreaNode, tree
 from memscope.dashboards.html import html_page
 from memscope.dashboards.names import spoken
 from memscope.dashboards.run_card import Room, run_section
@@ -40,7 +40,7 @@ def areas(page: Any) -> dict[str, tuple[int, str]]:
     return {key: (size, label) for key, size, label in zip(*data, strict=True)}
 
 
-def flat(node: Node, parent: str = "") -> dict[str, tuple[int, str]]:
+def flat(node: AreaNode, parent: str = "") -> dict[str, tuple[int, str]]:
     key = f"{parent}\x1f{node.label}" if parent else node.label
     found = {key: (node.size_bytes, node.label)}
     for inner in node.inner.values():

@@ -49,7 +49,7 @@ BAD = {
     "another plan beside it": (["--grid", "ga,lora", "-s", "amp"], '-s "amp"', "leave out"),
     "a factor that cannot be applied": (["--grid", "lora,ga:steps=3"], "2 samples", "divides"),
     "factors that conflict": (["--grid", "amp,bf16"], "cannot be combined", "remove one"),
-    "a factor planned by memscope": (["--grid", "lora,ckpt:auto,budget=1GB"], "ckpt:auto", "which layers"),
+    "a factor planned by memscope": (["--grid", "lora,ckpt:auto,budget=1GB"], "ckpt:auto", "name the layers"),
     "samples without a grid": (["-s", "lora", "--samples", "10"], "--samples", "--grid"),
     "less memory of a simulated device": (["--grid", "lora", "--memory", "40GB"], "--memory", "--device-file"),
     "memory that is no size": (["--grid", "lora", "--memory", "much"], '"much" is not a size', "40GB"),

@@ -111,8 +111,8 @@ NAMES_A_NEXT = {
     "import": (("import", "snapshot.pickle", "-o", "my runs/taken.npz"), "report"),
     "export": (("export", TRACE, "--to", "csv"), "report"),
     "profile": (("profile", *DEBUG, "-o", "my profile"), "profile"),
-    "profile of two": (("profile", *DEBUG, "-s", "ckpt", "-o", "my profile"), "diff"),
-    "profile --grid": (("profile", *DEBUG, "--grid", "ckpt", "-o", "my profile"), "diff"),
+    "profile of two": (("profile", *DEBUG, "-s", "lora", "-o", "my profile"), "diff"),
+    "profile --grid": (("profile", *DEBUG, "--grid", "lora", "-o", "my profile"), "diff"),
 }
 
 

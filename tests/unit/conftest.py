@@ -1,9 +1,14 @@
 """Fixtures of several files of unit tests."""
 
 import pytest
+from hypothesis import HealthCheck, settings
 from snapshots import dumped
 
 from memscope.exchange.torch_reader import import_snapshot
+
+# A busy machine is no failure: no test depends on time.
+settings.register_profile("memscope", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("memscope")
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from memscope.allocator.settings import AllocatorSettings
 from memscope.errors import TargetError, UsageError
 from memscope.simulation.devices.catalogue import get_device
 from memscope.strategies import Plan, Stage
+from memscope.strategies import plan as plan_module
 from memscope.strategies.ckpt import LayerPlan
 from memscope.testing.toy import toy_workload
 from tests.small_chain import LAYERS, ROWS, WIDTH, build
@@ -97,7 +98,7 @@ def test_what_the_search_leaves_open_and_what_fragmentation_adds_are_told_apart(
     told = dataclasses.replace(advice(BUDGETS[0]), certificate=certificate, peak=peak).optimality
     assert told.startswith("within 10.00% for allocated bytes: ")
     assert told.endswith(
-        "takes less than 8 s (estimate); fragmentation, 1.00 GiB reserved beyond allocated, adds 10.00%"
+        "takes less than 8.00 s (estimate); fragmentation, 1.00 GiB reserved beyond allocated, adds 10.00%"
     )
     exact = dataclasses.replace(advice(BUDGETS[0]), certificate=Certificate.of(8.0, 8.0, 8.0), peak=peak).optimality
     assert exact.startswith("exact for allocated bytes: ")
@@ -171,7 +172,7 @@ def test_a_plugin_takes_part_through_what_it_declares(monkeypatch: pytest.Monkey
 
     everything: Callable[[], dict[str, Any]] = lambda: {**available, "half": Half}  # noqa: E731
     available = dict(strategies.available())
-    monkeypatch.setattr(strategies, "available", everything)
+    monkeypatch.setattr(plan_module, "available", everything)
     monkeypatch.setattr(combinations, "available", everything)
     found = advise(build, budget=BUDGETS[2] + CONTEXT, device=DEVICE, strategies="adamw:fused", allow=["half"])
     assert "half" in found.strategies

@@ -16,6 +16,7 @@ from memscope.advisor.search import Search
 from memscope.allocator.settings import AllocatorSettings
 from memscope.simulation.devices.catalogue import get_device
 from memscope.strategies import Plan, Stage
+from memscope.strategies import plan as plan_module
 from memscope.strategies.ckpt import LayerPlan
 from tests.small_chain import LAYERS, ROWS, WIDTH, build
 
@@ -103,7 +104,7 @@ def test_a_setting_that_saves_next_to_nothing_does_not_replace_the_preferred_one
             return [cls.Config(), cls.Config(other)]
 
     everything = {**strategies.available(), "rows": Tried}
-    monkeypatch.setattr(strategies, "available", lambda: everything)
+    monkeypatch.setattr(plan_module, "available", lambda: everything)
     monkeypatch.setattr(advisor_combinations, "available", lambda: everything)
     best = searched(Noted(), 2**30, "adamw:fused,ga:steps=1", ["rows"]).best
     assert best is not None

@@ -193,7 +193,7 @@ def test_a_measured_run_is_marked_so() -> None:
 
 def test_what_is_inferred_or_not_exact_is_said() -> None:
     page = page_of(Run("a", small(inferred=["category"], imported={"notes": ["two frees were lost"]})))
-    assert "Inferred from stacks, not recorded: category, by the functions that ran at each birth" in page
+    assert "Inferred from stacks, not recorded: category, by the functions that ran at each allocation" in page
     assert "By category (inferred)" in page
     assert "By module," in page
     assert "Not exact: two frees were lost." in page

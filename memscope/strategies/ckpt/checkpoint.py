@@ -45,7 +45,7 @@ class Checkpoint(Strategy):
         """Which layers are recomputed: `layers`, `plan` or `auto`."""
 
         layers: str = "all"
-        """Indices of the layers: all, every-2 (0, 2, 4, …), 0-15, 3; or several, joined by +."""
+        """Indices of the layers: all, every-2 (0, 2, 4 and so on), 0-15, 3; or several, joined by +."""
         layer_list: str = setting("layer-list", "")
         """Name of the list of modules that are the layers, such as transformer.h; empty: the largest list."""
         plan: str = ""
