@@ -67,10 +67,12 @@ def read_shape(file: JsonFile) -> dict[str, Any]:
     """
     _check_family(file)
     dim, n_heads = file.count("hidden_size"), file.count("num_attention_heads")
+    if dim % n_heads:
+        raise UsageError(f'{file.path}: "num_attention_heads" is {n_heads}, which does not divide "hidden_size" {dim}')
     if file.count("head_dim", dim // n_heads) * n_heads != dim:
         raise UsageError(
             f'{file.path}: "head_dim" is {file.values["head_dim"]}, expected hidden_size / num_attention_heads, '
-            f"which is {dim / n_heads:g}"
+            f"which is {dim // n_heads}"
         )
     kv_heads = file.count("num_key_value_heads", n_heads)
     shape = {

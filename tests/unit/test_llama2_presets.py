@@ -144,6 +144,7 @@ def test_a_preset_may_be_a_path(tmp_path: Path) -> None:
         ({"hidden_act": "gelu"}, '"hidden_act" is "gelu", but this target supports only "silu"'),
         ({"quantization_config": {"bits": 4}}, '"quantization_config" is {"bits": 4}'),
         ({"head_dim": 96}, '"head_dim" is 96'),
+        ({"num_attention_heads": 33}, '"num_attention_heads" is 33, which does not divide "hidden_size" 4096'),
         (
             {"rope_scaling": {"type": "linear", "factor": 2.0}},
             '"rope_type" is "linear", expected "llama3" or "default"',
