@@ -20,13 +20,13 @@ from memscope.errors import TargetError, where
 from memscope.hooks.live_state import Tell
 from memscope.hooks.recorder import Recorder
 from memscope.hooks.run import MicroBatchProgress, run_meta, run_steps
+from memscope.simulation.autograd_engine import PlainAutograd
 from memscope.simulation.cuda.kernel_results import results
 from memscope.simulation.cuda.semantics import cuda_semantics, fake_tensors_use_foreach
 from memscope.simulation.device_memory import KernelWorkspaces, on_device
 from memscope.simulation.devices.catalogue import Device, get_device
 from memscope.simulation.devices.cost import cost_table
 from memscope.simulation.devices.roofline import Roofline
-from memscope.simulation.engine import PlainAutograd
 from memscope.simulation.facade.visible_gpu import VisibleGpu
 from memscope.simulation.fake_tensors import FakeCopies, fake_tensors_train
 from memscope.simulation.host import host_copies
