@@ -23,6 +23,8 @@ from memscope.strategies import Plan, Strategy
 __all__ = ["Search"]
 
 _MOST_COMBINATIONS = 12
+_MOST_LEAN = 6
+"""Further combinations that are tried when none of the first fits."""
 _MOST_FULL = 6
 _MOST_PLANNED = 3
 _WORTH_IT = 1.01
@@ -65,7 +67,14 @@ class Search:
             raise next(iter(self.refused.values()))
         others = [plan for plan in plans if plan not in single]
         room = max(0, _MOST_COMBINATIONS - len(single))
-        self.plain.update(self.simulated(self._by_promise(others, base)[:room]))
+        self._try(sorted(others, key=lambda plan: self._promise(plan, base))[:room])
+        if self.best is None:  # before nothing fits: the combinations that seem to need the least memory
+            untried = [plan for plan in others if str(plan) not in self.plain and str(plan) not in self.refused]
+            self._try(sorted(untried, key=lambda plan: self._estimate(plan, base)[1])[:_MOST_LEAN])
+
+    def _try(self, plans: Sequence[Plan]) -> None:
+        """Simulate more combinations, then look for the cheapest plan among all simulated ones."""
+        self.plain.update(self.simulated(plans))
         by_cost = sorted(self.plain, key=lambda text: self._cost(text, seconds_of(self.plain[text])))
         fitting = [text for text in by_cost if fits(self.plain[text])]
         for text in fitting:
@@ -142,20 +151,21 @@ class Search:
         for text, answer in zip(new, self.ask("every layer checkpointed", probes), strict=True):
             self.references[text] = Reference(text, self.layers, self.plain[text], require(answer))
 
-    def _by_promise(self, plans: Sequence[Plan], base: Plan) -> list[Plan]:
-        """The combinations in the order to try them: those that seem to fit first, then by estimated time."""
+    def _promise(self, plan: Plan, base: Plan) -> tuple[bool, float]:
+        """The order in which to try combinations: those that seem to fit first, then by estimated time."""
+        seconds, size_bytes = self._estimate(plan, base)
+        return size_bytes > self.budget_bytes, seconds
+
+    def _estimate(self, plan: Plan, base: Plan) -> tuple[float, int]:
+        """Time and memory of a combination, estimated from its strategies alone: enough to order combinations."""
         start = self.plain.get(str(base)) or next(iter(self.plain.values()))
-
-        def promise(plan: Plan) -> tuple[bool, float]:
-            seconds, size_bytes = seconds_of(start), device_bytes(start)
-            for strategy in plan.strategies:
-                alone = self._alone(strategy, base)
-                if alone:
-                    seconds *= seconds_of(alone) / seconds_of(start)
-                    size_bytes += device_bytes(alone) - device_bytes(start)
-            return size_bytes > self.budget_bytes, seconds
-
-        return sorted(plans, key=promise)
+        seconds, size_bytes = seconds_of(start), device_bytes(start)
+        for strategy in plan.strategies:
+            alone = self._alone(strategy, base)
+            if alone:
+                seconds *= seconds_of(alone) / seconds_of(start)
+                size_bytes += device_bytes(alone) - device_bytes(start)
+        return seconds, size_bytes
 
     def _alone(self, strategy: Strategy, base: Plan) -> Seen | None:
         """The simulation with this strategy alone; None if every plan uses it."""

@@ -33,6 +33,8 @@ def print_advice(console: Console, advice: Advice, emitted: Sequence[str]) -> No
 
 def _print_plan(console: Console, advice: Advice) -> None:
     table = Table(show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
     table.add_row("strategies", ", ".join(advice.strategies) or "none needed")
     table.add_row("checkpointing", in_words(advice.layers))
     peak = advice.peak

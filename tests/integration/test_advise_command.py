@@ -1,6 +1,7 @@
 """`memscope advise`, and `ckpt:auto` in `memscope profile`, on the target's smallest preset."""
 
 import json
+import shlex
 from functools import cache
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def test_the_plan_file_is_what_profile_takes_and_holds_the_budget(run):
         assert words in out
     [command] = [line for line in out.splitlines() if line.startswith("Next: memscope profile")]
     assert f"--preset debug --set {' '.join(SETTINGS)} --device a100-40gb -s " in command
-    plan = str(Plan.parse(command.split('"')[1]))
+    plan = str(Plan.parse(shlex.split(command)[-1]))
     assert "ckpt:plan=memscope-plan.json" in plan
     code, out, _ = run("profile", *SMALL, *SETTINGS, "-s", plan, "-s", "adamw", "--json", "-o", "planned")
     assert code == 0
@@ -75,6 +76,15 @@ def test_nothing_fits_is_exit_code_3_with_the_smallest_budget(run):
     assert document["minimum_budget"] > CONTEXT + 2**20
     assert document["certificate"] is None
     assert not Path("memscope-plan.json").exists()
+
+
+def test_the_next_command_after_nothing_fits_finds_a_plan(run):
+    code, out, _ = run("advise", *SMALL, *SETTINGS, "--budget", CONTEXT + 2**20, "--allow", "lora")
+    assert code == 3
+    [line] = [line for line in out.splitlines() if line.startswith("Next: ")]
+    code, out, err = run(*shlex.split(line.removeprefix("Next: memscope ")))
+    assert code == 0, err
+    assert "--allow lora" in line
 
 
 def test_without_a_target_it_is_the_last_one_profiled(run):
