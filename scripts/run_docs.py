@@ -32,7 +32,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,8 @@ def _importable(folder: str) -> Iterator[None]:
     finally:
         sys.path.remove(folder)
         for name in sys.modules.keys() - known:
-            places = [getattr(sys.modules[name], "__file__", None), *getattr(sys.modules[name], "__path__", ())]
+            path = getattr(sys.modules[name], "__path__", ())  # torch.classes has one that is not a path
+            places = [getattr(sys.modules[name], "__file__", None), *(path if isinstance(path, Iterable) else ())]
             if any(str(place).startswith(folder) for place in places):
                 del sys.modules[name]
 
