@@ -79,12 +79,12 @@ def test_nothing_fits_is_exit_code_3_with_the_smallest_budget(run):
 
 
 def test_the_next_command_after_nothing_fits_finds_a_plan(run):
-    code, out, _ = run("advise", *SMALL, *SETTINGS, "--budget", CONTEXT + 2**20, "--allow", "lora")
+    code, out, _ = run("advise", *SMALL, *SETTINGS, "--budget", CONTEXT + 2**20, "-s", "adamw:fused")
     assert code == 3
     [line] = [line for line in out.splitlines() if line.startswith("Next: ")]
     code, out, err = run(*shlex.split(line.removeprefix("Next: memscope ")))
     assert code == 0, err
-    assert "--allow lora" in line
+    assert "-s adamw:fused" in line
 
 
 def test_without_a_target_it_is_the_last_one_profiled(run):
