@@ -23,9 +23,8 @@ $(STAMP): pyproject.toml constraints.txt
 profile: setup ## Show where the memory of a LLaMA2-7B fine-tuning step goes, and what LoRA and AMP change
 	$(BIN)/memscope profile targets/llama2 --strategies lora,amp --device a100-40gb
 
-# Three at a time: tests often wait for a browser or a process.
-test: setup ## Run the whole test suite, three tests at a time
-	$(BIN)/python -m pytest -n 3 --dist worksteal
+test: setup ## Run the whole test suite, on two processes
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: setup ## Check style, formatting and types
 	$(BIN)/ruff check .
