@@ -17,7 +17,7 @@ from mkdocs.structure.files import File, Files
 sys.path.insert(0, str(Path(__file__).parent))  # mkdocs loads hooks by path, without their folder
 from reference_pages import Page, navigation, read_package, reference_pages
 
-__all__ = ["link_sources", "loaded_from_network", "on_config", "on_files", "on_post_build"]
+__all__ = ["link_sources", "loaded_from_network", "on_config", "on_files", "on_post_build", "on_startup"]
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "build/reference"
@@ -26,9 +26,13 @@ SOURCES = ROOT / "build/reference"
 _pages: list[Page] = []
 
 
+def on_startup(command: str, dirty: bool) -> None:
+    """Link the sources before mkdocstrings is configured: it drops a path that does not exist."""
+    link_sources(SOURCES)
+
+
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Append the design notes and the reference to the navigation."""
-    link_sources(SOURCES)
     _pages[:] = reference_pages(read_package("memscope", SOURCES))
     docs = Path(config.docs_dir)
     notes: list[Any] = sorted(note.relative_to(docs).as_posix() for note in docs.glob("design/*.md"))
