@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,12 @@ the front, has no place in it: it names what it offers, and loads a name on firs
 LOOSE = {"__init__", "__main__", "errors", "units"}
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    """The syntax tree of a file."""
+    return ast.parse(path.read_text())
+
+
 def sources(*folders: str) -> dict[str, Path]:
     """The file of every module by name; `targets/` and `dashboards/` are installed as subpackages of memscope."""
     found = {}
@@ -44,7 +51,7 @@ def sources(*folders: str) -> dict[str, Path]:
 def imports_of(path: Path, modules: set[str]) -> set[str]:
     """The modules that a file imports anywhere, including imports only for type checking."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.ImportFrom) and node.module:
             found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
         elif isinstance(node, ast.Import):
@@ -131,7 +138,7 @@ def test_trace_imports_nothing_above_numpy() -> None:
     allowed = {*sys.stdlib_module_names, "numpy"}
     for name, path in PACKAGE.items():
         if name.startswith("memscope.trace"):
-            nodes = [node for node in ast.walk(ast.parse(path.read_text()))]
+            nodes = [node for node in ast.walk(tree_of(path))]
             roots = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
             roots |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
             outside = {root for root in roots if root.split(".")[0] not in allowed}
@@ -163,7 +170,7 @@ def test_the_check_notices_a_circle(tmp_path: Path) -> None:
 
 def names_of(path: Path) -> Iterator[str]:
     """Public classes of a module, and its type aliases."""
-    for node in ast.parse(path.read_text()).body:
+    for node in tree_of(path).body:
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             yield node.name
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
@@ -195,7 +202,7 @@ def test_the_check_notices_a_second_class_of_one_name(tmp_path: Path) -> None:
 def test_no_function_takes_more_than_nine_parameters(folder: str) -> None:
     many = []
     for path in sources(folder).values():
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.FunctionDef):
                 own = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
                 if len([one for one in own if one.arg not in ("self", "cls")]) > 9:
