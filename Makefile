@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 profile: setup ## Show where the memory of a LLaMA2-7B fine-tuning step goes, and what LoRA and AMP change
-	$(BIN)/memscope profile targets/llama2 --strategies lora,amp --device a100-40gb
+	$(BIN)/memscope profile targets/llama2 --strategies lora,amp --device gpu
 
 test: setup ## Run the whole test suite, on two processes
 	$(BIN)/python -m pytest -n 2 --dist worksteal
