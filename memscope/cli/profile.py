@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,10 +22,11 @@ from memscope.cli.live import live_panels
 from memscope.cli.next_command import compare_words, print_next, profile_words
 from memscope.cli.profile_options import DEFAULT_STEPS, ProfileOptions
 from memscope.cli.profile_report import document, print_places, print_remedies, print_report, write_page
+from memscope.cli.run_folder import run_folder, scratch_in
 from memscope.command.options import with_options
 from memscope.command.output import require_writable
 from memscope.command.progress import shown_progress
-from memscope.command.target_words import RUNS, settings_of
+from memscope.command.target_words import settings_of
 from memscope.errors import MemscopeError, OutOfDeviceMemory, UsageError
 from memscope.runs.plans import Report, RunSpec, check_plans, run_all, run_where_there_is_room, try_all
 from memscope.runs.would_free import Remedies, would_free
@@ -51,13 +51,18 @@ def command(options: ProfileOptions) -> int:
     the last run does not fit on the device; memscope then simulates what each further strategy would free.
     With --grid a combination that does not fit is a result like any other.
     """
-    prepared = _prepared(options)
+    with run_folder(options.output, options.target) as folder:
+        return _profile(options, _prepared(options, folder))
+
+
+def _profile(options: ProfileOptions, prepared: _Prepared) -> int:
+    """Carry out the runs, show and write what they tell, and return the exit code."""
     stderr = Console(stderr=True)
     live = options.live and stderr.is_terminal and not options.as_json  # panels need a terminal
     specs = _specs(options, prepared, live)
     labels = prepared.labels
-    with _kept_if_filled(prepared.folder), live_panels(labels, stderr) if live else _run_bars(labels) as report:
-        _carry_out(specs, prepared.traces, report, is_grid=prepared.grid is not None)
+    with live_panels(labels, stderr) if live else _run_bars(labels) as report:
+        _carry_out(specs, prepared, report, force=options.force)
     baselines = _asked_of_baseline(prepared.plans)
     if prepared.grid:
         show_grid(prepared.grid, prepared.traces, prepared.page, baselines, as_json=options.as_json)
@@ -102,13 +107,12 @@ class _Prepared:
         return [self.folder / f"{_file_name(label)}.npz" for label in self.labels]
 
 
-def _prepared(options: ProfileOptions) -> _Prepared:
+def _prepared(options: ProfileOptions, folder: Path) -> _Prepared:
     """Find everything that is wrong with the options before anything runs."""
     words = settings_of([*options.changed, *options.settings])
     device = options.device or _default_device(options.simulate)
     simulated = _is_simulated(device, options.device_file, options.simulate)
     AllocatorSettings.parse(options.allocator or "")
-    folder = _folder(options.output, options.target)
     scene = Scene(options.target, options.preset, words, device, options.device_file, options.allocator)
     grid = asked_grid(options, device)
     if grid:
@@ -128,7 +132,7 @@ def _prepared(options: ProfileOptions) -> _Prepared:
 
 
 def _specs(options: ProfileOptions, prepared: _Prepared, live: bool) -> list[RunSpec]:
-    """The runs; each writes to a `.part.npz` file, which is renamed when all are done."""
+    """The runs."""
     scene = prepared.scene
     return [
         RunSpec(
@@ -142,7 +146,7 @@ def _specs(options: ProfileOptions, prepared: _Prepared, live: bool) -> list[Run
             allocator=scene.allocator,
             simulated=prepared.simulated,
             steps=options.steps,
-            path=path.with_suffix(".part.npz"),
+            path=path,
             memory_bytes=prepared.grid.memory_bytes if prepared.grid else None,
             live=live,
         )
@@ -150,19 +154,16 @@ def _specs(options: ProfileOptions, prepared: _Prepared, live: bool) -> list[Run
     ]
 
 
-def _carry_out(specs: Sequence[RunSpec], paths: Sequence[Path], report: Report, *, is_grid: bool) -> None:
-    """Carry out the runs, and leave a trace for each at its path."""
-    for spec in specs:
-        spec.path.unlink(missing_ok=True)  # a profile that was killed may have left it
-    try:
-        (run_where_there_is_room if is_grid else run_all)(specs, report)
-        for spec, path in zip(specs, paths, strict=True):
+def _carry_out(specs: Sequence[RunSpec], prepared: _Prepared, report: Report, *, force: bool) -> None:
+    """Carry out the runs, and leave a trace for each at its path once all are done."""
+    with scratch_in(prepared.folder) as scratch:
+        parts = [replace(spec, path=scratch / spec.path.name) for spec in specs]
+        (run_where_there_is_room if prepared.grid else run_all)(parts, report)
+        _refuse_existing(prepared.traces, force)  # another profile may have written them meanwhile
+        for part, path in zip(parts, prepared.traces, strict=True):
             path.unlink(missing_ok=True)  # the trace of an earlier run
-            if spec.path.exists():
-                spec.path.replace(path)
-    finally:
-        for spec in specs:
-            spec.path.unlink(missing_ok=True)
+            if part.path.exists():
+                part.path.replace(path)
 
 
 def _next(options: ProfileOptions, prepared: _Prepared, remedies: Remedies | None) -> list[object]:
@@ -191,7 +192,7 @@ def _resolved(plan: Plan, scene: Scene, folder: Path, force: bool) -> Plan:
             "ckpt:auto makes its plan for a simulated GPU: run memscope advise, then use its plan, ckpt:plan=FILE"
         )
     device = get_device(scene.device, load_devices(scene.device_file) if scene.device_file else None)
-    with _kept_if_filled(folder), shown_progress() as moved:
+    with shown_progress() as moved:
         return resolve(plan, scene, device, folder / "checkpoints.json", moved, overwrite=force)
 
 
@@ -237,32 +238,6 @@ def _asked_of_baseline(plans: list[Plan]) -> list[str]:
 def _textbook(label: str) -> dict[str, str]:
     strategies: tuple[Strategy, ...] = () if label == "baseline" else Plan.parse(label).strategies
     return dict(strategies[0].textbook) if len(strategies) == 1 else {}
-
-
-def _folder(output: Path | None, target: str) -> Path:
-    if output is None:
-        return RUNS / f"{Path(target).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"{output} is a file: -o takes a folder, for example -o runs/first")
-    return output
-
-
-@contextlib.contextmanager
-def _kept_if_filled(folder: Path) -> Iterator[None]:
-    """Create a folder, and remove it again if it is still empty at the end."""
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"{folder}: the folder cannot be created ({error.strerror}): choose another one with -o"
-        ) from error
-    try:
-        yield
-    finally:
-        for path in new:
-            if not any(path.iterdir()):
-                path.rmdir()
 
 
 def _file_name(label: str) -> str:

@@ -2,11 +2,14 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from memscope.cli import profile, run_folder
 from memscope.cli.main import main
+from memscope.command.target_words import RUNS
 from memscope.trace import CATEGORIES, Trace
 from memscope.units import format_seconds
 
@@ -193,14 +196,27 @@ def test_recording_on_a_gpu_where_there_is_none_says_how_to_simulate_one(run):
     assert "--device gpu" in err
 
 
-def test_what_a_killed_profile_left_behind_is_in_nobodys_way(run, tmp_path):
-    folder = tmp_path / "runs"
-    folder.mkdir()
-    (folder / "baseline.part.npz").write_bytes(b"half a trace")
+def test_profiles_that_start_in_the_same_second_keep_folders_of_their_own(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "time", SimpleNamespace(strftime=lambda _: "20260102-030405"))
+    for folders in (["llama2-20260102-030405"], ["llama2-20260102-030405", "llama2-20260102-030405-2"]):
+        code, _, err = run("profile", *DEBUG)
+        assert code == 0, err
+        assert sorted(path.name for path in (tmp_path / RUNS).iterdir()) == folders
+    assert len(list(tmp_path.glob("*/*/baseline.npz"))) == 2
+
+
+def test_a_trace_that_another_profile_wrote_meanwhile_is_not_overwritten(run, tmp_path, monkeypatch):
+    folder, carry_out = tmp_path / "runs", profile.run_all
+
+    def slowly(specs, report):
+        carry_out(specs, report)
+        (folder / "baseline.npz").write_bytes(b"of the other one")
+
+    monkeypatch.setattr(profile, "run_all", slowly)
     code, _, err = run("profile", *DEBUG, "-o", folder)
-    assert code == 0, err
-    assert [path.name for path in folder.glob("*.npz")] == ["baseline.npz"]
-    assert len(Trace.load(folder / "baseline.npz")) > 0
+    assert code == 2
+    assert "baseline.npz exists already" in err
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"baseline.npz": b"of the other one"}
 
 
 def test_an_output_folder_that_cannot_be_made_is_refused(run, tmp_path):
