@@ -8,7 +8,6 @@ from typing import Any
 
 from memscope.analysis.effects import Run
 from memscope.dashboards.html import facts
-from memscope.dashboards.names import spoken
 from memscope.trace import Trace
 from memscope.units import format_bytes
 
@@ -57,7 +56,7 @@ def _facts(runs: Sequence[Run]) -> Iterator[tuple[str, str]]:
     ):
         told = list(dict.fromkeys(filter(None, values)))
         if told:
-            yield name, ", ".join(told)
+            yield name, " · ".join(told)
 
 
 def _capacity(trace: Trace) -> str:
@@ -92,8 +91,8 @@ def _settings(traces: Sequence[Trace]) -> str:
     for name in names:
         values = [_value(table[name]) for table in tables if name in table]
         same = len(set(values)) == 1 and len(values) == len(tables)
-        pairs.append((spoken(name), values[0] if same else " | ".join(values)))
-    gist = ", ".join(f"{name} {value}" for name, value in pairs[:4])
+        pairs.append((name, values[0] if same else " | ".join(values)))
+    gist = ", ".join(f"{name}={value}" for name, value in pairs[:4])
     return (
         f'<details class="settings"><summary>Settings <span class="gist">{escape(gist)}'
         f"{', …' if len(pairs) > 4 else ''}</span></summary>{facts(pairs)}</details>"
@@ -103,4 +102,4 @@ def _settings(traces: Sequence[Trace]) -> str:
 def _value(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(_value, value)) or "none"
-    return "none" if value is None else f"{value:,}" if type(value) is int else str(value)
+    return "none" if value is None else str(value)

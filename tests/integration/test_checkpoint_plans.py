@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,15 +27,6 @@ OPTIONS = {
     "segments": ["none", "full:3", "within:layers.1", "within:layers.1"],
 }
 STRATEGIES = ["", "amp:dtype=bf16", "lora:targets=wq+wv", "lora:targets=wq+wv,amp,ga:steps=2"]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Threads cost more than they bring where tensors are small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def births_before_death(trace: Trace) -> list[int]:

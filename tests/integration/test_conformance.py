@@ -35,15 +35,6 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
     available.cache_clear()
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """One thread: with small tensors, threads cost more than they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("name", SHIPPED)
 def test_the_strategies_that_come_with_memscope_keep_their_promises(name: str) -> None:
     check_strategy(available()[name])

@@ -134,10 +134,10 @@ def test_the_head_states_device_kind_date_and_settings_of_all_runs() -> None:
     for text in (
         f'<time datetime="{today}">',
         "<dt>device</dt><dd>A100</dd>",
-        "<dt>recorded</dt><dd>simulated, measured</dd>",
-        "<dt>n layers</dt><dd>32</dd>",
+        "<dt>recorded</dt><dd>simulated · measured</dd>",
+        "<dt>n_layers</dt><dd>32</dd>",
         "<dt>dtype</dt><dd>fp32 | bf16</dd>",
-        "<dt>n kv heads</dt><dd>none</dd>",
+        "<dt>n_kv_heads</dt><dd>none</dd>",
     ):
         assert text in head
 
