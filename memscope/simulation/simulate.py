@@ -34,6 +34,7 @@ from memscope.simulation.refusal import NotSimulated
 from memscope.simulation.remember import RememberedOperators
 from memscope.strategies import Plan
 from memscope.trace import Trace
+from memscope.trace.notes import add_note
 from memscope.workload.batch import map_tensors
 from memscope.workload.building import build_workload, usable
 from memscope.workload.description import Workload
@@ -131,6 +132,8 @@ def simulate(
         return trace
     cost = cost_table(recorder.work, roofline.assumed) if roofline.is_known else None
     meta = {**trace.meta, "cost": cost, "estimated_workspaces": sorted(kernels.estimated)}
+    for note in gpu.notes:
+        add_note(meta, note)
     return on_device(dataclasses.replace(trace, meta=meta), device, settings, gpu.cache_emptied)
 
 

@@ -23,8 +23,11 @@ _CPU, _CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
 @contextlib.contextmanager
-def tensors_say_cuda() -> Iterator[None]:
-    """Make fake CPU tensors report `cuda:0` to targets, and tensors that a target creates on a GPU fake CPU tensors."""
+def tensors_say_cuda(on_record_stream: Callable[[], None]) -> Iterator[None]:
+    """Make fake CPU tensors report `cuda:0` to targets, and tensors that a target creates on a GPU fake CPU tensors.
+
+    `Tensor.record_stream` does nothing but call `on_record_stream`.
+    """
     devices = _Devices()
     autograd: Any = torch.autograd  # it calls this function by a name of its own, which it does not export
     with contextlib.ExitStack() as scopes:
@@ -33,7 +36,11 @@ def tensors_say_cuda() -> Iterator[None]:
             (torch, "Generator", _Generator),
             (nn.Module, "to", _module_to(nn.Module.to)),
             (FakeTensor, "device", _device_property(FakeTensor.device)),
-            (Tensor, "record_stream", lambda tensor, stream: None),  # PyTorch parses its arguments before asking a mode
+            (
+                Tensor,
+                "record_stream",
+                lambda tensor, stream: on_record_stream(),
+            ),  # PyTorch parses its arguments before asking a mode
             (autograd, "_engine_run_backward", _within(devices, autograd._engine_run_backward)),
         ):
             scopes.enter_context(replaced(owner, name, value))
