@@ -15,6 +15,12 @@ __all__ = ["RESIZE", "KnownOperator", "Operators"]
 _has_kernel: Callable[[str, str], bool] = torch._C._dispatch_has_kernel_for_dispatch_key
 RESIZE = 1
 """Code of `UntypedStorage.resize_`, which no dispatch mode sees."""
+_NOTES = {
+    "aten.record_stream.default": (
+        "record_stream was called: memory counts as freed when its tensor dies, although other streams may still use it"
+    )
+}
+"""Operator → what its call means for the trace."""
 
 
 class KnownOperator(NamedTuple):
@@ -35,18 +41,22 @@ class Operators:
     Attributes:
         names: names of the operators; the first is empty, for allocations made by no operator.
         known: properties of each operator.
+        notes: what the operators mean for the trace as a whole.
     """
 
     def __init__(self, *, host_scalars: bool, kernels: Kernels | None) -> None:
         """See `StorageTracker`."""
         self.names = ["", "UntypedStorage.resize_"]
         self.known: dict[OpOverload, KnownOperator] = {}
+        self.notes: list[str] = []
         self._host_scalars, self._kernels = host_scalars, kernels
 
     def learn(self, func: OpOverload) -> KnownOperator:
         """Add an operator that is not known yet."""
         name = str(func)
         self.names.append(name)
+        if name in _NOTES:
+            self.notes.append(_NOTES[name])
         op = self.known[func] = KnownOperator(
             code=len(self.names) - 1,
             is_copy=name == "aten._to_copy.default",
