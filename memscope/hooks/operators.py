@@ -23,12 +23,18 @@ _NOTES = {
 """Operator → what its call means for the trace."""
 
 
+def _is_composite(name: str) -> bool:
+    return _has_kernel(name, "CompositeImplicitAutograd") and not _has_kernel(name, "CPU")
+
+
 class KnownOperator(NamedTuple):
     """Properties of an operator; `code` indexes `Operators.names`."""
 
     code: int
     is_copy: bool
     is_composite: bool
+    """Whether its kernel consists of other operators. Autograd takes it apart, except under inference mode and inside
+    wrapper subclasses."""
     makes_host_scalar: bool
     takes_workspace: bool
     has_own_order: bool
@@ -60,7 +66,7 @@ class Operators:
         op = self.known[func] = KnownOperator(
             code=len(self.names) - 1,
             is_copy=name == "aten._to_copy.default",
-            is_composite=func.namespace != "prim" and _has_kernel(func.name(), "CompositeImplicitAutograd"),
+            is_composite=func.namespace != "prim" and _is_composite(func.name()),
             makes_host_scalar=self._host_scalars and name == "aten.lift_fresh.default",
             takes_workspace=self._kernels is not None and self._kernels.covers(name),
             has_own_order=self._kernels is not None and self._kernels.has_own_order(name),

@@ -96,7 +96,7 @@ class StorageTracker(TorchDispatchMode):
         if self._is_paused:
             return func(*args, **kwargs)
         op = self._operators.known.get(func) or self._operators.learn(func)
-        if op.is_composite and torch.is_inference_mode_enabled():  # else autograd has decomposed it, or has a formula
+        if op.is_composite:
             with self._dispatching():
                 return func.decompose(*args, **kwargs)
         held: dict[str, int] = {}

@@ -197,6 +197,16 @@ def test_resizes_are_seen_after_an_operator_was_taken_apart(watched):
     assert 0 <= trace.freed[resized] < trace.born[later]
 
 
+def test_an_operator_with_a_kernel_of_its_own_is_not_taken_apart():
+    # PyTorch can also compute the gradient of SiLU from sigmoid, mul and sub; its CPU kernel makes one tensor.
+    model = nn.Sequential(nn.Linear(8, 8), nn.SiLU())
+    with Recorder(model) as recorder:
+        model(torch.ones(16, 8)).sum().backward()
+    trace = recorder.trace()
+    assert (trace.op == trace.ops.index("aten.silu_backward.default")).sum() == 1
+    assert not any(name.startswith("aten.sigmoid") for name in trace.ops)
+
+
 def test_tensors_without_memory_are_no_allocations(watched):
     def body():
         with FakeTensorMode():
