@@ -23,7 +23,8 @@ from memscope.trace import CATEGORIES, PHASES, Category
 
 __all__ = ["Lifetimes"]
 
-_PARAMETER = CATEGORIES.index("parameter")
+_CODES = {category: code for code, category in enumerate(CATEGORIES)}
+_PARAMETER = _CODES["parameter"]
 _OUTSIDE = PHASES.index("outside")
 
 
@@ -40,7 +41,9 @@ class Lifetimes:
     def __init__(self, seen: Allocations, position: Position, moments: Moments | None) -> None:
         """Follow nothing yet. `seen` receives the allocations; with `moments`, storages on a GPU alone are followed."""
         self._seen, self._position, self._moments = seen, position, moments
-        self._live: dict[int, tuple[int, _StorageRef]] = {}
+        # By the storage's key: the index of its allocation, its size now, and the reference that reports its death.
+        self._live: dict[int, tuple[int, int, _StorageRef]] = {}
+        self._on_death = self._die
         self._hidden: dict[int, _StorageRef] = {}
         self._unread: set[int] = set()
         self._fake_mode: Any = None
@@ -72,20 +75,16 @@ class Lifetimes:
         if live is None:
             if key not in self._hidden:
                 self._bear(tensor, storage, key, op, category)
-        elif self._size(live[0]) != storage.nbytes():
+        elif live[1] != storage.nbytes():
             self.resized(storage, op)
-
-    def _size(self, index: int) -> int:
-        """Bytes of a storage now; 0 while it is resized to zero."""
-        return self._seen.births[index].size_bytes if self._seen.freed[index] < 0 else 0
 
     def _bear(self, tensor: Tensor, storage: torch.UntypedStorage, key: int, op: int, category: int) -> None:
         size = storage.nbytes()
         if size == 0 or not self._has_memory(tensor):
             return
-        ref = _StorageRef(storage, self._die)
+        ref = _StorageRef(storage, self._on_death)
         ref.key = key
-        self._live[key] = (self.enter(size, op, category, storage), ref)
+        self._live[key] = (self.enter(size, op, category, storage), size, ref)
         if category == UNKNOWN and self._position.phase == _OUTSIDE and not self._position.is_recorded:
             self._unread.add(key)
 
@@ -105,13 +104,13 @@ class Lifetimes:
         if self._moments is not None and storage is not None:
             self._moments.born(storage.data_ptr())
         seen.clock += 1
-        if category == UNKNOWN and here.serves_backward():
+        if category == UNKNOWN and here.serves_backward:
             seen.pending.append(index)
         return index
 
     def _die(self, ref: weakref.ref[torch.UntypedStorage]) -> None:
         key = ref.key  # type: ignore[attr-defined]
-        index, _ = self._live.pop(key)
+        index, _, _ = self._live.pop(key)
         self._unread.discard(key)
         self._seen.free(index)
 
@@ -119,10 +118,11 @@ class Lifetimes:
         """Record a resize, if the storage is followed: new memory is allocated before the old memory is freed."""
         key = storage._cdata
         if key in self._live:
-            index, ref = self._live[key]
-            if storage.nbytes():
-                self._live[key] = (self.enter(storage.nbytes(), op, self._seen.category[index], storage), ref)
-            self._seen.free(index)
+            old, _, ref = self._live[key]
+            size = storage.nbytes()
+            new = self.enter(size, op, self._seen.category[old], storage) if size else old
+            self._live[key] = (new, size, ref)
+            self._seen.free(old)
 
     # Knowledge about tensors.
 
@@ -132,18 +132,20 @@ class Lifetimes:
         Raises:
             UsageError: the tensor wraps others that cannot be found.
         """
+        code = _CODES[category]
         for part in parts_of(tensor):
             storage = part.untyped_storage()
             key = storage._cdata
             self._unread.discard(key)
             if key in self._live:
                 index = self._live[key][0]
-                self._seen.category[index] = CATEGORIES.index(category)
-                if module is not None:
-                    self._seen.births[index] = self._seen.births[index]._replace(module=module)
+                self._seen.category[index] = code
+                birth = self._seen.births[index]
+                if module is not None and birth.module != module:
+                    self._seen.births[index] = birth._replace(module=module)
             elif key not in self._hidden:
                 at_work, self._position.module = self._position.module, module or 0
-                self._bear(part, storage, key, 0, CATEGORIES.index(category))
+                self._bear(part, storage, key, 0, code)
                 self._position.module = at_work
 
     def own_inputs(self, values: Sequence[Any]) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch._ops import OpOverload
 
 from memscope.hooks.kernels import Kernels
+from memscope.hooks.work import has_formula
 
 __all__ = ["RESIZE", "KnownOperator", "Operators"]
 
@@ -31,6 +32,10 @@ class KnownOperator(NamedTuple):
     """Properties of an operator; `code` indexes `Operators.names`."""
 
     code: int
+    run: Callable[..., Any]
+    """The operator itself, without the Python function around it."""
+    has_flops: bool
+    """Whether PyTorch has a formula for its floating-point operations."""
     is_copy: bool
     is_composite: bool
     """Whether its kernel consists of other operators. Autograd takes it apart, except under inference mode and inside
@@ -46,14 +51,14 @@ class Operators:
 
     Attributes:
         names: names of the operators; the first is empty, for allocations made by no operator.
-        known: properties of each operator.
+        known: properties of each operator, by its id: operators live as long as the process, and hash slowly.
         notes: what the operators mean for the trace as a whole.
     """
 
     def __init__(self, *, host_scalars: bool, kernels: Kernels | None) -> None:
         """See `StorageTracker`."""
         self.names = ["", "UntypedStorage.resize_"]
-        self.known: dict[OpOverload, KnownOperator] = {}
+        self.known: dict[int, KnownOperator] = {}
         self.notes: list[str] = []
         self._host_scalars, self._kernels = host_scalars, kernels
 
@@ -63,8 +68,10 @@ class Operators:
         self.names.append(name)
         if name in _NOTES:
             self.notes.append(_NOTES[name])
-        op = self.known[func] = KnownOperator(
+        op = self.known[id(func)] = KnownOperator(
             code=len(self.names) - 1,
+            run=func._op,
+            has_flops=has_formula(func),
             is_copy=name == "aten._to_copy.default",
             is_composite=func.namespace != "prim" and _is_composite(func.name()),
             makes_host_scalar=self._host_scalars and name == "aten.lift_fresh.default",

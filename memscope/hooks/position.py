@@ -21,11 +21,11 @@ _autograd: Any = torch.autograd  # it calls the engine by a name of its own, whi
 _FORWARD, _LOSS, _BACKWARD, _RECOMPUTE, _OUTSIDE = (
     PHASES.index(p) for p in ("forward", "loss", "backward", "recompute", "outside")
 )
-_KEPT = (_FORWARD, _LOSS, _RECOMPUTE)
+_KEPT = (_FORWARD, _LOSS)
 
 
 class _Pass(NamedTuple):
-    """A backward pass that runs, as `_engine_run_backward` in torch/autograd/graph.py is called for it."""
+    """The backward pass that runs, as `_engine_run_backward` in torch/autograd/graph.py is called for it."""
 
     creates_graph: bool
     accumulates: bool
@@ -44,6 +44,7 @@ class Position:
         saw_backward: whether a backward pass has run since the last forward phase began; gradients that are part of a
             loss (`torch.autograd.grad(..., create_graph=True)`) are none.
         is_recorded: whether autograd records the running operator; known for the phase `outside` alone.
+        serves_backward: whether autograd may keep what the running operator makes.
     """
 
     def __init__(
@@ -66,13 +67,13 @@ class Position:
         """
         self.step, self.micro_batch = -1, 0
         self.module = self.phase = 0
-        self.told = self.saw_backward = self.is_recorded = False
+        self.told = self.saw_backward = self.is_recorded = self.serves_backward = False
         self._modules, self._seen, self._moments = modules, seen, moments
         self._on_backward, self._after_backward = on_backward, after_backward
         self._base_phase = PHASES.index("setup")
         self._in_backward = False
         self._task = -1
-        self._passes: list[_Pass] = []
+        self._pass = _Pass(creates_graph=False, accumulates=True)
         self._last_node = 0
         self._run_backward = _autograd._engine_run_backward
         self._mark(self._base_phase)
@@ -81,11 +82,11 @@ class Position:
         self._run_backward = run = _autograd._engine_run_backward
 
         def run_backward(*args: Any, **kwargs: Any) -> Any:
-            self._passes.append(_Pass(creates_graph=args[3], accumulates=kwargs.get("accumulate_grad", False)))
+            outer, self._pass = self._pass, _Pass(args[3], kwargs.get("accumulate_grad", False))
             try:
                 return run(*args, **kwargs)
             finally:
-                self._passes.pop()
+                self._pass = outer
 
         _autograd._engine_run_backward = run_backward
         return self
@@ -120,27 +121,24 @@ class Position:
             self.module = modules.current if modules.stack else 0
             if phase == _OUTSIDE:
                 self._notice_record()
-        elif torch.is_grad_enabled() and (modules.stack or not self.creates_graph):
+            self.serves_backward = self.is_recorded if phase == _OUTSIDE else phase in _KEPT
+        elif torch.is_grad_enabled() and (modules.stack or not self._pass.creates_graph):
             # The engine runs with gradients disabled unless it records a graph: this is a recomputed region.
-            phase = _RECOMPUTE
+            phase, self.serves_backward = _RECOMPUTE, True
             self.module = modules.current if modules.stack else modules.of_node(_current_node())
         else:
             if not self._in_backward:
                 self._in_backward = True
                 self._on_backward()
-            phase = _BACKWARD
-            self.saw_backward |= not self.creates_graph or self._passes[-1].accumulates
+            creates_graph, accumulates = self._pass
+            phase, self.serves_backward = _BACKWARD, creates_graph
+            self.saw_backward |= accumulates or not creates_graph
             self.module = modules.of_node(_current_node())
-            if self._seen.pending and (task != self._task or not self.creates_graph):
+            if self._seen.pending and (task != self._task or not creates_graph):
                 self._seen.keep_pending()
             self._task = task
         if phase != self.phase:
             self._mark(phase)
-
-    @property
-    def creates_graph(self) -> bool:
-        """Whether a backward pass runs that records a graph of its own."""
-        return bool(self._passes) and self._passes[-1].creates_graph
 
     def _leave_backward(self) -> None:
         self._in_backward = False
@@ -153,10 +151,3 @@ class Position:
         """
         last, self._last_node = self._last_node, _sequence_number()
         self.is_recorded = self._last_node > last
-
-    def serves_backward(self) -> bool:
-        """Whether autograd may keep an allocation made now."""
-        phase = self.phase
-        if phase in _KEPT:
-            return True
-        return self.is_recorded if phase == _OUTSIDE else phase == _BACKWARD and self.creates_graph

@@ -24,7 +24,7 @@ from memscope.hooks.moments import Moments
 from memscope.hooks.operators import RESIZE, KnownOperator, Operators
 from memscope.hooks.parts import PLAIN
 from memscope.hooks.position import Position
-from memscope.hooks.work import NOTHING, CountedOperators, Execute
+from memscope.hooks.work import NOTHING, CountedFlops, Execute
 from memscope.trace import CATEGORIES
 
 __all__ = ["StorageTracker"]
@@ -76,7 +76,8 @@ class StorageTracker(TorchDispatchMode):
         self.lifetimes = Lifetimes(self.seen, self.position, moments)
         self._operators = Operators(host_scalars=host_scalars, kernels=kernels)
         self.ops, self.notes = self._operators.names, self._operators.notes
-        self._execute = execute or CountedOperators()
+        self._known, self._see = self._operators.known, self.lifetimes.see
+        self._execute, self._count = execute, CountedFlops()
         self._kernels, self._moments = kernels, moments
         self._kept_workspaces: set[tuple[bool, str]] = set()
         self.hides = self._is_paused = False
@@ -90,12 +91,14 @@ class StorageTracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _device_of and type(args[0]) is FakeTensor:  # the engine queries this several times per operator
             return args[0].fake_device
-        if not PLAIN.issuperset(types):  # a wrapper subclass first unwraps itself into operators on plain tensors
+        if types and not PLAIN.issuperset(
+            types
+        ):  # a wrapper subclass first unwraps itself into operators on plain tensors
             return NotImplemented
         kwargs = kwargs or {}
         if self._is_paused:
             return func(*args, **kwargs)
-        op = self._operators.known.get(func) or self._operators.learn(func)
+        op = self._known.get(id(func)) or self._operators.learn(func)
         if op.is_composite:
             with self._dispatching():
                 return func.decompose(*args, **kwargs)
@@ -103,14 +106,18 @@ class StorageTracker(TorchDispatchMode):
         here, moments = self.position, self._moments
         with _no_function_modes():
             here.locate()
-            if not here.told and torch.is_grad_enabled() and here.serves_backward():
+            if here.serves_backward and not here.told and torch.is_grad_enabled():
                 self.lifetimes.own_inputs((*args, *kwargs.values()))
             workspaces = self._kernels(func, args, kwargs) if op.takes_workspace and self._kernels else ()
             if workspaces:
                 self._take([w for w in workspaces if w.before_outputs], held, op.code)
             if moments is not None:
                 moments.begin(op.code, here.module, here.phase, here.step, here.micro_batch)
-        out, work = self._execute(func, args, kwargs)
+        if self._execute is not None:
+            out, work = self._execute(func, args, kwargs)
+        else:
+            out = op.run(*args, **kwargs)
+            work = self._count(func, args, kwargs, out) if op.has_flops else NOTHING
         if work is not NOTHING:
             self.seen.work.add((here.step, here.micro_batch, here.phase, here.module, op.code), work)
         with _no_function_modes():
@@ -139,11 +146,11 @@ class StorageTracker(TorchDispatchMode):
                 self.lifetimes.hide(out)
             else:
                 is_copy = op.is_copy and self.lifetimes.is_parameter(args[0])
-                self.lifetimes.see(out, op.code, _WEIGHT_COPY if is_copy else UNKNOWN)
+                self._see(out, op.code, _WEIGHT_COPY if is_copy else UNKNOWN)
         elif isinstance(out, (list, tuple)):
             for item in out:
                 if isinstance(item, Tensor):
-                    self.lifetimes.see(item, op.code, UNKNOWN)
+                    self._see(item, op.code, UNKNOWN)
 
     def _take(self, workspaces: Sequence[Workspace], held: dict[str, int], op: int) -> None:
         """Allocate a kernel's workspaces: `held` until it ends, or kept, once per thread (autograd has its own)."""
