@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from memscope.hooks.allocations import UNKNOWN, Allocations, Birth
 from memscope.hooks.moments import Moments
-from memscope.hooks.parts import parts_of
+from memscope.hooks.parts import PLAIN, parts_of
 from memscope.hooks.position import Position
 from memscope.trace import CATEGORIES, PHASES, Category
 
@@ -61,14 +61,12 @@ class Lifetimes:
 
     def see(self, tensor: Tensor, op: int, category: int) -> None:
         """Look at a result of an operator: its storage is new, resized, or known."""
-        kind = type(tensor)
-        if tensor.layout is not torch.strided or (kind is not Tensor and kind is not FakeTensor):
-            for part in parts_of(tensor):
-                self._see(part, op, category)
-        else:
-            self._see(tensor, op, category)
-
-    def _see(self, tensor: Tensor, op: int, category: int) -> None:
+        if type(tensor) not in PLAIN or tensor.layout is not torch.strided:
+            parts = parts_of(tensor)
+            if len(parts) != 1 or parts[0] is not tensor:
+                for part in parts:
+                    self.see(part, op, category)
+                return
         storage = tensor.untyped_storage()
         key = storage._cdata
         live = self._live.get(key)

@@ -51,6 +51,7 @@ class ModuleStack:
         self._on_call, self._on_return = on_call, on_return
         self.names: list[str] = [ROOT]
         self._index: dict[str, int] = {ROOT: 0}
+        self._known_built: list[Any] = []
         self._of_module: dict[int, int] = {}
         self._of_parameter: dict[int, int] = {}
         self.refresh()
@@ -62,11 +63,32 @@ class ModuleStack:
         self._hooks: list[Any] = []
 
     def refresh(self) -> None:
-        """Read the names of modules and parameters again, after the model has changed."""
+        """Read the names of modules and parameters again, if the model has changed."""
+        built = self._built()
+        if built == self._known_built:
+            return
+        self._known_built = built
+        self._of_module, self._of_parameter = {}, {}
         for name, module in self._model.named_modules():
             code = self._of_module[id(module)] = self.code(name or ROOT)
             for parameter in module.parameters(recurse=False):
                 self._of_parameter.setdefault(id(parameter), code)
+
+    def _built(self) -> list[Any]:
+        """What names follow from: each module with its children, their keys and its parameters, by id.
+
+        An object at the address of one that died has another key or another place, or the same name.
+        """
+        built: list[Any] = []
+        modules, known = [self._model], {id(self._model)}
+        for module in modules:  # grows during the loop
+            children = module._modules
+            built += [id(module), len(children), *children, *map(id, module._parameters.values())]
+            for child in children.values():
+                if child is not None and id(child) not in known:
+                    known.add(id(child))
+                    modules.append(child)
+        return built
 
     def code(self, name: str) -> int:
         """Index of a name in `names`; a new name is added."""

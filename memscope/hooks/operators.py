@@ -44,6 +44,8 @@ class KnownOperator(NamedTuple):
     takes_workspace: bool
     has_own_order: bool
     """Whether its kernel may allocate results in another order than it returns them, or leave some on the host."""
+    is_special: bool
+    """Whether its results need a closer look: `is_copy`, `makes_host_scalar` or `has_own_order`."""
 
 
 class Operators:
@@ -68,14 +70,18 @@ class Operators:
         self.names.append(name)
         if name in _NOTES:
             self.notes.append(_NOTES[name])
+        is_copy = name == "aten._to_copy.default"
+        makes_host_scalar = self._host_scalars and name == "aten.lift_fresh.default"
+        has_own_order = self._kernels is not None and self._kernels.has_own_order(name)
         op = self.known[id(func)] = KnownOperator(
             code=len(self.names) - 1,
             run=func._op,
             has_flops=has_formula(func),
-            is_copy=name == "aten._to_copy.default",
+            is_copy=is_copy,
             is_composite=func.namespace != "prim" and _is_composite(func.name()),
-            makes_host_scalar=self._host_scalars and name == "aten.lift_fresh.default",
+            makes_host_scalar=makes_host_scalar,
             takes_workspace=self._kernels is not None and self._kernels.covers(name),
-            has_own_order=self._kernels is not None and self._kernels.has_own_order(name),
+            has_own_order=has_own_order,
+            is_special=is_copy or makes_host_scalar or has_own_order,
         )
         return op

@@ -30,8 +30,9 @@ class GradientNamer:
 
     def refresh(self) -> None:
         """Add hooks to parameters that require a gradient since the last call."""
+        hooks = self._hooks
         for parameter in self._model.parameters():
-            if parameter.requires_grad and id(parameter) not in self._hooks:
+            if id(parameter) not in hooks and parameter.requires_grad:
                 hook = parameter.register_post_accumulate_grad_hook(self._name)
                 self._hooks[id(parameter)] = parameter, hook
 
@@ -92,6 +93,8 @@ class OptimizerNamer:
             for parameter in group["params"]:
                 module = self._modules.of_parameter(parameter)
                 for key, value in optimizer.state.get(parameter, {}).items():
-                    for leaf in pytree.tree_leaves(value):
-                        if isinstance(leaf, Tensor) and not (counters_on_host and key == "step"):
+                    if counters_on_host and key == "step":
+                        continue
+                    for leaf in (value,) if isinstance(value, Tensor) else pytree.tree_leaves(value):
+                        if isinstance(leaf, Tensor):
                             self._lifetimes.own(leaf, "optimizer_state", module=module)

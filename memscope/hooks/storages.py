@@ -121,7 +121,10 @@ class StorageTracker(TorchDispatchMode):
         if work is not NOTHING:
             self.seen.work.add((here.step, here.micro_batch, here.phase, here.module, op.code), work)
         with _no_function_modes():
-            self._see_outputs(op, args, self._as_born(func, args, kwargs, out) if op.has_own_order else out)
+            if op.is_special or self.hides or not isinstance(out, Tensor):
+                self._see_outputs(op, args, self._as_born(func, args, kwargs, out) if op.has_own_order else out)
+            else:
+                self._see(out, op.code, UNKNOWN)
             if moments is not None:
                 moments.end()
             if workspaces:
