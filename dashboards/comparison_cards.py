@@ -9,8 +9,9 @@ from typing import Any
 from memscope.analysis.agreement import agreements
 from memscope.analysis.diff import AllocationChange, Change, Difference, diff
 from memscope.analysis.effects import ROWS, TITLES, Run, Table1
-from memscope.analysis.inferred import how_inferred, marked
+from memscope.analysis.inferred import marked
 from memscope.analysis.ledger import ledger
+from memscope.analysis.notes import notes_of
 from memscope.dashboards.comparison import LEAST_SHARE, difference, is_small, small_multiples
 from memscope.dashboards.html import Section, card, code, figure_box, fold, swatch, table
 from memscope.dashboards.names import spoken
@@ -115,17 +116,15 @@ def _differences(runs: Sequence[Run]) -> Section:
 
 
 def _difference(found: Difference, first: Run, run: Run, label: str) -> str:
-    how = "".join(
-        f'<p class="note">{escape(f"{one.label}: {told}.")}</p>'
-        for one in (first, run)
-        if (told := how_inferred(one.trace))
+    notes = "".join(
+        f'<p class="note">{escape(f"{one.label}: {note}")}</p>' for one in (first, run) for note in notes_of(one.trace)
     )
     if not found:
-        return f'{_settings(found)}{how}<p class="note">Nothing changed.</p>'
+        return f'{_settings(found)}{notes}<p class="note">Nothing changed.</p>'
     changes = [*found.categories.values(), *found.modules.values()]
     drawn = any(not is_small(one.change, found) for one in changes)
     figure = figure_box(difference(first.trace, run.trace, found=found), label) if drawn else ""
-    return f"{_settings(found)}{how}{figure}{_allocations(found, (first.trace, run.trace))}{_small_changes(found)}"
+    return f"{_settings(found)}{notes}{figure}{_allocations(found, (first.trace, run.trace))}{_small_changes(found)}"
 
 
 def _settings(found: Difference) -> str:

@@ -11,10 +11,10 @@ import numpy as np
 
 from memscope.analysis.alive import by_module_together, largest, occasion
 from memscope.analysis.effects import Run
-from memscope.analysis.inferred import how_inferred, marked
+from memscope.analysis.inferred import marked
 from memscope.analysis.ledger import Ledger, ledger
+from memscope.analysis.notes import notes_of
 from memscope.analysis.ran_out import ran_out
-from memscope.analysis.skipped import how_skipped
 from memscope.dashboards.allocator import look
 from memscope.dashboards.allocator_card import allocator_part
 from memscope.dashboards.detail import curve_data, events_to_hold
@@ -113,8 +113,7 @@ def _notes(trace: Trace) -> Iterator[str]:
     """Everything inexact about the trace, and everything that went wrong in the run."""
     if trace.meta.get("out_of_memory"):
         yield f"Does not fit: {ran_out(trace)}."
-    for how in filter(None, (how_inferred(trace), how_skipped(trace))):
-        yield f"{how}."
+    yield from notes_of(trace)
     match trace.meta.get("imported"):
         case {"notes": [*notes]}:
             yield from (f"Not exact: {note}." for note in notes)

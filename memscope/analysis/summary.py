@@ -6,6 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from memscope.analysis.inferred import marked
+from memscope.analysis.notes import told_notes
 from memscope.trace import Trace, show_traces_with
 from memscope.units import format_bytes
 
@@ -38,6 +39,7 @@ def trace_table(trace: Trace) -> Table:
 
 
 def _about(trace: Trace) -> Text:
+    """Where the peak is, the device and the strategies; then the notes, one a line."""
     words = []
     if trace.events:
         peak = trace.peak
@@ -49,7 +51,7 @@ def _about(trace: Trace) -> Text:
     match trace.meta.get("strategies"):
         case [*strategies] if strategies:
             words.append(", ".join(map(str, strategies)))
-    return Text("; ".join(words))
+    return Text("\n".join(["; ".join(words), *told_notes(trace)]).strip())
 
 
 def notebook_html(table: Table) -> str:

@@ -17,6 +17,7 @@ from rich.text import Text
 from memscope.analysis.check import TraceLimit, Verdict, budget_verdict, check, format_value
 from memscope.analysis.diff import Setting, changed_settings
 from memscope.analysis.inferred import how_inferred
+from memscope.analysis.notes import told_notes
 from memscope.cli.next_command import print_next, report_words
 from memscope.cli.tables import print_table
 from memscope.cli.trace_files import load_run
@@ -82,6 +83,7 @@ def command(options: CheckOptions) -> int:
         ended=_ended_early(trace),
         differs=() if base is None else tuple(s for s in changed_settings(base, trace) if s.name != "strategies"),
         inferred=_inferred(verdicts, [trace] if base is None else [trace, base]),
+        notes=told_notes(trace),
     )
     if options.kind == "json":
         click.echo(json.dumps(_document(found), ensure_ascii=False, indent=2))
@@ -105,6 +107,7 @@ class _Checked:
     ended: str
     differs: Sequence[Setting]
     inferred: str
+    notes: Sequence[str]
 
     @property
     def ok(self) -> bool:
@@ -168,6 +171,8 @@ def _print(console: Console, found: _Checked) -> None:
         console.print(Text(f"FAILED: {found.ended}", style="bold red"))
     if found.inferred:
         console.print(Text(found.inferred, "yellow"))
+    for note in found.notes:
+        console.print(Text(note, "yellow"))
     for setting in found.differs:
         console.print(Text(f"Differs from the baseline: {setting.name}: {setting.before} → {setting.after}", "yellow"))
     if not found.ok and found.baseline is not None:
@@ -197,6 +202,7 @@ def _document(found: _Checked) -> dict[str, Any]:
             for one in found.verdicts
         ],
         "inferred": found.inferred or None,
+        "notes": list(found.notes),
         "differs_from_baseline": [{"name": s.name, "baseline": s.before, "trace": s.after} for s in found.differs],
     }
 

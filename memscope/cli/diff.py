@@ -16,7 +16,8 @@ from rich.text import Text
 
 from memscope.analysis.alive import occasion
 from memscope.analysis.diff import AllocationChange, Change, Difference, diff
-from memscope.analysis.inferred import how_inferred, inferred_columns, marked
+from memscope.analysis.inferred import inferred_columns, marked
+from memscope.analysis.notes import notes_of
 from memscope.cli.next_command import print_next, report_words
 from memscope.cli.report_text import markdown_table
 from memscope.cli.tables import print_table
@@ -62,11 +63,13 @@ def command(options: DiffOptions) -> None:
     files = options.before, options.after
     traces = load_run(options.before).trace, load_run(options.after).trace
     found = diff(*traces)
-    notes = [*_inferred(files, traces), *_notes(found)]
+    notes = [*_of_traces(files, traces), *_notes(found)]
     if options.as_json or options.kind == "json":
-        inferred = {"inferred": {name: list(inferred_columns(one)) for name, one in zip(_SIDES, traces, strict=True)}}
+        sides = dict(zip(_SIDES, traces, strict=True))
+        inferred = {"inferred": {name: list(inferred_columns(one)) for name, one in sides.items()}}
+        told = {"notes": {name: notes_of(one) for name, one in sides.items()}}
         names = dict(zip(_SIDES, map(str, files), strict=True))
-        document = {"schema_version": 1, **names, **inferred, **_document(found)}
+        document = {"schema_version": 1, **names, **inferred, **told, **_document(found)}
         click.echo(json.dumps(document, ensure_ascii=False, indent=2))
     elif options.kind == "markdown":
         click.echo("\n".join(_markdown(_headline(found, *files), notes, _tables(found, traces))))
@@ -93,11 +96,10 @@ def _moment(peak: Peak) -> str:
     return occasion(peak.step, peak.phase, peak.micro_batch)
 
 
-def _inferred(files: Sequence[Path], traces: Sequence[Trace]) -> Iterable[str]:
-    """A sentence for each trace with inferred columns."""
+def _of_traces(files: Sequence[Path], traces: Sequence[Trace]) -> Iterable[str]:
+    """The notes of each trace."""
     for path, trace in zip(files, traces, strict=True):
-        if how := how_inferred(trace):
-            yield f"{path}: {how}."
+        yield from (f"{path}: {note}" for note in notes_of(trace))
 
 
 def _notes(found: Difference) -> Iterable[str]:

@@ -15,7 +15,7 @@ from memscope.advisor.resolve import is_auto
 from memscope.analysis.effects import Run, Table1
 from memscope.analysis.grid import Grid, combinations, table2
 from memscope.analysis.grid_words import grid_notes
-from memscope.analysis.skipped import how_skipped
+from memscope.analysis.notes import notes_of
 from memscope.cli.grid_document import grid_document
 from memscope.cli.grid_report import FORMATS, print_grid
 from memscope.cli.next_command import compare_words, print_next
@@ -90,8 +90,8 @@ def show_grid(asked: AskedGrid, paths: Sequence[Path], page: Path, baselines: Se
     traces = [Trace.load(path) if path.exists() else None for path in paths]
     grid = table2(asked.factors, list(zip(asked.applied, traces, strict=True)), asked.samples, asked.memory_bytes)
     runs = [Run(label, trace) for label, trace in zip(asked.labels, traces, strict=True) if trace is not None]
-    skipped = (f"{run.label}: {how}." for run in runs if (how := how_skipped(run.trace)))
-    notes = [*grid_notes(grid, baselines), *skipped]
+    of_runs = (f"{run.label}: {note}" for run in runs for note in notes_of(run.trace))
+    notes = [*grid_notes(grid, baselines), *of_runs]
     write_page(runs, Table1(()), baselines, page, more=[_card(grid, notes)])
     if asked.table is not None:
         write_whole(asked.table, FORMATS[asked.table.suffix](grid, notes).encode())

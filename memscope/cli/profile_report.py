@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from memscope.analysis.effects import Run, Table1
+from memscope.analysis.notes import told_notes
 from memscope.cli.report_json import effects_values, peak_values
 from memscope.cli.report_tables import comparison_sections, do_not_fit, estimated_seconds, headline, print_sections
 from memscope.runs.would_free import Remedies, WouldFree
@@ -88,6 +89,7 @@ def _run(run: Run, path: Path, remedies: Remedies | None) -> dict[str, Any]:
         "flops": trace.meta["flops"][-1],
         "seconds": seconds[-1] if seconds else None,
         "estimated_seconds": estimated_seconds(trace),
+        "notes": told_notes(trace),
         "trace": str(path),
     }
 

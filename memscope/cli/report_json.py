@@ -12,6 +12,7 @@ from memscope.analysis.alive import largest
 from memscope.analysis.effects import Run, Table1
 from memscope.analysis.inferred import how_inferred, inferred_columns
 from memscope.analysis.ledger import ledger
+from memscope.analysis.notes import told_notes
 from memscope.trace import Trace
 
 __all__ = ["effects_values", "peak_values", "report_document"]
@@ -55,6 +56,7 @@ def _run(run: Run, file: Path) -> dict[str, Any]:
         "largest": [dataclasses.asdict(one) for one in largest(trace, _TOP)],
         "inferred": list(inferred_columns(trace)),
         "how_inferred": how_inferred(trace) or None,
+        "notes": told_notes(trace),
     }
 
 

@@ -15,10 +15,10 @@ from memscope.analysis.agreement import Agreement, agreements
 from memscope.analysis.alive import largest, occasion
 from memscope.analysis.cost import last_step_seconds, step_seconds
 from memscope.analysis.effects import ROWS, TITLES, Column, Effect, Run, Table1
-from memscope.analysis.inferred import how_inferred, marked
+from memscope.analysis.inferred import marked
 from memscope.analysis.ledger import Ledger, ledger
+from memscope.analysis.notes import notes_of
 from memscope.analysis.ran_out import ran_out
-from memscope.analysis.skipped import how_skipped
 from memscope.cli.tables import Direction, is_narrow, print_table
 from memscope.trace import CATEGORIES, Trace
 from memscope.units import format_bytes, format_change, format_seconds
@@ -75,7 +75,7 @@ def comparison_sections(runs: Sequence[Run], table: Table1, baselines: Sequence[
 
     `baselines` says in words what strategies asked of the baseline, for a fair comparison.
     """
-    yield TableSection(runs, _peaks, [*_trained(runs), *_inexact(runs)])
+    yield TableSection(runs, _peaks, [*_trained(runs), *_noted(runs)])
     if all(ledger(run.trace) for run in runs):
         notes = sorted({found.note for run in runs if (found := ledger(run.trace)) and found.note})
         yield TableSection(runs, _ledgers, [Text(note, style="dim") for note in notes])
@@ -188,10 +188,10 @@ def _trained(runs: Sequence[Run]) -> Iterator[Text]:
                 yield Text(f"{run.label} trains {trained:,} of {total:,} parameters ({share:.2%})")
 
 
-def _inexact(runs: Sequence[Run]) -> Iterator[Text]:
+def _noted(runs: Sequence[Run]) -> Iterator[Text]:
     for run in runs:
-        for how in filter(None, (how_inferred(run.trace), how_skipped(run.trace))):
-            yield Text(f"{run.label}: {how}.", style="yellow")
+        for note in notes_of(run.trace):
+            yield Text(f"{run.label}: {note}", style="yellow")
 
 
 def _table1(columns: Sequence[Column]) -> Table:

@@ -14,7 +14,7 @@ __all__ = ["UNKNOWN", "Allocations", "Birth"]
 
 UNKNOWN = -1
 """Category of an allocation whose purpose is not known yet."""
-_TEMPORARY, _OTHER = CATEGORIES.index("temporary"), CATEGORIES.index("other")
+_TEMPORARY, _OTHER, _ACTIVATION = (CATEGORIES.index(name) for name in ("temporary", "other", "activation"))
 
 
 class Birth(NamedTuple):
@@ -39,6 +39,31 @@ class Allocations:
     marks: list[tuple[int, int, int, int]] = field(default_factory=list)
     """`(event, phase, step, micro_batch)` for each change of phase, step or micro-batch."""
     work: WorkDone = field(default_factory=WorkDone)
+    clock: int = 0
+    """Number of the next event."""
+    pending: list[int] = field(default_factory=list)
+    """Allocations that autograd may keep for a backward pass that has not reached them yet."""
+
+    def mark(self, phase: int, step: int, micro_batch: int) -> None:
+        """Begin a phase at the next event."""
+        mark = (self.clock, phase, step, micro_batch)
+        if self.marks and self.marks[-1][0] == self.clock:
+            self.marks[-1] = mark
+        elif not self.marks or self.marks[-1][1:] != mark[1:]:
+            self.marks.append(mark)
+
+    def free(self, index: int) -> None:
+        """Free an allocation, unless it is free already."""
+        if self.freed[index] < 0:
+            self.freed[index] = self.clock
+            self.clock += 1
+
+    def keep_pending(self) -> None:
+        """Categorize as activation the pending allocations that are alive: a backward pass continues."""
+        for index in self.pending:
+            if self.freed[index] < 0 and self.category[index] == UNKNOWN:
+                self.category[index] = _ACTIVATION
+        self.pending.clear()
 
     def settle(self, *, never_freed_in: int | None) -> None:
         """Categorize the remaining allocations: `temporary` if freed within their step, else `other`.

@@ -46,11 +46,12 @@ class ModuleCalls:
         tracker = self._tracker
 
         def begins(module: nn.Module, args: Any, kwargs: Any) -> None:
+            here = tracker.position
             row = {
                 "module": name,
-                "step": tracker.step,
-                "micro_batch": tracker.micro_batch,
-                "began": tracker.clock,
+                "step": here.step,
+                "micro_batch": here.micro_batch,
+                "began": tracker.seen.clock,
                 "ended": -1,
                 "given": self._allocations((args, kwargs)),
                 "gave": [],
@@ -62,8 +63,8 @@ class ModuleCalls:
 
     def _ends(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         row = self._open.pop()
-        row["ended"], row["gave"] = self._tracker.clock, self._allocations(output)
+        row["ended"], row["gave"] = self._tracker.seen.clock, self._allocations(output)
 
     def _allocations(self, tensors: Any) -> list[int]:
-        found = [self._tracker.index_of(leaf) for leaf in pytree.tree_leaves(tensors) if isinstance(leaf, Tensor)]
-        return list(dict.fromkeys(index for index in found if index is not None))
+        leaves = (leaf for leaf in pytree.tree_leaves(tensors) if isinstance(leaf, Tensor))
+        return list(dict.fromkeys(index for leaf in leaves for index in self._tracker.lifetimes.indices_of(leaf)))

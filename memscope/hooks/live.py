@@ -32,7 +32,7 @@ class LiveStates:
 
     def moved(self, phase: Phase, micro_batch: int, done: int) -> None:
         """Report the state: when a phase has begun, and at the end of the run, with all micro-batches `done`."""
-        step = self._recorder.tracker.step
+        step = self._recorder.tracker.position.step
         memory = self._memory()
         if step == 0:
             state = memory.get("optimizer_state", 0)
@@ -60,7 +60,7 @@ class LiveStates:
 
     def _memory(self) -> dict[MemoryKind, int]:
         """Bytes of each kind now. Updates the peak."""
-        seen, clock = self._recorder.tracker.seen, self._recorder.tracker.clock
+        seen, clock = self._recorder.tracker.seen, self._recorder.tracker.seen.clock
         births = range(self._next_birth, len(seen.births))
         known = [*self._alive, *births]
         change = np.zeros(clock - self._clock, dtype=np.int64)

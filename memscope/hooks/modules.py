@@ -29,6 +29,7 @@ class ModuleStack:
 
     Attributes:
         names: table of the module names seen; other tables index it.
+        stack: indices of the running modules, the outermost first; empty if no module's forward is running.
         current: index of the innermost running module; 0 (the model itself) if no module is running.
     """
 
@@ -50,10 +51,11 @@ class ModuleStack:
         self._on_call, self._on_return = on_call, on_return
         self.names: list[str] = [ROOT]
         self._index: dict[str, int] = {ROOT: 0}
+        self._known_built: list[Any] = []
         self._of_module: dict[int, int] = {}
         self._of_parameter: dict[int, int] = {}
         self.refresh()
-        self._stack: list[int] = []
+        self.stack: list[int] = []
         self._of_model_at_work = 0
         self.current = 0
         self._nodes: list[int] = [0]
@@ -61,11 +63,32 @@ class ModuleStack:
         self._hooks: list[Any] = []
 
     def refresh(self) -> None:
-        """Read the names of modules and parameters again, after the model has changed."""
+        """Read the names of modules and parameters again, if the model has changed."""
+        built = self._built()
+        if built == self._known_built:
+            return
+        self._known_built = built
+        self._of_module, self._of_parameter = {}, {}
         for name, module in self._model.named_modules():
             code = self._of_module[id(module)] = self.code(name or ROOT)
             for parameter in module.parameters(recurse=False):
                 self._of_parameter.setdefault(id(parameter), code)
+
+    def _built(self) -> list[Any]:
+        """What names follow from: each module with its children, their keys and its parameters, by id.
+
+        An object at the address of one that died has another key or another place, or the same name.
+        """
+        built: list[Any] = []
+        modules, known = [self._model], {id(self._model)}
+        for module in modules:  # grows during the loop
+            children = module._modules
+            built += [id(module), len(children), *children, *map(id, module._parameters.values())]
+            for child in children.values():
+                if child is not None and id(child) not in known:
+                    known.add(id(child))
+                    modules.append(child)
+        return built
 
     def code(self, name: str) -> int:
         """Index of a name in `names`; a new name is added."""
@@ -84,7 +107,7 @@ class ModuleStack:
     def __exit__(self, *exception: object) -> None:
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._stack, self._of_model_at_work, self.current = [], [], 0, 0
+        self._hooks, self.stack, self._of_model_at_work, self.current = [], [], 0, 0
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         code = self._of_module.get(id(module))
@@ -94,13 +117,13 @@ class ModuleStack:
             if not self._of_model_at_work and _current_task() < 0:
                 self._on_call(module is self._model)
             self._of_model_at_work += 1
-        self._stack.append(code)
+        self.stack.append(code)
         self._switch(code)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        left = self._stack.pop() if self._stack else 0
-        if self._stack:
-            self._switch(self._stack[-1])
+        left = self.stack.pop() if self.stack else 0
+        if self.stack:
+            self._switch(self.stack[-1])
         elif _current_task() < 0:
             self._switch(0)
         else:  # recomputation of a checkpointed region: the operators that follow belong to the region's own module
@@ -116,11 +139,6 @@ class ModuleStack:
         if number >= self._nodes[-1]:  # another thread (the backward pass on CUDA) numbers its own nodes
             self._nodes.append(number)
             self._owners.append(code)
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether no module's forward is running."""
-        return not self._stack
 
     def of_node(self, node: graph.Node | None) -> int:
         """Index of the module whose forward created a backward node; for a gradient accumulation, its parameter's."""

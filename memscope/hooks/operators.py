@@ -3,30 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch._ops import OpOverload
 
 from memscope.hooks.kernels import Kernels
+from memscope.hooks.work import has_formula
 
 __all__ = ["RESIZE", "KnownOperator", "Operators"]
 
 _has_kernel: Callable[[str, str], bool] = torch._C._dispatch_has_kernel_for_dispatch_key
 RESIZE = 1
 """Code of `UntypedStorage.resize_`, which no dispatch mode sees."""
+_NOTES = {
+    "aten.record_stream.default": (
+        "record_stream was called: memory counts as freed when its tensor dies, although other streams may still use it"
+    )
+}
+"""Operator → what its call means for the trace."""
+
+
+def _is_composite(name: str) -> bool:
+    return _has_kernel(name, "CompositeImplicitAutograd") and not _has_kernel(name, "CPU")
 
 
 class KnownOperator(NamedTuple):
     """Properties of an operator; `code` indexes `Operators.names`."""
 
     code: int
+    run: Callable[..., Any]
+    """The operator itself, without the Python function around it."""
+    has_flops: bool
+    """Whether PyTorch has a formula for its floating-point operations."""
     is_copy: bool
     is_composite: bool
+    """Whether its kernel consists of other operators. Autograd takes it apart, except under inference mode and inside
+    wrapper subclasses."""
     makes_host_scalar: bool
     takes_workspace: bool
     has_own_order: bool
     """Whether its kernel may allocate results in another order than it returns them, or leave some on the host."""
+    is_special: bool
+    """Whether its results need a closer look: `is_copy`, `makes_host_scalar` or `has_own_order`."""
 
 
 class Operators:
@@ -34,25 +53,35 @@ class Operators:
 
     Attributes:
         names: names of the operators; the first is empty, for allocations made by no operator.
-        known: properties of each operator.
+        known: properties of each operator, by its id: operators live as long as the process, and hash slowly.
+        notes: what the operators mean for the trace as a whole.
     """
 
     def __init__(self, *, host_scalars: bool, kernels: Kernels | None) -> None:
         """See `StorageTracker`."""
         self.names = ["", "UntypedStorage.resize_"]
-        self.known: dict[OpOverload, KnownOperator] = {}
+        self.known: dict[int, KnownOperator] = {}
+        self.notes: list[str] = []
         self._host_scalars, self._kernels = host_scalars, kernels
 
     def learn(self, func: OpOverload) -> KnownOperator:
         """Add an operator that is not known yet."""
         name = str(func)
         self.names.append(name)
-        op = self.known[func] = KnownOperator(
+        if name in _NOTES:
+            self.notes.append(_NOTES[name])
+        is_copy = name == "aten._to_copy.default"
+        makes_host_scalar = self._host_scalars and name == "aten.lift_fresh.default"
+        has_own_order = self._kernels is not None and self._kernels.has_own_order(name)
+        op = self.known[id(func)] = KnownOperator(
             code=len(self.names) - 1,
-            is_copy=name == "aten._to_copy.default",
-            is_composite=func.namespace != "prim" and _has_kernel(func.name(), "CompositeImplicitAutograd"),
-            makes_host_scalar=self._host_scalars and name == "aten.lift_fresh.default",
+            run=func._op,
+            has_flops=has_formula(func),
+            is_copy=is_copy,
+            is_composite=func.namespace != "prim" and _is_composite(func.name()),
+            makes_host_scalar=makes_host_scalar,
             takes_workspace=self._kernels is not None and self._kernels.covers(name),
-            has_own_order=self._kernels is not None and self._kernels.has_own_order(name),
+            has_own_order=has_own_order,
+            is_special=is_copy or makes_host_scalar or has_own_order,
         )
         return op

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils import _pytree as pytree
 
+from memscope.hooks.lifetimes import Lifetimes
 from memscope.hooks.modules import ModuleStack
-from memscope.hooks.storages import StorageTracker
 
 __all__ = ["GradientNamer", "OptimizerNamer"]
 
@@ -19,8 +19,8 @@ __all__ = ["GradientNamer", "OptimizerNamer"]
 class GradientNamer:
     """Categorizes the storage of every parameter's `.grad` as soon as the gradient is accumulated."""
 
-    def __init__(self, model: nn.Module, tracker: StorageTracker, modules: ModuleStack) -> None:
-        self._model, self._tracker, self._modules = model, tracker, modules
+    def __init__(self, model: nn.Module, lifetimes: Lifetimes, modules: ModuleStack) -> None:
+        self._model, self._lifetimes, self._modules = model, lifetimes, modules
         # By id of the parameter, which is kept alive so that its id is not reused.
         self._hooks: dict[int, tuple[Tensor, Any]] = {}
 
@@ -30,8 +30,9 @@ class GradientNamer:
 
     def refresh(self) -> None:
         """Add hooks to parameters that require a gradient since the last call."""
+        hooks = self._hooks
         for parameter in self._model.parameters():
-            if parameter.requires_grad and id(parameter) not in self._hooks:
+            if id(parameter) not in hooks and parameter.requires_grad:
                 hook = parameter.register_post_accumulate_grad_hook(self._name)
                 self._hooks[id(parameter)] = parameter, hook
 
@@ -42,7 +43,7 @@ class GradientNamer:
 
     def _name(self, parameter: Tensor) -> None:
         if parameter.grad is not None:
-            self._tracker.own(parameter.grad, "gradient", module=self._modules.of_parameter(parameter))
+            self._lifetimes.own(parameter.grad, "gradient", module=self._modules.of_parameter(parameter))
 
 
 class OptimizerNamer:
@@ -50,7 +51,7 @@ class OptimizerNamer:
 
     def __init__(
         self,
-        tracker: StorageTracker,
+        lifetimes: Lifetimes,
         modules: ModuleStack,
         *,
         before: Callable[[torch.optim.Optimizer], None],
@@ -58,12 +59,13 @@ class OptimizerNamer:
         on_gpu: bool,
     ) -> None:
         """Prepare to follow; `on_gpu`: the optimizer runs as on a GPU, where `step` counters may stay on the host."""
-        self._tracker, self._modules, self._before, self._after, self._on_gpu = tracker, modules, before, after, on_gpu
+        self._lifetimes, self._modules, self._on_gpu = lifetimes, modules, on_gpu
+        self._before, self._after = before, after
         self._hooks: list[Any] = []
 
     def __enter__(self) -> OptimizerNamer:
         self._hooks = [
-            register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: self._before(optimizer)),
+            register_optimizer_step_pre_hook(self._steps),
             register_optimizer_step_post_hook(self._stepped),
         ]
         return self
@@ -72,6 +74,13 @@ class OptimizerNamer:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+
+    def _steps(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self._before(optimizer)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:  # gradients that autograd did not accumulate, as in FSDP2
+                    self._lifetimes.own(parameter.grad, "gradient", module=self._modules.of_parameter(parameter))
 
     def _stepped(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self.name_state(optimizer)
@@ -84,6 +93,8 @@ class OptimizerNamer:
             for parameter in group["params"]:
                 module = self._modules.of_parameter(parameter)
                 for key, value in optimizer.state.get(parameter, {}).items():
-                    for leaf in pytree.tree_leaves(value):
-                        if isinstance(leaf, Tensor) and not (counters_on_host and key == "step"):
-                            self._tracker.own(leaf, "optimizer_state", module=module)
+                    if counters_on_host and key == "step":
+                        continue
+                    for leaf in (value,) if isinstance(value, Tensor) else pytree.tree_leaves(value):
+                        if isinstance(leaf, Tensor):
+                            self._lifetimes.own(leaf, "optimizer_state", module=module)

@@ -17,6 +17,7 @@ from memscope.hooks.recorder import Recorder
 from memscope.hooks.run import MicroBatchProgress, run_meta, run_steps
 from memscope.strategies import Plan
 from memscope.trace import Trace
+from memscope.trace.notes import add_note
 from memscope.units import format_bytes
 from memscope.workload.batch import map_tensors
 from memscope.workload.building import build_workload
@@ -93,7 +94,15 @@ def record(
             raise
     trace = recorder.trace()
     skipped = _skipped_since(scaler, scale) if scaler else 0
-    return replace(trace, meta={**trace.meta, "skipped_steps": skipped}) if skipped else trace
+    if not skipped:
+        return trace
+    meta = dict(trace.meta)
+    add_note(
+        meta,
+        f"Gradients overflowed, and the gradient scaler skipped {skipped} of {len(trace.steps)} optimizer steps: "
+        "optimizer state may be missing. Record more steps (--steps), or use amp:dtype=bf16",
+    )
+    return replace(trace, meta=meta)
 
 
 def _skipped_since(scaler: torch.amp.GradScaler, scale: float) -> int:

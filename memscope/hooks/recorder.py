@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import platform
+import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,30 @@ from memscope.hooks.optimizer import GradientNamer, OptimizerNamer
 from memscope.hooks.storages import StorageTracker
 from memscope.hooks.work import Execute, WorkDone
 from memscope.trace import MARK_COLUMNS, Phase, Trace, columns_of
+from memscope.trace.notes import add_note
 from memscope.workload.batch import tensors_in
 
 __all__ = ["Recorder"]
+
+_recording = threading.Lock()
+
+
+@contextlib.contextmanager
+def _the_only_recording() -> Iterator[None]:
+    """Refuse a second recording while one runs: the hooks of both would see, and count, the same modules and steps.
+
+    Raises:
+        UsageError: another recorder is entered.
+    """
+    if not _recording.acquire(blocking=False):
+        raise UsageError(
+            "a Recorder is already recording in this process, and each sees everything: "
+            "leave it before you enter another"
+        )
+    try:
+        yield
+    finally:
+        _recording.release()
 
 
 class Recorder:
@@ -88,7 +110,7 @@ class Recorder:
         self._modules = ModuleStack(model, on_call=self._call_begins, on_return=self._call_ends)
         self._watch = watch_of(next((parameter.device for parameter in model.parameters()), None))
         self._ran_out = False
-        self._tracker = StorageTracker(
+        self._tracker = tracker = StorageTracker(
             self._modules,
             host_scalars=on_gpu,
             execute=execute,
@@ -97,27 +119,33 @@ class Recorder:
             on_backward=self._backward_begins,
             after_backward=self._backward_ended,
         )
-        self._gradients = GradientNamer(model, self._tracker, self._modules)
+        self._position, self._lifetimes = tracker.position, tracker.lifetimes
+        self._gradients = GradientNamer(model, self._lifetimes, self._modules)
         self._optimizers = OptimizerNamer(
-            self._tracker, self._modules, before=self._optimizer_begins, after=self._optimizer_ends, on_gpu=on_gpu
+            self._lifetimes, self._modules, before=self._optimizer_begins, after=self._optimizer_ends, on_gpu=on_gpu
         )
         self._calls = ModuleCalls(model, calls_of, self._tracker)
         self._scopes = contextlib.ExitStack()
         self._step_done, self._model_returned = True, False
-        self._in_optimizer = False
+        self._has_begun = self._in_optimizer = False
         self._stepped: set[int] = set()
         self._seconds: list[float] = []
         self._began = 0.0
 
     def __enter__(self) -> Recorder:
-        self._take_in()
+        if self._has_begun:
+            raise UsageError("this Recorder has already been entered: create a new Recorder for each recording")
         with contextlib.ExitStack() as scopes:
+            scopes.enter_context(_the_only_recording())
+            self._has_begun = True
+            self._lifetimes.begin()
+            self._take_in()
             if self._watch:
                 scopes.enter_context(self._watch)
             for part in (self._modules, self._gradients, self._optimizers, self._calls, self._tracker):
                 scopes.enter_context(part)
             self._scopes = scopes.pop_all()
-        self._tracker.move_to("outside", -1, 0)
+        self._position.move_to("outside", -1, 0)
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -131,67 +159,67 @@ class Recorder:
         self._take_in_parameters()
         for parameter in self._model.parameters():
             if parameter.grad is not None:
-                self._tracker.own(parameter.grad, "gradient", module=self._modules.of_parameter(parameter))
+                self._lifetimes.own(parameter.grad, "gradient", module=self._modules.of_parameter(parameter))
         for name, buffer in self._model.named_buffers():
-            self._tracker.own(buffer, "buffer", module=self._modules.code(name.rpartition(".")[0] or "(model)"))
+            self._lifetimes.own(buffer, "buffer", module=self._modules.code(name.rpartition(".")[0] or "(model)"))
         for name, module in self._model.named_modules():
             for value in vars(module).values():  # constants that are not registered as buffers
                 if isinstance(value, Tensor):
-                    self._tracker.own(value, "buffer", module=self._modules.code(name or "(model)"))
+                    self._lifetimes.own(value, "buffer", module=self._modules.code(name or "(model)"))
         if self._optimizer is not None:
             self._optimizers.name_state(self._optimizer)
 
     def _take_in_parameters(self) -> None:
         for parameter in self._model.parameters():
-            self._tracker.own(parameter, "parameter", module=self._modules.of_parameter(parameter))
+            self._lifetimes.own(parameter, "parameter", module=self._modules.of_parameter(parameter))
 
     # Phases reported by run_step.
 
     def phase(self, name: str, micro_batch: int) -> None:
         """Begin a phase reported by `run_step`."""
-        self._tracker.told = True
+        self._position.told = True
         if name == "forward" and micro_batch == 0:
             self._begin_step()
         phase: Phase = name  # type: ignore[assignment]
-        self._tracker.move_to(phase, self._tracker.step, micro_batch)
+        self._position.move_to(phase, self._position.step, micro_batch)
 
     def inputs(self, data: Any) -> None:
         """Categorize the tensors of a micro-batch as `input`."""
         for tensor in tensors_in(data):
-            self._tracker.own(tensor, "input")
+            self._lifetimes.own(tensor, "input")
 
     # Phases recognized by the recorder.
 
     def _call_begins(self, whole: bool) -> None:
-        tracker = self._tracker
-        if tracker.told:
+        here = self._position
+        if here.told:
             if whole:
                 self._move_to("forward")
         elif torch.is_grad_enabled():  # otherwise validation: no backward pass can follow
             if self._step_done:
                 self._begin_step()
-            elif tracker.saw_backward:
-                tracker.micro_batch += 1
+            elif here.saw_backward:
+                here.micro_batch += 1
             self._move_to("forward")
 
     def _call_ends(self, whole: bool) -> None:
-        if self._tracker.told or torch.is_grad_enabled():
+        if self._position.told or torch.is_grad_enabled():
             self._model_returned |= whole
-            if self._model_returned and (whole or not self._tracker.told):
+            if self._model_returned and (whole or not self._position.told):
                 self._move_to("loss")
 
     def _backward_begins(self) -> None:
-        if self._step_done and not self._tracker.told:  # after a forward pass that called no module
+        if self._step_done and not self._position.told:  # after a forward pass that called no module
             self._begin_step()
 
     def _backward_ended(self) -> None:
-        if not self._tracker.told:
+        if not self._position.told:
             self._model_returned = False
             self._move_to("optimizer" if self._in_optimizer else "outside")
 
     def _optimizer_begins(self, optimizer: torch.optim.Optimizer) -> None:
-        of_unseen_gradients = self._tracker.step < 0 or id(optimizer) in self._stepped
-        if of_unseen_gradients and not self._tracker.told:
+        of_unseen_gradients = self._position.step < 0 or id(optimizer) in self._stepped
+        if of_unseen_gradients and not self._position.told:
             self._begin_step()
         self._in_optimizer = True
         self._move_to("optimizer")
@@ -199,19 +227,19 @@ class Recorder:
     def _optimizer_ends(self, optimizer: torch.optim.Optimizer) -> None:
         self._stepped.add(id(optimizer))
         self._in_optimizer, self._step_done = False, True
-        if not self._tracker.told:
+        if not self._position.told:
             self._move_to("outside")
 
     def _move_to(self, phase: Phase) -> None:
-        self._tracker.move_to(phase, self._tracker.step, self._tracker.micro_batch)
+        self._position.move_to(phase, self._position.step, self._position.micro_batch)
 
     def _begin_step(self) -> None:
         self._end_step()
         self._step_done = False
         self._stepped.clear()
-        self._tracker.step, self._tracker.micro_batch = self._tracker.step + 1, 0
+        self._position.step, self._position.micro_batch = self._position.step + 1, 0
         self._began = time.perf_counter()
-        if not self._tracker.told:  # weights may have been unfrozen, added or converted since
+        if not self._position.told:  # weights may have been unfrozen, added or converted since
             self._modules.refresh()
             self._take_in_parameters()
             self._gradients.refresh()
@@ -219,7 +247,7 @@ class Recorder:
     def _end_step(self, *, wait: bool = True) -> None:
         if self._watch and wait:  # a device runs asynchronously; after an error it may not respond
             self._watch.synchronize()
-        if self._tracker.step >= 0 and len(self._seconds) <= self._tracker.step:
+        if self._position.step >= 0 and len(self._seconds) <= self._position.step:
             self._seconds.append(time.perf_counter() - self._began)
 
     @property
@@ -267,8 +295,14 @@ class Recorder:
         )
 
     def _finished_meta(self) -> dict[str, Any]:
+        meta = self._run_meta()
+        for note in self._tracker.notes:
+            add_note(meta, note)
+        return meta
+
+    def _run_meta(self) -> dict[str, Any]:
         parameters = list(self._model.parameters())
-        steps = range(self._tracker.step + 1)
+        steps = range(self._position.step + 1)
         return {
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
             "parameters": {

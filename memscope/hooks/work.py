@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-__all__ = ["NOTHING", "CountedOperators", "Execute", "Work", "WorkDone", "WorkKey", "flops_of"]
+__all__ = ["NOTHING", "CountedFlops", "Execute", "Work", "WorkDone", "WorkKey", "flops_of", "has_formula"]
 
 WorkKey: TypeAlias = tuple[int, int, int, int, int]
 """Step, micro-batch, and indices of phase, module and operator."""
@@ -64,24 +64,19 @@ def flops_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any)
     return formula(*args, **kwargs, out_val=out) if formula else 0
 
 
-class CountedOperators:
-    """Runs operators unchanged and counts their floating-point operations.
+def has_formula(func: Any) -> bool:
+    """Whether PyTorch has a formula for the floating-point operations of an operator."""
+    return func._overloadpacket in flop_registry
 
-    The count is computed once per combination of shapes, because PyTorch's formulas are slow.
-    """
+
+class CountedFlops:
+    """Floating-point operations by combination of shapes, computed once each, because PyTorch's formulas are slow."""
 
     def __init__(self) -> None:
-        self._has_formula: dict[Any, bool] = {}
         self._known: dict[Any, Work] = {}
 
-    def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Work]:
-        """See `Execute`."""
-        out = func(*args, **kwargs)
-        if func not in self._has_formula:
-            self._has_formula[func] = func._overloadpacket in flop_registry
-        return out, self._count(func, args, kwargs, out) if self._has_formula[func] else NOTHING
-
-    def _count(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Work:
+    def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Work:
+        """The work of one call of an operator that has a formula."""
         key = (func, *(a.size() if isinstance(a, Tensor) else a for a in args))
         try:
             known = self._known.get(key)

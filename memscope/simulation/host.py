@@ -31,7 +31,7 @@ def host_copies(tracker: StorageTracker) -> Iterator[None]:
     move: Any = Tensor.to
 
     def is_on_host(tensor: Any) -> bool:
-        return isinstance(tensor, FakeTensor) and tracker.is_hidden(tensor)
+        return isinstance(tensor, FakeTensor) and tracker.lifetimes.is_hidden(tensor)
 
     def to_host(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         tracker.hides = True

@@ -9,15 +9,18 @@ import os
 import traceback
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from memscope.allocator.settings import AllocatorSettings
 from memscope.errors import TargetError, where
 from memscope.hooks.live_state import Tell
+from memscope.hooks.parts import parts_of
 from memscope.hooks.recorder import Recorder
 from memscope.hooks.run import MicroBatchProgress, run_meta, run_steps
 from memscope.simulation.autograd_engine import PlainAutograd
@@ -34,6 +37,7 @@ from memscope.simulation.refusal import NotSimulated
 from memscope.simulation.remember import RememberedOperators
 from memscope.strategies import Plan
 from memscope.trace import Trace
+from memscope.trace.notes import add_note
 from memscope.workload.batch import map_tensors
 from memscope.workload.building import build_workload, usable
 from memscope.workload.description import Workload
@@ -131,6 +135,8 @@ def simulate(
         return trace
     cost = cost_table(recorder.work, roofline.assumed) if roofline.is_known else None
     meta = {**trace.meta, "cost": cost, "estimated_workspaces": sorted(kernels.estimated)}
+    for note in gpu.notes:
+        add_note(meta, note)
     return on_device(dataclasses.replace(trace, meta=meta), device, settings, gpu.cache_emptied)
 
 
@@ -139,11 +145,20 @@ def _build(workload: Workload | Callable[[], Workload], mode: FakeTensorMode) ->
         with FakeCopies():
             return build_workload(workload)
     usable(workload)
+    for tensor in (*workload.model.parameters(), *workload.model.buffers()):
+        parts_of(tensor)  # refuses a wrapper that cannot be taken apart, which the copy would make a plain tensor
     with FakeCopyMode(mode):
         return dataclasses.replace(workload, model=copy.deepcopy(workload.model), settings=dict(workload.settings))
 
 
-def _on_device(tensor: Tensor) -> Tensor:
+def _on_device(tensor: Any) -> Any:
+    """A tensor of the same layout, made in the simulation; wrappers hold such tensors."""
+    parts_of(tensor)
+    if is_traceable_wrapper_subclass(tensor):
+        names, context = tensor.__tensor_flatten__()
+        held = {name: getattr(tensor, name) for name in names}
+        inner = {name: _on_device(value) if isinstance(value, Tensor) else value for name, value in held.items()}
+        return type(tensor).__tensor_unflatten__(inner, context, tensor.size(), tensor.stride())
     return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
 
 

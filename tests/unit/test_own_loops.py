@@ -2,9 +2,11 @@
 
 import copy
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from memscope import Recorder
 from memscope.trace import CATEGORIES, PHASES
@@ -247,3 +249,91 @@ def test_a_gradient_penalty_belongs_to_its_micro_batch():
         (model(x).mean() + slope.square().mean()).backward()
         optimizer.step()
     assert steps_of(recorder.trace(), "forward") == {0: {0}}
+
+
+def test_forward_is_forward_in_every_micro_batch_although_nothing_runs_between_backward_and_forward():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters())
+    batch = torch.ones(16, 8)
+    with Recorder(model, optimizer) as recorder:
+        for _ in range(2):
+            for _ in range(3):
+                model(batch).backward(torch.ones(16, 8))
+            optimizer.step()
+            optimizer.zero_grad()
+    trace = recorder.trace()
+    assert steps_of(trace, "forward") == {0: {0, 1, 2}, 1: {0, 1, 2}}
+    linear = [i for i in range(len(trace)) if trace.ops[trace.op[i]] == "aten.addmm.default"]
+    assert {PHASES[trace.phase[i]] for i in linear} == {"forward"}
+    assert len(linear) == 2 * 2 * 3  # two layers, steps, micro-batches
+
+
+def phases_of(trace, *, op):
+    return [PHASES[trace.phase[i]] for i in range(len(trace)) if trace.ops[trace.op[i]].startswith(f"aten.{op}.")]
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+def test_a_backward_pass_that_creates_a_graph_is_a_backward_pass():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters())
+    with Recorder(model, optimizer) as recorder:
+        for _ in range(2):
+            for _ in range(2):
+                model(torch.ones(16, 8)).square().mean().backward(create_graph=True)
+            optimizer.step()
+            optimizer.zero_grad()
+    trace = recorder.trace()
+    assert steps_of(trace, "recompute") == {}
+    assert steps_of(trace, "forward") == {0: {0, 1}, 1: {0, 1}}
+    assert set(phases_of(trace, op="threshold_backward")) == {"backward"}  # the gradient of ReLU
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+def test_in_a_backward_pass_that_creates_a_graph_a_checkpointed_layer_is_recomputed():
+    first, relu, second = net()
+    model = nn.ModuleList([first, relu, second])
+    with Recorder(model) as recorder:
+        hidden = checkpoint(nn.Sequential(first, relu), torch.ones(16, 8), use_reentrant=False)
+        second(hidden).square().mean().backward(create_graph=True)
+    trace = recorder.trace()
+    assert phases_of(trace, op="relu") == ["forward", "recompute"]
+    assert set(phases_of(trace, op="threshold_backward")) == {"backward"}
+
+
+def test_what_a_created_graph_keeps_for_the_second_backward_pass_is_an_activation():
+    model = nn.Linear(8, 8)
+    with Recorder(model) as recorder:
+        x = torch.ones(16, 8, requires_grad=True)
+        (slope,) = torch.autograd.grad(model(x).exp().sum(), x, create_graph=True)
+        slope.square().sum().backward()
+    # exp keeps its result for the first pass; that pass multiplies it by the incoming gradient of ones, and keeps the
+    # product, a new tensor, for the second pass: d(ones * exp) @ weight.
+    trace = recorder.trace()
+    products = [
+        i for i in range(len(trace)) if trace.ops[trace.op[i]] == "aten.mul.Tensor" and trace.size[i] == 16 * 8 * 4
+    ]
+    assert (PHASES[trace.phase[products[0]]], CATEGORIES[trace.category[products[0]]]) == ("backward", "activation")
+
+
+def test_what_a_created_graph_does_not_keep_is_temporary():
+    model = net()
+    with Recorder(model) as recorder:
+        x = torch.ones(16, 8, requires_grad=True)
+        (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        slope.square().sum().backward()
+    # The gradient of the hidden layer [16, 32] comes from mm; the derivative of ReLU needs its sign pattern alone.
+    trace = recorder.trace()
+    incoming = next(
+        i for i in range(len(trace)) if trace.ops[trace.op[i]] == "aten.mm.default" and trace.size[i] == 16 * 32 * 4
+    )
+    assert (PHASES[trace.phase[incoming]], CATEGORIES[trace.category[incoming]]) == ("backward", "temporary")
+
+
+def test_gradients_that_the_loop_sets_itself_are_gradients():
+    model = nn.Linear(8, 8)
+    optimizer = torch.optim.SGD(model.parameters())
+    with Recorder(model, optimizer) as recorder:
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    assert category_sizes(recorder.trace(), "gradient") == [8 * 4, 8 * 8 * 4]

@@ -10,6 +10,7 @@ from torch.optim import optimizer as torch_optimizer
 from torch.utils.checkpoint import checkpoint
 
 from memscope import Recorder, StepPlan, Workload, record
+from memscope.analysis.notes import notes_of
 from memscope.errors import TargetError, UsageError
 from memscope.trace import CATEGORIES, PHASES
 
@@ -217,6 +218,29 @@ def test_state_and_gradients_from_before_the_recording_are_included():
     model(torch.ones(16, 8)).sum().backward()
     with Recorder(model, optimizer) as recorder:
         torch.ones(1)
-    at_start = recorder.trace().by_category(at=0 if False else int(recorder.trace().mark_event[1]) - 1)
+    at_start = recorder.trace().by_category(at=int(recorder.trace().mark_event[1]) - 1)
     assert at_start["gradient"] == PARAMETER_BYTES
     assert at_start["optimizer_state"] == 2 * PARAMETER_BYTES + 16
+
+
+def test_a_recording_that_sees_record_stream_says_so():
+    with Recorder(nn.Linear(4, 4)) as recorder, pytest.raises(NotImplementedError, match="record_stream"):
+        torch.ones(2).record_stream(torch.Stream(device="cpu"))  # the operator is seen, although CPUs have none
+    assert "record_stream was called" in " ".join(notes_of(recorder.trace()))
+
+
+def test_a_recorder_is_entered_once_and_no_second_one_beside_it():
+    model = Net()
+    first, second = Recorder(model), Recorder(model)
+    with first:
+        with pytest.raises(UsageError, match=r"already been entered: create a new Recorder"), first:
+            pass
+        with pytest.raises(UsageError, match=r"already recording in this process.*leave it before"), second:
+            pass
+        model(torch.ones(16, 8))
+    with pytest.raises(UsageError, match="already been entered"), first:
+        pass
+    assert first.trace().max_by_category()["parameter"] == PARAMETER_BYTES
+    with second:  # a refused recorder can be entered later
+        model(torch.ones(16, 8))
+    assert second.trace().max_by_category()["parameter"] == PARAMETER_BYTES

@@ -8,9 +8,11 @@ import gc
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memscope import Recorder
 from memscope.errors import MemscopeError
+from memscope.trace import CATEGORIES
 
 
 def sizes(trace):
@@ -139,3 +141,76 @@ def test_a_recording_without_any_tensor_says_so():
         pass
     with pytest.raises(MemscopeError, match="nothing was recorded"):
         recorder.trace()
+
+
+def test_a_resize_allocates_before_it_frees(watched):
+    trace = watched(lambda: torch.ones(10).resize_(100))
+    old, new = (int(i) for i in range(len(trace)) if trace.size[i] in (40, 400))
+    assert trace.freed[old] == trace.born[new] + 1
+    assert trace.allocated[trace.born[new]] == trace.allocated[trace.born[new] - 1] + 400  # both at once
+
+
+def test_a_storage_at_the_address_of_one_that_died_is_a_new_allocation(watched):
+    def body():
+        addresses = set()
+        for count in range(1, 100):
+            addresses.add(torch.ones(count).untyped_storage()._cdata)  # dies at once
+        assert len(addresses) < 99, "no address was used again: the test shows nothing"
+
+    assert sizes(watched(body)) == [(4 * count, True) for count in range(1, 100)]
+
+
+def test_a_storage_at_the_address_of_one_on_the_host_is_an_allocation():
+    recorder = Recorder(nn.Linear(2, 2), on_gpu=True)  # there, torch.tensor(x) stays on the host
+    used_again = []
+    with recorder:
+        for _ in range(100):
+            host = torch.tensor(1.0).untyped_storage()._cdata  # dies at once
+            used_again.append(torch.ones(1).untyped_storage()._cdata == host)
+    assert any(used_again), "no address was used again: the test shows nothing"
+    assert sizes(recorder.trace()) == [(4, True)] * 100
+
+
+def test_an_activation_at_the_address_of_an_unread_batch_that_died_is_no_input():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    with Recorder(model) as recorder:
+        for _ in range(50):
+            unread = torch.empty(16, 8).untyped_storage()._cdata  # dies unread
+            del unread
+            model(torch.ones(16, 8)).sum().backward()
+    trace = recorder.trace()
+    tanh = trace.op == trace.ops.index("aten.tanh.default")
+    assert {CATEGORIES[code] for code in trace.category[tanh]} == {"activation"}
+
+
+def test_resizes_are_seen_after_an_operator_was_taken_apart(watched):
+    def body():
+        tensor = torch.ones(10)
+        with torch.inference_mode():
+            torch.ones(3, 3).matmul(torch.ones(3, 3))  # a composite operator: taken apart under inference mode alone
+        tensor.untyped_storage().resize_(0)
+        torch.ones(7)
+        return tensor
+
+    trace = watched(body)
+    resized, later = (int(i) for i in range(len(trace)) if trace.size[i] in (40, 28))
+    assert 0 <= trace.freed[resized] < trace.born[later]
+
+
+def test_an_operator_with_a_kernel_of_its_own_is_not_taken_apart():
+    # PyTorch can also compute the gradient of SiLU from sigmoid, mul and sub; its CPU kernel makes one tensor.
+    model = nn.Sequential(nn.Linear(8, 8), nn.SiLU())
+    with Recorder(model) as recorder:
+        model(torch.ones(16, 8)).sum().backward()
+    trace = recorder.trace()
+    assert (trace.op == trace.ops.index("aten.silu_backward.default")).sum() == 1
+    assert not any(name.startswith("aten.sigmoid") for name in trace.ops)
+
+
+def test_tensors_without_memory_are_no_allocations(watched):
+    def body():
+        with FakeTensorMode():
+            fake = torch.ones(10) + 1  # works out a shape, as users and DTensor do
+        return [fake, torch.ones(20, device="meta"), torch.ones(30)]
+
+    assert sizes(watched(body)) == [(120, False)]

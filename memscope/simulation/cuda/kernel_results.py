@@ -124,6 +124,18 @@ OWN_ORDER: Mapping[str, Callable[[Mapping[str, Any], tuple[int, int]], Order]] =
 }
 """Operator → function of its arguments and PyTorch's version that returns the results made on a GPU, in order."""
 
+
+def _waits() -> Mapping[Any, ResultKernel]:
+    """Waiting for a collective returns its own argument. The meta function makes another tensor.
+
+    Source: wait_tensor in torch/csrc/distributed/c10d/Functional.cpp, `_wait_tensor_meta` in
+    torch/distributed/_functional_collectives.py (2.13).
+    """
+    if not torch.distributed.is_available():
+        return {}
+    return {torch.ops._c10d_functional.wait_tensor.default: lambda tensor: tensor}
+
+
 _ANYWHERE: Mapping[Any, ResultKernel] = {
     **{
         operator: _keeps_size_of_input(operator)
@@ -134,6 +146,7 @@ _ANYWHERE: Mapping[Any, ResultKernel] = {
             aten.soft_margin_loss.default,
         )
     },
+    **_waits(),
     aten._local_scalar_dense.default: _value,
     aten._sparse_coo_tensor_with_dims_and_tensors.default: _sparse,
 }

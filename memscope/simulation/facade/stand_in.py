@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from memscope.hooks.parts import PLAIN, parts_of
 
 __all__ = ["is_target", "replaced", "tensors_say_cuda"]
 
@@ -23,8 +26,11 @@ _CPU, _CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
 @contextlib.contextmanager
-def tensors_say_cuda() -> Iterator[None]:
-    """Make fake CPU tensors report `cuda:0` to targets, and tensors that a target creates on a GPU fake CPU tensors."""
+def tensors_say_cuda(on_record_stream: Callable[[], None]) -> Iterator[None]:
+    """Make fake CPU tensors report `cuda:0` to targets, and tensors that a target creates on a GPU fake CPU tensors.
+
+    `Tensor.record_stream` does nothing but call `on_record_stream`.
+    """
     devices = _Devices()
     autograd: Any = torch.autograd  # it calls this function by a name of its own, which it does not export
     with contextlib.ExitStack() as scopes:
@@ -33,7 +39,12 @@ def tensors_say_cuda() -> Iterator[None]:
             (torch, "Generator", _Generator),
             (nn.Module, "to", _module_to(nn.Module.to)),
             (FakeTensor, "device", _device_property(FakeTensor.device)),
-            (Tensor, "record_stream", lambda tensor, stream: None),  # PyTorch parses its arguments before asking a mode
+            (
+                Tensor,
+                "record_stream",
+                lambda tensor, stream: on_record_stream(),
+            ),  # PyTorch parses its arguments before asking a mode
+            (Tensor, "_make_wrapper_subclass", _wrapper_maker(Tensor._make_wrapper_subclass)),
             (autograd, "_engine_run_backward", _within(devices, autograd._engine_run_backward)),
         ):
             scopes.enter_context(replaced(owner, name, value))
@@ -94,8 +105,9 @@ class _Devices(TorchFunctionMode):
 _ALREADY_DONE = {Tensor.cuda, Tensor.pin_memory}
 _ANSWERS: dict[Any, Callable[[Any], Any]] = {
     Tensor.get_device: lambda tensor: 0,
-    Tensor.is_cuda.__get__: lambda tensor: isinstance(tensor, FakeTensor),  # type: ignore[attr-defined]
-    Tensor.is_cpu.__get__: lambda tensor: not isinstance(tensor, FakeTensor),  # type: ignore[attr-defined]
+    Tensor.is_cuda.__get__: lambda tensor: _is_stand_in(tensor),  # type: ignore[attr-defined]
+    Tensor.is_cpu.__get__: lambda tensor: not _is_stand_in(tensor),  # type: ignore[attr-defined]
+    Tensor.device.__get__: lambda tensor: _CUDA if _is_stand_in(tensor) else tensor.device,  # type: ignore[attr-defined]
 }
 """Tensor method or attribute → its result for a target."""
 
@@ -115,6 +127,24 @@ def _names_gpu(value: Any) -> bool:
 
 def _is_gpu_argument(name: str, value: Any) -> bool:
     return _names_gpu(value) or (name == "device" and type(value) is int)
+
+
+def _is_stand_in(tensor: Tensor) -> bool:
+    """Whether a tensor is a stand-in, or wraps one."""
+    if isinstance(tensor, FakeTensor) or type(tensor) in PLAIN:
+        return isinstance(tensor, FakeTensor)
+    return is_traceable_wrapper_subclass(tensor) and any(isinstance(part, FakeTensor) for part in parts_of(tensor))
+
+
+def _wrapper_maker(original: Callable[..., Tensor]) -> staticmethod[..., Tensor]:
+    """Give a wrapper the device of the stand-ins that it holds: its class is a target's code, which sees a GPU."""
+
+    def make(*args: Any, **kwargs: Any) -> Tensor:
+        if "device" in kwargs and _is_gpu_argument("device", kwargs["device"]):
+            kwargs["device"] = _CPU
+        return original(*args, **kwargs)
+
+    return staticmethod(make)
 
 
 def _device_property(original: Any) -> property:

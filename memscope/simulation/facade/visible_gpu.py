@@ -30,11 +30,13 @@ class VisibleGpu:
     Attributes:
         seen: the allocations recorded so far; None until the recorder exists.
         cache_emptied: the number of events recorded before each call of `torch.cuda.empty_cache()`.
+        notes: texts for the trace, about calls that a simulation answers without following them.
     """
 
     def __init__(self, device: Device, settings: AllocatorSettings) -> None:
         self.seen: Allocations | None = None
         self.cache_emptied: list[int] = []
+        self.notes: list[str] = []
         self._device, self._settings = device, settings
         self._scopes = contextlib.ExitStack()
 
@@ -48,7 +50,7 @@ class VisibleGpu:
             ):
                 for name in found.keys() & vars(owner).keys():
                     scopes.enter_context(replaced(owner, name, _for_targets(found[name], getattr(owner, name))))
-            scopes.enter_context(tensors_say_cuda())
+            scopes.enter_context(tensors_say_cuda(self._record_stream))
             self._scopes = scopes.pop_all()
         return self
 
@@ -104,6 +106,9 @@ class VisibleGpu:
     def _empty_cache(self) -> None:
         self.cache_emptied.append(self._events())
 
+    def _record_stream(self) -> None:
+        self.notes.append(_RECORD_STREAM)
+
     def _events(self) -> int:
         if self.seen is None:
             return 0
@@ -131,6 +136,10 @@ _NOTHING_TO_DO = (
     "set_device", "set_rng_state", "synchronize",
 )  # fmt: skip
 _STREAMS = "everything is simulated on one stream"
+_RECORD_STREAM = (
+    f"record_stream was called, but {_STREAMS}: memory is freed when its tensor dies. On a GPU, another stream may "
+    "still use it, and reserved memory is then higher"
+)
 _MEASURED = "no GPU runs whose state could be read"
 _TOTALS = "use torch.cuda.memory_allocated() or memory_reserved(), or read the trace afterwards"
 _REFUSED = {

@@ -1,0 +1,185 @@
+"""The births and deaths of storages, and what is known about each.
+
+What is followed is *storages*, not tensors: views and in-place results share a storage, a resize replaces its memory.
+All references are weak, so following a storage does not prolong its lifetime.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._guards import active_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
+
+from memscope.hooks.allocations import UNKNOWN, Allocations, Birth
+from memscope.hooks.moments import Moments
+from memscope.hooks.parts import PLAIN, parts_of
+from memscope.hooks.position import Position
+from memscope.trace import CATEGORIES, PHASES, Category
+
+__all__ = ["Lifetimes"]
+
+_CODES = {category: code for code, category in enumerate(CATEGORIES)}
+_PARAMETER = _CODES["parameter"]
+_OUTSIDE = PHASES.index("outside")
+
+
+class _StorageRef(weakref.ref[torch.UntypedStorage]):
+    """A weak reference that remembers its storage's key after the storage is gone."""
+
+    __slots__ = ("key",)
+    key: int
+
+
+class Lifetimes:
+    """Follows storages from the first time they are seen until they die."""
+
+    def __init__(self, seen: Allocations, position: Position, moments: Moments | None) -> None:
+        """Follow nothing yet. `seen` receives the allocations; with `moments`, storages on a GPU alone are followed."""
+        self._seen, self._position, self._moments = seen, position, moments
+        # By the storage's key: the index of its allocation, its size now, and the reference that reports its death.
+        self._live: dict[int, tuple[int, int, _StorageRef]] = {}
+        self._on_death = self._die
+        self._hidden: dict[int, _StorageRef] = {}
+        self._unread: set[int] = set()
+        self._fake_mode: Any = None
+
+    def begin(self) -> None:
+        """Begin to follow. Of fake tensors, those of the active mode stand for memory, as in a simulation."""
+        self._fake_mode = active_fake_mode()
+
+    def end(self) -> None:
+        """Follow nothing any more."""
+        self._live.clear()
+        self._hidden.clear()
+
+    # Storages as operators return them.
+
+    def see(self, tensor: Tensor, op: int, category: int) -> None:
+        """Look at a result of an operator: its storage is new, resized, or known."""
+        if type(tensor) not in PLAIN or tensor.layout is not torch.strided:
+            parts = parts_of(tensor)
+            if len(parts) != 1 or parts[0] is not tensor:
+                for part in parts:
+                    self.see(part, op, category)
+                return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        live = self._live.get(key)
+        if live is None:
+            if key not in self._hidden:
+                self._bear(tensor, storage, key, op, category)
+        elif live[1] != storage.nbytes():
+            self.resized(storage, op)
+
+    def _bear(self, tensor: Tensor, storage: torch.UntypedStorage, key: int, op: int, category: int) -> None:
+        size = storage.nbytes()
+        if size == 0 or not self._has_memory(tensor):
+            return
+        ref = _StorageRef(storage, self._on_death)
+        ref.key = key
+        self._live[key] = (self.enter(size, op, category, storage), size, ref)
+        if category == UNKNOWN and self._position.phase == _OUTSIDE and not self._position.is_recorded:
+            self._unread.add(key)
+
+    def _has_memory(self, tensor: Tensor) -> bool:
+        """Whether a tensor takes memory that is followed: not one on the meta device, or of another's fake mode."""
+        if isinstance(tensor, FakeTensor):
+            return tensor.fake_mode is self._fake_mode and tensor.fake_device.type != "meta"
+        return not tensor.is_meta if self._moments is None else tensor.is_cuda
+
+    def enter(self, size_bytes: int, op: int, category: int, storage: torch.UntypedStorage | None = None) -> int:
+        """Record an allocation, of a storage or of a kernel's workspace; returns its index."""
+        seen, here = self._seen, self._position
+        index = len(seen.births)
+        seen.births.append(Birth(size_bytes, here.module, op, here.phase, here.step, here.micro_batch, seen.clock))
+        seen.category.append(category)
+        seen.freed.append(-1)
+        if self._moments is not None and storage is not None:
+            self._moments.born(storage.data_ptr())
+        seen.clock += 1
+        if category == UNKNOWN and here.serves_backward:
+            seen.pending.append(index)
+        return index
+
+    def _die(self, ref: weakref.ref[torch.UntypedStorage]) -> None:
+        key = ref.key  # type: ignore[attr-defined]
+        index, _, _ = self._live.pop(key)
+        self._unread.discard(key)
+        self._seen.free(index)
+
+    def resized(self, storage: torch.UntypedStorage, op: int) -> None:
+        """Record a resize, if the storage is followed: new memory is allocated before the old memory is freed."""
+        key = storage._cdata
+        if key in self._live:
+            old, _, ref = self._live[key]
+            size = storage.nbytes()
+            new = self.enter(size, op, self._seen.category[old], storage) if size else old
+            self._live[key] = (new, size, ref)
+            self._seen.free(old)
+
+    # Knowledge about tensors.
+
+    def own(self, tensor: Tensor, category: Category, *, module: int | None = None) -> None:
+        """Set the category and module of a tensor's storages; a storage not seen before is born now.
+
+        Raises:
+            UsageError: the tensor wraps others that cannot be found.
+        """
+        code = _CODES[category]
+        for part in parts_of(tensor):
+            storage = part.untyped_storage()
+            key = storage._cdata
+            self._unread.discard(key)
+            if key in self._live:
+                index = self._live[key][0]
+                self._seen.category[index] = code
+                birth = self._seen.births[index]
+                if module is not None and birth.module != module:
+                    self._seen.births[index] = birth._replace(module=module)
+            elif key not in self._hidden:
+                at_work, self._position.module = self._position.module, module or 0
+                self._bear(part, storage, key, 0, code)
+                self._position.module = at_work
+
+    def own_inputs(self, values: Sequence[Any]) -> None:
+        """Categorize as `input` what the forward pass or loss reads, if made outside them or before the recording."""
+        live, unread = self._live, self._unread
+        for value in values:
+            if isinstance(value, Tensor):
+                if value.layout is torch.strided:
+                    key = value.untyped_storage()._cdata
+                    if key not in live or key in unread:
+                        self.own(value, "input")
+            elif isinstance(value, (list, tuple)):
+                self.own_inputs(value)
+
+    def indices_of(self, tensor: Tensor) -> list[int]:
+        """Indices of the allocations that hold a tensor now, as far as they are followed."""
+        keys = (part.untyped_storage()._cdata for part in parts_of(tensor))
+        return [self._live[key][0] for key in keys if key in self._live]
+
+    def is_parameter(self, tensor: Tensor) -> bool:
+        """Whether a plain tensor's storage is a weight."""
+        live = self._live.get(tensor.untyped_storage()._cdata)
+        return live is not None and self._seen.category[live[0]] == _PARAMETER
+
+    def hide(self, tensor: Tensor) -> None:
+        """Ignore a tensor that is on the host, unless its storage is already tracked."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._live:
+            ref = _StorageRef(storage, self._forget)
+            ref.key = key
+            self._hidden[key] = ref
+
+    def _forget(self, ref: weakref.ref[torch.UntypedStorage]) -> None:
+        self._hidden.pop(ref.key, None)  # type: ignore[attr-defined]
+
+    def is_hidden(self, tensor: Tensor) -> bool:
+        """Whether a tensor is on the host."""
+        return tensor.layout is torch.strided and tensor.untyped_storage()._cdata in self._hidden
