@@ -22,6 +22,8 @@ from memscope.simulation.cuda.workspace_call import KernelSettings, describe
 from memscope.simulation.cuda.workspaces import OPERATORS, workspaces_for
 from memscope.simulation.devices.catalogue import Device
 from memscope.trace import CATEGORIES, PHASES, Trace
+from memscope.trace.notes import add_note
+from memscope.units import format_bytes
 
 __all__ = ["SMALL_SEGMENT_BYTES", "KernelWorkspaces", "least_reserved", "on_device"]
 
@@ -84,7 +86,28 @@ def on_device(trace: Trace, device: Device, settings: AllocatorSettings, cache_e
         "peak_reserved": given.peak_reserved,
         "out_of_memory": _described(trace, capped, capped.oom) if capped.oom else None,
     }
+    if not capped.oom and settings.garbage_collection_threshold is None:
+        _note_retries(meta, trace, capped, cache_emptied)
     return dataclasses.replace(trace, size=given.block_sizes, reserved=given.reserved, meta=meta)
+
+
+def _note_retries(meta: dict[str, Any], trace: Trace, run: Replay, cache_emptied: Sequence[int]) -> None:
+    """Note that the allocator ran out of memory, released cached segments and succeeded at the second attempt."""
+    released: dict[int, int] = {}
+    for change in run.segment_events:
+        if change.change_bytes < 0 and change.event not in cache_emptied:
+            released[change.event] = released.get(change.event, 0) - change.change_bytes
+    if not released:
+        return
+    event, size_bytes = next(iter(released.items()))
+    index = int(np.flatnonzero(trace.born == event)[0])  # only an allocation makes the allocator release memory
+    times = f", and {len(released) - 1} times more" if len(released) > 1 else ""
+    add_note(
+        meta,
+        f"the device was full in step {trace.step[index]}, {PHASES[int(trace.phase[index])]}{times}: the allocator "
+        f"released {format_bytes(size_bytes)} of its cache and went on, as PyTorch's does (num_alloc_retries). "
+        "This takes time, and a small change may make the run fail",
+    )
 
 
 def _values(settings: AllocatorSettings) -> dict[str, Any]:

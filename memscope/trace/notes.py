@@ -9,6 +9,6 @@ __all__ = ["add_note"]
 
 def add_note(meta: dict[str, Any], text: str) -> None:
     """Append a note to a trace's metadata, once."""
-    notes = meta.setdefault("notes", [])
+    notes = meta.get("notes", [])
     if text not in notes:
-        notes.append(text)
+        meta["notes"] = [*notes, text]

@@ -98,3 +98,4 @@ def test_only_the_full_batch_of_8_runs_out_of_memory_once_and_goes_on(traces):
     released = [name for name in OURS if gives_back(traces[name])]
     assert released == ["fms-a100_80gb-10"]
     assert traces[released[0]].meta["out_of_memory"] is None
+    assert "the device was full in step 1, forward" in traces[released[0]].meta["notes"][0]

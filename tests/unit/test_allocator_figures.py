@@ -49,7 +49,7 @@ def curve(figure: go.Figure, name: str) -> Any:
     return found
 
 
-def test_what_nobody_asked_for_is_told_apart() -> None:
+def test_bytes_that_no_tensor_requested_are_shown_apart() -> None:
     # At the peak, the last event: 12 + 30 MiB and 1,024 B of the 20 + 30 + 2 MiB reserved. All that is free shares its
     # segment with something alive. The block freed between two others has 6 MiB, the end of its segment 2 MiB.
     view = look(run())
@@ -59,7 +59,7 @@ def test_what_nobody_asked_for_is_told_apart() -> None:
     assert (view.unreleasable[-1], view.largest_free[-1]) == (10 * MIB - 1024, 6 * MIB)
 
 
-def test_a_segment_that_nobody_uses_can_be_given_back() -> None:
+def test_a_segment_without_allocated_blocks_counts_as_releasable() -> None:
     built = TraceBuilder()
     built.phase("forward", 0)
     built.new("parameter", 20 * MIB)
@@ -76,7 +76,7 @@ def test_fragmentation_is_drawn_in_mib() -> None:
     assert curve(figure, "largest free block").y[-1] == 6
 
 
-def test_a_segment_is_drawn_as_its_blocks_in_order_of_address() -> None:
+def test_a_segment_is_drawn_as_its_blocks_by_address() -> None:
     figure = segments(run())
     # The one with most that cannot be given back comes first: 6 MiB used, 6 free, 6 used, 2 free.
     assert figure.layout.yaxis.ticktext[0] == "20.0 MiB, 8.00 MiB free"
@@ -97,7 +97,7 @@ def test_full_segments_are_not_drawn() -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(trace=random_traces(), chosen=st.sampled_from([DEFAULT, EXPANDABLE]))
-def test_the_view_is_that_of_the_replay_at_every_event(trace: Trace, chosen: AllocatorSettings) -> None:
+def test_the_view_equals_the_replay_at_every_event(trace: Trace, chosen: AllocatorSettings) -> None:
     assume(trace.events)
     given_blocks = on_device(trace, gpu(), chosen)
     view = allocator_view(given_blocks, range(trace.events))
@@ -116,7 +116,7 @@ def test_the_view_is_that_of_the_replay_at_every_event(trace: Trace, chosen: All
     assert dict(view.peak.owners) == owned
 
 
-def test_the_replay_is_that_of_a_device_that_is_nearly_full() -> None:
+def test_a_nearly_full_device_releases_its_cache_with_a_note() -> None:
     # 30 MiB are cached when 34 are asked for. Of 60 the first are given back; an unlimited device would hold 64.
     built = TraceBuilder()
     built.phase("forward", 0)
@@ -128,9 +128,11 @@ def test_the_replay_is_that_of_a_device_that_is_nearly_full() -> None:
     assert (view.reserved[-1], view.unknown) == (34 * MIB, "")
     assert view.peak is not None
     assert [segment.size_bytes for segment in view.peak.snapshot.segments] == [34 * MIB]
+    (note,) = trace.meta["notes"]
+    assert note.startswith("the device was full in step 0, forward: the allocator released 30.0 MiB of its cache")
 
 
-def test_a_run_that_does_not_fit_is_shown_as_if_it_did() -> None:
+def test_a_run_that_does_not_fit_is_shown_without_a_limit() -> None:
     built = TraceBuilder()
     built.phase("forward", 0)
     built.new("parameter", 40 * MIB)
@@ -147,7 +149,7 @@ def measured() -> Trace:
     return dataclasses.replace(trace, meta={"device": {"name": "A100", "simulated": False}})
 
 
-def test_of_a_measured_run_the_sums_are_known_and_the_segments_not() -> None:
+def test_a_measured_run_shows_sums_without_segments() -> None:
     view = look(measured())
     assert view is not None
     assert (view.peak, view.unreleasable, view.cached[-1]) == (None, None, 10 * MIB - 1024)
@@ -157,7 +159,7 @@ def test_of_a_measured_run_the_sums_are_known_and_the_segments_not() -> None:
         segments(measured())
 
 
-def test_a_simulated_run_that_does_not_say_how_its_allocator_was_set_is_not_called_measured() -> None:
+def test_a_simulated_run_without_allocator_settings_is_not_called_measured() -> None:
     trace = run()
     for meta, reason in (
         ({"device": {"name": "gpu", "simulated": True}}, "has no allocator settings"),
@@ -168,14 +170,14 @@ def test_a_simulated_run_that_does_not_say_how_its_allocator_was_set_is_not_call
         assert reason in view.unknown
 
 
-def test_a_trace_whose_reserved_memory_is_not_that_of_its_settings_shows_no_segments() -> None:
+def test_reserved_memory_that_contradicts_the_settings_shows_no_segments() -> None:
     trace = dataclasses.replace(run(), reserved=run().reserved + 2 * MIB)
     view = look(trace)
     assert view is not None
     assert view.unknown == "a replay reserves other memory than this trace, so its segments are not known"
 
 
-def test_a_run_on_the_cpu_has_no_allocator_to_look_at() -> None:
+def test_a_run_on_the_cpu_has_no_allocator_view() -> None:
     trace = dataclasses.replace(run(), reserved=np.zeros(0, dtype=np.int64))
     assert look(trace) is None
     with pytest.raises(UsageError, match="had no allocator"):
