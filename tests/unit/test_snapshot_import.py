@@ -244,7 +244,7 @@ DAMAGED = {
     "entry without address": (damaged(device_traces=[[{"action": "alloc", "size": 1}]]), "has no addr"),
     "size that is no number": (damaged(device_traces=[[entry("alloc", BASE, "1")]]), "size of entry 0"),
     "size below zero": (damaged(device_traces=[[entry("alloc", BASE, -1)]]), "is not a number of bytes"),
-    "address past 64 bits": (damaged(device_traces=[[entry("alloc", 2**70, 1)]]), "addr of entry 0"),
+    "address past 64 bits": (damaged(device_traces=[[entry("alloc", 2**63, 1)]]), "addr of entry 0"),
     "truth for a size": (damaged(device_traces=[[entry("alloc", BASE, True)]]), "size of entry 0"),
     "stack that is no list": (damaged(device_traces=[[{**entry("alloc", BASE, 1), "frames": {}}]]), "is not a list"),
     "frame that is no dict": (
