@@ -267,6 +267,29 @@ DAMAGED = {
         damaged(allocator_settings={"roundup_power2_divisions": "none", "max_split_size": "none"}),
         "allocator_settings",
     ),
+    "time that is infinite": (
+        damaged(device_traces=[[entry("alloc", BASE, 512, time_us=float("inf"))]]),
+        "time_us of entry 0 of device_traces is inf: expected a whole number",
+    ),
+    "annotation at no time": (
+        damaged(external_annotations=[{"name": "x", "stage": "START", "device": 0, "time_us": float("nan")}]),
+        "time_us of annotation 0 is nan: expected a whole number",
+    ),
+    "annotation in the list of actions at an infinite time": (
+        {
+            "segments": [],
+            "device_traces": [[entry("user_defined", 0, 0, frame("START", "x"), time_us=-float("inf"))]],
+        },
+        "time_us of entry 0 of device_traces is -inf: expected a whole number",
+    ),
+    "segment listed twice": (
+        damaged(segments=[segment(block(2 * MIB))] * 2),
+        f"segments 0 and 1 are both at address {BASE:#x} of GPU 0",
+    ),
+    "segments that overlap": (
+        damaged(segments=[segment(block(MIB), address=BASE + MIB), segment(block(2 * MIB))]),
+        f"segments 1 and 0 of GPU 0 overlap at address {BASE + MIB:#x}",
+    ),
     "annotations that are none": (damaged(external_annotations=7), "external_annotations is not a list"),
 }
 
