@@ -11,12 +11,16 @@ from typing import Any
 from memscope.analysis.grid import Grid
 from memscope.cli.grid_document import grid_of
 from memscope.errors import UsageError
+from memscope.trace import read_whole
 
 __all__ = ["GivenFiles", "GivenGrid", "files_by_kind"]
 
 _EXPECTED = (
     "expected a trace, a checkpoint plan of memscope advise, or Table 2, the output of memscope profile --grid … --json"
 )
+
+
+_MOST_BYTES = 2**24
 
 
 @dataclass(frozen=True)
@@ -68,10 +72,9 @@ def _json_of(path: Path) -> Any:
     try:
         with open(path, "rb") as opened:
             beginning = opened.read(64).lstrip()
-            if not (path.suffix.lower() == ".json" or beginning[:1] in (b"{", b"[")):
-                return None
-            opened.seek(0)
-            return json.loads(opened.read())
+        if not (path.suffix.lower() == ".json" or beginning[:1] in (b"{", b"[")):
+            return None
+        return json.loads(read_whole(path, _MOST_BYTES))
     except OSError:
         return None  # loading the trace reports why
     except (ValueError, RecursionError) as error:

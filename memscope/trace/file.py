@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from memscope.errors import TraceFileError, excerpt
+from memscope.errors import TraceFileError, UsageError, excerpt
 from memscope.trace.columns import Ints
 from memscope.units import format_bytes
 
-__all__ = ["SCHEMA_VERSION", "is_within", "read_columns", "write_columns", "write_whole"]
+__all__ = ["SCHEMA_VERSION", "is_within", "read_columns", "read_whole", "write_columns", "write_whole"]
 
 SCHEMA_VERSION = 1
 _FORMAT = "memscope-trace"
@@ -188,6 +188,20 @@ def _narrow(column: Ints) -> npt.NDArray[Any]:
         if is_within(column, np.iinfo(dtype).min, np.iinfo(dtype).max):
             return column.astype(dtype)
     return column
+
+
+def read_whole(path: str | os.PathLike[str], most_bytes: int) -> bytes:
+    """Read a file of text.
+
+    Raises:
+        UsageError: the file has more bytes than any file of its kind.
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        data = file.read(most_bytes + 1)
+    if len(data) > most_bytes:
+        raise UsageError(f"{path}: has more than {format_bytes(most_bytes)}: expected a much smaller file")
+    return data
 
 
 def write_whole(path: Path, data: bytes) -> None:

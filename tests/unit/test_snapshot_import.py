@@ -302,6 +302,20 @@ def test_a_damaged_snapshot_is_refused_by_file_name(imported, tmp_path, name):
     assert str(tmp_path / "snapshot.pickle") in str(error.value)
 
 
+def test_stacks_whose_frames_share_lists_without_end_are_not_compared(imported):
+    def endless():
+        found = [1, 1]
+        for _ in range(60):
+            found = [found, found]
+        return found
+
+    # Equal, but not the same object: comparing them would compare 2^60 numbers.
+    shared, stacks = frame("f"), [{**frame("g"), "line": endless()} for _ in range(2)]
+    entries = [entry("alloc", BASE + n * 512, 512, shared, stacks[n]) for n in range(2)]
+    trace = imported(snapshot([segment(block(512), block(512))], entries))
+    assert trace.size.tolist() == [512, 512]
+
+
 # Metadata of the trace.
 
 
