@@ -14,8 +14,8 @@ from memscope.allocator.settings import AllocatorSettings
 from memscope.trace import CATEGORIES, Trace
 
 __all__ = [
-    "FORWARD", "GOLDEN", "MODULE_CALL", "Golden", "came_of", "categories", "dumped", "entry", "frame", "golden", "notes", "segments_at_end",
-    "snapshot",
+    "FORWARD", "GOLDEN", "MODULE_CALL", "Golden", "came_of", "categories", "dumped", "entry", "frame", "golden",
+    "notes", "segments_at_end", "snapshot",
 ]  # fmt: skip
 
 GOLDEN = [

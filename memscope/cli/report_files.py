@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +10,13 @@ from typing import Any
 from memscope.analysis.grid import Grid
 from memscope.cli.grid_document import grid_of
 from memscope.errors import UsageError
-from memscope.trace import read_whole
+from memscope.trace import read_json
 
 __all__ = ["GivenFiles", "GivenGrid", "files_by_kind"]
 
 _EXPECTED = (
     "expected a trace, a checkpoint plan of memscope advise, or Table 2, the output of memscope profile --grid … --json"
 )
-
-
-_MOST_BYTES = 2**24
 
 
 @dataclass(frozen=True)
@@ -74,7 +70,7 @@ def _json_of(path: Path) -> Any:
             beginning = opened.read(64).lstrip()
         if not (path.suffix.lower() == ".json" or beginning[:1] in (b"{", b"[")):
             return None
-        return json.loads(read_whole(path, _MOST_BYTES))
+        return read_json(path)
     except OSError:
         return None  # loading the trace reports why
     except (ValueError, RecursionError) as error:

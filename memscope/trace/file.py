@@ -21,12 +21,13 @@ from memscope.errors import TraceFileError, UsageError, excerpt
 from memscope.trace.columns import Ints
 from memscope.units import format_bytes
 
-__all__ = ["SCHEMA_VERSION", "is_within", "read_columns", "read_whole", "write_columns", "write_whole"]
+__all__ = ["SCHEMA_VERSION", "is_within", "read_columns", "read_json", "read_whole", "write_columns", "write_whole"]
 
 SCHEMA_VERSION = 1
 _FORMAT = "memscope-trace"
 _DAMAGED = "a damaged memscope trace"
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")
+_MOST_JSON = 2**24
 _BYTES_OF_ALLOCATION, _BASE_BYTES, _MOST_BYTES = 200, 64 * 2**20, 4 * 2**30
 """Bound on the unpacked bytes of a file: for each allocation, for the header and short columns, and in all. A trace has
 at most 96 bytes of columns for each allocation, and names and time estimates in the header."""
@@ -202,6 +203,18 @@ def read_whole(path: str | os.PathLike[str], most_bytes: int) -> bytes:
     if len(data) > most_bytes:
         raise UsageError(f"{path}: has more than {format_bytes(most_bytes)}: expected a much smaller file")
     return data
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Read a JSON file whose texts can be printed.
+
+    Raises:
+        UsageError: the file has more than 16 MiB.
+        OSError: it cannot be read.
+        ValueError: it is no JSON in UTF-8.
+        RecursionError: it is nested too deep.
+    """
+    return json.loads(_printable(read_whole(path, _MOST_JSON).decode()))
 
 
 def write_whole(path: Path, data: bytes) -> None:

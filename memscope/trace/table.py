@@ -295,6 +295,8 @@ def _damage_of_columns(trace: Trace) -> str:
             return f"its column {name} has a negative size"
         if name != "reserved" and float(column.sum(dtype=np.float64)) >= 2**63:
             return f"its column {name} has sizes that no device has"
+    if bool((trace.requested > trace.size).any()):
+        return "an allocation is smaller than its request"
     died = trace.freed >= 0
     ends = np.concatenate([trace.born, trace.freed[died]])
     in_order = bool((np.diff(trace.born) > 0).all()) and bool((trace.freed > trace.born)[died].all())

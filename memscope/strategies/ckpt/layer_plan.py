@@ -18,15 +18,13 @@ from torch import nn
 from memscope.errors import UsageError, excerpt
 from memscope.strategies import Problem
 from memscope.strategies.ckpt.options import Option, check_segments
-from memscope.trace import Count, mismatch, read_whole, write_whole
+from memscope.trace import Count, mismatch, read_json, write_whole
 from memscope.workload.description import Workload
 
 __all__ = ["SCHEMA_VERSION", "LayerPlan", "described", "made_for"]
 
 SCHEMA_VERSION = 1
 _FORMAT = "memscope-checkpoint-plan"
-_MOST_BYTES = 2**24
-"""Upper bound on the bytes of a file, which has about 60 for each layer."""
 _Model = TypedDict("_Model", {"class": str, "parameters": Count, "layers": list[str]}, total=False)
 
 
@@ -105,8 +103,7 @@ class LayerPlan:
             UsageError: when the file is missing, no plan, truncated, of a newer version, or has an unknown option.
         """
         try:
-            text = read_whole(path, _MOST_BYTES).decode()
-            content = json.loads(text)
+            content = read_json(path)
         except FileNotFoundError:
             raise UsageError(f"{path}: no such file") from None
         except OSError as error:
@@ -114,7 +111,8 @@ class LayerPlan:
         except UnicodeDecodeError:
             raise UsageError(f"{path}: not a checkpoint plan: {_EXPECTED}") from None
         except (ValueError, RecursionError) as error:
-            what = "a truncated or damaged checkpoint plan" if _FORMAT in text else "not a checkpoint plan"
+            begun = isinstance(error, json.JSONDecodeError) and _FORMAT in error.doc
+            what = "a truncated or damaged checkpoint plan" if begun else "not a checkpoint plan"
             raise UsageError(f"{path}: {what}: no JSON ({error}); {_EXPECTED}") from None
         try:
             return cls(*_parts(content))
