@@ -48,12 +48,12 @@ docs-update: setup ## Rewrite the marked blocks of the documents with today's ou
 bench: setup ## Compare memscope's speed and precision with other tools
 	$(BIN)/python -m pytest benchmarks
 
+fuzz: setup ## Read 100,000 changed files of every format in child processes, and tell what memscope does not withstand
+	$(BIN)/python scripts/run_fuzz.py
+
 # The Python with CUDA may be offline and have few packages: memscope is built with its setuptools where that is new enough,
 # and installed beside it, not into it.
 OWN_SETUPTOOLS := import setuptools as s; print("--no-build-isolation" * (int(s.__version__.split(".")[0]) >= 77))
-
-fuzz: setup ## Read 100,000 changed files of every format in child processes, and tell what memscope does not withstand
-	$(BIN)/python scripts/run_fuzz.py
 
 gpu: ## Measure on the GPU of this machine; GPU_PYTHON (default python3) needs PyTorch with CUDA
 	rm -rf build/gpu build/lib
