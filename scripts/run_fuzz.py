@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -47,7 +48,11 @@ def main() -> int:
         row = f"{name:10}{outcome.files:>9,}{outcome.refused:>9,}{outcome.slowest:>8.2f} s"
         print(f"{row}{outcome.most_bytes / 2**20:>6.0f} MiB{len(outcome.findings):>10}")
     files = sum(outcome.files for outcome in outcomes.values())
-    print(f"{files:,} files in {seconds:.0f} s, {60 * files / seconds:,.0f} a minute, {options.processes} processes")
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(
+        f"{files:,} files in {seconds:.0f} s, {60 * files / seconds:,.0f} a minute; {options.processes} processes, "
+        f"{used.ru_utime + used.ru_stime:.0f} s of CPU time"
+    )
     found = [finding for outcome in outcomes.values() for finding in outcome.findings]
     for finding in found:
         options.findings.mkdir(parents=True, exist_ok=True)
