@@ -203,6 +203,7 @@ CHANGED = {
     "reserved out of order": lambda data, _: data["memscope"].update(reserved=[[1, 5], [0, 5]]),
     "reserved beyond the end": lambda data, _: data["memscope"].update(reserved=[[10**6, 5]]),
     "reserved of lists without end": lambda data, _: data["memscope"].update(reserved=[[0, endless()]]),
+    "frames of lists without end": lambda _, entries: [f.update(line=endless()) for e in entries for f in e["frames"]],
     "sizes of lists without end": lambda _, entries: [e.update(size=endless()) for e in entries],
     "meta of another type": lambda data, _: data["memscope"].update(meta=7),
     "meta nested without end": lambda data, _: data["memscope"].update(meta="[" * 10**5),
