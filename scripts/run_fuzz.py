@@ -73,6 +73,12 @@ def import_all() -> None:
     import memscope.dashboards.grid_card
     import memscope.dashboards.page
     import memscope.dashboards.plan_page
+    import memscope.exchange.chrome_trace
+    import memscope.exchange.tables
+    import memscope.exchange.torch_reader
+    import memscope.exchange.torch_writer
+    import memscope.simulation.devices.catalogue
+    import memscope.strategies.ckpt.layer_plan
     import memscope.strategies.plugins
     import memscope.testing  # noqa: F401
 

@@ -302,6 +302,13 @@ def test_a_damaged_snapshot_is_refused_by_file_name(imported, tmp_path, name):
     assert str(tmp_path / "snapshot.pickle") in str(error.value)
 
 
+def test_a_history_that_reserves_the_same_memory_twice_is_told_from_the_segments(imported):
+    # A segment that exists at the end was returned and never reserved again: before the history, it was there twice.
+    history = [entry("segment_free", BASE, 2 * MIB), entry("alloc", BASE, 512), entry("segment_free", BASE, 2 * MIB)]
+    trace = imported(snapshot([segment(block(512), block(2 * MIB - 512, "inactive"))], history))
+    assert any("the history does not match the segments" in note for note in notes(trace))
+
+
 def test_stacks_whose_frames_share_lists_without_end_are_not_compared(imported):
     def endless():
         found = [1, 1]
