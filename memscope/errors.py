@@ -25,6 +25,7 @@ __all__ = [
     "TargetError",
     "TraceFileError",
     "UsageError",
+    "excerpt",
     "nearest",
     "where",
 ]
@@ -32,6 +33,7 @@ __all__ = [
 _OWN_FOLDER = str(Path(__file__).parent)
 _SHIPPED_TARGETS = str(Path(_OWN_FOLDER) / "targets")
 _MOST_NAMES = 3
+_MOST_CHARACTERS = 60
 
 
 class MemscopeError(Exception):
@@ -66,6 +68,25 @@ class OutOfDeviceMemory(MemscopeError):
     """The target ran out of device memory."""
 
     exit_code = 4
+
+
+def excerpt(value: object) -> str:
+    """A value as an error message shows it: as it is, or its first 60 characters and `…`, on one line."""
+    text = value if isinstance(value, str) else _shown(value)
+    first = text[: _MOST_CHARACTERS + 1]
+    if not first.isprintable():
+        first = first.encode("unicode_escape").decode()
+    return first if len(first) <= _MOST_CHARACTERS else f"{first[:_MOST_CHARACTERS]}…"
+
+
+def _shown(value: object) -> str:
+    """The `repr` of a value from a file; of a nested value, only the type and the length."""
+    if isinstance(value, int) and abs(value) >= 10**_MOST_CHARACTERS:
+        return "a number of more than 60 digits"
+    if isinstance(value, (dict, list, tuple)):
+        kind = "an object" if isinstance(value, dict) else "a list"
+        return f"{kind} of {len(value)}" if value else f"an empty {kind.split()[1]}"
+    return repr(value[: _MOST_CHARACTERS + 1] if isinstance(value, (str, bytes)) else value)
 
 
 def nearest(given: str, valid: Iterable[str]) -> str:

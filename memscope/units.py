@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from memscope.errors import UsageError
+from memscope.errors import UsageError, excerpt
 
 __all__ = [
     "at_least",
@@ -22,6 +22,12 @@ _BINARY = (("KiB", 2**10), ("MiB", 2**20), ("GiB", 2**30), ("TiB", 2**40))
 _FLOP = (("kFLOP", 10**3), ("MFLOP", 10**6), ("GFLOP", 10**9), ("TFLOP", 10**12), ("PFLOP", 10**15))
 _LEAST_BUDGET = 2**20
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([A-Za-z]*)\s*")
+_BITS = re.compile(r"[KMGT]i?b|[KMGTkmgt]i?[Bb]its?")
+"""Units of bits: `Gb`, `Gib`, `Gbit`. All in lower case, `gb` counts bytes, because people type sizes so."""
+_LONGEST = 64
+"""Characters of a size; more digits say nothing, and take time that grows with their square."""
+_MOST_BYTES = 2**62
+"""Upper bound on sizes, since a trace holds 64-bit integers and sums of them."""
 
 
 def format_bytes(size_bytes: int) -> str:
@@ -130,16 +136,24 @@ def parse_bytes(text: str) -> int:
     """Bytes of `40GB`, `37.3GiB`, `512`, `64 MiB`.
 
     Raises:
-        UsageError: when the number or its unit cannot be read, or the size is zero.
+        UsageError: when the number or its unit cannot be read, the unit counts bits (`40Gb`), or the size is zero or
+            more than 4 EiB.
     """
-    match = _SIZE.fullmatch(text)
+    match = _SIZE.fullmatch(text) if len(text) <= _LONGEST else None
     if match is None:
-        raise UsageError(f'"{text}" is not a size: expected a positive number with a unit, for example 40GB or 37.3GiB')
+        raise UsageError(
+            f'"{excerpt(text)}" is not a size: expected a positive number with a unit, for example 40GB or 37.3GiB'
+        )
     number, unit = match.groups()
+    if _BITS.fullmatch(unit):
+        instead = f"{number}{unit[0].upper()}{'i' if unit[1] == 'i' else ''}B"
+        raise UsageError(f'"{text}" is in bits: expected bytes, with a capital B, as in {instead}')
     scale = _SCALE.get(unit.upper() or "B")
     if scale is None:
         raise UsageError(f'"{text}" has an unknown unit "{unit}": expected B, KB, MB, GB, TB, KiB, MiB, GiB or TiB')
     size_bytes = round(Fraction(number) * scale)
     if size_bytes == 0:
         raise UsageError(f'"{text}" is zero bytes: expected a positive size, for example 40GB')
+    if size_bytes >= _MOST_BYTES:
+        raise UsageError(f'"{text}" is 4 EiB or more: expected the size of a memory, for example 40GB')
     return size_bytes

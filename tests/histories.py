@@ -93,9 +93,8 @@ class Script:
         self, *, ran_out: bool = False, after: list[dict[str, Any]] | None = None, limit: int | None = None
     ) -> Trace:
         history = Recording(self._before, self.entries, after or [], self._settings, 80 * 2**30, limit)
-        return joined(
-            history, self.moments, self.seen, modules=self.modules, ops=self.ops, meta={"target": "t"}, ran_out=ran_out
-        )
+        meta = {"target": "t", "device": {"name": "cuda", "simulated": False}}
+        return joined(history, self.moments, self.seen, modules=self.modules, ops=self.ops, meta=meta, ran_out=ran_out)
 
 
 def _index(names: list[str], name: str) -> int:

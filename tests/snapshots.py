@@ -14,8 +14,8 @@ from memscope.allocator.settings import AllocatorSettings
 from memscope.trace import CATEGORIES, Trace
 
 __all__ = [
-    "GOLDEN", "Golden", "came_of", "categories", "dumped", "entry", "frame", "golden", "notes", "segments_at_end",
-    "snapshot",
+    "FORWARD", "GOLDEN", "MODULE_CALL", "Golden", "came_of", "categories", "dumped", "entry", "frame", "golden",
+    "notes", "segments_at_end", "snapshot",
 ]  # fmt: skip
 
 GOLDEN = [
@@ -28,6 +28,11 @@ Entry = dict[str, Any]
 
 def frame(name: str, filename: str = "train.py", line: int = 1) -> Entry:
     return {"name": name, "filename": filename, "line": line}
+
+
+MODULE_CALL = frame("_call_impl", "/x/torch/nn/modules/module.py", 1751)
+FORWARD = (frame("forward", "/m/model.py", 12), MODULE_CALL, frame("<module>", "/m/train.py", 40))
+"""The stack of an allocation in a forward pass, innermost frame first."""
 
 
 def entry(action: str, address: int, size: int, *frames: Entry, **more: Any) -> Entry:

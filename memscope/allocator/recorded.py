@@ -187,6 +187,8 @@ class Memory:
         return self._starts[at]
 
     def _add(self, start: int, end: int, grows: bool) -> None:
+        if start in self._ends:
+            raise _contradiction(f"it reserves the memory at {start:#x} twice")
         insort(self._starts, start)
         self._ends[start], self._grows[start] = end, grows
 

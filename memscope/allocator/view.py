@@ -15,6 +15,7 @@ from memscope.allocator.caching import CachingAllocator
 from memscope.allocator.replay import follow
 from memscope.allocator.report import AllocationFailed, HeldSegments
 from memscope.allocator.settings import AllocatorSettings
+from memscope.errors import UsageError
 from memscope.trace import Ints, Trace
 
 __all__ = ["AllocatorView", "Segments", "allocator_view"]
@@ -78,7 +79,9 @@ def allocator_view(trace: Trace, events: Iterable[int] | None = None) -> Allocat
         return AllocatorView(*sums, *_replayed(trace, at))
     except (_OtherMemory, AllocationFailed):
         reason = "a replay reserves other memory than this trace, so its segments are not known"
-        return AllocatorView(*sums, None, None, None, reason)
+    except UsageError as error:
+        reason = f"{error}: its segments are not known"
+    return AllocatorView(*sums, None, None, None, reason)
 
 
 def _why_unknown(trace: Trace) -> str:
@@ -121,8 +124,11 @@ def _replayed(trace: Trace, at: Ints) -> tuple[Ints, Ints, Segments]:
 def _allocator(trace: Trace) -> CachingAllocator:
     """The run's allocator; without a limit if the run ran out of memory, because the simulation then continues."""
     meta = trace.meta
-    given = dict(meta["allocator"]["settings"])
-    settings = AllocatorSettings(**given | {"roundup_power2_divisions": tuple(given["roundup_power2_divisions"])})
+    known = AllocatorSettings.__dataclass_fields__  # a later memscope may know more
+    given = {name: value for name, value in meta["allocator"]["settings"].items() if name in known}
+    if "roundup_power2_divisions" in given:
+        given["roundup_power2_divisions"] = tuple(given["roundup_power2_divisions"])
+    settings = AllocatorSettings(**given)
     if meta["capacity"] is None or meta["out_of_memory"]:
         return CachingAllocator(settings)
     return CachingAllocator(settings, meta["capacity"] - meta["context"], device_bytes=meta["capacity"])

@@ -9,7 +9,7 @@ from fractions import Fraction
 
 from memscope.analysis.cost import step_seconds
 from memscope.analysis.ledger import ledger
-from memscope.errors import UsageError, nearest
+from memscope.errors import UsageError, excerpt, nearest
 from memscope.trace import CATEGORIES, Trace
 from memscope.units import format_bytes, format_given, format_seconds, parse_bytes
 
@@ -19,8 +19,9 @@ KEYS: tuple[str, ...] = ("peak", "reserved", "device", *CATEGORIES, "step_time")
 """Quantities that can be limited. `peak`: peak allocated bytes. `reserved`: peak reserved bytes. `device`: memory as
 counted by the driver. A category: its peak bytes. `step_time`: seconds of the last step."""
 _SECONDS = {"ms": Fraction(1, 1000), "s": Fraction(1)}
-_DURATION = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*(ms|s)\s*")
-_PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*%\s*")
+_NUMBER = r"\s*(\d{1,12}(?:\.\d{1,12})?|\.\d{1,12})\s*"
+_DURATION = re.compile(rf"{_NUMBER}(ms|s)\s*")
+_PERCENT = re.compile(rf"{_NUMBER}%\s*")
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,11 @@ class TraceLimit:
         key, colon, limit = (part.strip() for part in text.partition(":"))
         if not colon or not limit:
             raise UsageError(
-                f'"{text}" is not a limit: expected KEY:LIMIT, for example peak:40GB, peak:+5% or peak:+500MiB'
+                f'"{excerpt(text)}" is not a limit: expected KEY:LIMIT, for example peak:40GB, peak:+5% or peak:+500MiB'
             )
         name = key.replace(" ", "_").replace("-", "_")
         if name not in KEYS:
-            raise UsageError(f'cannot limit "{key}": {nearest(name, KEYS)}')
+            raise UsageError(f'cannot limit "{excerpt(key)}": {nearest(name, KEYS)}')
         relative, amount = limit.startswith("+"), limit.removeprefix("+")
         percent = _PERCENT.fullmatch(amount)
         if percent and relative:
@@ -68,17 +69,21 @@ class TraceLimit:
 
 
 def _amount(key: str, amount: str, text: str) -> Fraction:
+    whole, amount = excerpt(text), amount.strip()
     if key == "step_time":
         duration = _DURATION.fullmatch(amount)
         if duration is None:
-            raise UsageError(f'limit "{text}": expected seconds, for example {key}:2.5s, {key}:800ms or {key}:+5%')
+            raise UsageError(f'limit "{whole}": expected seconds, for example {key}:2.5s, {key}:800ms or {key}:+5%')
         return Fraction(duration[1]) * _SECONDS[duration[2]]
-    if amount.strip().replace(".", "").isdigit():
-        raise UsageError(f'limit "{text}" has no unit: write {key}:{amount}GB (or B, MiB, GiB), or a growth, {key}:+5%')
     try:
-        return Fraction(parse_bytes(amount))
+        size_bytes = parse_bytes(amount)
     except UsageError as error:
-        raise UsageError(f'limit "{text}": {error}; or a growth such as {key}:+5%') from None
+        raise UsageError(f'limit "{whole}": {error}; or a growth such as {key}:+5%') from None
+    if amount.replace(".", "").isdigit():
+        raise UsageError(
+            f'limit "{whole}" has no unit: write {key}:{amount}GB (or B, MiB, GiB), or a growth, {key}:+5%'
+        )
+    return Fraction(size_bytes)
 
 
 @dataclass(frozen=True)

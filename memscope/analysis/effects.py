@@ -165,9 +165,9 @@ def _arrow(before: int, after: int, least: int) -> Arrow:
 
 
 def _in_steady_step(trace: Trace, name: str) -> Any:
-    """The steady step's entry of a list in `meta` that has one entry per step; None if the run has no such list."""
-    values = trace.meta.get(name)
-    return values[steady_step(trace)] if values else None
+    """The steady step's entry of a list in `meta` with one entry per complete step; None if there is none."""
+    values, step = trace.meta.get(name) or (), steady_step(trace)
+    return values[step] if step < len(values) else None
 
 
 def _curve(trace: Trace, *categories: Category) -> Ints:

@@ -81,7 +81,7 @@ def ledger(trace: Trace) -> Ledger | None:
     if "driver" in trace.meta:
         seen, note = _seen_by_driver(trace, reserved)
         return Ledger((*lines, *seen), note)
-    context = int(trace.meta["context"])
+    context = int(trace.meta.get("context", 0))
     if not context:  # `gpu` is not a specific device
         return Ledger(tuple(lines), "the driver's memory beyond reserved memory is not known for this device")
     lines.append(Line("device", context, reserved + context, "nvidia-smi, of this process", estimate=True))

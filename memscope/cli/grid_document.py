@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from memscope.analysis.grid import Cell, Grid
-from memscope.errors import UsageError
+from memscope.errors import UsageError, excerpt
+from memscope.trace import Count, Seconds, SizeBytes, mismatch
 
 __all__ = ["grid_document", "grid_of"]
 
 _SCHEMA_VERSION = 1
+_EXPECTED = "expected the output of memscope profile --grid … --json"
 
 
 def grid_document(
@@ -44,6 +45,37 @@ def grid_document(
     }
 
 
+class _Device(TypedDict):
+    name: str
+    simulated: bool
+
+
+class _Peak(TypedDict):
+    allocated: SizeBytes | None
+    reserved: SizeBytes | None
+
+
+class _Cell(TypedDict):
+    applied: dict[str, bool]
+    fits: bool
+    peak: _Peak
+    seconds: Seconds | None
+    estimated_seconds: Seconds | None
+
+
+class _Document(TypedDict):
+    schema_version: Count
+    target: str
+    device: _Device
+    memory_limit: SizeBytes | None
+    can_be_reserved: SizeBytes | None
+    factors: list[str]
+    samples: Count
+    samples_per_step: Count | None
+    table2: list[_Cell]
+    notes: list[str]
+
+
 def grid_of(document: Mapping[str, Any]) -> tuple[Grid, list[str]]:
     """Table 2 of a document, and its notes.
 
@@ -51,45 +83,43 @@ def grid_of(document: Mapping[str, Any]) -> tuple[Grid, list[str]]:
         UsageError: when a newer memscope wrote it, or a value is missing or has a wrong type.
     """
     version = document.get("schema_version")
-    if isinstance(version, int) and version > _SCHEMA_VERSION:
+    if type(version) is int and version > _SCHEMA_VERSION:
         raise UsageError(
-            f"Table 2 written with schema {version}, this memscope reads up to {_SCHEMA_VERSION}: upgrade memscope"
+            f"Table 2 written with schema {excerpt(version)}, this memscope reads up to {_SCHEMA_VERSION}: upgrade "
+            "memscope"
         )
-    try:
-        factors = tuple(map(str, document["factors"]))
-        predicted = bool(document["device"]["simulated"])
-        grid = Grid(
-            target=str(document["target"]),
-            device=str(document["device"]["name"]),
-            predicted=predicted,
-            factors=factors,
-            cells=tuple(_cell(one, factors, predicted) for one in document["table2"]),
-            samples=operator.index(document["samples"]),
-            memory_bytes=_whole(document["memory_limit"]),
-            limit_bytes=_whole(document["can_be_reserved"]),
-            samples_per_step=_whole(document["samples_per_step"]),
-        )
-        notes = [str(note) for note in document["notes"]]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UsageError(
-            f"a damaged Table 2 ({type(error).__name__}: {error}): expected the output of memscope profile --grid … "
-            "--json"
-        ) from None
-    if not grid.cells:
-        raise UsageError("Table 2 has no combination: expected the output of memscope profile --grid … --json")
-    return grid, notes
+    damage = mismatch(document, _Document) or next(_without_factor(document), "")
+    if damage:
+        raise UsageError(f"a damaged Table 2: {damage}; {_EXPECTED}")
+    if not document["table2"]:
+        raise UsageError(f"Table 2 has no combination: {_EXPECTED}")
+    factors, predicted = tuple(document["factors"]), document["device"]["simulated"]
+    grid = Grid(
+        target=document["target"],
+        device=document["device"]["name"],
+        predicted=predicted,
+        factors=factors,
+        cells=tuple(_cell(one, factors, predicted) for one in document["table2"]),
+        samples=document["samples"],
+        memory_bytes=document["memory_limit"],
+        limit_bytes=document["can_be_reserved"],
+        samples_per_step=document["samples_per_step"],
+    )
+    return grid, list(document["notes"])
+
+
+def _without_factor(document: Mapping[str, Any]) -> Iterator[str]:
+    for place, cell in enumerate(document["table2"]):
+        for factor in document["factors"]:
+            if factor not in cell["applied"]:
+                yield f'table2[{place}].applied does not say whether "{excerpt(factor)}" is'
 
 
 def _cell(values: Mapping[str, Any], factors: Sequence[str], predicted: bool) -> Cell:
-    seconds = values["estimated_seconds" if predicted else "seconds"]
     return Cell(
-        applied=tuple(bool(values["applied"][factor]) for factor in factors),
-        fits=bool(values["fits"]),
-        allocated_bytes=_whole(values["peak"]["allocated"]),
-        reserved_bytes=_whole(values["peak"]["reserved"]),
-        seconds=None if seconds is None else float(seconds),
+        applied=tuple(values["applied"][factor] for factor in factors),
+        fits=values["fits"],
+        allocated_bytes=values["peak"]["allocated"],
+        reserved_bytes=values["peak"]["reserved"],
+        seconds=values["estimated_seconds" if predicted else "seconds"],
     )
-
-
-def _whole(value: Any) -> int | None:
-    return None if value is None else operator.index(value)

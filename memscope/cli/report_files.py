@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from memscope.analysis.grid import Grid
 from memscope.cli.grid_document import grid_of
 from memscope.errors import UsageError
+from memscope.trace import read_json
 
 __all__ = ["GivenFiles", "GivenGrid", "files_by_kind"]
 
@@ -68,10 +68,9 @@ def _json_of(path: Path) -> Any:
     try:
         with open(path, "rb") as opened:
             beginning = opened.read(64).lstrip()
-            if not (path.suffix.lower() == ".json" or beginning[:1] in (b"{", b"[")):
-                return None
-            opened.seek(0)
-            return json.loads(opened.read())
+        if not (path.suffix.lower() == ".json" or beginning[:1] in (b"{", b"[")):
+            return None
+        return read_json(path)
     except OSError:
         return None  # loading the trace reports why
     except (ValueError, RecursionError) as error:

@@ -16,7 +16,7 @@ import numpy as np
 from memscope.allocator.recorded import BLOCK_COLUMNS, Entry, Memory, RecordedBlocks, read_blocks
 from memscope.allocator.settings import SMALL_SIZE, AllocatorSettings
 from memscope.errors import MemscopeError, UsageError
-from memscope.exchange.layout import SAYING_NOTHING, Annotation, Frames, Snapshot, bytes_of, damaged
+from memscope.exchange.layout import SAYING_NOTHING, Annotation, Frames, Snapshot, bytes_of, damaged, whole
 from memscope.trace import Progress, columns_of, no_progress
 from memscope.units import format_bytes
 
@@ -130,16 +130,20 @@ def _settings(told: Mapping[str, Any]) -> tuple[AllocatorSettings, list[str]]:
     try:
         if "roundup_power2_divisions" not in told:
             return AllocatorSettings.parse(told.get("PYTORCH_CUDA_ALLOC_CONF", "")), []
-        limit_bytes, divisions = told["max_split_size"], tuple(told["roundup_power2_divisions"].values())
-        return AllocatorSettings(
-            expandable_segments=bool(told["expandable_segments"]),
-            max_split_size_bytes=limit_bytes if limit_bytes >= 0 else None,
-            roundup_power2_divisions=divisions,
-        ), []
+        match told:
+            case {
+                "max_split_size": int(limit_bytes),
+                "roundup_power2_divisions": dict(divisions),
+                "expandable_segments": bool(expandable),
+            } if all(type(count) is int for count in divisions.values()):
+                return AllocatorSettings(
+                    expandable_segments=expandable,
+                    max_split_size_bytes=limit_bytes if limit_bytes >= 0 else None,
+                    roundup_power2_divisions=tuple(divisions.values()),
+                ), []
     except UsageError as error:
         return AllocatorSettings(), [f"{error}; memscope assumes the default settings"]
-    except (AttributeError, KeyError, TypeError):
-        damaged("allocator_settings does not hold the allocator's settings")
+    damaged("allocator_settings does not hold the allocator's settings")
 
 
 def _lifetimes(trace: Sequence[Any], progress: Progress) -> _Lifetimes:
@@ -156,6 +160,7 @@ def _lifetimes(trace: Sequence[Any], progress: Progress) -> _Lifetimes:
             continue
         bytes_of(entry, "size", place)
         bytes_of(entry, "device_free" if action == "oom" else "addr", place)
+        whole(entry, "time_us", f"entry {place} of device_traces", 0)
         if action in _OF_BLOCKS:
             _follow(lived, action, entry)
         else:

@@ -17,14 +17,15 @@ adds to frames. Segments of all pools count as reserved, as in torch.cuda.memory
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from memscope.allocator.recorded import Entry
-from memscope.errors import TraceFileError
+from memscope.errors import TraceFileError, excerpt
 
-__all__ = ["SAYING_NOTHING", "Annotation", "Frames", "Snapshot", "bytes_of", "damaged", "read_layout"]
+__all__ = ["SAYING_NOTHING", "Annotation", "Frames", "Snapshot", "bytes_of", "damaged", "read_layout", "whole"]
 
 Frames = Sequence[Mapping[str, Any]]
 """A stack, innermost frame first; each frame has `name`, `filename` and `line`."""
@@ -85,6 +86,7 @@ def read_layout(data: Any) -> Snapshot:
     if not isinstance(traces, list) or not all(isinstance(trace, list) for trace in traces):
         damaged("device_traces is not a list of lists")
     segments = [_segment(place, segment) for place, segment in enumerate(data["segments"])]
+    _require_separate(segments)
     return Snapshot(segments, traces, _settings(data), _annotations(data, traces))
 
 
@@ -99,6 +101,31 @@ def bytes_of(about: Entry, key: str, where: str | int) -> int:
         where = f"entry {where} of device_traces" if isinstance(where, int) else where
         damaged(f"{key} of {where} is not a number of bytes" if key in about else f"{where} has no {key}")
     return value
+
+
+def whole(about: Entry, key: str, where: str, default: int | None = None) -> int:
+    """Return the whole number under `key`, such as a time; `where` names its location.
+
+    Raises:
+        TraceFileError: the value is not a whole number of up to 62 bits.
+    """
+    value = about.get(key, default)
+    if type(value) is not int or abs(value) >= _MOST_BYTES:
+        damaged(f"{key} of {where} is {excerpt(value)}: expected a whole number")
+    return value
+
+
+def _require_separate(segments: Sequence[Mapping[str, Any]]) -> None:
+    """Check that no two segments of a device share memory."""
+    order = sorted(range(len(segments)), key=lambda place: (segments[place]["device"], segments[place]["address"]))
+    for first, second in itertools.pairwise(order):
+        one, other = segments[first], segments[second]
+        if one["device"] != other["device"]:
+            continue
+        if one["address"] == other["address"]:
+            damaged(f"segments {first} and {second} are both at address {one['address']:#x} of GPU {one['device']}")
+        if one["address"] + one["total_size"] > other["address"]:
+            damaged(f"segments {first} and {second} of GPU {one['device']} overlap at address {other['address']:#x}")
 
 
 def _segment(place: int, about: Any) -> dict[str, Any]:
@@ -159,25 +186,28 @@ def _annotations(data: Entry, traces: list[list[Any]]) -> dict[int, list[Annotat
     if "external_annotations" in data:
         if not isinstance(data["external_annotations"], list):
             damaged("external_annotations is not a list")
-        for about in data["external_annotations"]:
-            _annotate(found, about.get("device") if isinstance(about, dict) else None, about, "name", "stage")
+        for place, about in enumerate(data["external_annotations"]):
+            if isinstance(about, dict):
+                _annotate(found, about.get("device"), about, ("name", "stage"), f"annotation {place}")
         return found
     for device, trace in enumerate(traces):
-        for entry in trace:
+        for place, entry in enumerate(trace):
             if isinstance(entry, dict) and entry.get("action") == "user_defined":
-                frame = next(iter(entry.get("frames") or ()), None)
-                about = {**frame, "time_us": entry.get("time_us")} if isinstance(frame, dict) else None
-                _annotate(found, device, about, "filename", "name")
+                match entry.get("frames"):
+                    case [dict(frame), *_]:
+                        about = {**frame, "time_us": entry.get("time_us")}
+                        _annotate(found, device, about, ("filename", "name"), f"entry {place} of device_traces")
     return found
 
 
-def _annotate(found: dict[int, list[Annotation]], device: Any, about: Any, name: str, stage: str) -> None:
-    try:
-        annotation = Annotation(str(about[name]), {"START": True, "END": False}[about[stage]], int(about["time_us"]))
-    except (KeyError, TypeError, ValueError):  # a kind of annotation that is not used here
+def _annotate(found: dict[int, list[Annotation]], device: Any, about: Entry, keys: tuple[str, str], where: str) -> None:
+    """Add an annotation whose name and stage are under `keys`; those of other kinds, or without time, are not used."""
+    if about.get("time_us") is None:
         return
-    if type(device) is int:
-        found.setdefault(device, []).append(annotation)
+    match device, *(about.get(key) for key in keys):
+        case int(device), str(name), ("START" | "END") as stage:
+            annotation = Annotation(name, stage == "START", whole(about, "time_us", where))
+            found.setdefault(device, []).append(annotation)
 
 
 def damaged(what: str) -> NoReturn:

@@ -11,7 +11,8 @@ Every allocation carries its trace columns as frames of its stack, where PyTorch
     memscope/size:4096:bytes of its block
 
 Changes of phase, and allocations of zero bytes, which PyTorch's allocator does not see, are entries of the kind
-"snapshot", which has no effect in a viewer. Data of the whole run is stored under the key "memscope".
+"snapshot", which has no effect in a viewer. Data of the whole run is stored under the key "memscope", the metadata as
+JSON text: a pickle can share one list many times over, and JSON cannot.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from memscope.errors import excerpt
 from memscope.exchange.layout import damaged
-from memscope.trace import CATEGORIES, MARK_COLUMNS, PHASES, Ints, Trace, columns_of, damage_of
+from memscope.trace import CATEGORIES, MARK_COLUMNS, PHASES, Ints, Trace, columns_of, damage_of, damage_of_texts
 
 __all__ = ["OwnFrames", "about_run", "decode", "is_own"]
 
-_KEY, _SCHEMA_VERSION = "memscope", 1
+_KEY, _SCHEMA_VERSION = "memscope", 2
 _ROW = ("size", "requested", "category", "module", "op", "phase", "step", "micro_batch", "born")
 Frame: TypeAlias = dict[str, Any]
 
@@ -81,8 +83,8 @@ class OwnFrames:
 
 def about_run(trace: Trace, replayed: Ints) -> dict[str, Any]:
     """Return the data of the whole run, and the reserved bytes if they differ from the snapshot's own segments."""
-    plain = json.loads(json.dumps(dict(trace.meta)))  # a recorder's trace holds subclasses of str
-    about: dict[str, Any] = {"schema_version": _SCHEMA_VERSION, "meta": plain, "reserved": None}
+    meta = json.dumps(dict(trace.meta))
+    about: dict[str, Any] = {"schema_version": _SCHEMA_VERSION, "meta": meta, "reserved": None}
     if not np.array_equal(trace.reserved, replayed):
         changes = np.flatnonzero(np.diff(trace.reserved, prepend=0))
         about["reserved"] = [[event, int(trace.reserved[event])] for event in changes.tolist()]
@@ -104,15 +106,19 @@ def decode(data: Mapping[str, Any]) -> Trace:
     about = data[_KEY]
     version = about.get("schema_version")
     if version != _SCHEMA_VERSION:
-        damaged(f"memscope wrote it with schema {version}, but this version reads {_SCHEMA_VERSION}: upgrade memscope")
+        fix = "upgrade memscope" if type(version) is int and version > _SCHEMA_VERSION else "export the trace again"
+        damaged(f"memscope wrote it with schema {excerpt(version)}, but this version reads {_SCHEMA_VERSION}: {fix}")
     reader = _Reader()
     try:
+        meta = json.loads(about["meta"])
         for entry in data["device_traces"][0]:
             reader.read(entry)
-        trace = reader.trace(about)
-        changed = damage_of(trace)
-    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
-        changed = f"{type(error).__name__}: {error}"
+        changed = damage_of_texts({"modules": reader.modules, "ops": reader.ops, "meta": meta})
+        if not changed:
+            trace = reader.trace(meta, about["reserved"])
+            changed = damage_of(trace)
+    except (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
+        changed = f"{type(error).__name__}: {excerpt(str(error))}"
     if changed:
         damaged(f"memscope wrote it, but it was changed afterwards ({changed})")
     return trace
@@ -141,9 +147,9 @@ class _Reader:
         elif action == "snapshot":
             self._note(entry)
         elif action in ("segment_alloc", "segment_map"):
-            self._held += entry["size"]
+            self._held += _whole(entry["size"])
         elif action in ("segment_free", "segment_unmap"):
-            self._held -= entry["size"]
+            self._held -= _whole(entry["size"])
 
     def _note(self, entry: Mapping[str, Any]) -> None:
         known = _known(entry)
@@ -158,7 +164,7 @@ class _Reader:
         known = _known(entry)
         module, op = (known[key]["name"] for key in ("module", "op"))
         self._rows.append([
-            known["size"]["line"], entry["size"], CATEGORIES.index(known["category"]["name"]),
+            _whole(known["size"]["line"]), _whole(entry["size"]), CATEGORIES.index(known["category"]["name"]),
             self._modules.setdefault(module, len(self._modules)), self._ops.setdefault(op, len(self._ops)),
             *_when(known), len(self._reserved),
         ])  # fmt: skip
@@ -170,15 +176,23 @@ class _Reader:
         self._freed[row] = len(self._reserved)
         self._reserved.append(self._held)
 
-    def trace(self, about: Mapping[str, Any]) -> Trace:
+    @property
+    def modules(self) -> list[str]:
+        return list(self._modules)
+
+    @property
+    def ops(self) -> list[str]:
+        return list(self._ops)
+
+    def trace(self, meta: Mapping[str, Any], reserved: list[list[int]] | None) -> Trace:
         return Trace(
             **columns_of(_ROW, self._rows),
             freed=np.array(self._freed, dtype=np.int64),
             **columns_of(MARK_COLUMNS, self._marks),
             modules=tuple(self._modules),
             ops=tuple(self._ops),
-            meta=dict(about["meta"]),
-            reserved=self._reserved_as(about["reserved"]),
+            meta=meta,
+            reserved=self._reserved_as(reserved),
         )
 
     def _reserved_as(self, changes: list[list[int]] | None) -> Ints:
@@ -186,10 +200,11 @@ class _Reader:
             return np.array(self._reserved, dtype=np.int64)
         if not changes:
             return np.zeros(0, dtype=np.int64)
-        column = np.zeros(len(self._reserved), dtype=np.int64)
-        for event, size in changes:
-            column[event:] = size
-        return column
+        rows = [(_whole(event), _whole(size)) for event, size in changes]
+        events, sizes = np.array([(0, 0), *rows], dtype=np.int64).T
+        if (np.diff(events[1:], prepend=-1) <= 0).any() or events[-1] >= len(self._reserved):
+            raise ValueError("its reserved bytes change at events out of order")
+        return np.repeat(sizes, np.diff(events, append=len(self._reserved)))
 
 
 def _known(entry: Mapping[str, Any]) -> dict[str, Frame]:
@@ -197,4 +212,11 @@ def _known(entry: Mapping[str, Any]) -> dict[str, Frame]:
 
 
 def _when(known: Mapping[str, Frame]) -> list[int]:
-    return [PHASES.index(known["phase"]["name"]), known["step"]["line"], known["micro_batch"]["line"]]
+    return [PHASES.index(known["phase"]["name"]), *(_whole(known[key]["line"]) for key in ("step", "micro_batch"))]
+
+
+def _whole(value: Any) -> int:
+    """A value that must be an integer; NumPy would follow lists, which a pickle can nest without end."""
+    if type(value) is not int:
+        raise TypeError(f"expected a whole number, not {excerpt(value)}")
+    return value

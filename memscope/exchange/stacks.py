@@ -53,7 +53,8 @@ _OPERATOR = re.compile(r"^at::_ops::(?!empty|new_empty|resize_)(\w+)::")
 """C++ frame of an operator. Operators that only allocate are skipped: they run inside the operator of interest."""
 _BETWEEN_MODULES = re.compile(r"/torch/nn/modules/(module|container)\.py$")
 
-
+_FLAT = (str, int, float, type(None))
+"""Types of the values of a frame that can be compared in no time: a list may share its parts without end."""
 _STRIDE = 7
 """Distance of the frames that form a stack's key; odd, because a module's call has pairs of frames."""
 
@@ -106,7 +107,8 @@ class StackReader:
         index = self._index.setdefault(place, len(self.places))
         if index == len(self.places):
             self.places.append(place)
-        alike.append((frames, index))
+        if all(isinstance(value, _FLAT) for frame in frames for value in frame.values()):
+            alike.append((frames, index))
         return index
 
     def _look_at(self, frames: Frames) -> Place:

@@ -138,8 +138,8 @@ def _course(history: DeviceHistory, places: Sequence[Place], stack: Ints) -> Cou
     phases = np.array([-1 if place.phase is None else PHASES.index(place.phase) for place in places])
     told, ended = phases[stack], np.zeros(len(stack), dtype=bool)
     if history.annotations:
-        times = [history.entries[entry].get("time_us") if entry >= 0 else 0 for entry in event_entry.tolist()]
-        clock = np.array([time if type(time) is int else 0 for time in times], dtype=np.int64)
+        times = [history.entries[entry].get("time_us", 0) if entry >= 0 else 0 for entry in event_entry.tolist()]
+        clock = np.array(times, dtype=np.int64)
         annotation, ended = annotated(history.annotations, clock)
         told = np.where(told < 0, annotation, told)
     is_born = np.zeros(len(stack), dtype=bool)

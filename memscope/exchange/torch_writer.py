@@ -15,6 +15,7 @@ from typing import Any
 
 from memscope.allocator.replay import Replay, replay
 from memscope.allocator.report import Segment, SegmentEvent
+from memscope.errors import UsageError
 from memscope.exchange.own_snapshot import OwnFrames, about_run
 from memscope.trace import CATEGORIES, Progress, Trace, no_progress
 
@@ -30,9 +31,15 @@ def torch_snapshot_bytes(trace: Trace, progress: Progress = no_progress) -> byte
 
 
 def torch_snapshot(trace: Trace, progress: Progress = no_progress) -> dict[str, Any]:
-    """Return what `torch.cuda.memory._snapshot()` would have returned at the end of a run with recorded history."""
+    """Return what `torch.cuda.memory._snapshot()` would have returned at the end of a run with recorded history.
+
+    Raises:
+        UsageError: the trace has more memory at once than a device has addresses.
+    """
     progress("replaying the allocator", 0, 1)
     run = replay(trace.requested, trace.born, trace.freed)
+    if run.oom:
+        raise UsageError(f"the trace has more memory at once than addresses: its replay runs out {run.oom}")
     frames = OwnFrames(trace)
     entries = list(_entries(trace, run, frames, progress))
     return {

@@ -18,6 +18,7 @@ import numpy as np
 from memscope.errors import TraceFileError, UsageError, nearest
 from memscope.trace.columns import CATEGORIES, KEYS, PHASES, Bools, Category, Ints, Key, Phase
 from memscope.trace.file import is_within, read_columns, write_columns
+from memscope.trace.meta import damage_of_meta, damage_of_texts
 
 __all__ = ["Peak", "Trace", "damage_of", "show_traces_with"]
 
@@ -221,10 +222,13 @@ class Trace:
         """Write a compressed `.npz` file. The file is complete or absent: a failed write leaves nothing behind.
 
         Raises:
-            TraceFileError: the file exists and `overwrite` is False, it cannot be written, or `meta` is not JSON.
+            TraceFileError: the file exists and `overwrite` is False, it cannot be written, or `meta` is not JSON or
+                has a field that `load` would refuse.
         """
         path = Path(path)
         texts = {"modules": self.modules, "ops": self.ops, "meta": dict(self.meta)}
+        if damage := damage_of_texts(texts):
+            raise TraceFileError(f"{path}: cannot be written: {damage}")
         write_columns(path, {name: getattr(self, name) for name in _COLUMNS}, texts, overwrite=overwrite)
         return path
 
@@ -235,16 +239,19 @@ class Trace:
         Raises:
             TraceFileError: the file is missing, not a trace, truncated, inconsistent, or of a newer schema.
         """
-        columns, header = read_columns(path, _COLUMNS, _TEXTS)
-        modules, ops = (tuple(map(str, header[name])) for name in ("modules", "ops"))
-        trace = cls(**columns, modules=modules, ops=ops, meta=header["meta"])
-        damage = damage_of(trace)
+        columns, header = read_columns(path, _COLUMNS)
+        texts = {name: header[name] for name in _TEXTS if name in header}
+        damage = damage_of_texts(texts)
+        if not damage:
+            modules, ops = tuple(texts["modules"]), tuple(texts["ops"])
+            trace = cls(**columns, modules=modules, ops=ops, meta=texts["meta"])
+            damage = damage_of(trace)
         if damage:
             raise TraceFileError(f"{path}: a damaged memscope trace: {damage}")
         return trace
 
 
-_TEXTS: dict[str, type] = {"modules": list, "ops": list, "meta": dict}
+_TEXTS = ("modules", "ops", "meta")
 _COLUMNS = tuple(field.name for field in fields(Trace) if field.name not in _TEXTS)
 _views: dict[str, Callable[[Trace], Any]] = {}
 
@@ -256,10 +263,24 @@ def show_traces_with(*, rich: Callable[[Trace], Any], html: Callable[[Trace], st
 
 def damage_of(trace: Trace) -> str:
     """The first inconsistency of a trace that was read from a file; empty if the trace is consistent."""
-    lengths = {len(getattr(trace, name)) for name in _COLUMNS if not name.startswith("mark_") and name != "reserved"}
-    marks = {len(getattr(trace, name)) for name in _COLUMNS if name.startswith("mark_")}
-    if len(lengths) != 1 or len(marks) != 1 or len(trace.reserved) not in (0, trace.events):
-        return "its columns differ in length"
+    return _damage_of_columns(trace) or damage_of_meta(
+        trace.meta,
+        steps=trace.steps,
+        events=trace.events,
+        modules=len(trace.modules),
+        ops=len(trace.ops),
+        has_allocator=bool(trace.reserved.size),
+    )
+
+
+def _damage_of_columns(trace: Trace) -> str:
+    for name in _COLUMNS:
+        like = "mark_event" if name.startswith("mark_") else "size"
+        length, expected = len(getattr(trace, name)), len(getattr(trace, like))
+        if name != "reserved" and length != expected:
+            return f"its column {name} has {length:,} values: expected {expected:,}, as in {like}"
+    if len(trace.reserved) not in (0, trace.events):
+        return f"its column reserved has {len(trace.reserved):,} values: expected {trace.events:,}, or none"
     tables = {"category": CATEGORIES, "phase": PHASES, "module": trace.modules, "op": trace.ops, "mark_phase": PHASES}
     for name, table in tables.items():
         if not is_within(getattr(trace, name), 0, len(table) - 1):
@@ -268,8 +289,14 @@ def damage_of(trace: Trace) -> str:
         return "it has allocations but no phase"
     if not (is_within(trace.mark_event, 0, trace.events) and bool((np.diff(trace.mark_event) >= 0).all())):
         return "its phases are out of order"
-    if bool((trace.size < 0).any()):
-        return "an allocation has a negative size"
+    for name in ("size", "requested", "reserved"):
+        column = getattr(trace, name)
+        if bool((column < 0).any()):
+            return f"its column {name} has a negative size"
+        if name != "reserved" and float(column.sum(dtype=np.float64)) >= 2**63:
+            return f"its column {name} has sizes that no device has"
+    if bool((trace.requested > trace.size).any()):
+        return "an allocation is smaller than its request"
     died = trace.freed >= 0
     ends = np.concatenate([trace.born, trace.freed[died]])
     in_order = bool((np.diff(trace.born) > 0).all()) and bool((trace.freed > trace.born)[died].all())

@@ -6,6 +6,8 @@ import xml.etree.ElementTree as ET
 import pytest
 from traces import TraceBuilder
 
+from memscope.trace import CATEGORIES
+
 MIB = 2**20
 
 
@@ -133,7 +135,12 @@ def test_check_as_junit_has_a_case_for_each_limit(run, grown):
 
 
 def test_a_real_run_that_ran_out_of_memory_fails_whatever_the_limit(run, tmp_path):
-    ended = {"out_of_memory": {"step": 0, "phase": "forward"}, "device": {"name": "cuda", "simulated": False}}
+    oom = {"event": 1, "step": 0, "micro_batch": 0, "phase": "forward", "module": "", "op": "", "category": None}
+    oom |= dict.fromkeys(("requested", "allocated", "reserved", "largest_free", "limit"), MIB)
+    ended = {
+        "out_of_memory": oom | {"by_category": dict.fromkeys(CATEGORIES, 0)},
+        "device": {"name": "cuda", "simulated": False},
+    }
     code, out, _ = run("check", saved(tmp_path / "ended.npz", MIB, ended), "--budget", "40GB")
     assert code == 3
     assert "ran out of memory in step 0, forward" in out

@@ -182,3 +182,20 @@ def test_a_run_on_the_cpu_has_no_allocator_view() -> None:
     assert look(trace) is None
     with pytest.raises(UsageError, match="had no allocator"):
         fragmentation(trace)
+
+
+@pytest.mark.parametrize(
+    ("changed", "unknown"),
+    [
+        ({"of_a_later_version": 7}, ""),
+        ({"large_segment_size_bytes": MIB}, "allocator setting large_segment_size_mb:1: expected more than 10"),
+        ({"roundup_power2_divisions": [3]}, "allocator setting roundup_power2_divisions"),
+    ],
+)
+def test_settings_in_a_trace_may_be_of_a_later_version_or_unusable(changed: dict[str, Any], unknown: str) -> None:
+    meta = run().meta
+    allocator = meta["allocator"] | {"settings": meta["allocator"]["settings"] | changed}
+    view = look(dataclasses.replace(run(), meta={**meta, "allocator": allocator}))
+    assert view is not None
+    assert view.unknown.startswith(unknown)
+    assert (view.peak is None) == bool(view.unknown) == bool(unknown)

@@ -71,12 +71,18 @@ def test_a_budget_limits_allocated_memory_if_reserved_memory_is_unknown():
         ("peak:-5%", "is not a size"),
         ("peak:3s", 'unknown unit "s"'),
         ("step_time:40GB", "expected seconds, for example step_time:2.5s"),
+        ("peak:40Gb", "in bits: expected bytes, with a capital B, as in 40GB"),
+        (f"peak:{'9' * 400}GB", "is not a size"),
+        (f"peak:+{'9' * 5000}%", "is not a size"),
+        (f"step_time:{'9' * 400}s", "expected seconds, for example step_time:2.5s"),
+        (f"{'peak' * 400}:1GB", "cannot limit"),
     ],
 )
 def test_a_limit_that_cannot_be_read_says_what_was_expected(limit, says):
     with pytest.raises(UsageError) as error:
         TraceLimit.parse(limit)
     assert says in str(error.value)
+    assert len(str(error.value)) < 600
 
 
 def test_a_growth_without_a_baseline_asks_for_one():

@@ -221,6 +221,30 @@ def test_a_file_that_holds_no_usable_device_is_refused(tmp_path: Path, text: str
     assert message in refused(tmp_path, text)
 
 
+LONG = "the device file has more than 1000 characters"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = " + "[\n" * 50_000, "FILE: the device file is not usable: its values are nested too deep"),
+        ("x = " + "[" * 50_000 + "]" * 50_000, f"FILE: line 1 of {LONG}"),
+        ("a." * 50_000 + "a = 1", f"FILE: line 1 of {LONG}"),
+        (f"[{'a.' * 400}a]\n" * 150, "FILE: the device file is not valid TOML: Cannot declare"),
+        ("[" + "k" * 100_000 + "]", f"FILE: line 1 of {LONG}"),
+        ("[" + "k" * 900 + "]", f'FILE: device name "{"k" * 60}…": expected lowercase letters'),
+        (MINE + "k" * 900 + " = 1", f'FILE: device "my-gpu" has no field "{"k" * 60}…": Valid:'),
+        (MINE.replace('"9.0"', '"' + "9" * 900 + '"'), f"capability = '{'9' * 60}…': expected"),
+        (MINE.replace("96", "0x" + "f" * 900), "multiprocessors = a number of more than 60 digits: expected"),
+        ("#\n" * 70_000, "FILE: has more than 128.0 KiB: expected a much smaller file"),
+    ],
+)
+def test_a_file_made_to_break_readers_is_refused_in_one_line(tmp_path: Path, text: str, message: str) -> None:
+    told = refused(tmp_path, text)
+    assert message in told
+    assert len(told) < 3000
+
+
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"none\.toml: the device file cannot be read: No such file"):
         load_devices(tmp_path / "none.toml")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from memscope.errors import nearest, where
+from memscope.errors import excerpt, nearest, where
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,21 @@ def test_an_error_is_located_in_the_users_own_code() -> None:
     with pytest.raises(RuntimeError) as caught:
         mine()
     assert where(caught.value).endswith("in mine: torch.ones(2) @ torch.ones(3))")
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("layers.0", "layers.0"),
+        ("x" * 100_000, "x" * 60 + "…"),
+        ("two\nlines\x1b[31m", r"two\nlines\x1b[31m"),
+        (3, "3"),
+        (10**100, "a number of more than 60 digits"),
+        (b"ab", "b'ab'"),
+        ([1, 2], "a list of 2"),
+        ({}, "an empty object"),
+        (None, "None"),
+    ],
+)
+def test_a_value_of_a_file_is_shown_on_one_short_line(value: object, shown: str) -> None:
+    assert excerpt(value) == shown

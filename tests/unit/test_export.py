@@ -182,8 +182,17 @@ def first(entries, action):
     return next(place for place, entry in enumerate(entries) if entry["action"] == action)
 
 
+def endless():
+    """A list of 2^60 numbers, in 60 lists of two."""
+    found = [1, 1]
+    for _ in range(60):
+        found = [found, found]
+    return found
+
+
 CHANGED = {
-    "schema to come": lambda data, _: data["memscope"].update(schema_version=2),
+    "schema to come": lambda data, _: data["memscope"].update(schema_version=3),
+    "a schema of before": lambda data, _: data["memscope"].update(schema_version=1),
     "what is freed was never there": lambda _, entries: entries.pop(first(entries[::-1], "alloc") * -1 - 1),
     "an unknown category": lambda _, entries: entries[first(entries, "alloc")]["frames"][2].update(name="weights"),
     "frames of another type": lambda _, entries: [e.update(frames=7) for e in entries],
@@ -191,7 +200,13 @@ CHANGED = {
     "marks out of order": lambda _, entries: entries.reverse(),
     "an empty history": lambda data, _: data.update(device_traces=[]),
     "reserved of another type": lambda data, _: data["memscope"].update(reserved=[["x"]]),
+    "reserved out of order": lambda data, _: data["memscope"].update(reserved=[[1, 5], [0, 5]]),
+    "reserved beyond the end": lambda data, _: data["memscope"].update(reserved=[[10**6, 5]]),
+    "reserved of lists without end": lambda data, _: data["memscope"].update(reserved=[[0, endless()]]),
+    "frames of lists without end": lambda _, entries: [f.update(line=endless()) for e in entries for f in e["frames"]],
+    "sizes of lists without end": lambda _, entries: [e.update(size=endless()) for e in entries],
     "meta of another type": lambda data, _: data["memscope"].update(meta=7),
+    "meta nested without end": lambda data, _: data["memscope"].update(meta="[" * 10**5),
 }
 
 
@@ -199,6 +214,12 @@ CHANGED = {
 def test_a_snapshot_by_memscope_that_was_changed_is_refused(tmp_path, name):
     with pytest.raises(TraceFileError, match=r"snapshot\.pickle: .*memscope wrote it"):
         import_snapshot(dumped(changed(CHANGED[name]), tmp_path))
+
+
+def test_changed_metadata_is_refused_by_its_field(tmp_path):
+    data = changed(lambda data, _: data["memscope"].update(meta='{"target": "small", "device": {"name": 3}}'))
+    with pytest.raises(TraceFileError, match=r"changed afterwards \(meta\.device\.name is 3: expected a string\)"):
+        import_snapshot(dumped(data, tmp_path))
 
 
 # Perfetto and Chrome.

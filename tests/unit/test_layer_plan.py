@@ -75,14 +75,19 @@ EXPECTED = "expected a file written by memscope advise"
             HEADER | {"schema_version": 2, "layers": 3},
             "written with checkpoint plan schema 2, this memscope reads up to 1: upgrade memscope",
         ),
-        (HEADER, "a damaged checkpoint plan: layers missing or of a wrong type"),
+        (HEADER, "a damaged checkpoint plan: the file has no layers"),
         (
-            {"format": HEADER["format"], "schema_version": "1", "layers": {"h.0": 1}, "made_for": []},
-            "a damaged checkpoint plan: schema_version, layers, made_for missing or of a wrong type",
+            HEADER | {"schema_version": "1", "layers": LAYERS},
+            'a damaged checkpoint plan: schema_version is "1": expected a whole number',
         ),
+        (HEADER | {"layers": {"h.0": 1}}, "a damaged checkpoint plan: layers[...]: expected a string"),
         (
             HEADER | {"layers": LAYERS, "made_for": {"model": 3}},
-            "a damaged checkpoint plan: made_for.model missing or of a wrong type",
+            "a damaged checkpoint plan: made_for.model is 3: expected an object",
+        ),
+        (
+            HEADER | {"layers": {"h.0": "full:" + "9" * 5000}},
+            f'h.0: option "full:{"9" * 55}…": expected full, or full:N with a whole number N of layers from 2 on',
         ),
         (HEADER | {"layers": {}}, "a checkpoint plan needs layers, and this one has none"),
         (

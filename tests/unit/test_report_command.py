@@ -297,7 +297,7 @@ def test_table_2_is_in_every_text(report: Report, grid_file: Path, trace_file: P
         ("{}", "neither a checkpoint plan nor Table 2: expected a trace"),
         ("[1, 2]", "neither a checkpoint plan nor Table 2"),
         ('{"table2": [', "truncated or damaged JSON"),
-        ('{"table2": []}', "a damaged Table 2 (KeyError: 'factors')"),
+        ('{"table2": []}', "a damaged Table 2: the file has no schema_version"),
     ],
 )
 def test_json_that_is_nothing_to_report_is_refused(report: Report, tmp_path: Path, content: str, told: str) -> None:

@@ -244,7 +244,7 @@ DAMAGED = {
     "entry without address": (damaged(device_traces=[[{"action": "alloc", "size": 1}]]), "has no addr"),
     "size that is no number": (damaged(device_traces=[[entry("alloc", BASE, "1")]]), "size of entry 0"),
     "size below zero": (damaged(device_traces=[[entry("alloc", BASE, -1)]]), "is not a number of bytes"),
-    "address past 64 bits": (damaged(device_traces=[[entry("alloc", 2**70, 1)]]), "addr of entry 0"),
+    "address past 64 bits": (damaged(device_traces=[[entry("alloc", 2**63, 1)]]), "addr of entry 0"),
     "truth for a size": (damaged(device_traces=[[entry("alloc", BASE, True)]]), "size of entry 0"),
     "stack that is no list": (damaged(device_traces=[[{**entry("alloc", BASE, 1), "frames": {}}]]), "is not a list"),
     "frame that is no dict": (
@@ -267,6 +267,29 @@ DAMAGED = {
         damaged(allocator_settings={"roundup_power2_divisions": "none", "max_split_size": "none"}),
         "allocator_settings",
     ),
+    "time that is infinite": (
+        damaged(device_traces=[[entry("alloc", BASE, 512, time_us=float("inf"))]]),
+        "time_us of entry 0 of device_traces is inf: expected a whole number",
+    ),
+    "annotation at no time": (
+        damaged(external_annotations=[{"name": "x", "stage": "START", "device": 0, "time_us": float("nan")}]),
+        "time_us of annotation 0 is nan: expected a whole number",
+    ),
+    "annotation in the list of actions at an infinite time": (
+        {
+            "segments": [],
+            "device_traces": [[entry("user_defined", 0, 0, frame("START", "x"), time_us=-float("inf"))]],
+        },
+        "time_us of entry 0 of device_traces is -inf: expected a whole number",
+    ),
+    "segment listed twice": (
+        damaged(segments=[segment(block(2 * MIB))] * 2),
+        f"segments 0 and 1 are both at address {BASE:#x} of GPU 0",
+    ),
+    "segments that overlap": (
+        damaged(segments=[segment(block(MIB), address=BASE + MIB), segment(block(2 * MIB))]),
+        f"segments 1 and 0 of GPU 0 overlap at address {BASE + MIB:#x}",
+    ),
     "annotations that are none": (damaged(external_annotations=7), "external_annotations is not a list"),
 }
 
@@ -277,6 +300,27 @@ def test_a_damaged_snapshot_is_refused_by_file_name(imported, tmp_path, name):
     with pytest.raises(TraceFileError, match=expected) as error:
         imported(data)
     assert str(tmp_path / "snapshot.pickle") in str(error.value)
+
+
+def test_a_history_that_reserves_the_same_memory_twice_is_told_from_the_segments(imported):
+    # A segment that exists at the end was returned and never reserved again: before the history, it was there twice.
+    history = [entry("segment_free", BASE, 2 * MIB), entry("alloc", BASE, 512), entry("segment_free", BASE, 2 * MIB)]
+    trace = imported(snapshot([segment(block(512), block(2 * MIB - 512, "inactive"))], history))
+    assert any("the history does not match the segments" in note for note in notes(trace))
+
+
+def test_stacks_whose_frames_share_lists_without_end_are_not_compared(imported):
+    def endless():
+        found = [1, 1]
+        for _ in range(60):
+            found = [found, found]
+        return found
+
+    # Equal, but not the same object: comparing them would compare 2^60 numbers.
+    shared, stacks = frame("f"), [{**frame("g"), "line": endless()} for _ in range(2)]
+    entries = [entry("alloc", BASE + n * 512, 512, shared, stacks[n]) for n in range(2)]
+    trace = imported(snapshot([segment(block(512), block(512))], entries))
+    assert trace.size.tolist() == [512, 512]
 
 
 # Metadata of the trace.

@@ -14,15 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memscope.errors import TraceFileError
-from memscope.exchange.plain_pickle import _PlainUnpickler, _Refused, read_plain_pickle
+from memscope.exchange.pickle_scan import Refused
+from memscope.exchange.plain_pickle import _PlainUnpickler, read_plain_pickle
 
 PROTOCOLS = (2, 3, 4, 5)
+INTEGERS = st.integers(-(2**63), 2**64 - 1)
 PLAIN = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.integers(-(2**700), 2**700) | st.floats(allow_nan=False) | st.text(),
+    st.none() | st.booleans() | INTEGERS | st.floats(allow_nan=False) | st.text() | st.tuples(INTEGERS, INTEGERS),
     lambda values: (
-        st.lists(values)
-        | st.tuples(values, values)
-        | st.dictionaries(st.text() | st.integers() | st.tuples(st.integers(), st.integers()), values)
+        st.lists(values) | st.dictionaries(st.text() | INTEGERS | st.floats(allow_nan=False), values, max_size=5)
     ),
     max_leaves=20,
 )
@@ -159,7 +159,7 @@ def test_buffers_from_outside_are_refused(read):
 
 @pytest.mark.parametrize("code", [b"cos\nmkdir\n", b"X\x01\x00\x00\x00xQ"], ids=["class", "persistent id"])
 def test_the_second_check_holds_without_the_first(code):
-    with pytest.raises(_Refused):
+    with pytest.raises(Refused):
         _PlainUnpickler(io.BytesIO(b"\x80\x02" + code + b".")).load()
 
 
@@ -218,18 +218,71 @@ def test_any_bytes_are_plain_data_or_refused(tmp_path_factory, data, protocol):
 def test_a_small_file_cannot_ask_for_all_memory(read, data):
     tracemalloc.start()
     try:
-        with pytest.raises(TraceFileError, match=r"truncated|damaged"):
+        with pytest.raises(TraceFileError, match=r"truncated|damaged|64 bits"):
             read(data)
         assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
     finally:
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("nest", [b"\x85", b"K\x00\x86", b"h\x00\x86"], ids=["alone", "with numbers", "with others"])
-def test_tuples_nested_too_deep_to_be_hashed_are_refused(read, nest):
-    # Python hashes a key of a dict by recursion in C, without a limit: at this depth it would crash.
-    with pytest.raises(TraceFileError, match="tuples"):
-        read(b"\x80\x04})\x94" + nest * 1_000_000 + b"K\x00s.")
+# Small files that would take forever. Each of these tests would hang if its file were read.
+
+SHARED_TUPLES = b"\x80\x02})q\x00" + b"".join(b"h%ch%c\x86q%c" % (n, n, n + 1) for n in range(40)) + b"K\x01s."
+"""A key of 40 pairs, each of which holds the last one twice: Python would hash 2^40 empty tuples."""
+
+
+@pytest.mark.parametrize(
+    "key",
+    [SHARED_TUPLES[3:-3], *(b")\x94" + nest * 1_000_000 for nest in (b"\x85", b"K\x00\x86", b"h\x00\x86"))],
+    ids=["shared", "deep", "deep, with numbers", "deep, with others"],
+)  # fmt: skip
+def test_tuples_of_more_than_integers_are_refused(read, key):
+    # Python hashes a key of a dict by recursion in C, without a limit and without a chance for Ctrl-C.
+    with pytest.raises(TraceFileError, match=r"a tuple of other than one to three integers"):
+        read(b"\x80\x04}" + key + b"K\x00s.")
+
+
+def colliding(count):
+    """Integers of 64 bits that Python's dicts look for in the same places: see `perturb` in Objects/dictobject.c."""
+    return [(n << 40) + 7 for n in range(count)]
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("keys", [colliding(100_000), [n * (2**61 - 1) for n in range(8)] * 1000])
+def test_a_dict_of_thousands_of_numbers_is_refused(read, protocol, keys):
+    items = b"".join(b"\x8a\x09" + key.to_bytes(9, "little") + b"N" for key in keys)
+    with pytest.raises(TraceFileError, match=r"a dict of more than 2,048 items \(byte [\d,]+\): no snapshot has one"):
+        read(b"\x80%c}(" % protocol + items + b"u.")
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_dict_that_is_filled_in_batches_is_counted_as_one(read, protocol):
+    # Picklers fill a dict with 1000 items at a time.
+    assert len(read(pickle.dumps(dict.fromkeys(range(1500)), protocol))) == 1500
+    with pytest.raises(TraceFileError, match="a dict of more than 2,048 items"):
+        read(pickle.dumps(dict.fromkeys(range(5000)), protocol))
+
+
+@pytest.mark.parametrize("item", [b"K\x01NK\x02N", b"K\x01]K\x02aK\x02}"], ids=["flat", "nested"])
+def test_a_dict_is_not_filled_again_later(read, item):
+    for again in (b"h\x00(", b"0("):  # recalled, or after a value that is dropped
+        with pytest.raises(TraceFileError, match=r"fills nothing that was begun|refused|truncated"):
+            read(b"\x80\x02}q\x00(" + item + b"u" + again + item + b"u.")
+
+
+def test_items_added_one_by_one_are_counted(read):
+    def one_by_one(count):
+        return b"\x80\x04]" + b"}" + b"".join(b"J%s]s" % n.to_bytes(4, "little") for n in range(count))
+
+    assert len(read(one_by_one(10_000) + b"a.")[0]) == 10_000
+    with pytest.raises(TraceFileError, match="more than 10,000 dicts with one item"):
+        read(one_by_one(10_001) + b"a.")
+
+
+@pytest.mark.parametrize("number", [2**64, -(2**71), 2**2047, 10**4000], ids=["2^64", "-2^71", "2^2047", "10^4000"])
+def test_an_integer_of_more_than_64_bits_is_refused(read, number):
+    with pytest.raises(TraceFileError, match=r"an integer of more than 64 bits"):
+        read(pickle.dumps({"segments": number}, 4))
 
 
 @pytest.mark.parametrize(

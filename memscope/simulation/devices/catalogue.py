@@ -12,12 +12,17 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from memscope.allocator.settings import MIN_BLOCK
-from memscope.errors import UsageError, nearest
+from memscope.errors import UsageError, excerpt, nearest
+from memscope.trace import read_whole
 
 __all__ = ["DTYPES", "Device", "all_devices", "get_device", "load_devices"]
 
 DTYPES = ("fp32", "tf32", "fp16", "bf16")
 """Kinds of arithmetic with a peak rate; tf32 is fp32 data on TensorFloat-32 tensor cores."""
+
+_MOST_BYTES, _LONGEST_LINE, _LONGEST_NAME = 2**17, 1000, 60
+"""Upper bounds on a file's bytes (the built-in devices take 14 KB), and on the characters of a line and a name. tomllib
+takes time that grows with the square of the parts of a dotted key, which cannot continue on another line."""
 
 
 @dataclass(frozen=True)
@@ -120,10 +125,16 @@ def _whole_blocks(size_bytes: int) -> int:
 
 def _read(path: Path, required: tuple[str, ...]) -> dict[str, Device]:
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = read_whole(path, _MOST_BYTES).decode()
+        for number, line in enumerate(text.splitlines(), start=1):
+            if len(line) > _LONGEST_LINE:
+                raise UsageError(f"{path}: line {number} of the device file has more than {_LONGEST_LINE} characters")
+        tables = tomllib.loads(text)
     except OSError as error:
         raise UsageError(f"{path}: the device file cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise UsageError(f"{path}: the device file is not usable: its values are nested too deep") from None
+    except ValueError as error:  # TOMLDecodeError, UnicodeDecodeError, and a number of thousands of digits
         raise UsageError(f"{path}: the device file is not valid TOML: {error}") from error
     if not tables:
         raise UsageError(f"{path}: the file holds no device: expected one table per device, such as [my-gpu]")
@@ -141,13 +152,17 @@ class _Table:
 
     def device(self) -> Device:
         if not isinstance(self.table, dict):
-            raise UsageError(f'{self.path}: "{self.name}" = {self.table!r}: expected a device table, [{self.name}]')
-        if not re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", self.name):
-            raise UsageError(f'{self.path}: device name "{self.name}": expected lowercase letters, digits, - and .')
+            name = excerpt(self.name)
+            raise UsageError(f'{self.path}: "{name}" = {_quoted(self.table)}: expected a device table, [{name}]')
+        if len(self.name) > _LONGEST_NAME or not re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", self.name):
+            expected = f"lowercase letters, digits, - and ., {_LONGEST_NAME} in all"
+            raise UsageError(f'{self.path}: device name "{excerpt(self.name)}": expected {expected}')
         known = set(Device.__dataclass_fields__) - {"name"}
         for key in self.table:
             if key not in known:
-                raise UsageError(f'{self.path}: device "{self.name}" has no field "{key}": {nearest(key, known)}')
+                raise UsageError(
+                    f'{self.path}: device "{self.name}" has no field "{excerpt(key)}": {nearest(key, known)}'
+                )
         for key in self.required:
             if key not in self.table:
                 raise UsageError(f'{self.path}: device "{self.name}": {key} is missing: expected {_EXPECTED[key]}')
@@ -219,7 +234,11 @@ class _Table:
         return dict(table)
 
     def wrong(self, key: str, value: object, expected: str) -> UsageError:
-        return UsageError(f'{self.path}: device "{self.name}": {key} = {value!r}: expected {expected}')
+        return UsageError(f'{self.path}: device "{self.name}": {excerpt(key)} = {_quoted(value)}: expected {expected}')
+
+
+def _quoted(value: object) -> str:
+    return f"'{excerpt(value)}'" if isinstance(value, str) else excerpt(value)
 
 
 _EXPECTED = {

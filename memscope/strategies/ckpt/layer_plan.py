@@ -11,20 +11,35 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from torch import nn
 
-from memscope.errors import UsageError
+from memscope.errors import UsageError, excerpt
 from memscope.strategies import Problem
 from memscope.strategies.ckpt.options import Option, check_segments
-from memscope.trace import write_whole
+from memscope.trace import Count, mismatch, read_json, write_whole
 from memscope.workload.description import Workload
 
 __all__ = ["SCHEMA_VERSION", "LayerPlan", "described", "made_for"]
 
 SCHEMA_VERSION = 1
 _FORMAT = "memscope-checkpoint-plan"
+_Model = TypedDict("_Model", {"class": str, "parameters": Count, "layers": list[str]}, total=False)
+
+
+class _MadeFor(TypedDict, total=False):
+    target: str
+    settings: dict[str, Any]
+    strategies: list[str]
+    device: str
+    model: _Model
+
+
+class _File(TypedDict):
+    schema_version: Count
+    layers: dict[str, str]
+    made_for: NotRequired[_MadeFor]
 
 
 @dataclass(frozen=True)
@@ -88,8 +103,7 @@ class LayerPlan:
             UsageError: when the file is missing, no plan, truncated, of a newer version, or has an unknown option.
         """
         try:
-            text = Path(path).read_bytes().decode()
-            content = json.loads(text)
+            content = read_json(path)
         except FileNotFoundError:
             raise UsageError(f"{path}: no such file") from None
         except OSError as error:
@@ -97,7 +111,8 @@ class LayerPlan:
         except UnicodeDecodeError:
             raise UsageError(f"{path}: not a checkpoint plan: {_EXPECTED}") from None
         except (ValueError, RecursionError) as error:
-            what = "a truncated or damaged checkpoint plan" if _FORMAT in text else "not a checkpoint plan"
+            begun = isinstance(error, json.JSONDecodeError) and _FORMAT in error.doc
+            what = "a truncated or damaged checkpoint plan" if begun else "not a checkpoint plan"
             raise UsageError(f"{path}: {what}: no JSON ({error}); {_EXPECTED}") from None
         try:
             return cls(*_parts(content))
@@ -169,22 +184,12 @@ def _parts(content: Any) -> tuple[dict[str, str], dict[str, Any]]:
     version = content.get("schema_version")
     if type(version) is int and version > SCHEMA_VERSION:
         raise UsageError(
-            f"written with checkpoint plan schema {version}, this memscope reads up to {SCHEMA_VERSION}: "
+            f"written with checkpoint plan schema {excerpt(version)}, this memscope reads up to {SCHEMA_VERSION}: "
             "upgrade memscope"
         )
-    layers: Any = content.get("layers")
-    made_for: Any = content.get("made_for", {})
-    wrong = [] if type(version) is int and version > 0 else ["schema_version"]
-    wrong += [] if isinstance(layers, dict) and all(isinstance(v, str) for v in layers.values()) else ["layers"]
-    wrong += [] if isinstance(made_for, dict) else ["made_for"]
-    wrong += [
-        f"made_for.{key}"
-        for key in ("settings", "model")
-        if isinstance(made_for, dict) and not isinstance(made_for.get(key, {}), dict)
-    ]
-    if wrong:
-        raise UsageError(f"a damaged checkpoint plan: {', '.join(wrong)} missing or of a wrong type")
-    return layers, made_for
+    if damage := mismatch(content, _File):
+        raise UsageError(f"a damaged checkpoint plan: {damage}")
+    return content["layers"], content.get("made_for", {})
 
 
 def _listed(names: Iterable[str]) -> str:

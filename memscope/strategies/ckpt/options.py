@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from memscope.errors import UsageError, nearest
+from memscope.errors import UsageError, excerpt, nearest
 
 __all__ = ["Call", "Option", "check_segments"]
 
@@ -55,7 +55,7 @@ class Option:
         word, colon, rest = text.partition(":")
         kind = _KINDS.get(word)
         if kind is None:
-            raise UsageError(f'unknown option "{text}": {nearest(word, _KINDS)}')
+            raise UsageError(f'unknown option "{excerpt(text)}": {nearest(word, _KINDS)}')
         if kind == "full":
             return cls("full", length=_length(text, rest) if colon else 1)
         if kind == "none" or kind == "offload":
@@ -73,8 +73,9 @@ class Option:
 
 
 def _length(text: str, digits: str) -> int:
-    if not re.fullmatch(r"\d+", digits) or int(digits) < 2:
-        raise UsageError(f'option "{text}": expected full, or full:N with a whole number N of layers from 2 on')
+    if not re.fullmatch(r"\d{1,9}", digits) or int(digits) < 2:
+        shown = excerpt(text)
+        raise UsageError(f'option "{shown}": expected full, or full:N with a whole number N of layers from 2 on')
     return int(digits)
 
 
@@ -97,13 +98,12 @@ def check_segments(options: Mapping[str, Option]) -> None:
     names = list(options)
     expected: dict[str, str] = {}
     for index, (name, option) in enumerate(options.items()):
+        if option.head != expected.get(name, ""):
+            found = f"within:{option.head}" if option.head else option.kind
+            wanted = f"within:{expected[name]}" if name in expected else "no within:, since no full:N before covers it"
+            raise UsageError(f'{name}: the option is "{found}", expected {wanted}')
         if option.kind == "full":
             covered = names[index + 1 : index + option.length]
             if len(covered) < option.length - 1:
                 raise UsageError(f"{name}: full:{option.length} covers more layers than follow: {len(covered)} do")
             expected |= dict.fromkeys(covered, name)
-    for name, option in options.items():
-        if option.head != expected.get(name, ""):
-            found = f"within:{option.head}" if option.head else option.kind
-            wanted = f"within:{expected[name]}" if name in expected else "no within:, since no full:N before covers it"
-            raise UsageError(f'{name}: the option is "{found}", expected {wanted}')
