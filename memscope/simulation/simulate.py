@@ -32,6 +32,7 @@ from memscope.simulation.fake_tensors import FakeCopies, fake_tensors_train
 from memscope.simulation.host import host_copies
 from memscope.simulation.refusal import NotSimulated
 from memscope.simulation.remember import RememberedOperators
+from memscope.simulation.values import FollowedValues, KnownValues
 from memscope.strategies import Plan
 from memscope.trace import Trace
 from memscope.workload.batch import map_tensors
@@ -105,16 +106,18 @@ def simulate(
     roofline = Roofline(device)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     gpu = VisibleGpu(device, settings)
-    operators = RememberedOperators(mode, roofline, results(on_gpu=device.kind == "cuda"))
+    values = KnownValues()
+    operators = RememberedOperators(mode, values, roofline, results(on_gpu=device.kind == "cuda"))
     with _simulated(device, gpu), _explained():
-        with mode:
-            built = _build(workload, mode)
+        with mode, FollowedValues(values):
+            built = _build(workload, mode, values)
         plan.check(built)  # outside the fake mode, so that a strategy can read the data
-        with mode:
+        with mode, FollowedValues(values):
             plan.carry_out(built)
-        pieces = prepare_steps(built, steps, micro_batches)
+        with FollowedValues(values):
+            pieces = prepare_steps(built, steps, micro_batches)
         with mode:
-            training = Training.start(built, "cpu", partial(map_tensors, _on_device))
+            training = Training.start(built, "cpu", partial(map_tensors, partial(_on_device, values)))
             recorder = Recorder(
                 built.model,
                 meta={**run_meta(built, plan, device.name, simulated=True), "seconds": None},
@@ -134,17 +137,22 @@ def simulate(
     return on_device(dataclasses.replace(trace, meta=meta), device, settings, gpu.cache_emptied)
 
 
-def _build(workload: Workload | Callable[[], Workload], mode: FakeTensorMode) -> Workload:
+def _build(workload: Workload | Callable[[], Workload], mode: FakeTensorMode, values: KnownValues) -> Workload:
     if not isinstance(workload, Workload):
-        with FakeCopies():
+        with FakeCopies(values):
             return build_workload(workload)
     usable(workload)
     with FakeCopyMode(mode):
-        return dataclasses.replace(workload, model=copy.deepcopy(workload.model), settings=dict(workload.settings))
+        model = copy.deepcopy(workload.model)
+    for copied, buffer in zip(model.buffers(), workload.model.buffers(), strict=True):
+        values.know(copied, buffer)
+    return dataclasses.replace(workload, model=model, settings=dict(workload.settings))
 
 
-def _on_device(tensor: Tensor) -> Tensor:
-    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
+def _on_device(values: KnownValues, tensor: Tensor) -> Tensor:
+    moved = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
+    values.know(moved, tensor)
+    return moved
 
 
 @contextlib.contextmanager
