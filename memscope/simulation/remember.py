@@ -17,7 +17,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from memscope.hooks.work import Work
-from memscope.simulation.values import UNKNOWN, KnownValues, concerns_values
+from memscope.simulation.untouched import Untouched
+from memscope.simulation.values import UNKNOWN, KnownValues, concerns_values, written
 
 __all__ = ["RememberedOperators"]
 
@@ -48,18 +49,25 @@ class RememberedOperators:
     """
 
     def __init__(
-        self, mode: FakeTensorMode, values: KnownValues, work_of: WorkOf, results: Mapping[Any, Callable[..., Any]]
+        self,
+        mode: FakeTensorMode,
+        values: KnownValues,
+        untouched: Untouched,
+        work_of: WorkOf,
+        results: Mapping[Any, Callable[..., Any]],
     ) -> None:
         """Start with an empty cache.
 
         Args:
             mode: the mode of the fake tensors.
             values: the known values, which the operators use and change.
+            untouched: is told of every real tensor that an operator is given.
             work_of: `work_of(func, args, kwargs, out)` returns the work of a call.
             results: operator → the function to call in its place.
         """
         self._known: dict[Any, tuple[Any, Work, bool]] = {}
-        self._values, self._work_of, self._results = values, work_of, results
+        self._values, self._untouched = values, untouched
+        self._work_of, self._results = work_of, results
         with mode:
             self._attributes = dict(vars(torch.empty(0)))
 
@@ -81,6 +89,8 @@ class RememberedOperators:
                 if known[2]:
                     self._values.follow(func, args, kwargs, out)
                 return out, known[1]
+        if not described:
+            self._untouched.keep_arguments((args, kwargs), written(func, args, kwargs))
         answer = self._values.answer(func, args, kwargs)
         before = [_layout(t) for t in tensors]
         out = self._results.get(func, func)(*args, **kwargs) if answer is UNKNOWN else answer

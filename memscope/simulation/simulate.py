@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import os
+import threading
 import traceback
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
@@ -13,10 +14,10 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch._subclasses import fake_tensor
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 
 from memscope.allocator.settings import AllocatorSettings
-from memscope.errors import TargetError, where
+from memscope.errors import TargetError, UsageError, where
 from memscope.hooks.live_state import Tell
 from memscope.hooks.recorder import Recorder
 from memscope.hooks.run import MicroBatchProgress, run_meta, run_steps
@@ -32,6 +33,7 @@ from memscope.simulation.fake_tensors import FakeCopies, fake_tensors_train
 from memscope.simulation.host import host_copies
 from memscope.simulation.refusal import NotSimulated
 from memscope.simulation.remember import RememberedOperators
+from memscope.simulation.untouched import Untouched
 from memscope.simulation.values import FollowedValues, KnownValues
 from memscope.strategies import Plan
 from memscope.trace import Trace
@@ -106,15 +108,16 @@ def simulate(
     roofline = Roofline(device)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     gpu = VisibleGpu(device, settings)
-    values = KnownValues()
-    operators = RememberedOperators(mode, values, roofline, results(on_gpu=device.kind == "cuda"))
-    with _simulated(device, gpu), _explained():
-        with mode, FollowedValues(values):
-            built = _build(workload, mode, values)
+    values, untouched = KnownValues(), Untouched()
+    followed = FollowedValues(values, untouched)
+    operators = RememberedOperators(mode, values, untouched, roofline, results(on_gpu=device.kind == "cuda"))
+    with _one_at_a_time(), _simulated(device, gpu), untouched, _explained():
+        with mode, followed:
+            built = _build(workload, mode, values, untouched)
         plan.check(built)  # outside the fake mode, so that a strategy can read the data
-        with mode, FollowedValues(values):
+        with mode, followed:
             plan.carry_out(built)
-        with FollowedValues(values):
+        with followed:
             pieces = prepare_steps(built, steps, micro_batches)
         with mode:
             training = Training.start(built, "cpu", partial(map_tensors, partial(_on_device, values)))
@@ -137,22 +140,52 @@ def simulate(
     return on_device(dataclasses.replace(trace, meta=meta), device, settings, gpu.cache_emptied)
 
 
-def _build(workload: Workload | Callable[[], Workload], mode: FakeTensorMode, values: KnownValues) -> Workload:
-    if not isinstance(workload, Workload):
+def _build(
+    source: Workload | Callable[[], Workload], mode: FakeTensorMode, values: KnownValues, untouched: Untouched
+) -> Workload:
+    """The workload on fake tensors; a model of real ones is copied."""
+    if isinstance(source, Workload):
+        built = usable(source)
+    else:
         with FakeCopies(values):
-            return build_workload(workload)
-    usable(workload)
-    with FakeCopyMode(mode):
-        model = copy.deepcopy(workload.model)
-    for copied, buffer in zip(model.buffers(), workload.model.buffers(), strict=True):
+            built = build_workload(source)
+    if all(isinstance(tensor, FakeTensor) for tensor in built.model.parameters()):
+        return built
+    untouched.keep_model(built.model)
+    with FakeCopyMode(mode), FakeCopies(values):
+        model = copy.deepcopy(built.model)
+    for copied, buffer in zip(model.buffers(), built.model.buffers(), strict=True):
         values.know(copied, buffer)
-    return dataclasses.replace(workload, model=model, settings=dict(workload.settings))
+    return dataclasses.replace(built, model=model, settings=dict(built.settings))
 
 
 def _on_device(values: KnownValues, tensor: Tensor) -> Tensor:
     moved = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
     values.know(moved, tensor)
     return moved
+
+
+_simulating = threading.Lock()
+_nested = threading.local()
+
+
+@contextlib.contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Wait for simulations in other threads: each changes PyTorch for the whole process.
+
+    Raises:
+        UsageError: this thread is in a simulation already.
+    """
+    if getattr(_nested, "is_inside", False):
+        raise UsageError(
+            "simulate was called by a target that is being simulated: simulations cannot be nested; call it elsewhere"
+        )
+    with _simulating:
+        _nested.is_inside = True
+        try:
+            yield
+        finally:
+            _nested.is_inside = False
 
 
 @contextlib.contextmanager

@@ -19,7 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["UNKNOWN", "FollowedValues", "KnownValues"]
+from memscope.simulation.untouched import Untouched
+
+__all__ = ["UNKNOWN", "FollowedValues", "KnownValues", "concerns_values", "written"]
 
 aten = torch.ops.aten
 
@@ -66,7 +68,7 @@ class KnownValues:
             self._forget(args[:1])
         with _real():
             if not self._compute(func, args, kwargs, out, made):
-                self._forget(_written(func, args, kwargs))
+                self._forget(written(func, args, kwargs))
 
     def _compute(self, func: Any, args: Any, kwargs: Any, out: Any, made: list[Any]) -> bool:
         """Compute the values of the results; returns False where they or the values they follow from are not known."""
@@ -76,7 +78,7 @@ class KnownValues:
         if shared and not func._schema.is_mutable:  # a view
             return True
         given = self._real_arguments(func, args, kwargs)
-        if given is None or any(self._shadow(t) is None for t in _written(func, args, kwargs)):
+        if given is None or any(self._shadow(t) is None for t in written(func, args, kwargs)):
             return False
         values = func(*given[0], **given[1])
         for fake, value in zip(made, pytree.tree_leaves(values), strict=True):
@@ -132,9 +134,9 @@ class KnownValues:
 class FollowedValues(TorchDispatchMode):
     """Follows values where no recorder runs the operators: while a target builds its model."""
 
-    def __init__(self, values: KnownValues) -> None:
+    def __init__(self, values: KnownValues, untouched: Untouched) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._values = values
+        self._values, self._untouched = values, untouched
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -143,6 +145,7 @@ class FollowedValues(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self._untouched.keep_arguments((args, kwargs), written(func, args, kwargs))
         answer = self._values.answer(func, args, kwargs)
         if answer is not UNKNOWN:
             return answer
@@ -155,7 +158,7 @@ class FollowedValues(TorchDispatchMode):
 def concerns_values(func: Any, args: Any, kwargs: Any, out: Any) -> bool:
     """Whether an operator makes or changes tensors that may have values; a matter of dtypes and sizes only."""
     leaves = (leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor))
-    return any(map(_is_kept, leaves)) or func is aten.view.dtype or any(map(_is_whole, _written(func, args, kwargs)))
+    return any(map(_is_kept, leaves)) or func is aten.view.dtype or any(map(_is_whole, written(func, args, kwargs)))
 
 
 def _is_kept(tensor: Tensor) -> bool:
@@ -174,7 +177,7 @@ def _is_determined(func: Any) -> bool:
     return torch.Tag.nondeterministic_seeded not in func.tags and "empty" not in func.overloadpacket.__name__
 
 
-def _written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
+def written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
     """The tensors that an operator changes in place."""
     schema = getattr(func, "_schema", None)
     if schema is None or not schema.is_mutable:
