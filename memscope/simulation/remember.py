@@ -96,7 +96,7 @@ class RememberedOperators:
         out = self._results.get(func, func)(*args, **kwargs) if answer is UNKNOWN else answer
         work, follows = known[1:] if known else (self._work_of(func, args, kwargs, out), None)
         if follows is None:
-            follows = concerns_values(func, args, kwargs, out)
+            follows = concerns_values(func, out)
         if follows:
             self._values.follow(func, args, kwargs, out)
         if described and known is None:

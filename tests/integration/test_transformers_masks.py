@@ -43,6 +43,26 @@ def test_a_mask_of_ones_leaves_the_kernel_and_adds_its_own_bytes_only(use_cache)
     assert 0 <= with_ones.peak.allocated_bytes - without.peak.allocated_bytes <= MASK_BYTES
 
 
+def test_a_mask_of_floating_point_ones_that_a_model_makes_itself_is_dropped_too():
+    # modeling_bart.py makes the mask of its decoder with torch.ones(batch, seq), in float32.
+    config = transformers.BartConfig(
+        vocab_size=128, d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, attn_implementation="sdpa",
+    )  # fmt: skip
+    tokens = torch.ones(BATCH, TOKENS, dtype=torch.int64)
+
+    def build_bart() -> Workload:
+        return Workload(
+            model=transformers.BartForConditionalGeneration(config),
+            batches=[{"input_ids": tokens, "labels": tokens}],
+            loss=lambda model, batch: model(**batch).loss,
+            optimizer_factory=torch.optim.AdamW,
+        )
+
+    trace = simulate(build_bart, device="a100-40gb", strategies="amp")
+    assert attention(trace) == {"_scaled_dot_product_flash_attention"}
+
+
 def test_a_mask_with_padding_takes_the_kernel_that_accepts_masks():
     padded = simulate(lambda: build(PADDED), device="a100-40gb", strategies="amp")
     assert attention(padded) == {"_scaled_dot_product_efficient_attention"}

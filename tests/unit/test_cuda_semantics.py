@@ -101,6 +101,7 @@ WEIGHTS = {
     "frozen": (lambda: nn.Parameter(torch.ones(4, 4), requires_grad=False), 2),
     "computed": (lambda: nn.Parameter(torch.ones(4, 4)) * 2, 2),
     "a view": (lambda: nn.Parameter(torch.ones(2, 4, 4))[0], 2),
+    "a view as a leaf": (lambda: torch.ones(2, 4, 4)[0].requires_grad_(), 2),
     "half": (lambda: nn.Parameter(torch.ones(4, 4, dtype=torch.float16)), 0),
     "bfloat16": (lambda: nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16)), 2),
 }

@@ -11,11 +11,11 @@ from memscope.errors import TargetError
 
 
 class Positions(nn.Module):
-    """A linear layer that also has the buffer `positions`: 0 to 7."""
+    """A linear layer with the buffer `positions`, 0 to 7, and a norm whose weights begin as ones."""
 
     def __init__(self):
         super().__init__()
-        self.linear = nn.Linear(8, 8)
+        self.linear, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
         self.positions = nn.Buffer(torch.arange(8))
 
 
@@ -25,7 +25,7 @@ def workload(question, answers, integers, convert=lambda model: model):
     def loss(model, batch):
         floats, integers = batch
         answers.append(question(model, integers, floats))
-        return model.linear(floats).square().mean()
+        return model.norm(model.linear(floats)).square().mean()
 
     return Workload(
         model=convert(Positions()),
@@ -66,8 +66,11 @@ def test_a_mask_of_the_batch_has_its_values(device):
         (lambda model, ids, floats: torch.equal(ids, torch.ones_like(ids)), True),
         (lambda model, ids, floats: int(ids.T.contiguous().cpu().cuda().sum()), 32),
         (lambda model, ids, floats: torch.full((2,), 5, pin_memory=True).tolist(), [5, 5]),
+        (lambda model, ids, floats: torch.ones(4, 8)[:, None].to(torch.bool).all().item(), True),
+        (lambda model, ids, floats: (torch.full((4,), fill_value=0.5) > 0.4).sum().item(), 4),
+        (lambda model, ids, floats: bool((torch.zeros_like(floats) == 0).all()), True),
     ],
-    ids=["view", "arange", "buffer", "new_ones", "zeros_like", "equal", "copies", "pinned"],
+    ids=["view", "arange", "buffer", "new_ones", "zeros_like", "equal", "copies", "pinned", "ones", "full", "filled"],
 )
 def test_integers_that_follow_from_known_ones_are_known(question, expected):
     assert answer(question) == expected
@@ -122,8 +125,24 @@ def test_the_values_of_the_batch_are_those_of_the_host_in_every_step():
         lambda model, ids, floats: ids[0].copy_(floats[0]) is not None and ids.sum().item(),
         lambda model, ids, floats: ids.view(torch.float64).copy_(floats) is not None and ids.sum().item(),
         lambda model, ids, floats: torch.ones(2**22 + 1, dtype=torch.bool).all().item(),
+        lambda model, ids, floats: bool((torch.ones(4).mul_(2) == 1).all()),
+        lambda model, ids, floats: bool((torch.ones(4) + 1 == 1).all()),
+        lambda model, ids, floats: bool((model.norm.weight == 1).all()),
     ],
-    ids=["float", "of floats", "random", "empty", "random in place", "written", "view written", "as floats", "large"],
+    ids=[
+        "float",
+        "of floats",
+        "random",
+        "empty",
+        "random in place",
+        "written",
+        "view written",
+        "as floats",
+        "large",
+        "changed",
+        "computed",
+        "weight",
+    ],
 )
 def test_a_value_that_depends_on_unknown_numbers_is_refused(question):
     with pytest.raises(TargetError, match="needs the value of a tensor"):
