@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 
 from memscope.advisor.advice import Advice, FrontPoint, PlanPeak, binding_of, in_words
-from memscope.advisor.combinations import combinations, forbidden, require_known
+from memscope.advisor.combinations import CHECKPOINTING, combinations, forbidden, require_known
 from memscope.advisor.measure.reference import LayerList, full_probe, seconds_of, uniform
 from memscope.advisor.measure.runner import Asker, InProcess, Runner, Seen
 from memscope.advisor.planning import Found, device_bytes
@@ -20,6 +20,7 @@ from memscope.simulation.device_memory import least_reserved
 from memscope.simulation.devices.catalogue import Device, get_device
 from memscope.strategies import Plan
 from memscope.strategies.ckpt.layer_plan import made_for
+from memscope.strategies.plugins import called
 from memscope.trace import Progress, Trace
 from memscope.units import format_bytes, parse_budget
 from memscope.workload.building import build_workload
@@ -119,11 +120,13 @@ def advise(
         with torch.device("meta"):
             built = build_workload(workload)
     always.check(built)
-    chain = LayerList.of(built.model, layer_list)
+    chain = LayerList.of(built.model, layer_list, exactly=CHECKPOINTING not in allow)
     asker = Asker(runner or InProcess(workload, device, settings), progress or (lambda what, done, needed: None))
-    search = Search(asker, chain, device, settings, budget_bytes)
+    search = Search(
+        asker, chain, device, settings, budget_bytes, lambda strategy: bool(called(strategy, "is_exact", built))
+    )
     plans = combinations(built, always, allow)
-    notes = [chain.note] if chain.note else []
+    notes = list(chain.notes)
     interrupted = False
     try:
         search.run(plans)
@@ -196,8 +199,9 @@ def _would_help(search: Search, plans: Mapping[str, Plan]) -> str:
     """The bytes needed with each strategy that was not allowed, and whether it fits."""
     found = search.simulated(plans.values())
     large = [text for text, seen in found.items() if device_bytes(seen) > search.budget_bytes]
-    probes = [full_probe(text, search.layers, search.budget_bytes) for text in large]
-    full = dict(zip(large, search.ask("every layer checkpointed", probes), strict=True))
+    may = search.layers.may_recompute_all
+    probes = [full_probe(text, search.layers, search.budget_bytes) for text in large if may]
+    full = dict(zip(large if may else (), search.ask("every layer checkpointed", probes), strict=True))
     lines = []
     for name, text in ((name, str(plan)) for name, plan in plans.items() if str(plan) in found):
         answers = [seen for seen in (found[text], full.get(text)) if isinstance(seen, Seen)]
@@ -215,7 +219,7 @@ def _front(search: Search, shown: Found, least: Found, peak: PlanPeak, *, more: 
         points += map(_point, search.planning.between(search.references[shown.strategies]))
     for text, seen in search.plain.items():
         points.append(_point(Found(text, None, seen, seconds_of(seen))))
-    for text, reference in search.references.items():
+    for text, reference in search.references.items() if search.layers.may_recompute_all else ():
         every = uniform(search.layers.names, "full")
         points.append(_point(Found(text, every, reference.full, reference.full_seconds)))
     points = [first, *(point for point in points if not point.is_same_plan(first))]

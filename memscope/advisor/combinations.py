@@ -10,7 +10,7 @@ from memscope.strategies import Plan, Strategy, available
 from memscope.strategies.plugins import called
 from memscope.workload.description import Workload
 
-__all__ = ["combinations", "forbidden", "require_known"]
+__all__ = ["CHECKPOINTING", "combinations", "forbidden", "require_known"]
 
 CHECKPOINTING = "ckpt"
 """Planned layer by layer rather than searched."""
@@ -36,8 +36,7 @@ def combinations(workload: Workload, always: Plan, allowed: Collection[str]) -> 
     choices = [
         [None, *found]
         for kind in _others(always)
-        if kind.exact or kind.name in allowed
-        if (found := _candidates(kind, workload))
+        if (found := [s for s in _candidates(kind, workload) if s.name in allowed or called(s, "is_exact", workload)])
     ]
     plans = []
     for picked in product(*choices):
@@ -52,8 +51,9 @@ def forbidden(workload: Workload, always: Plan, allowed: Collection[str]) -> dic
     """`always` with one more strategy that was not allowed, by the name of that strategy."""
     plans = {}
     for kind in _others(always):
-        if not kind.exact and kind.name not in allowed:
-            for strategy in _candidates(kind, workload)[:1]:
+        if kind.name not in allowed:
+            inexact = [s for s in _candidates(kind, workload) if not called(s, "is_exact", workload)]
+            for strategy in inexact[:1]:
                 try:
                     plans[kind.name] = Plan.of(*always.strategies, strategy)
                 except UsageError:  # it conflicts with a strategy of `always`

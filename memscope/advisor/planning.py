@@ -134,6 +134,8 @@ class Planning:
                 break
             costs = self._costs[reference.strategies] = costs.settle(layers, seen)
         planned = _found(reference, chosen, layers, seen)
+        if not reference.layers.may_recompute_all:
+            return planned
         every = uniform(reference.layers.names, "full")
         full = Found(reference.strategies, every, reference.full, reference.full_seconds)
         return min(planned, full, key=lambda found: least_reserved(found.seen.trace, self.allocator))

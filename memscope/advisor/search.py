@@ -6,7 +6,7 @@ checkpointing; for the others, the planner chooses the layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +40,8 @@ class Search:
     device: Device
     allocator: AllocatorSettings
     budget_bytes: int
+    is_exact: Callable[[Strategy], bool]
+    """Whether a strategy is exact for the workload."""
     plain: dict[str, Seen] = field(default_factory=dict)
     """The simulated combinations without checkpointing, by their strategies."""
     references: dict[str, Reference] = field(default_factory=dict)
@@ -182,7 +184,7 @@ class Search:
     def _cost(self, text: str, seconds: float) -> float:
         """The cost by which combinations are compared: time, and a surcharge for each setting that is not preferred."""
         strategies = Plan.parse(text).strategies
-        others: int = sum(not s.exact and s.config != self._preferred[s.name] for s in strategies)
+        others: int = sum(not self.is_exact(s) and s.config != self._preferred[s.name] for s in strategies)
         return seconds * _WORTH_IT**others
 
     def _take_plain(self, text: str) -> bool:

@@ -43,7 +43,7 @@ def print_remedies(console: Console, label: str, remedies: Remedies) -> None:
     for one in helpful:
         size = format_bytes(one.trace.peak.allocated_bytes)
         fits = ("fits", "green") if one.fits else ("does not fit", "red")
-        changes = "" if one.strategy.exact else f"; changes {one.strategy.changes or 'the result'}"
+        changes = "" if one.is_exact else f"; changes {one.strategy.changes or 'the result'}"
         change = f"{one.strategy.spec:{longest}}  {format_change(one.change_bytes):>9}"
         console.print(Text.assemble(f"  {change}  ({size}, ", fits, f"){changes}"))
     useless = [f"{one.strategy.spec} ({format_change(one.change_bytes)})" for one in remedies.tried[len(helpful) :]]
@@ -100,7 +100,7 @@ def _would_free(one: WouldFree) -> dict[str, Any]:
         "peak": peak_values(one.trace),
         "change": one.change_bytes,
         "fits": one.fits,
-        "exact": one.strategy.exact,
+        "exact": one.is_exact,
     }
 
 

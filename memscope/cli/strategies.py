@@ -30,7 +30,9 @@ def command() -> None:
     console = Console(highlight=False)
     for name, strategy in sorted(available().items()):
         console.print(Text(name, style="bold"), Text(" ".join((inspect.getdoc(strategy) or "").split())))
-        effect = "keeps losses and gradients, up to rounding" if strategy.exact else f"changes {strategy.changes}"
+        kept = "keeps losses and gradients, up to rounding" if strategy.exact else ""
+        changed = f"{'in some models ' if kept else ''}changes {strategy.changes}" if strategy.changes else ""
+        effect = "; ".join(filter(None, (kept, changed)))
         console.print(Padding(Text(effect, style="dim"), _INDENT))
         texts = help_of(strategy.Config)
         for field in dataclasses.fields(strategy.Config):

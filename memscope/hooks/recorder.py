@@ -6,7 +6,6 @@ Simulation, measurement and users' own loops all use this recorder.
 from __future__ import annotations
 
 import contextlib
-import platform
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping
@@ -18,11 +17,13 @@ from torch import Tensor, nn
 
 from memscope.errors import MemscopeError, UsageError
 from memscope.hooks.calls import ModuleCalls
+from memscope.hooks.compiled import RAN_EAGERLY, compiled_runs_eagerly
 from memscope.hooks.device import watch_of
 from memscope.hooks.kernels import Kernels
 from memscope.hooks.modules import ModuleStack
 from memscope.hooks.optimizer import GradientNamer, OptimizerNamer
 from memscope.hooks.storages import StorageTracker
+from memscope.hooks.versions import note_untested, versions
 from memscope.hooks.work import Execute, WorkDone
 from memscope.trace import MARK_COLUMNS, Phase, Trace, columns_of
 from memscope.trace.notes import add_note
@@ -140,6 +141,8 @@ class Recorder:
             self._has_begun = True
             self._lifetimes.begin()
             self._take_in()
+            note_untested(self._meta)
+            scopes.enter_context(compiled_runs_eagerly(lambda: add_note(self._meta, RAN_EAGERLY)))
             if self._watch:
                 scopes.enter_context(self._watch)
             for part in (self._modules, self._gradients, self._optimizers, self._calls, self._tracker):
@@ -304,7 +307,7 @@ class Recorder:
         parameters = list(self._model.parameters())
         steps = range(self._position.step + 1)
         return {
-            "versions": {"torch": torch.__version__, "python": platform.python_version()},
+            "versions": versions(),
             "parameters": {
                 "total": sum(p.numel() for p in parameters),
                 "trainable": sum(p.numel() for p in parameters if p.requires_grad),

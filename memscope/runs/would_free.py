@@ -39,6 +39,8 @@ class WouldFree:
     """Simulated trace of the plan with the strategy."""
     before_bytes: int
     """Simulated peak allocated bytes without the strategy."""
+    is_exact: bool
+    """Whether the strategy is exact for the workload (`Strategy.is_exact`)."""
 
     @property
     def change_bytes(self) -> int:
@@ -74,7 +76,7 @@ def would_free(target: Target, config: Any, spec: RunSpec, trace: Trace, try_all
     """
     plan = Plan.parse(spec.plan)
     added, failed = _additions(target, config, plan)
-    plans = [Plan.of(*plan.strategies, strategy) for strategy in added]
+    plans = [Plan.of(*plan.strategies, strategy) for strategy, _ in added]
     if not plans:
         return Remedies(failed=failed)
     with TemporaryDirectory() as name:
@@ -87,16 +89,16 @@ def would_free(target: Target, config: Any, spec: RunSpec, trace: Trace, try_all
     if isinstance(before, str):
         return Remedies(failed={"the plan as it is": before})
     tried = []
-    for strategy, one in zip(added, found, strict=True):
+    for (strategy, is_exact), one in zip(added, found, strict=True):
         if isinstance(one, str):
             failed[strategy.spec] = one
         else:
-            tried.append(WouldFree(strategy, one, before.peak.allocated_bytes))
+            tried.append(WouldFree(strategy, one, before.peak.allocated_bytes, is_exact))
     return Remedies(tuple(sorted(tried, key=lambda one: one.change_bytes)), failed)
 
 
-def _additions(target: Target, config: Any, plan: Plan) -> tuple[list[Strategy], dict[str, str]]:
-    """Strategies to add, and the reasons why others cannot be queried."""
+def _additions(target: Target, config: Any, plan: Plan) -> tuple[list[tuple[Strategy, bool]], dict[str, str]]:
+    """Strategies to add, each with whether it is exact, and the reasons why others cannot be queried."""
     import torch
 
     used = {strategy.name for strategy in plan.strategies}
@@ -111,11 +113,12 @@ def _additions(target: Target, config: Any, plan: Plan) -> tuple[list[Strategy],
                 continue
             try:
                 strategy = _to_try(kind, workload, plan)
+                is_exact = strategy is not None and called(strategy, "is_exact", workload)
             except MemscopeError as error:
                 failed[name] = str(error)
                 continue
             if strategy is not None:
-                added.append(strategy)
+                added.append((strategy, is_exact))
     return added, failed
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,16 +12,64 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
-from memscope.simulation.facade.stand_in import replaced
+from memscope.simulation.facade.stand_in import is_target, replaced
+from memscope.simulation.values import KnownValues
 
 __all__ = ["FakeCopies", "fake_tensors_train"]
 
 
 @contextlib.contextmanager
 def fake_tensors_train() -> Iterator[None]:
-    """Make gradient scalers, truncated normal initialization and module conversion work on tensors without values."""
-    with _gradients_are_finite(), _truncated_normals_are_within_bounds(), _modules_convert_fake_weights():
+    """Make gradient scalers, truncated normal initialization and module conversion work on tensors without values.
+
+    Targets cannot tell fake tensors from others.
+    """
+    with (
+        _gradients_are_finite(),
+        _truncated_normals_are_within_bounds(),
+        _modules_convert_fake_weights(),
+        _targets_see_plain_tensors(),
+    ):
         yield
+
+
+@contextlib.contextmanager
+def _targets_see_plain_tensors() -> Iterator[None]:
+    """Let `isinstance(x, torch._subclasses.FakeTensor)` be false in a target's code.
+
+    Libraries take another path for fake tensors, which only a compiler has in their experience: transformers then keeps
+    an attention mask whose values it would read otherwise. PyTorch's own code still gets its class, also in modules
+    that it imports during the simulation. Source: `is_fake_tensor` in transformers/utils/import_utils.py (5.23).
+    """
+    package: Any = torch._subclasses
+
+    def found(name: str) -> Any:
+        if name != "FakeTensor":
+            raise AttributeError(f"module {package.__name__!r} has no attribute {name!r}")
+        return _FakeTensorOfTargets if is_target(sys._getframe(1)) else FakeTensor
+
+    del package.FakeTensor
+    package.__getattr__ = found
+    _Unseen.is_on = True
+    try:
+        yield
+    finally:
+        _Unseen.is_on = False
+        del package.__getattr__
+        package.FakeTensor = FakeTensor
+
+
+class _Unseen(type):
+    """The class of a class that has no instances during a simulation, and PyTorch's fake tensors at other times."""
+
+    is_on = False
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, FakeTensor) and not _Unseen.is_on
+
+
+class _FakeTensorOfTargets(metaclass=_Unseen):
+    """What a target gets for `FakeTensor`; a module that it imports during a simulation may keep it."""
 
 
 @contextlib.contextmanager
@@ -103,12 +152,17 @@ def _converted(
 class FakeCopies(TorchFunctionMode):
     """Implements `copy.deepcopy` of fake tensors: PyTorch's copy does not share its storage with its own views."""
 
+    def __init__(self, values: KnownValues) -> None:
+        super().__init__()
+        self._values = values
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not Tensor.__deepcopy__ or not isinstance(args[0], FakeTensor):
             return func(*args, **(kwargs or {}))
         tensor, memo = args
         if id(tensor) not in memo:
             data = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
+            self._values.know(data, tensor)
             is_parameter = isinstance(tensor, nn.Parameter)
             copied = nn.Parameter(data, requires_grad=False) if is_parameter else data
             memo[id(tensor)] = copied.requires_grad_(tensor.requires_grad)

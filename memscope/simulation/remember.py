@@ -17,6 +17,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from memscope.hooks.work import Work
+from memscope.simulation.untouched import Untouched
+from memscope.simulation.values import UNKNOWN, KnownValues, concerns_values, written
 
 __all__ = ["RememberedOperators"]
 
@@ -46,15 +48,25 @@ class RememberedOperators:
     `remembered(func, args, kwargs)` returns the result of `func(*args, **kwargs)` and the call's work.
     """
 
-    def __init__(self, mode: FakeTensorMode, work_of: WorkOf, results: Mapping[Any, Callable[..., Any]]) -> None:
+    def __init__(
+        self,
+        mode: FakeTensorMode,
+        values: KnownValues,
+        untouched: Untouched,
+        work_of: WorkOf,
+        results: Mapping[Any, Callable[..., Any]],
+    ) -> None:
         """Start with an empty cache.
 
         Args:
             mode: the mode of the fake tensors.
+            values: the known values, which the operators use and change.
+            untouched: is told of every real tensor that an operator is given.
             work_of: `work_of(func, args, kwargs, out)` returns the work of a call.
             results: operator → the function to call in its place.
         """
-        self._known: dict[Any, tuple[Any, Work]] = {}
+        self._known: dict[Any, tuple[Any, Work, bool]] = {}
+        self._values, self._untouched = values, untouched
         self._work_of, self._results = work_of, results
         with mode:
             self._attributes = dict(vars(torch.empty(0)))
@@ -73,16 +85,23 @@ class RememberedOperators:
             key = tuple(parts) if described else None
             known = self._known.get(key) if described else None
             if known is not None and known[0] is not _UNUSUAL:
-                return self._rebuilt(known[0], tensors), known[1]
-        call = self._results.get(func, func)
-        if known is not None:
-            return call(*args, **kwargs), known[1]
+                out = self._rebuilt(known[0], tensors)
+                if known[2]:
+                    self._values.follow(func, args, kwargs, out)
+                return out, known[1]
+        if not described:
+            self._untouched.keep_arguments((args, kwargs), written(func, args, kwargs))
+        answer = self._values.answer(func, args, kwargs)
         before = [_layout(t) for t in tensors]
-        out = call(*args, **kwargs)
-        work = self._work_of(func, args, kwargs, out)
-        if described:
+        out = self._results.get(func, func)(*args, **kwargs) if answer is UNKNOWN else answer
+        work, follows = known[1:] if known else (self._work_of(func, args, kwargs, out), None)
+        if follows is None:
+            follows = concerns_values(func, out)
+        if follows:
+            self._values.follow(func, args, kwargs, out)
+        if described and known is None:
             unchanged = [_layout(t) for t in tensors] == before
-            self._known[key] = _recipe(func, out, tensors) if unchanged else _UNUSUAL, work
+            self._known[key] = _recipe(func, out, tensors) if unchanged else _UNUSUAL, work, follows
         return out, work
 
     def _rebuilt(self, recipe: Any, tensors: list[FakeTensor]) -> Any:

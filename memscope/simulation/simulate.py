@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import os
+import threading
 import traceback
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
@@ -14,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses import fake_tensor
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from memscope.allocator.settings import AllocatorSettings
-from memscope.errors import TargetError, where
+from memscope.errors import TargetError, UsageError, where
 from memscope.hooks.live_state import Tell
 from memscope.hooks.parts import parts_of
 from memscope.hooks.recorder import Recorder
@@ -35,6 +36,8 @@ from memscope.simulation.fake_tensors import FakeCopies, fake_tensors_train
 from memscope.simulation.host import host_copies
 from memscope.simulation.refusal import NotSimulated
 from memscope.simulation.remember import RememberedOperators
+from memscope.simulation.untouched import Untouched
+from memscope.simulation.values import FollowedValues, KnownValues
 from memscope.strategies import Plan
 from memscope.trace import Trace
 from memscope.trace.notes import add_note
@@ -109,16 +112,19 @@ def simulate(
     roofline = Roofline(device)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     gpu = VisibleGpu(device, settings)
-    operators = RememberedOperators(mode, roofline, results(on_gpu=device.kind == "cuda"))
-    with _simulated(device, gpu), _explained():
-        with mode:
-            built = _build(workload, mode)
+    values, untouched = KnownValues(), Untouched()
+    followed = FollowedValues(values, untouched)
+    operators = RememberedOperators(mode, values, untouched, roofline, results(on_gpu=device.kind == "cuda"))
+    with _one_at_a_time(), _simulated(device, gpu), untouched, _explained():
+        with mode, followed:
+            built = _build(workload, mode, values, untouched)
         plan.check(built)  # outside the fake mode, so that a strategy can read the data
-        with mode:
+        with mode, followed:
             plan.carry_out(built)
-        pieces = prepare_steps(built, steps, micro_batches)
+        with followed:
+            pieces = prepare_steps(built, steps, micro_batches)
         with mode:
-            training = Training.start(built, "cpu", partial(map_tensors, _on_device))
+            training = Training.start(built, "cpu", partial(map_tensors, partial(_on_device, values)))
             recorder = Recorder(
                 built.model,
                 meta={**run_meta(built, plan, device.name, simulated=True), "seconds": None},
@@ -140,26 +146,63 @@ def simulate(
     return on_device(dataclasses.replace(trace, meta=meta), device, settings, gpu.cache_emptied)
 
 
-def _build(workload: Workload | Callable[[], Workload], mode: FakeTensorMode) -> Workload:
-    if not isinstance(workload, Workload):
-        with FakeCopies():
-            return build_workload(workload)
-    usable(workload)
-    for tensor in (*workload.model.parameters(), *workload.model.buffers()):
-        parts_of(tensor)  # refuses a wrapper that cannot be taken apart, which the copy would make a plain tensor
-    with FakeCopyMode(mode):
-        return dataclasses.replace(workload, model=copy.deepcopy(workload.model), settings=dict(workload.settings))
+def _build(
+    source: Workload | Callable[[], Workload], mode: FakeTensorMode, values: KnownValues, untouched: Untouched
+) -> Workload:
+    """The workload on fake tensors; a model of real ones is copied."""
+    if isinstance(source, Workload):
+        built = usable(source)
+    else:
+        with FakeCopies(values):
+            built = build_workload(source)
+    for buffer in built.model.buffers():
+        parts_of(buffer)  # refuses a wrapper that cannot be taken apart, which the copy would make a plain tensor
+    if all(isinstance(part, FakeTensor) for parameter in built.model.parameters() for part in parts_of(parameter)):
+        return built
+    untouched.keep_model(built.model)
+    with FakeCopyMode(mode), FakeCopies(values):
+        model = copy.deepcopy(built.model)
+    for copied, buffer in zip(model.buffers(), built.model.buffers(), strict=True):
+        values.know(copied, buffer)
+    return dataclasses.replace(built, model=model, settings=dict(built.settings))
 
 
-def _on_device(tensor: Any) -> Any:
+def _on_device(values: KnownValues, tensor: Any) -> Any:
     """A tensor of the same layout, made in the simulation; wrappers hold such tensors."""
     parts_of(tensor)
     if is_traceable_wrapper_subclass(tensor):
         names, context = tensor.__tensor_flatten__()
         held = {name: getattr(tensor, name) for name in names}
-        inner = {name: _on_device(value) if isinstance(value, Tensor) else value for name, value in held.items()}
+        inner = {
+            name: _on_device(values, value) if isinstance(value, Tensor) else value for name, value in held.items()
+        }
         return type(tensor).__tensor_unflatten__(inner, context, tensor.size(), tensor.stride())
-    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
+    moved = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
+    values.know(moved, tensor)
+    return moved
+
+
+_simulating = threading.Lock()
+_nested = threading.local()
+
+
+@contextlib.contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Wait for simulations in other threads: each changes PyTorch for the whole process.
+
+    Raises:
+        UsageError: this thread is in a simulation already.
+    """
+    if getattr(_nested, "is_inside", False):
+        raise UsageError(
+            "simulate was called by a target that is being simulated: simulations cannot be nested; call it elsewhere"
+        )
+    with _simulating:
+        _nested.is_inside = True
+        try:
+            yield
+        finally:
+            _nested.is_inside = False
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from memscope.errors import UsageError
 from memscope.strategies import Problem, Stage, Strategy
+from memscope.strategies.statistics import keeps_statistics
 from memscope.workload.description import Workload
 from memscope.workload.split import sample_counts
 
@@ -21,6 +22,7 @@ class GradientAccumulation(Strategy):
     name = "ga"
     stage = Stage.STEP
     exact = True
+    changes = "the statistics of batch norm"
     provides = frozenset({"accumulation"})
     textbook: ClassVar[Mapping[str, str]] = {
         "parameter": "–",
@@ -59,6 +61,10 @@ class GradientAccumulation(Strategy):
         except UsageError as error:
             return [Problem(f"steps={self.config.steps}", str(error))]
         return []
+
+    def is_exact(self, workload: Workload) -> bool:
+        """Whether the model has no batch norm: its statistics would be those of the smaller batches."""
+        return self.config.steps == workload.plan.micro_batches or not keeps_statistics(workload.model)
 
     def baseline(self, workload: Workload) -> None:
         """The same effective batch in one micro-batch."""

@@ -78,7 +78,10 @@ def _wrong(kind: Any, name: str) -> str:
     return ""
 
 
-def called(strategy: Strategy, what: Literal["candidates", "check", "baseline", "apply"], workload: Workload) -> Any:
+Method = Literal["candidates", "check", "is_exact", "baseline", "apply"]
+
+
+def called(strategy: Strategy, what: Method, workload: Workload) -> Any:
     """Call a method of a strategy on a workload and return its result.
 
     Raises:
@@ -96,4 +99,6 @@ def called(strategy: Strategy, what: Literal["candidates", "check", "baseline", 
         raise MemscopeError(
             f'strategy "{strategy.name}": check() returned {found!r}, expected a list of Problem, which may be empty'
         )
+    if what == "is_exact" and not isinstance(found, bool):
+        raise MemscopeError(f'strategy "{strategy.name}": is_exact() returned {found!r}, expected True or False')
     return found

@@ -73,10 +73,11 @@ class Strategy(Protocol):
     name: ClassVar[str]
     stage: ClassVar[Stage]
     exact: ClassVar[bool]
-    """True: losses and gradients are unchanged, up to rounding; `memscope.testing.check_strategy` tests it."""
+    """True: losses, gradients and buffers are unchanged, up to rounding; `memscope.testing.check_strategy` tests it.
+    This is the default of `is_exact`, which every decision asks."""
     changes: ClassVar[str] = ""
-    """What a strategy that is not `exact` changes, in a few words, such as "what is trained". `memscope advise` uses it
-    only if `--allow` names it."""
+    """What a strategy changes that is not exact, or not for every workload, in a few words, such as "what is trained".
+    Where it is not exact, `memscope advise` uses it only if `--allow` names it."""
     Config: ClassVar[type]
     """Frozen dataclass of the settings, all with defaults; the docstring under each field is its help text."""
     requires: ClassVar[frozenset[str]] = frozenset()
@@ -104,6 +105,13 @@ class Strategy(Protocol):
     def check(self, workload: Workload) -> list[Problem]:
         """All problems that prevent applying the strategy to a workload; empty if there is none."""
         return []
+
+    def is_exact(self, workload: Workload) -> bool:
+        """Whether a workload that is not changed yet keeps its losses, gradients and buffers, up to rounding.
+
+        Default: `exact`. Override it if that depends on the model.
+        """
+        return self.exact
 
     def baseline(self, workload: Workload) -> None:
         """Change the workload that runs without this strategy to make the comparison fair. Default: no change.

@@ -19,6 +19,7 @@ from memscope.errors import UsageError
 from memscope.hooks.record import record
 from memscope.simulation.simulate import simulate
 from memscope.strategies import Plan, Stage, Strategy, available
+from memscope.strategies.plugins import called
 from memscope.testing.toy import toy_workload
 from memscope.trace import CATEGORIES, PHASES, Trace
 from memscope.workload.batch import map_tensors
@@ -43,23 +44,31 @@ def check_strategy(strategy: type[Strategy] | str, *, workload: Callable[[], Wor
     - Applying it changes something.
     - Alone and with each other installed strategy, a simulation makes the same allocations as a real run, and declared
       conflicts are refused.
-    - If it is `exact`, losses and gradients equal the baseline's; so do the weights after the step if it changes the
-      optimizer. They are equal bit for bit or, if sums are taken in another order, up to `TOLERANCE` in float64.
+    - Where it is exact (`is_exact`), losses, gradients and buffers equal the baseline's; so do the weights after the
+      step if it changes the optimizer. They are equal bit for bit or, if sums are taken in another order, up to
+      `TOLERANCE` in float64. Without a workload of your own, this is also checked with batch norm.
 
     Strategies that it requires are added. Other strategies that cannot be applied to the workload are left out.
 
     Args:
         strategy: a class, tested with its default settings, or one strategy in plan syntax, such as `lora:r=4`.
-        workload: builds a new workload at each call, equal for equal random seeds; None: `toy_workload`.
+        workload: builds a new workload at each call, equal for equal random seeds; None: `toy_workload`, and the same
+            with batch norm.
 
     Raises:
         AssertionError: the strategy breaks a promise; the message names the strategy and the promise.
     """
     name = strategy if isinstance(strategy, str) else getattr(strategy, "name", strategy.__name__)
 
-    def build() -> Workload:
-        torch.manual_seed(0)
-        return (workload or toy_workload)()
+    def seeded(make: Callable[[], Workload]) -> _Build:
+        def build() -> Workload:
+            torch.manual_seed(0)
+            return make()
+
+        return build
+
+    build = seeded(workload or toy_workload)
+    with_batch_norm = [] if workload else [seeded(partial(toy_workload, batch_norm=True))]
 
     with torch.random.fork_rng(devices=[]):
         with _promise(name, "it is installed and described, and the features it requires are provided"):
@@ -74,9 +83,10 @@ def check_strategy(strategy: type[Strategy] | str, *, workload: Callable[[], Wor
             _check_change(needed, subject, build)
         with _promise(name, "simulated and real runs make the same allocations"):
             _check_traces(needed, build)
-        if subject.exact:
-            with _promise(name, "losses and gradients are unchanged (exact)"):
-                _check_parity(needed, subject, build)
+        for one in (build, *with_batch_norm):
+            with _promise(name, "losses, gradients and buffers are unchanged (exact)"):
+                if called(subject, "is_exact", one()):
+                    _check_parity(needed, subject, one)
         for other in available().values():
             if other.name not in {s.name for s in needed}:
                 with _promise(name, f'it can be combined with "{other.name}", or one of the two declares a conflict'):
@@ -115,7 +125,8 @@ def _read(text: str) -> Strategy:
 def _check_description(kind: type[Strategy]) -> None:
     _require(isinstance(kind.stage, Stage), f"Its stage is {kind.stage!r}, expected one of memscope.strategies.Stage")
     _require(isinstance(kind.exact, bool), f"Its exact is {kind.exact!r}, expected True or False")
-    _require(kind.exact or bool(kind.changes), "It is not exact, but its `changes` is empty: say what it changes")
+    is_exact = kind.exact and kind.is_exact is Strategy.is_exact
+    _require(is_exact or bool(kind.changes), "It is not always exact, but its `changes` is empty: say what it changes")
     _require(bool(kind.__doc__), "The class has no docstring, which is its help text")
     silent = [field for field, text in help_of(kind.Config).items() if not text]
     _require(not silent, f"Config has no docstring, which is the help text, under {', '.join(silent)}")
@@ -230,7 +241,10 @@ def _check_parity(needed: list[Strategy], subject: Strategy, build: _Build) -> N
 
 
 def _train(build: _Build, plan: Plan, steps: int, double: bool, subject: Strategy, *, baseline: bool) -> _Steps:
-    """Loss, gradients and, if the strategy changes the optimizer, weights of each step; in float64 if `double`."""
+    """Loss, gradients, buffers and, if the strategy changes the optimizer, weights of each step.
+
+    All of them are in float64 if `double`.
+    """
 
     def move(tensor: Tensor) -> Tensor:
         return tensor.double() if double and tensor.is_floating_point() else tensor.clone()
@@ -242,6 +256,7 @@ def _train(build: _Build, plan: Plan, steps: int, double: bool, subject: Strateg
     workload, seen = build(), _Steps()
     if double:
         workload.model.double()
+    buffers = {name for name, _ in workload.model.named_buffers()}  # a strategy may add some of its own
     if baseline:
         subject.baseline(workload)
     plan.apply(workload)
@@ -252,9 +267,8 @@ def _train(build: _Build, plan: Plan, steps: int, double: bool, subject: Strateg
     for _ in range(steps):
         loss = run_step(training, micro_batches(workload, workload.batches[0]))
         weights = workload.model.named_parameters() if subject.stage is Stage.OPTIM else ()
-        results.append(
-            {"loss": loss, **seen.pop(), **{f"{name} afterwards": p.detach().clone() for name, p in weights}}
-        )
+        kept = [*weights, *((name, buffer) for name, buffer in workload.model.named_buffers() if name in buffers)]
+        results.append({"loss": loss, **seen.pop(), **{f"{name} afterwards": p.detach().clone() for name, p in kept}})
     return results
 
 

@@ -16,10 +16,18 @@ _VOCAB, _DIM = 40, 16
 _IGNORED = -100  # a label without a loss: the default `ignore_index` of torch.nn.functional.cross_entropy
 
 
+class _BatchNorm(nn.BatchNorm1d):
+    """Batch norm over the tokens of all samples."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `[samples, tokens, dim]` to the same shape."""
+        return super().forward(x.flatten(0, 1)).view_as(x)
+
+
 class _Block(nn.Module):
-    def __init__(self, dropout: float) -> None:
+    def __init__(self, dropout: float, batch_norm: bool) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(_DIM)
+        self.norm = _BatchNorm(_DIM) if batch_norm else nn.LayerNorm(_DIM)
         self.wq, self.wk, self.wv, self.wo = (nn.Linear(_DIM, _DIM, bias=False) for _ in range(4))
         self.up, self.down = nn.Linear(_DIM, 2 * _DIM), nn.Linear(2 * _DIM, _DIM)
         self.dropout = nn.Dropout(dropout)
@@ -34,10 +42,10 @@ class _Block(nn.Module):
 
 
 class _Toy(nn.Module):
-    def __init__(self, dropout: float) -> None:
+    def __init__(self, dropout: float, batch_norm: bool) -> None:
         super().__init__()
         self.embed = nn.Embedding(_VOCAB, _DIM)
-        self.blocks = nn.ModuleList(_Block(dropout) for _ in range(2))
+        self.blocks = nn.ModuleList(_Block(dropout, batch_norm) for _ in range(2))
         self.head = nn.Linear(_DIM, _VOCAB, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -48,15 +56,15 @@ class _Toy(nn.Module):
         return logits
 
 
-def toy_workload(*, dropout: float = 0.0) -> Workload:
+def toy_workload(*, dropout: float = 0.0, batch_norm: bool = False) -> Workload:
     """A language model of 5,536 random float32 weights with the parts that strategies look for.
 
     The parts are `embed`, two layers in `blocks` (attention `wq wk wv wo`, MLP `up down`), and `head`. A step's batch
     has 8 samples of 4 to 11 tokens; every token but the first of a sample is a target, so micro-batches differ in size
-    and weight. `dropout` applies to the MLPs.
+    and weight. `dropout` applies to the MLPs; `batch_norm` replaces the layers' layer norm.
     """
     return Workload(
-        model=_Toy(dropout),
+        model=_Toy(dropout, batch_norm),
         batches=[[[(7 * sample + 3 * i) % _VOCAB for i in range(4 + sample)] for sample in range(8)]],
         loss=_loss,
         optimizer_factory=torch.optim.AdamW,

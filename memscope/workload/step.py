@@ -39,6 +39,8 @@ class Training:
     scaler: torch.amp.GradScaler | None
     device_type: str
     to_device: Callable[[Any], Any]
+    gradients_are_taken: bool
+    """Whether the target has hooks that run when a gradient is complete, and may take it before the step ends."""
 
     @classmethod
     def start(cls, workload: Workload, device_type: str, to_device: Callable[[Any], Any]) -> Training:
@@ -53,7 +55,9 @@ class Training:
             raise UsageError(f'"{workload.name}" has no trainable parameter: nothing can be optimized')
         scaler = torch.amp.GradScaler(device_type) if workload.plan.grad_scaler else None
         workload.model.train()
-        return cls(workload, _optimizer(workload, trainable), scaler, device_type, to_device)
+        optimizer = _optimizer(workload, trainable)
+        taken = any(parameter._post_accumulate_grad_hooks for parameter in trainable)
+        return cls(workload, optimizer, scaler, device_type, to_device, taken)
 
 
 def _optimizer(workload: Workload, trainable: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -76,6 +80,9 @@ def run_step(training: Training, pieces: list[MicroBatch], observer: StepObserve
     """Run one optimizer step over the micro-batches in `pieces` and return the step's loss. Empties `pieces`.
 
     The loss of each micro-batch is multiplied by its share, so the accumulated gradient equals that of the whole batch.
+
+    Raises:
+        TargetError: no parameter of the optimizer got a gradient.
     """
     plan, model = training.workload.plan, training.workload.model
     mark = observer.phase if observer else _unobserved
@@ -94,6 +101,7 @@ def run_step(training: Training, pieces: list[MicroBatch], observer: StepObserve
         del loss, piece
         index += 1
     assert total is not None, "run_step needs at least one micro-batch"
+    _require_gradient(training)
     mark("optimizer", index - 1)
     if plan.clip_grad_norm is not None:
         if training.scaler:
@@ -117,6 +125,18 @@ def _forward(training: Training, model: nn.Module, piece: MicroBatch, observer: 
     with torch.autocast(training.device_type, dtype=dtype) if dtype else contextlib.nullcontext():
         loss = training.workload.loss(model, data)
     return loss if piece.share == 1.0 else loss * piece.share
+
+
+def _require_gradient(training: Training) -> None:
+    """Refuse a step that would train nothing. Hooks may have used up the gradients, as an optimizer in them does."""
+    given = [parameter for group in training.optimizer.param_groups for parameter in group["params"]]
+    if any(parameter.grad is not None for parameter in given) or training.gradients_are_taken:
+        return
+    raise TargetError(
+        f'the backward pass of "{training.workload.name}" gave none of the {len(given)} tensors that the optimizer '
+        "updates a gradient: compute the loss with the model that loss(model, batch) is given, not with another one, "
+        "and without detach() or torch.no_grad()"
+    )
 
 
 def _unobserved(name: str, micro_batch: int) -> None:

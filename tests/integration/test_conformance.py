@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from types import SimpleNamespace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from memscope.errors import UsageError
 from memscope.strategies import Plan, Problem, Stage, Strategy, available, plan, plugins
@@ -221,6 +222,23 @@ class Rounds(Frozen):
         workload.loss = lambda model, batch: loss(model, batch) * (1 + 1e-6)
 
 
+class Twice(Frozen):
+    """Claims to be exact for every model, but runs the forward pass again."""
+
+    exact = True
+    stage = Stage.WRAP
+
+    def apply(self, workload: Workload) -> None:
+        loss = workload.loss
+
+        def twice(model: nn.Module, batch: Any) -> Tensor:
+            with torch.no_grad():
+                loss(model, batch)
+            return loss(model, batch)
+
+        workload.loss = twice
+
+
 class Clashing(Frozen):
     """Conflicts with autocast without declaring it."""
 
@@ -244,7 +262,7 @@ class Clashing(Frozen):
         (OneWay, r'read back\. malformed plan "frozen:separator=,x": expected KEY=VALUE after "frozen"'),
         (
             Silent,
-            r"described, .* are provided\. It is not exact, but its `changes` is empty: say what it changes",
+            r"described, .* are provided\. It is not always exact, but its `changes` is empty: say what it changes",
         ),
         (Fancy, r"candidates are settings .*\. Its candidate Unexplained\(size=2\) is not a Fancy\.Config"),
         (Greedy, r"finding them changes nothing\. candidates\(\) or check\(\) changed the plan, the model or the data"),
@@ -261,6 +279,10 @@ class Clashing(Frozen):
         ),
         (Freezes, r"\(exact\)\. In step 0, only the baseline or only the strategy has gradient of head\.weight"),
         (Rounds, r"\(exact\)\. In step 0, the loss differs by \S+e-06; the largest value is"),
+        (
+            Twice,
+            r"buffers .* \(exact\)\. In step 0, the blocks\.0\.norm\.running_mean afterwards differs by 0\.\d+",
+        ),
         (Clashing, r'combined with "amp", or one of the two declares a conflict\. .*no kernel for autocast'),
     ],
 )

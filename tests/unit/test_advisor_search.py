@@ -40,7 +40,8 @@ def searched(runner: Noted, reserved_bytes: int, strategies: str, allow: Sequenc
     workload = build()
     asker = Asker(runner, lambda what, done, needed: None)
     budget_bytes = reserved_bytes + DEVICE.context_bytes
-    search = Search(asker, LayerList.of(workload.model), DEVICE, AllocatorSettings(), budget_bytes)
+    layers = LayerList.of(workload.model)
+    search = Search(asker, layers, DEVICE, AllocatorSettings(), budget_bytes, lambda s: s.is_exact(workload))
     search.run(combinations(workload, Plan.parse(strategies), allow))
     return search
 

@@ -337,6 +337,36 @@ def test_garbage_collection_gives_back_blocks_unused_for_long() -> None:
     assert changes(made) == [("alloc", 20), ("alloc", 30), ("free", 20), ("alloc", 32)]
 
 
+def test_garbage_collection_gives_back_all_blocks_of_equal_age() -> None:
+    # Both blocks were cached at 2, and their age is the average: blocks of at least that age are given back.
+    made = allocator("garbage_collection_threshold:0.5,per_process_memory_fraction:0.9", capacity_mib=100)
+    for block in [made.malloc(20 * MIB), made.malloc(30 * MIB)]:
+        made.free(block)
+    made.malloc(32 * MIB)
+    assert changes(made) == [("alloc", 20), ("alloc", 30), ("free", 20), ("free", 30), ("alloc", 32)]
+
+
+def test_garbage_collection_goes_on_with_the_average_age_of_the_blocks_that_are_left() -> None:
+    # 36 of 90 MiB are the threshold, 66 are reserved: 30 must go. The 20 are cached at 3, the 22 at 7 and the 24 at 8;
+    # now it is 9. Ages of 6, 2 and 1 average to 3: the 20 go, which is too little. 2 and 1 average to 1.5: the 22 go.
+    made = allocator("garbage_collection_threshold:0.4,per_process_memory_fraction:0.9", capacity_mib=100)
+    oldest, middle, youngest = (made.malloc(size * MIB) for size in (20, 22, 24))
+
+    def search(times: int) -> None:
+        nonlocal youngest
+        for _ in range(times):
+            made.free(youngest)
+            youngest = made.malloc(24 * MIB)
+
+    made.free(oldest)
+    search(4)
+    made.free(middle)
+    search(1)
+    made.free(youngest)
+    made.malloc(40 * MIB)
+    assert changes(made)[3:] == [("free", 20), ("free", 22), ("alloc", 40)]
+
+
 def test_garbage_is_not_collected_in_a_process_without_a_limit() -> None:
     made = allocator("garbage_collection_threshold:0.1", capacity_mib=100)
     for block in [made.malloc(20 * MIB), made.malloc(30 * MIB)]:

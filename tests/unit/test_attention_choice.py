@@ -5,11 +5,15 @@ Expected: the conditions in sdp_utils.cpp of the versions named in `memscope/sim
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from memscope import Workload, simulate
 from memscope.simulation.cuda.attention import AttentionCall, Platform, scaled_dot_product_attention
+from memscope.trace import PHASES
 
 H100 = Platform((9, 0), (2, 13), 92000)
 A100 = H100._replace(capability=(8, 0))
@@ -180,6 +184,34 @@ def test_the_plain_kernel_computes_what_pytorch_computes():
                 enable_gqa=True,
             )
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(("dtype", "copies"), [(torch.float16, 1), (torch.float32, 0)])
+def test_the_plain_kernel_holds_its_weights_in_the_dtype_of_its_inputs_until_it_returns(dtype, copies):
+    # `_scaled_dot_product_attention_math` computes in float32 and returns the result and the weights, both as half.
+    heads, length, size = 2, 128, 16
+
+    def loss(model, x):
+        query, key, value = (model(x).to(dtype).view(1, length, heads, size).transpose(1, 2) for _ in range(3))
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(query, key, value).sum()
+
+    trace = simulate(
+        Workload(
+            model=nn.Linear(heads * size, heads * size),
+            batches=[torch.ones(length, heads * size)],
+            loss=loss,
+            optimizer_factory=torch.optim.SGD,
+        ),
+        steps=1,
+    )
+    ops = [trace.ops[op].removeprefix("aten.").partition(".")[0] for op in trace.op]
+    weights_bytes = heads * length * length * dtype.itemsize
+    beside = [row for row, op in enumerate(ops) if op == "_to_copy" and trace.requested[row] == weights_bytes]
+    products = [row for row, op in enumerate(ops) if op == "bmm" and trace.phase[row] == PHASES.index("loss")]
+    assert len(beside) == copies
+    for row in beside:
+        assert trace.born[row] < trace.born[products[-1]] < trace.freed[row]
 
 
 def test_the_plain_kernel_adds_its_mask_in_place():

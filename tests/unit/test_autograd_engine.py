@@ -51,6 +51,39 @@ def test_a_gradient_without_memory_of_its_own_is_not_added_into():
     assert backward_of(lambda x, batch: x + x.exp())["add.Tensor"] == 1
 
 
+@pytest.mark.parametrize(("stride", "added_out_of_place"), [(1, 0), (2, 1)], ids=["dense", "with gaps"])
+def test_a_gradient_is_added_into_if_it_has_no_gaps(stride, added_out_of_place):
+    # Source: `can_accumulate_inplace` in torch/csrc/autograd/input_buffer.cpp requires is_non_overlapping_and_dense().
+    class Spaced(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return torch.empty_strided((SIZE,), (stride,)).copy_(gradient)
+
+    # The gradient of the last operator arrives first.
+    assert backward_of(lambda x, batch: x.exp() + Spaced.apply(x))["add.Tensor"] == added_out_of_place
+
+
+def test_a_transposed_gradient_without_gaps_is_added_into():
+    class Transposed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return torch.empty_strided((10, 100), (1, 10)).copy_(gradient)
+
+    def body(x, batch):
+        table = x.view(10, 100) * 1
+        return table.exp() + Transposed.apply(table)
+
+    assert backward_of(body)["add.Tensor"] == 0
+
+
 def test_a_gradient_with_another_holder_is_not_added_into():
     # The sum gives the same gradient to x twice: the first one is still held for the second use.
     assert backward_of(lambda x, batch: (x + x) * 1)["add.Tensor"] == 1

@@ -96,6 +96,44 @@ def test_a_trained_weight_is_cast_once_in_a_forward_pass_and_a_frozen_one_at_eve
     assert casts(trained=False) == 2
 
 
+WEIGHTS = {
+    "trained": (lambda: nn.Parameter(torch.ones(4, 4)), 1),
+    "frozen": (lambda: nn.Parameter(torch.ones(4, 4), requires_grad=False), 2),
+    "computed": (lambda: nn.Parameter(torch.ones(4, 4)) * 2, 2),
+    "a view": (lambda: nn.Parameter(torch.ones(2, 4, 4))[0], 2),
+    "a view as a leaf": (lambda: torch.ones(2, 4, 4)[0].requires_grad_(), 2),
+    "half": (lambda: nn.Parameter(torch.ones(4, 4, dtype=torch.float16)), 0),
+    "bfloat16": (lambda: nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16)), 2),
+}
+
+
+@pytest.mark.parametrize(("make", "expected"), WEIGHTS.values(), ids=WEIGHTS)
+@pytest.mark.parametrize("is_cached", [True, False], ids=["cache", "no cache"])
+def test_weights_of_einsum_are_cast_as_often_as_those_of_matmul(make, expected, is_cached):
+    # matmul keeps PyTorch's own autocast kernel and cache on both devices; einsum, on a CPU, has none.
+    def casts(product):
+        def body():
+            weight, x = make(), torch.ones(4, 4, dtype=torch.float16)
+            with torch.autocast("cuda", cache_enabled=is_cached):
+                product(product(x, weight), weight)
+
+        return run(body)[1].count("aten._to_copy")
+
+    expected = expected if is_cached or expected == 0 else 2
+    assert casts(torch.matmul) == expected
+    assert casts(lambda x, weight: torch.einsum("ij,jk->ik", x, weight)) == expected
+
+
+def test_the_cast_weights_of_einsum_are_gone_when_autocast_ends():
+    def body():
+        weight, x = nn.Parameter(torch.ones(4, 4)), torch.ones(4, 4, dtype=torch.float16)
+        for _ in range(3):
+            with torch.autocast("cuda"):
+                torch.einsum("ij,jk->ik", x, weight)
+
+    assert run(body)[1].count("aten._to_copy") == 3
+
+
 def test_binary_cross_entropy_is_refused_under_autocast_as_on_cuda():
     def body():
         with torch.autocast("cuda"):

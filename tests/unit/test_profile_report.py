@@ -77,9 +77,14 @@ def test_a_device_without_a_known_context_has_no_row_for_the_driver(runs: list[R
 
 
 def advice_on(runs: list[Run], before_bytes: int, **failed: str) -> str:
-    tried = tuple(WouldFree(Plan.parse(run.label).strategies[0], run.trace, before_bytes) for run in runs)
+    strategies = [Plan.parse(run.label).strategies[0] for run in runs]
+    tried = tuple(WouldFree(s, run.trace, before_bytes, s.exact) for s, run in zip(strategies, runs, strict=True))
+    return printed_advice(Remedies(tried, failed))
+
+
+def printed_advice(remedies: Remedies) -> str:
     out = io.StringIO()
-    print_remedies(Console(file=out, width=200, highlight=False), "baseline", Remedies(tried, failed))
+    print_remedies(Console(file=out, width=200, highlight=False), "baseline", remedies)
     return out.getvalue()
 
 
@@ -92,4 +97,6 @@ def test_advice_tells_what_helps_from_what_does_not(runs: list[Run]) -> None:
     assert helps.rstrip().endswith(", fits)")
     assert advice_on([ckpt], peak) == "Strategies that would not help baseline: ckpt:layers=0 (+0 B)\n"
     assert advice_on([amp], 2**40).rstrip().endswith("; changes the precision of matrix products and attention")
+    inexact = WouldFree(Plan.parse("ckpt").strategies[0], ckpt.trace, 2**40, is_exact=False)
+    assert "; changes the running statistics of batch norm" in printed_advice(Remedies((inexact,), {}))
     assert advice_on([], 0, ga="no samples") == "ga could not be simulated: no samples\n"

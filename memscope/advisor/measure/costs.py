@@ -27,6 +27,7 @@ __all__ = ["LayerCosts", "measure"]
 
 _SEGMENTS = (2, 4)
 """Layers that one checkpoint may cover."""
+_WITHOUT_RECOMPUTATION = ("none", "offload")
 _RARE = 0.1
 """A class with a smaller share of all layers gets fewer options, because each takes a simulation of its own."""
 LayerClasses = tuple[int, ...]
@@ -88,6 +89,7 @@ class LayerCosts:
                 if start + length <= len(classes)
                 for kind in [tuple(classes[start : start + length])]
                 for option in by_kind.get(kind, ())
+                if option in _WITHOUT_RECOMPUTATION or all(reference.layers.may_recompute[start : start + length])
             )
             for start in range(len(classes))
         ]

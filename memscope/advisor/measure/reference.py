@@ -15,6 +15,7 @@ from memscope.analysis.cost import module_seconds, step_seconds
 from memscope.errors import UsageError
 from memscope.strategies.ckpt import LayerPlan
 from memscope.strategies.ckpt.layers import named_layers, planned_layers
+from memscope.strategies.statistics import keeps_statistics
 from memscope.trace import Phase, Trace
 
 __all__ = [
@@ -34,19 +35,32 @@ class LayerList:
     children: tuple[tuple[str, ...], ...]
     """Options that the structure of each layer offers."""
 
-    note: str = ""
-    """A sentence for the user, or empty."""
+    may_recompute: tuple[bool, ...]
+    """Whether recomputing each layer keeps the mathematics, or may change it."""
+
+    notes: tuple[str, ...] = ()
+    """Sentences for the user."""
+
+    @property
+    def may_recompute_all(self) -> bool:
+        """Whether every layer may be checkpointed as a whole."""
+        return all(self.may_recompute)
 
     @classmethod
-    def of(cls, model: nn.Module, name: str = "") -> LayerList:
+    def of(cls, model: nn.Module, name: str = "", *, exactly: bool = False) -> LayerList:
         """Find the modules of the list `name`, or else of the largest list of modules of one class.
 
         Each direct child with parameters is one layer of a model without such a list.
 
+        Args:
+            model: the model.
+            name: name of the list, or empty.
+            exactly: recompute no layer with batch norm, whose running statistics would be updated twice.
+
         Raises:
             UsageError: when the model has no list of that name, or fewer than two such children.
         """
-        note = ""
+        notes = []
         try:
             layers = named_layers(model, name)
         except UsageError:
@@ -54,13 +68,19 @@ class LayerList:
                 raise
             own = [name for name, child in model.named_children() if any(True for _ in child.parameters())]
             layers = planned_layers(model, own) if own else {}
-            note = "the model has no list of repeated layers: each of its direct children is one layer"
+            notes.append("the model has no list of repeated layers: each of its direct children is one layer")
             if len(layers) < 2:
                 raise UsageError(
                     f"{type(model).__name__} has no repeated layers, and fewer than two direct children with "
                     "parameters: name a list of modules with --layer-list NAME"
                 ) from None
-        return cls(tuple(layers), tuple(tuple(child_options(layer)) for layer in layers.values()), note)
+        may = tuple(not (exactly and keeps_statistics(layer)) for layer in layers.values())
+        if not all(may):
+            notes.append(
+                f"{may.count(False)} of {len(may)} layers have batch norm and are not recomputed, because that updates "
+                "the running statistics twice: allow it with --allow ckpt"
+            )
+        return cls(tuple(layers), tuple(tuple(child_options(layer)) for layer in layers.values()), may, tuple(notes))
 
 
 def uniform(names: Sequence[str], option: str) -> LayerPlan:

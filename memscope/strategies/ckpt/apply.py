@@ -14,7 +14,7 @@ from memscope.strategies.ckpt.recompute import Recomputed
 from memscope.strategies.ckpt.save import checkpoint_all_but
 from memscope.strategies.ckpt.segment import checkpoint_together
 
-__all__ = ["apply_options"]
+__all__ = ["apply_options", "recomputed"]
 
 
 def apply_options(layers: Mapping[str, nn.Module], options: Mapping[str, Option]) -> None:
@@ -38,6 +38,15 @@ def apply_options(layers: Mapping[str, nn.Module], options: Mapping[str, Option]
             done.add(id(layers[name]))
             covered = names[index : index + options[name].length]
             _apply({name: layers[name] for name in covered}, options[name], done)
+
+
+def recomputed(layers: Mapping[str, nn.Module], options: Mapping[str, Option]) -> Iterator[nn.Module]:
+    """The modules whose forward runs again in the backward pass, wholly or in part."""
+    for name, option in options.items():
+        if option.kind in ("full", "within", "save"):
+            yield layers[name]
+        elif option.kind == "recompute":
+            yield from (child for key in option.children for child in _callable(layers[name].get_submodule(key)))
 
 
 def _apply(layers: Mapping[str, nn.Module], option: Option, done: set[int]) -> None:

@@ -11,10 +11,11 @@ from torch import nn
 
 from memscope.errors import UsageError
 from memscope.strategies import Problem, Stage, Strategy
-from memscope.strategies.ckpt.apply import apply_options
+from memscope.strategies.ckpt.apply import apply_options, recomputed
 from memscope.strategies.ckpt.layer_plan import LayerPlan
 from memscope.strategies.ckpt.layers import chosen_layers, named_layers, planned_layers
 from memscope.strategies.ckpt.options import Option
+from memscope.strategies.statistics import keeps_statistics
 from memscope.workload.description import Workload
 from memscope.workload.settings import setting
 
@@ -31,6 +32,7 @@ class Checkpoint(Strategy):
     name = "ckpt"
     stage = Stage.WRAP
     exact = True
+    changes = "the running statistics of batch norm, which recomputation updates again"
     provides = frozenset({"recomputation"})
     textbook: ClassVar[Mapping[str, str]] = {
         "parameter": "–",
@@ -84,6 +86,13 @@ class Checkpoint(Strategy):
             given = f"plan={config.plan}" if config.plan else f"layers={config.layers}"
             return [Problem(f"{given},layer-list={config.layer_list}" if config.layer_list else given, str(error))]
         return self._plan.check(workload.model, layers) if self._plan else []
+
+    def is_exact(self, workload: Workload) -> bool:
+        """Whether no batch norm is computed again: its running statistics would be updated twice."""
+        if self.config.auto:
+            return not any(map(keeps_statistics, named_layers(workload.model, self.config.layer_list).values()))
+        layers, options = self._chosen(workload.model)
+        return not any(keeps_statistics(module) for module in recomputed(layers, options))
 
     def apply(self, workload: Workload) -> None:
         """Wrap the forwards of the chosen layers or their parts; modules, names and weights stay unchanged.

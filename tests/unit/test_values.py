@@ -1,0 +1,188 @@
+"""The values of integer and boolean tensors that a simulation knows: what a target may ask, and what it may not."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from memscope import StepPlan, Workload, simulate
+from memscope.errors import TargetError
+
+
+class Positions(nn.Module):
+    """A linear layer with the buffer `positions`, 0 to 7, and a norm whose weights begin as ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
+        self.positions = nn.Buffer(torch.arange(8))
+
+
+def workload(question, answers, integers, convert=lambda model: model):
+    """A workload whose loss asks `question(model, integers, floats)` and keeps the answer."""
+
+    def loss(model, batch):
+        floats, integers = batch
+        answers.append(question(model, integers, floats))
+        return model.norm(model.linear(floats)).square().mean()
+
+    return Workload(
+        model=convert(Positions()),
+        batches=[[torch.randn(4, 8), integers]],
+        loss=loss,
+        optimizer_factory=torch.optim.SGD,
+    )
+
+
+def answer(question, integers=None, device="gpu", convert=lambda model: model):
+    """The answer to `question(model, integers, floats)` in each of two simulated steps; the integers are `[4, 8]`."""
+    answers = []
+    integers = torch.ones(4, 8, dtype=torch.int64) if integers is None else integers
+    simulate(lambda: workload(question, answers, integers, convert), device=device)
+    first, second = answers
+    assert first == second
+    return first
+
+
+@pytest.mark.parametrize("device", ["gpu", "cpu"])
+def test_a_mask_of_the_batch_has_its_values(device):
+    padded = torch.ones(4, 8, dtype=torch.int64)
+    padded[1, 5:] = 0
+    ask = lambda model, mask, floats: bool(mask.to(torch.bool).sum() == mask.numel())  # noqa: E731
+    assert answer(ask, device=device) is True
+    assert answer(ask, padded, device=device) is False
+    assert answer(lambda model, mask, floats: mask.sum(-1).tolist(), padded, device=device) == [8, 5, 8, 8]
+
+
+@pytest.mark.parametrize(
+    ("question", "expected"),
+    [
+        (lambda model, ids, floats: ids[0, :3].tolist(), [1, 1, 1]),
+        (lambda model, ids, floats: torch.arange(3, 6, device=ids.device).tolist(), [3, 4, 5]),
+        (lambda model, ids, floats: model.positions.max().item(), 7),
+        (lambda model, ids, floats: floats.new_ones(2, dtype=torch.bool).all().item(), True),
+        (lambda model, ids, floats: torch.zeros_like(floats, dtype=torch.int32).sum().item(), 0),
+        (lambda model, ids, floats: torch.equal(ids, torch.ones_like(ids)), True),
+        (lambda model, ids, floats: int(ids.T.contiguous().cpu().cuda().sum()), 32),
+        (lambda model, ids, floats: torch.full((2,), 5, pin_memory=True).tolist(), [5, 5]),
+        (lambda model, ids, floats: torch.ones(4, 8)[:, None].to(torch.bool).all().item(), True),
+        (lambda model, ids, floats: (torch.full((4,), fill_value=0.5) > 0.4).sum().item(), 4),
+        (lambda model, ids, floats: bool((torch.zeros_like(floats) == 0).all()), True),
+    ],
+    ids=["view", "arange", "buffer", "new_ones", "zeros_like", "equal", "copies", "pinned", "ones", "full", "filled"],
+)
+def test_integers_that_follow_from_known_ones_are_known(question, expected):
+    assert answer(question) == expected
+
+
+def test_a_buffer_keeps_its_values_when_its_module_is_copied_or_given():
+    ask = lambda model, ids, floats: model.positions.tolist()  # noqa: E731
+    assert answer(ask, convert=copy.deepcopy) == list(range(8))
+    answers = []
+    simulate(workload(ask, answers, torch.ones(1, dtype=torch.int64)))
+    assert answers == [list(range(8))] * 2
+
+
+def test_a_target_may_read_integers_while_it_builds_its_model():
+    def convert(model):
+        assert model.positions[2:].tolist() == [2, 3, 4, 5, 6, 7]
+        return model
+
+    answer(lambda model, ids, floats: None, convert=convert)
+
+
+def test_an_operation_in_place_on_a_view_changes_the_values_of_all_views():
+    def question(model, mask, floats):
+        mask = mask.clone()
+        flat = mask.view(-1)
+        mask[1, 5:] = 0
+        flat[0] += 4
+        return flat.sum().item(), mask[0, 0].item()
+
+    assert answer(question) == (32 - 3 + 4, 5)
+
+
+def test_the_values_of_the_batch_are_those_of_the_host_in_every_step():
+    def question(model, mask, floats):
+        mask.zero_()
+        return mask.sum().item()
+
+    kept = torch.ones(4, 8, dtype=torch.int64)
+    assert answer(question, kept) == 0
+    assert kept.sum() == 32
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        lambda model, ids, floats: floats.sum().item(),
+        lambda model, ids, floats: (floats > 0).any().item(),
+        lambda model, ids, floats: torch.randint(0, 9, (3,)).sum().item(),
+        lambda model, ids, floats: torch.empty(3, dtype=torch.int64).sum().item(),
+        lambda model, ids, floats: ids.random_(0, 4).sum().item(),
+        lambda model, ids, floats: ids.copy_(floats).sum().item(),
+        lambda model, ids, floats: ids[0].copy_(floats[0]) is not None and ids.sum().item(),
+        lambda model, ids, floats: ids.view(torch.float64).copy_(floats) is not None and ids.sum().item(),
+        lambda model, ids, floats: torch.ones(2**22 + 1, dtype=torch.bool).all().item(),
+        lambda model, ids, floats: bool((torch.ones(4).mul_(2) == 1).all()),
+        lambda model, ids, floats: bool((torch.ones(4) + 1 == 1).all()),
+        lambda model, ids, floats: bool((model.norm.weight == 1).all()),
+    ],
+    ids=[
+        "float",
+        "of floats",
+        "random",
+        "empty",
+        "random in place",
+        "written",
+        "view written",
+        "as floats",
+        "large",
+        "changed",
+        "computed",
+        "weight",
+    ],
+)
+def test_a_value_that_depends_on_unknown_numbers_is_refused(question):
+    with pytest.raises(TargetError, match="needs the value of a tensor"):
+        answer(question)
+
+
+def test_values_add_no_allocation_and_change_no_size():
+    def sizes(question):
+        return simulate(lambda: workload(question, [], torch.ones(4, 8, dtype=torch.int64))).requested.tolist()
+
+    shapes = sizes(lambda model, ids, floats: ids.to(torch.bool).sum())
+    values = sizes(lambda model, ids, floats: ids.to(torch.bool).sum().item())
+    assert values == shapes  # reading a number makes no tensor on the device
+
+
+def test_a_target_cannot_tell_a_fake_tensor_from_another():
+    fake = torch._subclasses.FakeTensor
+    ask = lambda model, ids, floats: isinstance(floats, torch._subclasses.FakeTensor)  # noqa: E731
+    assert answer(ask) is False
+    assert torch._subclasses.FakeTensor is fake
+    assert not hasattr(torch._subclasses, "__getattr__")
+
+
+def test_a_class_that_a_target_keeps_tells_fake_tensors_again_after_the_simulation():
+    kept = []
+    answer(lambda model, ids, floats: kept.append(torch._subclasses.FakeTensor))
+    with torch._subclasses.FakeTensorMode():
+        assert isinstance(torch.ones(1), kept[0])
+    assert not isinstance(torch.ones(1), kept[0])
+
+
+def test_a_batch_that_the_target_builds_has_its_values_too():
+    answers = []
+
+    def build():
+        labels = torch.tensor([[1, 2, -100, -100]] * 4)
+        built = workload(lambda model, ids, floats: (ids != -100).sum().item(), answers, labels)
+        built.weight = lambda batch: float((batch[1] != -100).sum())
+        built.plan = StepPlan(micro_batches=2)
+        return built
+
+    simulate(build)
+    assert answers == [4] * 4  # two labels in each of two samples, in two micro-batches of two steps
