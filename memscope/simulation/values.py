@@ -120,8 +120,9 @@ class KnownValues:
         shadow = self._shadow(tensor)
         if shadow is None:
             _, fill = self._shadows.get(tensor.untyped_storage()._cdata, (None, None))
-            filled = isinstance(fill, float) and tensor.is_floating_point()
-            return torch.full((), fill, dtype=tensor.dtype).expand(tensor.size()) if filled else None
+            if not (isinstance(fill, float) and tensor.is_floating_point()):
+                return None
+            return torch.full((), fill, dtype=tensor.dtype).expand(tensor.size())
         value = torch.empty(0, dtype=tensor.dtype)
         return value.set_(shadow, tensor.storage_offset(), tensor.size(), tensor.stride())
 

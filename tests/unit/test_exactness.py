@@ -147,9 +147,17 @@ def test_advice_recomputes_and_splits_no_batch_norm_unless_that_is_allowed():
     assert tried(lambda: build(lambda index: True), allow=["ga"]).strategies == ("ga:steps=2",)
 
 
+WITHOUT_OFFLOADING = replace(get_device("a100-40gb"), host_bytes_per_second=None)
+
+
+def test_the_least_that_advice_names_recomputes_no_batch_norm():
+    advice = advise(lambda: build(lambda index: True), budget="540MB", device=WITHOUT_OFFLOADING)
+    assert not advice.feasible
+    assert advice.layers == {}
+
+
 def test_advice_recomputes_the_layers_without_batch_norm():
-    device = replace(get_device("a100-40gb"), host_bytes_per_second=None)  # nothing can be offloaded
-    advice = advise(lambda: build(lambda index: index == 0), budget="620MB", device=device)
+    advice = advise(lambda: build(lambda index: index == 0), budget="620MB", device=WITHOUT_OFFLOADING)
     assert advice.feasible
     assert "1 of 6 layers have batch norm" in advice.notes[0]
     assert advice.layers.pop("0") == "none"
