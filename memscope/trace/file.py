@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from memscope.errors import TraceFileError
+from memscope.interrupts import interrupts_held
 from memscope.trace.columns import Ints
 
 __all__ = ["SCHEMA_VERSION", "is_within", "read_columns", "write_columns", "write_whole"]
@@ -95,11 +96,16 @@ def _narrow(column: Ints) -> npt.NDArray[Any]:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file completely or not at all: to a temporary file beside it, which is then renamed.
+    """Write a file completely or not at all: to a temporary file beside it, which is then renamed. Ctrl-C waits.
 
     Raises:
         TraceFileError: the folder is missing or not writable, or the disk is full.
     """
+    with interrupts_held():
+        _write_whole(path, data)
+
+
+def _write_whole(path: Path, data: bytes) -> None:
     temporary = None
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
