@@ -19,7 +19,6 @@ import inspect
 import linecache
 import os
 import sys
-import sysconfig
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -39,7 +38,7 @@ __all__ = [
 
 _OWN_FOLDER = str(Path(__file__).parent) + os.sep
 _SHIPPED_TARGETS = str(Path(_OWN_FOLDER) / "targets") + os.sep
-_STANDARD_LIBRARY = sysconfig.get_path("stdlib") + os.sep
+_STANDARD_LIBRARY = str(Path(os.__file__).parent) + os.sep
 _MOST_NAMES = 3
 
 

@@ -15,7 +15,15 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-__all__ = ["INTERRUPTED", "end_on_interrupt", "interrupts_held", "interrupts_raised", "raise_if_interrupted", "undone"]
+__all__ = [
+    "INTERRUPTED",
+    "end_on_interrupt",
+    "interrupt_taken",
+    "interrupts_held",
+    "interrupts_raised",
+    "raise_if_interrupted",
+    "undone",
+]
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells give it: 128 + SIGINT."""
@@ -26,7 +34,7 @@ _undoing: list[Callable[[], None]] = []
 _process = 0
 """The process that `end_on_interrupt` was called in: a fork of it must not undo what is not its own."""
 _raised = False
-"""Whether Ctrl-C came in the present block of `interrupts_raised`."""
+"""Whether Ctrl-C came in the present block of `interrupts_raised`, and nobody has taken it yet."""
 
 
 def end_on_interrupt() -> None:
@@ -126,10 +134,16 @@ def interrupts_raised() -> Iterator[Callable[[], bool]]:
 
 
 def raise_if_interrupted() -> None:
-    """Raise `KeyboardInterrupt` again in a block of `interrupts_raised`, in case something has caught the first.
+    """Raise the `KeyboardInterrupt` of a block of `interrupts_raised` again, in case a library has caught it.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C came in this block.
+        KeyboardInterrupt: Ctrl-C came in this block, and `interrupt_taken` was not called since.
     """
     if _raised:
         raise KeyboardInterrupt
+
+
+def interrupt_taken() -> None:
+    """Say that `KeyboardInterrupt` was caught on purpose, so that `raise_if_interrupted` need not raise it again."""
+    global _raised
+    _raised = False

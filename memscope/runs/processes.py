@@ -35,6 +35,7 @@ _PRELOADED = ["memscope.simulation.simulate", "torch._dynamo", "memscope.runs.wo
 """Slow imports. The first optimizer that is built imports `torch._dynamo`."""
 _PATIENCE_SECONDS = 5.0
 """How long a worker may take to say where it is, or to end by itself, before it is killed."""
+_PAUSE_SECONDS = 0.01
 _FRAME = re.compile(r'  File "(.*)", line (\d+) in (.*)')
 """A line of `faulthandler` (Python/traceback.c, `dump_frame`)."""
 
@@ -150,7 +151,7 @@ class Workers:
     def dismiss(self) -> None:
         """Let the processes, which have no task, end by themselves."""
         for worker in self._all:
-            worker.connection.close()
+            worker.send(None)
         for worker in self._all:
             worker.process.join(_PATIENCE_SECONDS)
 
@@ -214,6 +215,10 @@ class _Worker:
 
     def begin(self, index: int, task: tuple[Any, ...], timeout_seconds: float | None) -> None:
         self.index, self.is_busy, self.timeout_seconds, self.deadline = index, True, timeout_seconds, None
+        self.send(task)
+
+    def send(self, task: tuple[Any, ...] | None) -> None:
+        """Send a task, or None for the end."""
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has just died: its sentinel tells
             self.connection.send(task)
 
@@ -273,9 +278,10 @@ class _Worker:
         limit = format_seconds(self.timeout_seconds)
         if ASK_WHERE is not None and self.process.pid is not None:
             os.kill(self.process.pid, ASK_WHERE)
-            end = time.monotonic() + _PATIENCE_SECONDS
-            while not self._place() and time.monotonic() < end:
-                time.sleep(0.01)
+            for _ in range(round(_PATIENCE_SECONDS / _PAUSE_SECONDS)):
+                if self._place():
+                    break
+                time.sleep(_PAUSE_SECONDS)
         found = self._place()
         self.kill()
         return RunLost(f"the target took longer than {limit}{found}: raise --timeout, or choose smaller settings")

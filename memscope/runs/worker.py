@@ -34,7 +34,7 @@ def tell(message: object) -> None:
 
 
 def work(parent: Connection, last_words: str, initializer: Callable[..., None], initargs: tuple[Any, ...]) -> None:
-    """Call `initializer(*initargs)`, then carry out tasks until the parent closes the connection.
+    """Call `initializer(*initargs)`, then carry out tasks until the parent sends None or closes the connection.
 
     Standard output goes to stderr. Before the process dies, it writes the stack of its main thread to `last_words` if
     it can.
@@ -48,9 +48,12 @@ def work(parent: Connection, last_words: str, initializer: Callable[..., None], 
     begun = False
     while True:
         try:
-            function, arguments = parent.recv()
+            task = parent.recv()
         except EOFError:
+            task = None
+        if task is None:
             return
+        function, arguments = task
         try:
             if not begun:
                 initializer(*initargs)

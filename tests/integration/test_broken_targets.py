@@ -1,5 +1,6 @@
 """Broken targets: one error message, and nothing left behind."""
 
+import itertools
 import signal
 import time
 from multiprocessing.connection import wait
@@ -104,10 +105,11 @@ def test_a_broken_target_ends_in_one_message_that_names_its_line(body, said, run
 
 @pytest.fixture
 def hours_pass(monkeypatch):
-    """Hours pass for the parent of worker processes as soon as a file exists, and no time before."""
+    """An hour passes at each look at the clock by the parent of worker processes once a file exists; no time before."""
 
     def once(file):
-        clock = SimpleNamespace(monotonic=lambda: 1e6 * file.exists(), sleep=time.sleep)
+        hours = itertools.count(1)
+        clock = SimpleNamespace(monotonic=lambda: 3600 * next(hours) if file.exists() else 0, sleep=time.sleep)
         monkeypatch.setattr(processes, "time", clock)
         monkeypatch.setattr(processes, "wait", lambda objects, timeout: wait(objects, 0.05))
         return file
