@@ -69,7 +69,8 @@ class _MovedModules:
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        return ModuleSpec(fullname, self) if fullname in _MOVED else None
+        loader: Any = self
+        return ModuleSpec(fullname, loader) if fullname in _MOVED else None
 
     def create_module(self, spec: ModuleSpec) -> None:
         """Python makes the module."""

@@ -66,8 +66,8 @@ def _profile(options: ProfileOptions, prepared: _Prepared, attempt: Attempt) -> 
         traces = _carry_out(specs, prepared, report, attempt, force=options.force)
     baselines = _asked_of_baseline(prepared.plans)
     if prepared.grid:
-        asked, page = prepared.grid, prepared.page
-        show_grid(asked, list(zip(prepared.traces, traces, strict=True)), page, baselines, attempt, options.as_json)
+        results = list(zip(prepared.traces, traces, strict=True))
+        show_grid(prepared.grid, results, prepared.page, baselines, attempt, options.as_json)
         return 0
     found = {label: trace for label, trace in zip(labels, traces, strict=True) if trace is not None}
     paths = [path for path, trace in zip(prepared.traces, traces, strict=True) if trace is not None]
