@@ -13,9 +13,14 @@ A message tells the user what was given and where, what was expected, and what t
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib.util
+import inspect
+import linecache
+import os
+import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 __all__ = [
@@ -27,11 +32,14 @@ __all__ = [
     "UsageError",
     "excerpt",
     "nearest",
+    "place",
+    "place_of",
     "where",
 ]
 
-_OWN_FOLDER = str(Path(__file__).parent)
-_SHIPPED_TARGETS = str(Path(_OWN_FOLDER) / "targets")
+_OWN_FOLDER = str(Path(__file__).parent) + os.sep
+_SHIPPED_TARGETS = str(Path(_OWN_FOLDER) / "targets") + os.sep
+_STANDARD_LIBRARY = str(Path(os.__file__).parent) + os.sep
 _MOST_NAMES = 3
 _MOST_CHARACTERS = 60
 
@@ -102,18 +110,52 @@ def nearest(given: str, valid: Iterable[str]) -> str:
 
 
 def where(error: BaseException) -> str:
-    """The origin of an error as ` (at file:line, in function: code)`.
+    """The origin of an error as ` (at file:line, in function: code)`; see `place`."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return place([(frame.filename, frame.lineno or 0, frame.name) for frame in reversed(frames)])
 
-    This is the innermost line outside PyTorch and memscope; the targets that memscope ships count as outside. The text
-    is empty if there is no such line.
+
+def place(frames: Sequence[tuple[str, int, str]]) -> str:
+    """The user's own line in a stack as ` (at file:line, in function: code)`; empty if there is none.
+
+    It is the innermost line outside PyTorch, memscope, the standard library and installed packages, or else the
+    innermost line outside PyTorch and memscope. The targets that memscope ships count as the user's.
+
+    Args:
+        frames: file, line and function of each frame, the innermost first.
     """
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if frame.filename.startswith(_SHIPPED_TARGETS)
-        or not frame.filename.startswith((_OWN_FOLDER, *_torch_folders(), "<"))
-    ]
-    return f" (at {frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name}: {frames[-1].line})" if frames else ""
+    outside = [frame for frame in frames if _is_shipped(frame[0]) or not _is_inside(frame[0])]
+    own = [frame for frame in outside if _is_shipped(frame[0]) or not _is_installed(frame[0])]
+    for file, line, function in own or outside:
+        return f" (at {file}:{line}, in {function}: {linecache.getline(file, line).strip()})"
+    return ""
+
+
+def place_of(function: Callable[..., object]) -> str:
+    """Where a function is defined, as ` (at file:line, in name: code)`; empty if it is not written in Python."""
+    function = inspect.unwrap(function)
+    while isinstance(function, functools.partial):
+        function = function.func
+    code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
+    return place([(code.co_filename, code.co_firstlineno, code.co_name)]) if code else ""
+
+
+def _is_shipped(file: str) -> bool:
+    return file.startswith(_SHIPPED_TARGETS)
+
+
+def _is_inside(file: str) -> bool:
+    return file.startswith((_OWN_FOLDER, *_torch_folders(), "<"))
+
+
+def _is_installed(file: str) -> bool:
+    return file.startswith((_STANDARD_LIBRARY, *_package_folders()))
+
+
+def _package_folders() -> list[str]:
+    """The folders that pip has installed packages into: it notes each of them in a folder `*.dist-info`."""
+    folders = [Path(entry) for entry in sys.path if entry]
+    return [f"{folder}{os.sep}" for folder in folders if any(folder.glob("*.dist-info"))]
 
 
 def _torch_folders() -> list[str]:

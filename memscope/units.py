@@ -13,7 +13,7 @@ from memscope.errors import UsageError, excerpt
 __all__ = [
     "at_least",
     "format_both", "format_bytes", "format_change", "format_flop", "format_flop_change", "format_gb", "format_given",
-    "format_part", "format_seconds", "parse_budget", "parse_bytes",
+    "format_part", "format_seconds", "parse_budget", "parse_bytes", "parse_seconds",
 ]  # fmt: skip
 
 _SCALE = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -21,6 +21,8 @@ _SCALE |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _BINARY = (("KiB", 2**10), ("MiB", 2**20), ("GiB", 2**30), ("TiB", 2**40))
 _FLOP = (("kFLOP", 10**3), ("MFLOP", 10**6), ("GFLOP", 10**9), ("TFLOP", 10**12), ("PFLOP", 10**15))
 _LEAST_BUDGET = 2**20
+_SECONDS = {"ms": 0.001, "s": 1, "min": 60, "h": 3600}
+_LONGEST_SECONDS = 10**6
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([A-Za-z]*)\s*")
 _BITS = re.compile(r"[KMGT]i?b|[KMGTkmgt]i?[Bb]its?")
 """Units of bits: `Gb`, `Gib`, `Gbit`. All in lower case, `gb` counts bytes, because people type sizes so."""
@@ -157,3 +159,17 @@ def parse_bytes(text: str) -> int:
     if size_bytes >= _MOST_BYTES:
         raise UsageError(f'"{text}" is 4 EiB or more: expected the size of a memory, for example 40GB')
     return size_bytes
+
+
+def parse_seconds(text: str) -> float:
+    """Seconds of `90s`, `10min`, `1.5h`, `800ms`; at most eleven days.
+
+    Raises:
+        UsageError: when the number or its unit cannot be read, or the time is zero or too long.
+    """
+    match = _SIZE.fullmatch(text)
+    scale = _SECONDS.get(match[2]) if match else None
+    seconds = float(match[1]) * scale if match and scale else 0.0
+    if not 0 < seconds <= _LONGEST_SECONDS:
+        raise UsageError(f'"{text}" is not a time: expected a positive number with ms, s, min or h, for example 90s')
+    return seconds

@@ -16,6 +16,7 @@ from memscope.advisor.planning import Found, device_bytes
 from memscope.advisor.search import Search
 from memscope.allocator.settings import AllocatorSettings
 from memscope.errors import UsageError
+from memscope.interrupts import interrupt_taken
 from memscope.simulation.device_memory import least_reserved
 from memscope.simulation.devices.catalogue import Device, get_device
 from memscope.strategies import Plan
@@ -133,6 +134,7 @@ def advise(
     except KeyboardInterrupt:
         if search.best is None:
             raise
+        interrupt_taken()
         interrupted = True
         notes.append("interrupted: this is the best plan found so far; a better one, and a smaller budget, may exist")
     helps = {} if search.best else forbidden(built, always, allow)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +22,17 @@ from memscope.advisor.measure.runner import Scene, side_by_side
 from memscope.allocator.settings import AllocatorSettings
 from memscope.cli.advise_report import print_advice
 from memscope.cli.next_command import print_next, profile_words
-from memscope.command.options import FILE, argument, option, with_options
-from memscope.command.output import require_writable
+from memscope.command.options import FILE, TIMEOUT, argument, option, with_options
+from memscope.command.output import Attempt, errors_told_last, require_writable
 from memscope.command.progress import shown_progress
 from memscope.command.target_words import last_profiled, settings_of
 from memscope.errors import GateFailed
+from memscope.interrupts import INTERRUPTED, interrupts_raised
+from memscope.runs.checks import check_plans
 from memscope.simulation.devices.catalogue import get_device, load_devices
+from memscope.strategies import Plan
 from memscope.strategies.ckpt import LayerPlan
-from memscope.units import at_least
+from memscope.units import at_least, parse_seconds
 
 __all__ = ["command"]
 
@@ -90,6 +95,7 @@ class AdviseOptions:
         str | None,
         option("--emit", type=click.Choice(TOOLS), help="Also print the plan as settings of another training tool."),
     ]
+    timeout: Annotated[str | None, TIMEOUT]
     output: Annotated[
         Path,
         option(
@@ -119,16 +125,28 @@ def command(options: AdviseOptions) -> int:
     require_writable(options.output, overwrite=options.force)
     if options.html:
         require_writable(options.html, overwrite=options.force, option="--html")
-    advice, scene = _advised(options)
+    advice, scene, interrupted = _advised(options)
+    with errors_told_last() as attempt:
+        _show(options, advice, scene, attempt)
+    if interrupted:
+        return INTERRUPTED
+    return 0 if advice.feasible else GateFailed.exit_code
+
+
+def _show(options: AdviseOptions, advice: Advice, scene: Scene, attempt: Attempt) -> None:
+    """Write the plan and the page, and print the advice."""
+    is_complete = True
     if advice.layers and advice.feasible:
-        LayerPlan(advice.layers, advice.made_for).save(options.output, overwrite=options.force)
-        advice = dataclasses.replace(advice, file=options.output)
+        plan = LayerPlan(advice.layers, advice.made_for)
+        is_complete = attempt(plan.save, options.output, overwrite=options.force)
+        advice = dataclasses.replace(advice, file=options.output) if is_complete else advice
     elif advice.feasible:
         options.output.unlink(missing_ok=True)  # the plan of an earlier run: this one checkpoints nothing
+    has_page = False
     if options.html:
         from memscope.dashboards.plan_page import write_plan_page
 
-        write_plan_page(advice, options.html, overwrite=options.force)
+        has_page = attempt(write_plan_page, advice, options.html, overwrite=options.force)
     lines = emit(advice, options.emit) if options.emit else []
     if options.as_json:
         document = advice.document() | ({"emit": lines} if options.emit else {})
@@ -136,14 +154,14 @@ def command(options: AdviseOptions) -> int:
     else:
         console = Console(highlight=False)
         print_advice(console, advice, lines)
-        if options.html:
+        if has_page:
             console.print(Text(f"Page: {options.html}"), soft_wrap=True)
-        print_next(console, _next_words(options, advice, scene))
-    return 0 if advice.feasible else GateFailed.exit_code
+        if is_complete:
+            print_next(console, _next_words(options, advice, scene))
 
 
-def _advised(options: AdviseOptions) -> tuple[Advice, Scene]:
-    """The advice, and the workload and device that it is about."""
+def _advised(options: AdviseOptions) -> tuple[Advice, Scene, bool]:
+    """The advice, the workload and device that it is about, and whether Ctrl-C ended the search."""
     if options.target is None:
         target, preset, settings = last_profiled(options.preset, settings_of(options.changed))
     else:
@@ -152,11 +170,18 @@ def _advised(options: AdviseOptions) -> tuple[Advice, Scene]:
     file = options.device_file
     device = get_device(options.device or DEFAULT_DEVICE, load_devices(file) if file else None)
     allocator = None if options.allocator is None else AllocatorSettings.parse(options.allocator)
-    scene = Scene(target, preset, settings, device.name, file, options.allocator)
-    with shown_progress() as progress, side_by_side(scene) as runner:
+    timeout = None if options.timeout is None else parse_seconds(options.timeout)
+    scene = Scene(target, preset, settings, device.name, file, options.allocator, timeout)
+    budget = budget_of(options.budget, device, named=options.device is not None)
+    with contextlib.ExitStack() as scopes:
+        scopes.enter_context(contextlib.redirect_stdout(sys.stderr))  # what the target prints is no result
+        check_plans(target, preset, settings, [Plan.parse(options.strategies)], timeout_seconds=timeout)
+        progress = scopes.enter_context(shown_progress())
+        runner = scopes.enter_context(side_by_side(scene))
+        interrupted = scopes.enter_context(interrupts_raised())
         advice = advise(
             scene.build,
-            budget=budget_of(options.budget, device, named=options.device is not None),
+            budget=budget,
             device=device,
             strategies=options.strategies,
             allow=_names(options.allow),
@@ -165,7 +190,7 @@ def _advised(options: AdviseOptions) -> tuple[Advice, Scene]:
             runner=runner,
             progress=progress,
         )
-    return advice, scene
+    return advice, scene, interrupted()
 
 
 def _next_words(options: AdviseOptions, advice: Advice, scene: Scene) -> list[object]:

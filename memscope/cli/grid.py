@@ -21,7 +21,7 @@ from memscope.cli.grid_report import FORMATS, print_grid
 from memscope.cli.next_command import compare_words, print_next
 from memscope.cli.profile_options import ProfileOptions
 from memscope.cli.profile_report import print_places, write_page
-from memscope.command.output import require_writable
+from memscope.command.output import Attempt, require_writable
 from memscope.errors import UsageError
 from memscope.strategies import Plan, Strategy, read_strategies
 from memscope.trace import Trace, write_whole
@@ -85,24 +85,35 @@ def asked_grid(options: ProfileOptions, device: str) -> AskedGrid | None:
     return AskedGrid(factors, applied, combined, options.samples or _SAMPLES, memory_bytes, table)
 
 
-def show_grid(asked: AskedGrid, paths: Sequence[Path], page: Path, baselines: Sequence[str], *, as_json: bool) -> None:
-    """Print Table 2, and write it and the page; `paths` are those of the traces, which may not all exist."""
-    traces = [Trace.load(path) if path.exists() else None for path in paths]
+def show_grid(
+    asked: AskedGrid,
+    found: Sequence[tuple[Path, Trace | None]],
+    page: Path,
+    baselines: Sequence[str],
+    attempt: Attempt,
+    as_json: bool,
+) -> None:
+    """Print Table 2, and write it and the page.
+
+    `found` has the trace of each combination and its file; None: not even the weights fit.
+    """
+    traces = [trace for _, trace in found]
     grid = table2(asked.factors, list(zip(asked.applied, traces, strict=True)), asked.samples, asked.memory_bytes)
     runs = [Run(label, trace) for label, trace in zip(asked.labels, traces, strict=True) if trace is not None]
     of_runs = (f"{run.label}: {note}" for run in runs for note in notes_of(run.trace))
     notes = [*grid_notes(grid, baselines), *of_runs]
-    write_page(runs, Table1(()), baselines, page, more=[_card(grid, notes)])
+    has_page = attempt(write_page, runs, Table1(()), baselines, page, more=[_card(grid, notes)])
     if asked.table is not None:
-        write_whole(asked.table, FORMATS[asked.table.suffix](grid, notes).encode())
+        attempt(write_whole, asked.table, FORMATS[asked.table.suffix](grid, notes).encode())
     if as_json:
         specs = [plan.specs for plan in asked.plans]
-        click.echo(json.dumps(grid_document(grid, specs, paths, notes), ensure_ascii=False, indent=2))
+        document = grid_document(grid, specs, [path for path, _ in found], notes)
+        click.echo(json.dumps(document, ensure_ascii=False, indent=2))
         return
     console = Console(highlight=False)
     print_grid(console, grid, notes)
-    print_places(console, paths[0].parent, page)
-    print_next(console, compare_words([path for path in paths if path.exists()]))
+    print_places(console, found[0][0].parent, page if has_page else None)
+    print_next(console, compare_words([path for path, trace in found if trace is not None]))
 
 
 def _card(grid: Grid, notes: Sequence[str]) -> Section:

@@ -16,7 +16,7 @@ from memscope.analysis.alive import occasion
 from memscope.cli.next_command import print_next, report_words
 from memscope.cli.tables import print_table
 from memscope.command.options import FILE, argument, option, with_options
-from memscope.command.output import require_writable
+from memscope.command.output import errors_told_last, require_writable
 from memscope.command.progress import shown_progress
 from memscope.exchange.torch_reader import import_snapshot
 from memscope.trace import CATEGORIES, Trace
@@ -53,14 +53,18 @@ def command(options: ImportOptions) -> None:
     snapshot = options.snapshot
     output = options.output or snapshot.with_suffix(".npz")
     require_writable(output, overwrite=options.force)
-    with shown_progress() as moved:
-        trace = import_snapshot(snapshot, device=options.device, progress=moved)
-        moved("writing the trace", 0, 1)
-        trace.save(output, overwrite=options.force)
-    if options.as_json:
-        click.echo(json.dumps(_document(trace, snapshot, output), ensure_ascii=False, indent=2))
-    else:
-        _print(Console(highlight=False), trace, snapshot, output)
+    with errors_told_last() as attempt:
+        with shown_progress() as moved:
+            trace = import_snapshot(snapshot, device=options.device, progress=moved)
+            moved("writing the trace", 0, 1)
+            is_saved = attempt(trace.save, output, overwrite=options.force)
+        if options.as_json:
+            click.echo(json.dumps(_document(trace, snapshot, output), ensure_ascii=False, indent=2))
+            return
+        console = Console(highlight=False)
+        _print(console, trace, snapshot)
+        if is_saved:
+            print_next(console, report_words([output]))
 
 
 def _document(trace: Trace, snapshot: Path, output: Path) -> dict[str, Any]:
@@ -87,7 +91,7 @@ def _document(trace: Trace, snapshot: Path, output: Path) -> dict[str, Any]:
     }
 
 
-def _print(console: Console, trace: Trace, snapshot: Path, output: Path) -> None:
+def _print(console: Console, trace: Trace, snapshot: Path) -> None:
     device = trace.meta["device"]["name"]
     console.print(Text(f"{snapshot.name} on {device}: {len(trace):,} allocations", style="bold"))
     if trace.events:
@@ -99,7 +103,6 @@ def _print(console: Console, trace: Trace, snapshot: Path, output: Path) -> None
         console.print(Text(told, style="bold red"))
     for note in trace.meta.get("imported", {}).get("notes", []):
         console.print(Text(f"Not exact: {note}.", style="yellow"))
-    print_next(console, report_words([output]))
 
 
 def _at_peak(trace: Trace) -> Table:

@@ -61,7 +61,7 @@ def cli() -> None:
     Results go to stdout, progress and errors to stderr.
 
     Exit codes: 0 ok; 1 error; 2 usage, including a file that is missing, of the wrong kind or not writable; 3 a check
-    failed or nothing fits; 4 the target ran out of device memory.
+    failed or nothing fits; 4 the target ran out of device memory; 130 stopped with Ctrl-C.
     """
 
 

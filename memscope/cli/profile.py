@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import click
 from rich.console import Console
@@ -24,16 +24,17 @@ from memscope.cli.profile_options import DEFAULT_STEPS, ProfileOptions
 from memscope.cli.profile_report import document, print_places, print_remedies, print_report, write_page
 from memscope.cli.run_folder import run_folder, scratch_in
 from memscope.command.options import with_options
-from memscope.command.output import require_writable
+from memscope.command.output import Attempt, errors_told_last, require_writable
 from memscope.command.progress import shown_progress
 from memscope.command.target_words import settings_of
-from memscope.errors import MemscopeError, OutOfDeviceMemory, UsageError
-from memscope.runs.plans import Report, RunSpec, check_plans, run_all, run_where_there_is_room, try_all
+from memscope.errors import MemscopeError, OutOfDeviceMemory, TraceFileError, UsageError
+from memscope.runs.checks import check_plans
+from memscope.runs.plans import Report, RunSpec, run_all, run_where_there_is_room, try_all
 from memscope.runs.would_free import Remedies, would_free
 from memscope.simulation.devices.catalogue import get_device, load_devices
 from memscope.strategies import Plan, Strategy
 from memscope.trace import Trace
-from memscope.workload.target import Target, find_target
+from memscope.units import parse_seconds
 
 __all__ = ["command"]
 
@@ -51,39 +52,42 @@ def command(options: ProfileOptions) -> int:
     the last run does not fit on the device; memscope then simulates what each further strategy would free.
     With --grid a combination that does not fit is a result like any other.
     """
-    with run_folder(options.output, options.target) as folder:
-        return _profile(options, _prepared(options, folder))
+    with run_folder(options.output, options.target) as folder, errors_told_last() as attempt:
+        return _profile(options, _prepared(options, folder), attempt)
 
 
-def _profile(options: ProfileOptions, prepared: _Prepared) -> int:
+def _profile(options: ProfileOptions, prepared: _Prepared, attempt: Attempt) -> int:
     """Carry out the runs, show and write what they tell, and return the exit code."""
     stderr = Console(stderr=True)
     live = options.live and stderr.is_terminal and not options.as_json  # panels need a terminal
     specs = _specs(options, prepared, live)
     labels = prepared.labels
     with live_panels(labels, stderr) if live else _run_bars(labels) as report:
-        _carry_out(specs, prepared, report, force=options.force)
+        traces = _carry_out(specs, prepared, report, attempt, force=options.force)
     baselines = _asked_of_baseline(prepared.plans)
     if prepared.grid:
-        show_grid(prepared.grid, prepared.traces, prepared.page, baselines, as_json=options.as_json)
+        results = list(zip(prepared.traces, traces, strict=True))
+        show_grid(prepared.grid, results, prepared.page, baselines, attempt, options.as_json)
         return 0
-    traces = [Trace.load(path) for path in prepared.traces]
-    runs = [Run(label, trace, _textbook(label)) for label, trace in zip(labels, traces, strict=True)]
-    table = compare(traces[0], runs[1:])
-    write_page(runs, table, baselines, prepared.page)
-    does_not_fit = bool(traces[-1].meta.get("out_of_memory"))
+    found = {label: trace for label, trace in zip(labels, traces, strict=True) if trace is not None}
+    paths = [path for path, trace in zip(prepared.traces, traces, strict=True) if trace is not None]
+    runs = [Run(label, trace, _textbook(label)) for label, trace in found.items()]
+    table = compare(runs[0].trace, runs[1:])
+    page = prepared.page if attempt(write_page, runs, table, baselines, prepared.page) else None
+    last = traces[-1]
+    does_not_fit = last is not None and bool(last.meta.get("out_of_memory"))
     console = Console(highlight=False)
     if not options.as_json:
         print_report(console, runs, table, baselines)
-    remedies = _remedies(prepared, replace(specs[-1], live=False), traces[-1]) if does_not_fit else None
+    remedies = _remedies(replace(specs[-1], live=False), last) if last is not None and does_not_fit else None
     if options.as_json:
-        found = document(options.target, runs, prepared.traces, table, remedies)
-        click.echo(json.dumps(found, ensure_ascii=False, indent=2))
+        told = document(options.target, runs, paths, table, remedies)
+        click.echo(json.dumps(told, ensure_ascii=False, indent=2))
     else:
         if remedies:
             print_remedies(console, labels[-1], remedies)
-        print_places(console, prepared.folder, prepared.page)
-        print_next(console, _next(options, prepared, remedies))
+        print_places(console, prepared.folder, page)
+        print_next(console, _next(options, prepared, paths, remedies))
     return OutOfDeviceMemory.exit_code if does_not_fit else 0
 
 
@@ -92,10 +96,10 @@ class _Prepared:
     """The runs of a profile, checked."""
 
     scene: Scene
-    target: Target
-    config: Any
     simulated: bool
     plans: list[Plan]
+    to_try: list[str]
+    """The plans of `_TO_TRY` that the target can take; empty if plans were given."""
     grid: AskedGrid | None
     labels: list[str]
     folder: Path
@@ -113,22 +117,30 @@ def _prepared(options: ProfileOptions, folder: Path) -> _Prepared:
     device = options.device or _default_device(options.simulate)
     simulated = _is_simulated(device, options.device_file, options.simulate)
     AllocatorSettings.parse(options.allocator or "")
-    scene = Scene(options.target, options.preset, words, device, options.device_file, options.allocator)
+    timeout = None if options.timeout is None else parse_seconds(options.timeout)
+    scene = Scene(options.target, options.preset, words, device, options.device_file, options.allocator, timeout)
     grid = asked_grid(options, device)
-    if grid:
-        plans = [grid.plans[-1]]
-    else:
-        plans = [_resolved(Plan.parse(text), scene, folder, options.force) for text in options.plans]
-    target = find_target(options.target)
-    config = target.configure(options.preset, words)
-    check_plans(target, config, grid.plans if grid else plans)
+    plans = [grid.plans[-1]] if grid else [Plan.parse(text) for text in options.plans]
     labels = grid.labels if grid else _labels(plans)
+    fixed = grid.plans if grid else [plan for plan in plans if not is_auto(plan)]
+    to_try = _checked(scene, fixed, [] if plans else _TO_TRY)
+    if any(map(is_auto, plans)):
+        with contextlib.redirect_stdout(sys.stderr):
+            plans = [_resolved(plan, scene, folder, options.force) for plan in plans]
+        _checked(scene, plans)
+        labels = _labels(plans)
     page = options.html or folder / "report.html"
-    prepared = _Prepared(scene, target, config, simulated, plans, grid, labels, folder, page)
+    prepared = _Prepared(scene, simulated, plans, to_try, grid, labels, folder, page)
     _refuse_existing([*prepared.traces, page], options.force)
     if page.parent != folder:
         require_writable(page, overwrite=options.force, option="--html")
     return prepared
+
+
+def _checked(scene: Scene, plans: Sequence[Plan], offered: Sequence[str] = ()) -> list[str]:
+    """Check the target and plans; return those of the offered plans that it can take."""
+    words = scene.target, scene.preset, scene.settings
+    return check_plans(*words, plans, offered=offered, timeout_seconds=scene.timeout_seconds)
 
 
 def _specs(options: ProfileOptions, prepared: _Prepared, live: bool) -> list[RunSpec]:
@@ -149,38 +161,78 @@ def _specs(options: ProfileOptions, prepared: _Prepared, live: bool) -> list[Run
             path=path,
             memory_bytes=prepared.grid.memory_bytes if prepared.grid else None,
             live=live,
+            timeout_seconds=scene.timeout_seconds,
         )
         for label, path in zip(prepared.labels, prepared.traces, strict=True)
     ]
 
 
-def _carry_out(specs: Sequence[RunSpec], prepared: _Prepared, report: Report, *, force: bool) -> None:
-    """Carry out the runs, and leave a trace for each at its path once all are done."""
+def _carry_out(
+    specs: Sequence[RunSpec], prepared: _Prepared, report: Report, attempt: Attempt, *, force: bool
+) -> list[Trace | None]:
+    """Carry out the runs, leave a trace for each that succeeded at its path, and return the traces.
+
+    Raises:
+        MemscopeError: a run failed without which there is nothing to compare; the traces of the others are kept.
+    """
     with scratch_in(prepared.folder) as scratch:
         parts = [replace(spec, path=scratch / spec.path.name) for spec in specs]
-        (run_where_there_is_room if prepared.grid else run_all)(parts, report)
+        ended = (run_where_there_is_room if prepared.grid else run_all)(parts, report)
+        traces: list[Trace | None] = [None] * len(specs)
+        for index, trace in ended.traced.items():
+            traces[index] = trace or Trace.load(parts[index].path)
         _refuse_existing(prepared.traces, force)  # another profile may have written them meanwhile
-        for part, path in zip(parts, prepared.traces, strict=True):
-            path.unlink(missing_ok=True)  # the trace of an earlier run
-            if part.path.exists():
-                part.path.replace(path)
+        for index, (part, path) in enumerate(zip(parts, prepared.traces, strict=True)):
+            if index in ended.traced or not ended.failed:
+                attempt(_keep, part.path, path, traces[index])
+    for index, error in sorted(ended.failed.items()):
+        attempt.note(_of_run(error, prepared.labels[index]) if len(specs) > 1 else error)
+    if ended.failed and (prepared.grid or traces[0] is None):
+        kept = [path.name for path, trace in zip(prepared.traces, traces, strict=True) if trace is not None]
+        if kept:
+            attempt.note(MemscopeError(f"the traces of the other runs are in {prepared.folder}: {', '.join(kept)}"))
+        attempt.raise_noted()
+    return traces
 
 
-def _next(options: ProfileOptions, prepared: _Prepared, remedies: Remedies | None) -> list[object]:
+def _keep(part: Path, path: Path, trace: Trace | None) -> None:
+    """Move the trace of a run to its place. One that its process could not write is written there.
+
+    A run that had no room for its weights has no trace: that of an earlier run is removed.
+    """
+    try:
+        if part.exists():
+            part.replace(path)
+        elif trace is not None:
+            trace.save(path, overwrite=True)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise TraceFileError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def _of_run(error: MemscopeError, label: str) -> MemscopeError:
+    """The same error, with the name of its run."""
+    named = type(error)(f"run {label}: {error}")
+    named.__cause__ = error.__cause__
+    return named
+
+
+def _next(
+    options: ProfileOptions, prepared: _Prepared, traces: Sequence[Path], remedies: Remedies | None
+) -> list[object]:
     """The next command: a plan that fits, a plan to try, or the difference between the first and the last run."""
     words: list[object] = [*profile_words(prepared.scene)]
     words += ["--simulate"] if options.simulate else []
     words += ["--steps", options.steps] if options.steps != DEFAULT_STEPS else []
+    words += ["--timeout", options.timeout] if options.timeout else []
     plan = prepared.plans[-1] if prepared.plans else Plan.of()
     for one in remedies.tried if remedies else ():
         if one.fits:
             return [*words, "--strategies", Plan.of(*plan.strategies, one.strategy)]
-    if not prepared.plans and not remedies:
-        for text in _TO_TRY:
-            with contextlib.suppress(MemscopeError):
-                check_plans(prepared.target, prepared.config, [Plan.parse(text)])
-                return [*words, "--strategies", text]
-    return compare_words(prepared.traces)
+    if prepared.to_try and not remedies:
+        return [*words, "--strategies", prepared.to_try[0]]
+    return compare_words(traces)
 
 
 def _resolved(plan: Plan, scene: Scene, folder: Path, force: bool) -> Plan:
@@ -251,10 +303,10 @@ def _refuse_existing(paths: list[Path], force: bool) -> None:
         raise UsageError(f"{existing[0]}{more} exists already: choose another folder with -o, or overwrite with -f")
 
 
-def _remedies(prepared: _Prepared, spec: RunSpec, trace: Trace) -> Remedies:
+def _remedies(spec: RunSpec, trace: Trace) -> Remedies:
     """What would help a run that does not fit; if that cannot be found out, the runs stand."""
     try:
-        return would_free(prepared.target, prepared.config, spec, trace, _try_all)
+        return would_free(spec, trace, _try_all)
     except MemscopeError as error:
         return Remedies(failed={"what would help": str(error)})
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import click
 
-from memscope.command.options import FILE, argument, option
+from memscope.command.options import FILE, TIMEOUT, argument, option
 
 __all__ = ["DEFAULT_STEPS", "ProfileOptions"]
 
@@ -107,6 +107,7 @@ class ProfileOptions:
             help="Optimizer steps; effects are those of the second step.",
         ),
     ]
+    timeout: Annotated[str | None, TIMEOUT]
     output: Annotated[
         Path | None,
         option("-o", "--output", type=FILE, metavar="FOLDER", help="Folder for traces and page. Default: a new one."),

@@ -53,10 +53,11 @@ def print_remedies(console: Console, label: str, remedies: Remedies) -> None:
         console.print(Text(f"{name} could not be simulated: {error}", style="dim"))
 
 
-def print_places(console: Console, folder: Path, page: Path) -> None:
-    """Print where the page and the traces are."""
+def print_places(console: Console, folder: Path, page: Path | None) -> None:
+    """Print where the page, if it could be written, and the traces are."""
     console.print()
-    console.print(Text(f"Page: {page}"), soft_wrap=True)
+    if page is not None:
+        console.print(Text(f"Page: {page}"), soft_wrap=True)
     console.print(Text(f"Traces: {folder}"), soft_wrap=True)
 
 

@@ -22,7 +22,7 @@ from typing import Any, TypeAlias
 
 import click
 
-__all__ = ["FILE", "argument", "debug_option", "option", "with_options"]
+__all__ = ["FILE", "TIMEOUT", "argument", "debug_option", "option", "with_options"]
 
 _Command: TypeAlias = Callable[..., Any]
 _Declaration: TypeAlias = Callable[[str], Callable[[_Command], _Command]]
@@ -38,6 +38,15 @@ debug_option = click.option("--debug", is_flag=True, expose_value=False, help="S
 def option(*flags: str, **settings: Any) -> _Declaration:
     """A field that is an option; `settings` are those of `click.option`."""
     return lambda name: click.option(*flags, name, **settings)
+
+
+TIMEOUT = option(
+    "--timeout",
+    metavar="TIME",
+    help="Longest time of a single run, such as 90s or 10min; a run that takes longer is ended with an error. "
+    "Default: no limit.",
+)
+"""`--timeout`, which `memscope.units.parse_seconds` reads."""
 
 
 def argument(**settings: Any) -> _Declaration:

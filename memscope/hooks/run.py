@@ -66,9 +66,9 @@ def run_steps(
                     raise
         if isinstance(observer, _ReportingRecorder):
             observer.finished()
-    except MemscopeError:
+    except (MemscopeError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         raise target_error(training.workload.name, error) from error
 
 

@@ -6,34 +6,25 @@ Measured runs take turns, each in a fresh process; simulations run in parallel.
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from queue import Empty
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, TypeAlias
 
-from memscope.errors import MemscopeError, OutOfDeviceMemory, TargetError
-from memscope.runs.processes import cores, interrupts_held, pool
+from memscope.errors import MemscopeError, OutOfDeviceMemory, TraceFileError
+from memscope.runs.processes import RunLost, cores, workers
+from memscope.runs.worker import tell
+from memscope.trace import Trace
 
 if TYPE_CHECKING:
     from memscope.hooks.live_state import LiveState
-    from memscope.strategies import Plan
-    from memscope.workload.target import Target
+    from memscope.workload.description import Workload
 
-__all__ = ["Report", "RunSpec", "check_plans", "run_all", "run_where_there_is_room", "try_all"]
+__all__ = ["Ended", "Report", "RunSpec", "run_all", "run_where_there_is_room", "try_all"]
 
-T = TypeVar("T")
-
-Report = Callable[[int, int, int, "LiveState | None"], None]
+Report: TypeAlias = "Callable[[int, int, int, LiveState | None], None]"
 """`report(run index, micro-batches done, total micro-batches, state)`; state is None if only the count is new."""
-Message: TypeAlias = "tuple[int, int, int, LiveState | None]"
-Messages: TypeAlias = "multiprocessing.Queue[Message]"
-_POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -60,120 +51,66 @@ class RunSpec:
     """Memory limit for PyTorch on a real GPU; None: no limit."""
     live: bool = False
     """Whether to report the state of the run at every phase."""
+    timeout_seconds: float | None = None
+    """Longest time of the run; None: no limit."""
 
 
-def check_plans(target: Target, config: Any, plans: Sequence[Plan]) -> None:
-    """Check the settings, the data and every plan before anything runs, on a model without memory (meta device).
+@dataclass(frozen=True)
+class Ended:
+    """How runs ended, by their indices."""
 
-    Raises:
-        MemscopeError: the settings, the data or a plan cannot be used.
+    traced: Mapping[int, Trace | None]
+    """The runs that succeeded: None for a trace that is in its file, else the trace, whose file cannot be written."""
+    failed: Mapping[int, MemscopeError]
+    """The runs that failed. A run that is in neither was ended with the others, or had no room for its weights."""
+
+
+def run_all(specs: Sequence[RunSpec], report: Report) -> Ended:
+    """Run all specs, each writing a trace file. An error of the target's code ends the other runs.
+
+    A run whose process dies or takes too long says nothing about the others: they go on.
     """
-    import torch
-
-    from memscope.workload.building import usable
-
-    with torch.device("meta"):
-        try:
-            built: object = target.build(config)
-        except MemscopeError:
-            raise
-        except (Exception, SystemExit):  # possibly only on the meta device; the runs report real errors
-            return
-        workload = usable(built)
-        for plan in plans:
-            plan.check(workload)
-
-
-def run_all(specs: Sequence[RunSpec], report: Report) -> None:
-    """Run all specs, each writing a trace file. The first failure ends the other runs.
-
-    Raises:
-        MemscopeError: a run failed.
-    """
-    _carry_out(_run, specs, report)
+    return _carried_out(specs, report, lambda error: not isinstance(error, RunLost))
 
 
 def try_all(specs: Sequence[RunSpec], report: Report) -> list[str]:
-    """Run all specs and return the error message of each; empty for a run that wrote its trace file.
-
-    Raises:
-        TargetError: a worker process was killed.
-    """
-    return _carry_out(_attempt, specs, report)
+    """Run all specs and return the error message of each; empty for a run that wrote its trace file."""
+    ended = _carried_out(specs, report, lambda error: False)
+    unsaved = "its trace cannot be written: free some space"
+    return [str(ended.failed.get(index, "" if ended.traced[index] is None else unsaved)) for index in range(len(specs))]
 
 
-def run_where_there_is_room(specs: Sequence[RunSpec], report: Report) -> None:
-    """Run all specs. A run whose weights alone do not fit writes no trace file; any other failure ends all runs.
-
-    Raises:
-        MemscopeError: a run failed.
-    """
-    _carry_out(_run_if_there_is_room, specs, report)
+def run_where_there_is_room(specs: Sequence[RunSpec], report: Report) -> Ended:
+    """Run all specs. A run whose weights alone do not fit writes no trace file; other errors are as in `run_all`."""
+    ended = _carried_out(specs, report, lambda error: not isinstance(error, (RunLost, OutOfDeviceMemory)))
+    failed = {index: error for index, error in ended.failed.items() if not isinstance(error, OutOfDeviceMemory)}
+    return dataclasses.replace(ended, failed=failed)
 
 
-def _carry_out(work: Callable[[int, RunSpec], T], specs: Sequence[RunSpec], report: Report) -> list[T]:
+def _carried_out(specs: Sequence[RunSpec], report: Report, is_last: Callable[[MemscopeError], bool]) -> Ended:
+    traced: dict[int, Trace | None] = {}
+    failed: dict[int, MemscopeError] = {}
+    for index, answer in _answers(specs, report):
+        if not isinstance(answer, MemscopeError):
+            traced[index] = answer
+            continue
+        failed[index] = answer
+        if is_last(answer):
+            break
+    return Ended(traced, failed)
+
+
+def _answers(specs: Sequence[RunSpec], report: Report) -> Iterator[tuple[int, Trace | MemscopeError | None]]:
     runs = list(enumerate(specs))
-    if all(spec.simulated for spec in specs):
-        return _side_by_side(work, runs, report)
-    return [answer for run in runs for answer in _side_by_side(work, [run], report)]
+    turns = [runs] if all(spec.simulated for spec in specs) else [[run] for run in runs]
+    for turn in turns:
+        with workers(min(len(turn), cores()), timeout_seconds=specs[0].timeout_seconds) as team:
+            for place, answer in team.answers(_run, turn, lambda message: report(*message)):
+                yield turn[place][0], answer
 
 
-def _side_by_side(work: Callable[[int, RunSpec], T], runs: Sequence[tuple[int, RunSpec]], report: Report) -> list[T]:
-    messages: Messages = multiprocessing.get_context("spawn").Queue()
-    with pool(min(len(runs), cores()), _report_to, messages) as workers:
-        with interrupts_held():
-            futures = [workers.submit(work, index, spec) for index, spec in runs]
-        while not _finished(futures):
-            for message in _waiting(messages):
-                report(*message)
-        for message in _waiting(messages):
-            report(*message)
-        return [future.result() for future in futures]
-
-
-def _finished(futures: Sequence[Future[Any]]) -> bool:
-    done, left = wait(futures, timeout=_POLL_SECONDS)
-    for future in done:
-        try:
-            future.result()
-        except BrokenProcessPool:
-            raise TargetError(
-                "the worker process of a run was killed, probably because the host ran out of memory"
-            ) from None
-    return not left
-
-
-def _waiting(messages: Messages) -> Iterator[Message]:
-    while True:
-        try:
-            yield messages.get_nowait()
-        except Empty:
-            return
-
-
-_progress: Messages | None = None
-"""The queue that a worker process reports to; set once in each worker."""
-
-
-def _report_to(messages: Messages) -> None:
-    global _progress
-    _progress = messages
-
-
-def _attempt(index: int, spec: RunSpec) -> str:
-    try:
-        _run(index, spec)
-    except MemscopeError as error:
-        return str(error)
-    return ""
-
-
-def _run_if_there_is_room(index: int, spec: RunSpec) -> None:
-    with suppress(OutOfDeviceMemory):
-        _run(index, spec)
-
-
-def _run(index: int, spec: RunSpec) -> None:
+def _run(index: int, spec: RunSpec) -> Trace | None:
+    """Carry out a run in a worker process; return the trace only if it cannot be saved."""
     if spec.allocator is not None and not spec.simulated:  # PyTorch reads the variable once, when it is imported
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = spec.allocator
     import torch
@@ -183,7 +120,6 @@ def _run(index: int, spec: RunSpec) -> None:
     from memscope.simulation.devices.catalogue import get_device, load_devices
     from memscope.strategies import Plan
     from memscope.workload.building import usable
-    from memscope.workload.description import Workload
     from memscope.workload.target import find_target
 
     torch.set_num_threads(1 if spec.simulated else cores())
@@ -199,12 +135,10 @@ def _run(index: int, spec: RunSpec) -> None:
         return workload
 
     def progress(done: int, total: int) -> None:
-        assert _progress is not None, "_report_to comes first"
-        _progress.put((index, done, total, None))
+        tell((index, done, total, None))
 
     def told(state: LiveState) -> None:
-        assert _progress is not None, "_report_to comes first"
-        _progress.put((index, state.done, state.total, dataclasses.replace(state, capacity_bytes=capacity)))
+        tell((index, state.done, state.total, dataclasses.replace(state, capacity_bytes=capacity)))
 
     live = told if spec.live else None
     if spec.simulated:
@@ -226,4 +160,9 @@ def _run(index: int, spec: RunSpec) -> None:
             capacity = torch.cuda.mem_get_info()[1]
         trace = record(build, device=spec.device, strategies=spec.plan, steps=spec.steps, progress=progress, live=live)
     command = {"target": spec.target, "preset": spec.preset, "settings": dict(spec.settings)}
-    dataclasses.replace(trace, meta={**trace.meta, "command": command}).save(spec.path)
+    trace = dataclasses.replace(trace, meta={**trace.meta, "command": command})
+    try:
+        trace.save(spec.path)
+    except TraceFileError:
+        return trace
+    return None

@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from memscope.errors import MemscopeError, UsageError
+from memscope.runs.processes import alone
 from memscope.strategies import Plan, Strategy, available
 from memscope.strategies.plugins import called
 from memscope.trace import Trace
@@ -21,12 +22,13 @@ from memscope.trace import Trace
 if TYPE_CHECKING:
     from memscope.runs.plans import RunSpec
     from memscope.workload.description import Workload
-    from memscope.workload.target import Target
 
 __all__ = ["Remedies", "WouldFree", "would_free"]
 
 TryAll = Callable[[Sequence["RunSpec"], Sequence[str]], list[str]]
 """Runs specs, shown under their labels, and returns each error message, empty if none (see `runs.plans.try_all`)."""
+Alone = Callable[..., Any]
+"""Calls a function with arguments in a process that the target may break (see `runs.processes.alone`)."""
 _OWN_GPU = "this-gpu"
 
 
@@ -63,19 +65,19 @@ class Remedies:
     """Reasons why other strategies could not be simulated, by strategy."""
 
 
-def would_free(target: Target, config: Any, spec: RunSpec, trace: Trace, try_all: TryAll) -> Remedies:
+def would_free(spec: RunSpec, trace: Trace, try_all: TryAll, alone: Alone = alone) -> Remedies:
     """Simulate the plan of a run that did not fit with each further installed strategy that can be applied.
 
     Args:
-        target: the target of the run.
-        config: its settings.
         spec: the run.
         trace: the trace of the run, with `meta["out_of_memory"]`. The plan of a measured run is also simulated, on
             a GPU of the same kind with the memory that was available to the run.
         try_all: runs the simulations.
+        alone: calls the function that builds the target to find out what can be applied.
     """
     plan = Plan.parse(spec.plan)
-    added, failed = _additions(target, config, plan)
+    texts, failed = alone(_additions, spec, timeout_seconds=spec.timeout_seconds)
+    added = [(Plan.parse(text).strategies[0], is_exact) for text, is_exact in texts]
     plans = [Plan.of(*plan.strategies, strategy) for strategy, _ in added]
     if not plans:
         return Remedies(failed=failed)
@@ -87,7 +89,7 @@ def would_free(target: Target, config: Any, spec: RunSpec, trace: Trace, try_all
         else:
             before, *found = _simulated([plan, *plans], _on_own_gpu(spec, trace, folder), folder, try_all)
     if isinstance(before, str):
-        return Remedies(failed={"the plan as it is": before})
+        return Remedies(failed={**failed, "the plan as it is": before})
     tried = []
     for (strategy, is_exact), one in zip(added, found, strict=True):
         if isinstance(one, str):
@@ -97,16 +99,24 @@ def would_free(target: Target, config: Any, spec: RunSpec, trace: Trace, try_all
     return Remedies(tuple(sorted(tried, key=lambda one: one.change_bytes)), failed)
 
 
-def _additions(target: Target, config: Any, plan: Plan) -> tuple[list[tuple[Strategy, bool]], dict[str, str]]:
-    """Strategies to add, each with whether it is exact, and the reasons why others cannot be queried."""
+def _additions(spec: RunSpec) -> tuple[list[tuple[str, bool]], dict[str, str]]:
+    """Strategies to add to the plan of a run, each with whether it is exact, and why others cannot be queried."""
     import torch
 
+    from memscope.workload.target import find_target
+
+    plan = Plan.parse(spec.plan)
+    target = find_target(spec.target)
+    config = target.configure(spec.preset, spec.settings)
     used = {strategy.name for strategy in plan.strategies}
-    added, failed = [], {}
+    added: list[tuple[str, bool]] = []
+    failed: dict[str, str] = {}
     with torch.device("meta"):
         try:
             workload = target.build(config)
-        except (Exception, SystemExit) as error:  # the target ran, so only the meta device can be the cause
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # the target ran, so only the meta device can be the cause
             return [], {"strategies": f"they cannot be checked on the meta device: {error}"}
         for name, kind in sorted(available().items()):
             if name in used:
@@ -118,7 +128,7 @@ def _additions(target: Target, config: Any, plan: Plan) -> tuple[list[tuple[Stra
                 failed[name] = str(error)
                 continue
             if strategy is not None:
-                added.append((strategy, is_exact))
+                added.append((strategy.spec, is_exact))
     return added, failed
 
 

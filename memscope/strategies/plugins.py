@@ -50,7 +50,9 @@ def _loaded(entry: EntryPoint) -> type[Strategy]:
         kind = entry.load()
     except (ImportError, AttributeError) as error:
         raise UsageError(f"{named} cannot be imported: {error}") from error
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise UsageError(f"{named} cannot be imported: {type(error).__name__}: {error}{where(error)}") from error
     wrong = _wrong(kind, entry.name)
     if wrong:
@@ -89,9 +91,9 @@ def called(strategy: Strategy, what: Method, workload: Workload) -> Any:
     """
     try:
         found = getattr(strategy, what)(workload)
-    except MemscopeError:
+    except (MemscopeError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         raise MemscopeError(
             f'strategy "{strategy.name}" failed in {what}(): {type(error).__name__}: {error}{where(error)}'
         ) from error

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from memscope.errors import TraceFileError, UsageError, excerpt
+from memscope.interrupts import interrupts_held
 from memscope.trace.columns import Ints
 from memscope.units import format_bytes
 
@@ -218,11 +219,16 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file completely or not at all: to a temporary file beside it, which is then renamed.
+    """Write a file completely or not at all: to a temporary file beside it, which is then renamed. Ctrl-C waits.
 
     Raises:
         TraceFileError: the folder is missing or not writable, or the disk is full.
     """
+    with interrupts_held():
+        _write_whole(path, data)
+
+
+def _write_whole(path: Path, data: bytes) -> None:
     temporary = None
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:

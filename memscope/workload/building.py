@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -24,9 +23,9 @@ def build_workload(source: Workload | Callable[[], Workload]) -> Workload:
         return usable(source)
     try:
         built: object = source()
-    except MemscopeError:
+    except (MemscopeError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         raise target_error("the target", error) from error
     return usable(built)
 
@@ -56,5 +55,7 @@ def target_error(name: str, error: BaseException) -> TargetError:
     return TargetError(f'"{name}" failed: {type(error).__name__}: {_first_line(error)}{where(error)}')
 
 
-def _first_line(error: Any) -> str:
+def _first_line(error: BaseException) -> str:
+    if isinstance(error, MemoryError) and not error.args:
+        return "the host ran out of memory"
     return (str(error).strip().splitlines() or ["no message"])[0]

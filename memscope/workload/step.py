@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from memscope.errors import TargetError, UsageError
+from memscope.errors import TargetError, UsageError, place_of, where
 from memscope.workload.description import Workload
 from memscope.workload.micro_batches import MicroBatch
 
@@ -65,7 +65,7 @@ def _optimizer(workload: Workload, trainable: list[nn.Parameter]) -> torch.optim
         optimizer = workload.optimizer_factory(trainable)
     except Exception as error:
         raise TargetError(
-            f'"{workload.name}" failed: its optimizer cannot be built: {type(error).__name__}: {error}'
+            f'"{workload.name}" failed: its optimizer cannot be built: {type(error).__name__}: {error}{where(error)}'
         ) from error
     given = {id(parameter) for parameter in trainable}
     if not any(id(parameter) in given for group in optimizer.param_groups for parameter in group["params"]):
@@ -124,6 +124,7 @@ def _forward(training: Training, model: nn.Module, piece: MicroBatch, observer: 
     dtype = training.workload.plan.autocast
     with torch.autocast(training.device_type, dtype=dtype) if dtype else contextlib.nullcontext():
         loss = training.workload.loss(model, data)
+    _require_loss(loss, training.workload)
     return loss if piece.share == 1.0 else loss * piece.share
 
 
@@ -136,6 +137,18 @@ def _require_gradient(training: Training) -> None:
         f'the backward pass of "{training.workload.name}" gave none of the {len(given)} tensors that the optimizer '
         "updates a gradient: compute the loss with the model that loss(model, batch) is given, not with another one, "
         "and without detach() or torch.no_grad()"
+    )
+
+
+def _require_loss(loss: object, workload: Workload) -> None:
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        return
+    what = "None" if loss is None else f"a {type(loss).__name__}"
+    if isinstance(loss, Tensor):
+        what = f"a tensor of shape {[*loss.shape]}"
+    raise TargetError(
+        f'the loss of "{workload.name}" returned {what}, not a tensor with one element: '
+        f"end it with `return loss`, the mean over the micro-batch{place_of(workload.loss)}"
     )
 
 

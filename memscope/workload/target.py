@@ -85,9 +85,9 @@ def find_target(text: str) -> Target:
         if wrong:
             raise TargetError(f'target "{text}" {wrong}')
         presets = getattr(module, "PRESETS", None) or {"default": module.Config()}
-    except MemscopeError:
+    except (MemscopeError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         raise TargetError(f'target "{text}" cannot be loaded: {type(error).__name__}: {error}{where(error)}') from error
     read_preset = getattr(module, "read_preset", None)
     if shipped:

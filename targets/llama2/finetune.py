@@ -15,6 +15,7 @@ import click
 from memscope.command.run import run_command
 from memscope.command.target_words import RUNS, settings_of
 from memscope.errors import UsageError
+from memscope.interrupts import INTERRUPTED
 from memscope.targets.llama2.checkpoints import newest_checkpoint
 from memscope.targets.llama2.device import default_device
 from memscope.targets.llama2.finetune_watch import watched
@@ -36,7 +37,6 @@ __all__ = ["command", "main"]
 
 _NAME = "python -m memscope.targets.llama2.finetune"
 _METAVARS = {"weights": "FOLDER", "data": "FILE", "tokenizer": "FILE"}
-_INTERRUPTED = 130  # shells' exit code for Ctrl-C: 128 + SIGINT
 
 
 @click.command("finetune", context_settings={"help_option_names": ["-h", "--help"]})
@@ -106,7 +106,7 @@ def command(
         click.echo(json.dumps(_document(session, folder, outcome, saved), ensure_ascii=False, indent=2))
     else:
         _tell(session, folder, outcome, saved)
-    return 0 if saved else _INTERRUPTED
+    return 0 if saved else INTERRUPTED
 
 
 def _begun(output: Path | None, preset: str | None, words: dict[str, str], force: bool) -> tuple[RunFolder, Session]:

@@ -209,8 +209,9 @@ def test_a_trace_that_another_profile_wrote_meanwhile_is_not_overwritten(run, tm
     folder, carry_out = tmp_path / "runs", profile.run_all
 
     def slowly(specs, report):
-        carry_out(specs, report)
+        ended = carry_out(specs, report)
         (folder / "baseline.npz").write_bytes(b"of the other one")
+        return ended
 
     monkeypatch.setattr(profile, "run_all", slowly)
     code, _, err = run("profile", *DEBUG, "-o", folder)

@@ -7,14 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from memscope.errors import UsageError
+from memscope.errors import MemscopeError, UsageError
 from memscope.runs import plans as runs
 from memscope.runs.plans import RunSpec
 from memscope.runs.would_free import would_free
 from memscope.simulation.devices.catalogue import load_devices
 from memscope.strategies import available
 from memscope.trace import Trace
-from memscope.workload.target import find_target
 
 TOY = """
 import dataclasses, torch
@@ -70,12 +69,19 @@ def test_the_memory_that_a_strategy_would_free_is_what_a_run_with_it_saves(run, 
 
 
 def in_this_process(specs, labels):
-    return [runs._attempt(index, spec) for index, spec in enumerate(specs)]
+    found = []
+    for index, spec in enumerate(specs):
+        try:
+            runs._run(index, spec)
+            found.append("")
+        except MemscopeError as error:
+            found.append(str(error))
+    return found
 
 
 @pytest.fixture
 def spec(tmp_path, monkeypatch, toy):
-    monkeypatch.setattr(runs, "_progress", SimpleNamespace(put=lambda message: None))
+    monkeypatch.setattr(runs, "tell", lambda message: None)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     return RunSpec(
         target=str(tmp_path / "toy.py"),
@@ -93,8 +99,7 @@ def spec(tmp_path, monkeypatch, toy):
 
 
 def advised(spec, trace, try_all=in_this_process):
-    target = find_target(spec.target)
-    return would_free(target, target.configure(), spec, trace, try_all)
+    return would_free(spec, trace, try_all, alone=lambda function, spec, timeout_seconds: function(spec))
 
 
 def test_strategies_of_the_plan_and_those_it_conflicts_with_are_left_out(spec, monkeypatch):

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 ORDER = (
-    ("memscope.errors", "memscope.units"),
+    ("memscope.errors", "memscope.interrupts", "memscope.units"),
     ("memscope.trace",),
     ("memscope.workload",),
     ("memscope.command",),
@@ -29,7 +29,7 @@ ORDER = (
 )
 """Folders from the bottom up: a folder imports only those on its own line or above it in this list. `memscope` itself,
 the front, has no place in it: it names what it offers, and loads a name on first use."""
-LOOSE = {"__init__", "__main__", "errors", "units"}
+LOOSE = {"__init__", "__main__", "errors", "interrupts", "units"}
 
 
 @cache

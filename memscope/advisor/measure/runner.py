@@ -5,15 +5,13 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from memscope.allocator.settings import AllocatorSettings
-from memscope.errors import MemscopeError, TargetError
-from memscope.runs.processes import cores, interrupts_held, pool
+from memscope.errors import MemscopeError
+from memscope.runs.processes import Workers, cores, workers
 from memscope.simulation.devices.catalogue import Device, get_device, load_devices
 from memscope.strategies.ckpt import LayerPlan
 from memscope.trace import Progress, Trace
@@ -152,6 +150,8 @@ class Scene:
     device_file: Path | None = None
     allocator: str | None = None
     """Settings of PyTorch's allocator, as in PYTORCH_CUDA_ALLOC_CONF; None: those of the environment."""
+    timeout_seconds: float | None = None
+    """Longest time of one simulation in a process of its own; None: no limit."""
 
     def build(self) -> Workload:
         """The target's workload."""
@@ -171,25 +171,24 @@ class Scene:
 @contextlib.contextmanager
 def side_by_side(scene: Scene) -> Iterator[Runner]:
     """A runner with one process per core; the processes end with the context."""
-    width = cores()
-    with pool(width, _begin, scene) as workers:
-        yield _Pool(workers, width)
+    with workers(cores(), _begin, scene, timeout_seconds=scene.timeout_seconds) as team:
+        yield _Pool(team)
 
 
 @dataclass(frozen=True)
 class _Pool:
-    workers: ProcessPoolExecutor
-    width: int
+    team: Workers
+
+    @property
+    def width(self) -> int:
+        return self.team.count
 
     def run(self, probes: Sequence[Probe], done: Callable[[], None] = lambda: None) -> list[Answer]:
-        with interrupts_held():
-            futures: list[Future[Answer]] = [self.workers.submit(_in_child, probe) for probe in probes]
-        try:
-            for _ in as_completed(futures):
-                done()
-            return [future.result() for future in futures]
-        except BrokenProcessPool:
-            raise TargetError("a worker process was killed, probably out of host memory") from None
+        answers: dict[int, Answer] = {}
+        for index, answer in self.team.answers(_in_child, [(probe,) for probe in probes]):
+            answers[index] = answer
+            done()
+        return [answers[index] for index in range(len(probes))]
 
 
 def deciding_indices(elements: Sequence[int]) -> list[int]:
