@@ -23,7 +23,7 @@ from memscope import Recorder
 
 MOST_MICROSECONDS = 60
 """Bound on the CPU time that a recorder adds for each allocation."""
-ROUNDS = 7
+ROUNDS = 5
 
 
 class _Nothing(TorchDispatchMode):

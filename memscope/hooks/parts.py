@@ -22,7 +22,7 @@ PLAIN = frozenset((Tensor, nn.Parameter, FakeTensor))
 _COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
 
-def parts_of(tensor: Tensor) -> list[Tensor]:
+def parts_of(tensor: Any) -> list[Tensor]:
     """The strided tensors that hold a tensor's memory: itself, or what it is made of, in nested wrappers too.
 
     Raises:
