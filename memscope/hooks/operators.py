@@ -46,6 +46,8 @@ class KnownOperator(NamedTuple):
     """Whether its kernel may allocate results in another order than it returns them, or leave some on the host."""
     is_special: bool
     """Whether its results need a closer look: `is_copy`, `makes_host_scalar` or `has_own_order`."""
+    is_plain: bool
+    """Whether none of the above holds."""
 
 
 class Operators:
@@ -73,15 +75,20 @@ class Operators:
         is_copy = name == "aten._to_copy.default"
         makes_host_scalar = self._host_scalars and name == "aten.lift_fresh.default"
         has_own_order = self._kernels is not None and self._kernels.has_own_order(name)
+        is_special = is_copy or makes_host_scalar or has_own_order
+        is_composite = func.namespace != "prim" and _is_composite(func.name())
+        takes_workspace = self._kernels is not None and self._kernels.covers(name)
+        has_flops = has_formula(func)
         op = self.known[id(func)] = KnownOperator(
             code=len(self.names) - 1,
             run=func._op,
-            has_flops=has_formula(func),
+            has_flops=has_flops,
             is_copy=is_copy,
-            is_composite=func.namespace != "prim" and _is_composite(func.name()),
+            is_composite=is_composite,
             makes_host_scalar=makes_host_scalar,
-            takes_workspace=self._kernels is not None and self._kernels.covers(name),
+            takes_workspace=takes_workspace,
             has_own_order=has_own_order,
-            is_special=is_copy or makes_host_scalar or has_own_order,
+            is_special=is_special,
+            is_plain=not (is_special or is_composite or takes_workspace or has_flops),
         )
         return op

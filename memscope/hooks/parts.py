@@ -15,21 +15,21 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from memscope.errors import UsageError
 
-__all__ = ["PLAIN", "held_by", "parts_of"]
+__all__ = ["PLAIN", "held_by", "is_wrapper", "parts_of"]
 
 PLAIN = frozenset((Tensor, nn.Parameter, FakeTensor))
 """The classes of tensors that operators below autograd work on."""
 _COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
 
-def parts_of(tensor: Tensor) -> list[Tensor]:
+def parts_of(tensor: Any) -> list[Tensor]:
     """The strided tensors that hold a tensor's memory: itself, or what it is made of, in nested wrappers too.
 
     Raises:
         UsageError: the tensor wraps others that cannot be found.
     """
     if type(tensor) not in PLAIN:
-        if is_traceable_wrapper_subclass(tensor):
+        if is_wrapper(tensor):
             return [part for inner in held_by(tensor).values() for part in parts_of(inner)]
         if _is_hollow(tensor):
             raise UsageError(_refusal(tensor, "its class has no __tensor_flatten__ and __tensor_unflatten__"))
@@ -42,6 +42,11 @@ def parts_of(tensor: Tensor) -> list[Tensor]:
         ends = [tensor.crow_indices(), tensor.col_indices()] if rows else [tensor.ccol_indices(), tensor.row_indices()]
         return [*ends, tensor.values()]
     raise UsageError(_refusal(tensor, f"its layout is {tensor.layout}"))
+
+
+def is_wrapper(tensor: object) -> bool:
+    """Whether a tensor is a wrapper that can be taken apart."""
+    return is_traceable_wrapper_subclass(tensor)
 
 
 def held_by(wrapper: Any) -> dict[str, Tensor]:

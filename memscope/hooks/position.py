@@ -121,7 +121,9 @@ class Position:
             self.module = modules.current if modules.stack else 0
             if phase == _OUTSIDE:
                 self._notice_record()
-            self.serves_backward = self.is_recorded if phase == _OUTSIDE else phase in _KEPT
+                self.serves_backward = self.is_recorded
+            else:
+                self.serves_backward = phase in _KEPT
         elif torch.is_grad_enabled() and (modules.stack or not self._pass.creates_graph):
             # The engine runs with gradients disabled unless it records a graph: this is a recomputed region.
             phase, self.serves_backward = _RECOMPUTE, True

@@ -31,6 +31,7 @@ __all__ = ["StorageTracker"]
 
 _current_task: Callable[[], int] = torch._C._current_graph_task_id
 _device_of = torch.ops.prim.device.default
+_function_modes: Callable[[], int] = torch._C._len_torch_function_stack
 _no_function_modes = torch._C.DisableTorchFunction  # function modes would intercept every size query here
 _WEIGHT_COPY, _WORKSPACE = CATEGORIES.index("weight_copy"), CATEGORIES.index("workspace")
 
@@ -81,6 +82,7 @@ class StorageTracker(TorchDispatchMode):
         self._kernels, self._moments = kernels, moments
         self._kept_workspaces: set[tuple[bool, str]] = set()
         self.hides = self._is_paused = False
+        self._is_plain = execute is None and kernels is None and moments is None
         self._scopes = contextlib.ExitStack()
 
     @classmethod
@@ -89,16 +91,27 @@ class StorageTracker(TorchDispatchMode):
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        op = self._known.get(id(func))
+        if op is not None and op.is_plain and self._is_plain and not types and not _function_modes():
+            # Most operators of a real run: what follows is the same without everything that they do not need.
+            here = self.position
+            here.locate()
+            if here.serves_backward and not here.told and torch.is_grad_enabled():
+                self.lifetimes.own_inputs((*args, *kwargs.values()) if kwargs else args)
+            out = op.run(*args, **kwargs) if kwargs else op.run(*args)
+            if isinstance(out, Tensor):
+                self._see(out, op.code, UNKNOWN)
+            else:
+                self._see_outputs(op, args, out)
+            return out
         if func is _device_of and type(args[0]) is FakeTensor:  # the engine queries this several times per operator
             return args[0].fake_device
-        if types and not PLAIN.issuperset(
-            types
-        ):  # a wrapper subclass first unwraps itself into operators on plain tensors
+        if not PLAIN.issuperset(types):  # a wrapper subclass first unwraps itself into operators on plain tensors
             return NotImplemented
         kwargs = kwargs or {}
         if self._is_paused:
             return func(*args, **kwargs)
-        op = self._known.get(id(func)) or self._operators.learn(func)
+        op = op or self._operators.learn(func)
         if op.is_composite:
             with self._dispatching():
                 return func.decompose(*args, **kwargs)
@@ -212,11 +225,12 @@ class StorageTracker(TorchDispatchMode):
     @contextlib.contextmanager
     def _paused(self) -> Iterator[None]:
         """Run operators unseen."""
-        before, self._is_paused = self._is_paused, True
+        before = self._is_paused, self._is_plain
+        self._is_paused, self._is_plain = True, False
         try:
             yield
         finally:
-            self._is_paused = before
+            self._is_paused, self._is_plain = before
 
     def settle(self, *, cut_short: bool = False) -> None:
         """Categorize the remaining allocations: `temporary` if freed within their step, else `other`.

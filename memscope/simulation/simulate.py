@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from memscope.allocator.settings import AllocatorSettings
 from memscope.errors import TargetError, UsageError, where
 from memscope.hooks.live_state import Tell
-from memscope.hooks.parts import parts_of
+from memscope.hooks.parts import is_wrapper, parts_of
 from memscope.hooks.recorder import Recorder
 from memscope.hooks.run import MicroBatchProgress, run_meta, run_steps
 from memscope.simulation.autograd_engine import PlainAutograd
@@ -170,7 +169,7 @@ def _build(
 def _on_device(values: KnownValues, tensor: Any) -> Any:
     """A tensor of the same layout, made in the simulation; wrappers hold such tensors."""
     parts_of(tensor)
-    if is_traceable_wrapper_subclass(tensor):
+    if is_wrapper(tensor):
         names, context = tensor.__tensor_flatten__()
         held = {name: getattr(tensor, name) for name in names}
         inner = {

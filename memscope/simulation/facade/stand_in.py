@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from memscope.hooks.parts import PLAIN, parts_of
+from memscope.hooks.parts import PLAIN, is_wrapper, parts_of
 
 __all__ = ["is_target", "replaced", "tensors_say_cuda"]
 
@@ -107,7 +106,7 @@ _ANSWERS: dict[Any, Callable[[Any], Any]] = {
     Tensor.get_device: lambda tensor: 0,
     Tensor.is_cuda.__get__: lambda tensor: _is_stand_in(tensor),  # type: ignore[attr-defined]
     Tensor.is_cpu.__get__: lambda tensor: not _is_stand_in(tensor),  # type: ignore[attr-defined]
-    Tensor.device.__get__: lambda tensor: _CUDA if _is_stand_in(tensor) else tensor.device,  # type: ignore[attr-defined]
+    Tensor.device.__get__: lambda tensor: _CUDA if _is_stand_in(tensor) else tensor.device,
 }
 """Tensor method or attribute → its result for a target."""
 
@@ -129,11 +128,11 @@ def _is_gpu_argument(name: str, value: Any) -> bool:
     return _names_gpu(value) or (name == "device" and type(value) is int)
 
 
-def _is_stand_in(tensor: Tensor) -> bool:
+def _is_stand_in(tensor: Any) -> bool:
     """Whether a tensor is a stand-in, or wraps one."""
     if isinstance(tensor, FakeTensor) or type(tensor) in PLAIN:
         return isinstance(tensor, FakeTensor)
-    return is_traceable_wrapper_subclass(tensor) and any(isinstance(part, FakeTensor) for part in parts_of(tensor))
+    return is_wrapper(tensor) and any(isinstance(part, FakeTensor) for part in parts_of(tensor))
 
 
 def _wrapper_maker(original: Callable[..., Tensor]) -> staticmethod[..., Tensor]:
