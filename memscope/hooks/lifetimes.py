@@ -61,7 +61,7 @@ class Lifetimes:
 
     def see(self, tensor: Tensor, op: int, category: int) -> None:
         """Look at a result of an operator: its storage is new, resized, or known."""
-        if type(tensor) not in PLAIN or tensor.layout is not torch.strided:
+        if tensor.layout is not torch.strided or type(tensor) not in PLAIN:
             parts = parts_of(tensor)
             if len(parts) != 1 or parts[0] is not tensor:
                 for part in parts:
@@ -96,21 +96,25 @@ class Lifetimes:
         """Record an allocation, of a storage or of a kernel's workspace; returns its index."""
         seen, here = self._seen, self._position
         index = len(seen.births)
-        seen.births.append(Birth(size_bytes, here.module, op, here.phase, here.step, here.micro_batch, seen.clock))
+        born = seen.clock
+        seen.births.append(Birth(size_bytes, here.module, op, here.phase, here.step, here.micro_batch, born))
         seen.category.append(category)
         seen.freed.append(-1)
         if self._moments is not None and storage is not None:
             self._moments.born(storage.data_ptr())
-        seen.clock += 1
+        seen.clock = born + 1
         if category == UNKNOWN and here.serves_backward:
             seen.pending.append(index)
         return index
 
     def _die(self, ref: weakref.ref[torch.UntypedStorage]) -> None:
         key = ref.key  # type: ignore[attr-defined]
-        index, _, _ = self._live.pop(key)
+        index, size, _ = self._live.pop(key)
         self._unread.discard(key)
-        self._seen.free(index)
+        if size:  # otherwise a resize to nothing has freed it
+            seen = self._seen
+            seen.freed[index] = seen.clock
+            seen.clock += 1
 
     def resized(self, storage: torch.UntypedStorage, op: int) -> None:
         """Record a resize, if the storage is followed: new memory is allocated before the old memory is freed."""
