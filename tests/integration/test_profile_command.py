@@ -46,6 +46,7 @@ def test_the_document_has_the_published_shape(profiled):
             "flops",
             "seconds",
             "estimated_seconds",
+            "notes",
             "trace",
             "out_of_memory",
             "would_free",

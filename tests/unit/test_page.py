@@ -58,7 +58,7 @@ def run_a() -> Run:
 def hostile_runs() -> list[Run]:
     meta = {
         "target": HOSTILE, "strategies": [HOSTILE], "device": {"name": HOSTILE, "simulated": True},
-        "versions": {"torch": HOSTILE}, "inferred": [HOSTILE], "imported": {"notes": [HOSTILE]},
+        "versions": {"torch": HOSTILE}, "inferred": [HOSTILE], "notes": [HOSTILE], "imported": {"notes": [HOSTILE]},
     }  # fmt: skip
     trace = dataclasses.replace(small(), modules=(HOSTILE,) * 4, ops=(HOSTILE,) * 3, meta=meta)
     other = dataclasses.replace(trace, size=2 * trace.size, meta={**meta, "strategies": [HOSTILE * 2]})
