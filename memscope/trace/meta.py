@@ -111,7 +111,6 @@ class _Meta(TypedDict, total=False):
     parameters: _Parameters
     flops: list[Count] | None
     seconds: list[Seconds] | None
-    skipped_steps: Count
     calls: list[_Call]
     cost: _Cost | None
     estimated_workspaces: list[str]
