@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import shlex
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Annotated
 
@@ -24,12 +25,13 @@ from memscope.command.options import FILE, argument, option, with_options
 from memscope.command.output import require_writable
 from memscope.command.progress import shown_progress
 from memscope.command.target_words import last_profiled, settings_of
-from memscope.errors import GateFailed
+from memscope.errors import GateFailed, MemscopeError
 from memscope.simulation.devices.catalogue import get_device, load_devices
-from memscope.strategies.ckpt import LayerPlan
 from memscope.units import at_least
 
 __all__ = ["command"]
+
+PLAN_FILE = "memscope-plan.json"
 
 
 @dataclass(frozen=True)
@@ -91,15 +93,13 @@ class AdviseOptions:
         option("--emit", type=click.Choice(TOOLS), help="Also print the plan as settings of another training tool."),
     ]
     output: Annotated[
-        Path,
+        Path | None,
         option(
             "-o",
             "--output",
             type=FILE,
-            default="memscope-plan.json",
-            show_default=True,
             metavar="FILE",
-            help="Plan file.",
+            help=f"Plan file. Default: {PLAN_FILE}, or with a number if there is one.",
         ),
     ]
     html: Annotated[Path | None, option("--html", type=FILE, metavar="FILE", help="Also write a page with the plan.")]
@@ -113,22 +113,24 @@ def command(options: AdviseOptions) -> int:
     """Find the cheapest plan that makes TARGET fit a budget: strategies, and which layers to checkpoint.
 
     TARGET is as for `memscope profile`; the default is the target last profiled in this folder, or else targets/llama2.
-    Every combination of strategies is simulated, and so is the plan that is printed. Times are estimates. Exit code 3:
-    nothing fits.
+    Combinations of strategies are simulated, and so is the plan that is printed. Times are estimates. Exit code 3:
+    no plan was found that fits.
     """
-    require_writable(options.output, overwrite=options.force)
+    output = options.output or _new_file(overwrite=options.force)
+    require_writable(output, overwrite=options.force)
     if options.html:
         require_writable(options.html, overwrite=options.force, option="--html")
     advice, scene = _advised(options)
-    if advice.layers and advice.feasible:
-        LayerPlan(advice.layers, advice.made_for).save(options.output, overwrite=options.force)
-        advice = dataclasses.replace(advice, file=options.output)
-    elif advice.feasible:
-        options.output.unlink(missing_ok=True)  # the plan of an earlier run: this one checkpoints nothing
-    if options.html:
-        from memscope.dashboards.plan_page import write_plan_page
+    failed: MemscopeError | None = None
+    try:
+        advice = _saved(advice, output, overwrite=options.force)
+        if options.html:
+            from memscope.dashboards.plan_page import write_plan_page
 
-        write_plan_page(advice, options.html, overwrite=options.force)
+            following = shlex.join(map(str, _next_words(options, advice, scene)))
+            write_plan_page(advice, options.html, following, overwrite=options.force)
+    except MemscopeError as error:  # the advice took long to find: it is shown all the same
+        failed = error
     lines = emit(advice, options.emit) if options.emit else []
     if options.as_json:
         document = advice.document() | ({"emit": lines} if options.emit else {})
@@ -136,10 +138,27 @@ def command(options: AdviseOptions) -> int:
     else:
         console = Console(highlight=False)
         print_advice(console, advice, lines)
-        if options.html:
+        if options.html and not failed:
             console.print(Text(f"Page: {options.html}"), soft_wrap=True)
-        print_next(console, _next_words(options, advice, scene))
+        if not failed:
+            print_next(console, _next_words(options, advice, scene))
+    if failed:
+        raise failed
     return 0 if advice.feasible else GateFailed.exit_code
+
+
+def _new_file(*, overwrite: bool) -> Path:
+    """`PLAN_FILE` in this folder, numbered if there is one that must not be overwritten."""
+    file = Path(PLAN_FILE)
+    numbered = (file.with_stem(f"{file.stem}-{number}") for number in count(2))
+    return file if overwrite or not file.exists() else next(path for path in numbered if not path.exists())
+
+
+def _saved(advice: Advice, output: Path, *, overwrite: bool) -> Advice:
+    """The advice with its plan in a file, if it checkpoints anything."""
+    if advice.feasible and not advice.layers and overwrite:
+        output.unlink(missing_ok=True)  # the plan of an earlier run: this one checkpoints nothing
+    return advice.save(output, overwrite=overwrite) if advice.feasible else advice
 
 
 def _advised(options: AdviseOptions) -> tuple[Advice, Scene]:
@@ -159,7 +178,7 @@ def _advised(options: AdviseOptions) -> tuple[Advice, Scene]:
             budget=budget_of(options.budget, device, named=options.device is not None),
             device=device,
             strategies=options.strategies,
-            allow=_names(options.allow),
+            allow=options.allow,
             layer_list=options.layer_list,
             allocator=allocator,
             runner=runner,
@@ -169,18 +188,16 @@ def _advised(options: AdviseOptions) -> tuple[Advice, Scene]:
 
 
 def _next_words(options: AdviseOptions, advice: Advice, scene: Scene) -> list[object]:
-    """A profile of the plan; if nothing fits, the same advice for the smallest feasible budget."""
+    """A profile of the plan on a device with the budget's memory; if nothing fits, advice for a budget that does."""
     if advice.feasible:
-        return [*profile_words(scene), *(["-s", advice.plan] if advice.plan else [])]
+        memory = f"{advice.budget_bytes}B" if "%" in options.budget else options.budget.replace(" ", "")
+        on_budget = dataclasses.replace(scene, device=f"{scene.device}:{memory}")
+        return [*profile_words(on_budget), *(["-s", advice.plan] if advice.plan else [])]
     words: list[object] = ["memscope", "advise", *profile_words(scene)[2:], "--budget", at_least(advice.minimum_bytes)]
     if options.strategies:
         words += ["-s", options.strategies]
     if options.allow:
-        words += ["--allow", ",".join(_names(options.allow))]
+        words += ["--allow", ",".join(options.allow)]
     if options.layer_list:
         words += ["--layer-list", options.layer_list]
     return words
-
-
-def _names(texts: Sequence[str]) -> list[str]:
-    return [name.strip() for text in texts for name in text.split(",") if name.strip()]
