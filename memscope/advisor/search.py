@@ -45,6 +45,8 @@ _MOST_FULL = 6
 _MOST_PLANNED = 3
 _CHECKPOINTED = 1.2
 """Step time with checkpoints over that without, to order combinations: recomputing all forwards would give 1.33."""
+_CLOSE = 1.1
+"""Memory with every layer checkpointed over the budget, up to which other options are tried."""
 _WORTH_IT = 1.01
 """Extra step time that is accepted for the preferred settings of a strategy that changes the mathematics."""
 
@@ -137,7 +139,8 @@ class Search:
         worthwhile = self._worthwhile([text for text in cheaper if text not in fitting])
         self._checkpoint(spread([text for text in worthwhile if text not in self.references], _MOST_FULL))
         known = [text for text in cheaper if text in self.references and fits(self.references[text].full)]
-        planned = [text for text in self._first_of_kind(known) if text not in self._planned][:_MOST_PLANNED]
+        close = [text for text in cheaper if text in self.references and text not in known and self._is_close(text)]
+        planned = [text for text in self._first_of_kind([*known, *close]) if text not in self._planned][:_MOST_PLANNED]
         promises = {text: self.planning.promise(self.references[text]) for text in planned}
         for text in sorted(promises, key=lambda text: self._cost(text, promises[text])):
             self._planned.add(text)
@@ -145,6 +148,10 @@ class Search:
                 self._take(self.planning.within(self.references[text], look_ahead=self.best is None))
         for text in known:
             self._take_full(self.references[text])
+
+    def _is_close(self, text: str) -> bool:
+        """Whether other options may fit though a checkpoint around every layer does not."""
+        return device_bytes(self.references[text].full) <= _CLOSE * self.budget_bytes
 
     def _take_full(self, reference: Reference) -> None:
         """Take a combination with every layer checkpointed; one option for all layers fragments memory less."""

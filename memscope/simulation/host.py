@@ -27,20 +27,25 @@ __all__ = ["Link", "host_copies"]
 
 
 class Link:
-    """Runs operators; a copy between device and host takes as long as the device's link to the host.
-
-    Attributes:
-        is_crossed: whether the running operator copies to the host or back; set by `host_copies`.
-    """
+    """Runs operators; a copy between device and host takes as long as the device's link to the host."""
 
     def __init__(self, execute: Execute, device: Device) -> None:
         self._execute, self._device = execute, device
-        self.is_crossed = False
+        self._is_crossed = False
+
+    @contextlib.contextmanager
+    def crossed(self, is_crossed: bool) -> Iterator[None]:
+        """Operators inside copy to the host or back, if `is_crossed` or if those around them do."""
+        before, self._is_crossed = self._is_crossed, self._is_crossed or is_crossed
+        try:
+            yield
+        finally:
+            self._is_crossed = before
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Work]:
         """See `Execute`."""
         out, work = self._execute(func, args, kwargs)
-        if self.is_crossed and work.seconds and self._device.host_bytes_per_second is not None:
+        if self._is_crossed and work.seconds and self._device.host_bytes_per_second is not None:
             seconds = transfer_seconds(self._device, out.numel() * out.itemsize)
             work = work._replace(seconds=max(work.seconds, seconds))
         return out, work
@@ -59,20 +64,18 @@ def host_copies(tracker: StorageTracker, link: Link) -> Iterator[None]:
         return isinstance(tensor, FakeTensor) and tracker.is_hidden(tensor)
 
     def to_host(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        tracker.hides, link.is_crossed = True, not is_on_host(tensor)
+        tracker.hides = True
         try:
-            moved = move(tensor, *args, **kwargs)
-            return move(tensor, tensor.device, copy=True) if moved is tensor and not is_on_host(tensor) else moved
+            with link.crossed(not is_on_host(tensor)):
+                moved = move(tensor, *args, **kwargs)
+                return move(tensor, tensor.device, copy=True) if moved is tensor and not is_on_host(tensor) else moved
         finally:
-            tracker.hides = link.is_crossed = False
+            tracker.hides = False
 
     def to_device(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        link.is_crossed = is_on_host(tensor)
-        try:
+        with link.crossed(is_on_host(tensor)):
             moved = move(tensor, *args, **kwargs)
             return move(tensor, tensor.device, copy=True) if moved is tensor and is_on_host(tensor) else moved
-        finally:
-            link.is_crossed = False
 
     def cpu(tensor: Tensor, **kwargs: Any) -> Any:
         if not isinstance(tensor, FakeTensor):

@@ -160,7 +160,7 @@ def test_advice_is_shown_though_its_file_cannot_be_written(run, monkeypatch):
 
     monkeypatch.setattr(LayerPlan, "save", fail)
     code, out, err = run("advise", *SMALL, *SETTINGS, "--budget", plain_bytes() - 100 * 2**20)
-    assert code == 1
+    assert code == TraceFileError.exit_code
     assert "No space left on device" in err
     assert "checkpointing" in out
     assert "Next: " not in out

@@ -72,12 +72,13 @@ def everything() -> list[tuple[int, float]]:
     return found
 
 
-@pytest.fixture(autouse=True)
-def _few_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def few_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not all of the small models' settings are tried at first."""
     monkeypatch.setattr(search, "_MOST_SETTINGS", 2)
 
 
+@pytest.mark.usefixtures("few_settings")
 @pytest.mark.parametrize("share", [0.05, 0.5])
 def test_the_search_finds_what_trying_everything_finds(share: float) -> None:
     needs = sorted(needed for needed, _ in everything())
@@ -86,7 +87,9 @@ def test_the_search_finds_what_trying_everything_finds(share: float) -> None:
     found = advise(build, budget=budget, device=DEVICE)
     assert found.feasible
     assert found.peak.device <= budget
-    assert found.step_seconds <= 1.02 * fastest
+    assert found.certificate is not None
+    # Fragmentation is simulated, not planned: what it adds is in the certificate.
+    assert found.step_seconds * (1 - found.certificate.fragmentation_gap) <= 1.02 * fastest
 
 
 def test_nothing_fits_is_said_only_where_trying_everything_finds_nothing() -> None:
@@ -94,6 +97,14 @@ def test_nothing_fits_is_said_only_where_trying_everything_finds_nothing() -> No
     found = advise(build, budget=(least + CONTEXT) // 2, device=DEVICE)
     assert not found.feasible
     assert found.minimum_bytes <= 1.1 * least
+    assert found.untried == ()
+    assert found.proof.endswith("every combination was tried")
+
+
+@pytest.mark.usefixtures("few_settings")
+def test_the_proof_says_which_combinations_were_not_tried() -> None:
+    found = advise(build, budget=CONTEXT + MIB, device=DEVICE)
+    assert not found.feasible
     assert found.untried
     first = ", ".join(f'"{text}"' for text in found.untried[:3])
     assert f"not tried: {first}" in found.proof
@@ -101,15 +112,13 @@ def test_nothing_fits_is_said_only_where_trying_everything_finds_nothing() -> No
 
 
 def test_settings_of_one_strategy_leave_room_for_combinations() -> None:
-    """A batch of 8,192 rows has 13 other numbers of micro-batches; foreach's temporaries alone exceed the budget."""
+    """256 samples have 8 other numbers of micro-batches: one of these and the fused step are needed."""
 
     def rows() -> Workload:
-        return workload(16, 256, 1024, 3, 8192)
+        return workload(16, 256, 1024, 2, 256, 32)
 
-    trace = simulate(rows, device=DEVICE, strategies="adamw:fused,ga:steps=32")
-    parameters = sum(parameter.numel() for parameter in rows().model.parameters())
+    trace = simulate(rows, device=DEVICE, strategies="adamw:fused,ga:steps=16")
     budget = least_reserved(trace, AllocatorSettings()) + CONTEXT
-    assert budget < CONTEXT + 5 * 4 * parameters  # weights, gradients, two moments and one temporary in float32
     found = advise(rows, budget=budget, device=DEVICE)
     assert found.feasible
     assert found.step_seconds <= 1.02 * (last_step_seconds(trace) or 0)
