@@ -75,8 +75,7 @@ def _limit_bytes(item: pytest.Item) -> int | None:
     if mark is None:
         return None
     limit = mark.kwargs.get("limit")
-    has_unit = isinstance(limit, str) and limit.strip()[-1:].isalpha()
-    if mark.args or set(mark.kwargs) != {"limit"} or not has_unit:
+    if mark.args or set(mark.kwargs) != {"limit"} or not isinstance(limit, str) or not limit.strip()[-1:].isalpha():
         pytest.fail(f"the mark memscope takes one limit with its unit: {_EXAMPLE}", pytrace=False)
     try:
         return parse_bytes(limit)
