@@ -53,12 +53,16 @@ document.addEventListener("toggle", ({ target }) => {
   }
 }, true);
 
-// Paper has another width than the window: figures are scaled to it.
+// Paper has another width than the window, and nobody can unfold it: figures are scaled to it, and no fold hides one.
+let openedForPrint = [];
 addEventListener("beforeprint", () => {
+  openedForPrint = [...document.querySelectorAll("details:not([open])")].filter((fold) => fold.querySelector(".figure"));
+  for (const fold of openedForPrint) fold.open = true;
   for (const image of document.querySelectorAll(".figure .main-svg")) {
     image.setAttribute("viewBox", `0 0 ${image.getAttribute("width")} ${image.getAttribute("height")}`);
   }
 });
 addEventListener("afterprint", () => {
+  for (const fold of openedForPrint) fold.open = false;
   for (const image of document.querySelectorAll(".figure .main-svg")) image.removeAttribute("viewBox");
 });

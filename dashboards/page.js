@@ -33,19 +33,34 @@ async function painted() {
   performance.mark("painted");
 }
 
+function idle() {
+  return new Promise((next) => (window.requestIdleCallback ?? setTimeout)(next));
+}
+
 async function start() {
   const [source] = await Promise.all([unpack(document.getElementById("plotly").textContent), painted()]);
   startPlotly(source);
+  const waiting = new Set(document.querySelectorAll(".figure"));
   let drawing = Promise.resolve();
+  const drawNext = (element) => {
+    watch.unobserve(element);
+    if (waiting.delete(element)) drawing = drawing.then(() => draw(element));
+  };
   const watch = new IntersectionObserver((entries) => {
-    for (const { isIntersecting, target } of entries) {
-      if (!isIntersecting) continue;
-      watch.unobserve(target);
-      drawing = drawing.then(() => draw(target));
-    }
-    drawing.then(shown);
+    for (const { isIntersecting, target } of entries) if (isIntersecting) drawNext(target);
+    drawing.then(shown).then(drawOthers);
   }, { rootMargin: "400px 0px" });
-  for (const element of document.querySelectorAll(".figure")) watch.observe(element);
+  for (const element of waiting) watch.observe(element);
+
+  // Figures out of sight are drawn in spare time, since a browser does not wait for figures when it prints.
+  async function drawOthers() {
+    for (const element of waiting) {
+      await idle();
+      drawNext(element);
+      await drawing;
+    }
+    document.body.dataset.complete = "true";
+  }
 }
 
 start();

@@ -178,8 +178,14 @@ def plan_card(layers: Mapping[str, str], title: str, kept_bytes: Mapping[str, in
     return Section("plan", title, card(body, key="plan", title=title))
 
 
-def write_plan_page(advice: Advice, path: Path, *, overwrite: bool) -> None:
+def write_plan_page(advice: Advice, path: Path, following: str = "", *, overwrite: bool) -> None:
     """The page of an advice: the plan, layer by layer, the plans it was chosen from, and the simulated step.
+
+    Args:
+        advice: the advice.
+        path: the page to write.
+        following: the command that follows, as a shell takes it; empty: none is named.
+        overwrite: whether the page may exist.
 
     Raises:
         UsageError: when the file exists and `overwrite` is False.
@@ -187,8 +193,9 @@ def write_plan_page(advice: Advice, path: Path, *, overwrite: bool) -> None:
     """
     if path.exists() and not overwrite:
         raise UsageError(f"{path} exists already: choose another name with --html, or overwrite with -f")
-    head, heading = "", "The plan" if advice.feasible else "Nothing fits"
-    sections = [Section("advice", heading, card(facts(_facts(advice)), key="advice", title=heading))]
+    head, heading = "", _heading(advice)
+    next_command = f'<p>Next: <code class="command">{escape(following)}</code></p>' if following else ""
+    sections = [Section("advice", heading, card(facts(_facts(advice)) + next_command, key="advice", title=heading))]
     if advice.layers:
         kept = kept_by_layer(advice.trace, list(advice.layers)) if advice.trace else None
         sections.append(plan_card(advice.layers, "Layers", kept))
@@ -202,11 +209,17 @@ def write_plan_page(advice: Advice, path: Path, *, overwrite: bool) -> None:
     write_whole(path, html_page(f"memscope: {title}", title, sections, head).encode())
 
 
+def _heading(advice: Advice) -> str:
+    if advice.feasible:
+        return "The plan"
+    return "No plan was found that fits" if advice.untried else "Nothing fits"
+
+
 def _facts(advice: Advice) -> list[tuple[str, str]]:
     peak, binding = advice.peak, advice.binding
     event = f"{format_bytes(binding.allocated)} in step {binding.step}, {binding.phase}, {binding.module}"
     found = [
-        ("needs" if advice.feasible else "smallest feasible budget", format_bytes(peak.device)),
+        ("needs" if advice.feasible else "least that a simulated plan needs", format_bytes(peak.device)),
         ("budget", format_both(advice.budget_bytes)),
         ("device", advice.device),
         ("strategies", ", ".join(advice.strategies) or "none needed"),
@@ -218,8 +231,9 @@ def _facts(advice: Advice) -> list[tuple[str, str]]:
     ]
     if binding.helps:
         found.append(("to reduce the peak", binding.helps))
-    if advice.certificate:
-        found.append(("optimality", advice.optimality))
+    found.append(("proof", advice.proof))
+    if advice.file:
+        found.append(("plan file", str(advice.file)))
     return [*found, *(("note", note) for note in advice.notes)]
 
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from memscope.errors import UsageError
+from memscope.strategies import Plan
+from memscope.strategies.ckpt import Checkpoint, LayerPlan
 from memscope.trace import PHASES, Trace
-from memscope.units import format_bytes, format_seconds
+from memscope.units import format_both, format_bytes, format_seconds
 
-__all__ = ["Advice", "Binding", "Certificate", "FrontPoint", "PlanPeak", "binding_of", "in_words", "short_option"]
+__all__ = [
+    "Advice", "Binding", "Certificate", "FrontPoint", "PlanPeak", "binding_of", "in_words", "short_option", "unbeaten",
+]  # fmt: skip
 
 SCHEMA_VERSION = 1
 
@@ -57,6 +63,10 @@ class Certificate:
     def gap(self) -> float:
         """From the lower bound to this plan."""
         return self.search_gap + self.fragmentation_gap
+
+    def scaled(self, factor: float) -> Certificate:
+        """The same certificate, for times that are `factor` times as long."""
+        return replace(self, lower_bound_seconds=self.lower_bound_seconds * factor)
 
     def document(self) -> dict[str, float]:
         """As JSON values."""
@@ -113,26 +123,30 @@ class Advice:
     device: str
     budget_bytes: int
     feasible: bool
+    """Whether a plan was found that fits. If not, all figures are those of the simulated plan that needs least."""
     strategies: tuple[str, ...]
     """Strategies with their settings, without checkpointing."""
     layers: Mapping[str, str]
     """Option of each layer; empty if nothing is checkpointed."""
     peak: PlanPeak
-    """Of the plan; where nothing fits, of the plan that needs least."""
+    """Of the plan, simulated as a whole on the device with the budget's memory."""
     step_seconds: float
+    """Of the same simulation, with every micro-batch."""
     overhead_vs_none: float
     """Extra step time over no checkpointing, as a share: 0.12 is 12 %."""
     overhead_vs_all: float
     """Extra step time over checkpointing every layer; negative if shorter."""
     certificate: Certificate | None
     minimum_bytes: int
-    """The smallest feasible budget, of the plans found."""
+    """The least that a simulated plan needs: a budget of this size is enough."""
     binding: Binding
     front: tuple[FrontPoint, ...]
     simulated: int
     """Number of combinations of strategies simulated."""
     combinations: int
     """Number of all combinations of strategies."""
+    untried: tuple[str, ...] = ()
+    """Combinations that may hold a cheaper plan, or one that fits where none was found, and were not tried."""
     notes: tuple[str, ...] = ()
     """Further sentences for the user."""
     made_for: Mapping[str, Any] = field(default_factory=dict, repr=False)
@@ -143,12 +157,19 @@ class Advice:
     """The whole step with the plan, simulated."""
 
     @property
-    def optimality(self) -> str:
-        """What the certificate proves, as a sentence; empty where nothing fits."""
+    def proof(self) -> str:
+        """What is known of plans that were not chosen, and which combinations of strategies were not tried."""
+        untried = f"not tried: {_listed(self.untried)}" if self.untried else "no other combination can be cheaper"
         if self.certificate is None:
-            return ""
+            untried = untried if self.untried else "every combination was tried"
+            return f"{self.simulated} of {self.combinations} combinations of strategies simulated; {untried}"
+        return f"{self._optimality}. Of {self.combinations} combinations of strategies, {untried}"
+
+    @property
+    def _optimality(self) -> str:
         if not self.layers:
             return "nothing is recomputed: no checkpoint plan is faster with these strategies"
+        assert self.certificate is not None
         proven, extra = self.certificate, self.peak.reserved - self.peak.allocated
         search = "exact" if proven.search_gap == 0 else f"within {proven.search_gap:.2%}"
         slower = f"{proven.fragmentation_gap:.2%}" if proven.fragmentation_gap else "nothing"
@@ -159,10 +180,34 @@ class Advice:
         )
 
     @property
-    def plan(self) -> str:
-        """The plan as `memscope profile -s` takes it."""
-        words = [*self.strategies, *([f"ckpt:plan={self.file}"] if self.file else [])]
-        return ",".join(words)
+    def plan(self) -> Plan | None:
+        """The plan that makes the step fit, checkpoints included: `plan.apply(workload)`. None where nothing fits."""
+        if not self.feasible:
+            return None
+        strategies = Plan.parse(",".join(self.strategies)).strategies
+        checkpoint = [self._checkpoint(self.file)] if self.layers else []
+        return Plan.of(*strategies, *checkpoint)
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Advice:
+        """Write the checkpoint plan for `ckpt:plan=FILE`, and return the advice with a `plan` that names this file.
+
+        Without checkpoints there is nothing to write, and no file: `str(advice.plan)` is the whole plan.
+
+        Raises:
+            UsageError: when nothing fits, or the file exists and `overwrite` is False.
+            TraceFileError: when it cannot be written.
+        """
+        if not self.feasible:
+            raise UsageError(
+                f"there is no plan to save: none was found that fits {format_both(self.budget_bytes)}; the least "
+                f"that a simulated plan needs is {format_both(self.minimum_bytes)}"
+            )
+        if not self.layers:
+            return self
+        return replace(self, file=LayerPlan(self.layers, self.made_for).save(path, overwrite=overwrite))
+
+    def _checkpoint(self, file: Path | None) -> Checkpoint:
+        return Checkpoint.of(LayerPlan(self.layers, self.made_for), "" if file is None else str(file))
 
     def document(self) -> dict[str, Any]:
         """As one JSON document with integer bytes."""
@@ -176,7 +221,9 @@ class Advice:
                 "strategies": list(self.strategies),
                 "layers": dict(self.layers),
                 "file": str(self.file) if self.file else None,
-            },
+            }
+            if self.feasible
+            else None,
             "peak": self.peak.document(),
             "time": {
                 "estimate": True,
@@ -185,12 +232,26 @@ class Advice:
                 "overhead_vs_all": self.overhead_vs_all,
             },
             "certificate": self.certificate.document() if self.certificate else None,
+            "proof": self.proof,
             "minimum_budget": self.minimum_bytes,
             "binding": self.binding.document(),
             "front": [point.document() for point in self.front],
-            "combinations": {"simulated": self.simulated, "all": self.combinations},
+            "combinations": {"simulated": self.simulated, "all": self.combinations, "untried": list(self.untried)},
             "notes": list(self.notes),
         }
+
+
+def unbeaten(points: Iterable[FrontPoint]) -> tuple[FrontPoint, ...]:
+    """The points that no other beats in memory and time as both are printed, least memory first."""
+    kept: list[FrontPoint] = []
+    for point in sorted(points, key=lambda point: (point.peak.device, point.step_seconds)):
+        seconds = format_seconds(point.step_seconds)
+        if kept and (point.step_seconds >= kept[-1].step_seconds or seconds == format_seconds(kept[-1].step_seconds)):
+            continue
+        if kept and format_bytes(point.peak.device) == format_bytes(kept[-1].peak.device):
+            kept.pop()
+        kept.append(point)
+    return tuple(kept)
 
 
 def binding_of(trace: Trace, helps: str = "") -> Binding:
@@ -206,6 +267,12 @@ def binding_of(trace: Trace, helps: str = "") -> Binding:
         by_category={category: size for category, size in trace.by_category().items() if size},
         helps=helps,
     )
+
+
+def _listed(texts: Sequence[str]) -> str:
+    """The first three of many texts, and the number of others."""
+    words = [f'"{text}"' for text in texts]
+    return ", ".join(words if len(words) <= 4 else [*words[:3], f"and {len(words) - 3} more"])
 
 
 def in_words(layers: Mapping[str, str]) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 
-from memscope.advisor.advice import Advice, FrontPoint, PlanPeak, binding_of, in_words
-from memscope.advisor.combinations import CHECKPOINTING, combinations, forbidden, require_known
+from memscope.advisor.advice import Advice, FrontPoint, PlanPeak, binding_of, in_words, unbeaten
+from memscope.advisor.combinations import CHECKPOINTING, allowed_names, combinations, forbidden
 from memscope.advisor.measure.reference import LayerList, full_probe, seconds_of, uniform
 from memscope.advisor.measure.runner import Asker, InProcess, Runner, Seen
 from memscope.advisor.planning import Found, device_bytes
@@ -61,7 +61,7 @@ def advise(
     budget: int | str,
     device: str | Device | None = None,
     strategies: str | Plan = "",
-    allow: Collection[str] = (),
+    allow: str | Collection[str] = (),
     layer_list: str = "",
     allocator: AllocatorSettings | None = None,
     runner: Runner | None = None,
@@ -75,7 +75,8 @@ def advise(
         device: the device whose kernels and rates are assumed, or its name in `memscope devices`; None:
             `DEFAULT_DEVICE`.
         strategies: strategies that every plan must use.
-        allow: names of strategies that change the mathematics and may be used; all exact strategies may be used.
+        allow: names of strategies that change the mathematics and may be used, as a collection or as text such as
+            `lora,bf16`; all exact strategies may be used.
         layer_list: name of the list of modules that are the layers; empty: the largest list of modules of one class.
         allocator: settings of PyTorch's caching allocator; None: those of `PYTORCH_CUDA_ALLOC_CONF`.
         runner: runs the simulations; None: one after the other in this process.
@@ -101,6 +102,8 @@ def advise(
         (True, True)
         >>> advice.layers  # it fits without checkpointing
         {}
+        >>> workload = build()
+        >>> advice.plan.apply(workload)  # `advice.plan` is None where nothing fits
     """
     named = device is not None
     device = device if isinstance(device, Device) else get_device(device or DEFAULT_DEVICE)
@@ -112,7 +115,7 @@ def advise(
             f'the rates of device "{device.name}" are not known, and plans are compared by their time: '
             "choose a specific GPU (see: memscope devices)"
         )
-    require_known(allow)
+    allowed = allowed_names(allow)
     settings = AllocatorSettings.from_environment(os.environ) if allocator is None else allocator
     always = Plan.parse(strategies) if isinstance(strategies, str) else strategies
     if isinstance(workload, Workload):
@@ -121,12 +124,12 @@ def advise(
         with torch.device("meta"):
             built = build_workload(workload)
     always.check(built)
-    chain = LayerList.of(built.model, layer_list, exactly=CHECKPOINTING not in allow)
+    chain = LayerList.of(built.model, layer_list, exactly=CHECKPOINTING not in allowed)
     asker = Asker(runner or InProcess(workload, device, settings), progress or (lambda what, done, needed: None))
     search = Search(
         asker, chain, device, settings, budget_bytes, lambda strategy: bool(called(strategy, "is_exact", built))
     )
-    plans = combinations(built, always, allow)
+    plans = combinations(built, always, allowed)
     notes = list(chain.notes)
     interrupted = False
     try:
@@ -137,23 +140,27 @@ def advise(
         interrupt_taken()
         interrupted = True
         notes.append("interrupted: this is the best plan found so far; a better one, and a smaller budget, may exist")
-    helps = {} if search.best else forbidden(built, always, allow)
-    advice = _advice(search, built, helps, interrupted=interrupted)
-    return dataclasses.replace(advice, combinations=len(plans), notes=(*notes, *advice.notes))
+    helps = {} if search.best else forbidden(built, always, allowed)
+    advice = _advice(search, plans, built, helps, interrupted=interrupted)
+    return dataclasses.replace(advice, notes=(*notes, *advice.notes))
 
 
-def _advice(search: Search, built: Workload, helps: Mapping[str, Plan], *, interrupted: bool) -> Advice:
+def _advice(
+    search: Search, plans: Sequence[Plan], built: Workload, helps: Mapping[str, Plan], *, interrupted: bool
+) -> Advice:
     """The advice from what a search has found; `helps` are plans with strategies that were not allowed."""
     device, settings = search.device, search.allocator
     least = search.best if interrupted and search.best else search.least()
     found = search.best
-    shown = found or least
+    shown = found or search.whole(least)
     reference = search.reference(shown.strategies)
     layers = dict(shown.layers.layers) if shown.layers else {}
     peak = _peak(shown.seen.trace, device, settings)
+    seconds = seconds_of(shown.seen)
+    scale = seconds / shown.seconds
     front = _front(search, shown, least, peak, more=not interrupted)
     smallest = peak.device
-    if shown is not least:
+    if found and shown is not least:
         smallest = min(_peak(least.seen.trace, device, settings).device, *(point.peak.device for point in front))
     return Advice(
         target=built.name,
@@ -163,15 +170,16 @@ def _advice(search: Search, built: Workload, helps: Mapping[str, Plan], *, inter
         strategies=tuple(Plan.parse(reference.strategies).specs),
         layers=layers if set(layers.values()) - {"none"} else {},
         peak=peak,
-        step_seconds=shown.seconds,
+        step_seconds=seconds,
         overhead_vs_none=shown.seconds / reference.none_seconds - 1,
         overhead_vs_all=shown.seconds / reference.full_seconds - 1,
-        certificate=found.certificate if found else None,
+        certificate=found.certificate.scaled(scale) if found and found.certificate else None,
         minimum_bytes=smallest,
         binding=binding_of(shown.seen.trace, "" if found else _would_help(search, helps)),
         front=front,
         simulated=len(search.plain),
-        combinations=len(search.plain),
+        combinations=len(plans),
+        untried=tuple(search.untried(plans)),
         notes=(*search.planning.refused, *_scattered(shown.seen.trace, peak, settings)),
         made_for=made_for(built, search.layers.names, Plan.parse(reference.strategies).specs, device.name),
         trace=shown.seen.trace,
@@ -214,27 +222,27 @@ def _would_help(search: Search, plans: Mapping[str, Plan]) -> str:
 
 
 def _front(search: Search, shown: Found, least: Found, peak: PlanPeak, *, more: bool) -> tuple[FrontPoint, ...]:
-    """The simulated plans that no other beats in both memory and time, least memory first."""
-    first = dataclasses.replace(_point(shown), peak=peak)
-    points = [_point(least)]
+    """The simulated plans that no other beats in memory and time as they are printed, least memory first.
+
+    Times of plans of which only some micro-batches were run are scaled by what the plan shown took as a whole.
+    """
+    scale = seconds_of(shown.seen) / shown.seconds
+    points = [_point(least, scale)]
     if more and search.planning.knows(shown.strategies):
-        points += map(_point, search.planning.between(search.references[shown.strategies]))
+        points += [_point(found, scale) for found in search.planning.between(search.references[shown.strategies])]
     for text, seen in search.plain.items():
-        points.append(_point(Found(text, None, seen, seconds_of(seen))))
+        points.append(_point(Found(text, None, seen, seconds_of(seen)), scale))
     for text, reference in search.references.items() if search.layers.may_recompute_all else ():
         every = uniform(search.layers.names, "full")
-        points.append(_point(Found(text, every, reference.full, reference.full_seconds)))
+        points.append(_point(Found(text, every, reference.full, reference.full_seconds), scale))
+    first = dataclasses.replace(_point(shown, scale), peak=peak)
     points = [first, *(point for point in points if not point.is_same_plan(first))]
-    points.sort(key=lambda point: (point.peak.device, point.step_seconds))
-    kept: list[FrontPoint] = []
-    for point in points:
-        if not kept or point.step_seconds < kept[-1].step_seconds:
-            kept.append(point)
-    return tuple(kept)
+    return unbeaten(points)
 
 
-def _point(found: Found) -> FrontPoint:
+def _point(found: Found, scale: float) -> FrontPoint:
     trace = found.seen.trace
     peak = PlanPeak(trace.peak.allocated_bytes, int(trace.meta["peak_reserved"]), device_bytes(found.seen))
     layers = found.layers.layers if found.layers else {}
-    return FrontPoint(tuple(Plan.parse(found.strategies).specs), in_words(layers), peak, found.seconds)
+    seconds = seconds_of(found.seen) if found.seen.is_whole else found.seconds * scale
+    return FrontPoint(tuple(Plan.parse(found.strategies).specs), in_words(layers), peak, seconds)

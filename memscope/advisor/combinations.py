@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 from itertools import product
 
+from memscope.advisor.measure.options import spread
 from memscope.errors import UsageError, nearest
 from memscope.strategies import Plan, Strategy, available
 from memscope.strategies.plugins import called
 from memscope.workload.description import Workload
 
-__all__ = ["CHECKPOINTING", "combinations", "forbidden", "require_known"]
+__all__ = [
+    "CHECKPOINTING",
+    "allowed_names",
+    "combinations",
+    "forbidden",
+    "halfway",
+    "some_settings",
+    "with_one_more",
+]
 
 CHECKPOINTING = "ckpt"
 """Planned layer by layer rather than searched."""
 
 
-def require_known(allowed: Collection[str]) -> None:
-    """Refuse names of unknown strategies.
+def allowed_names(allow: str | Collection[str]) -> list[str]:
+    """The names in `allow`: a text such as `lora,bf16`, or several such texts.
 
     Raises:
-        UsageError: for the first such name, with the nearest valid name.
+        UsageError: for the first name of no strategy, with the nearest valid name.
     """
-    for name in allowed:
+    texts = [allow] if isinstance(allow, str) else allow
+    names = [name.strip() for text in texts for name in text.split(",") if name.strip()]
+    for name in names:
         if name not in available():
             raise UsageError(f'--allow {name}: there is no strategy "{name}": {nearest(name, available())}')
+    return names
 
 
 def combinations(workload: Workload, always: Plan, allowed: Collection[str]) -> list[Plan]:
@@ -59,6 +71,37 @@ def forbidden(workload: Workload, always: Plan, allowed: Collection[str]) -> dic
                 except UsageError:  # it conflicts with a strategy of `always`
                     continue
     return plans
+
+
+def some_settings(base: Plan, plans: Sequence[Plan], most: int) -> list[Plan]:
+    """`base` with one more strategy: at most `most` settings of each, evenly spread."""
+    by_name: dict[str, list[Plan]] = {}
+    for plan, more in with_one_more(base, plans):
+        by_name.setdefault(more.name, []).append(plan)
+    return [plan for one in by_name.values() for plan in spread(one, most)]
+
+
+def with_one_more(some: Plan, plans: Sequence[Plan]) -> Iterator[tuple[Plan, Strategy]]:
+    """The plans that have the strategies of `some` and one more, each with that one."""
+    for plan in plans:
+        more = [strategy for strategy in plan.strategies if strategy.spec not in some.specs]
+        if len(more) == 1 and len(plan.strategies) == len(some.strategies) + 1:
+            yield plan, more[0]
+
+
+def halfway(some: Plan, plans: Sequence[Plan], tried: Collection[str], most: int) -> Iterator[Plan]:
+    """`some` with another setting of one strategy that has more than `most`, halfway to the next ones in `tried`."""
+    for name in (strategy.name for strategy in some.strategies):
+        others = [strategy.spec for strategy in some.strategies if strategy.name != name]
+        row = [plan for plan in plans if [s.spec for s in plan.strategies if s.name != name] == others]
+        row = [plan for plan in row if len(plan.strategies) == len(some.strategies)]
+        if len(row) <= most:
+            continue
+        here = row.index(some)
+        known = [index for index, plan in enumerate(row) if str(plan) in tried]
+        below = max((index for index in known if index < here), default=-1)
+        above = min((index for index in known if index > here), default=len(row))
+        yield from (row[(start + end) // 2] for start, end in ((below, here), (here, above)) if end - start > 1)
 
 
 def _others(always: Plan) -> list[type[Strategy]]:

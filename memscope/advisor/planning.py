@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from memscope.advisor.advice import Certificate
 from memscope.advisor.measure.costs import LayerCosts, measure
 from memscope.advisor.measure.probe import rounded
-from memscope.advisor.measure.reference import Reference, layer_plan, uniform
+from memscope.advisor.measure.reference import LayerList, Reference, layer_plan, uniform
 from memscope.advisor.measure.runner import Asker, Probe, Seen, require
 from memscope.advisor.plan.chain import Chain
 from memscope.advisor.plan.planner import CheckpointPlan, NothingFits, evaluate, front, minimum_budget, plan
@@ -54,6 +54,7 @@ class Planning:
     """Plans checkpoints; strategies that do not change the layers share their measured costs."""
 
     ask: Asker
+    layers: LayerList
     device: Device
     allocator: AllocatorSettings
     budget_bytes: int
@@ -117,7 +118,7 @@ class Planning:
             elif not whole:
                 allowed, whole = peak, True  # the deciding micro-batches fit: now run all of them
             else:
-                return self._certified(reference, _found(reference, chosen, layers, seen))
+                return self.certified(reference, _found(reference, chosen, layers, seen))
         return None
 
     def least(self, reference: Reference) -> Found:
@@ -140,13 +141,7 @@ class Planning:
         full = Found(reference.strategies, every, reference.full, reference.full_seconds)
         return min(planned, full, key=lambda found: least_reserved(found.seen.trace, self.allocator))
 
-    def whole(self, reference: Reference, found: Found) -> Found:
-        """A plan simulated with every micro-batch, with its certificate."""
-        assert found.layers is not None, "a plan of the planner has layers"
-        (answer,) = self.ask("the plan", [self._probe(reference, found.layers, whole=True)])
-        return self._certified(reference, replace(found, seen=require(answer)))
-
-    def _certified(self, reference: Reference, found: Found) -> Found:
+    def certified(self, reference: Reference, found: Found) -> Found:
         """A plan with its certificate: it is held against the fastest plan whose allocated bytes fit the budget."""
         fastest = plan(self._measured(reference).chain(), self._limit)
         times = (fastest.nanoseconds, fastest.lower_bound_nanoseconds)
@@ -184,16 +179,17 @@ class Planning:
     ) -> list[tuple[LayerPlan, Seen]]:
         """Each plan with its simulation; the plans `ahead` are simulated too, for later use."""
         layers = [_layers_of(reference, chosen) for chosen in plans]
-        probes = [self._probe(reference, one, whole=whole) for one in layers]
-        later = [self._probe(reference, _layers_of(reference, chosen), whole=False) for chosen in ahead]
+        probes = [self.probe(reference.strategies, one, whole=whole) for one in layers]
+        later = [self.probe(reference.strategies, _layers_of(reference, chosen), whole=False) for chosen in ahead]
         answers = self.ask(what, [*probes, *later])
         return [(one, require(answer)) for one, answer in zip(layers, answers, strict=False)]
 
-    def _probe(self, reference: Reference, layers: LayerPlan, *, whole: bool) -> Probe:
+    def probe(self, strategies: str, layers: LayerPlan | None, *, whole: bool) -> Probe:
+        """The simulation of a plan on a device with the budget's memory."""
         return Probe(
-            reference.strategies,
-            layers if set(layers.layers.values()) != {"none"} else None,
-            calls_of=reference.layers.names,
+            strategies,
+            layers if layers and set(layers.layers.values()) != {"none"} else None,
+            calls_of=self.layers.names,
             whole=whole,
             capacity_bytes=self.budget_bytes,
         )

@@ -57,13 +57,13 @@ def resolve(plan: Plan, scene: Scene, device: Device, path: Path, progress: Prog
         settings = AllocatorSettings.from_environment(os.environ)
         if scene.allocator is not None:
             settings = AllocatorSettings.parse(scene.allocator)
-        planning = Planning(ask, device, settings, budget_bytes)
+        planning = Planning(ask, layers, device, settings, budget_bytes)
         found = planning.within(reference)
         if found is None:
             least = planning.least(reference).seen.trace.meta
             raise GateFailed(
                 f"no checkpoint plan makes {scene.target} with {text or 'no other strategy'} fit "
-                f"{format_bytes(budget_bytes)}: the smallest feasible budget is about "
+                f"{format_bytes(budget_bytes)}: the least that a simulated plan needs is "
                 f"{format_bytes(least['peak_reserved'] + least['context'])}; memscope advise tries other strategies too"
             )
     assert found.layers is not None, "a plan of the planner has layers"

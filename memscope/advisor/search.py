@@ -6,13 +6,23 @@ checkpointing; for the others, the planner chooses the layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from memscope.advisor.advice import Certificate
-from memscope.advisor.measure.reference import LayerList, Reference, full_probe, none_probe, outside_bytes, seconds_of
-from memscope.advisor.measure.runner import Asker, Probe, Seen, require
+from memscope.advisor.combinations import halfway, some_settings, with_one_more
+from memscope.advisor.measure.options import spread
+from memscope.advisor.measure.reference import (
+    LayerList,
+    Reference,
+    full_probe,
+    none_probe,
+    outside_bytes,
+    seconds_of,
+    uniform,
+)
+from memscope.advisor.measure.runner import Asker, Seen, require
 from memscope.advisor.planning import Found, Planning, device_bytes, fits
 from memscope.allocator.settings import AllocatorSettings
 from memscope.errors import MemscopeError
@@ -23,10 +33,20 @@ from memscope.strategies import Plan, Strategy
 __all__ = ["Search"]
 
 _MOST_COMBINATIONS = 12
+"""Combinations that are simulated first, unless there are too many strategies to leave room for `_LEAST_COMBINED`."""
+_LEAST_COMBINED = 3
+"""Combinations of several strategies among them."""
+_MOST_SETTINGS = 4
+"""Settings of one strategy that are simulated before combinations of strategies."""
 _MOST_LEAN = 6
 """Further combinations that are tried when none of the first fits."""
+_MOST_REFINEMENTS = 6
 _MOST_FULL = 6
 _MOST_PLANNED = 3
+_CHECKPOINTED = 1.2
+"""Step time with checkpoints over that without, to order combinations: recomputing all forwards would give 1.33."""
+_CLOSE = 1.1
+"""Memory with every layer checkpointed over the budget, up to which other options are tried."""
 _WORTH_IT = 1.01
 """Extra step time that is accepted for the preferred settings of a strategy that changes the mathematics."""
 
@@ -49,30 +69,65 @@ class Search:
     refused: dict[str, MemscopeError] = field(default_factory=dict)
     """The errors of combinations that cannot be run."""
     best: Found | None = None
-    _preferred: dict[str, Any] = field(default_factory=dict)
-    """The preferred settings of each strategy: the first of its candidates."""
+    _settings: dict[str, list[Any]] = field(default_factory=dict)
+    """The settings of each optional strategy, in the order of its candidates; the first are preferred."""
+    _planned: set[str] = field(default_factory=set)
+    """The combinations for which checkpoints were planned."""
 
     def __post_init__(self) -> None:
-        self.planning = Planning(self.ask, self.device, self.allocator, self.budget_bytes)
+        self.planning = Planning(self.ask, self.layers, self.device, self.allocator, self.budget_bytes)
 
     def run(self, plans: Sequence[Plan]) -> None:
         """Look for the cheapest plan among combinations; the first has no optional strategy.
+
+        Some settings of each strategy alone are simulated first, then the most promising combinations of those, and
+        then, for strategies with more settings, the settings next to those of the best plan.
 
         Raises:
             MemscopeError: when no combination can be run.
         """
         for strategy in (strategy for plan in plans for strategy in plan.strategies):
-            self._preferred.setdefault(strategy.name, strategy.config)
-        base, single = plans[0], [plan for plan in plans if len(plan.strategies) <= len(plans[0].strategies) + 1]
-        self.plain.update(self.simulated(single))
+            known = self._settings.setdefault(strategy.name, [])
+            if strategy.config not in known:
+                known.append(strategy.config)
+        base = plans[0]
+        first = [base, *some_settings(base, plans, _MOST_SETTINGS)]
+        self.plain.update(self.simulated(first))
         if not self.plain:
             raise next(iter(self.refused.values()))
-        others = [plan for plan in plans if plan not in single]
-        room = max(0, _MOST_COMBINATIONS - len(single))
+        others = [plan for plan in plans if len(plan.strategies) > len(base.strategies) + 1]
+        others = [plan for plan in others if all(self._is_known(strategy, base) for strategy in plan.strategies)]
+        room = max(_LEAST_COMBINED, _MOST_COMBINATIONS - len(first))
         self._try(sorted(others, key=lambda plan: self._promise(plan, base))[:room])
-        if self.best is None:  # before nothing fits: the combinations that seem to need the least memory
+        if self.best is None:  # the combinations that seem to need the least memory
             untried = [plan for plan in others if str(plan) not in self.plain and str(plan) not in self.refused]
             self._try(sorted(untried, key=lambda plan: self._estimate(plan, base)[1])[:_MOST_LEAN])
+        if self.best is None:
+            self._take_leanest()
+        self._refine(base, plans)
+
+    def untried(self, plans: Sequence[Plan]) -> list[str]:
+        """The combinations that may hold a cheaper plan than the best, or a plan at all where none was found.
+
+        Those that were simulated without checkpoints end with `ckpt`.
+        """
+        texts = [text for text in map(str, plans) if not self._is_settled(text)]
+        return [f"{text},ckpt".lstrip(",") if text in self.plain else text for text in texts]
+
+    def _is_settled(self, text: str) -> bool:
+        """Whether nothing cheaper than the best plan can be expected of a combination; checkpoints only add time."""
+        if text not in self.plain:
+            return text in self.refused
+        return (
+            text in self._planned
+            or not self._is_cheaper(text, seconds_of(self.plain[text]))
+            or self._outside(text) > self._limit
+        )
+
+    @property
+    def _limit(self) -> int:
+        """Bytes that the allocator may reserve."""
+        return self.budget_bytes - self.device.context_bytes
 
     def _try(self, plans: Sequence[Plan]) -> None:
         """Simulate more combinations, then look for the cheapest plan among all simulated ones."""
@@ -83,31 +138,88 @@ class Search:
             if self._take_plain(text):
                 break
         cheaper = [text for text in by_cost if self._is_cheaper(text, seconds_of(self.plain[text]))]
-        self._checkpoint(self._worthwhile([text for text in cheaper if text not in fitting])[:_MOST_FULL])
-        planned = _first_of_kind(text for text in self.references if fits(self.references[text].full))[:_MOST_PLANNED]
+        worthwhile = self._worthwhile([text for text in cheaper if text not in fitting])
+        self._checkpoint(spread([text for text in worthwhile if text not in self.references], _MOST_FULL))
+        known = [text for text in cheaper if text in self.references and fits(self.references[text].full)]
+        close = [text for text in cheaper if text in self.references and text not in known and self._is_close(text)]
+        planned = [text for text in self._first_of_kind([*known, *close]) if text not in self._planned][:_MOST_PLANNED]
         promises = {text: self.planning.promise(self.references[text]) for text in planned}
         for text in sorted(promises, key=lambda text: self._cost(text, promises[text])):
+            self._planned.add(text)
             if self._is_cheaper(text, promises[text]):
                 self._take(self.planning.within(self.references[text], look_ahead=self.best is None))
+        for text in known:
+            self._take_full(self.references[text])
+
+    def _is_close(self, text: str) -> bool:
+        """Whether other options may fit though a checkpoint around every layer does not."""
+        return device_bytes(self.references[text].full) <= _CLOSE * self.budget_bytes
+
+    def _take_full(self, reference: Reference) -> None:
+        """Take a combination with every layer checkpointed; one option for all layers fragments memory less."""
+        if self._is_cheaper(reference.strategies, reference.full_seconds):
+            every = uniform(self.layers.names, "full")
+            found = Found(reference.strategies, every, reference.full, reference.full_seconds)
+            self._take(self.planning.certified(reference, self.whole(found)))
+
+    def _take_leanest(self) -> None:
+        """Take the cheapest plan of the combination that needs the least memory, if checkpoints may make it fit."""
+        open_ones = [text for text in self.plain if self._outside(text) <= self._limit]
+        if not open_ones:
+            return
+        reference = self._leanest(open_ones)
+        self._planned.add(reference.strategies)
+        self._take(self.planning.within(reference))
+        if self.best is None:
+            least = self.planning.least(reference)
+            if fits(least.seen):
+                self._take(self.planning.certified(reference, self.whole(least)))
+
+    def _refine(self, base: Plan, plans: Sequence[Plan]) -> None:
+        """Try what may improve the best plan: settings next to its own, and strategies that cost nothing."""
+        by_text = {str(plan): plan for plan in plans}
+        for _ in range(_MOST_REFINEMENTS):
+            if self.best is None:
+                return
+            before, tried = self.best, self.plain.keys() | self.refused.keys()
+            best = by_text[before.strategies]
+            near = [plan for plan in halfway(best, plans, tried, _MOST_SETTINGS) if plan is not best]
+            near += [plan for plan, more in with_one_more(best, plans) if self._is_free(more, base)]
+            self._try([plan for plan in near if str(plan) not in tried])
+            if self.best is before and not near:
+                return
+
+    def _is_free(self, strategy: Strategy, base: Plan) -> bool:
+        """Whether a strategy alone needs neither more time nor more memory than `base`."""
+        start, alone = self.plain.get(str(base)), self._alone(strategy, base)
+        if start is None or alone is None:
+            return False
+        return seconds_of(alone) <= seconds_of(start) and device_bytes(alone) <= device_bytes(start)
 
     def least(self) -> Found:
-        """The plan that needs the least memory; it becomes the best plan if no other plan fits.
+        """The plan that needs the least memory of those simulated.
 
         Checkpoints are planned for the combination that needs the least with all layers checkpointed, or for the best
         one if both use the same strategies.
         """
-        leanest = min(self.plain, key=lambda text: device_bytes(self.plain[text]))
-        self._checkpoint([leanest, min(self.plain, key=self._outside)])
-        by_need = sorted(self.references, key=lambda text: device_bytes(self.references[text].full))
+        return self.planning.least(self._leanest(self.plain))
+
+    def _leanest(self, texts: Collection[str]) -> Reference:
+        leanest = min(texts, key=lambda text: device_bytes(self.plain[text]))
+        self._checkpoint([leanest, min(texts, key=self._outside)])
+        by_need = sorted(
+            (text for text in texts if text in self.references),
+            key=lambda text: device_bytes(self.references[text].full),
+        )
         known = self.best.strategies if self.best else ""
-        text = known if known in by_need and _kind(known) == _kind(by_need[0]) else by_need[0]
-        reference = self.references[text]
-        if self.best is None:
-            self._take(self.planning.within(reference))
-        least = self.planning.least(reference)
-        if self.best is None and fits(least.seen):
-            self._take(self.planning.whole(reference, least))
-        return least
+        return self.references[
+            known if known in by_need and self._kind(known) == self._kind(by_need[0]) else by_need[0]
+        ]
+
+    def whole(self, found: Found) -> Found:
+        """A plan simulated with every micro-batch."""
+        (answer,) = self.ask("the plan", [self.planning.probe(found.strategies, found.layers, whole=True)])
+        return replace(found, seen=require(answer))
 
     def reference(self, text: str) -> Reference:
         """A combination with and without checkpointing."""
@@ -134,11 +246,10 @@ class Search:
         Left out are combinations that need more than the budget outside the layers, where checkpointing changes
         nothing, and combinations that a cheaper one equals in memory, both at the peak and outside the layers.
         """
-        limit = self.budget_bytes - self.device.context_bytes
         kept: list[tuple[str, tuple[int, int]]] = []
         for text in texts:
             needs = self._outside(text), self.plain[text].trace.peak.allocated_bytes
-            if needs[0] <= limit and not any(_no_more(others, needs) for _, others in kept):
+            if needs[0] <= self._limit and not any(_no_more(others, needs) for _, others in kept):
                 kept.append((text, needs))
         return [text for text, _ in kept]
 
@@ -153,10 +264,10 @@ class Search:
         for text, answer in zip(new, self.ask("every layer checkpointed", probes), strict=True):
             self.references[text] = Reference(text, self.layers, self.plain[text], require(answer))
 
-    def _promise(self, plan: Plan, base: Plan) -> tuple[bool, float]:
-        """The order in which to try combinations: those that seem to fit first, then by estimated time."""
+    def _promise(self, plan: Plan, base: Plan) -> float:
+        """The order in which to try combinations: by estimated time, longer for those that seem to need checkpoints."""
         seconds, size_bytes = self._estimate(plan, base)
-        return size_bytes > self.budget_bytes, seconds
+        return seconds * (_CHECKPOINTED if size_bytes > self.budget_bytes else 1)
 
     def _estimate(self, plan: Plan, base: Plan) -> tuple[float, int]:
         """Time and memory of a combination, estimated from its strategies alone: enough to order combinations."""
@@ -168,6 +279,10 @@ class Search:
                 seconds *= seconds_of(alone) / seconds_of(start)
                 size_bytes += device_bytes(alone) - device_bytes(start)
         return seconds, size_bytes
+
+    def _is_known(self, strategy: Strategy, base: Plan) -> bool:
+        """Whether every plan uses a strategy, or it was simulated alone."""
+        return strategy in base.strategies or self._alone(strategy, base) is not None
 
     def _alone(self, strategy: Strategy, base: Plan) -> Seen | None:
         """The simulation with this strategy alone; None if every plan uses it."""
@@ -184,27 +299,25 @@ class Search:
     def _cost(self, text: str, seconds: float) -> float:
         """The cost by which combinations are compared: time, and a surcharge for each setting that is not preferred."""
         strategies = Plan.parse(text).strategies
-        others: int = sum(not self.is_exact(s) and s.config != self._preferred[s.name] for s in strategies)
+        others: int = sum(not self.is_exact(s) and s.config != self._settings[s.name][0] for s in strategies)
         return seconds * _WORTH_IT**others
 
     def _take_plain(self, text: str) -> bool:
         """Take a combination without checkpointing, if it also fits with every micro-batch."""
-        probe = Probe(text, calls_of=self.layers.names, capacity_bytes=self.budget_bytes)
-        (answer,) = self.ask("the plan", [probe])
         seconds = seconds_of(self.plain[text])
-        return self._take(Found(text, None, require(answer), seconds, Certificate.of(seconds, seconds, seconds)))
+        found = Found(text, None, self.plain[text], seconds, Certificate.of(seconds, seconds, seconds))
+        return self._take(self.whole(found))
 
+    def _first_of_kind(self, texts: Iterable[str]) -> list[str]:
+        """The first combination of each kind, and those for which checkpoints were planned already."""
+        kinds = {self._kind(text): text for text in self._planned}
+        for text in texts:
+            kinds.setdefault(self._kind(text), text)
+        return list(kinds.values())
 
-def _first_of_kind(texts: Iterable[str]) -> list[str]:
-    """The first combination of each set of strategies, whatever their settings."""
-    kinds: dict[tuple[str, ...], str] = {}
-    for text in texts:
-        kinds.setdefault(_kind(text), text)
-    return list(kinds.values())
-
-
-def _kind(text: str) -> tuple[str, ...]:
-    return tuple(strategy.name for strategy in Plan.parse(text).strategies)
+    def _kind(self, text: str) -> tuple[str, ...]:
+        """The strategies of a combination; settings only of exact ones: settings of others serve the mathematics."""
+        return tuple(s.spec if self.is_exact(s) else s.name for s in Plan.parse(text).strategies)
 
 
 def _no_more(some: tuple[int, int], others: tuple[int, int]) -> bool:

@@ -42,12 +42,15 @@ class _Row(NamedTuple):
     seconds: float
 
 
-def step_seconds(trace: Trace, step: int) -> dict[Phase, float] | None:
-    """Estimated seconds of each phase of a step, in the order of `PHASES`; None if the trace has no estimate."""
+def step_seconds(trace: Trace, step: int, *, micro_batch: int | None = None) -> dict[Phase, float] | None:
+    """Estimated seconds of each phase of a step, in the order of `PHASES`; None if the trace has no estimate.
+
+    With `micro_batch`, only what ran in that micro-batch counts; the optimizer runs in the last one.
+    """
     if trace.meta.get("cost") is None:
         return None
     seconds = [0.0] * len(PHASES)
-    for row in _rows(trace, step):
+    for row in _rows(trace, step, micro_batch=micro_batch):
         seconds[row.phase] += row.seconds
     return {phase: total for phase, total in zip(PHASES, seconds, strict=True) if total}
 

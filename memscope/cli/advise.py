@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import shlex
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Annotated
 
@@ -31,10 +32,11 @@ from memscope.interrupts import INTERRUPTED, interrupts_raised
 from memscope.runs.checks import check_plans
 from memscope.simulation.devices.catalogue import get_device, load_devices
 from memscope.strategies import Plan
-from memscope.strategies.ckpt import LayerPlan
 from memscope.units import at_least, parse_seconds
 
 __all__ = ["command"]
+
+PLAN_FILE = "memscope-plan.json"
 
 
 @dataclass(frozen=True)
@@ -97,15 +99,13 @@ class AdviseOptions:
     ]
     timeout: Annotated[str | None, TIMEOUT]
     output: Annotated[
-        Path,
+        Path | None,
         option(
             "-o",
             "--output",
             type=FILE,
-            default="memscope-plan.json",
-            show_default=True,
             metavar="FILE",
-            help="Plan file.",
+            help=f"Plan file. Default: {PLAN_FILE}, or with a number if there is one.",
         ),
     ]
     html: Annotated[Path | None, option("--html", type=FILE, metavar="FILE", help="Also write a page with the plan.")]
@@ -119,34 +119,42 @@ def command(options: AdviseOptions) -> int:
     """Find the cheapest plan that makes TARGET fit a budget: strategies, and which layers to checkpoint.
 
     TARGET is as for `memscope profile`; the default is the target last profiled in this folder, or else targets/llama2.
-    Every combination of strategies is simulated, and so is the plan that is printed. Times are estimates. Exit code 3:
-    nothing fits.
+    Combinations of strategies are simulated, and so is the plan that is printed. Times are estimates. Exit code 3:
+    no plan was found that fits.
     """
-    require_writable(options.output, overwrite=options.force)
+    output = options.output or _new_file(overwrite=options.force)
+    require_writable(output, overwrite=options.force)
     if options.html:
         require_writable(options.html, overwrite=options.force, option="--html")
     advice, scene, interrupted = _advised(options)
     with errors_told_last() as attempt:
-        _show(options, advice, scene, attempt)
+        _show(options, advice, scene, output, attempt)
     if interrupted:
         return INTERRUPTED
     return 0 if advice.feasible else GateFailed.exit_code
 
 
-def _show(options: AdviseOptions, advice: Advice, scene: Scene, attempt: Attempt) -> None:
-    """Write the plan and the page, and print the advice."""
+def _new_file(*, overwrite: bool) -> Path:
+    """`PLAN_FILE` in this folder, numbered if there is one that must not be overwritten."""
+    file = Path(PLAN_FILE)
+    numbered = (file.with_stem(f"{file.stem}-{number}") for number in count(2))
+    return file if overwrite or not file.exists() else next(path for path in numbered if not path.exists())
+
+
+def _show(options: AdviseOptions, advice: Advice, scene: Scene, output: Path, attempt: Attempt) -> None:
+    """Write the plan and the page, and print the advice, whatever cannot be written."""
     is_complete = True
-    if advice.layers and advice.feasible:
-        plan = LayerPlan(advice.layers, advice.made_for)
-        is_complete = attempt(plan.save, options.output, overwrite=options.force)
-        advice = dataclasses.replace(advice, file=options.output) if is_complete else advice
-    elif advice.feasible:
-        options.output.unlink(missing_ok=True)  # the plan of an earlier run: this one checkpoints nothing
+    if advice.feasible and advice.layers:
+        is_complete = attempt(advice.save, output, overwrite=options.force)
+        advice = dataclasses.replace(advice, file=output) if is_complete else advice
+    elif advice.feasible and options.force:
+        output.unlink(missing_ok=True)  # the plan of an earlier run: this one checkpoints nothing
     has_page = False
     if options.html:
         from memscope.dashboards.plan_page import write_plan_page
 
-        has_page = attempt(write_plan_page, advice, options.html, overwrite=options.force)
+        following = shlex.join(map(str, _next_words(options, advice, scene))) if is_complete else ""
+        has_page = attempt(write_plan_page, advice, options.html, following, overwrite=options.force)
     lines = emit(advice, options.emit) if options.emit else []
     if options.as_json:
         document = advice.document() | ({"emit": lines} if options.emit else {})
@@ -184,7 +192,7 @@ def _advised(options: AdviseOptions) -> tuple[Advice, Scene, bool]:
             budget=budget,
             device=device,
             strategies=options.strategies,
-            allow=_names(options.allow),
+            allow=options.allow,
             layer_list=options.layer_list,
             allocator=allocator,
             runner=runner,
@@ -194,18 +202,16 @@ def _advised(options: AdviseOptions) -> tuple[Advice, Scene, bool]:
 
 
 def _next_words(options: AdviseOptions, advice: Advice, scene: Scene) -> list[object]:
-    """A profile of the plan; if nothing fits, the same advice for the smallest feasible budget."""
+    """A profile of the plan on a device with the budget's memory; if nothing fits, advice for a budget that does."""
     if advice.feasible:
-        return [*profile_words(scene), *(["-s", advice.plan] if advice.plan else [])]
+        memory = f"{advice.budget_bytes}B" if "%" in options.budget else options.budget.replace(" ", "")
+        on_budget = dataclasses.replace(scene, device=f"{scene.device}:{memory}")
+        return [*profile_words(on_budget), *(["-s", advice.plan] if advice.plan else [])]
     words: list[object] = ["memscope", "advise", *profile_words(scene)[2:], "--budget", at_least(advice.minimum_bytes)]
     if options.strategies:
         words += ["-s", options.strategies]
     if options.allow:
-        words += ["--allow", ",".join(_names(options.allow))]
+        words += ["--allow", ",".join(options.allow)]
     if options.layer_list:
         words += ["--layer-list", options.layer_list]
     return words
-
-
-def _names(texts: Sequence[str]) -> list[str]:
-    return [name.strip() for text in texts for name in text.split(",") if name.strip()]

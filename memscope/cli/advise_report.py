@@ -50,7 +50,7 @@ def _print_plan(console: Console, advice: Advice) -> None:
     table.add_row("against no checkpointing", f"{advice.overhead_vs_none:+.1%}")
     table.add_row("against all layers", f"{advice.overhead_vs_all:+.1%}")
     table.add_row("peak", _event(advice.binding))
-    table.add_row("optimality", advice.optimality)
+    table.add_row("proof", advice.proof)
     if advice.file:
         table.add_row("plan file", str(advice.file))
     print_table(console, table, "columns")
@@ -59,12 +59,13 @@ def _print_plan(console: Console, advice: Advice) -> None:
 def _print_refusal(console: Console, advice: Advice) -> None:
     console.print(
         Text.assemble(
-            ("Nothing fits. ", "bold red"),
-            f"The smallest feasible budget is {format_both(advice.minimum_bytes)}, with "
+            ("No plan was found that fits. " if advice.untried else "Nothing fits. ", "bold red"),
+            f"The least that a simulated plan needs is {format_both(advice.minimum_bytes)}, with "
             f"{', '.join(advice.strategies) or 'no strategy'}; checkpointed: {in_words(advice.layers)}.",
         )
     )
     console.print(Text(f"Its peak: {_event(advice.binding)}"))
+    console.print(Text(f"Proof: {advice.proof}"))
     if advice.binding.helps:
         console.print(Text(f"With other strategies: {advice.binding.helps}"))
 
@@ -99,5 +100,5 @@ def _front_row(point: FrontPoint, advice: Advice) -> list[str | Text]:
 def _basis(advice: Advice) -> str:
     return (
         f"{advice.simulated} of {advice.combinations} combinations of strategies simulated; "
-        f"the smallest feasible budget is {format_both(advice.minimum_bytes)}"
+        f"the least that a simulated plan needs is {format_both(advice.minimum_bytes)}"
     )

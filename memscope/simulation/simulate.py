@@ -32,7 +32,7 @@ from memscope.simulation.devices.cost import cost_table
 from memscope.simulation.devices.roofline import Roofline
 from memscope.simulation.facade.visible_gpu import VisibleGpu
 from memscope.simulation.fake_tensors import FakeCopies, fake_tensors_train
-from memscope.simulation.host import host_copies
+from memscope.simulation.host import Link, host_copies
 from memscope.simulation.refusal import NotSimulated
 from memscope.simulation.remember import RememberedOperators
 from memscope.simulation.untouched import Untouched
@@ -124,16 +124,17 @@ def simulate(
             pieces = prepare_steps(built, steps, micro_batches)
         with mode:
             training = Training.start(built, "cpu", partial(map_tensors, partial(_on_device, values)))
+            link = Link(PlainAutograd(operators) if device.kind == "cuda" else operators, device)
             recorder = Recorder(
                 built.model,
                 meta={**run_meta(built, plan, device.name, simulated=True), "seconds": None},
                 on_gpu=device.kind == "cuda",
-                execute=PlainAutograd(operators) if device.kind == "cuda" else operators,
+                execute=link,
                 kernels=kernels,
                 calls_of=calls_of,
             )
             gpu.seen = recorder.tracker.seen
-            with host_copies(recorder.tracker) if kernels else contextlib.nullcontext():
+            with host_copies(recorder.tracker, link) if kernels else contextlib.nullcontext():
                 run_steps(training, pieces, recorder, progress, live)
     trace = recorder.trace()
     if kernels is None:

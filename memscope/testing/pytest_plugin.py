@@ -75,7 +75,7 @@ def _limit_bytes(item: pytest.Item) -> int | None:
     if mark is None:
         return None
     limit = mark.kwargs.get("limit")
-    if mark.args or set(mark.kwargs) != {"limit"} or not isinstance(limit, str):
+    if mark.args or set(mark.kwargs) != {"limit"} or not isinstance(limit, str) or not limit.strip()[-1:].isalpha():
         pytest.fail(f"the mark memscope takes one limit with its unit: {_EXAMPLE}", pytrace=False)
     try:
         return parse_bytes(limit)

@@ -165,12 +165,8 @@ def _carried_out(session: Session, folder: RunFolder) -> Path | None:
         f"{session.job.device}{plan}; {folder.path}",
         err=True,
     )
-    if session.job.recipe.held_out and not session.held_out:
-        click.echo(
-            f"the data has no rows after these {len(session.samples)} samples to hold out, so perplexity is not "
-            "measured; use fewer --samples to leave some",
-            err=True,
-        )
+    for shortfall in session.shortfalls():
+        click.echo(shortfall, err=True)
     with watched(session, folder) as watch:
         if session.done == 0:
             evaluate(session, watch)

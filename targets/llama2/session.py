@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import random
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -43,6 +44,23 @@ class Session:
     """SHA-256 of the samples and of the frozen weights: a checkpoint is valid only for these."""
     done: int = 0
     """Optimizer steps done."""
+
+    def shortfalls(self) -> Iterator[str]:
+        """What the data has less of than the job asks for, as sentences."""
+        found, asked = len(self.samples), self.job.config.samples
+        held_out, to_hold_out = len(self.held_out), self.job.recipe.held_out
+        if found < asked:
+            yield f"the data has {found} rows, fewer than samples={asked}: all of them are trained on"
+        if to_hold_out and not held_out:
+            yield (
+                f"the data has no rows after these {found} samples to hold out, so perplexity is not measured; use "
+                "fewer --samples to leave some"
+            )
+        elif held_out < to_hold_out:
+            yield (
+                f"the data has {held_out} rows after these {found} samples, fewer than held_out={to_hold_out}: "
+                f"perplexity is that of {held_out}"
+            )
 
 
 def prepare(job: Job) -> Session:

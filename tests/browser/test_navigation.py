@@ -284,3 +284,19 @@ def test_a_page_is_printed_within_its_paper(page: Any, tmp_path: Path) -> None:
     assert not page.locator(".contents").is_visible()
     page.evaluate("dispatchEvent(new Event('afterprint'))")
     page.emulate_media(media="screen")
+
+
+def test_print_has_every_figure_also_those_that_were_never_in_sight(page: Any) -> None:
+    page.wait_for_selector("body[data-complete]", timeout=60_000)
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    page.emulate_media(media="print")
+    undrawn = page.evaluate(
+        "[...document.querySelectorAll('.figure')].filter(figure => figure.dataset.figure"
+        " || !(figure.querySelector('.main-svg')?.getBoundingClientRect().height > 0))"
+        ".map(figure => figure.getAttribute('aria-label') ?? figure.className)"
+    )
+    assert undrawn == []
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    page.emulate_media(media="screen")
+    assert page.locator("details[open]").count() == 0
+    assert page.pdf().startswith(b"%PDF")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from memscope import Plan, Trace, simulate
+from memscope.errors import TraceFileError
 from memscope.simulation.devices.catalogue import get_device
 from memscope.strategies.ckpt import LayerPlan
 from memscope.workload.target import find_target
@@ -45,11 +46,12 @@ def test_the_plan_file_is_what_profile_takes_and_holds_the_budget(run):
     ):
         assert words in out
     [command] = [line for line in out.splitlines() if line.startswith("Next: memscope profile")]
-    assert f"--preset debug --set {' '.join(SETTINGS)} --device a100-40gb -s " in command
+    assert f"--preset debug --set {' '.join(SETTINGS)} --device a100-40gb:{budget} -s " in command
     plan = str(Plan.parse(shlex.split(command)[-1]))
     assert "ckpt:plan=memscope-plan.json" in plan
-    code, out, _ = run("profile", *SMALL, *SETTINGS, "-s", plan, "-s", "adamw", "--json", "-o", "planned")
-    assert code == 0
+    words = shlex.split(command.removeprefix("Next: memscope "))
+    code, out, _ = run(*words, "-s", "adamw", "--json", "-o", "planned")
+    assert code in (0, 4)  # 4: the other plan, which is compared, does not fit
     assert {",".join(one["strategies"]): one["peak"]["device"] for one in json.loads(out)["runs"]}[plan] <= budget
 
 
@@ -133,9 +135,32 @@ def test_a_share_needs_a_device(run):
     assert "share of a device: name one" in err
 
 
-def test_a_plan_that_is_there_is_not_overwritten(run):
+def test_a_plan_of_an_earlier_run_stays_and_the_next_gets_a_number(run):
     Path("memscope-plan.json").write_text("mine")
-    code, _, err = run("advise", *SMALL, "--budget", "40GB")
-    assert code == 2
-    assert "memscope-plan.json exists already" in err
+    code, out, err = run("advise", *SMALL, *SETTINGS, "--budget", plain_bytes() - 100 * 2**20)
+    assert code == 0, err
+    assert "ckpt:plan=memscope-plan-2.json" in out
+    code, _, err = run("advise", *SMALL, *SETTINGS, "--budget", "40GB")  # nothing is checkpointed: no file
+    assert code == 0, err
     assert Path("memscope-plan.json").read_text() == "mine"
+    assert not Path("memscope-plan-3.json").exists()
+
+
+def test_a_named_file_that_is_there_is_refused_before_anything_is_simulated(run):
+    Path("plan.json").write_text("mine")
+    code, out, err = run("advise", *SMALL, "--budget", "40GB", "-o", "plan.json")
+    assert (code, out) == (2, "")
+    assert "plan.json exists already" in err
+    assert Path("plan.json").read_text() == "mine"
+
+
+def test_advice_is_shown_though_its_file_cannot_be_written(run, monkeypatch):
+    def fail(self, path, *, overwrite=False):
+        raise TraceFileError(f"{path}: cannot be written (No space left on device)")
+
+    monkeypatch.setattr(LayerPlan, "save", fail)
+    code, out, err = run("advise", *SMALL, *SETTINGS, "--budget", plain_bytes() - 100 * 2**20)
+    assert code == TraceFileError.exit_code
+    assert "No space left on device" in err
+    assert "checkpointing" in out
+    assert "Next: " not in out

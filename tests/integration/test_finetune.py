@@ -126,4 +126,19 @@ def test_a_model_that_guesses_has_the_perplexity_of_its_vocabulary() -> None:
 def test_held_out_samples_are_the_rows_after_those_trained_on() -> None:
     session = prepare(job_of(small(samples=3, held_out=2)))
     assert session.samples + session.held_out == read_samples(replace(session.job.config, samples=5))
-    assert prepare(job_of(small(samples=64))).held_out == []  # 64 rows are shipped
+
+
+@pytest.mark.parametrize(
+    ("samples", "held_out", "said"),  # 64 rows are shipped
+    [
+        (62, 2, []),
+        (62, 3, ["the data has 2 rows after these 62 samples, fewer than held_out=3"]),
+        (64, 2, ["the data has no rows after these 64 samples to hold out"]),
+        (65, 0, ["the data has 64 rows, fewer than samples=65: all of them are trained on"]),
+    ],
+)
+def test_data_with_fewer_rows_than_asked_for_is_told(samples: int, held_out: int, said: list[str]) -> None:
+    session = prepare(job_of(small(samples=samples, held_out=held_out)))
+    found = list(session.shortfalls())
+    assert len(found) == len(said)
+    assert all(one.startswith(start) for one, start in zip(found, said, strict=True))

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from memscope import Strategy, Workload, simulate
-from memscope.advisor.advice import Advice, Certificate, PlanPeak, in_words
+from memscope.advisor.advice import Advice, Certificate, FrontPoint, PlanPeak, in_words, unbeaten
 from memscope.advisor.advise import advise, budget_of
+from memscope.advisor.combinations import allowed_names
 from memscope.advisor.emit import TOOLS, emit
 from memscope.advisor.measure.probe import rounded
-from memscope.advisor.measure.runner import deciding_indices
+from memscope.advisor.measure.runner import Seen, deciding_indices
 from memscope.allocator.replay import replay
 from memscope.allocator.settings import AllocatorSettings
+from memscope.analysis.cost import last_step_seconds
 from memscope.errors import TargetError, UsageError
 from memscope.simulation.devices.catalogue import get_device
 from memscope.strategies import Plan, Stage
@@ -56,15 +58,59 @@ def test_a_step_that_fits_needs_nothing() -> None:
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
-def test_the_plan_holds_the_budget_when_it_is_run_as_any_user_would(budget: int, tmp_path: Path) -> None:
+def test_the_plan_from_python_holds_its_promise_when_it_is_simulated(budget: int) -> None:
     found = advice(budget)
-    assert found.feasible
-    file = LayerPlan(found.layers, found.made_for).save(tmp_path / "plan.json")
-    plan = ",".join([*found.strategies, f"ckpt:plan={file}"])
+    assert found.plan is not None
     small = dataclasses.replace(DEVICE, capacity_bytes=budget + CONTEXT)
-    trace = simulate(build, device=small, strategies=plan)
+    trace = simulate(build, device=small, strategies=found.plan)
     assert trace.meta["out_of_memory"] is None
     assert trace.peak.allocated_bytes == found.peak.allocated
+    assert last_step_seconds(trace) == pytest.approx(found.step_seconds, rel=1e-9)
+
+
+def test_a_plan_can_be_saved_and_applied(tmp_path: Path) -> None:
+    saved = advice(BUDGETS[0]).save(tmp_path / "plan.json")
+    assert str(saved.plan).endswith(f"ckpt:plan={tmp_path / 'plan.json'},adamw:fused,ga:steps=1")
+    workload = build()
+    Plan.parse(str(saved.plan)).apply(workload)
+    with pytest.raises(UsageError, match="exists already"):
+        advice(BUDGETS[0]).save(tmp_path / "plan.json")
+    assert advice(plain_bytes()).save(tmp_path / "none.json").plan is not None  # nothing is checkpointed
+    assert not (tmp_path / "none.json").exists()
+
+
+def test_where_nothing_fits_there_is_no_plan(tmp_path: Path) -> None:
+    found = advice(2**20)
+    assert found.plan is None
+    assert found.document()["plan"] is None
+    with pytest.raises(UsageError, match="no plan to save: none was found that fits"):
+        found.save(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize(
+    ("strategies", "saved_bytes"),
+    [("adamw:fused,ga:steps=16", 0), ("adamw:fused,ga:steps=4", 0), ("adamw:fused,ga:steps=4", 4 * 2**20)],
+)
+def test_the_step_time_is_that_of_the_plan_with_all_its_micro_batches(strategies: str, saved_bytes: int) -> None:
+    plain = simulate(build, device=DEVICE, strategies=strategies)
+    budget = int(plain.meta["peak_reserved"]) - saved_bytes + CONTEXT
+    found = advise(build, budget=budget, device=DEVICE, strategies=strategies)
+    assert found.plan is not None
+    trace = simulate(build, device=DEVICE, strategies=found.plan)
+    assert last_step_seconds(trace) == pytest.approx(found.step_seconds, rel=1e-9)
+
+
+def test_the_time_of_a_step_follows_the_micro_batches_that_were_run() -> None:
+    def seen(*elements: int) -> Seen:
+        trace = advice(BUDGETS[0]).trace
+        assert trace is not None
+        return Seen(trace, tuple(deciding_indices(elements)), elements)
+
+    assert seen(4, 4, 4).of_step([1.0, 1.5]) == 1.0 + 1.5 + 1.5  # the others also add to gradients
+    assert seen(2, 4, 6).of_step([1.0, 2.0]) == 1.0 + 1.5 + 2.0  # on the line through both
+    assert seen(2, 4, 8).of_step([1.0, 8.0]) == 1.0 + 4.0 + 8.0  # at most in proportion
+    assert seen(2, 4, 8).of_step([2.0, 1.0]) == 2.0 + 1.0 + 1.0  # at least a constant
+    assert seen(2, 4).of_step([1.0, 2.0]) == 3.0
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
@@ -95,14 +141,15 @@ def test_what_the_search_leaves_open_and_what_fragmentation_adds_are_told_apart(
         {"lower_bound_seconds": 8.0, "search_gap": 0.1, "fragmentation_gap": 0.1, "gap": 0.2}
     )
     peak = PlanPeak(allocated=3 * 2**30, reserved=4 * 2**30, device=5 * 2**30)
-    told = dataclasses.replace(advice(BUDGETS[0]), certificate=certificate, peak=peak).optimality
+    told = dataclasses.replace(advice(BUDGETS[0]), certificate=certificate, peak=peak).proof
+    told = told.partition(". Of ")[0]
     assert told.startswith("within 10.00% for allocated bytes: ")
     assert told.endswith(
         "takes less than 8.00 s (estimate); fragmentation, 1.00 GiB reserved beyond allocated, adds 10.00%"
     )
-    exact = dataclasses.replace(advice(BUDGETS[0]), certificate=Certificate.of(8.0, 8.0, 8.0), peak=peak).optimality
+    exact = dataclasses.replace(advice(BUDGETS[0]), certificate=Certificate.of(8.0, 8.0, 8.0), peak=peak).proof
     assert exact.startswith("exact for allocated bytes: ")
-    assert exact.endswith("adds nothing")
+    assert "adds nothing. Of " in exact
 
 
 def test_too_small_a_budget_is_refused_with_the_smallest_that_will_do() -> None:
@@ -139,6 +186,22 @@ def test_no_point_of_the_front_is_beaten_by_another() -> None:
     sizes, times = [point.peak.device for point in front], [point.step_seconds for point in front]
     assert sizes == sorted(set(sizes))
     assert times == sorted(set(times), reverse=True)
+
+
+def test_the_front_has_no_rows_that_another_beats_as_they_are_printed() -> None:
+    def point(gib: float, seconds: float) -> FrontPoint:
+        size = round(gib * 2**30)
+        return FrontPoint((), "", PlanPeak(size, size, size), seconds)
+
+    points = [point(26.01, 2.0), point(26.02, 1.9), point(27.0, 1.899), point(28.0, 1.5), point(29.0, 1.6)]
+    # As printed: 26.0 GiB 2.00 s, 26.0 GiB 1.90 s, 27.0 GiB 1.90 s, 28.0 GiB 1.50 s, 29.0 GiB 1.60 s.
+    assert unbeaten(points) == (points[1], points[3])
+
+
+@pytest.mark.parametrize("allow", ["bf16", " bf16 ,amp", ["bf16,amp"], ("bf16",)])
+def test_names_may_be_one_text_or_several(allow: str | Sequence[str]) -> None:
+    assert allowed_names(allow)[0] == "bf16"
+    assert set(allowed_names(allow)) <= {"bf16", "amp"}
 
 
 def test_what_changes_the_mathematics_is_used_only_when_allowed() -> None:
@@ -327,8 +390,3 @@ def test_other_tools_are_told_what_they_cannot_say(tool: str, lora_everywhere: A
     some = {**lora_everywhere.layers, "layers.0": "none"}
     lines = emit(dataclasses.replace(lora_everywhere, layers=some), tool)
     assert any(line.startswith("# not expressible: checkpointing of layers.0 none") for line in lines)
-
-
-def test_the_plan_reads_back_as_the_profile_command_takes_it() -> None:
-    found = advice(BUDGETS[0])
-    assert Plan.parse(dataclasses.replace(found, file=None).plan).specs == list(found.strategies)

@@ -9,8 +9,10 @@ from torch import nn
 from memscope import Workload, record, simulate
 from memscope.allocator.settings import AllocatorSettings
 from memscope.analysis.ledger import ledger
+from memscope.simulation.device_memory import SMALL_SEGMENT_BYTES, least_reserved
 from memscope.simulation.devices.catalogue import get_device
-from memscope.trace import CATEGORIES
+from memscope.trace import CATEGORIES, Trace
+from tests.traces import TraceBuilder
 
 MIB = 2**20
 
@@ -128,3 +130,19 @@ def test_allocator_settings_decide_the_size_of_a_block(monkeypatch):
     assert weight_block(allocator=AllocatorSettings.parse("roundup_power2_divisions:2")) == {4 * MIB}
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "roundup_power2_divisions:2")
     assert weight_block() == {4 * MIB}
+
+
+def trace_with(*sizes_mib: int) -> Trace:
+    """Allocations one after the other, each freed before the next."""
+    built = TraceBuilder()
+    built.phase("forward", 0)
+    for size in sizes_mib:
+        built.free(built.new("activation", size * MIB))
+    return built.trace()
+
+
+@pytest.mark.parametrize(("sizes_mib", "least_mib"), [((60, 64), 64), ((20, 40, 60, 80), 80), ((64, 60), 64)])
+def test_the_least_reserved_bytes_are_those_of_a_cache_that_is_returned_in_time(sizes_mib, least_mib):
+    # Without a limit, each larger request gets a segment of its own, and the smaller ones stay in the cache.
+    found = least_reserved(trace_with(*sizes_mib), AllocatorSettings())
+    assert least_mib * MIB <= found <= least_mib * MIB + SMALL_SEGMENT_BYTES

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -254,3 +255,10 @@ def test_reading_devices_does_not_load_torch() -> None:
     use = "from memscope.simulation.devices.catalogue import all_devices; all_devices()"
     code = f"import sys; {use}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_device_may_be_given_another_memory() -> None:
+    small, whole = get_device("a100-40gb:28GiB"), get_device("a100-40gb")
+    assert small == dataclasses.replace(whole, capacity_bytes=28 * 2**30)
+    with pytest.raises(UsageError, match="is not a size"):
+        get_device("a100-40gb:much")

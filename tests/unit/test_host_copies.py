@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 
 from memscope import Trace, simulate
+from memscope.analysis.cost import last_step_seconds
 from memscope.errors import TargetError
+from memscope.simulation.devices.catalogue import get_device
 from memscope.trace import CATEGORIES, PHASES
 from memscope.workload.description import Workload
 
@@ -99,3 +101,23 @@ def test_pytorchs_own_offloading_is_seen() -> None:
     backward = trace.mark_event[[PHASES[phase] for phase in trace.mark_phase].index("backward")]
     alive = (trace.born < backward) & ((trace.freed < 0) | (trace.freed >= backward))
     assert trace.requested[alive & (trace.category == CATEGORIES.index("activation"))].tolist() == [4]  # the loss
+
+
+@pytest.mark.parametrize(("trips", "move"), [(1, lambda y: y.cpu()), (2, lambda y: y.cpu().to(y.device))])
+def test_a_copy_takes_the_time_of_the_link_in_either_direction(trips: int, move: Callable[[Tensor], Tensor]) -> None:
+    device = get_device("rtx4090")
+    size_bytes, rate = 65536 * DIM * 4, device.host_bytes_per_second
+
+    def seconds(move: Callable[[Tensor], Tensor | None]) -> float:
+        def build() -> Workload:
+            def loss(model: nn.Module, x: Tensor) -> Tensor:
+                y = model(x)
+                move(y.detach())
+                return y.square().mean()
+
+            return Workload(nn.Linear(DIM, DIM, bias=False), [torch.randn(65536, DIM)], loss, torch.optim.SGD)
+
+        return last_step_seconds(simulate(build, device=device)) or 0.0
+
+    assert rate is not None
+    assert seconds(move) - seconds(lambda y: None) == pytest.approx(trips * size_bytes / rate, rel=1e-6)

@@ -113,7 +113,7 @@ def test_page_states_the_plan_and_what_it_takes(tmp_path: Path) -> None:
     for text in (
         "<h1>llama2 in 25.0 GiB</h1>",
         "<dt>needs</dt><dd>24.0 GiB</dd>",
-        "reserved beyond allocated, adds 4.00%</dd>",
+        "reserved beyond allocated, adds 4.00%. Of 4 combinations",
         "<dd>a note</dd>",
         "layers.0-1 full 2, layers.2 save w1+wk, layers.3 none, layers.4 full 2",
         "<td>layers.0-4 full</td>",
@@ -127,7 +127,26 @@ def test_page_says_that_nothing_fits(tmp_path: Path) -> None:
     write_plan_page(nothing, tmp_path / "plan.html", overwrite=False)
     page = (tmp_path / "plan.html").read_text(encoding="utf-8")
     assert "Nothing fits" in page
-    assert "<dt>smallest feasible budget</dt><dd>24.0 GiB</dd>" in page
+    assert "<dt>least that a simulated plan needs</dt><dd>24.0 GiB</dd>" in page
+
+
+def test_page_does_not_say_that_nothing_fits_where_combinations_were_not_tried(tmp_path: Path) -> None:
+    nothing = advice(feasible=False, layers={}, certificate=None, front=(), trace=None, untried=("ga", "ga:steps=2"))
+    write_plan_page(nothing, tmp_path / "plan.html", overwrite=False)
+    page = (tmp_path / "plan.html").read_text(encoding="utf-8")
+    assert "Nothing fits" not in page
+    assert "No plan was found that fits" in page
+    assert "not tried: &quot;ga&quot;, &quot;ga:steps=2&quot;</dd>" in page
+
+
+def test_page_names_the_plan_file_and_the_next_command(tmp_path: Path) -> None:
+    words = "memscope profile m -s 'ckpt:plan=<my>.json'"
+    write_plan_page(advice(file=Path("my.json")), tmp_path / "plan.html", words, overwrite=False)
+    page = (tmp_path / "plan.html").read_text(encoding="utf-8")
+    assert "<dt>plan file</dt><dd>my.json</dd>" in page
+    assert (
+        '<p>Next: <code class="command">memscope profile m -s &#x27;ckpt:plan=&lt;my&gt;.json&#x27;</code></p>' in page
+    )
 
 
 def test_page_is_not_written_over_another_unless_asked(tmp_path: Path) -> None:

@@ -211,6 +211,16 @@ def test_plans_for_rounded_times_are_certified_and_never_grow_when_the_budget_sh
     assert peaks == sorted(peaks)
 
 
+def test_rounded_times_are_not_certified_as_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One significant bit makes 5 ns and 4 ns the same 4 ns; of these the leaner is taken, and may be 1 ns too slow."""
+    lean = Choice("lean", 1, 0, 0, 1, 1, 5, saves_input=False, saves_output=False)
+    fast = Choice("fast", 1, 0, 0, 2, 2, 4, saves_input=False, saves_output=False)
+    monkeypatch.setattr(PlanSearch, "easy", lambda chain: PlanSearch(chain, 1))
+    found = plan(Chain(((lean, fast),), (0, 0), 0, 0, head_saves_input=False, fixed_bytes=0), 2)
+    assert (found.nanoseconds, found.lower_bound_nanoseconds) == (5, 4)
+    assert found.gap == 0.25
+
+
 @given(random_chains())
 @settings(max_examples=50, deadline=None)
 def test_no_point_of_a_front_is_beaten_and_its_ends_are_the_least_peak_and_the_least_time(chain: Chain) -> None:

@@ -88,6 +88,7 @@ def test_unchecked():
     ("mark", "says"),
     [
         ('limit="1 parsec"', '*unknown unit "parsec"*'),
+        ('limit="5"', '*takes one limit with its unit: @pytest.mark.memscope(limit="1GiB")*'),
         ("limit=5", '*takes one limit with its unit: @pytest.mark.memscope(limit="1GiB")*'),
         ('"1GiB"', "*takes one limit with its unit*"),
         ("", "*takes one limit with its unit*"),

@@ -18,7 +18,6 @@ from memscope.advisor.measure.runner import Answer, Probe, Seen, require
 from memscope.advisor.plan.chain import Chain, Choice
 from memscope.analysis.cost import operator_costs
 from memscope.simulation.devices.catalogue import Device
-from memscope.simulation.devices.cost import transfer_seconds
 from memscope.strategies.ckpt import LayerPlan
 from memscope.strategies.ckpt.options import Call
 from memscope.trace import PHASES
@@ -189,20 +188,7 @@ def measure(ask: Callable[[Sequence[Probe]], list[Answer]], found: Reference, de
                 tuple(chain.layers[index] for chain in chains),
                 found.seconds(seen, groups[index], found.steps - 1),
             )
-    for (kind, option), one in measured.items():
-        if option == "offload":
-            copied = _copied_bytes(found, measured[kind, "none"], one)
-            seconds = one.seconds + transfer_seconds(device, copied)
-            measured[kind, option] = replace(one, seconds=seconds)
     return LayerCosts(found, measured)
-
-
-def _copied_bytes(found: Reference, plain: Measured, offloaded: Measured) -> int:
-    """Bytes that offloading one layer copies in a step, to the host and back; no work hides the copies."""
-    before, after = plain.seen[-1], offloaded.seen[-1]
-    gone = before.kept_bytes - after.kept_bytes
-    gone += before.input_bytes * (before.keeps_input - after.keeps_input)
-    return round(2 * gone * found.none.elements_of_step / found.none.elements[found.deciding[-1]])
 
 
 def _tasks(found: Reference, *, offload: bool) -> Iterable[tuple[LayerClasses, str]]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
+from typing import TypeVar
 
 from torch import nn
 
 from memscope.strategies.ckpt.options import Call
 
-__all__ = ["child_options", "saving_options"]
+__all__ = ["child_options", "saving_options", "spread"]
+
+T = TypeVar("T")
 
 _MOST_CALLS = 10
 _MOST_SUBSETS = 5
@@ -57,11 +60,11 @@ def saving_options(seconds: Mapping[Call, float], size_bytes: Mapping[Call, int]
         if saved < best - 1e-12:
             best = saved
             front.append(chosen)
-    return [f"save:{'+'.join(map('/'.join, chosen))}" for chosen in _spread(front, _MOST_SUBSETS)]
+    return [f"save:{'+'.join(map('/'.join, chosen))}" for chosen in spread(front, _MOST_SUBSETS)]
 
 
-def _spread(front: Sequence[tuple[Call, ...]], count: int) -> list[tuple[Call, ...]]:
-    """At most `count` of them, first and last among them."""
-    if len(front) <= count:
-        return list(front)
-    return [front[round(index * (len(front) - 1) / (count - 1))] for index in range(count)]
+def spread(entries: Sequence[T], count: int) -> list[T]:
+    """At most `count` of the entries, evenly spread, first and last among them."""
+    if len(entries) <= count:
+        return list(entries)
+    return [entries[round(index * (len(entries) - 1) / (count - 1))] for index in range(count)]

@@ -23,6 +23,7 @@ __all__ = [
     "uniform",
 ]  # fmt: skip
 
+
 _ONCE: tuple[Phase, ...] = ("optimizer", "zero_grad", "outside")
 """Phases that run once a step, whatever the number of micro-batches."""
 
@@ -127,8 +128,9 @@ class Reference:
     @cached_property
     def deciding(self) -> list[int]:
         """Micro-batches, as run, that may hold the peak: the last one, and the first if it is larger."""
-        last = len(self.none.elements) - 1
-        return [last] if last and self.none.elements[last] >= self.none.elements[0] else sorted({0, last})
+        sizes = [self.none.elements[index] for index in self.none.indices]
+        last = len(sizes) - 1
+        return [last] if last and sizes[last] >= sizes[0] else sorted({0, last})
 
     def look(self, seen: Seen, plan: LayerPlan, step: int) -> list[ChainSeen]:
         """The bytes of the layers in a probe, for each deciding micro-batch."""
@@ -137,8 +139,14 @@ class Reference:
         return [look(seen.trace, groups, step=step, micro_batch=piece) for piece in pieces]
 
     def seconds(self, seen: Seen, names: Iterable[str], step: int) -> float:
-        """Estimated time of layers in one step, scaled to all micro-batches by their elements."""
-        return seen.scale * sum(module_seconds(seen.trace, name, step=step) for name in names)
+        """Estimated time of layers in one step, over all micro-batches."""
+        found = list(names)
+        return seen.of_step(
+            [
+                sum(module_seconds(seen.trace, name, step=step, micro_batch=piece) for name in found)
+                for piece in range(len(seen.indices))
+            ]
+        )
 
     @property
     def none_seconds(self) -> float:
@@ -192,10 +200,14 @@ def outside_bytes(trace: Trace, groups: Sequence[Sequence[str]]) -> int:
 
 
 def seconds_of(seen: Seen) -> float:
-    """Estimated time of a whole step; phases of micro-batches are scaled by their elements."""
-    phases = step_seconds(seen.trace, 1) or {}
-    once = sum(phases.get(phase, 0.0) for phase in _ONCE)
-    return once + seen.scale * (sum(phases.values()) - once)
+    """Estimated time of a whole step; the micro-batches that were run stand for all of them."""
+    pieces = [_seconds(seen.trace, piece, once=False) for piece in range(len(seen.indices))]
+    return _seconds(seen.trace, once=True) + seen.of_step(pieces)
+
+
+def _seconds(trace: Trace, micro_batch: int | None = None, *, once: bool) -> float:
+    phases = step_seconds(trace, 1, micro_batch=micro_batch) or {}
+    return sum(seconds for phase, seconds in phases.items() if (phase in _ONCE) == once)
 
 
 def _alike(seen: LayerSeen) -> tuple[object, ...]:

@@ -57,14 +57,25 @@ class Seen:
     indices: tuple[int, ...]
     """The micro-batches of the last step that were run."""
     elements: tuple[int, ...]
-    """Elements of the tensors of each."""
-    elements_of_step: int
-    """Elements of all micro-batches of the step."""
+    """Elements of the tensors of every micro-batch of the step."""
 
     @property
-    def scale(self) -> float:
-        """Work of the whole step over that of the micro-batches that were run."""
-        return self.elements_of_step / sum(self.elements)
+    def is_whole(self) -> bool:
+        """Whether every micro-batch of the step was run."""
+        return len(self.indices) == len(self.elements)
+
+    def of_step(self, seconds: Sequence[float]) -> float:
+        """Time of all micro-batches, estimated from that of those that were run.
+
+        The first stands for itself: the others also add to gradients. The time of the others is a line through the two
+        that were run, between a constant and a time in proportion to their elements.
+        """
+        if self.is_whole:
+            return sum(seconds)
+        (first, later), (one, other) = seconds, (self.elements[index] for index in self.indices)
+        steepest = later / other
+        slope = min(max((later - first) / (other - one), 0.0), steepest) if other != one else steepest
+        return first + sum(later + slope * (size - other) for size in self.elements[1:])
 
 
 Answer = Seen | MemscopeError
@@ -244,7 +255,7 @@ def _answer(
         )
     except MemscopeError as error:
         return error
-    return Seen(trace, tuple(indices), tuple(elements[index] for index in indices), sum(elements))
+    return Seen(trace, tuple(indices), tuple(elements))
 
 
 _in_process: InProcess | None = None

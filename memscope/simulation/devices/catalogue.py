@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -14,6 +14,7 @@ from typing import Any, Literal
 from memscope.allocator.settings import MIN_BLOCK
 from memscope.errors import UsageError, excerpt, nearest
 from memscope.trace import read_whole
+from memscope.units import parse_budget
 
 __all__ = ["DTYPES", "Device", "all_devices", "get_device", "load_devices"]
 
@@ -84,9 +85,14 @@ def all_devices() -> tuple[Device, ...]:
 def get_device(name: str, added: Mapping[str, Device] | None = None) -> Device:
     """Return the device called `name`, ignoring case, from the built-in devices and `added`.
 
+    `a100-40gb:28GiB` is that device with 28 GiB of memory.
+
     Raises:
-        UsageError: no device has this name; the message offers the nearest name.
+        UsageError: no device has this name, and the message offers the nearest one; or its memory is no size.
     """
+    name, colon, memory = name.partition(":")
+    if colon:
+        return replace(get_device(name, added), capacity_bytes=parse_budget(memory))
     devices = {**_built_in(), **(added or {})}
     wanted = name.strip().lower()
     found = devices.get(wanted)

@@ -69,9 +69,9 @@ class Checkpoint(Strategy):
     """The plan that was given, or that was read from the file."""
 
     @classmethod
-    def of(cls, plan: LayerPlan) -> Checkpoint:
-        """The strategy that applies a plan without a file."""
-        strategy = cls(cls.Config(plan="(not in a file)"))
+    def of(cls, plan: LayerPlan, file: str = "") -> Checkpoint:
+        """The strategy that applies a plan, which was saved to `file`, or is in no file."""
+        strategy = cls(cls.Config(plan=file or "(not in a file)"))
         strategy._plan = plan
         return strategy
 
