@@ -124,12 +124,12 @@ def simulate(
             pieces = prepare_steps(built, steps, micro_batches)
         with mode:
             training = Training.start(built, "cpu", partial(map_tensors, partial(_on_device, values)))
-            link = Link(PlainAutograd(operators) if device.kind == "cuda" else operators, device)
+            link = Link(operators, device)
             recorder = Recorder(
                 built.model,
                 meta={**run_meta(built, plan, device.name, simulated=True), "seconds": None},
                 on_gpu=device.kind == "cuda",
-                execute=link,
+                execute=PlainAutograd(link) if device.kind == "cuda" else link,
                 kernels=kernels,
                 calls_of=calls_of,
             )
