@@ -23,6 +23,8 @@ __all__ = ["Found", "Planning", "device_bytes", "fits"]
 _FRONT_PLANS = 4
 """Simulated plans on the Pareto front of memory against time."""
 _MOST_ROUNDS = 6
+_STRIDE = 4
+"""The plan that is tried beside another is for a budget that is smaller by this part of the bytes that were lacking."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Planning:
         at_once = self.ask.runner.width > 1
         ahead = self._ahead(reference) if look_ahead and at_once else []
         for _ in range(_MOST_ROUNDS):
-            plans = _affordable(costs.chain(), [allowed, allowed - lack] if lack and at_once else [allowed])
+            plans = _affordable(costs.chain(), [allowed, allowed - lack // _STRIDE] if lack and at_once else [allowed])
             if not plans:
                 return None
             tried = self._simulated(reference, plans, ahead, whole=whole)

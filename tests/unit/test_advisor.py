@@ -96,8 +96,10 @@ def test_the_step_time_is_that_of_the_plan_with_all_its_micro_batches(strategies
     budget = int(plain.meta["peak_reserved"]) - saved_bytes + CONTEXT
     found = advise(build, budget=budget, device=DEVICE, strategies=strategies)
     assert found.plan is not None
+    assert found.trace is not None
     trace = simulate(build, device=DEVICE, strategies=found.plan)
     assert last_step_seconds(trace) == pytest.approx(found.step_seconds, rel=1e-9)
+    assert len(trace) == len(found.trace)  # the first step too, which decides how memory is fragmented
 
 
 def test_the_time_of_a_step_follows_the_micro_batches_that_were_run() -> None:

@@ -38,7 +38,7 @@ class Probe:
     """Modules whose calls are recorded."""
     steps: int = 2
     whole: bool = True
-    """Run every micro-batch of the last step, rather than those of `deciding_indices`."""
+    """Run every micro-batch of every step, as a user does, rather than in the last step those of `deciding_indices`."""
     capacity_bytes: int | None = None
     """Memory of the device; None: as the device has it."""
 
@@ -235,9 +235,12 @@ def _answer(
 
     def chosen(pieces: list[MicroBatch]) -> list[MicroBatch]:
         elements[:] = [_elements(piece) for piece in pieces]
+        if probe.whole:
+            indices[:] = range(len(pieces))
+            return pieces
         if next(steps) < probe.steps - 1:  # earlier steps only create the optimizer state
             return [pieces[_largest(elements)]]
-        indices[:] = range(len(pieces)) if probe.whole else deciding_indices(elements)
+        indices[:] = deciding_indices(elements)
         return [pieces[index] for index in indices]
 
     try:
