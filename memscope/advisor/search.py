@@ -135,7 +135,7 @@ class Search:
         by_cost = sorted(self.plain, key=lambda text: self._cost(text, seconds_of(self.plain[text])))
         fitting = [text for text in by_cost if fits(self.plain[text])]
         for text in fitting:
-            if self._take_plain(text):
+            if not self._is_cheaper(text, seconds_of(self.plain[text])) or self._take_plain(text):
                 break
         cheaper = [text for text in by_cost if self._is_cheaper(text, seconds_of(self.plain[text]))]
         worthwhile = self._worthwhile([text for text in cheaper if text not in fitting])
@@ -157,7 +157,7 @@ class Search:
 
     def _take_full(self, reference: Reference) -> None:
         """Take a combination with every layer checkpointed; one option for all layers fragments memory less."""
-        if self._is_cheaper(reference.strategies, reference.full_seconds):
+        if self.layers.may_recompute_all and self._is_cheaper(reference.strategies, reference.full_seconds):
             every = uniform(self.layers.names, "full")
             found = Found(reference.strategies, every, reference.full, reference.full_seconds)
             self._take(self.planning.certified(reference, self.whole(found)))

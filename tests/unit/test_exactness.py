@@ -136,7 +136,7 @@ def test_advice_recomputes_and_splits_no_batch_norm_unless_that_is_allowed():
     refused = tried(lambda: build(lambda index: True))
     assert refused.feasible
     assert set(refused.layers.values()) == {"offload"}
-    assert refused.strategies == ("adamw:fused",)
+    assert not any(spec.startswith("ga") for spec in refused.strategies)
     assert any("6 of 6 layers have batch norm and are not recomputed" in note for note in refused.notes)
     for point in refused.front:
         assert not {"full", "save", "recompute"} & set(point.recomputed.split())
@@ -144,7 +144,7 @@ def test_advice_recomputes_and_splits_no_batch_norm_unless_that_is_allowed():
     allowed = tried(lambda: build(lambda index: True), allow=["ckpt"])
     assert "full" in allowed.layers.values()
     assert not any("batch norm" in note for note in allowed.notes)
-    assert tried(lambda: build(lambda index: True), allow=["ga"]).strategies == ("ga:steps=2",)
+    assert tried(lambda: build(lambda index: True), allow=["ga"]).strategies[-1].startswith("ga")
 
 
 WITHOUT_OFFLOADING = replace(get_device("a100-40gb"), host_bytes_per_second=None)
