@@ -64,7 +64,7 @@ BROKEN = {
     ),
     "a loss a row": (
         "return workload(loss=lambda m, x: m(x))",
-        "returned a tensor of shape [2, 4], not a tensor with one element",
+        ", 4], not a tensor with one element",  # of the whole batch, or of a micro-batch
     ),
     "a shape as loss": ("return workload(loss=lambda m, x: x.shape)", "returned a Size, not a tensor with one element"),
     "an end": (
