@@ -17,11 +17,11 @@ class Answer:
     """The result of HiGHS."""
 
     nanoseconds: float
-    """Time of the fastest plan found; infinite if there is no plan."""
+    """Time of the fastest plan found; infinite if no plan exists."""
     peak_bytes: float
     """Smallest peak found among plans that take no longer."""
     is_proven: bool
-    """Whether both values are proven minimal, or it is proven that there is no plan."""
+    """Whether both values are proven minimal, or it is proven that no plan exists."""
 
 
 def solve(chain: Chain, budget_bytes: int, *, seconds: float = 60.0, bytes_unit: int = 1, time_unit: int = 1) -> Answer:

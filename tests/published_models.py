@@ -55,9 +55,9 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def all_but_last(logits: Tensor) -> Tensor:
-    """`logits[..., :-1, :]` as PyTorch 2.8 and older record it: the full slice `:` is an operator of its own.
+    """`logits[..., :-1, :]` as PyTorch 2.4.1 records it: the full slice `:` is an operator of its own.
 
-    Its backward pass makes another tensor. PyTorch 2.9 skips it (pytorch/pytorch pull request 157528).
+    Its backward pass makes another tensor. PyTorch 2.13 skips it (pytorch/pytorch pull request 157528).
     """
     return torch.ops.aten.slice.Tensor(torch.ops.aten.slice.Tensor(logits, -2, 0, -1), -1, 0, 2**63 - 1)
 

@@ -199,7 +199,7 @@ class Advice:
         """
         if not self.feasible:
             raise UsageError(
-                f"there is no plan to save: none was found that fits {format_both(self.budget_bytes)}; the least "
+                f"nothing to save: no plan was found that fits {format_both(self.budget_bytes)}; the least "
                 f"that a simulated plan needs is {format_both(self.minimum_bytes)}"
             )
         if not self.layers:
