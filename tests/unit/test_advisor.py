@@ -83,7 +83,7 @@ def test_where_nothing_fits_there_is_no_plan(tmp_path: Path) -> None:
     found = advice(2**20)
     assert found.plan is None
     assert found.document()["plan"] is None
-    with pytest.raises(UsageError, match="nothing to save: none was found that fits"):
+    with pytest.raises(UsageError, match="nothing to save: no plan was found that fits"):
         found.save(tmp_path / "plan.json")
 
 
