@@ -10,10 +10,11 @@ import torch
 
 from memscope.advisor.advice import Advice, FrontPoint, PlanPeak, binding_of, in_words, unbeaten
 from memscope.advisor.combinations import CHECKPOINTING, allowed_names, combinations, forbidden
-from memscope.advisor.measure.reference import LayerList, full_probe, seconds_of, uniform
+from memscope.advisor.measure.reference import LayerList, full_probe, uniform
 from memscope.advisor.measure.runner import Asker, InProcess, Runner, Seen
 from memscope.advisor.planning import Found, device_bytes
 from memscope.advisor.search import Search
+from memscope.allocator.replay import replay
 from memscope.allocator.settings import AllocatorSettings
 from memscope.errors import UsageError
 from memscope.interrupts import interrupt_taken
@@ -156,7 +157,7 @@ def _advice(
     reference = search.reference(shown.strategies)
     layers = dict(shown.layers.layers) if shown.layers else {}
     peak = _peak(shown.seen.trace, device, settings)
-    seconds = seconds_of(shown.seen)
+    seconds = shown.seen.seconds
     scale = seconds / shown.seconds
     front = _front(search, shown, least, peak, more=not interrupted)
     smallest = peak.device
@@ -195,10 +196,11 @@ def _scattered(trace: Trace, peak: PlanPeak, settings: AllocatorSettings) -> lis
     """A note on the bytes that expandable segments would save, if they are worth it."""
     if settings.expandable_segments or peak.reserved - peak.allocated < _WORTH_SAYING * peak.reserved:
         return []
-    reserved = least_reserved(trace, dataclasses.replace(settings, expandable_segments=True))
-    saved = peak.reserved - reserved
-    if saved < _WORTH_SAYING * peak.reserved:
+    expandable = dataclasses.replace(settings, expandable_segments=True)
+    enough = round((1 - _WORTH_SAYING) * peak.reserved)
+    if replay(trace.requested, trace.born, trace.freed, settings=expandable, capacity_bytes=enough).oom:
         return []
+    saved = peak.reserved - least_reserved(trace, expandable)
     return [
         f"PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True would save {format_bytes(saved)} of fragmentation: "
         "simulate it with --allocator expandable_segments:True"
@@ -226,12 +228,12 @@ def _front(search: Search, shown: Found, least: Found, peak: PlanPeak, *, more: 
 
     Times of plans of which only some micro-batches were run are scaled by what the plan shown took as a whole.
     """
-    scale = seconds_of(shown.seen) / shown.seconds
+    scale = shown.seen.seconds / shown.seconds
     points = [_point(least, scale)]
     if more and search.planning.knows(shown.strategies):
         points += [_point(found, scale) for found in search.planning.between(search.references[shown.strategies])]
     for text, seen in search.plain.items():
-        points.append(_point(Found(text, None, seen, seconds_of(seen)), scale))
+        points.append(_point(Found(text, None, seen, seen.seconds), scale))
     for text, reference in search.references.items() if search.layers.may_recompute_all else ():
         every = uniform(search.layers.names, "full")
         points.append(_point(Found(text, every, reference.full, reference.full_seconds), scale))
@@ -244,5 +246,5 @@ def _point(found: Found, scale: float) -> FrontPoint:
     trace = found.seen.trace
     peak = PlanPeak(trace.peak.allocated_bytes, int(trace.meta["peak_reserved"]), device_bytes(found.seen))
     layers = found.layers.layers if found.layers else {}
-    seconds = seconds_of(found.seen) if found.seen.is_whole else found.seconds * scale
+    seconds = found.seen.seconds if found.seen.is_whole else found.seconds * scale
     return FrontPoint(tuple(Plan.parse(found.strategies).specs), in_words(layers), peak, seconds)

@@ -19,7 +19,6 @@ from memscope.advisor.measure.reference import (
     full_probe,
     none_probe,
     outside_bytes,
-    seconds_of,
     uniform,
 )
 from memscope.advisor.measure.runner import Asker, Seen, require
@@ -120,7 +119,7 @@ class Search:
             return text in self.refused
         return (
             text in self._planned
-            or not self._is_cheaper(text, seconds_of(self.plain[text]))
+            or not self._is_cheaper(text, self.plain[text].seconds)
             or self._outside(text) > self._limit
         )
 
@@ -132,12 +131,12 @@ class Search:
     def _try(self, plans: Sequence[Plan]) -> None:
         """Simulate more combinations, then look for the cheapest plan among all simulated ones."""
         self.plain.update(self.simulated(plans))
-        by_cost = sorted(self.plain, key=lambda text: self._cost(text, seconds_of(self.plain[text])))
+        by_cost = sorted(self.plain, key=lambda text: self._cost(text, self.plain[text].seconds))
         fitting = [text for text in by_cost if fits(self.plain[text])]
         for text in fitting:
-            if not self._is_cheaper(text, seconds_of(self.plain[text])) or self._take_plain(text):
+            if not self._is_cheaper(text, self.plain[text].seconds) or self._take_plain(text):
                 break
-        cheaper = [text for text in by_cost if self._is_cheaper(text, seconds_of(self.plain[text]))]
+        cheaper = [text for text in by_cost if self._is_cheaper(text, self.plain[text].seconds)]
         worthwhile = self._worthwhile([text for text in cheaper if text not in fitting])
         self._checkpoint(spread([text for text in worthwhile if text not in self.references], _MOST_FULL))
         known = [text for text in cheaper if text in self.references and fits(self.references[text].full)]
@@ -194,7 +193,7 @@ class Search:
         start, alone = self.plain.get(str(base)), self._alone(strategy, base)
         if start is None or alone is None:
             return False
-        return seconds_of(alone) <= seconds_of(start) and device_bytes(alone) <= device_bytes(start)
+        return alone.seconds <= start.seconds and device_bytes(alone) <= device_bytes(start)
 
     def least(self) -> Found:
         """The plan that needs the least memory of those simulated.
@@ -272,11 +271,11 @@ class Search:
     def _estimate(self, plan: Plan, base: Plan) -> tuple[float, int]:
         """Time and memory of a combination, estimated from its strategies alone: enough to order combinations."""
         start = self.plain.get(str(base)) or next(iter(self.plain.values()))
-        seconds, size_bytes = seconds_of(start), device_bytes(start)
+        seconds, size_bytes = start.seconds, device_bytes(start)
         for strategy in plan.strategies:
             alone = self._alone(strategy, base)
             if alone:
-                seconds *= seconds_of(alone) / seconds_of(start)
+                seconds *= alone.seconds / start.seconds
                 size_bytes += device_bytes(alone) - device_bytes(start)
         return seconds, size_bytes
 
@@ -304,7 +303,7 @@ class Search:
 
     def _take_plain(self, text: str) -> bool:
         """Take a combination without checkpointing, if it also fits with every micro-batch."""
-        seconds = seconds_of(self.plain[text])
+        seconds = self.plain[text].seconds
         found = Found(text, None, self.plain[text], seconds, Certificate.of(seconds, seconds, seconds))
         return self._take(self.whole(found))
 

@@ -125,23 +125,21 @@ def least_reserved(trace: Trace, settings: AllocatorSettings) -> int:
     adds the bytes that were lacking, which is often enough; otherwise the search halves the range.
     """
 
-    def run(reserved_bytes: int) -> Replay:
-        return replay(trace.requested, trace.born, trace.freed, settings=settings, capacity_bytes=reserved_bytes)
+    def run(limit_bytes: int | None) -> Replay:
+        return replay(trace.requested, trace.born, trace.freed, settings=settings, capacity_bytes=limit_bytes)
 
-    free = replay(trace.requested, trace.born, trace.freed, settings=settings)
-    least, most = free.peak_allocated - 1, free.peak_reserved
-    tried, was_guess = (least + most) // 2, False
+    free = run(None)
+    least, most, guess = free.peak_allocated - 1, free.peak_reserved, 0
     while most - least > SMALL_SEGMENT_BYTES:
-        oom = run(tried).oom
-        if oom:
-            least, guess = (
-                tried,
-                oom.reserved_bytes + -(-oom.requested_bytes // SMALL_SEGMENT_BYTES) * SMALL_SEGMENT_BYTES,
-            )
+        is_guess = least < guess < most
+        tried = guess if is_guess else (least + most) // 2
+        done = run(tried)
+        if done.oom:
+            lacking = -(-done.oom.requested_bytes // SMALL_SEGMENT_BYTES) * SMALL_SEGMENT_BYTES
+            least, guess = tried, done.oom.reserved_bytes + lacking
         else:
-            most, guess = tried, tried - SMALL_SEGMENT_BYTES if was_guess else 0
-        was_guess = least < guess < most
-        tried = guess if was_guess else (least + most) // 2
+            most = done.peak_reserved  # a limit at the peak of this run would change nothing in it
+            guess = most - SMALL_SEGMENT_BYTES if is_guess else 0
     return most
 
 

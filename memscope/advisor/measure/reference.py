@@ -11,21 +11,17 @@ from torch import nn
 from memscope.advisor.measure.options import child_options
 from memscope.advisor.measure.probe import ChainSeen, LayerSeen, look, rounded
 from memscope.advisor.measure.runner import Probe, Seen
-from memscope.analysis.cost import module_seconds, step_seconds
+from memscope.analysis.cost import module_seconds
 from memscope.errors import UsageError
 from memscope.strategies.ckpt import LayerPlan
 from memscope.strategies.ckpt.layers import named_layers, planned_layers
 from memscope.strategies.statistics import keeps_statistics
-from memscope.trace import Phase, Trace
+from memscope.trace import Trace
 
 __all__ = [
-    "LayerList", "Reference", "full_probe", "groups_of", "layer_plan", "none_probe", "outside_bytes", "seconds_of",
+    "LayerList", "Reference", "full_probe", "groups_of", "layer_plan", "none_probe", "outside_bytes",
     "uniform",
 ]  # fmt: skip
-
-
-_ONCE: tuple[Phase, ...] = ("optimizer", "zero_grad", "outside")
-"""Phases that run once a step, whatever the number of micro-batches."""
 
 
 @dataclass(frozen=True)
@@ -151,12 +147,12 @@ class Reference:
     @property
     def none_seconds(self) -> float:
         """Estimated time of a whole step without checkpointing."""
-        return seconds_of(self.none)
+        return self.none.seconds
 
     @property
     def full_seconds(self) -> float:
         """Estimated time of a whole step with every layer checkpointed."""
-        return seconds_of(self.full)
+        return self.full.seconds
 
     @cached_property
     def none_chains(self) -> list[ChainSeen]:
@@ -197,17 +193,6 @@ def outside_bytes(trace: Trace, groups: Sequence[Sequence[str]]) -> int:
         first, last = look(trace, groups, step=step, micro_batch=micro_batch).span
         allocated[first:last] = 0
     return int(allocated.max(initial=0))
-
-
-def seconds_of(seen: Seen) -> float:
-    """Estimated time of a whole step; the micro-batches that were run stand for all of them."""
-    pieces = [_seconds(seen.trace, piece, once=False) for piece in range(len(seen.indices))]
-    return _seconds(seen.trace, once=True) + seen.of_step(pieces)
-
-
-def _seconds(trace: Trace, micro_batch: int | None = None, *, once: bool) -> float:
-    phases = step_seconds(trace, 1, micro_batch=micro_batch) or {}
-    return sum(seconds for phase, seconds in phases.items() if (phase in _ONCE) == once)
 
 
 def _alike(seen: LayerSeen) -> tuple[object, ...]:

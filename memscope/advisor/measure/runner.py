@@ -6,15 +6,17 @@ import contextlib
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from memscope.allocator.settings import AllocatorSettings
+from memscope.analysis.cost import step_seconds
 from memscope.errors import MemscopeError
 from memscope.runs.processes import Workers, cores, workers
 from memscope.simulation.devices.catalogue import Device, get_device, load_devices
 from memscope.strategies.ckpt import LayerPlan
-from memscope.trace import Progress, Trace
+from memscope.trace import Phase, Progress, Trace
 
 if TYPE_CHECKING:
     from memscope.workload.description import Workload
@@ -24,6 +26,10 @@ __all__ = [
     "Answer", "Asker", "InProcess", "Probe", "Runner", "Scene", "Seen", "deciding_indices",
     "require", "side_by_side",
 ]  # fmt: skip
+
+
+_ONCE: tuple[Phase, ...] = ("optimizer", "zero_grad", "outside")
+"""Phases that run once a step, whatever the number of micro-batches."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,16 @@ class Seen:
     def is_whole(self) -> bool:
         """Whether every micro-batch of the step was run."""
         return len(self.indices) == len(self.elements)
+
+    @cached_property
+    def seconds(self) -> float:
+        """Estimated time of the whole step; the micro-batches that were run stand for all of them."""
+        pieces = [self._seconds(piece, once=False) for piece in range(len(self.indices))]
+        return self._seconds(once=True) + self.of_step(pieces)
+
+    def _seconds(self, micro_batch: int | None = None, *, once: bool) -> float:
+        phases = step_seconds(self.trace, 1, micro_batch=micro_batch) or {}
+        return sum(seconds for phase, seconds in phases.items() if (phase in _ONCE) == once)
 
     def of_step(self, seconds: Sequence[float]) -> float:
         """Time of all micro-batches, estimated from that of those that were run.

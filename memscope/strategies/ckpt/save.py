@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,6 +28,7 @@ from memscope.strategies.ckpt.recompute import run_checkpointed
 __all__ = ["checkpoint_all_but"]
 
 T = TypeVar("T")
+_device_of = torch.ops.prim.device.default
 
 
 def checkpoint_all_but(name: str, layer: nn.Module, calls: frozenset[Call]) -> None:
@@ -136,6 +138,8 @@ class _Keep(TorchDispatchMode):
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _device_of and type(args[0]) is FakeTensor:  # a question that autograd asks about every tensor
+            return args[0].fake_device
         kwargs, op, kept = kwargs or {}, operator(func), self.kept
         if op.is_question:
             return func(*args, **kwargs)
@@ -216,6 +220,8 @@ class _Reuse(TorchDispatchMode):
         return self
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _device_of and type(args[0]) is FakeTensor:
+            return args[0].fake_device
         kwargs, op, kept = kwargs or {}, operator(func), self.kept
         if op.is_question:
             return func(*args, **kwargs)
@@ -262,8 +268,14 @@ def _random_state(out: Any) -> tuple[torch.device, Tensor]:
 
 
 def _tensors(values: Any) -> list[Tensor]:
-    # Not `memscope.workload.batch.tensors_in`: this runs in every call, and operators know no dataclasses.
-    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
+    # Not `memscope.workload.batch.tensors_in`: this runs in every call, and operators know tensors and lists of them.
+    if isinstance(values, Tensor):
+        return [values]
+    if isinstance(values, dict):
+        values = values.values()
+    elif not isinstance(values, (list, tuple)):
+        return []
+    return [tensor for value in values for tensor in _tensors(value)]
 
 
 def _storage(tensor: Tensor) -> int:
