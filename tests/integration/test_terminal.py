@@ -124,6 +124,10 @@ NEXT_CASES = [
 ]
 
 
+_worked: set[tuple[str, ...]] = set()
+"""Next commands that worked and read no file: several commands print the same one."""
+
+
 @pytest.mark.parametrize(("words", "expected", "again"), NEXT_CASES)
 def test_the_next_command_works_as_printed(run, files, monkeypatch, words, expected, again):
     if again:
@@ -135,9 +139,13 @@ def test_the_next_command_works_as_printed(run, files, monkeypatch, words, expec
     assert code == (3 if words[0] == "check" else 0), err
     following = next_command(out)
     assert following[0] == expected
+    if tuple(following) in _worked:
+        return
     code, out, err = run(*following)
     assert code == 0, err
     assert out
+    if words[0] in ("targets", "strategies", "devices"):
+        _worked.add(tuple(following))
 
 
 TABLES = {
