@@ -186,7 +186,9 @@ say("module")
 
 
 @pytest.mark.parametrize(
-    "words", [[*PROFILE, "--json"], ["advise", "mine.py", "-s", "adamw:fused", "--budget", "1GB", "--json"]], ids=["profile", "advise"]
+    "words",
+    [[*PROFILE, "--json"], ["advise", "mine.py", "-s", "adamw:fused", "--budget", "1GB", "--json"]],
+    ids=["profile", "advise"],
 )
 def test_a_target_that_prints_does_not_break_json(folder, words):
     printing = PRINTS + TARGET.replace("    layers =", "    say('build')\n    layers =")

@@ -239,7 +239,9 @@ def test_a_plugin_takes_part_through_what_it_declares(monkeypatch: pytest.Monkey
     available = dict(strategies.available())
     monkeypatch.setattr(plan_module, "available", everything)
     monkeypatch.setattr(combinations, "available", everything)
-    found = advise(build, budget=BUDGETS[2] + CONTEXT, device=DEVICE, strategies="adamw:fused,ga:steps=1", allow=["half"])
+    found = advise(
+        build, budget=BUDGETS[2] + CONTEXT, device=DEVICE, strategies="adamw:fused,ga:steps=1", allow=["half"]
+    )
     assert "half" in found.strategies
 
 
