@@ -10,6 +10,8 @@ from memscope.targets.hf.libraries import needed
 
 __all__ = ["fetch"]
 
+_PATIENCE_SECONDS = 10.0
+
 
 def fetch(repository: str, file: str) -> Path:
     """The file's path in the cache of huggingface_hub; it is downloaded only if it is not there or has changed.
@@ -22,6 +24,9 @@ def fetch(repository: str, file: str) -> Path:
     hub = needed("huggingface_hub")
     errors = needed("huggingface_hub.errors")
     try:
+        if not isinstance(hub.try_to_load_from_cache(repository, file), str):
+            # Asked once: the download would ask five times more, for 23 seconds, before it gives up.
+            hub.get_hf_file_metadata(hub.hf_hub_url(repository, file), timeout=_PATIENCE_SECONDS)
         return Path(hub.hf_hub_download(repository, file))
     except errors.GatedRepoError as error:
         raise UsageError(
@@ -37,7 +42,7 @@ def fetch(repository: str, file: str) -> Path:
         if not isinstance(error, errors.LocalEntryNotFoundError):
             raise UsageError(f'"{repository}" has no {file} on the hub: it is not a model of transformers') from error
         raise _unreachable(repository, file) from error
-    except (OSError, ValueError, errors.HfHubHTTPError) as error:
+    except Exception as error:  # of requests, httpx or httpx2: the libraries that releases of huggingface_hub use
         raise _unreachable(repository, file, f" ({_first_line(error)})") from error
 
 

@@ -14,7 +14,6 @@ from memscope.errors import UsageError
 from memscope.targets.hf.images import image_text_sample, pixels
 from memscope.targets.hf.lengths import fitting_length
 from memscope.targets.hf.program import Program
-from memscope.targets.hf.tasks import task_of
 from memscope.workload.split import split_batch
 
 __all__ = ["Inputs", "inputs_for"]
@@ -47,13 +46,12 @@ class Inputs:
         return {**rows, "position_ids": torch.arange(length).repeat(count).unsqueeze(0)}
 
 
-def inputs_for(model: nn.Module, config: Any, program: Program) -> Inputs:
+def inputs_for(model: nn.Module, config: Any, program: Program, task: str) -> Inputs:
     """Inputs of the kind that the model is trained on.
 
     Raises:
         UsageError: memscope does not know the kind, or the model has fewer positions than `seq_len`.
     """
-    task = program.task or task_of(type(model), config)
     if program.packing and task != "causal-lm":
         raise UsageError(f"hf: packing=true is for language models (causal-lm), and the task is {task}")
     made = _Maker(model, config, program, torch.Generator(device="cpu").manual_seed(0))

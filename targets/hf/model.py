@@ -15,7 +15,6 @@ from memscope.errors import UsageError, excerpt, nearest
 from memscope.targets.hf.libraries import needed
 from memscope.targets.hf.program import Program
 from memscope.targets.hf.sources import ModelSource
-from memscope.targets.hf.tasks import model_class
 
 __all__ = ["build_model", "read_config"]
 
@@ -86,14 +85,19 @@ def _nearest_key(key: str, config: Any) -> str:
     return nearest(key, [name for name in config.to_dict() if not name.startswith("_")])
 
 
-def build_model(config: Any, program: Program, source: ModelSource) -> nn.Module:
+def build_model(made: Any, config: Any, program: Program, source: ModelSource) -> nn.Module:
     """The model for training, in its dtype, with its attention and gradient checkpointing.
+
+    Args:
+        made: its class, or an Auto class of transformers.
+        config: its configuration; unchanged.
+        program: how it is trained.
+        source: where the configuration is from, for messages.
 
     Raises:
         UsageError: transformers cannot build it with these settings; the message is that of transformers.
     """
     config = copy.deepcopy(config)
-    made = model_class(config, program.task, source)
     dtype = _dtype(config, program)
     options: dict[str, Any] = {"attn_implementation": program.attention} if program.attention else {}
     options["dtype" if hasattr(config, "dtype") else "torch_dtype"] = dtype

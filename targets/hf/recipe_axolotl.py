@@ -69,8 +69,9 @@ def _refuse(values: Values, place: str) -> None:
     if values.get("adapter") == "qlora" and values.get("load_in_8bit"):
         raise UsageError(f"{place}: adapter: qlora needs load_in_4bit: true, but load_in_8bit is true")
     for key, why in REFUSED.items():
-        if values.get(key) and values[key] != 1:
-            raise UsageError(f"{place}: {key}: {excerpt(values[key])} is not supported: {why}")
+        value = values.get(key)
+        if value and (value is True or value != 1):
+            raise UsageError(f"{place}: {key}: {excerpt(value)} is not supported: {why}")
 
 
 def _attention(values: Values, place: str) -> str | None:

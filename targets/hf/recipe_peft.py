@@ -11,7 +11,8 @@ from memscope.targets.hf.program import HfRecipe
 __all__ = ["parse", "read"]
 
 _DONE = {"inference_mode": False}
-"""What `save_pretrained` writes of an adapter that is to be trained here: PeftConfig sets inference_mode."""
+"""`save_pretrained` writes true; here the adapter is trained."""
+_LISTS = ("target_modules", "modules_to_save", "feedforward_modules", "exclude_modules", "layers_to_transform")
 
 
 def read(values: Mapping[str, Any], place: str) -> HfRecipe:
@@ -43,7 +44,8 @@ def parse(text: str) -> dict[str, Any]:
                 f'hf: adapter="{text}": "{word}" is not KEY=VALUE; expected a folder with adapter_config.json, or '
                 "METHOD:KEY=VALUE,... such as lora:r=16,target_modules=q_proj+v_proj"
             )
-        values[key] = plain(value) if "+" not in value else [plain(item) for item in value.split("+")]
+        is_list = "+" in value or (key in _LISTS and value != "all-linear")  # a text is a regular expression
+        values[key] = [plain(item) for item in value.split("+")] if is_list else plain(value)
     return values
 
 

@@ -22,6 +22,7 @@ from memscope.targets.hf.program import Program, completed
 from memscope.targets.hf.recipe_peft import plain
 from memscope.targets.hf.recipes import read_recipe, recipe_file
 from memscope.targets.hf.sources import ModelSource, find_model
+from memscope.targets.hf.tasks import class_and_task
 from memscope.workload.description import StepPlan, Workload
 
 __all__ = ["ARGUMENT", "PRESETS", "Config", "build", "hf"]
@@ -59,8 +60,9 @@ def build(config: Config) -> Workload:
     """
     program, source = resolve(config)
     hf_config = read_config(source, program)
-    model = build_model(hf_config, program, source)
-    inputs = inputs_for(model, hf_config, program)
+    trained = class_and_task(hf_config, program.task, source)
+    model = build_model(trained.model_class, hf_config, program, source)
+    inputs = inputs_for(model, hf_config, program, trained.task)
     if program.adapter is not None:
         model = adapted(model, program.adapter, program.adapter_dtype)
     samples = program.micro_batch * program.accumulation

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from memscope.errors import UsageError, nearest
 from memscope.targets.hf.libraries import needed
 from memscope.targets.hf.sources import ModelSource
 
-__all__ = ["AUTO", "model_class", "task_of"]
+__all__ = ["AUTO", "Trained", "class_and_task"]
 
 AUTO = {
     "causal-lm": "AutoModelForCausalLM",
@@ -37,7 +38,16 @@ _ENDINGS = {
 """End of the name of a class that computes its loss → task."""
 
 
-def task_of(made: type, config: Any) -> str:
+@dataclass(frozen=True)
+class Trained:
+    """What a model is trained as."""
+
+    model_class: Any
+    """A class of transformers, or an Auto class for code that comes with the model."""
+    task: str
+
+
+def _task_of(made: type, config: Any) -> str:
     """The task of a class that computes its loss.
 
     Raises:
@@ -57,7 +67,7 @@ def task_of(made: type, config: Any) -> str:
     )
 
 
-def model_class(config: Any, task: str | None, source: ModelSource) -> Any:
+def class_and_task(config: Any, task: str | None, source: ModelSource) -> Trained:
     """The class of a configuration: that of `task`, or its own first architecture, or the one with a language model.
 
     Raises:
@@ -65,20 +75,21 @@ def model_class(config: Any, task: str | None, source: ModelSource) -> Any:
     """
     transformers = needed("transformers")
     if type(config).__module__.startswith("transformers_modules."):
-        return getattr(transformers, AUTO[task or _remote_task(source)])
+        own = task or _remote_task(source)
+        return Trained(getattr(transformers, AUTO[own]), own)
     named = (source.values.get("architectures") or [""])[0]
     if task is None and _has_loss(named):
         found = getattr(transformers, named, None)
         if found is None:
             version = transformers.__version__
             raise UsageError(f'{source.place}: transformers {version} has no class "{named}": choose --set task=TASK')
-        return found
+        return Trained(found, _task_of(found, config))
     chosen = [task] if task else list(AUTO) if named else ["causal-lm"]
     for one in chosen:
         mapping = getattr(transformers, AUTO[one])._model_mapping
         if type(config) in mapping:
             found = mapping[type(config)]
-            return found[0] if isinstance(found, (list, tuple)) else found
+            return Trained(found[0] if isinstance(found, (list, tuple)) else found, one)
     possible = [name for name in AUTO if type(config) in getattr(transformers, AUTO[name])._model_mapping]
     raise UsageError(
         f"{source.place}: a {config.model_type} model has no class for {task or 'causal-lm'}: "
