@@ -51,7 +51,8 @@ def adapted(model: nn.Module, adapter: Mapping[str, Any], dtype: str | None) -> 
     methods: Mapping[str, type] = needed("peft.mapping").PEFT_TYPE_TO_CONFIG_MAPPING
     method = str(adapter["peft_type"]).upper()
     if method not in methods:
-        raise UsageError(f'hf: adapter: PEFT has no method "{method}": {nearest(method, [str(m) for m in methods])}')
+        names = [getattr(one, "value", one) for one in methods]
+        raise UsageError(f'hf: adapter: PEFT has no method "{method}": {nearest(method, names)}')
     kind = methods[method]
     taken = inspect.signature(kind).parameters
     unknown = [key for key in adapter if key not in taken and key not in ("auto_mapping", "peft_version")]

@@ -143,17 +143,15 @@ class _Loss:
     def __init__(self, program: Program) -> None:
         self._program = program
         self._kept: Any = None
-        self._steps = 0
+        self._steps = -1
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         if self._program.keep_batch:
             self._kept = batch
-        begins = all(parameter.grad is None for parameter in model.parameters())
+        self._steps += all(parameter.grad is None for parameter in model.parameters())
         loss: Tensor = model(**batch).loss
         every = self._program.empty_cache_every
-        if every is not None:
+        if every is not None and self._steps % every == 0:
             # `training_step` in transformers/trainer.py empties the cache between forward and backward.
-            self._steps += begins
-            if (self._steps - 1) % every == 0:
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
         return loss
