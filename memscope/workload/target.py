@@ -127,8 +127,8 @@ def _with_argument(target: Target, argument: str) -> Target:
         )
     if not argument:
         raise UsageError(f'"{target.name}:" names no {target.argument}. See: memscope targets')
-    changes = {target.argument: argument}
-    presets = {name: dataclasses.replace(preset, **changes) for name, preset in target.presets.items()}
+    words, of = {target.argument: argument}, f'target "{target.name}"'
+    presets = {name: fill(preset, words, of=of) for name, preset in target.presets.items()}
     return dataclasses.replace(target, presets=presets)
 
 

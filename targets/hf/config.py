@@ -7,7 +7,7 @@ from typing import Literal
 
 from memscope.targets.hf.catalogue import load_catalogue
 
-__all__ = ["PRESETS", "HfConfig", "Task"]
+__all__ = ["ARGUMENT", "EXAMPLES", "PRESETS", "SLOW_IMPORTS", "HfConfig", "Task"]
 
 Task = Literal[
     "causal-lm",
@@ -83,5 +83,8 @@ class HfConfig:
 
 PRESETS = {"default": HfConfig()}
 ARGUMENT = "model"
+"""The setting that WHAT in `hf:WHAT` fills."""
 EXAMPLES = {name: model.about for name, model in load_catalogue().items()}
+"""Known WHATs, with a line about each."""
 SLOW_IMPORTS = ("transformers", "transformers.modeling_utils", "transformers.models.auto.modeling_auto")
+"""What processes share by importing it before they are forked."""

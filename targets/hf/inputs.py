@@ -18,7 +18,7 @@ from memscope.workload.split import split_batch
 
 __all__ = ["Inputs", "inputs_for"]
 
-Tensors = Mapping[str, Tensor]
+_Tensors = Mapping[str, Tensor]
 """A sample; the first dimension of every tensor is joined when samples make a micro-batch."""
 
 
@@ -26,7 +26,7 @@ Tensors = Mapping[str, Tensor]
 class Inputs:
     """Makes the micro-batches of a step."""
 
-    sample: Callable[[], Tensors]
+    sample: Callable[[], _Tensors]
     """Makes a sample, on the host."""
     packed: bool
     """Whether a micro-batch is one row."""
@@ -66,7 +66,7 @@ class _Maker:
     program: Program
     generator: torch.Generator
 
-    def of(self, task: str) -> tuple[Callable[[], Tensors], tuple[str, ...]]:
+    def of(self, task: str) -> tuple[Callable[[], _Tensors], tuple[str, ...]]:
         config, program = self.config, self.program
         if task in ("causal-lm", "masked-lm", "sequence-classification", "token-classification", "question-answering"):
             length, notes = fitting_length(self.model, config.get_text_config(), program.seq_len, program.model)
@@ -96,7 +96,7 @@ class _Maker:
             raise UsageError(f"hf: target_len={wanted}: the decoder of {self.program.model} has {most} positions")
         return wanted or min(128, most or 128)
 
-    def _text(self, task: str, length: int) -> Tensors:
+    def _text(self, task: str, length: int) -> _Tensors:
         ids = self._ids(self.config.get_text_config(), length)
         sample = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if task in ("causal-lm", "masked-lm"):
@@ -106,17 +106,17 @@ class _Maker:
         shape = (1, length) if task == "token-classification" else (1,)
         return {**sample, "labels": self._below(self.config.num_labels, *shape)}
 
-    def _pairs(self, source: int, target: int) -> Tensors:
+    def _pairs(self, source: int, target: int) -> _Tensors:
         ids = self._ids(self.config, source)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": self._ids(self.config, target)}
 
-    def _images(self) -> Tensors:
+    def _images(self) -> _Tensors:
         return {
             "pixel_values": pixels(self.config, self.program.image_size),
             "labels": self._below(self.config.num_labels, 1),
         }
 
-    def _speech(self) -> Tensors:
+    def _speech(self) -> _Tensors:
         """Thirty seconds of Whisper's spectrogram: two frames become a position."""
         config = self.config
         if not hasattr(config, "num_mel_bins") or not hasattr(config, "max_source_positions"):
@@ -124,7 +124,7 @@ class _Maker:
         features = torch.zeros(1, config.num_mel_bins, 2 * config.max_source_positions)
         return {"input_features": features, "labels": self._ids(config, self._target_length())}
 
-    def _sound(self) -> Tensors:
+    def _sound(self) -> _Tensors:
         """Ten seconds at 16 kHz."""
         return {
             "input_values": torch.zeros(1, 160_000),

@@ -16,7 +16,7 @@ from memscope.targets.hf.libraries import needed
 from memscope.targets.hf.program import Program
 from memscope.targets.hf.sources import ModelSource
 
-__all__ = ["build_model", "read_config"]
+__all__ = ["DTYPES", "build_model", "read_config"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -11,7 +11,7 @@ from memscope.targets.hf.program import HfRecipe
 
 __all__ = ["read"]
 
-Values = Mapping[str, Any]
+_Values = Mapping[str, Any]
 
 _FLAGS = {
     "flash_attention": "flash_attention_2",
@@ -27,7 +27,7 @@ _JOINS_SAMPLES = ("flash_attention_2", "flash_attention_3")
 _EXCLUSIVE = (("load_in_4bit", "load_in_8bit"), ("bf16", "fp16"), ("bfloat16", "float16"))
 
 
-def read(values: Values, place: str) -> HfRecipe:
+def read(values: _Values, place: str) -> HfRecipe:
     """The recipe of an axolotl YAML.
 
     Raises:
@@ -62,7 +62,7 @@ def read(values: Values, place: str) -> HfRecipe:
     return HfRecipe({key: value for key, value in settings.items() if value is not None}, tuple(_notes(values, place)))
 
 
-def _refuse(values: Values, place: str) -> None:
+def _refuse(values: _Values, place: str) -> None:
     for first, second in _EXCLUSIVE:
         if values.get(first) and values.get(second) and "auto" not in (values[first], values[second]):
             raise UsageError(f"{place}: {first} and {second} are both {excerpt(values[first])}: choose one")
@@ -74,7 +74,7 @@ def _refuse(values: Values, place: str) -> None:
             raise UsageError(f"{place}: {key}: {excerpt(value)} is not supported: {why}")
 
 
-def _attention(values: Values, place: str) -> str | None:
+def _attention(values: _Values, place: str) -> str | None:
     chosen = {implementation for flag, implementation in _FLAGS.items() if values.get(flag) is True}
     if values.get("attn_implementation"):
         chosen.add(values["attn_implementation"])
@@ -83,7 +83,7 @@ def _attention(values: Values, place: str) -> str | None:
     return chosen.pop() if chosen else None
 
 
-def _precision(values: Values, attention: str | None) -> dict[str, Any]:
+def _precision(values: _Values, attention: str | None) -> dict[str, Any]:
     """Dtype of the weights and mixed precision (`resolve_dtype` in utils/config/__init__.py).
 
     Without an adapter, and with an attention that takes float32, norms, embedding and head are float32
@@ -104,7 +104,7 @@ def _precision(values: Values, attention: str | None) -> dict[str, Any]:
     }
 
 
-def _reentrant(values: Values) -> bool:
+def _reentrant(values: _Values) -> bool:
     """`normalize_config` in utils/config/__init__.py."""
     options = values.get("gradient_checkpointing_kwargs")
     if isinstance(options, Mapping):
@@ -112,7 +112,7 @@ def _reentrant(values: Values) -> bool:
     return not values.get("unfrozen_parameters")
 
 
-def _adapter(values: Values, place: str) -> dict[str, Any]:
+def _adapter(values: _Values, place: str) -> dict[str, Any]:
     """PEFT's configuration (`_build_peft_lora_config` in loaders/adapter.py)."""
     kind = values.get("adapter")
     if not kind:
@@ -156,7 +156,7 @@ def _trained(patterns: Any) -> str | None:
     return "|".join(f"(?:^{str(pattern).split('[:')[0].removeprefix('^')})" for pattern in patterns)
 
 
-def _notes(values: Values, place: str) -> Iterator[str]:
+def _notes(values: _Values, place: str) -> Iterator[str]:
     for key, text in NOTED.items():
         if values.get(key):
             yield f"{place}: {key} was ignored: {text}"
@@ -179,7 +179,7 @@ def _notes(values: Values, place: str) -> Iterator[str]:
         yield f"{place}: not keys of axolotl 0.18.0, ignored: {', '.join(unknown)}{hint}"
 
 
-def _count(values: Values, key: str, place: str, default: int) -> int:
+def _count(values: _Values, key: str, place: str, default: int) -> int:
     value = values.get(key)
     if value is None:
         return default
@@ -188,7 +188,7 @@ def _count(values: Values, key: str, place: str, default: int) -> int:
     return value
 
 
-def _norm(values: Values, place: str) -> float:
+def _norm(values: _Values, place: str) -> float:
     value = values.get("max_grad_norm")
     if value is None:
         return 1.0  # the default of TrainingArguments
@@ -197,5 +197,5 @@ def _norm(values: Values, place: str) -> float:
     return float(value)
 
 
-def _listed(values: Values) -> str:
+def _listed(values: _Values) -> str:
     return ", ".join([*values][:5]) or "nothing"

@@ -8,7 +8,7 @@ from typing import Any
 from memscope.errors import UsageError
 from memscope.targets.hf.program import HfRecipe
 
-__all__ = ["parse", "read"]
+__all__ = ["parse", "plain", "read"]
 
 _DONE = {"inference_mode": False}
 """`save_pretrained` writes true; here the adapter is trained."""

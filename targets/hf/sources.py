@@ -15,7 +15,8 @@ from memscope.targets.hf.hub import fetch
 
 __all__ = ["ADAPTER", "CONFIG", "ModelSource", "find_model", "is_on_hub", "model_in"]
 
-CONFIG, ADAPTER = "config.json", "adapter_config.json"
+CONFIG = "config.json"
+ADAPTER = "adapter_config.json"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 

@@ -25,7 +25,7 @@ from memscope.targets.hf.sources import ModelSource, find_model
 from memscope.targets.hf.tasks import class_and_task
 from memscope.workload.description import StepPlan, Workload
 
-__all__ = ["ARGUMENT", "PRESETS", "Config", "build", "hf"]
+__all__ = ["ARGUMENT", "PRESETS", "Config", "build", "hf", "resolve"]
 
 
 def hf(what: str | Path, **settings: Any) -> Callable[[], Workload]:

@@ -114,6 +114,19 @@ def test_working_folder_is_a_target_named_for_itself(tmp_path: Path) -> None:
     assert find_target(".").name == tmp_path.name
 
 
+def test_the_text_after_a_colon_fills_the_setting_that_the_target_names() -> None:
+    write("mine/target.py", OWN + '    ARGUMENT = "layers"\n')
+    target = find_target("mine:7")
+    assert [preset.layers for preset in target.presets.values()] == [7, 7]
+    with pytest.raises(UsageError, match=r'setting "layers" cannot be "seven": expected a whole number'):
+        find_target("mine:seven")
+
+
+def test_an_argument_that_is_no_setting_is_refused() -> None:
+    write("mine/target.py", OWN + '    ARGUMENT = "layer"\n')
+    assert "has the ARGUMENT 'layer', which is no setting: expected one of layers, name" in failure("mine:7")
+
+
 def test_own_target_may_import_files_next_to_it() -> None:
     write("mine/memscope_test_plain.py", "LAYERS = 3")
     write("mine/memscope_test_relative.py", "NAME = 'beside'")
