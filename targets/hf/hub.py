@@ -57,7 +57,7 @@ def _instead(repository: str, file: str) -> str:
     """How to do without the hub."""
     folder = repository.partition("/")[2]
     shipped = [name for name, model in load_catalogue().items() if model.source.lower() == repository.lower()]
-    own = f"memscope ships its sizes: hf:{shipped[0]}. " if shipped else ""
+    own = f"memscope ships its sizes: hf:{shipped[0]} (with a recipe: --set recipe=FILE). " if shipped else ""
     return (
         f"{own}Otherwise save https://huggingface.co/{repository}/resolve/main/{file} as {folder}/{file}, "
         f"and name that folder: hf:./{folder}"
