@@ -51,7 +51,7 @@ def _learned(model: nn.Module) -> int | None:
     found = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and _TABLE.search(name) and "vision" not in name and "visual" not in name:
-            # OPT and BART keep two rows, RoBERTa those up to the padding token, for no position.
-            kept = getattr(module, "offset", 0) or (0 if module.padding_idx is None else module.padding_idx + 1)
+            # RoBERTa's positions begin after its padding token.
+            kept = 0 if module.padding_idx is None else module.padding_idx + 1
             found.append(module.num_embeddings - kept)
     return min(found, default=None)

@@ -168,6 +168,11 @@ def test_more_tokens_than_learned_positions_are_refused() -> None:
     assert "opt-125m has 2048 learned positions" in refusal("opt-125m", seq_len=2049)  # its table has 2 rows more
 
 
+def test_positions_of_roberta_begin_after_the_padding_token(tmp_path: Path) -> None:
+    folder = write(tmp_path, model_type="roberta", architectures=["RobertaForMaskedLM"], pad_token_id=1)
+    assert "has 62 learned positions: choose at most 62" in refusal(folder, seq_len=63)  # of 64 rows
+
+
 def test_more_tokens_than_a_rotary_model_was_trained_for_are_noted(tmp_path: Path) -> None:
     with torch.device("meta"):
         notes = build(HfConfig(model=write(tmp_path), seq_len=65)).notes
