@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from memscope.hooks.recorder import Recorder
     from memscope.simulation.simulate import simulate
     from memscope.strategies import Plan, Strategy
+    from memscope.targets.hf.target import hf
     from memscope.trace import Trace
     from memscope.workload.description import StepPlan, Workload
 
-__all__ = ["Plan", "Recorder", "StepPlan", "Strategy", "Trace", "Workload", "advise", "record", "simulate"]
+__all__ = ["Plan", "Recorder", "StepPlan", "Strategy", "Trace", "Workload", "advise", "hf", "record", "simulate"]
 __version__ = "0.1.0"
 
 _HOME = {
@@ -30,6 +31,7 @@ _HOME = {
     "Trace": "memscope.trace",
     "Workload": "memscope.workload.description",
     "advise": "memscope.advisor.advise",
+    "hf": "memscope.targets.hf.target",
     "record": "memscope.hooks.record",
     "simulate": "memscope.simulation.simulate",
 }

@@ -74,6 +74,14 @@ class ProfileOptions:
             help="Change a setting of the target; more may follow as KEY=VALUE.",
         ),
     ]
+    trust_remote_code: Annotated[
+        bool,
+        option(
+            "--trust-remote-code",
+            is_flag=True,
+            help="Run Python code that comes with a model of hf:WHAT; short for --set trust_remote_code=true.",
+        ),
+    ]
     device: Annotated[
         str | None,
         option(

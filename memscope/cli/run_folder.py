@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from memscope.command.target_words import RUNS
+from memscope.command.target_words import RUNS, short_name
 from memscope.errors import UsageError
 from memscope.interrupts import interrupts_held, undone
 
@@ -31,7 +31,7 @@ def run_folder(output: Path | None, target: str) -> Iterator[Path]:
     Raises:
         UsageError: the folder cannot be created or written to.
     """
-    folder = output or RUNS / f"{Path(target).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = output or RUNS / f"{short_name(target)}-{time.strftime('%Y%m%d-%H%M%S')}"
     if output and output.exists() and not output.is_dir():
         raise UsageError(f"{output} is a file: -o takes a folder, for example -o runs/first")
     new = [path for path in (folder, *folder.parents) if not path.exists()]

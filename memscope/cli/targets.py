@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import click
 from rich.console import Console
@@ -12,11 +13,9 @@ from rich.text import Text
 from memscope.cli.next_command import FIRST_PROFILE, print_next
 from memscope.command.options import debug_option
 from memscope.workload.settings import format_value, help_of, non_defaults
-from memscope.workload.target import find_target, shipped_targets
+from memscope.workload.target import settings_of_shipped, shipped_targets
 
 __all__ = ["command"]
-
-_INDENT = (0, 0, 0, 4)
 
 
 @click.command("targets")
@@ -25,16 +24,25 @@ def command() -> None:
     """List the targets that come with memscope, with presets (--preset) and settings (--set KEY=VALUE)."""
     console = Console(highlight=False)
     for name in shipped_targets():
-        target = find_target(name)
+        module = settings_of_shipped(name)
         console.print(Text(f"targets/{name}", style="bold"))
-        default = next(iter(target.presets.values()))
-        for preset, config in target.presets.items():
-            changed = ", ".join(f"{k}={v}" for k, v in non_defaults(config).items()) or "the defaults below"
-            console.print(Padding(Text.assemble((f"--preset {preset}", "cyan"), " ", changed), _INDENT))
-        texts = help_of(type(default))
-        for field in dataclasses.fields(default):
-            default_value = format_value(getattr(default, field.name))
-            setting = Text.assemble((f"--set {field.name}={default_value}", "cyan"), " ", texts.get(field.name, ""))
-            console.print(Padding(setting, _INDENT))
+        for example, about in getattr(module, "EXAMPLES", {}).items():
+            _print_row(console, f"{name}:{example}", about)
+        if len(module.PRESETS) > 1:
+            for preset, config in module.PRESETS.items():
+                changed = ", ".join(f"{k}={v}" for k, v in non_defaults(config).items()) or "the defaults below"
+                _print_row(console, f"--preset {preset}", changed)
+        _print_settings(console, next(iter(module.PRESETS.values())))
     console.print()
     print_next(console, [*FIRST_PROFILE, "--strategies", "lora,amp"])
+
+
+def _print_settings(console: Console, default: Any) -> None:
+    texts = help_of(type(default))
+    for field in dataclasses.fields(default):
+        value = format_value(getattr(default, field.name))
+        _print_row(console, f"--set {field.name}={value}", texts.get(field.name, ""))
+
+
+def _print_row(console: Console, what: str, about: str) -> None:
+    console.print(Padding(Text.assemble((what, "cyan"), " ", about), (0, 0, 0, 4)))

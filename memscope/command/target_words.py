@@ -8,7 +8,7 @@ from pathlib import Path
 from memscope.errors import TraceFileError, UsageError
 from memscope.trace import Trace
 
-__all__ = ["RUNS", "last_profiled", "settings_of", "words_of"]
+__all__ = ["RUNS", "last_profiled", "settings_of", "short_name", "words_of"]
 
 RUNS = Path("memscope-runs")
 """Folder of the runs, one folder each; traces of `memscope profile`, results of fine-tuning."""
@@ -30,6 +30,15 @@ def settings_of(texts: Sequence[str]) -> dict[str, str]:
             raise UsageError(f'setting "{key}" is given twice: "{words[key]}" and "{value}"')
         words[key] = value
     return words
+
+
+def short_name(target: str) -> str:
+    """A target's name for a folder: `mine` of path/mine.py, `Llama-2-7b-hf` of hf:meta-llama/Llama-2-7b-hf."""
+    name, colon, argument = target.partition(":")
+    path = Path(argument.rstrip("/") if colon and len(name) > 1 else target)
+    if path.name == "config.json":
+        path = path.parent
+    return (path.stem if path.suffix in (".py", ".json", ".yml", ".yaml") else path.name) or name
 
 
 def words_of(target: str, preset: str | None, settings: Mapping[str, str]) -> list[str]:

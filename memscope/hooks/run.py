@@ -14,6 +14,7 @@ from memscope.hooks.live_state import Tell
 from memscope.hooks.recorder import Recorder
 from memscope.strategies import Plan
 from memscope.trace import Phase
+from memscope.trace.notes import add_note
 from memscope.workload.building import target_error
 from memscope.workload.description import Workload
 from memscope.workload.micro_batches import MicroBatch
@@ -29,13 +30,16 @@ MicroBatchProgress = Callable[[int, int], None]
 def run_meta(workload: Workload, plan: Plan, device: str, *, simulated: bool) -> dict[str, Any]:
     """The `meta` entries that describe a run."""
     samples = sample_counts(workload.batches[0])
-    return {
+    meta: dict[str, Any] = {
         "target": workload.name,
         "settings": workload.settings,
         "samples_per_step": samples[0] if len(samples) == 1 else None,
         "strategies": plan.specs,
         "device": {"name": device, "simulated": simulated},
     }
+    for note in workload.notes:
+        add_note(meta, note)
+    return meta
 
 
 def run_steps(

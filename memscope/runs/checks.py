@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from memscope.errors import MemscopeError
-from memscope.runs.processes import alone
+from memscope.runs.processes import alone, preload
+from memscope.workload.target import slow_imports
 
 if TYPE_CHECKING:
     from memscope.strategies import Plan
@@ -30,6 +31,7 @@ def check_plans(
         MemscopeError: the target, its settings, its data or a plan cannot be used, or its code ended the process or
             took longer than `timeout_seconds`.
     """
+    preload(slow_imports(target))
     return alone(_checked, target, preset, settings, [*map(str, plans)], offered, timeout_seconds=timeout_seconds)
 
 

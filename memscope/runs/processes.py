@@ -27,7 +27,7 @@ from memscope.interrupts import interrupts_held, raise_if_interrupted, undone
 from memscope.runs.worker import ASK_WHERE, work
 from memscope.units import format_seconds
 
-__all__ = ["RunLost", "Workers", "alone", "cores", "workers"]
+__all__ = ["RunLost", "Workers", "alone", "cores", "preload", "workers"]
 
 T = TypeVar("T")
 
@@ -42,6 +42,14 @@ _FRAME = re.compile(r'  File "(.*)", line (\d+) in (.*)')
 
 class RunLost(TargetError):
     """The process of a task died or was stuck, so that the task has no result; that says nothing about other tasks."""
+
+
+def preload(modules: Sequence[str]) -> None:
+    """Import these modules too before processes are forked, which share them. Call it before the first process starts.
+
+    A module that is not installed is left out. Without a fork server, this has no effect.
+    """
+    _PRELOADED.extend(name for name in modules if name not in _PRELOADED)
 
 
 def cores() -> int:

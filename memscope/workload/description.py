@@ -76,6 +76,8 @@ class Workload:
     """Weight of a micro-batch in the mean loss of its step, e.g. its number of target tokens. Default: its samples."""
     settings: dict[str, Any] = field(default_factory=dict)
     """The target's settings; stored in the trace."""
+    notes: Sequence[str] = ()
+    """What a reader of the figures must know about the workload; tables, pages and JSON documents show it."""
 
     def parameter_counts(self) -> tuple[int, int]:
         """`(total, trainable)` numbers of parameters, each tied parameter counted once."""

@@ -1,6 +1,7 @@
 """Find and load a target: a folder with target.py, or a Python file, that defines `Config` and `build`.
 
-A target may also define `PRESETS`, and `read_preset(path)` to read a preset from a file or folder.
+A target may also define `PRESETS`, `read_preset(path)` to read a preset from a file or folder, and `ARGUMENT`, the name
+of the setting that the text after a colon fills: `hf:gpt2`.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from memscope.errors import MemscopeError, TargetError, UsageError, nearest, where
-from memscope.workload.description import Workload
 from memscope.workload.settings import fill, format_value
 
-__all__ = ["Target", "find_target", "shipped_targets"]
+if TYPE_CHECKING:
+    from memscope.workload.description import Workload
+
+__all__ = ["Target", "find_target", "settings_of_shipped", "shipped_targets", "slow_imports"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class Target:
     build: Callable[[Any], Workload]
     read_preset: Callable[[Path], Any] | None = None
     """Reads settings from a file or folder given in place of a preset's name; None: only names are accepted."""
+    argument: str | None = None
+    """The setting that the text after a colon fills; None: the target takes no such text."""
 
     def configure(self, preset: str | None = None, words: Mapping[str, str] | None = None) -> Any:
         """The settings of a preset (a name, or a path that the target can read), with the fields in `words` changed.
@@ -62,16 +67,34 @@ def _shipped_files() -> dict[str, Path]:
     return {file.parent.name: file for folder in shipped.__path__ for file in Path(folder).glob("*/target.py")}
 
 
+def settings_of_shipped(name: str) -> ModuleType:
+    """The module of a shipped target with its `PRESETS`, and `EXAMPLES` if it takes an argument.
+
+    `EXAMPLES` has a line about each argument that the target knows. The module imports no torch: it can be listed fast.
+    """
+    return importlib.import_module(f"memscope.targets.{name}.config")
+
+
+def slow_imports(text: str) -> tuple[str, ...]:
+    """The libraries that a shipped target imports and that are slow to import; none for a user's own target."""
+    name = Path(text.partition(":")[0])
+    shipped = _shipped_name(name, name / "target.py" if name.is_dir() else name)
+    return getattr(settings_of_shipped(shipped), "SLOW_IMPORTS", ()) if shipped else ()
+
+
 def find_target(text: str) -> Target:
     """Load the target at a path or, if there is none, the shipped target of that name.
 
-    `llama2` and `targets/llama2` name the same shipped target.
+    `llama2` and `targets/llama2` name the same shipped target. `hf:gpt2` is the target `hf` whose argument is `gpt2`.
 
     Raises:
         UsageError: no target has this path or name.
         TargetError: the target's code cannot be loaded, or its `Config`, `build` or `PRESETS` is missing or wrong.
     """
     path = Path(text)
+    name, colon, argument = text.partition(":")
+    if colon and len(name) > 1 and not path.exists():  # one letter is a drive of Windows
+        return _with_argument(find_target(name), argument)
     file = path / "target.py" if path.is_dir() else path
     shipped = _shipped_name(path, file)
     if not shipped and not (file.is_file() and file.suffix == ".py"):
@@ -89,11 +112,24 @@ def find_target(text: str) -> Target:
         raise
     except BaseException as error:
         raise TargetError(f'target "{text}" cannot be loaded: {type(error).__name__}: {error}{where(error)}') from error
-    read_preset = getattr(module, "read_preset", None)
+    optional = getattr(module, "read_preset", None), getattr(module, "ARGUMENT", None)
     if shipped:
-        return Target(shipped, presets, module.build, read_preset)
+        return Target(shipped, presets, module.build, *optional)
     file = file.resolve()
-    return Target(_own_name(file), presets, _with_neighbours(file.parent, module.build), read_preset)
+    return Target(_own_name(file), presets, _with_neighbours(file.parent, module.build), *optional)
+
+
+def _with_argument(target: Target, argument: str) -> Target:
+    if target.argument is None:
+        raise UsageError(
+            f'target "{target.name}" takes nothing after a colon, but "{argument}" was given: '
+            "choose a preset with --preset, settings with --set KEY=VALUE"
+        )
+    if not argument:
+        raise UsageError(f'"{target.name}:" names no {target.argument}. See: memscope targets')
+    words, of = {target.argument: argument}, f'target "{target.name}"'
+    presets = {name: fill(preset, words, of=of) for name, preset in target.presets.items()}
+    return dataclasses.replace(target, presets=presets)
 
 
 def _shipped_name(path: Path, file: Path) -> str | None:
@@ -121,6 +157,9 @@ def _wrong(module: ModuleType) -> str:
     for name, preset in presets.items():
         if not (isinstance(name, str) and isinstance(preset, module.Config)):
             return f"has PRESETS in which {name!r} is {preset!r}: {expected}"
+    argument, names = getattr(module, "ARGUMENT", None), [field.name for field in dataclasses.fields(module.Config)]
+    if argument is not None and argument not in names:
+        return f"has the ARGUMENT {argument!r}, which is no setting: expected one of {', '.join(names)}"
     return ""
 
 
@@ -148,6 +187,8 @@ def _with_neighbours(folder: Path, build: Callable[[Any], Workload]) -> Callable
     """Wrap `build`: while it runs, it can import the files beside the target; the workload keeps its settings."""
 
     def with_neighbours(config: Any) -> Workload:
+        from memscope.workload.description import Workload
+
         with _importable(folder):
             built: object = build(config)
         if isinstance(built, Workload) and not built.settings:

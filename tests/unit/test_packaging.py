@@ -86,10 +86,12 @@ def test_wheel_holds_every_file_of_the_three_folders(wheel: Path) -> None:
     assert held == installed_files()
 
 
-@pytest.mark.parametrize("suffix", [".json", ".model"])
-def test_wheel_holds_the_data_of_llama2(suffix: str, wheel: Path) -> None:
+@pytest.mark.parametrize(
+    ("folder", "suffix"), [("llama2/data", ".json"), ("llama2/data", ".model"), ("hf/models", ".toml")]
+)
+def test_wheel_holds_the_data_of_targets(folder: str, suffix: str, wheel: Path) -> None:
     held = zipfile.ZipFile(wheel).namelist()
-    assert [name for name in held if name.startswith("memscope/targets/llama2/data/") and name.endswith(suffix)]
+    assert [name for name in held if name.startswith(f"memscope/targets/{folder}/") and name.endswith(suffix)]
 
 
 def test_unpacked_wheel_imports_without_the_repository(wheel: Path, tmp_path: Path) -> None:
@@ -108,6 +110,12 @@ def test_help_imports_no_heavy_package(tmp_path: Path) -> None:
     loaded = modules_loaded_by("-m", "memscope", "--help", cwd=tmp_path)
     assert "memscope.cli.main" in loaded
     assert not loaded & {"torch", "plotly", "numpy", "msgspec"}
+
+
+def test_the_list_of_targets_imports_neither_torch_nor_transformers(tmp_path: Path) -> None:
+    loaded = modules_loaded_by("-m", "memscope", "targets", cwd=tmp_path)
+    assert "memscope.targets.hf.catalogue" in loaded
+    assert not loaded & {"torch", "transformers"}
 
 
 def test_the_help_check_notices_an_import(tmp_path: Path) -> None:
@@ -149,7 +157,7 @@ def test_no_document_installs_the_package_of_the_same_name(text: Path) -> None:
 def test_dir_lists_the_public_names_before_they_are_loaded(tmp_path: Path) -> None:
     done = python("-c", "import memscope; print(*dir(memscope))", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    public = "Plan Recorder StepPlan Strategy Trace Workload advise record simulate"
+    public = "Plan Recorder StepPlan Strategy Trace Workload advise hf record simulate"
     assert done.stdout.split() == sorted(["__version__", *public.split()])
 
 

@@ -55,7 +55,7 @@ def is_llama2(target: Target) -> bool:
 
 
 def test_shipped_targets_are_listed() -> None:
-    assert shipped_targets() == ["llama2"]
+    assert shipped_targets() == ["hf", "llama2"]
 
 
 @pytest.mark.parametrize("text", ["llama2", "targets/llama2", "targets/llama2/", "./llama2"])
@@ -114,6 +114,19 @@ def test_working_folder_is_a_target_named_for_itself(tmp_path: Path) -> None:
     assert find_target(".").name == tmp_path.name
 
 
+def test_the_text_after_a_colon_fills_the_setting_that_the_target_names() -> None:
+    write("mine/target.py", OWN + '    ARGUMENT = "layers"\n')
+    target = find_target("mine:7")
+    assert [preset.layers for preset in target.presets.values()] == [7, 7]
+    with pytest.raises(UsageError, match=r'setting "layers" cannot be "seven": expected a whole number'):
+        find_target("mine:seven")
+
+
+def test_an_argument_that_is_no_setting_is_refused() -> None:
+    write("mine/target.py", OWN + '    ARGUMENT = "layer"\n')
+    assert "has the ARGUMENT 'layer', which is no setting: expected one of layers, name" in failure("mine:7")
+
+
 def test_own_target_may_import_files_next_to_it() -> None:
     write("mine/memscope_test_plain.py", "LAYERS = 3")
     write("mine/memscope_test_relative.py", "NAME = 'beside'")
@@ -170,7 +183,7 @@ def test_unknown_target_is_refused_with_the_expected_kinds(text: str, nearest: s
         find_target(text)
     assert str(caught.value) == (
         f'no target "{text}": expected a folder with target.py, a Python file, or a shipped target. '
-        f"{nearest}Valid: llama2"
+        f"{nearest}Valid: hf, llama2"
     )
 
 

@@ -1,0 +1,196 @@
+"""Training steps of `hf:WHAT`: each kind of model trains, settings do what they say, and the command line runs them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("peft", reason="PEFT is not installed")
+
+import torch
+
+import memscope
+from memscope.errors import MemscopeError
+from memscope.trace import PHASES
+from memscope.workload.building import build_workload
+from memscope.workload.description import Workload
+
+LAYERS = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 64, **LAYERS}
+VISION = {"image_size": 16, "patch_size": 8, **LAYERS}
+T5 = {
+    "vocab_size": 64,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 1,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+}
+WHISPER = {
+    "vocab_size": 64, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "num_mel_bins": 8,
+    "max_source_positions": 16, "max_target_positions": 16, "pad_token_id": 0, "decoder_start_token_id": 1,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+BERT = {"vocab_size": 64, "max_position_embeddings": 32, **LAYERS}
+MODELS = {
+    "text": LLAMA,
+    "masked text": {"model_type": "bert", "architectures": ["BertForMaskedLM"], **BERT},
+    "classes of text": {"model_type": "bert", "architectures": ["BertForSequenceClassification"], **BERT},
+    "encoder and decoder": {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], **T5},
+    "images": {"model_type": "vit", "architectures": ["ViTForImageClassification"], **VISION},
+    "speech": {"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"], **WHISPER},
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    return written(tmp_path / "tiny", LLAMA)
+
+
+def written(folder: Path, config: dict[str, object]) -> str:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def built(what: str, **settings: object) -> Workload:
+    """The workload as on the host, without memory for the weights."""
+    with torch.device("meta"):
+        return build_workload(memscope.hf(what, **settings))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_simulated_step_equals_the_recorded_one(kind: str, tmp_path: Path) -> None:
+    what = memscope.hf(written(tmp_path / "tiny", MODELS[kind]), micro_batch=2, seq_len=8, target_len=4)
+    simulated, real = memscope.simulate(what, device="cpu"), memscope.record(what)
+    assert simulated.requested.tolist() == real.requested.tolist()
+
+
+def test_an_image_comes_before_its_text(tmp_path: Path) -> None:
+    text = {key: value for key, value in LLAMA.items() if key != "architectures"}
+    vision = {"model_type": "clip_vision_model", "projection_dim": 32, **VISION}
+    config = {
+        "model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "text_config": text,
+        "vision_config": vision, "image_token_index": 63, "image_seq_length": 4,
+    }  # fmt: skip
+    workload = built(written(tmp_path / "tiny", config), seq_len=8, micro_batch=2)
+    (batch,) = workload.split(workload.batches[0], 1)
+    assert batch["pixel_values"].shape == (2, 3, 16, 16)
+    assert (batch["input_ids"] == 63).sum(1).tolist() == [4, 4]  # (16 / 8)² patches
+    with pytest.raises(MemscopeError, match="an image alone takes 4 tokens: choose at least 6"):
+        built(str(tmp_path / "tiny"), seq_len=5)
+
+
+def test_packed_samples_are_one_row_whose_positions_restart(folder: str) -> None:
+    workload = built(folder, micro_batch=2, accumulation=2, seq_len=3, packing=True)
+    first, second = workload.split(workload.batches[0], 2)
+    assert first["input_ids"].shape == second["labels"].shape == (1, 6)
+    assert first["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2]]
+    assert "attention_mask" not in first
+
+
+def test_settings_reach_the_model_and_the_plan(folder: str) -> None:
+    workload = built(
+        folder, dtype="bf16", fp32_modules=("norm",), vocab_size=80, overrides="num_hidden_layers=1", autocast="bf16",
+        accumulation=2, clip_grad_norm=1.0, trained="lm_head", attention="eager", use_cache=True,
+    )  # fmt: skip
+    parameters = dict(workload.model.named_parameters())
+    assert parameters["lm_head.weight"].shape == (80, 32)
+    assert {name for name, one in parameters.items() if one.dtype is torch.float32} == {
+        "model.norm.weight", "model.layers.0.input_layernorm.weight", "model.layers.0.post_attention_layernorm.weight",
+    }  # fmt: skip
+    assert {name for name, one in parameters.items() if one.requires_grad} == {"lm_head.weight"}
+    config = workload.model.config
+    assert (config.num_hidden_layers, config._attn_implementation, config.use_cache) == (1, "eager", True)
+    plan = workload.plan
+    assert (plan.micro_batches, plan.autocast, plan.clip_grad_norm) == (2, torch.bfloat16, 1.0)
+
+
+def test_the_dtype_is_that_of_the_configuration(tmp_path: Path) -> None:
+    low = built(written(tmp_path / "low", {**LLAMA, "torch_dtype": "bfloat16"}))
+    plain = built(written(tmp_path / "plain", LLAMA))
+    assert (low.model.dtype, plain.model.dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_the_adapter_is_pefts_and_its_weights_are_float32_unless_told_otherwise(folder: str) -> None:
+    adapter = "lora:r=4,target_modules=q_proj+v_proj"
+    for dtype, expected in ((None, torch.float32), ("bf16", torch.bfloat16)):
+        workload = built(folder, dtype="bf16", adapter=adapter, adapter_dtype=dtype)
+        trained = [one for one in workload.model.parameters() if one.requires_grad]
+        assert sum(one.numel() for one in trained) == 2 * 2 * 4 * (32 + 32)  # layers, matrices, r, in + out
+        assert {one.dtype for one in trained} == {expected}
+
+
+def test_an_adapter_that_peft_does_not_know_is_refused(folder: str) -> None:
+    with pytest.raises(MemscopeError, match=r'PEFT has no method "LORAA": did you mean "LORA"'):
+        built(folder, adapter="loraa:r=4")
+    with pytest.raises(MemscopeError, match=r'LORA of the installed PEFT has no "rang"'):
+        built(folder, adapter="lora:rang=4,target_modules=q_proj")
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_with_an_adapter_trains(folder: str, reentrant: bool) -> None:
+    settings = {"adapter": "lora:r=4,target_modules=q_proj", "micro_batch": 4, "seq_len": 32}
+    plain = memscope.simulate(memscope.hf(folder, **settings), device="cpu")
+    what = memscope.hf(folder, **settings, gradient_checkpointing=True, reentrant=reentrant)
+    checkpointed = memscope.simulate(what, device="cpu")
+    assert checkpointed.by("category", at="peak")["activation"] < plain.by("category", at="peak")["activation"]
+
+
+def test_a_kept_batch_is_there_during_the_update(folder: str) -> None:
+    def in_update(keep: bool) -> int:
+        trace = memscope.simulate(memscope.hf(folder, micro_batch=4, seq_len=32, keep_batch=keep), device="cpu")
+        update = trace.mark_event[trace.mark_phase == PHASES.index("optimizer")][0]
+        return int(trace.timeline("input")[update])
+
+    assert in_update(keep=True) - in_update(keep=False) == 3 * 4 * 32 * 8  # ids, mask and labels of 8 bytes
+
+
+def test_the_cache_is_emptied_in_every_step_of_the_number(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    emptied: list[int] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
+    memscope.record(memscope.hf(folder, seq_len=4, accumulation=2, empty_cache_every=2), steps=3)
+    assert len(emptied) == 2 * 2  # both micro-batches of steps 0 and 2
+
+
+@pytest.mark.parametrize(("name", "kind"), [("adafactor", "Adafactor"), ("adamw_torch_fused", "AdamW"), ("sgd", "SGD")])
+def test_optimizers_have_their_names_of_the_trainer(folder: str, name: str, kind: str) -> None:
+    workload = built(folder, optimizer=name)
+    optimizer = workload.optimizer_factory(list(workload.model.parameters()))
+    assert type(optimizer).__name__ == kind
+    matrices, vectors = optimizer.param_groups
+    assert all(one.ndim == 2 for one in matrices["params"])
+    assert all(one.ndim == 1 for one in vectors["params"])
+
+
+def test_optimizers_of_other_libraries_are_refused(folder: str) -> None:
+    with pytest.raises(MemscopeError, match=r'optimizer="adamw_bnb_8bit" is not supported: its states have a format'):
+        built(folder, optimizer="adamw_bnb_8bit")
+    with pytest.raises(MemscopeError, match=r'optimizer="adamv_torch": did you mean "adamw_torch"'):
+        built(folder, optimizer="adamv_torch")
+
+
+def test_the_command_line_profiles_a_folder(run, folder: str) -> None:
+    words = ["hf:" + folder, "--device", "t4", "--set", "seq_len=8", "micro_batch=2", "dtype=fp32"]
+    code, out, err = run("profile", *words, "-s", "lora:targets=q_proj+v_proj", "--json")
+    assert code == 0, err
+    document = json.loads(out)
+    base, lora = document["runs"]
+    assert (
+        base["parameters"]["total"]
+        == base["parameters"]["trainable"]
+        == 2 * 64 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 48 + 2 * 32) + 32
+    )
+    assert lora["parameters"]["trainable"] == 2 * 2 * 16 * (32 + 32)
+    assert Path(base["trace"]).parent.name.startswith("tiny-")
+
+
+def test_the_command_line_tells_a_name_that_is_nearly_right(run) -> None:
+    code, _, err = run("profile", "hf:lama-2-7b")
+    assert code == 2
+    assert 'did you mean "llama-2-7b"?' in err
