@@ -228,7 +228,7 @@ def _next(
     words += ["--timeout", options.timeout] if options.timeout else []
     plan = prepared.plans[-1] if prepared.plans else Plan.of()
     for one in remedies.tried if remedies else ():
-        if one.fits:
+        if one.fit.fits:
             return [*words, "--strategies", Plan.of(*plan.strategies, one.strategy)]
     if prepared.to_try and not remedies:
         return [*words, "--strategies", prepared.to_try[0]]

@@ -9,6 +9,7 @@ from published_models import BigCode, BigCodeSize, Mistral, MistralSize
 from published_runs import TRAINER_RUNS
 
 from memscope import StepPlan, Workload, simulate
+from memscope.analysis.fit import Fit
 from memscope.simulation.devices.catalogue import get_device
 from memscope.units import format_bytes
 
@@ -91,3 +92,12 @@ def test_only_the_full_batch_of_8_runs_out_of_memory_once_and_goes_on(traces):
     assert released == ["mistral-8"]
     assert traces[released[0]].meta["out_of_memory"] is None
     assert "the device was full in step 1, forward" in traces[released[0]].meta["notes"][0]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_no_published_run_took_more_than_its_known_error_allows(name, traces):
+    """The context here is that of the device table, as in every prediction without a measurement."""
+    trace, published = traces[name], RUNS[name].nvidia_smi_mib * MIB
+    reserved = max(int(trace.reserved[trace.freed[trace.step == step].max()]) for step in (0, 1))
+    fit = Fit.of(reserved, reserved + get_device("a100-80gb").context_bytes, published)
+    assert published <= fit.needed_bytes + fit.known_error_bytes
