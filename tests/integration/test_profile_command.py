@@ -317,6 +317,7 @@ def test_a_target_that_does_not_fit_ends_in_exit_code_4_and_says_where_it_runs_o
     ("words", "expected"),
     [
         (["--allocator", "expandable_segment:True"], "expandable_segments"),
+        (["--allocator", "version:2.4", "--device", "cpu"], "the allocator of the installed PyTorch"),
         (["--device", "small"], "gpu"),
         (["--device-file", "nowhere.toml"], "nowhere.toml"),
     ],
