@@ -221,6 +221,7 @@ def _facts(advice: Advice) -> list[tuple[str, str]]:
     found = [
         ("needs" if advice.feasible else "least that a simulated plan needs", format_bytes(peak.device)),
         ("budget", format_both(advice.budget_bytes)),
+        *([("fit", str(advice.fit))] if advice.feasible else []),
         ("device", advice.device),
         ("strategies", ", ".join(advice.strategies) or "none needed"),
         ("allocated, reserved", f"{format_bytes(peak.allocated)}, {format_bytes(peak.reserved)}"),

@@ -11,6 +11,7 @@ import numpy as np
 
 from memscope.analysis.alive import by_module_together, largest, occasion
 from memscope.analysis.effects import Run
+from memscope.analysis.fit import fit_of
 from memscope.analysis.inferred import marked
 from memscope.analysis.ledger import Ledger, ledger
 from memscope.analysis.notes import notes_of
@@ -106,6 +107,8 @@ def _facts(trace: Trace) -> Iterator[tuple[str, str]]:
     match meta.get("parameters"):
         case {"total": int(total), "trainable": int(trainable)}:
             yield "trainable parameters", f"{trainable:,} of {total:,} ({trainable / max(total, 1):.2%})"
+    if (fit := fit_of(trace)) is not None and fit.fits:
+        yield "fit", str(fit)
     yield "allocations", f"{len(trace):,}"
 
 

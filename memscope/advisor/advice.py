@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from memscope.analysis.fit import Fit
 from memscope.errors import UsageError
 from memscope.strategies import Plan
 from memscope.strategies.ckpt import Checkpoint, LayerPlan
@@ -166,6 +167,11 @@ class Advice:
         return f"{self._optimality}. Of {self.combinations} combinations of strategies, {untried}"
 
     @property
+    def fit(self) -> Fit:
+        """How safely the plan, or the simulated plan that needs least, fits the budget."""
+        return Fit.of(self.peak.reserved, self.peak.device, self.budget_bytes)
+
+    @property
     def _optimality(self) -> str:
         if not self.layers:
             return "nothing is recomputed: no checkpoint plan is faster with these strategies"
@@ -225,6 +231,7 @@ class Advice:
             if self.feasible
             else None,
             "peak": self.peak.document(),
+            "fit": self.fit.document(),
             "time": {
                 "estimate": True,
                 "step_seconds": self.step_seconds,

@@ -35,12 +35,15 @@ class AddressRange:
 class Block:
     """A contiguous range of device memory, as returned by `CachingAllocator.malloc`. Only the allocator changes it."""
 
-    __slots__ = ("address", "allocated", "gc_base", "mapped", "next", "pool", "previous", "range", "requested", "size")
+    __slots__ = (
+        "address", "age", "allocated", "gc_base", "mapped", "next", "pool", "previous", "range", "requested", "size",
+    )  # fmt: skip
 
     def __init__(
         self, address: int, size: int, pool: Pool, within: AddressRange | None, *, mapped: bool = True
     ) -> None:
         self.address = address
+        self.age = 0  # number of the block, in order of creation; decides among equal cached blocks in 2.12
         self.size = size
         self.pool = pool
         self.range = within
@@ -83,6 +86,14 @@ class Block:
         return False
 
     @property
+    def unreleasable(self) -> int:
+        """Bytes of a cached block that cannot be released: they share a segment or a page with an allocated block."""
+        if self.range is None:
+            return 0 if self.previous is None and self.next is None else self.size
+        first, last = self.range.pages_within(self)
+        return self.size - (last - first)
+
+    @property
     def extent(self) -> int:
         """Bytes of the block, plus those of the unmapped range behind it, which it could grow into."""
         after = self.next
@@ -95,26 +106,31 @@ class Pool:
     PyTorch keeps the blocks of all streams in one std::set, sorted by stream first; here each stream has its own pool.
     """
 
-    __slots__ = ("cached", "small", "stream", "unmapped")
+    __slots__ = ("by_age", "cached", "small", "stream", "unmapped")
 
-    def __init__(self, *, small: bool, stream: int) -> None:
+    def __init__(self, *, small: bool, stream: int, by_age: bool = False) -> None:
         self.small = small
         self.stream = stream
+        self.by_age = by_age
+        """Whether cached blocks of equal size are sorted by age, not by address."""
         self.cached: list[tuple[int, int, Block]] = []
-        """(size, address, block) in ascending order: the first block that is large enough is the best fit."""
+        """(size, address or age, block) in ascending order: the first block that is large enough is the best fit."""
         self.unmapped: list[tuple[int, Block]] = []
         """(address, block) of the unmapped ranges of expandable segments, in ascending order."""
 
     def add(self, block: Block) -> None:
         """Add a free block."""
         if block.mapped:
-            insort(self.cached, (block.size, block.address, block))
+            insort(self.cached, (*self._key(block), block))
         else:
             insort(self.unmapped, (block.address, block))
 
     def remove(self, block: Block) -> None:
         """Remove a block, before it is allocated, changed or released."""
         if block.mapped:
-            del self.cached[bisect_left(self.cached, (block.size, block.address))]
+            del self.cached[bisect_left(self.cached, self._key(block))]
         else:
             del self.unmapped[bisect_left(self.unmapped, (block.address,))]
+
+    def _key(self, block: Block) -> tuple[int, int]:
+        return block.size, block.age if self.by_age else block.address

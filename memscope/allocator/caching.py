@@ -1,14 +1,15 @@
 """PyTorch's CUDACachingAllocator without CUDA: the same blocks, at the same places, in the same order.
 
 Source: class DeviceCachingAllocator of c10/cuda/CUDACachingAllocator.cpp, PyTorch 2.13.0; docstrings here name its
-functions. Not implemented: private pools (CUDA graphs, MemPool), free-memory callbacks (CUDA IPC), and the deferred
-frees of `Tensor.record_stream`. A block freed here is free at once, so *active* and *allocated* are equal; to replay a
-program that uses record_stream, free each block where PyTorch completes its free.
+functions. `releases.py` has what other releases do differently. Not implemented: private pools (CUDA graphs, MemPool),
+free-memory callbacks (CUDA IPC), and the deferred frees of `Tensor.record_stream`. A block freed here is free at once,
+so *active* and *allocated* are equal; to replay a program that uses record_stream, free each block where PyTorch
+completes its free.
 
 Among cached blocks of equal size, PyTorch 2.13 and later takes the lowest one in the oldest segment; PyTorch 2.11 and
 older takes the one with the lowest driver address. This allocator takes the lowest address and places each new segment
 above the earlier ones, so both rules agree. To follow a run of 2.11 to the byte, pass the driver's addresses. PyTorch
-2.12 goes by the age of the block itself, which is not replayed: it may choose another block of equal size.
+2.12 takes the oldest block.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from bisect import bisect_left
 from collections.abc import Mapping
 
 from memscope.allocator.blocks import AddressRange, Block, Pool
+from memscope.allocator.releases import AGE_OF_BLOCK
 from memscope.allocator.report import AllocationFailed, HeldSegments, OutOfMemory, SegmentAction, SegmentEvent
 from memscope.allocator.settings import MIN_BLOCK, SMALL_SEGMENT, SMALL_SIZE, AllocatorSettings
 
@@ -76,6 +78,8 @@ class CachingAllocator:
         self._ends: dict[int, int] = {}  # end of each segment, by its address
         # Number of searches in the large and the small pool: the clock by which garbage collection measures age.
         self._searches = [0, 0]
+        self._by_age = settings.release == AGE_OF_BLOCK
+        self._made = 0  # number of blocks created so far
         self._addresses = segment_addresses or {}
         self._next_address = _FIRST_ADDRESS
 
@@ -96,12 +100,14 @@ class CachingAllocator:
         small = size <= SMALL_SIZE
         pool = self._pools.get((small, stream))
         if pool is None:
-            pool = self._pools[small, stream] = Pool(small=small, stream=stream)
+            pool = self._pools[small, stream] = Pool(small=small, stream=stream, by_age=self._by_age)
         block = self._take_cached(pool, size)
         if block is None:
             block = self._obtain(pool, size, size_bytes)
         if self._should_split(small, size, block.size - size):
-            self._cache(block.cut(size))
+            rest = block.cut(size)
+            rest.age, block.age = block.age, self._next_age()
+            self._cache(rest)
         block.allocated = True
         block.requested = size_bytes
         self.allocated += block.size
@@ -140,9 +146,14 @@ class CachingAllocator:
 
     def unreleasable(self) -> int:
         """Cached bytes that `empty_cache` cannot release: they share a segment or a page with an allocated block."""
-        return sum(_unreleasable(block) for pool in self._pools.values() for _, _, block in pool.cached)
+        return sum(block.unreleasable for pool in self._pools.values() for _, _, block in pool.cached)
 
     # Cached blocks.
+
+    def _next_age(self) -> int:
+        """The number of a new block: Block::registration_counter of PyTorch 2.12."""
+        self._made += 1
+        return self._made
 
     def _cache(self, block: Block) -> None:
         block.gc_base = self._searches[block.pool.small]
@@ -180,6 +191,7 @@ class CachingAllocator:
         if below is not None and not below.allocated and below.mapped == block.mapped:
             below.pool.remove(below)
             below.absorb_next()
+            below.age = block.age
             return below
         return block
 
@@ -234,6 +246,7 @@ class CachingAllocator:
         self._next_address += size
         within = None if page is None else AddressRange(address, size, page)
         block = self._heads[address] = Block(address, size, pool, within, mapped=page is None)
+        block.age = self._next_age()
         self._ends[address] = address + size
         if page is None:
             self._place(block)
@@ -354,7 +367,9 @@ class CachingAllocator:
         if block.size == block.range.size:
             self._place(block)
         if mapped < block.size:
-            block.pool.add(block.cut(mapped))
+            rest = block.cut(mapped)
+            rest.age = self._next_age()
+            block.pool.add(rest)
         block.mapped = True
         address = block.address
         block = self._join(block)
@@ -370,9 +385,12 @@ class CachingAllocator:
         block.pool.remove(block)
         if first > block.address:
             below, block = block, block.cut(first - block.address)
+            below.age, block.age = self._next_age(), below.age
             self._cache(below)
         if last < block.address + block.size:
-            self._cache(block.cut(last - block.address))
+            above = block.cut(last - block.address)
+            above.age = self._next_age()
+            self._cache(above)
         block.mapped = False
         joined = self._join(block)
         self._log("segment_unmap", first, last - first, joined.pool.stream)
@@ -380,10 +398,3 @@ class CachingAllocator:
             del self._heads[joined.address], self._ends[joined.address]
         else:
             joined.pool.add(joined)
-
-
-def _unreleasable(block: Block) -> int:
-    if block.range is None:
-        return 0 if block.previous is None and block.next is None else block.size
-    first, last = block.range.pages_within(block)
-    return block.size - (last - first)

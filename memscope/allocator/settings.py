@@ -1,7 +1,7 @@
 """The allocator settings of PYTORCH_CUDA_ALLOC_CONF, and the block and segment sizes that follow from them.
 
 Sources: c10/core/AllocatorConfig.h and .cpp, c10/cuda/CUDAAllocatorConfig.h and .cpp, and for the two sizes
-c10/cuda/CUDACachingAllocator.cpp, all of PyTorch 2.13.0. 2.11.0 and 2.15.0 have the same constants and rules.
+c10/cuda/CUDACachingAllocator.cpp, all of PyTorch 2.13.0. `releases.py` has what other releases do differently.
 """
 
 from __future__ import annotations
@@ -10,6 +10,15 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from memscope.allocator.releases import (
+    FIRST_WITH,
+    LEAST_LIMIT_ALLOWED,
+    RANGE_AFTER_LAST,
+    Release,
+    installed,
+    parse_release,
+    release_text,
+)
 from memscope.errors import UsageError, nearest
 
 __all__ = ["ENVIRONMENT_VARIABLES", "LARGE_SEGMENT", "MIN_BLOCK", "SMALL_SEGMENT", "SMALL_SIZE", "AllocatorSettings"]
@@ -77,7 +86,9 @@ class AllocatorSettings:
     per_process_memory_fraction: float = 1.0
     """Fraction of the device's memory that the process may reserve (torch.cuda.set_per_process_memory_fraction)."""
     throw_on_cudamalloc_oom: bool = False
-    """Reject a request that exceeds the device's memory without releasing cached segments first (PyTorch 2.13)."""
+    """Reject a request that exceeds the device's memory without releasing cached segments first."""
+    version: str | None = None
+    """Release of PyTorch whose allocator is followed, such as `2.4` (see `RELEASES`). None: the installed one."""
 
     def __post_init__(self) -> None:
         segment = self.large_segment_size_bytes
@@ -87,8 +98,10 @@ class AllocatorSettings:
             ("max_split_size_mb", self.max_split_size_bytes),
             ("max_non_split_rounding_mb", self.max_non_split_rounding_bytes),
         ):
-            if size is not None and size < segment:
-                raise _refused(name, size // MIB, f"at least {segment // MIB}, the size of a large segment")
+            least = self.release >= LEAST_LIMIT_ALLOWED
+            if size is not None and (size < segment or (size == segment and not least)):
+                words = f"{'at least' if least else 'more than'} {segment // MIB}, the size of a large segment"
+                raise _refused(name, size // MIB, words)
         threshold = self.garbage_collection_threshold
         if threshold is not None and not 0 < threshold < 1:
             raise _refused("garbage_collection_threshold", threshold, "a number between 0 and 1, both excluded")
@@ -102,17 +115,20 @@ class AllocatorSettings:
     def parse(cls, text: str) -> AllocatorSettings:
         """Parse a PYTORCH_CUDA_ALLOC_CONF or PYTORCH_ALLOC_CONF value, for example `expandable_segments:True`.
 
-        Keys without influence on device memory (pinned memory, locks) are accepted and ignored. Three mistakes that
+        One key is memscope's own: `version:2.4` names the release of PyTorch whose allocator is followed. Keys without
+        influence on device memory (pinned memory, locks) are accepted and ignored. Three mistakes that
         PyTorch accepts are errors here: text that is only partly a number (PyTorch reads `20.5` as 20 and `-1` as
         2⁶⁴−1), a key given twice (PyTorch keeps the last), and `>` before the end of its list.
 
         Raises:
-            UsageError: the text has one of these mistakes, PyTorch would refuse it, or it selects another allocator
-                (`backend:cudaMallocAsync`).
+            UsageError: the text has one of these mistakes, that release of PyTorch would refuse it, or it selects
+                another allocator (`backend:cudaMallocAsync`).
         """
         given: dict[str, object] = {}
         seen: dict[str, str] = {}
-        for key, value in _pairs(text):
+        pairs = _pairs(text)
+        release = next((parse_release(value) for key, value in pairs if key == "version"), installed())
+        for key, value in pairs:
             if key in seen:
                 raise UsageError(
                     f'allocator settings "{text}": {key} is given twice ({seen[key]}, {value}); keep one of them'
@@ -120,11 +136,16 @@ class AllocatorSettings:
             seen[key] = value
             if key == "backend":
                 _check_backend(value)
+            elif key == "version":
+                given[key] = release_text(release)
+            elif key == "roundup_power2_divisions":
+                given[key] = _read_divisions(key, value, release)
             elif key in _READERS:
+                _check_known(key, release)
                 field, read = _READERS[key]
                 given[field] = read(key, value)
             elif key not in _PASSED_OVER:
-                known = {"backend", *_READERS, *_PASSED_OVER}
+                known = {"backend", "version", "roundup_power2_divisions", *_READERS, *_PASSED_OVER}
                 raise UsageError(f'allocator settings "{text}": unknown key "{key}"; {nearest(key, known)}')
         return cls(**given)  # type: ignore[arg-type]  # each reader returns what its field holds
 
@@ -138,10 +159,21 @@ class AllocatorSettings:
         for name in ENVIRONMENT_VARIABLES:
             if name in environment:
                 try:
-                    return cls.parse(environment[name])
+                    settings = cls.parse(environment[name])
                 except UsageError as error:
                     raise UsageError(f"environment variable {name}: {error}") from error
+                if settings.version is not None:
+                    raise UsageError(
+                        f"environment variable {name}: version is a setting of memscope, which PyTorch refuses: "
+                        f"simulate with --allocator version:{settings.version}"
+                    )
+                return settings
         return cls()
+
+    @property
+    def release(self) -> Release:
+        """The release whose allocator is followed."""
+        return installed() if self.version is None else parse_release(self.version)
 
     @property
     def without_effect(self) -> tuple[str, ...]:
@@ -200,6 +232,15 @@ def _pairs(text: str) -> list[tuple[str, str]]:
     return pairs
 
 
+def _check_known(key: str, release: Release) -> None:
+    first = FIRST_WITH.get(key, release)
+    if release < first:
+        raise UsageError(
+            f"allocator setting {key}: PyTorch {release_text(release)} refuses it; releases from {release_text(first)} "
+            "on know it"
+        )
+
+
 def _check_backend(value: str) -> None:
     if value == "cudaMallocAsync":
         raise UsageError(
@@ -233,10 +274,11 @@ def _read_number(key: str, value: str) -> float:
         raise _refused(key, value, "a number") from None
 
 
-def _read_divisions(key: str, value: str) -> tuple[int, ...]:
+def _read_divisions(key: str, value: str, release: Release) -> tuple[int, ...]:
     """Parse one number for all sizes, or a list such as `[256:1,512:2,>:4]`: 1 from 256 MiB, 2 from 512 MiB, then 4.
 
-    The first number also applies below its interval; an interval left out between two others has no divisions.
+    The first number also applies below its interval; an interval left out between two others has no divisions. Before
+    2.10, the number after `>` also replaces that of the last interval.
     """
     if not value.startswith("["):
         count = _read_whole(key, value)
@@ -253,7 +295,8 @@ def _read_divisions(key: str, value: str) -> tuple[int, ...]:
         if bound == ">":
             if position < len(entries) - 1:
                 raise _refused(key, value, '">" as the last entry of the list')
-            steps[last + 1 :] = [count] * (INTERVALS - last - 1)
+            start = last + 1 if release >= RANGE_AFTER_LAST else last
+            steps[start:] = [count] * (INTERVALS - start)
             continue
         interval = _read_whole(f"{key}:{entry}", bound)
         if not _is_power_of_two(interval):
@@ -272,6 +315,5 @@ _READERS: dict[str, tuple[str, Callable[[str, str], object]]] = {
     "max_non_split_rounding_mb": ("max_non_split_rounding_bytes", _read_mebibytes),
     "max_split_size_mb": ("max_split_size_bytes", _read_mebibytes),
     "per_process_memory_fraction": ("per_process_memory_fraction", _read_number),
-    "roundup_power2_divisions": ("roundup_power2_divisions", _read_divisions),
     "throw_on_cudamalloc_oom": ("throw_on_cudamalloc_oom", _read_bool),
 }

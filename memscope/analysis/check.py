@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from memscope.analysis.cost import step_seconds
+from memscope.analysis.fit import Fit, fit_of
 from memscope.analysis.ledger import ledger
 from memscope.errors import UsageError, excerpt, nearest
 from memscope.trace import CATEGORIES, Trace
@@ -97,6 +98,8 @@ class Verdict:
     baseline: Fraction | None = None
     estimate: bool = False
     """Whether the value or the baseline's value is an estimate."""
+    fit: Fit | None = None
+    """For the budget of a simulated run: how safely it fits."""
 
     @property
     def holds(self) -> bool:
@@ -131,7 +134,8 @@ def budget_verdict(trace: Trace, budget_bytes: int) -> Verdict:
     known = [key for key in ("device", "reserved") if found and found.total(key) is not None]
     key = known[0] if known else "peak"
     value, estimate = _value(trace, key, "the trace")
-    return Verdict(key, f"budget {format_given(budget_bytes)}", value, Fraction(budget_bytes), None, estimate)
+    fit = fit_of(trace, budget_bytes)
+    return Verdict(key, f"budget {format_given(budget_bytes)}", value, Fraction(budget_bytes), None, estimate, fit)
 
 
 def _value(trace: Trace, key: str, whose: str) -> tuple[Fraction, bool]:

@@ -91,7 +91,12 @@ class AdviseOptions:
     ]
     allocator: Annotated[
         str | None,
-        option("--allocator", metavar="CONF", help="Settings of PyTorch's allocator, as in PYTORCH_CUDA_ALLOC_CONF."),
+        option(
+            "--allocator",
+            metavar="CONF",
+            help="Settings of PyTorch's allocator, as in PYTORCH_CUDA_ALLOC_CONF; version:2.4 simulates the allocator "
+            "of another PyTorch.",
+        ),
     ]
     emit: Annotated[
         str | None,

@@ -46,6 +46,7 @@ def _print_plan(console: Console, advice: Advice) -> None:
         f"CUDA context {format_bytes(peak.device - peak.reserved)} (estimate); "
         f"{format_bytes(room)} left",
     )
+    table.add_row("fit", Text(str(advice.fit), style="" if advice.fit.is_safe else "yellow"))
     table.add_row("step time (estimate)", format_seconds(advice.step_seconds))
     table.add_row("against no checkpointing", f"{advice.overhead_vs_none:+.1%}")
     table.add_row("against all layers", f"{advice.overhead_vs_all:+.1%}")

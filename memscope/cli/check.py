@@ -149,7 +149,8 @@ def _sentence(verdict: Verdict) -> str:
     value, allowed = (format_value(verdict.key, size) for size in (verdict.value, verdict.allowed))
     word = "within" if verdict.holds else "above"
     base = "" if verdict.baseline is None else f"; baseline {format_value(verdict.key, verdict.baseline)}"
-    return f"{_name(verdict)} is {value}, {word} the limit of {allowed} ({verdict.limit}{base})"
+    fit = "" if verdict.fit is None else f"; {verdict.fit}"
+    return f"{_name(verdict)} is {value}, {word} the limit of {allowed} ({verdict.limit}{base}){fit}"
 
 
 def _name(verdict: Verdict) -> str:
@@ -167,6 +168,10 @@ def _print(console: Console, found: _Checked) -> None:
         sizes = base, format_value(one.key, one.allowed), format_value(one.key, one.value)
         table.add_row(_name(one), one.limit, *sizes, Text("ok", "green") if one.holds else Text("FAILED", "bold red"))
     print_table(console, table)
+    for one in found.verdicts:
+        if one.fit is not None:
+            style = "" if one.fit.is_safe else "yellow" if one.fit.fits else "bold red"
+            console.print(Text(f"{one.limit}: {one.fit}", style=style))
     if found.ended:
         console.print(Text(f"FAILED: {found.ended}", style="bold red"))
     if found.inferred:
@@ -198,6 +203,7 @@ def _document(found: _Checked) -> dict[str, Any]:
                 "baseline": None if one.baseline is None else _number(one.baseline),
                 "estimate": one.estimate,
                 "ok": one.holds,
+                "fit": None if one.fit is None else one.fit.document(),
             }
             for one in found.verdicts
         ],

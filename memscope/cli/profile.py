@@ -117,7 +117,12 @@ def _prepared(options: ProfileOptions, folder: Path) -> _Prepared:
     words = settings_of([*options.changed, *options.settings, *trusted])
     device = options.device or _default_device(options.simulate)
     simulated = _is_simulated(device, options.device_file, options.simulate)
-    AllocatorSettings.parse(options.allocator or "")
+    version = AllocatorSettings.parse(options.allocator or "").version
+    if version is not None and not simulated:
+        raise UsageError(
+            f"allocator setting version:{version}: a measured run has the allocator of the installed PyTorch; simulate "
+            "it, with --simulate or --device"
+        )
     timeout = None if options.timeout is None else parse_seconds(options.timeout)
     scene = Scene(options.target, options.preset, words, device, options.device_file, options.allocator, timeout)
     grid = asked_grid(options, device)
@@ -229,7 +234,7 @@ def _next(
     words += ["--timeout", options.timeout] if options.timeout else []
     plan = prepared.plans[-1] if prepared.plans else Plan.of()
     for one in remedies.tried if remedies else ():
-        if one.fits:
+        if one.fit.fits:
             return [*words, "--strategies", Plan.of(*plan.strategies, one.strategy)]
     if prepared.to_try and not remedies:
         return [*words, "--strategies", prepared.to_try[0]]

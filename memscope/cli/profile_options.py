@@ -99,7 +99,8 @@ class ProfileOptions:
         option(
             "--allocator",
             metavar="CONF",
-            help="Settings of PyTorch's allocator, as in PYTORCH_CUDA_ALLOC_CONF, which is the default.",
+            help="Settings of PyTorch's allocator, as in PYTORCH_CUDA_ALLOC_CONF, which is the default; version:2.4 "
+            "simulates the allocator of another PyTorch.",
         ),
     ]
     simulate: Annotated[

@@ -11,8 +11,8 @@ from rich.text import Text
 
 from memscope.analysis.effects import Run, Table1
 from memscope.analysis.notes import told_notes
-from memscope.cli.report_json import effects_values, peak_values
-from memscope.cli.report_tables import comparison_sections, do_not_fit, estimated_seconds, headline, print_sections
+from memscope.cli.report_json import effects_values, fit_values, peak_values
+from memscope.cli.report_tables import comparison_sections, estimated_seconds, fit_lines, headline, print_sections
 from memscope.runs.would_free import Remedies, WouldFree
 from memscope.trace import write_whole
 from memscope.units import format_bytes, format_change
@@ -29,7 +29,7 @@ def print_report(console: Console, runs: Sequence[Run], table: Table1, baselines
     `baselines` says in words what strategies asked of the baseline, for a fair comparison.
     """
     console.print(Text(headline(runs[0].trace), style="bold"))
-    for note in do_not_fit(runs):
+    for note in fit_lines(runs):
         console.print(note)
     print_sections(console, comparison_sections(runs, table, baselines))
 
@@ -42,7 +42,7 @@ def print_remedies(console: Console, label: str, remedies: Remedies) -> None:
     longest = max((len(one.strategy.spec) for one in helpful), default=0)
     for one in helpful:
         size = format_bytes(one.trace.peak.allocated_bytes)
-        fits = ("fits", "green") if one.fits else ("does not fit", "red")
+        fits = one.fit.verdict, "green" if one.fit.is_safe else "yellow" if one.fit.fits else "red"
         changes = "" if one.is_exact else f"; changes {one.strategy.changes or 'the result'}"
         change = f"{one.strategy.spec:{longest}}  {format_change(one.change_bytes):>9}"
         console.print(Text.assemble(f"  {change}  ({size}, ", fits, f"){changes}"))
@@ -84,6 +84,7 @@ def _run(run: Run, path: Path, remedies: Remedies | None) -> dict[str, Any]:
         "parameters": trace.meta["parameters"],
         "peak": peak_values(trace),
         "out_of_memory": trace.meta.get("out_of_memory"),
+        "fit": fit_values(trace),
         "would_free": None if remedies is None else [_would_free(one) for one in remedies.tried],
         "at_peak": trace.by_category(),
         "max_by_category": trace.max_by_category(),
@@ -100,7 +101,7 @@ def _would_free(one: WouldFree) -> dict[str, Any]:
         "strategy": one.strategy.spec,
         "peak": peak_values(one.trace),
         "change": one.change_bytes,
-        "fits": one.fits,
+        "fit": one.fit.document(),
         "exact": one.is_exact,
     }
 

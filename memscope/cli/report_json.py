@@ -10,12 +10,13 @@ from typing import Any
 from memscope.analysis.agreement import agreements
 from memscope.analysis.alive import largest
 from memscope.analysis.effects import Run, Table1
+from memscope.analysis.fit import fit_of
 from memscope.analysis.inferred import how_inferred, inferred_columns
 from memscope.analysis.ledger import ledger
 from memscope.analysis.notes import told_notes
 from memscope.trace import Trace
 
-__all__ = ["effects_values", "peak_values", "report_document"]
+__all__ = ["effects_values", "fit_values", "peak_values", "report_document"]
 
 _TOP = 20
 """Number of the largest allocations that are listed for each run."""
@@ -50,6 +51,7 @@ def _run(run: Run, file: Path) -> dict[str, Any]:
         "allocations": len(trace),
         "peak": peak_values(trace),
         "out_of_memory": trace.meta.get("out_of_memory"),
+        "fit": fit_values(trace),
         "at_peak": trace.by_category(),
         "max_by_category": trace.max_by_category(),
         "ledger": [dataclasses.asdict(line) for line in found.lines] if found else None,
@@ -73,6 +75,12 @@ def peak_values(trace: Trace) -> dict[str, Any]:
         "phase": peak.phase,
         "step": peak.step,
     }
+
+
+def fit_values(trace: Trace) -> dict[str, Any] | None:
+    """Whether a simulated run fits its device; None where that has no meaning (`memscope.analysis.fit.fit_of`)."""
+    fit = fit_of(trace)
+    return None if fit is None else fit.document()
 
 
 def effects_values(table: Table1) -> dict[str, Any]:

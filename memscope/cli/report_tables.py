@@ -15,16 +15,17 @@ from memscope.analysis.agreement import Agreement, agreements
 from memscope.analysis.alive import largest, occasion
 from memscope.analysis.cost import last_step_seconds, step_seconds
 from memscope.analysis.effects import ROWS, TITLES, Column, Effect, Run, Table1
+from memscope.analysis.fit import KNOWN_ERROR, fit_of
 from memscope.analysis.inferred import marked
 from memscope.analysis.ledger import Ledger, ledger
 from memscope.analysis.notes import notes_of
 from memscope.analysis.ran_out import ran_out
 from memscope.cli.tables import Direction, is_narrow, print_table
 from memscope.trace import CATEGORIES, Trace
-from memscope.units import format_bytes, format_change, format_seconds
+from memscope.units import format_bytes, format_change, format_part, format_seconds
 
 __all__ = [
-    "TableSection", "comparison_sections", "do_not_fit", "estimated_seconds", "headline", "largest_sections",
+    "TableSection", "comparison_sections", "estimated_seconds", "fit_lines", "headline", "largest_sections",
     "print_sections", "rests_on",
 ]  # fmt: skip
 
@@ -63,11 +64,22 @@ def headline(trace: Trace) -> str:
     return f"{trace.meta.get('target', 'a run')}{how}"
 
 
-def do_not_fit(runs: Sequence[Run]) -> Iterator[Text]:
-    """A line for each run that does not fit; stands above the tables, whose values it explains."""
+def fit_lines(runs: Sequence[Run]) -> Iterator[Text]:
+    """Whether each run fits into the memory of its device, where that is limited, and the known error of the "fits".
+
+    The lines stand above the tables, whose values they explain.
+    """
+    known = False
     for run in runs:
+        fit = fit_of(run.trace)
         if run.trace.meta.get("out_of_memory"):
             yield Text.assemble((f"{run.label} does not fit: ", "bold red"), ran_out(run.trace))
+        elif fit is not None:
+            known = True
+            part = format_part(fit.needed_bytes, fit.available_bytes)
+            yield Text.assemble((f"{run.label} {fit.verdict}: ", "green" if fit.is_safe else "yellow"), part)
+    if known:
+        yield Text(KNOWN_ERROR, style="dim")
 
 
 def comparison_sections(runs: Sequence[Run], table: Table1, baselines: Sequence[str]) -> Iterator[TableSection]:

@@ -15,7 +15,7 @@ from memscope.analysis.inferred import inferred_columns
 from memscope.cli.report_tables import (
     TableSection,
     comparison_sections,
-    do_not_fit,
+    fit_lines,
     headline,
     largest_sections,
     print_sections,
@@ -32,7 +32,7 @@ def _sections(runs: Sequence[Run], table: Table1) -> Iterable[TableSection]:
 def print_all(console: Console, runs: Sequence[Run], table: Table1) -> None:
     """Print every table of the report."""
     console.print(Text(headline(runs[0].trace), style="bold"))
-    for note in do_not_fit(runs):
+    for note in fit_lines(runs):
         console.print(note)
     print_sections(console, _sections(runs, table))
 
@@ -40,7 +40,7 @@ def print_all(console: Console, runs: Sequence[Run], table: Table1) -> None:
 def markdown(runs: Sequence[Run], table: Table1) -> str:
     """Every table of the report, as Markdown."""
     lines = [f"# {_escaped(headline(runs[0].trace))}"]
-    lines += [line for note in do_not_fit(runs) for line in ("", _escaped(note.plain))]
+    lines += [line for note in fit_lines(runs) for line in ("", _escaped(note.plain))]
     for section in _sections(runs, table):
         lines += ["", *markdown_table(section.table)]
         lines += [line for note in section.notes for line in ("", _escaped(note.plain))]

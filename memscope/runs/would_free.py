@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from memscope.analysis.fit import Fit, fit_of
 from memscope.errors import MemscopeError, UsageError
 from memscope.runs.processes import alone
 from memscope.strategies import Plan, Strategy, available
@@ -50,9 +51,11 @@ class WouldFree:
         return self.trace.peak.allocated_bytes - self.before_bytes
 
     @property
-    def fits(self) -> bool:
-        """Whether the plan fits with the strategy."""
-        return not self.trace.meta.get("out_of_memory")
+    def fit(self) -> Fit:
+        """How safely the plan fits with the strategy."""
+        found = fit_of(self.trace)
+        assert found is not None, "a run that does not fit has a device with limited memory"
+        return found
 
 
 @dataclass(frozen=True)

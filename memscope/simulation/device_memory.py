@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from memscope.allocator.releases import AGE_OF_BLOCK, release_text
 from memscope.allocator.replay import Replay, replay
 from memscope.allocator.report import OutOfMemory
 from memscope.allocator.settings import AllocatorSettings
@@ -86,6 +87,12 @@ def on_device(trace: Trace, device: Device, settings: AllocatorSettings, cache_e
         "peak_reserved": given.peak_reserved,
         "out_of_memory": _described(trace, capped, capped.oom) if capped.oom else None,
     }
+    if settings.version is not None and settings.release < AGE_OF_BLOCK and not settings.expandable_segments:
+        add_note(
+            meta,
+            f"PyTorch {settings.version} takes the lowest address of several cached blocks of equal size, and "
+            "addresses are not known: this simulation takes the oldest segment, so reserved memory may differ",
+        )
     if not capped.oom and settings.garbage_collection_threshold is None:
         _note_retries(meta, trace, capped, cache_emptied)
     return dataclasses.replace(trace, size=given.block_sizes, reserved=given.reserved, meta=meta)
@@ -112,9 +119,8 @@ def _note_retries(meta: dict[str, Any], trace: Trace, run: Replay, cache_emptied
 
 def _values(settings: AllocatorSettings) -> dict[str, Any]:
     """The settings as JSON values."""
-    return {
-        name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(settings).items()
-    }
+    values = {**dataclasses.asdict(settings), "version": release_text(settings.release)}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def least_reserved(trace: Trace, settings: AllocatorSettings) -> int:

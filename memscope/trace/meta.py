@@ -66,6 +66,7 @@ class _AllocatorSettings(TypedDict, total=False):
     large_segment_size_bytes: SizeBytes
     per_process_memory_fraction: float
     throw_on_cudamalloc_oom: bool
+    version: str
 
 
 class _Allocator(TypedDict):

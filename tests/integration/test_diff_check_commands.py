@@ -1,8 +1,10 @@
 """`memscope diff` and `memscope check` as a user meets them."""
 
+import dataclasses
 import json
 import xml.etree.ElementTree as ET
 
+import numpy as np
 import pytest
 from traces import TraceBuilder
 
@@ -106,6 +108,26 @@ def test_check_of_what_grew_too_much_is_exit_code_3_and_a_table(run, base, grown
     code, out, _ = run("check", "base.npz", "--budget", "40GB")
     assert code == 0
     assert "FAILED" not in out
+
+
+def test_a_budget_that_a_simulated_run_fits_is_held_against_the_known_error(run, tmp_path):
+    # 1 GiB reserved, known to 1.2 %; without an estimate of the context that is all that can be off.
+    meta = {"device": {"name": "gpu", "simulated": True}, "context": 0, "capacity": None, "out_of_memory": None}
+    meta |= {"peak_reserved": 2**30, "allocator": {"settings": {}, "cache_emptied": []}, "target": "toy"}
+    builder = TraceBuilder()
+    builder.phase("forward", 0)
+    builder.new("parameter", 2**30)
+    dataclasses.replace(builder.trace(meta), reserved=np.array([2**30])).save(tmp_path / "simulated.npz")
+    words = ("check", "simulated.npz", "--budget")
+    code, out, _ = run(*words, "1025MiB")
+    assert code == 0
+    assert "budget 1.00 GiB: fits, but within the known error of 12.3 MiB: 1.00 of 1.00 GiB" in out
+    assert "published runs took up to 1.2% more reserved memory" in out
+    assert "fits, but within" in run(*words, "1025MiB", "--format", "github")[1]
+    (found,) = json.loads(run(*words, "2GiB", "--format", "json")[1])["checks"]
+    assert found["fit"] == {
+        "fits": True, "safe": True, "needed": 2**30, "available": 2**31, "known_error": int(0.012 * 2**30)
+    }  # fmt: skip
 
 
 def test_check_as_json_says_what_failed(run, base, grown):

@@ -49,6 +49,7 @@ def test_the_document_has_the_published_shape(profiled):
             "notes",
             "trace",
             "out_of_memory",
+            "fit",
             "would_free",
         }
         assert set(run["at_peak"]) == set(run["max_by_category"]) == set(CATEGORIES)
@@ -307,12 +308,16 @@ def test_a_target_that_does_not_fit_ends_in_exit_code_4_and_says_where_it_runs_o
     assert lora["out_of_memory"] is None
     peak = lora["peak"]
     assert peak["requested"] <= peak["allocated"] == peak["active"] <= peak["reserved"] == peak["device"] - 104_857_600
+    assert not baseline["fit"]["fits"]
+    assert (lora["fit"]["needed"], lora["fit"]["available"]) == (peak["device"], 512 * 2**20)
+    assert (lora["fit"]["fits"], lora["fit"]["safe"]) == (True, False), "the context alone may be 1.16 GiB larger"
 
 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
         (["--allocator", "expandable_segment:True"], "expandable_segments"),
+        (["--allocator", "version:2.4", "--device", "cpu"], "the allocator of the installed PyTorch"),
         (["--device", "small"], "gpu"),
         (["--device-file", "nowhere.toml"], "nowhere.toml"),
     ],

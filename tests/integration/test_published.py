@@ -1,43 +1,39 @@
-"""Predicted peaks against peaks that others measured on an A100 and published (../shared/truth/published.json).
+"""Predicted peaks of LLaMA2-7B against peaks that others measured on an A100 and published.
 
 The published programs keep `logits` and `shift_logits` in local variables, so both live until the next forward pass has
 made new ones. Workspaces of kernels and the blocks of the allocator are part of the prediction; no constant is fitted.
+
+The programs shuffled their samples, in an order that is not known: every simulated micro-batch is the longest sample.
+The first one of a step stands for a program without accumulation, the second one for a later one of 8, in which the
+gradients of the earlier ones are held.
 """
 
 import dataclasses
-import json
 import statistics
-from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from published_runs import LLAMA_RUNS, SAMPLE_LENGTHS
 from torch import nn
 
 from memscope import simulate
-from memscope.workload.target import find_target
+from memscope.targets.llama2.alpaca import Sample
+from memscope.targets.llama2.target import PRESETS, build_on
+from memscope.trace import PHASES
 
-SHARED = Path(__file__).parents[2].parent / "shared"
-CASES = json.loads((SHARED / "truth" / "published.json").read_text()) if SHARED.is_dir() else []
-TARGET = find_target("llama2")
-
-pytestmark = pytest.mark.skipif(not CASES, reason="the published measurements are not part of the project")
+MIB = 2**20
+CASES = [(run.name, index) for run in LLAMA_RUNS for index in range(len(run.allocated_bytes))]
 
 
-def published_program(case):
-    """The workload of a published measurement."""
-    config = TARGET.configure(
-        "7b",
-        {
-            "data": str(SHARED / "data" / "alpaca_200.json"),
-            "tokenizer": str(SHARED / "data" / "llama2_tokenizer.model"),
-            "max_seq_len": "512",
-            "accumulation": str(case["grad_accum"]),
-        },
-    )
-    workload = TARGET.build(config)
-    if "zero bias" in case["method"]:
+def published_program(run):
+    """The workload of a published measurement, with as many micro-batches as it has published peaks."""
+    micro_batches = len(run.allocated_bytes)
+    config = dataclasses.replace(PRESETS["7b"], max_seq_len=512, accumulation=micro_batches)
+    workload = build_on([Sample((1,) * max(SAMPLE_LENGTHS), 0)] * micro_batches, config)
+    if run.bias:
         for name, module in workload.model.named_modules():
-            if name.rpartition(".")[2] in ("wq", "wk", "wv"):
+            if name.rpartition(".")[2] in run.targets.split("+"):
                 module.bias = nn.Parameter(torch.zeros(module.out_features), requires_grad=False)
     local_variables = {}
 
@@ -50,25 +46,46 @@ def published_program(case):
     return dataclasses.replace(workload, loss=loss)
 
 
-def plan_of(case):
-    targets = "wq+wk+wv" if "wq,wk,wv" in case["method"] else "wq+wv"
-    return f"lora:targets={targets}" + (",amp" if "autocast fp16" in case["precision"] else "")
+def peaks(run):
+    """Peak allocated bytes in each micro-batch of the second step, when the optimizer has its state."""
+    plan = f"lora:targets={run.targets}" + (",amp" if run.amp else "")
+    trace = simulate(lambda: published_program(run), strategies=plan, device="a100-80gb")
+    starts = trace.mark_event[(trace.mark_step == 1) & (trace.mark_phase == PHASES.index("forward"))]
+    return [int(part.max()) for part in np.split(trace.allocated, starts)[1:]]
 
 
 @pytest.fixture(scope="module")
-def errors():
-    """Relative difference of the predicted peak from the published one, by case."""
-    found = {}
-    for case in CASES:
-        trace = simulate(lambda case=case: published_program(case), strategies=plan_of(case), device="a100-80gb")
-        found[case["id"]] = trace.peak.allocated_bytes / case["bytes"] - 1
-    return found
+def predicted():
+    return {run.name: peaks(run) for run in LLAMA_RUNS}
 
 
-@pytest.mark.parametrize("case", [case["id"] for case in CASES])
-def test_a_predicted_peak_is_within_half_a_percent_of_the_published_one(case, errors):
-    assert abs(errors[case]) <= 0.005
+@pytest.fixture(scope="module")
+def differences(predicted):
+    """Predicted less published bytes, and the published bytes, by case."""
+    published = {run.name: run.allocated_bytes for run in LLAMA_RUNS}
+    return {(name, i): (predicted[name][i] - published[name][i], published[name][i]) for name, i in CASES}
 
 
-def test_half_of_the_predicted_peaks_are_within_a_tenth_of_a_percent(errors):
-    assert statistics.median(map(abs, errors.values())) <= 0.001
+@pytest.mark.parametrize("case", CASES)
+def test_a_predicted_peak_is_within_32_mib_of_the_published_one(case, differences):
+    # Smaller than what a part of the prediction takes: docs/accuracy.md derives the bound.
+    difference, _ = differences[case]
+    assert abs(difference) <= 32 * MIB, f"{difference / MIB:+.2f} MiB"
+
+
+def test_half_of_the_predicted_peaks_are_within_a_tenth_of_a_percent(differences):
+    assert statistics.median(abs(difference) / published for difference, published in differences.values()) <= 0.001
+
+
+@pytest.mark.parametrize("name", ["qkv", "qkv-amp"])
+def test_gradients_of_earlier_micro_batches_add_48_mib_as_published(name, predicted):
+    # 32 layers, 3 projections, two fp32 matrices of 16 by 4096 each. Published with two decimals: 48.00 MiB.
+    one, later = predicted[name]
+    assert later - one == pytest.approx(32 * 3 * 2 * 16 * 4096 * 4, abs=0.005 * MIB)
+
+
+def test_the_lengths_of_the_samples_are_as_counted_independently():
+    # 49 / 96 / 121.0 / 405 tokens, the longest at index 23: stated with the data.
+    assert (len(SAMPLE_LENGTHS), sum(SAMPLE_LENGTHS)) == (200, 24_200)
+    assert (min(SAMPLE_LENGTHS), statistics.median(SAMPLE_LENGTHS), max(SAMPLE_LENGTHS)) == (49, 96, 405)
+    assert SAMPLE_LENGTHS.index(405) == 23

@@ -1,36 +1,31 @@
-"""Predicted memory against peaks that others measured with Hugging Face's libraries (../shared/truth)."""
+"""Predicted memory against peaks that others measured with Hugging Face's libraries and published."""
 
 import dataclasses
-import json
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
 from published_models import BigCode, BigCodeSize, Mistral, MistralSize
+from published_runs import TRAINER_RUNS
 
 from memscope import StepPlan, Workload, simulate
+from memscope.analysis.fit import Fit
 from memscope.simulation.devices.catalogue import get_device
 from memscope.units import format_bytes
 
 MIB = 2**20
-SHARED = Path(__file__).parents[2].parent / "shared"
-TRUTH = SHARED / "truth" / "published_libraries.json"
-CASES = {case["id"]: case for case in json.loads(TRUTH.read_text())} if TRUTH.is_file() else {}
-OURS = [name for name in CASES if name.startswith("fms-")]
-
-pytestmark = pytest.mark.skipif(not CASES, reason="the published measurements are not part of the project")
+SMALLEST, *OTHERS = TRAINER_RUNS
+RUNS = {run.name: run for run in TRAINER_RUNS}
 
 
-def workload(case):
+def workload(run):
     """One step as fms-hf-tuning's Trainer carries it out, which keeps the last batch until the next."""
-    lora = "LoRA" in case["method"]
     torch.set_default_dtype(torch.bfloat16)
     try:
-        mistral = "Mistral" in case["model"]
-        model = Mistral(MistralSize(), lora=lora) if mistral else BigCode(BigCodeSize())
+        model = Mistral(MistralSize(), lora=run.lora) if run.model == "mistral" else BigCode(BigCodeSize())
     finally:
         torch.set_default_dtype(torch.float32)
-    tokens = torch.zeros((case["micro_batch"], case["seq_len"]), dtype=torch.int64)
+    tokens = torch.zeros((run.samples, run.seq_len), dtype=torch.int64)
     batch = {"input_ids": tokens, "labels": tokens.clone(), "attention_mask": tokens.clone()}
     kept = {}
 
@@ -44,26 +39,24 @@ def workload(case):
         decayed = [p for name, p in named if all(p is not other for other in plain)]
         return torch.optim.AdamW([{"params": decayed}, {"params": plain}])
 
-    return Workload(model, [batch], loss, optimizer, plan=StepPlan(clip_grad_norm=1.0), name=case["id"])
+    return Workload(model, [batch], loss, optimizer, plan=StepPlan(clip_grad_norm=1.0), name=run.name)
 
 
 @pytest.fixture(scope="module")
 def smallest():
     """The smallest LoRA run, from which the bytes outside PyTorch's allocator are read off."""
-    return simulate(lambda: workload(CASES["fms-a100_80gb-32"]), device="a100-80gb")
+    return simulate(lambda: workload(SMALLEST), device="a100-80gb")
 
 
 @pytest.fixture(scope="module")
 def outside(smallest):
-    return CASES["fms-a100_80gb-32"]["nvidia_smi_peak_MiB"] * MIB - smallest.meta["peak_reserved"]
+    return SMALLEST.nvidia_smi_mib * MIB - smallest.meta["peak_reserved"]
 
 
 @pytest.fixture(scope="module")
 def traces(smallest, outside):
     device = dataclasses.replace(get_device("a100-80gb"), context_bytes=int(outside))
-    others = [name for name in OURS if name != "fms-a100_80gb-32"]
-    found = {name: simulate(lambda name=name: workload(CASES[name]), device=device) for name in others}
-    return {"fms-a100_80gb-32": smallest} | found
+    return {SMALLEST.name: smallest} | {run.name: simulate(partial(workload, run), device=device) for run in OTHERS}
 
 
 def test_the_process_holds_as_much_outside_the_allocator_as_a_cuda_context_and_libraries_take(outside):
@@ -71,12 +64,12 @@ def test_the_process_holds_as_much_outside_the_allocator_as_a_cuda_context_and_l
     assert 503 * MIB < outside < 2048 * MIB, format_bytes(outside)
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", RUNS)
 def test_allocated_bytes_are_within_a_ten_thousandth_of_the_published_ones(name, traces):
-    case = CASES[name]
-    difference = traces[name].peak.allocated_bytes - case["bytes"]
-    assert abs(difference) <= 1e-4 * case["bytes"], difference
-    if "LoRA" in case["method"]:
+    run = RUNS[name]
+    difference = traces[name].peak.allocated_bytes - run.allocated_bytes
+    assert abs(difference) <= 1e-4 * run.allocated_bytes, difference
+    if run.lora:
         assert abs(difference) <= 4 * 512, difference
 
 
@@ -85,17 +78,26 @@ def gives_back(trace):
     return bool((trace.reserved[1:] < trace.reserved[:-1]).any())
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", RUNS)
 def test_the_drivers_count_is_the_published_one(name, traces, outside):
     """nvidia-smi reads once a second, a step takes 1.6 to 10 s: it shows what is reserved when a step ends."""
-    trace, published = traces[name], CASES[name]["nvidia_smi_peak_MiB"] * MIB
+    trace, published = traces[name], RUNS[name].nvidia_smi_mib * MIB
     ends = [int(trace.reserved[trace.freed[trace.step == step].max()]) for step in (0, 1)]
     # Which segments a full device gives back depends on the driver's addresses, which are not known.
     assert max(ends) + outside == pytest.approx(published, rel=0.02 if gives_back(trace) else 0.002)
 
 
 def test_only_the_full_batch_of_8_runs_out_of_memory_once_and_goes_on(traces):
-    released = [name for name in OURS if gives_back(traces[name])]
-    assert released == ["fms-a100_80gb-10"]
+    released = [name for name, trace in traces.items() if gives_back(trace)]
+    assert released == ["mistral-8"]
     assert traces[released[0]].meta["out_of_memory"] is None
     assert "the device was full in step 1, forward" in traces[released[0]].meta["notes"][0]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_no_published_run_took_more_than_its_known_error_allows(name, traces):
+    """The context here is that of the device table, as in every prediction without a measurement."""
+    trace, published = traces[name], RUNS[name].nvidia_smi_mib * MIB
+    reserved = max(int(trace.reserved[trace.freed[trace.step == step].max()]) for step in (0, 1))
+    fit = Fit.of(reserved, reserved + get_device("a100-80gb").context_bytes, published)
+    assert published <= fit.needed_bytes + fit.known_error_bytes

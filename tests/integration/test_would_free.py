@@ -63,7 +63,7 @@ def test_the_memory_that_a_strategy_would_free_is_what_a_run_with_it_saves(run, 
     assert baseline["would_free"] is together["would_free"] is None, "only the last run is advised on"
     assert freed["ckpt"]["peak"] == together["peak"]
     assert freed["ckpt"]["change"] == together["peak"]["allocated"] - alone["peak"]["allocated"]
-    assert freed["ckpt"]["fits"] is (together["out_of_memory"] is None) is True
+    assert freed["ckpt"]["fit"]["fits"] is (together["out_of_memory"] is None) is True
     assert freed["ckpt"]["exact"] is True
     assert freed["amp"]["exact"] is False
 

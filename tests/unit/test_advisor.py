@@ -248,9 +248,9 @@ def test_a_plugin_takes_part_through_what_it_declares(monkeypatch: pytest.Monkey
 def test_the_document_has_the_promised_keys() -> None:
     document = advice(BUDGETS[0]).document()
     assert document["schema_version"] == 1
-    assert {"budget", "feasible", "plan", "peak", "time", "certificate", "minimum_budget", "binding", "front"} <= {
-        *document
-    }
+    keys = ["budget", "feasible", "plan", "peak", "fit", "time", "certificate", "minimum_budget", "binding", "front"]
+    assert set(keys) <= set(document)
+    assert (document["fit"]["needed"], document["fit"]["available"]) == (document["peak"]["device"], document["budget"])
     assert set(document["plan"]) == {"strategies", "layers", "file"}
     assert list(document["plan"]["layers"]) == [f"layers.{i}" for i in range(LAYERS)]
     assert all(isinstance(size, int) for size in document["peak"].values())

@@ -1,6 +1,6 @@
 """Replays compared with PyTorch's own allocator, to the byte.
 
-`tests/golden/allocator-torch-*.npz` were recorded from the compiled allocator of PyTorch releases; each file says how.
+`tests/golden/*allocator-torch-*.npz` were recorded from the compiled allocator of PyTorch releases; each file says how.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ class Case(NamedTuple):
     device_bytes: int
 
 
-def case(release: str, number: int) -> Case:
-    with np.load(GOLDEN / f"allocator-torch-{release}.npz", allow_pickle=False) as file:
+def case(release: str, number: int, *, version: str = "") -> Case:
+    """One history of a release, with its settings, or with those settings in another version."""
+    (path,) = GOLDEN.glob(f"*allocator-torch-{release}.npz")
+    with np.load(path, allow_pickle=False) as file:
         about = json.loads(str(file["about"]))
         rows, totals = file[f"trace_{number}"].tolist(), file[f"totals_{number}"]
     entries = [
@@ -41,7 +43,7 @@ def case(release: str, number: int) -> Case:
         for action, address, size, stream in rows
     ]
     known = about["cases"][number]
-    settings = AllocatorSettings.parse(known["settings"])
+    settings = AllocatorSettings.parse(f"version:{version or release},{known['settings']}".removesuffix(","))
     return Case(entries, totals, settings, known["capacity_bytes"], known["device_bytes"])
 
 
@@ -60,15 +62,25 @@ def replay_of(history: History, known: Case, *, driver_addresses: bool) -> Repla
 
 
 @pytest.mark.parametrize("number", range(9))
-@pytest.mark.parametrize("release", ["2.13.0", "2.11.0"])
+@pytest.mark.parametrize("release", ["2.13.0", "2.12.1", "2.11.0", "2.4.1"])
 def test_blocks_and_segments_lie_where_pytorch_put_them(release: str, number: int) -> None:
     known = case(release, number)
     history = read_history(known.entries)
-    done = replay_of(history, known, driver_addresses=release == "2.11.0")
+    done = replay_of(history, known, driver_addresses=release in ("2.11.0", "2.4.1"))
     assert first_difference(history, done) is None
     assert (done.oom is not None) == (known.entries[-1]["action"] == "oom")
     totals = np.stack([done.allocated, done.active, done.reserved, done.requested], axis=1)
     assert (totals == known.totals).all()
+
+
+@pytest.mark.parametrize(("release", "number", "driver_addresses"), [("2.12.1", 0, False), ("2.4.1", 6, True)])
+def test_the_rules_of_another_release_give_differences(release: str, number: int, driver_addresses: bool) -> None:
+    # 2.12 takes the oldest of equal blocks; in 2.4 the `>` of [1:8,2:2,4:4,>:1] replaces the divisions from 4 MiB too.
+    known = case(release, number)
+    newer = case(release, number, version="2.13").settings
+    history = read_history(known.entries)
+    other = replay_of(history, known._replace(settings=newer), driver_addresses=driver_addresses)
+    assert "PyTorch used the block at" in str(first_difference(history, other))
 
 
 def test_a_reached_limit_can_be_replayed_without_knowing_it() -> None:
@@ -87,7 +99,9 @@ def test_other_settings_give_differences() -> None:
     known = case("2.13.0", 0)
     history = read_history(known.entries)
     other = replay_of(
-        history, known._replace(settings=AllocatorSettings(expandable_segments=True)), driver_addresses=False
+        history,
+        known._replace(settings=AllocatorSettings(expandable_segments=True, version="2.13")),
+        driver_addresses=False,
     )
     assert str(first_difference(history, other)).startswith("event 0: PyTorch did a segment_alloc of")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from memscope.allocator.settings import AllocatorSettings
 from memscope.errors import UsageError
@@ -14,7 +15,7 @@ def test_every_key_that_places_memory_is_read() -> None:
     read = AllocatorSettings.parse(
         "expandable_segments:True,max_split_size_mb:64,max_non_split_rounding_mb:48,roundup_power2_divisions:8,"
         "garbage_collection_threshold:0.8,large_segment_size_mb:32,per_process_memory_fraction:0.5,"
-        "throw_on_cudamalloc_oom:True"
+        "throw_on_cudamalloc_oom:True,version:2.13.0"
     )
     assert read == AllocatorSettings(
         expandable_segments=True,
@@ -25,6 +26,7 @@ def test_every_key_that_places_memory_is_read() -> None:
         large_segment_size_bytes=32 * MIB,
         per_process_memory_fraction=0.5,
         throw_on_cudamalloc_oom=True,
+        version="2.13",
     )
 
 
@@ -184,3 +186,45 @@ def test_segments_are_2_mib_20_mib_or_rounded_up_to_2_mib(block: int, segment: i
 
 def test_the_size_of_a_large_segment_can_be_set() -> None:
     assert AllocatorSettings.parse("large_segment_size_mb:12").segment_size(2 * MIB) == 12 * MIB
+
+
+def test_without_a_version_the_installed_release_counts() -> None:
+    assert AllocatorSettings().version is None
+    major, minor = torch.__version__.split(".")[:2]
+    assert AllocatorSettings().release == (int(major), int(minor))
+    assert AllocatorSettings.parse("version:2.4.1+cu121").release == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("version:2.3", "version:2.3: the allocator of this release is not known to memscope; it knows 2.4 to 2.15"),
+        ("version:3.0", "it knows 2.4 to 2.15"),
+        ("version:new", "version:new: expected a release of PyTorch, 2.4 to 2.15"),
+        # The names in the compiled allocators of 2.5.1, 2.10.0 and 2.11.0, and the message of 2.9.1: "must be > 20".
+        ("version:2.5,max_non_split_rounding_mb:48", "PyTorch 2.5 refuses it; releases from 2.6 on know it"),
+        ("version:2.10,large_segment_size_mb:32", "PyTorch 2.10 refuses it; releases from 2.11 on know it"),
+        ("version:2.11,throw_on_cudamalloc_oom:True", "PyTorch 2.11 refuses it; releases from 2.12 on know it"),
+        ("version:2.9,max_split_size_mb:20", "max_split_size_mb:20: expected more than 20"),
+    ],
+)
+def test_what_another_release_refuses_is_refused(text: str, said: str) -> None:
+    with pytest.raises(UsageError) as error:
+        AllocatorSettings.parse(text)
+    assert said in str(error.value)
+
+
+def test_a_limit_of_one_large_segment_is_allowed_since_2_10() -> None:
+    assert AllocatorSettings.parse("version:2.10,max_split_size_mb:20").max_split_size_bytes == 20 * MIB
+
+
+def test_before_2_10_the_last_interval_is_replaced_too() -> None:
+    # Recorded from the compiled allocators of 2.9.1 and 2.10.0: 5,243,309 bytes take 5,243,392 and 6,291,456.
+    text = "roundup_power2_divisions:[1:8,2:2,4:4,>:1]"
+    old, new = (AllocatorSettings.parse(f"{text},version:{version}") for version in ("2.9", "2.10"))
+    assert (old.block_size(5_243_309), new.block_size(5_243_309)) == (5_243_392, 6_291_456)
+
+
+def test_the_environment_cannot_name_a_version() -> None:
+    with pytest.raises(UsageError, match=r"simulate with --allocator version:2\.4"):
+        AllocatorSettings.from_environment({"PYTORCH_CUDA_ALLOC_CONF": "version:2.4"})

@@ -141,6 +141,25 @@ def trace_with(*sizes_mib: int) -> Trace:
     return built.trace()
 
 
+def test_the_allocator_of_another_release_is_followed_and_named_in_the_trace():
+    # By the rules: 5 MiB and 200 KiB round up to 6 MiB since 2.10, where `>` leaves the 4 divisions from 4 MiB alone.
+    def reserved(version):
+        settings = AllocatorSettings.parse(f"roundup_power2_divisions:[4:4,>:1],version:{version}")
+        trace = trace_of(width=1152, allocator=settings)
+        (weight,) = trace.size[(trace.category == CATEGORIES.index("parameter"))].tolist()
+        return weight, trace.meta["allocator"]["settings"]["version"], trace.meta.get("notes", [])
+
+    weight, version, notes = reserved("2.4.1")
+    assert (weight, version) == (1152 * 1152 * 4, "2.4")
+    assert "PyTorch 2.4 takes the lowest address of several cached blocks of equal size" in notes[0]
+    assert reserved("2.12") == (6 * MIB, "2.12", [])
+
+
+def test_without_a_version_the_trace_names_the_installed_release():
+    installed = ".".join(torch.__version__.split(".")[:2])
+    assert trace_of(width=16).meta["allocator"]["settings"]["version"] == installed
+
+
 @pytest.mark.parametrize(("sizes_mib", "least_mib"), [((60, 64), 64), ((20, 40, 60, 80), 80), ((64, 60), 64)])
 def test_the_least_reserved_bytes_are_those_of_a_cache_that_is_returned_in_time(sizes_mib, least_mib):
     # Without a limit, each larger request gets a segment of its own, and the smaller ones stay in the cache.

@@ -10,6 +10,7 @@ from rich.console import Console
 from memscope import simulate
 from memscope.analysis.cost import last_step_seconds
 from memscope.analysis.effects import Run, compare
+from memscope.analysis.fit import KNOWN_ERROR
 from memscope.cli.profile_report import print_remedies, print_report
 from memscope.runs.would_free import Remedies, WouldFree
 from memscope.strategies import Plan
@@ -74,6 +75,13 @@ def test_a_device_without_a_known_context_has_no_row_for_the_driver(runs: list[R
     out = printed(gpu, 120)
     assert "device (estimate)" not in out
     assert "the driver's memory beyond reserved memory is not known for this device" in out
+
+
+def test_a_run_that_fits_is_said_to_with_the_known_error(runs: list[Run]) -> None:
+    lines = printed(runs[:1], 200).splitlines()
+    # Toy runs take megabytes of a device with gigabytes.
+    assert lines[1].startswith("baseline fits: ")
+    assert lines[2] == KNOWN_ERROR
 
 
 def advice_on(runs: list[Run], before_bytes: int, **failed: str) -> str:
