@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
+from memscope.simulation.answers import Answers
 from memscope.simulation.facade.stand_in import is_target, replaced
 from memscope.simulation.values import KnownValues
 
@@ -19,7 +21,7 @@ __all__ = ["FakeCopies", "fake_tensors_train"]
 
 
 @contextlib.contextmanager
-def fake_tensors_train() -> Iterator[None]:
+def fake_tensors_train(answers: Answers) -> Iterator[None]:
     """Make gradient scalers, truncated normal initialization and module conversion work on tensors without values.
 
     Targets cannot tell fake tensors from others.
@@ -28,9 +30,27 @@ def fake_tensors_train() -> Iterator[None]:
         _gradients_are_finite(),
         _truncated_normals_are_within_bounds(),
         _modules_convert_fake_weights(),
+        replaced(FakeTensor, "numpy", lambda tensor, *, force=False: answers.array(tensor)),
+        replaced(torch, "tensor", _of_fake_numbers(torch.tensor)),
+        replaced(torch, "as_tensor", _of_fake_numbers(torch.as_tensor)),
         _targets_see_plain_tensors(),
     ):
         yield
+
+
+def _of_fake_numbers(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Read the numbers in a list of fake tensors first: PyTorch would read their memory, which they do not have."""
+
+    def made(data: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if _has_fake_numbers(data):
+            data = pytree.tree_map_only(FakeTensor, lambda tensor: tensor.tolist(), data)
+        return make(data, *args, **kwargs)
+
+    return made
+
+
+def _has_fake_numbers(data: Any) -> bool:
+    return isinstance(data, (list, tuple)) and any(type(one) is FakeTensor or _has_fake_numbers(one) for one in data)
 
 
 @contextlib.contextmanager
@@ -89,14 +109,15 @@ def _gradients_are_finite() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _truncated_normals_are_within_bounds() -> Iterator[None]:
-    """Return at once from `nn.init.trunc_normal_`: that of 2.13 redraws until every value is within bounds.
+    """Draw once in `nn.init.trunc_normal_`: that of 2.13 redraws until every value is within bounds.
 
     Source: `_no_grad_trunc_normal_` in torch/nn/init.py, 2.13; 2.6 and 2.11 clamp instead.
     """
     draw: Callable[..., Tensor] = nn.init._no_grad_trunc_normal_
 
     def drawn(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return tensor if isinstance(tensor, FakeTensor) else draw(tensor, *args, **kwargs)
+        with torch.no_grad():
+            return tensor.uniform_() if isinstance(tensor, FakeTensor) else draw(tensor, *args, **kwargs)
 
     with replaced(nn.init, "_no_grad_trunc_normal_", drawn):
         yield

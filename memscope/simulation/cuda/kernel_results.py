@@ -6,10 +6,7 @@ the host, matters only when memory is counted.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -75,29 +72,29 @@ def _sparse(*args: Any, **kwargs: Any) -> Any:
     )
 
 
-def _value(tensor: Tensor) -> Any:
-    """Return the value of a tensor; 1 where PyTorch's own Adafactor or ASGD reads it, since no memory depends on it.
+def _histogram(values: Tensor, bins: int = 100, *bounds: float, **named: float) -> Tensor:
+    """Counts of the input's dtype. A CPU has no kernel for integers, and the fake kernel refuses them there.
 
-    Both optimizers only scale by what they read. The exception is ASGD's `mu != 1`, which is false before step `t0`, a
-    million by default. Source: torch/optim/_adafactor.py and asgd.py, 2.11 and 2.13.
+    Source: _histc_cuda in aten/src/ATen/native/cuda/SummaryOps.cu (2.6 to 2.13).
     """
-    is_known = getattr(tensor, "constant", None) is not None
-    if not is_known and _asked_by_scaling_optimizer():
-        return 1.0 if tensor.is_floating_point() else 1
-    return aten._local_scalar_dense.default(tensor)
+    return torch.empty(bins, dtype=values.dtype)
 
 
-_OPTIMIZERS = Path(torch.optim.__file__).parent
-_ONLY_SCALE = {str(_OPTIMIZERS / name) for name in ("_adafactor.py", "asgd.py")}
+def _grouped_product(
+    first: Tensor, second: Tensor, offsets: Tensor | None = None, bias: Any = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """The products of groups of rows or columns, as in layers of experts; each row of the result is padded to 16 bytes.
 
-
-def _asked_by_scaling_optimizer() -> bool:
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        if frame.f_code.co_filename in _ONLY_SCALE:
-            return True
-        frame = frame.f_back
-    return False
+    The meta function takes bfloat16 only, and pads only in a build with CUDA; the kernels take any dtype. Source:
+    create_grouped_gemm_output_tensor in aten/src/ATen/native/GroupedMMUtils.h, 2.9 to 2.13.
+    """
+    size = [first.shape[-2], second.shape[-1]]
+    if first.ndim == second.ndim:
+        size = [first.shape[0] if offsets is None or first.ndim == 3 else len(offsets), *size]
+    dtype = out_dtype or first.dtype
+    elements = 16 // dtype.itemsize
+    padded = -(-size[-1] // elements) * elements
+    return torch.empty_strided(size, [size[-2] * padded, padded, 1][-len(size) :], dtype=dtype)
 
 
 Order = tuple[int, ...]
@@ -147,10 +144,10 @@ _ANYWHERE: Mapping[Any, ResultKernel] = {
         )
     },
     **_waits(),
-    aten._local_scalar_dense.default: _value,
+    **({aten._grouped_mm.default: _grouped_product} if hasattr(aten, "_grouped_mm") else {}),
     aten._sparse_coo_tensor_with_dims_and_tensors.default: _sparse,
 }
 _ON_GPU: Mapping[Any, ResultKernel] = {
     operator: _statistics_in_float32(operator)
     for operator in (aten.native_layer_norm.default, aten.native_batch_norm.default)
-}
+} | {aten.histc.default: _histogram}
