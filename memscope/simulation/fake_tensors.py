@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -17,7 +18,7 @@ from memscope.simulation.answers import Answers
 from memscope.simulation.facade.stand_in import is_target, replaced
 from memscope.simulation.values import KnownValues
 
-__all__ = ["FakeCopies", "fake_tensors_train"]
+__all__ = ["FakeCopies", "StandIns", "fake_tensors_train", "weight_sizes"]
 
 
 @contextlib.contextmanager
@@ -168,6 +169,27 @@ def _converted(
             replaced[id(tensor)] = (tensor, result)
         done[id(tensor)] = done[id(result)] = result
     return done[id(tensor)]
+
+
+def weight_sizes(mode: FakeTensorMode) -> list[int]:
+    """Bytes of each storage that holds a parameter made in a mode and still alive."""
+    found = (one for one in gc.get_objects() if type(one) is FakeTensor and one.fake_mode is mode)
+    storages = (weight.untyped_storage() for weight in found if isinstance(weight, nn.Parameter))
+    return list({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+
+class StandIns(FakeTensorMode):
+    """The mode of fake tensors, in which a GPU is the stand-ins' device.
+
+    A fake kernel that a target registers is a target's code too: `x.device` is a GPU in it. PyTorch runs it where no
+    function mode is on.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        device = kwargs.get("device") if kwargs else None
+        if device is not None and device.type == "cuda":
+            kwargs = {**kwargs, "device": torch.device("cpu")}
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 class FakeCopies(TorchFunctionMode):

@@ -33,8 +33,9 @@ from memscope.simulation.device_memory import KernelWorkspaces, on_device
 from memscope.simulation.devices.catalogue import Device, get_device
 from memscope.simulation.devices.cost import cost_table
 from memscope.simulation.devices.roofline import Roofline
+from memscope.simulation.facade.imports import imports_see_the_machine
 from memscope.simulation.facade.visible_gpu import VisibleGpu
-from memscope.simulation.fake_tensors import FakeCopies, fake_tensors_train
+from memscope.simulation.fake_tensors import FakeCopies, StandIns, fake_tensors_train, weight_sizes
 from memscope.simulation.host import Link, host_copies
 from memscope.simulation.refusal import NotSimulated
 from memscope.simulation.remember import RememberedOperators
@@ -124,8 +125,9 @@ def simulate(
     settings = AllocatorSettings.from_environment(os.environ) if allocator is None else allocator
     kernels = KernelWorkspaces(device) if device.kind == "cuda" else None
     roofline = Roofline(device)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = StandIns(allow_non_fake_inputs=True)
     gpu = VisibleGpu(device, settings)
+    gpu.memory.built = partial(weight_sizes, mode)
     assumptions = Assumptions(Assume.parse(assume) if isinstance(assume, str) else assume)
     values, untouched = KnownValues(assumptions.policy), Untouched()
     answers = Answers(values, assumptions)
@@ -151,7 +153,7 @@ def simulate(
                 kernels=kernels,
                 calls_of=part.calls_of,
             )
-            gpu.seen = recorder.tracker.seen
+            gpu.memory.seen = recorder.tracker.seen
             with host_copies(recorder.tracker, link) if kernels else contextlib.nullcontext():
                 run_steps(training, pieces, recorder, progress, live)
     trace = recorder.trace()
@@ -162,7 +164,7 @@ def simulate(
     meta = {**trace.meta, "cost": cost, "estimated_workspaces": sorted(kernels.estimated)}
     for note in gpu.notes:
         add_note(meta, note)
-    return on_device(dataclasses.replace(trace, meta=meta), device, settings, gpu.cache_emptied)
+    return on_device(dataclasses.replace(trace, meta=meta), device, settings, gpu.memory.cache_emptied)
 
 
 def _build(
@@ -233,6 +235,7 @@ def _simulated(device: Device, gpu: VisibleGpu, answers: Answers) -> Iterator[No
         if device.kind == "cuda":
             scopes.enter_context(cuda_semantics(device.capability))
             scopes.enter_context(gpu)
+        scopes.enter_context(imports_see_the_machine(gpu.hidden))
         yield
 
 
