@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memscope.simulation.assumptions import Assumptions, Origin
+from memscope.simulation.cuda.kernel_results import ctc_loss
 from memscope.simulation.guesses import ASSUMED_NUMBER
 from memscope.simulation.refusal import NotSimulated
 from memscope.simulation.untouched import Untouched
@@ -49,6 +50,8 @@ class Answers:
                 return self._indexed(*args)
             if func in (aten.nonzero.default, aten.masked_select.default):
                 return self._selected(func, args)
+            if func is aten._ctc_loss.Tensor:
+                return self._ctc_loss(*args)
             return self._computed(func, args, kwargs)
         return UNKNOWN
 
@@ -132,6 +135,15 @@ class Answers:
             return None
         self._assume("the elements that are not zero", "all of them")
         return mask.numel()
+
+    def _ctc_loss(self, log_probs: Tensor, targets: Tensor, lengths: Tensor, target_lengths: Tensor, *_: Any) -> Any:
+        with computing():
+            known = self._values.value_of(target_lengths)
+            if known is None:
+                return UNKNOWN
+            self._assumptions.rest_on(self._values.origins_of(target_lengths))
+            longest = int(known.max())
+        return ctc_loss(log_probs, longest)
 
     def _computed(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Results as large as those of known values; their contents are followed like those of any operator."""

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from memscope.simulation.answers import Answers
 from memscope.simulation.facade.stand_in import is_target, replaced
+from memscope.simulation.refusal import NotSimulated
 from memscope.simulation.values import KnownValues
 
 __all__ = ["FakeCopies", "StandIns", "fake_tensors_train", "weight_sizes"]
@@ -34,6 +35,7 @@ def fake_tensors_train(answers: Answers) -> Iterator[None]:
         replaced(FakeTensor, "numpy", lambda tensor, *, force=False: answers.array(tensor)),
         replaced(torch, "tensor", _of_fake_numbers(torch.tensor)),
         replaced(torch, "as_tensor", _of_fake_numbers(torch.as_tensor)),
+        replaced(torch, "ctc_loss", _with_lengths_in_tensors(torch.ctc_loss)),
         _targets_see_plain_tensors(),
     ):
         yield
@@ -48,6 +50,17 @@ def _of_fake_numbers(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return make(data, *args, **kwargs)
 
     return made
+
+
+def _with_lengths_in_tensors(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Refuse CTC loss with lengths in lists, which PyTorch would put into memory that fake tensors do not have."""
+
+    def computed(log_probs: Tensor, targets: Tensor, input_lengths: Any, target_lengths: Any, *args: Any) -> Tensor:
+        if not (isinstance(input_lengths, Tensor) and isinstance(target_lengths, Tensor)):
+            raise NotSimulated("CTC loss can be simulated with lengths in tensors only: pass torch.tensor(lengths)")
+        return loss(log_probs, targets, input_lengths, target_lengths, *args)
+
+    return computed
 
 
 def _has_fake_numbers(data: Any) -> bool:

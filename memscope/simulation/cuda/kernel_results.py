@@ -14,7 +14,7 @@ from torch import Tensor
 
 from memscope.simulation.refusal import NotSimulated
 
-__all__ = ["OWN_ORDER", "results"]
+__all__ = ["OWN_ORDER", "ctc_loss", "results"]
 
 aten = torch.ops.aten
 ResultKernel = Callable[..., Any]
@@ -72,6 +72,27 @@ def _sparse(*args: Any, **kwargs: Any) -> Any:
     )
 
 
+def _log_softmax_gradient(grad: Tensor, output: Tensor, dim: int, input_dtype: torch.dtype) -> Tensor:
+    """A gradient without gaps, in the order of its dimensions; that of the fake kernel has the strides of `grad`.
+
+    Source: TORCH_META_FUNC(log_softmax_backward_data) in aten/src/ATen/native/SoftMax.cpp (2.6 to 2.13).
+    """
+    return torch.empty(grad.size(), dtype=input_dtype)
+
+
+def ctc_loss(log_probs: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    """The losses of a batch, and the logarithms of alpha that are kept for the backward pass; there is no fake kernel.
+
+    Source: ctc_loss_gpu_template in aten/src/ATen/native/cuda/LossCTC.cu (revisions before and after 2.0).
+
+    Args:
+        log_probs: `[input length, batch, labels]`.
+        longest: length of the longest target.
+    """
+    steps, batch, _ = log_probs.shape
+    return log_probs.new_empty(batch), log_probs.new_empty(batch, steps, 2 * longest + 1)
+
+
 def _histogram(values: Tensor, bins: int = 100, *bounds: float, **named: float) -> Tensor:
     """Counts of the input's dtype. A CPU has no kernel for integers, and the fake kernel refuses them there.
 
@@ -114,6 +135,8 @@ def _seed_and_offset_on_host(arguments: Mapping[str, Any], torch_version: tuple[
 OWN_ORDER: Mapping[str, Callable[[Mapping[str, Any], tuple[int, int]], Order]] = {
     # dropout_cuda in aten/src/ATen/native/cuda/Dropout.cu, 2.6 to 2.15: first the mask, then the result
     "aten.native_dropout.default": lambda arguments, torch_version: (1, 0),
+    # ctc_loss_gpu_template in aten/src/ATen/native/cuda/LossCTC.cu: first log alpha
+    "aten._ctc_loss.Tensor": lambda arguments, torch_version: (1, 0),
     # _cudnn_attention_forward in attention.cu and run_cudnn_SDP_fprop in aten/src/ATen/native/cudnn/MHA.cpp, revisions
     # of 2.9 to 2.15: first seed and offset, then the result and the log-sum-exp
     "aten._scaled_dot_product_cudnn_attention.default": lambda arguments, torch_version: (6, 7, 0, 1),
@@ -144,6 +167,8 @@ _ANYWHERE: Mapping[Any, ResultKernel] = {
         )
     },
     **_waits(),
+    aten._log_softmax_backward_data.default: _log_softmax_gradient,
+    aten._ctc_loss_backward.Tensor: lambda grad, log_probs, *_, **named: log_probs.new_empty(log_probs.size()),
     **({aten._grouped_mm.default: _grouped_product} if hasattr(aten, "_grouped_mm") else {}),
     aten._sparse_coo_tensor_with_dims_and_tensors.default: _sparse,
 }
