@@ -33,12 +33,12 @@ class Guess(NamedTuple):
     """What is assumed of a result.
 
     Attributes:
-        index: place of the result among those of the operator.
+        place: position of the result among those of the operator.
         value: its values, or the number that fills it.
         origin: the assumption.
     """
 
-    index: int
+    place: int
     value: Tensor | float
     origin: Origin
 

@@ -218,7 +218,7 @@ class KnownValues:
         with computing():
             found = guess(func, args, made, self._policy, self.value_of)
             if found is not None:
-                self._assume(made[found.index], found)
+                self._assume(made[found.place], found)
 
     def _may_know(self, values: Iterable[Any]) -> bool:
         """Whether no tensor among some arguments is unknown."""

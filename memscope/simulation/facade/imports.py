@@ -28,7 +28,7 @@ def imports_see_the_machine(
     The interpreter calls this function of importlib for every module that is not loaded yet. Source:
     import_find_and_load in Python/import.c (3.11 to 3.14).
     """
-    importer: Any = importlib._bootstrap  # type: ignore[attr-defined]
+    importer: Any = importlib._bootstrap
     find: Callable[..., Any] = importer._find_and_load
     is_importing = False
 

@@ -105,7 +105,7 @@ class GpuMemory:
         """Replay of the allocator over all events so far."""
         if self.seen is None:
             sizes = self.built()
-            born, freed = range(len(sizes)), [-1] * len(sizes)
+            born, freed = list(range(len(sizes))), [-1] * len(sizes)
         else:
             sizes, born = [one.size_bytes for one in self.seen.births], [one.born for one in self.seen.births]
             freed = self.seen.freed
