@@ -246,6 +246,21 @@ def test_the_gradient_of_log_softmax_is_dense_whatever_the_strides_of_its_argume
     assert rows(simulate(build, device="cpu")) == rows(record(build))
 
 
+def test_the_gradient_of_layer_norm_is_dense_whatever_the_strides_of_its_argument():
+    """As in Swin, which pools over positions: a gap would cost a copy in front of the linear layer's product."""
+
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
+
+        def forward(self, x):
+            return nn.functional.adaptive_avg_pool1d(self.norm(self.linear(x)).transpose(1, 2), 1)
+
+    build = workload(Pooled, lambda m, x: m(x).sum(), torch.ones(4, 3, 8))
+    assert rows(simulate(build, device="cpu")) == rows(record(build))
+
+
 @pytest.mark.skipif(not hasattr(torch.ops.aten, "_grouped_mm"), reason="this PyTorch has no grouped product")
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
 def test_products_of_groups_pad_each_row_to_16_bytes(device):

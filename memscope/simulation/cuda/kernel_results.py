@@ -80,6 +80,18 @@ def _log_softmax_gradient(grad: Tensor, output: Tensor, dim: int, input_dtype: t
     return torch.empty(grad.size(), dtype=input_dtype)
 
 
+def _layer_norm_gradients(*args: Any) -> Any:
+    """Gradients of layer norm, that of its input without gaps; in the fake kernel it has the strides of its argument.
+
+    Source: layer_norm_backward_cpu in aten/src/ATen/native/layer_norm.cpp, layer_norm_backward_cuda in
+    cuda/layer_norm_kernel.cu (2.6 to 2.13): LEGACY_CONTIGUOUS_MEMORY_FORMAT.
+    """
+    of_input, *of_weights = aten.native_layer_norm_backward.default(*args)
+    if of_input is not None and not of_input.is_contiguous():
+        of_input = of_input.new_empty(of_input.size())
+    return of_input, *of_weights
+
+
 def ctc_loss(log_probs: Tensor, longest: int) -> tuple[Tensor, Tensor]:
     """The losses of a batch, and the logarithms of alpha that are kept for the backward pass; there is no fake kernel.
 
@@ -167,6 +179,7 @@ _ANYWHERE: Mapping[Any, ResultKernel] = {
         )
     },
     **_waits(),
+    aten.native_layer_norm_backward.default: _layer_norm_gradients,
     aten._log_softmax_backward_data.default: _log_softmax_gradient,
     aten._ctc_loss_backward.Tensor: lambda grad, log_probs, *_, **named: log_probs.new_empty(log_probs.size()),
     **({aten._grouped_mm.default: _grouped_product} if hasattr(aten, "_grouped_mm") else {}),
