@@ -16,6 +16,7 @@ from memscope.advisor.planning import Found, device_bytes
 from memscope.advisor.search import Search
 from memscope.allocator.replay import replay
 from memscope.allocator.settings import AllocatorSettings
+from memscope.analysis.notes import assumed
 from memscope.errors import UsageError
 from memscope.interrupts import interrupt_taken
 from memscope.simulation.device_memory import least_reserved
@@ -181,7 +182,7 @@ def _advice(
         simulated=len(search.plain),
         combinations=len(plans),
         untried=tuple(search.untried(plans)),
-        notes=(*search.planning.refused, *_scattered(shown.seen.trace, peak, settings)),
+        notes=(*search.planning.refused, *_scattered(shown.seen.trace, peak, settings), *assumed(shown.seen.trace)),
         made_for=made_for(built, search.layers.names, Plan.parse(reference.strategies).specs, device.name),
         trace=shown.seen.trace,
     )

@@ -23,13 +23,14 @@ from memscope.advisor.measure.runner import Scene, side_by_side
 from memscope.allocator.settings import AllocatorSettings
 from memscope.cli.advise_report import print_advice
 from memscope.cli.next_command import print_next, profile_words
-from memscope.command.options import FILE, TIMEOUT, argument, option, with_options
+from memscope.command.options import ASSUME, FILE, TIMEOUT, argument, option, with_options
 from memscope.command.output import Attempt, errors_told_last, require_writable
 from memscope.command.progress import shown_progress
 from memscope.command.target_words import last_profiled, settings_of
 from memscope.errors import GateFailed
 from memscope.interrupts import INTERRUPTED, interrupts_raised
 from memscope.runs.checks import check_plans
+from memscope.simulation.assumptions import Assume
 from memscope.simulation.devices.catalogue import get_device, load_devices
 from memscope.strategies import Plan
 from memscope.units import at_least, parse_seconds
@@ -98,6 +99,7 @@ class AdviseOptions:
             "of another PyTorch.",
         ),
     ]
+    assume: Annotated[str, ASSUME]
     emit: Annotated[
         str | None,
         option("--emit", type=click.Choice(TOOLS), help="Also print the plan as settings of another training tool."),
@@ -184,7 +186,8 @@ def _advised(options: AdviseOptions) -> tuple[Advice, Scene, bool]:
     device = get_device(options.device or DEFAULT_DEVICE, load_devices(file) if file else None)
     allocator = None if options.allocator is None else AllocatorSettings.parse(options.allocator)
     timeout = None if options.timeout is None else parse_seconds(options.timeout)
-    scene = Scene(target, preset, settings, device.name, file, options.allocator, timeout)
+    Assume.parse(options.assume)
+    scene = Scene(target, preset, settings, device.name, file, options.allocator, timeout, options.assume)
     budget = budget_of(options.budget, device, named=options.device is not None)
     with contextlib.ExitStack() as scopes:
         scopes.enter_context(contextlib.redirect_stdout(sys.stderr))  # what the target prints is no result

@@ -43,6 +43,7 @@ def profile_words(scene: Scene) -> list[str]:
         words += ["--device-file", str(scene.device_file)]
     if scene.allocator is not None:
         words += ["--allocator", scene.allocator]
+    words += ["--assume", scene.assume] if scene.assume else []
     return [*words, "--device", scene.device]
 
 

@@ -31,6 +31,7 @@ from memscope.errors import MemscopeError, OutOfDeviceMemory, TraceFileError, Us
 from memscope.runs.checks import check_plans
 from memscope.runs.plans import Report, RunSpec, run_all, run_where_there_is_room, try_all
 from memscope.runs.would_free import Remedies, would_free
+from memscope.simulation.assumptions import Assume
 from memscope.simulation.devices.catalogue import get_device, load_devices
 from memscope.strategies import Plan, Strategy
 from memscope.trace import Trace
@@ -123,8 +124,10 @@ def _prepared(options: ProfileOptions, folder: Path) -> _Prepared:
             f"allocator setting version:{version}: a measured run has the allocator of the installed PyTorch; simulate "
             "it, with --simulate or --device"
         )
+    _check_assume(options.assume, simulated)
     timeout = None if options.timeout is None else parse_seconds(options.timeout)
-    scene = Scene(options.target, options.preset, words, device, options.device_file, options.allocator, timeout)
+    file, allocator = options.device_file, options.allocator
+    scene = Scene(options.target, options.preset, words, device, file, allocator, timeout, options.assume)
     grid = asked_grid(options, device)
     plans = [grid.plans[-1]] if grid else [Plan.parse(text) for text in options.plans]
     labels = grid.labels if grid else _labels(plans)
@@ -164,6 +167,7 @@ def _specs(options: ProfileOptions, prepared: _Prepared, live: bool) -> list[Run
             allocator=scene.allocator,
             simulated=prepared.simulated,
             steps=options.steps,
+            assume=scene.assume,
             path=path,
             memory_bytes=prepared.grid.memory_bytes if prepared.grid else None,
             live=live,
@@ -272,6 +276,13 @@ def _is_simulated(device: str, file: Path | None, simulate: bool) -> bool:
         require_gpu()
         return False
     return simulate or get_device(device, load_devices(file) if file else None).kind != "cpu"
+
+
+def _check_assume(text: str, simulated: bool) -> None:
+    """Refuse an `--assume` that cannot be read, or that a real run would ignore."""
+    Assume.parse(text)
+    if text and not simulated:
+        raise UsageError("--assume is for simulations: a real run has every value; leave it out, or add --simulate")
 
 
 def _labels(plans: list[Plan]) -> list[str]:

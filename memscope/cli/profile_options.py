@@ -8,7 +8,7 @@ from typing import Annotated
 
 import click
 
-from memscope.command.options import FILE, TIMEOUT, argument, option
+from memscope.command.options import ASSUME, FILE, TIMEOUT, argument, option
 
 __all__ = ["DEFAULT_STEPS", "ProfileOptions"]
 
@@ -106,6 +106,7 @@ class ProfileOptions:
     simulate: Annotated[
         bool, option("--simulate", is_flag=True, help="Simulate even if the run could be real, as on --device cpu.")
     ]
+    assume: Annotated[str, ASSUME]
     steps: Annotated[
         int,
         option(

@@ -92,6 +92,7 @@ def _run(run: Run, path: Path, remedies: Remedies | None) -> dict[str, Any]:
         "seconds": seconds[-1] if seconds else None,
         "estimated_seconds": estimated_seconds(trace),
         "notes": told_notes(trace),
+        "assumptions": trace.meta.get("assumptions", []),
         "trace": str(path),
     }
 

@@ -59,6 +59,7 @@ def _run(run: Run, file: Path) -> dict[str, Any]:
         "inferred": list(inferred_columns(trace)),
         "how_inferred": how_inferred(trace) or None,
         "notes": told_notes(trace),
+        "assumptions": trace.meta.get("assumptions", []),
     }
 
 

@@ -22,7 +22,7 @@ from typing import Any, TypeAlias
 
 import click
 
-__all__ = ["FILE", "TIMEOUT", "argument", "debug_option", "option", "with_options"]
+__all__ = ["ASSUME", "FILE", "TIMEOUT", "argument", "debug_option", "option", "with_options"]
 
 _Command: TypeAlias = Callable[..., Any]
 _Declaration: TypeAlias = Callable[[str], Callable[[_Command], _Command]]
@@ -47,6 +47,17 @@ TIMEOUT = option(
     "Default: no limit.",
 )
 """`--timeout`, which `memscope.units.parse_seconds` reads."""
+
+
+ASSUME = option(
+    "--assume",
+    default="",
+    metavar="WHAT",
+    help="What a simulation takes for values that it cannot know: refuse (nothing: the run fails), experts=balanced (a "
+    "router sends every expert an equal share) or experts=worst (all tokens to the same experts). "
+    "Default: experts=balanced.",
+)
+"""`--assume`, which `memscope.simulation.assumptions.Assume` reads."""
 
 
 def argument(**settings: Any) -> _Declaration:

@@ -49,6 +49,8 @@ class RunSpec:
     """Path of the trace file to write; must not exist yet."""
     memory_bytes: int | None = None
     """Memory limit for PyTorch on a real GPU; None: no limit."""
+    assume: str = ""
+    """What a simulation takes for values that it cannot know, as `Assume.parse` reads it."""
     live: bool = False
     """Whether to report the state of the run at every phase."""
     timeout_seconds: float | None = None
@@ -153,6 +155,7 @@ def _run(index: int, spec: RunSpec) -> Trace | None:
             allocator=allocator,
             progress=progress,
             live=live,
+            assume=spec.assume,
         )
     else:
         capacity = spec.memory_bytes

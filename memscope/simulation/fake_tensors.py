@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
+from memscope.simulation.answers import Answers
 from memscope.simulation.facade.stand_in import is_target, replaced
+from memscope.simulation.refusal import NotSimulated
 from memscope.simulation.values import KnownValues
 
-__all__ = ["FakeCopies", "fake_tensors_train"]
+__all__ = ["FakeCopies", "StandIns", "fake_tensors_train", "weight_sizes"]
 
 
 @contextlib.contextmanager
-def fake_tensors_train() -> Iterator[None]:
+def fake_tensors_train(answers: Answers) -> Iterator[None]:
     """Make gradient scalers, truncated normal initialization and module conversion work on tensors without values.
 
     Targets cannot tell fake tensors from others.
@@ -28,9 +32,39 @@ def fake_tensors_train() -> Iterator[None]:
         _gradients_are_finite(),
         _truncated_normals_are_within_bounds(),
         _modules_convert_fake_weights(),
+        replaced(FakeTensor, "numpy", lambda tensor, *, force=False: answers.array(tensor)),
+        replaced(torch, "tensor", _of_fake_numbers(torch.tensor)),
+        replaced(torch, "as_tensor", _of_fake_numbers(torch.as_tensor)),
+        replaced(torch, "ctc_loss", _with_lengths_in_tensors(torch.ctc_loss)),
         _targets_see_plain_tensors(),
     ):
         yield
+
+
+def _of_fake_numbers(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Read the numbers in a list of fake tensors first: PyTorch would read their memory, which they do not have."""
+
+    def made(data: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if _has_fake_numbers(data):
+            data = pytree.tree_map_only(FakeTensor, lambda tensor: tensor.tolist(), data)
+        return make(data, *args, **kwargs)
+
+    return made
+
+
+def _with_lengths_in_tensors(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Refuse CTC loss with lengths in lists, which PyTorch would put into memory that fake tensors do not have."""
+
+    def computed(log_probs: Tensor, targets: Tensor, input_lengths: Any, target_lengths: Any, *args: Any) -> Tensor:
+        if not (isinstance(input_lengths, Tensor) and isinstance(target_lengths, Tensor)):
+            raise NotSimulated("CTC loss can be simulated with lengths in tensors only: pass torch.tensor(lengths)")
+        return loss(log_probs, targets, input_lengths, target_lengths, *args)
+
+    return computed
+
+
+def _has_fake_numbers(data: Any) -> bool:
+    return isinstance(data, (list, tuple)) and any(type(one) is FakeTensor or _has_fake_numbers(one) for one in data)
 
 
 @contextlib.contextmanager
@@ -89,14 +123,15 @@ def _gradients_are_finite() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _truncated_normals_are_within_bounds() -> Iterator[None]:
-    """Return at once from `nn.init.trunc_normal_`: that of 2.13 redraws until every value is within bounds.
+    """Draw once in `nn.init.trunc_normal_`: that of 2.13 redraws until every value is within bounds.
 
     Source: `_no_grad_trunc_normal_` in torch/nn/init.py, 2.13; 2.6 and 2.11 clamp instead.
     """
     draw: Callable[..., Tensor] = nn.init._no_grad_trunc_normal_
 
     def drawn(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return tensor if isinstance(tensor, FakeTensor) else draw(tensor, *args, **kwargs)
+        with torch.no_grad():
+            return tensor.uniform_() if isinstance(tensor, FakeTensor) else draw(tensor, *args, **kwargs)
 
     with replaced(nn.init, "_no_grad_trunc_normal_", drawn):
         yield
@@ -147,6 +182,27 @@ def _converted(
             replaced[id(tensor)] = (tensor, result)
         done[id(tensor)] = done[id(result)] = result
     return done[id(tensor)]
+
+
+def weight_sizes(mode: FakeTensorMode) -> list[int]:
+    """Bytes of each storage that holds a parameter made in a mode and still alive."""
+    found = (one for one in gc.get_objects() if type(one) is FakeTensor and one.fake_mode is mode)
+    storages = (weight.untyped_storage() for weight in found if isinstance(weight, nn.Parameter))
+    return list({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+
+class StandIns(FakeTensorMode):
+    """The mode of fake tensors, in which a GPU is the stand-ins' device.
+
+    A fake kernel that a target registers is a target's code too: `x.device` is a GPU in it. PyTorch runs it where no
+    function mode is on.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        device = kwargs.get("device") if kwargs else None
+        if device is not None and device.type == "cuda":
+            kwargs = {**kwargs, "device": torch.device("cpu")}
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 class FakeCopies(TorchFunctionMode):

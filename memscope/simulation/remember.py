@@ -17,8 +17,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from memscope.hooks.work import Work
+from memscope.simulation.answers import UNKNOWN, Answers
 from memscope.simulation.untouched import Untouched
-from memscope.simulation.values import UNKNOWN, KnownValues, concerns_values, written
+from memscope.simulation.values import KnownValues, concerns_values, written
 
 __all__ = ["RememberedOperators"]
 
@@ -52,6 +53,7 @@ class RememberedOperators:
         self,
         mode: FakeTensorMode,
         values: KnownValues,
+        answers: Answers,
         untouched: Untouched,
         work_of: WorkOf,
         results: Mapping[Any, Callable[..., Any]],
@@ -60,13 +62,14 @@ class RememberedOperators:
 
         Args:
             mode: the mode of the fake tensors.
-            values: the known values, which the operators use and change.
+            values: the known values, which the operators change.
+            answers: answers operators that read values.
             untouched: is told of every real tensor that an operator is given.
             work_of: `work_of(func, args, kwargs, out)` returns the work of a call.
             results: operator → the function to call in its place.
         """
         self._known: dict[Any, tuple[Any, Work, bool]] = {}
-        self._values, self._untouched = values, untouched
+        self._values, self._answers, self._untouched = values, answers, untouched
         self._work_of, self._results = work_of, results
         with mode:
             self._attributes = dict(vars(torch.empty(0)))
@@ -91,7 +94,7 @@ class RememberedOperators:
                 return out, known[1]
         if not described:
             self._untouched.keep_arguments((args, kwargs), written(func, args, kwargs))
-        answer = self._values.answer(func, args, kwargs)
+        answer = self._answers(func, args, kwargs)
         before = [_layout(t) for t in tensors]
         out = self._results.get(func, func)(*args, **kwargs) if answer is UNKNOWN else answer
         work, follows = known[1:] if known else (self._work_of(func, args, kwargs, out), None)

@@ -9,6 +9,7 @@ import os
 import threading
 import traceback
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,8 @@ from memscope.hooks.live_state import Tell
 from memscope.hooks.parts import is_wrapper, parts_of
 from memscope.hooks.recorder import Recorder
 from memscope.hooks.run import MicroBatchProgress, run_meta, run_steps
+from memscope.simulation.answers import Answers, FollowedValues
+from memscope.simulation.assumptions import Assume, Assumptions
 from memscope.simulation.autograd_engine import PlainAutograd
 from memscope.simulation.cuda.kernel_results import results
 from memscope.simulation.cuda.semantics import cuda_semantics, fake_tensors_use_foreach
@@ -30,13 +33,14 @@ from memscope.simulation.device_memory import KernelWorkspaces, on_device
 from memscope.simulation.devices.catalogue import Device, get_device
 from memscope.simulation.devices.cost import cost_table
 from memscope.simulation.devices.roofline import Roofline
+from memscope.simulation.facade.imports import imports_see_the_machine
 from memscope.simulation.facade.visible_gpu import VisibleGpu
-from memscope.simulation.fake_tensors import FakeCopies, fake_tensors_train
+from memscope.simulation.fake_tensors import FakeCopies, StandIns, fake_tensors_train, weight_sizes
 from memscope.simulation.host import Link, host_copies
 from memscope.simulation.refusal import NotSimulated
 from memscope.simulation.remember import RememberedOperators
 from memscope.simulation.untouched import Untouched
-from memscope.simulation.values import FollowedValues, KnownValues
+from memscope.simulation.values import KnownValues
 from memscope.strategies import Plan
 from memscope.trace import Trace
 from memscope.trace.notes import add_note
@@ -46,7 +50,17 @@ from memscope.workload.description import Workload
 from memscope.workload.micro_batches import Choose, prepare_steps
 from memscope.workload.step import Training
 
-__all__ = ["simulate"]
+__all__ = ["Part", "simulate"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What the advisor wants of a simulation: some micro-batches, and the calls of some modules."""
+
+    micro_batches: Choose = list
+    """Selects the micro-batches of a step to run."""
+    calls_of: Collection[str] = ()
+    """Names of modules whose calls are recorded in `meta["calls"]`."""
 
 
 def simulate(
@@ -58,8 +72,8 @@ def simulate(
     allocator: AllocatorSettings | None = None,
     progress: MicroBatchProgress | None = None,
     live: Tell | None = None,
-    micro_batches: Choose = list,
-    calls_of: Collection[str] = (),
+    assume: str | Assume = "",
+    part: Part | None = None,
 ) -> Trace:
     """Trace `steps` training steps without computing any values.
 
@@ -74,8 +88,10 @@ def simulate(
         progress: called after each micro-batch as `progress(done, total)`.
         live: called with a `memscope.hooks.live_state.LiveState` when a phase begins, and at the end. Its sizes are
             requested bytes; only the trace rounds them to the device's blocks.
-        micro_batches: selects the micro-batches of a step to run; default: all.
-        calls_of: names of modules whose calls are recorded in `meta["calls"]`.
+        assume: what to do about values that nobody can know before a run: `refuse` ends the simulation, and
+            `experts=worst` sends all tokens to the same experts; the default spreads them evenly. What was assumed is
+            in `meta["assumptions"]`.
+        part: runs a part of each step, and records more of it; None: all of it.
 
     Returns:
         The trace. Its sizes are those of the blocks that PyTorch's allocator would return on the device, workspaces of
@@ -84,8 +100,8 @@ def simulate(
         device's rates are unknown.
 
     Raises:
-        TargetError: the target's code fails, or needs values that a simulation does not have.
-        UsageError: the strategies, the device or the data cannot be used.
+        TargetError: the target's code fails, or needs values that are neither known nor assumed.
+        UsageError: the strategies, the device, the data or `assume` cannot be used.
 
     Examples:
         >>> import torch
@@ -109,19 +125,23 @@ def simulate(
     settings = AllocatorSettings.from_environment(os.environ) if allocator is None else allocator
     kernels = KernelWorkspaces(device) if device.kind == "cuda" else None
     roofline = Roofline(device)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = StandIns(allow_non_fake_inputs=True)
     gpu = VisibleGpu(device, settings)
-    values, untouched = KnownValues(), Untouched()
-    followed = FollowedValues(values, untouched)
-    operators = RememberedOperators(mode, values, untouched, roofline, results(on_gpu=device.kind == "cuda"))
-    with _one_at_a_time(), _simulated(device, gpu), untouched, _explained():
+    gpu.memory.built = partial(weight_sizes, mode)
+    assumptions = Assumptions(Assume.parse(assume) if isinstance(assume, str) else assume)
+    values, untouched = KnownValues(assumptions.policy), Untouched()
+    answers = Answers(values, assumptions)
+    followed = FollowedValues(values, answers, untouched)
+    operators = RememberedOperators(mode, values, answers, untouched, roofline, results(on_gpu=device.kind == "cuda"))
+    part = part or Part()
+    with _one_at_a_time(), _simulated(device, gpu, answers), untouched, _explained(assumptions.policy.refuse):
         with mode, followed:
             built = _build(workload, mode, values, untouched)
         plan.check(built)  # outside the fake mode, so that a strategy can read the data
         with mode, followed:
             plan.carry_out(built)
         with followed:
-            pieces = prepare_steps(built, steps, micro_batches)
+            pieces = prepare_steps(built, steps, part.micro_batches)
         with mode:
             training = Training.start(built, "cpu", partial(map_tensors, partial(_on_device, values)))
             link = Link(operators, device)
@@ -131,19 +151,20 @@ def simulate(
                 on_gpu=device.kind == "cuda",
                 execute=PlainAutograd(link) if device.kind == "cuda" else link,
                 kernels=kernels,
-                calls_of=calls_of,
+                calls_of=part.calls_of,
             )
-            gpu.seen = recorder.tracker.seen
+            gpu.memory.seen = recorder.tracker.seen
             with host_copies(recorder.tracker, link) if kernels else contextlib.nullcontext():
                 run_steps(training, pieces, recorder, progress, live)
     trace = recorder.trace()
+    trace = dataclasses.replace(trace, meta={**trace.meta, "assumptions": assumptions.rows()})
     if kernels is None:
         return trace
     cost = cost_table(recorder.work, roofline.assumed) if roofline.is_known else None
     meta = {**trace.meta, "cost": cost, "estimated_workspaces": sorted(kernels.estimated)}
     for note in gpu.notes:
         add_note(meta, note)
-    return on_device(dataclasses.replace(trace, meta=meta), device, settings, gpu.cache_emptied)
+    return on_device(dataclasses.replace(trace, meta=meta), device, settings, gpu.memory.cache_emptied)
 
 
 def _build(
@@ -206,19 +227,20 @@ def _one_at_a_time() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _simulated(device: Device, gpu: VisibleGpu) -> Iterator[None]:
+def _simulated(device: Device, gpu: VisibleGpu, answers: Answers) -> Iterator[None]:
     """Make all changes to PyTorch that a simulation needs, and undo them on exit."""
     with contextlib.ExitStack() as scopes:
         scopes.enter_context(fake_tensors_use_foreach())
-        scopes.enter_context(fake_tensors_train())
+        scopes.enter_context(fake_tensors_train(answers))
         if device.kind == "cuda":
             scopes.enter_context(cuda_semantics(device.capability))
             scopes.enter_context(gpu)
+        scopes.enter_context(imports_see_the_machine(gpu.hidden))
         yield
 
 
 @contextlib.contextmanager
-def _explained() -> Iterator[None]:
+def _explained(refuses: bool) -> Iterator[None]:
     """Report what a simulation cannot do in terms of the target's code, not of PyTorch's internals."""
     try:
         yield
@@ -232,6 +254,7 @@ def _explained() -> Iterator[None]:
                 f"{f'the optimizer {optimizer}' if optimizer else 'the target'} needs the value of a tensor, which a "
                 f"simulation does not have: {cause.func}{where(cause)}. "
                 + ("Use another optimizer" if optimizer else "Compute it without .item(), boolean masks or nonzero()")
+                + (", allow assumptions" if refuses else "")
                 + ", or record a real run: --device cpu"
             ) from cause
         if isinstance(cause, fake_tensor.UnsupportedOperatorException):

@@ -100,6 +100,12 @@ class _Command(TypedDict):
     settings: dict[str, Any]
 
 
+class _Assumption(TypedDict):
+    what: str
+    value: str
+    where: str
+
+
 class _Meta(TypedDict, total=False):
     target: str
     strategies: list[str]
@@ -107,6 +113,7 @@ class _Meta(TypedDict, total=False):
     device: _Device
     versions: dict[str, str]
     notes: list[str]
+    assumptions: list[_Assumption]
     command: _Command | None
     samples_per_step: Count | None
     parameters: _Parameters

@@ -47,6 +47,7 @@ def test_the_document_has_the_published_shape(profiled):
             "seconds",
             "estimated_seconds",
             "notes",
+            "assumptions",
             "trace",
             "out_of_memory",
             "fit",
@@ -54,6 +55,7 @@ def test_the_document_has_the_published_shape(profiled):
         }
         assert set(run["at_peak"]) == set(run["max_by_category"]) == set(CATEGORIES)
         assert sum(run["at_peak"].values()) == run["peak"]["allocated"]
+        assert run["assumptions"] == []
         assert run["seconds"] is run["estimated_seconds"] is None, "nothing ran, and the device gpu has no rates"
         assert Path(run["trace"]).parent == folder
     assert set(document["table1"]) == {"lora", "amp", "lora,amp"}
@@ -256,6 +258,34 @@ def test_a_failing_forward_is_shown_as_the_targets_own_error(run, tmp_path):
     assert not (tmp_path / "memscope-runs").exists() or not list((tmp_path / "memscope-runs").iterdir())
 
 
+def test_what_a_run_assumes_is_in_its_tables_its_document_and_its_page(run, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "target.py").write_text(
+        "import torch\nfrom memscope import Workload\n\n"
+        "def loss(model, x):\n"
+        "    expert = model(x).argmax(-1)\n"
+        "    return sum(model(x[expert == one]).sum() for one in range(4))\n\n"
+        "def build(config):\n"
+        "    return Workload(torch.nn.Linear(4, 4), [torch.ones(8, 4)], loss, torch.optim.SGD, name='mine')\n\n"
+        "Config = __import__('dataclasses').make_dataclass('Config', [], frozen=True)\n"
+    )
+    words = ("profile", folder, "--device", "gpu")
+    code, out, _ = run(*words, "--json", "--assume", "experts=worst", "-o", tmp_path / "worst")
+    assert code == 0
+    (assumption,) = json.loads(out)["runs"][0]["assumptions"]
+    assert assumption["what"] == "the choices of torch.argmax"
+    assert assumption["value"] == "always the first 1 of 4"
+    assert "target.py:5, in loss: expert = model(x).argmax(-1)" in assumption["where"]
+    assert "always the first 1 of 4" in (tmp_path / "worst" / "report.html").read_text()
+    _, out, _ = run(*words, "-o", tmp_path / "even")
+    assert "Assumed: the choices of torch.argmax: each of 4 equally often" in " ".join(out.split())
+    code, _, err = run(*words, "--assume", "refuse", "-o", tmp_path / "none")
+    assert code == 1
+    assert "needs the value of a tensor" in err
+    assert "target.py:6, in <genexpr>" in err
+
+
 def test_a_target_of_ones_own_needs_a_folder_with_target_py_only(run, tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()
@@ -320,6 +350,8 @@ def test_a_target_that_does_not_fit_ends_in_exit_code_4_and_says_where_it_runs_o
         (["--allocator", "version:2.4", "--device", "cpu"], "the allocator of the installed PyTorch"),
         (["--device", "small"], "gpu"),
         (["--device-file", "nowhere.toml"], "nowhere.toml"),
+        (["--assume", "expert=worst"], 'did you mean "experts=worst"'),
+        (["--device", "cpu", "--assume", "refuse"], "--assume is for simulations"),
     ],
 )
 def test_wrong_devices_and_allocator_settings_are_refused(words, expected, run, tmp_path):

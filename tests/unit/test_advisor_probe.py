@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from memscope import Workload, simulate
 from memscope.advisor.measure.probe import ChainSeen, look
 from memscope.errors import UsageError
+from memscope.simulation.simulate import Part
 
 ROWS, WIDTH = 64, 256
 BOUNDARY = ROWS * WIDTH * 4  # float32 input of each layer: 64 KiB, a whole number of 512-byte blocks
@@ -55,7 +56,7 @@ def seen(model: nn.Module, strategies: str = "") -> ChainSeen:
         model, [torch.ones(ROWS, WIDTH)], lambda m, x: m(x).sum(), lambda p: torch.optim.SGD(p, lr=0.1), name="chain"
     )
     names = [f"layers.{i}" for i in range(len(model.layers))]  # type: ignore[arg-type]
-    trace = simulate(workload, strategies=strategies, calls_of=names)
+    trace = simulate(workload, strategies=strategies, part=Part(calls_of=names))
     return look(trace, [[name] for name in names], step=1, micro_batch=0)
 
 

@@ -191,7 +191,7 @@ def test_another_optimizer_that_reads_values_is_named():
                 super().step(closure)
 
     with pytest.raises(TargetError, match=r"the optimizer Impatient needs the value of a tensor.*Use another"):
-        simulate(workload(lambda: nn.Linear(8, 8), lambda m, x: m(x).sum(), None, Impatient))
+        simulate(workload(lambda: nn.Linear(8, 8), lambda m, x: m(x).square().sum(), None, Impatient), assume="refuse")
 
 
 @pytest.mark.parametrize("device", ["gpu", "cpu"])
@@ -210,3 +210,76 @@ def test_recurrent_layers_are_refused_on_a_gpu_with_the_reason_and_simulated_on_
     with pytest.raises(TargetError, match=r"cuDNN runs nn.LSTM.*only cuDNN knows.*in <lambda>"):
         simulate(build)
     assert simulate(build, device="cpu").peak.allocated_bytes > 0
+
+
+def spoken(lengths_as):
+    """A workload with CTC loss of 12 steps, 2 samples and 32 labels; the targets have 3 and 5 labels."""
+
+    def loss(model, x):
+        log_probs = model(x).log_softmax(-1).transpose(0, 1)
+        targets = torch.arange(1, 11).view(2, 5)
+        return F.ctc_loss(log_probs, targets, lengths_as([12, 12]), lengths_as([3, 5]), zero_infinity=True)
+
+    return workload(lambda: nn.Linear(8, 32), loss, torch.ones(2, 12, 8))
+
+
+def test_ctc_loss_keeps_alpha_for_the_longest_target():
+    build = spoken(torch.tensor)
+    trace = simulate(build)
+    # Lengths of targets and inputs and offsets of targets; 12 steps of 2 samples for 2 · 5 + 1 symbols; the losses.
+    alpha = 4 * 2 * 12 * 11
+    assert made(trace, "aten._ctc_loss.Tensor") == [8 * 2, 8 * 2, 8 * 2, alpha, 4 * 2]
+    assert made(trace, "aten._ctc_loss_backward.Tensor") == [8 * 2, 8 * 2, 8 * 2, alpha, 4 * 12 * 2 * 32]
+    assert rows(simulate(build, device="cpu")) == rows(record(build))
+
+
+def test_ctc_loss_with_lengths_in_lists_is_refused_with_the_remedy():
+    with pytest.raises(TargetError, match=r"lengths in tensors only: pass torch.tensor.*in loss: return F.ctc_loss"):
+        simulate(spoken(tuple))
+
+
+def test_the_gradient_of_log_softmax_is_dense_whatever_the_strides_of_its_argument():
+    def loss(model, x):
+        return (model(x).log_softmax(-1).transpose(0, 1) * torch.ones(3, 4, 8)).sum()
+
+    build = workload(lambda: nn.Linear(8, 8), loss, torch.ones(4, 3, 8))
+    assert rows(simulate(build, device="cpu")) == rows(record(build))
+
+
+def test_the_gradient_of_layer_norm_is_dense_whatever_the_strides_of_its_argument():
+    """As in Swin, which pools over positions: a gap would cost a copy in front of the linear layer's product."""
+
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
+
+        def forward(self, x):
+            return nn.functional.adaptive_avg_pool1d(self.norm(self.linear(x)).transpose(1, 2), 1)
+
+    build = workload(Pooled, lambda m, x: m(x).sum(), torch.ones(4, 3, 8))
+    assert rows(simulate(build, device="cpu")) == rows(record(build))
+
+
+@pytest.mark.skipif(not hasattr(torch.ops.aten, "_grouped_mm"), reason="this PyTorch has no grouped product")
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_products_of_groups_pad_each_row_to_16_bytes(device):
+    """Four experts of 8 to 21 features on 16 tokens: rows of 21 floats take 24, the last one 21."""
+
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4, 21, 8))
+
+        def forward(self, x):
+            offsets = torch.tensor([4, 8, 12, 16], dtype=torch.int32, device=x.device)
+            return torch._grouped_mm(x, self.weight.transpose(1, 2), offs=offsets)
+
+    def loss(model, x):
+        return model(x).detach().sum() + model.weight.sum()
+
+    build = workload(Experts, loss, torch.ones(16, 8))
+    trace = simulate(build, device=device)
+    assert made(trace, "aten._grouped_mm.default") == [4 * (15 * 24 + 21)]
+    if device == "cpu":
+        assert rows(trace) == rows(record(build))

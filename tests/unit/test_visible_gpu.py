@@ -1,5 +1,7 @@
 """Ordinary training code for a GPU runs in a simulation of one; afterwards PyTorch is restored."""
 
+import importlib
+import sys
 from collections import UserDict
 from dataclasses import dataclass
 
@@ -10,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from memscope import Workload, simulate
 from memscope.errors import TargetError
+from memscope.simulation.devices.catalogue import get_device
 
 GPU = torch.device("cuda", 0)
 
@@ -210,7 +213,7 @@ def test_emptying_the_cache_gives_unused_segments_back():
     ("call", "name"),
     [
         (lambda: torch.cuda.memory_summary(), "memory_summary"),
-        (lambda: torch.cuda.mem_get_info(), "mem_get_info"),
+        (lambda: torch.cuda.memory_stats().get("segment.all.current"), r"memory_stats\(\)\[.segment.all.current.\]"),
         (lambda: torch.cuda.Stream(), "Stream"),
         (lambda: torch.cuda.CUDAGraph(), "CUDAGraph"),
         (lambda: torch.cuda.Event().elapsed_time(torch.cuda.Event()), "Event.elapsed_time"),
@@ -223,9 +226,84 @@ def test_calls_without_an_answer_are_refused_with_the_calling_line(call, name):
         train(lambda m, x: (call(), m(x).sum())[1])
 
 
-def test_memory_statistics_are_refused_while_the_model_is_built():
-    with pytest.raises(TargetError, match="counted from the first step on"):
-        train(model=lambda: (torch.cuda.memory_allocated(), nn.Linear(8, 8))[1])
+def test_the_weights_made_so_far_are_counted_while_the_model_is_built():
+    seen = []
+
+    def model():
+        seen.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+        built = nn.Linear(1024, 1024, bias=False)
+        seen.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+        return built
+
+    train(model=model, batch=torch.ones(4, 1024))
+    # 1024 · 1024 floats: a block of 4 MiB in a segment of 20 MiB, as for every block from 1 to 10 MiB.
+    assert seen == [(0, 0), (4 * 2**20, 20 * 2**20)]
+
+
+def test_free_memory_is_what_the_context_and_reserved_segments_leave():
+    seen = []
+
+    def loss(model, x):
+        seen.append((torch.cuda.mem_get_info(), torch.cuda.memory_reserved(), torch.cuda.memory_stats()))
+        return model(x).sum()
+
+    device = get_device("a100-40gb")
+    train(loss)
+    for (free, total), reserved, statistics in seen:
+        assert (free, total) == (device.capacity_bytes - device.context_bytes - reserved, device.capacity_bytes)
+        assert statistics["reserved_bytes.all.current"] == reserved
+        freed = statistics["allocated_bytes.all.allocated"] - statistics["allocated_bytes.all.freed"]
+        assert freed == statistics["allocated_bytes.all.current"]
+
+
+def test_peaks_are_counted_from_their_reset_on():
+    seen = []
+
+    def loss(model, x):
+        torch.cuda.reset_peak_memory_stats()
+        seen.append((torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()))
+        y = model(x)
+        seen.append((torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()))
+        return y.sum()
+
+    train(loss, model=lambda: nn.Linear(8, 8, bias=False))
+    for now, peak in seen:
+        assert now == peak  # the peak of the first step's backward pass is forgotten in the second
+
+
+@pytest.mark.parametrize("device", ["a100-40gb", "cpu"])
+def test_a_library_that_is_imported_inside_sees_the_machine(tmp_path, monkeypatch, device):
+    is_available, stream = torch.cuda.is_available(), torch.cuda.Stream
+    name = f"imported_on_{device[:4]}"
+    (tmp_path / f"{name}.py").write_text(
+        "import torch\nis_available, stream = torch.cuda.is_available(), torch.cuda.Stream\n"
+        "table = torch.arange(3.0) * 2\ntotal = table.sum().item()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def loss(model, x):
+        imported = importlib.import_module(name)
+        assert torch.cuda.is_available() is (device != "cpu" or is_available)
+        return (model(x) * imported.total).sum()
+
+    train(loss, device=device)
+    imported = sys.modules[name]
+    assert (imported.is_available, imported.stream) == (is_available, stream)
+    assert type(imported.table) is Tensor
+    assert imported.table.tolist() == [0.0, 2.0, 4.0]
+
+
+def test_a_fake_kernel_of_the_target_may_name_the_device_of_its_input():
+    library = torch.library.Library("memscope_device", "DEF")
+    library.define("twice(Tensor x) -> Tensor")
+    library.impl("twice", lambda x: x * 2, "CPU")
+    fake = lambda x: torch.empty(x.shape, dtype=x.dtype, device=x.device)  # noqa: E731
+    torch.library.register_fake("memscope_device::twice", fake, lib=library)
+    try:
+        trace = train(lambda m, x: m(torch.ops.memscope_device.twice(x)).sum())
+    finally:
+        library._destroy()
+    assert "memscope_device.twice.default" in trace.ops
 
 
 def test_autocast_on_the_gpu_is_reported_as_enabled():

@@ -330,6 +330,8 @@ def test_arguments_are_named_as_in_pytorchs_schemas() -> None:
         (aten.mse_loss.default, (x, x)), (aten.smooth_l1_loss.default, (x, x)), (aten.huber_loss.default, (x, x)),
         (aten.binary_cross_entropy.default, (x, x)), (aten.binary_cross_entropy_with_logits.default, (x, x, None, x)),
         (aten.soft_margin_loss.default, (x, x)), (aten.soft_margin_loss_backward.default, (x, x, x, 1)),
+        (aten._ctc_loss.Tensor, (q[0], x, indices, indices)),
+        (aten._ctc_loss_backward.Tensor, (i, q[0], x, indices, indices, i, q[0], 0)),
     ]  # fmt: skip
     assert {str(func).rpartition(".")[0] for func, _ in calls} == OPERATORS
     for func, args in calls:

@@ -155,13 +155,15 @@ class InProcess:
     """As for `memscope.simulate`."""
     device: Device
     allocator: AllocatorSettings | None = None
+    assume: str = ""
+    """As for `memscope.simulate`."""
     width: ClassVar[int] = 1
 
     def run(self, probes: Sequence[Probe], done: Callable[[], None] = lambda: None) -> list[Answer]:
         """The answers, in order of the probes."""
         answers: list[Answer] = []
         for probe in probes:
-            answers.append(_answer(self.workload, self.device, self.allocator, probe))
+            answers.append(_answer(self, probe))
             done()
         return answers
 
@@ -179,6 +181,8 @@ class Scene:
     """Settings of PyTorch's allocator, as in PYTORCH_CUDA_ALLOC_CONF; None: those of the environment."""
     timeout_seconds: float | None = None
     """Longest time of one simulation in a process of its own; None: no limit."""
+    assume: str = ""
+    """As for `memscope.simulate`."""
 
     def build(self) -> Workload:
         """The target's workload."""
@@ -190,9 +194,8 @@ class Scene:
     def in_process(self) -> InProcess:
         """A runner in this process."""
         device = get_device(self.device, load_devices(self.device_file) if self.device_file else None)
-        return InProcess(
-            self.build, device, None if self.allocator is None else AllocatorSettings.parse(self.allocator)
-        )
+        allocator = None if self.allocator is None else AllocatorSettings.parse(self.allocator)
+        return InProcess(self.build, device, allocator, self.assume)
 
 
 @contextlib.contextmanager
@@ -237,13 +240,12 @@ def _elements(piece: MicroBatch) -> int:
     return sum(tensor.numel() for tensor in tensors_in(piece.data))
 
 
-def _answer(
-    workload: Workload | Callable[[], Workload], device: Device, allocator: AllocatorSettings | None, probe: Probe
-) -> Answer:
-    from memscope.simulation.simulate import simulate
+def _answer(runner: InProcess, probe: Probe) -> Answer:
+    from memscope.simulation.simulate import Part, simulate
     from memscope.strategies import Plan
     from memscope.strategies.ckpt import Checkpoint
 
+    device = runner.device
     elements: list[int] = []
     indices: list[int] = []
 
@@ -264,13 +266,13 @@ def _answer(
         if probe.layers is not None:
             plan = Plan.of(*plan.strategies, Checkpoint.of(probe.layers))
         trace = simulate(
-            workload,
+            runner.workload,
             device=device if probe.capacity_bytes is None else replace(device, capacity_bytes=probe.capacity_bytes),
             strategies=plan,
             steps=probe.steps,
-            allocator=allocator,
-            micro_batches=chosen,
-            calls_of=probe.calls_of,
+            allocator=runner.allocator,
+            assume=runner.assume,
+            part=Part(micro_batches=chosen, calls_of=probe.calls_of),
         )
     except MemscopeError as error:
         return error

@@ -6,10 +6,7 @@ the host, matters only when memory is counted.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -17,7 +14,7 @@ from torch import Tensor
 
 from memscope.simulation.refusal import NotSimulated
 
-__all__ = ["OWN_ORDER", "results"]
+__all__ = ["OWN_ORDER", "ctc_loss", "results"]
 
 aten = torch.ops.aten
 ResultKernel = Callable[..., Any]
@@ -75,29 +72,62 @@ def _sparse(*args: Any, **kwargs: Any) -> Any:
     )
 
 
-def _value(tensor: Tensor) -> Any:
-    """Return the value of a tensor; 1 where PyTorch's own Adafactor or ASGD reads it, since no memory depends on it.
+def _log_softmax_gradient(grad: Tensor, output: Tensor, dim: int, input_dtype: torch.dtype) -> Tensor:
+    """A gradient without gaps, in the order of its dimensions; that of the fake kernel has the strides of `grad`.
 
-    Both optimizers only scale by what they read. The exception is ASGD's `mu != 1`, which is false before step `t0`, a
-    million by default. Source: torch/optim/_adafactor.py and asgd.py, 2.11 and 2.13.
+    Source: TORCH_META_FUNC(log_softmax_backward_data) in aten/src/ATen/native/SoftMax.cpp (2.6 to 2.13).
     """
-    is_known = getattr(tensor, "constant", None) is not None
-    if not is_known and _asked_by_scaling_optimizer():
-        return 1.0 if tensor.is_floating_point() else 1
-    return aten._local_scalar_dense.default(tensor)
+    return torch.empty(grad.size(), dtype=input_dtype)
 
 
-_OPTIMIZERS = Path(torch.optim.__file__).parent
-_ONLY_SCALE = {str(_OPTIMIZERS / name) for name in ("_adafactor.py", "asgd.py")}
+def _layer_norm_gradients(*args: Any) -> Any:
+    """Gradients of layer norm, that of its input without gaps; in the fake kernel it has the strides of its argument.
+
+    Source: layer_norm_backward_cpu in aten/src/ATen/native/layer_norm.cpp, layer_norm_backward_cuda in
+    cuda/layer_norm_kernel.cu (2.6 to 2.13): LEGACY_CONTIGUOUS_MEMORY_FORMAT.
+    """
+    of_input, *of_weights = aten.native_layer_norm_backward.default(*args)
+    if of_input is not None and not of_input.is_contiguous():
+        of_input = of_input.new_empty(of_input.size())
+    return of_input, *of_weights
 
 
-def _asked_by_scaling_optimizer() -> bool:
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        if frame.f_code.co_filename in _ONLY_SCALE:
-            return True
-        frame = frame.f_back
-    return False
+def ctc_loss(log_probs: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    """The losses of a batch, and the logarithms of alpha that are kept for the backward pass; there is no fake kernel.
+
+    Source: ctc_loss_gpu_template in aten/src/ATen/native/cuda/LossCTC.cu (revisions before and after 2.0).
+
+    Args:
+        log_probs: `[input length, batch, labels]`.
+        longest: length of the longest target.
+    """
+    steps, batch, _ = log_probs.shape
+    return log_probs.new_empty(batch), log_probs.new_empty(batch, steps, 2 * longest + 1)
+
+
+def _histogram(values: Tensor, bins: int = 100, *bounds: float, **named: float) -> Tensor:
+    """Counts of the input's dtype. A CPU has no kernel for integers, and the fake kernel refuses them there.
+
+    Source: _histc_cuda in aten/src/ATen/native/cuda/SummaryOps.cu (2.6 to 2.13).
+    """
+    return torch.empty(bins, dtype=values.dtype)
+
+
+def _grouped_product(
+    first: Tensor, second: Tensor, offsets: Tensor | None = None, bias: Any = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """The products of groups of rows or columns, as in layers of experts; each row of the result is padded to 16 bytes.
+
+    The meta function takes bfloat16 only, and pads only in a build with CUDA; the kernels take any dtype. Source:
+    create_grouped_gemm_output_tensor in aten/src/ATen/native/GroupedMMUtils.h, 2.9 to 2.13.
+    """
+    size = [first.shape[-2], second.shape[-1]]
+    if first.ndim == second.ndim:
+        size = [first.shape[0] if offsets is None or first.ndim == 3 else len(offsets), *size]
+    dtype = out_dtype or first.dtype
+    elements = 16 // dtype.itemsize
+    padded = -(-size[-1] // elements) * elements
+    return torch.empty_strided(size, [size[-2] * padded, padded, 1][-len(size) :], dtype=dtype)
 
 
 Order = tuple[int, ...]
@@ -117,6 +147,8 @@ def _seed_and_offset_on_host(arguments: Mapping[str, Any], torch_version: tuple[
 OWN_ORDER: Mapping[str, Callable[[Mapping[str, Any], tuple[int, int]], Order]] = {
     # dropout_cuda in aten/src/ATen/native/cuda/Dropout.cu, 2.6 to 2.15: first the mask, then the result
     "aten.native_dropout.default": lambda arguments, torch_version: (1, 0),
+    # ctc_loss_gpu_template in aten/src/ATen/native/cuda/LossCTC.cu: first log alpha
+    "aten._ctc_loss.Tensor": lambda arguments, torch_version: (1, 0),
     # _cudnn_attention_forward in attention.cu and run_cudnn_SDP_fprop in aten/src/ATen/native/cudnn/MHA.cpp, revisions
     # of 2.9 to 2.15: first seed and offset, then the result and the log-sum-exp
     "aten._scaled_dot_product_cudnn_attention.default": lambda arguments, torch_version: (6, 7, 0, 1),
@@ -147,10 +179,13 @@ _ANYWHERE: Mapping[Any, ResultKernel] = {
         )
     },
     **_waits(),
-    aten._local_scalar_dense.default: _value,
+    aten.native_layer_norm_backward.default: _layer_norm_gradients,
+    aten._log_softmax_backward_data.default: _log_softmax_gradient,
+    aten._ctc_loss_backward.Tensor: lambda grad, log_probs, *_, **named: log_probs.new_empty(log_probs.size()),
+    **({aten._grouped_mm.default: _grouped_product} if hasattr(aten, "_grouped_mm") else {}),
     aten._sparse_coo_tensor_with_dims_and_tensors.default: _sparse,
 }
 _ON_GPU: Mapping[Any, ResultKernel] = {
     operator: _statistics_in_float32(operator)
     for operator in (aten.native_layer_norm.default, aten.native_batch_norm.default)
-}
+} | {aten.histc.default: _histogram}

@@ -12,6 +12,7 @@ from memscope.simulation.cuda.workspace_reduce import reduction
 
 __all__ = [
     "binary_cross_entropy_with_logits",
+    "ctc_loss",
     "huber_loss",
     "reduced_afterwards",
     "reduced_in_place",
@@ -87,6 +88,20 @@ def binary_cross_entropy_with_logits(call: OperatorCall) -> list[Workspace]:
         return taken
     made = Workspace("losses", losses.size_bytes, "op", _LOSS, before_outputs=True, frees=frees)
     return [*taken, made, *_reduce(call, losses)]
+
+
+def ctc_loss(call: OperatorCall) -> list[Workspace]:
+    """Lengths of inputs and targets, and where each target begins; in the backward pass also the logarithms of beta.
+
+    Source: ctc_loss_gpu_template and ctc_loss_backward_gpu_template in aten/src/ATen/native/cuda/LossCTC.cu, a revision
+        after 2.0. cuDNN's kernel, which takes targets of 32-bit integers only, is not modelled.
+    """
+    source = "aten/src/ATen/native/cuda/LossCTC.cu"
+    batch = call.tensor("log_probs").shape[1]
+    names = ("target lengths", "input lengths", "target offsets")
+    taken = [Workspace(name, 8 * batch, "op", source, before_outputs=True) for name in names]
+    kept = call.get("log_alpha")
+    return [*taken, Workspace("log beta", kept.size_bytes, "op", source, before_outputs=True)] if kept else taken
 
 
 def soft_margin_loss_backward(call: OperatorCall) -> list[Workspace]:

@@ -33,6 +33,7 @@ from memscope.simulation.cuda.workspace_call import (
 )
 from memscope.simulation.cuda.workspace_loss import (
     binary_cross_entropy_with_logits,
+    ctc_loss,
     huber_loss,
     reduced_afterwards,
     reduced_in_place,
@@ -211,6 +212,7 @@ _FAMILIES: dict[str, Callable[[OperatorCall], list[Workspace]]] = {
     **dict.fromkeys(("aten.mse_loss", "aten.smooth_l1_loss"), reduced_in_place),
     **dict.fromkeys(("aten.binary_cross_entropy", "aten.soft_margin_loss"), reduced_afterwards),
     "aten.huber_loss": huber_loss,
+    **dict.fromkeys(("aten._ctc_loss", "aten._ctc_loss_backward"), ctc_loss),
     "aten.binary_cross_entropy_with_logits": binary_cross_entropy_with_logits,
     "aten.soft_margin_loss_backward": soft_margin_loss_backward,
 }

@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 
-from memscope.allocator.replay import Replay, replay
 from memscope.allocator.settings import AllocatorSettings
-from memscope.hooks.allocations import Allocations
 from memscope.simulation.devices.catalogue import Device
+from memscope.simulation.facade.memory import GpuMemory, total_bytes
 from memscope.simulation.facade.stand_in import is_target, replaced, tensors_say_cuda
-from memscope.simulation.refusal import NotSimulated
+from memscope.simulation.refusal import no_answer
 
 __all__ = ["VisibleGpu"]
 
@@ -28,17 +26,17 @@ class VisibleGpu:
     """Context in which a target's code sees a GPU.
 
     Attributes:
-        seen: the allocations recorded so far; None until the recorder exists.
-        cache_emptied: the number of events recorded before each call of `torch.cuda.empty_cache()`.
+        memory: its memory.
         notes: texts for the trace, about calls that a simulation answers without following them.
     """
 
     def __init__(self, device: Device, settings: AllocatorSettings) -> None:
-        self.seen: Allocations | None = None
-        self.cache_emptied: list[int] = []
+        self.memory = GpuMemory(device, settings)
         self.notes: list[str] = []
-        self._device, self._settings = device, settings
+        self._device = device
         self._scopes = contextlib.ExitStack()
+        self._replaced: list[tuple[Any, str, Any]] = []
+        """Owner, name and original of everything that has another answer inside."""
 
     def __enter__(self) -> VisibleGpu:
         answers = self._cuda()
@@ -49,13 +47,23 @@ class VisibleGpu:
                 (torch.accelerator, self._accelerator()),
             ):
                 for name in found.keys() & vars(owner).keys():
-                    scopes.enter_context(replaced(owner, name, _for_targets(found[name], getattr(owner, name))))
+                    original = getattr(owner, name)
+                    self._replaced.append((owner, name, original))
+                    scopes.enter_context(replaced(owner, name, _for_targets(found[name], original)))
             scopes.enter_context(tensors_say_cuda(self._record_stream))
             self._scopes = scopes.pop_all()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         self._scopes.__exit__(*exception)
+
+    @contextlib.contextmanager
+    def hidden(self) -> Iterator[None]:
+        """Let `torch.cuda` answer as the machine is."""
+        with contextlib.ExitStack() as scopes:
+            for owner, name, original in self._replaced:
+                scopes.enter_context(replaced(owner, name, original))
+            yield
 
     # The answers of torch.cuda and torch.accelerator.
 
@@ -66,7 +74,7 @@ class VisibleGpu:
             name=device.vendor_name,
             major=major,
             minor=minor,
-            total_memory=sys.maxsize if device.capacity_bytes is None else device.capacity_bytes,
+            total_memory=total_bytes(device),
             multi_processor_count=device.multiprocessors,
         )
         return {
@@ -84,11 +92,7 @@ class VisibleGpu:
             "current_stream": lambda device=None: _InOrder(),
             "default_stream": lambda device=None: _InOrder(),
             "get_rng_state": lambda device=None: torch.get_rng_state(),
-            "empty_cache": self._empty_cache,
-            "memory_allocated": lambda device=None: int(self._memory("memory_allocated").allocated[-1]),
-            "max_memory_allocated": lambda device=None: self._memory("max_memory_allocated").peak_allocated,
-            "memory_reserved": lambda device=None: int(self._memory("memory_reserved").reserved[-1]),
-            "max_memory_reserved": lambda device=None: self._memory("max_memory_reserved").peak_reserved,
+            **self.memory.answers(),
             **dict.fromkeys(_NOTHING_TO_DO, _nothing),
             **{name: _refused(f"torch.cuda.{name}", why) for name, why in _REFUSED.items()},
         }
@@ -100,39 +104,15 @@ class VisibleGpu:
             "current_device_index": lambda: 0,
             "current_accelerator": lambda check_available=False: torch.device("cuda"),
             "synchronize": _nothing,
-            "empty_cache": self._empty_cache,
+            **self.memory.answers(),
         }
-
-    def _empty_cache(self) -> None:
-        self.cache_emptied.append(self._events())
 
     def _record_stream(self) -> None:
         self.notes.append(_RECORD_STREAM)
 
-    def _events(self) -> int:
-        if self.seen is None:
-            return 0
-        return len(self.seen.births) + sum(event >= 0 for event in self.seen.freed)
-
-    def _memory(self, name: str) -> Replay:
-        """Replay of the allocator over all events so far, from the first recorded one."""
-        if self.seen is None:
-            raise _no_answer(
-                f"torch.cuda.{name}", "memory is counted from the first step on, not while the target is built"
-            )
-        births = self.seen.births
-        return replay(
-            np.array([birth.size_bytes for birth in births], dtype=np.int64),
-            np.array([birth.born for birth in births], dtype=np.int64),
-            np.array(self.seen.freed, dtype=np.int64),
-            settings=self._settings,
-            cache_emptied=self.cache_emptied,
-        )
-
 
 _NOTHING_TO_DO = (
-    "init", "ipc_collect", "manual_seed", "manual_seed_all", "reset_accumulated_memory_stats",
-    "reset_max_memory_allocated", "reset_max_memory_cached", "reset_peak_memory_stats", "seed", "seed_all",
+    "init", "ipc_collect", "manual_seed", "manual_seed_all", "reset_accumulated_memory_stats", "seed", "seed_all",
     "set_device", "set_rng_state", "synchronize",
 )  # fmt: skip
 _STREAMS = "everything is simulated on one stream"
@@ -141,26 +121,22 @@ _RECORD_STREAM = (
     "still use it, and reserved memory is then higher"
 )
 _MEASURED = "no GPU runs whose state could be read"
-_TOTALS = "use torch.cuda.memory_allocated() or memory_reserved(), or read the trace afterwards"
+_TOTALS = "use torch.cuda.memory_allocated(), memory_reserved() or memory_stats(), or read the trace afterwards"
 _REFUSED = {
     **dict.fromkeys(("Stream", "ExternalStream", "stream", "set_stream"), _STREAMS),
     **dict.fromkeys(("CUDAGraph", "graph", "make_graphed_callables"), "CUDA graphs are not simulated"),
-    **dict.fromkeys(("memory_stats", "memory_summary", "memory_snapshot", "mem_get_info"), _TOTALS),
+    **dict.fromkeys(("memory_summary", "memory_snapshot", "memory_stats_as_nested_dict"), _TOTALS),
     **dict.fromkeys(("utilization", "temperature", "power_draw", "clock_rate", "list_gpu_processes"), _MEASURED),
     "set_per_process_memory_fraction": "choose a smaller device instead",
 }
 """Function of torch.cuda → the reason why it has no answer."""
 
 
-def _no_answer(name: str, why: str) -> NotSimulated:
-    return NotSimulated(f"{name} has no answer in a simulation: {why}. Remove the call, or record a real run")
-
-
 def _refused(name: str, why: str) -> type:
     """Replacement of a function or class that refuses every call."""
 
     def refuse(cls: type, *args: Any, **kwargs: Any) -> Any:
-        raise _no_answer(name, why)
+        raise no_answer(name, why)
 
     return type(name, (), {"__new__": refuse})
 
@@ -183,7 +159,7 @@ class _InOrder:
 
     def elapsed_time(self, end: Any) -> float:
         """Refuse: a simulation measures no time."""
-        raise _no_answer("torch.cuda.Event.elapsed_time", "no kernel runs, so no time can be measured")
+        raise no_answer("torch.cuda.Event.elapsed_time", "no kernel runs, so no time can be measured")
 
 
 def _for_targets(answer: Any, original: Any) -> Any:
