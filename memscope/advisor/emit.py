@@ -9,14 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 from memscope.advisor.advice import Advice, in_words
+from memscope.analysis.chosen import chosen_settings
 from memscope.strategies import Plan, Strategy
+from memscope.workload.settings import fill
 
 __all__ = ["TOOLS", "emit"]
 
 
 def emit(advice: Advice, tool: str) -> list[str]:
     """Lines to paste into a training tool, one of `TOOLS`."""
-    strategies = {strategy.name: strategy for strategy in Plan.parse(",".join(advice.strategies)).strategies}
+    chosen = chosen_settings(advice.trace) if advice.trace else {}
+    strategies = {}
+    for strategy in Plan.parse(",".join(advice.strategies)).strategies:
+        config = fill(strategy.config, chosen.get(strategy.name, {}), of=f'strategy "{strategy.name}"')
+        strategies[strategy.name] = type(strategy)(config)
     return list(_TOOLS[tool](advice, strategies))
 
 
