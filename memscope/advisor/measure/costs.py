@@ -146,16 +146,22 @@ class LayerCosts:
     def settle(self, plan: LayerPlan, seen: Seen) -> LayerCosts:
         """The costs corrected by the simulation of a whole plan, for the options of that plan."""
         reference, names = self.reference, self.reference.layers.names
-        chains = reference.look(seen, plan, 1)
+        chains, groups = reference.look(seen, plan, 1), groups_of(plan)
+        starts = [names.index(group[0]) for group in groups]
+        choices = [
+            self._choice(start, tuple(reference.classes[start : start + len(group)]), plan.layers[group[0]])
+            for start, group in zip(starts, groups, strict=True)
+        ]
         settled = dict(self.settled)
         previous_saves_output = False
-        for index, group in enumerate(groups_of(plan)):
-            start, option = names.index(group[0]), plan.layers[group[0]]
-            kind = tuple(reference.classes[start : start + len(group)])
+        for index, (start, choice) in enumerate(zip(starts, choices, strict=True)):
             layers = [chain.layers[index] for chain in chains]
-            choice = self._choice(start, kind, option)
             lent = previous_saves_output and not choice.saves_input  # the planner counts it for the layer before
-            settled[start, option] = replace(
+            # An input that is kept though its own layer does not keep it: the layer before keeps its output.
+            after = index + 1 < len(groups) and not choices[index + 1].saves_input
+            kept_after = after and any(chain.layers[index + 1].keeps_input for chain in chains)
+            previous_saves_output = choice.saves_output or kept_after
+            settled[start, choice.option] = replace(
                 choice,
                 kept_bytes=max(layer.kept_bytes for layer in layers),
                 held_bytes=max(layer.held_bytes for layer in layers),
@@ -164,8 +170,8 @@ class LayerCosts:
                     layer.backward_base_bytes + layer.backward_rise_bytes - (layer.input_bytes if lent else 0)
                     for layer in layers
                 ),
+                saves_output=previous_saves_output,
             )
-            previous_saves_output = choice.saves_output
         return replace(self, settled=settled, around=_Around.of(seen, plan, chains))
 
 

@@ -28,6 +28,9 @@ class LayerList:
     """The layers of a model, in call order."""
 
     names: tuple[str, ...]
+    lists: tuple[str, ...]
+    """The list of each layer; layers of a list get options together or not at all."""
+    kinds: tuple[type[nn.Module], ...]
     children: tuple[tuple[str, ...], ...]
     """Options that the structure of each layer offers."""
     may_recompute: tuple[bool, ...]
@@ -84,7 +87,9 @@ class LayerList:
                 "the running statistics twice: allow it with --allow ckpt"
             )
         children = tuple(tuple(child_options(layer)) for layer in layers.values())
-        return cls(tuple(layers), children, may, (True,) * len(may), tuple(notes), bool(name))
+        lists = tuple(list_of(model, name) for name in layers)
+        kinds = tuple(map(type, layers.values()))
+        return cls(tuple(layers), lists, kinds, children, may, (True,) * len(may), tuple(notes), bool(name))
 
     def in_call_order(self, trace: Trace) -> LayerList:
         """The same layers in the order in which they are called, without lists that cannot be planned.
@@ -99,36 +104,39 @@ class LayerList:
             UsageError: when no list is left.
         """
         called = _calls(trace)
-        reasons = _unplannable(self.names, called)
-        if reasons.keys() >= set(map(list_of, self.names)):
+        list_of_layer = dict(zip(self.names, self.lists, strict=True))
+        reasons = _unplannable(list_of_layer, called)
+        if reasons.keys() >= set(self.lists):
             raise UsageError(
                 f"the layers {self.names[0]} to {self.names[-1]} form no chain: in one forward pass "
                 f"{next(iter(reasons.values()))}. Plans need layers that run once each, in order; name another list "
                 "with --layer-list"
             )
-        left = [row for row in called if list_of(row["module"]) not in reasons]
         if not self.is_named:
-            reasons |= _light(trace, left)
-        order = [row["module"] for row in left if list_of(row["module"]) not in reasons]
+            reasons |= _light(
+                trace, list_of_layer, [row for row in called if list_of_layer[row["module"]] not in reasons]
+            )
+        order = [row["module"] for row in called if list_of_layer[row["module"]] not in reasons]
         if order == list(self.names):
             return self
-        notes = [f'the layers of "{name}" get no options: {why}' for name, why in reasons.items()]
         places = [self.names.index(name) for name in order]
         return replace(
             self,
             names=tuple(order),
+            lists=tuple(self.lists[place] for place in places),
+            kinds=tuple(self.kinds[place] for place in places),
             children=tuple(self.children[place] for place in places),
             may_recompute=tuple(self.may_recompute[place] for place in places),
             can_recompute=tuple(self.can_recompute[place] for place in places),
-            notes=(*self.notes, *notes),
+            notes=(*self.notes, *(f"{name} gets no options: {why}" for name, why in reasons.items())),
         )
 
     def alike(self) -> list[list[str]]:
-        """The layers that are recomputed or not together: those of one list, and of one structure."""
+        """The layers that can be recomputed, those of one class and of one list together."""
         groups: dict[object, list[str]] = defaultdict(list)
-        for name, children, can in zip(self.names, self.children, self.can_recompute, strict=True):
-            if can:
-                groups[list_of(name), children].append(name)
+        for layer, name in enumerate(self.names):
+            if self.can_recompute[layer]:
+                groups[self.lists[layer], self.kinds[layer]].append(name)
         return list(groups.values())
 
     def not_recomputing(self, names: Iterable[str], why: str) -> LayerList:
@@ -151,38 +159,39 @@ def _calls(trace: Trace) -> list[dict[str, Any]]:
     return [row for row in rows if (row["step"], row["micro_batch"]) == last]
 
 
-def _unplannable(names: Iterable[str], called: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def _unplannable(list_of_layer: Mapping[str, str], called: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Lists with layers that do not run once each, one after the other, and why."""
     counts = Counter(row["module"] for row in called)
     reasons: dict[str, str] = {}
-    for name in names:
+    for name, its_list in list_of_layer.items():
         if counts[name] != 1:
-            reasons.setdefault(list_of(name), f'"{name}" is called {counts[name]} times')
+            reasons.setdefault(its_list, f'"{name}" is called {counts[name]} times')
     outer: Mapping[str, Any] | None = None
     for row in called:
-        if list_of(row["module"]) in reasons:
+        its_list = list_of_layer[row["module"]]
+        if its_list in reasons:
             continue
         if outer and row["began"] < outer["ended"]:
-            reasons[list_of(row["module"])] = f'"{row["module"]}" is called inside "{outer["module"]}"'
+            reasons[its_list] = f'"{row["module"]}" is called inside "{outer["module"]}"'
         else:
             outer = row
     return reasons
 
 
-def _light(trace: Trace, called: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Lists that keep next to nothing for the backward pass."""
+def _light(trace: Trace, list_of_layer: Mapping[str, str], called: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Lists that keep next to nothing for the backward pass, of several."""
     here = (trace.mark_step == called[0]["step"]) & (trace.mark_micro_batch == called[0]["micro_batch"])
     turn = int(trace.mark_event[here & (trace.mark_phase == PHASES.index("backward"))][0])
     kept = (trace.born < turn) & ((trace.freed < 0) | (trace.freed >= turn))
     bytes_of: Counter[str] = Counter()
     for row in called:
         inside = kept & (trace.born >= row["began"]) & (trace.born < row["ended"])
-        bytes_of[list_of(row["module"])] += int(np.sum(trace.size[inside]))
+        bytes_of[list_of_layer[row["module"]]] += int(np.sum(trace.size[inside]))
     total = bytes_of.total()
     return {
-        name: f"they keep {size / total:.1%} of the activations"
+        name: f"its layers keep {size / total:.1%} of the activations that all layers keep"
         for name, size in bytes_of.items()
-        if size < _LEAST_SHARE * total
+        if size < _LEAST_SHARE * total and name not in list_of_layer  # not a layer that is in no list
     }
 
 

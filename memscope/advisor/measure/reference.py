@@ -11,7 +11,6 @@ from memscope.advisor.measure.probe import ChainSeen, LayerSeen, look, rounded
 from memscope.advisor.measure.runner import Probe, Seen
 from memscope.analysis.cost import module_seconds, step_seconds
 from memscope.strategies.ckpt import LayerPlan
-from memscope.strategies.ckpt.layers import list_of
 from memscope.trace import Phase, Trace
 
 __all__ = ["Reference", "full_probe", "none_probe", "outside_bytes", "seconds_of"]
@@ -95,14 +94,14 @@ class Reference:
         return [
             known.setdefault(
                 (
-                    list_of(name),
+                    layers.lists[layer],
                     layers.can_recompute[layer],
                     layers.children[layer],
                     tuple(_alike(chain.layers[layer]) for chain in self.none_chains),
                 ),
                 len(known),
             )
-            for layer, name in enumerate(layers.names)
+            for layer in range(len(layers.names))
         ]
 
 

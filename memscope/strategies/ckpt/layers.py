@@ -105,9 +105,10 @@ def _items(name: str, modules: nn.Module) -> dict[str, nn.Module]:
     return {f"{name}.{key}" if name else key: child for key, child in modules._modules.items() if child is not None}
 
 
-def list_of(layer: str) -> str:
-    """Name of the list that a layer belongs to."""
-    return layer.rpartition(".")[0]
+def list_of(model: nn.Module, layer: str) -> str:
+    """Name of the list that a layer belongs to; its own name if it is in none."""
+    parent = layer.rpartition(".")[0]
+    return parent if isinstance(model.get_submodule(parent), _LISTS) else layer
 
 
 def planned_layers(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
@@ -119,7 +120,7 @@ def planned_layers(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Modul
     lists: dict[str, list[tuple[str, nn.Module]]] = {}
     found: dict[str, nn.Module] = {}
     for name in names:
-        parent = list_of(name)
+        parent = name.rpartition(".")[0]
         if isinstance(modules.get(parent), _LISTS):
             # The first layer of the plan that belongs to a list stands for the first of that list, and so on.
             left = lists.setdefault(parent, [*_items(parent, modules[parent]).items()])
