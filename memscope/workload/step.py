@@ -131,8 +131,8 @@ def _forward(training: Training, model: nn.Module, piece: MicroBatch, observer: 
         observer.inputs(data)
     with torch.autocast(training.device_type, dtype=plan.autocast) if plan.autocast else contextlib.nullcontext():
         found = training.workload.loss(model, data)
-    loss, training.kept = found if type(found) is tuple and len(found) == 2 else (found, None)
-    _require_loss(loss, training.workload)
+    one, training.kept = found if type(found) is tuple and len(found) == 2 else (found, None)
+    loss = _require_loss(one, training.workload)
     return loss if piece.share == 1.0 else loss * piece.share
 
 
@@ -148,9 +148,9 @@ def _require_gradient(training: Training) -> None:
     )
 
 
-def _require_loss(loss: object, workload: Workload) -> None:
+def _require_loss(loss: object, workload: Workload) -> Tensor:
     if isinstance(loss, Tensor) and loss.numel() == 1:
-        return
+        return loss
     what = "None" if loss is None else f"a {type(loss).__name__}"
     if isinstance(loss, Tensor):
         what = f"a tensor of shape {[*loss.shape]}"

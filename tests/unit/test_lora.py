@@ -328,12 +328,13 @@ def test_a_subclass_of_linear_is_adapted_and_computes_as_its_class_does() -> Non
     torch.testing.assert_close(layer(x, times=3.0), by_hand, rtol=1e-12, atol=1e-12)
 
 
-def test_layers_whose_forward_or_weight_is_not_a_linear_layers_are_left_alone() -> None:
+def test_layers_that_are_adapted_or_not_computed_as_linear_layers_are_left_alone() -> None:
     class Packed(nn.Linear):
         def __init__(self) -> None:
             super().__init__(4, 4, bias=False)
             self.weight = nn.Parameter(torch.zeros(8, dtype=torch.uint8), requires_grad=False)
 
+    done = adapted(nn.Linear(4, 4), r=1, alpha=1.0)
     normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
-    model = nn.ModuleList([nn.MultiheadAttention(4, 2), Packed(), normed, nn.LazyLinear(4), nn.Linear(4, 4)])
-    assert linear_layers(model) == ["4"]
+    model = nn.ModuleList([nn.MultiheadAttention(4, 2), Packed(), normed, nn.LazyLinear(4), done, nn.Linear(4, 4)])
+    assert linear_layers(model) == ["5"]

@@ -38,7 +38,7 @@ class LoRALinear(nn.Module):
         result: Tensor = super().forward(x, *args, **kwargs)
         if self.merged:
             return result
-        update = (self.dropout(x) @ self.lora_a.T @ self.lora_b.T) * self.scaling
+        update: Tensor = (self.dropout(x) @ self.lora_a.T @ self.lora_b.T) * self.scaling
         if self._adds_in_place:
             result += update
             return result
@@ -66,7 +66,8 @@ def _adapt(layer: Any, *, r: int, alpha: float, dropout: float) -> None:
     assert not isinstance(layer, LoRALinear), "a layer is adapted once"
     weight = layer.weight
     outputs, inputs = reversed(weight.shape) if is_transposed(layer) else weight.shape
-    layer.__class__ = _adapted_class(type(layer))
+    kind: Any = type(layer)
+    layer.__class__ = _adapted_class(kind)
     layer.lora_a = nn.Parameter(weight.new_empty(r, inputs))
     layer.lora_b = nn.Parameter(weight.new_zeros(outputs, r))
     nn.init.normal_(layer.lora_a, std=1 / r)
@@ -90,7 +91,7 @@ def merge(model: nn.Module) -> None:
     """Add every update to its weight, so that inference has no extra cost. Merging twice has no further effect."""
     for layer in _adapted(model):
         if not layer.merged:
-            layer.weight += _update(layer)
+            layer.weight.add_(_update(layer))
             layer.merged = True
 
 
@@ -99,5 +100,5 @@ def unmerge(model: nn.Module) -> None:
     """Subtract every merged update from its weight again, up to rounding."""
     for layer in _adapted(model):
         if layer.merged:
-            layer.weight -= _update(layer)
+            layer.weight.sub_(_update(layer))
             layer.merged = False

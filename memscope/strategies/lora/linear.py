@@ -15,8 +15,8 @@ def linear_layers(model: nn.Module) -> list[str]:
     """Names of the modules that map `[..., in]` to `[..., out]` by a weight of their own.
 
     These are `nn.Linear`, its subclasses, and transformers' `Conv1D`. Left out are layers without a floating-point
-    weight matrix (packed, or computed from other weights), and the output projection of `nn.MultiheadAttention`, whose
-    forward is never called.
+    weight matrix (packed, or computed from other weights), the output projection of `nn.MultiheadAttention`, whose
+    forward is never called, and layers that are adapted already.
     """
     return [name for name, module in model.named_modules() if _is_linear(module)]
 
@@ -27,6 +27,7 @@ def _is_linear(module: nn.Module) -> bool:
     weight = module._parameters.get("weight")
     return (
         not isinstance(module, NonDynamicallyQuantizableLinear)
+        and "lora_a" not in module._parameters
         and weight is not None
         and not is_lazy(weight)
         and weight.is_floating_point()
