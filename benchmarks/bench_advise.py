@@ -15,7 +15,8 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from memscope.advisor.measure.costs import measure
-from memscope.advisor.measure.reference import LayerList, Reference, full_probe, none_probe
+from memscope.advisor.measure.layers import LayerList
+from memscope.advisor.measure.reference import Reference, full_probe, none_probe
 from memscope.advisor.measure.runner import InProcess, Seen
 from memscope.advisor.plan.planner import Chain, Choice, evaluate, plan
 from memscope.simulation.devices.catalogue import get_device

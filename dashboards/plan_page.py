@@ -11,6 +11,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from memscope.advisor.advice import Advice, FrontPoint, in_words, short_option
+from memscope.analysis.chosen import with_chosen
 from memscope.analysis.effects import Run
 from memscope.dashboards.head import page_head
 from memscope.dashboards.html import Section, card, facts, figure_box, html_page, table
@@ -223,7 +224,7 @@ def _facts(advice: Advice) -> list[tuple[str, str]]:
         ("budget", format_both(advice.budget_bytes)),
         *([("fit", str(advice.fit))] if advice.feasible else []),
         ("device", advice.device),
-        ("strategies", ", ".join(advice.strategies) or "none needed"),
+        ("strategies", ", ".join(with_chosen(advice.strategies, advice.trace)) or "none needed"),
         ("allocated, reserved", f"{format_bytes(peak.allocated)}, {format_bytes(peak.reserved)}"),
         ("step time (estimate)", format_seconds(advice.step_seconds)),
         ("against no checkpointing", f"{advice.overhead_vs_none:+.1%}"),

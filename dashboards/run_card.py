@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
 
 import numpy as np
 
 from memscope.analysis.alive import by_module_together, largest, occasion
+from memscope.analysis.chosen import strategies_of
 from memscope.analysis.effects import Run
 from memscope.analysis.fit import fit_of
 from memscope.analysis.inferred import marked
@@ -97,10 +98,9 @@ def _facts(trace: Trace) -> Iterator[tuple[str, str]]:
     within = f" · micro-batch {peak.micro_batch}" if peak.step >= 0 else ""
     yield "peak", format_bytes(peak.allocated_bytes)
     yield "reached in", f"{moment(peak)}{within} · event {peak.event:,} of {trace.events:,}"
-    strategies = meta.get("strategies")
-    if isinstance(strategies, Sequence):
-        named = [strategies] if isinstance(strategies, str) else strategies
-        yield "strategies", ", ".join(map(str, named)) or "none"
+    strategies = strategies_of(trace)
+    if strategies is not None:
+        yield "strategies", ", ".join(strategies) or "none"
     if device := device_of(trace):
         how = how_made(trace)
         yield "device", f"{device} ({how})" if how else device

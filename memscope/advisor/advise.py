@@ -10,7 +10,8 @@ import torch
 
 from memscope.advisor.advice import Advice, FrontPoint, PlanPeak, binding_of, in_words, unbeaten
 from memscope.advisor.combinations import CHECKPOINTING, allowed_names, combinations, forbidden
-from memscope.advisor.measure.reference import LayerList, full_probe, uniform
+from memscope.advisor.measure.layers import LayerList
+from memscope.advisor.measure.reference import full_probe
 from memscope.advisor.measure.runner import Asker, InProcess, Runner, Seen
 from memscope.advisor.planning import Found, device_bytes
 from memscope.advisor.search import Search
@@ -79,7 +80,7 @@ def advise(
         strategies: strategies that every plan must use.
         allow: names of strategies that change the mathematics and may be used, as a collection or as text such as
             `lora,bf16`; all exact strategies may be used.
-        layer_list: name of the list of modules that are the layers; empty: the largest list of modules of one class.
+        layer_list: names of the lists of modules that are the layers, joined by +; empty: all lists of repeated layers.
         allocator: settings of PyTorch's caching allocator; None: those of `PYTORCH_CUDA_ALLOC_CONF`.
         runner: runs the simulations; None: one after the other in this process.
         progress: called as `progress(activity, simulations done, simulations known to be needed)`.
@@ -132,7 +133,7 @@ def advise(
         asker, chain, device, settings, budget_bytes, lambda strategy: bool(called(strategy, "is_exact", built))
     )
     plans = combinations(built, always, allowed)
-    notes = list(chain.notes)
+    notes = []
     interrupted = False
     try:
         search.run(plans)
@@ -144,7 +145,7 @@ def advise(
         notes.append("interrupted: this is the best plan found so far; a better one, and a smaller budget, may exist")
     helps = {} if search.best else forbidden(built, always, allowed)
     advice = _advice(search, plans, built, helps, interrupted=interrupted)
-    return dataclasses.replace(advice, notes=(*notes, *advice.notes))
+    return dataclasses.replace(advice, notes=(*search.layers.notes, *notes, *advice.notes))
 
 
 def _advice(
@@ -236,8 +237,7 @@ def _front(search: Search, shown: Found, least: Found, peak: PlanPeak, *, more: 
     for text, seen in search.plain.items():
         points.append(_point(Found(text, None, seen, seen.seconds), scale))
     for text, reference in search.references.items() if search.layers.may_recompute_all else ():
-        every = uniform(search.layers.names, "full")
-        points.append(_point(Found(text, every, reference.full, reference.full_seconds), scale))
+        points.append(_point(Found(text, reference.layers.checkpointed, reference.full, reference.full_seconds), scale))
     first = dataclasses.replace(_point(shown, scale), peak=peak)
     points = [first, *(point for point in points if not point.is_same_plan(first))]
     return unbeaten(points)

@@ -9,14 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 from memscope.advisor.advice import Advice, in_words
+from memscope.analysis.chosen import chosen_settings
 from memscope.strategies import Plan, Strategy
+from memscope.workload.settings import fill
 
 __all__ = ["TOOLS", "emit"]
 
 
 def emit(advice: Advice, tool: str) -> list[str]:
     """Lines to paste into a training tool, one of `TOOLS`."""
-    strategies = {strategy.name: strategy for strategy in Plan.parse(",".join(advice.strategies)).strategies}
+    chosen = chosen_settings(advice.trace) if advice.trace else {}
+    strategies = {}
+    for strategy in Plan.parse(",".join(advice.strategies)).strategies:
+        config = fill(strategy.config, chosen.get(strategy.name, {}), of=f'strategy "{strategy.name}"')
+        strategies[strategy.name] = type(strategy)(config)
     return list(_TOOLS[tool](advice, strategies))
 
 
@@ -58,9 +64,10 @@ def _peft(advice: Advice, strategies: Strategies) -> Iterator[str]:
     yield "# peft.LoraConfig(...)"
     if "lora" in strategies:
         config = strategies["lora"].config
-        targets = ", ".join(f'"{_ELSEWHERE.get(name, name)}"' for name in config.targets)
+        names = ", ".join(f'"{_ELSEWHERE.get(name, name)}"' for name in config.targets)
+        targets = '"all-linear"' if config.targets == ("all-linear",) else f"[{names}]"
         yield f'r={config.r}, lora_alpha={config.alpha:g}, lora_dropout={config.dropout:g}, bias="none",'
-        yield f"target_modules=[{targets}],"
+        yield f"target_modules={targets},"
     else:
         yield "# no adapter in this plan"
     others = {name: "belongs to the trainer: see --emit hf" for name in strategies if name != "lora"}
@@ -73,7 +80,10 @@ def _axolotl(advice: Advice, strategies: Strategies) -> Iterator[str]:
         config = strategies["lora"].config
         yield from ("adapter: lora", f"lora_r: {config.r}", f"lora_alpha: {config.alpha:g}")
         yield f"lora_dropout: {config.dropout:g}"
-        yield f"lora_target_modules: [{', '.join(_ELSEWHERE.get(name, name) for name in config.targets)}]"
+        if config.targets == ("all-linear",):
+            yield "lora_target_linear: true"
+        else:
+            yield f"lora_target_modules: [{', '.join(_ELSEWHERE.get(name, name) for name in config.targets)}]"
     if "ga" in strategies:
         yield f"gradient_accumulation_steps: {strategies['ga'].config.steps}"
     if "amp" in strategies:

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 
 from memscope.advisor.advice import Certificate
 from memscope.advisor.measure.costs import LayerCosts, measure
+from memscope.advisor.measure.layers import LayerList, layer_plan
 from memscope.advisor.measure.probe import rounded
-from memscope.advisor.measure.reference import LayerList, Reference, layer_plan, uniform
+from memscope.advisor.measure.reference import Reference
 from memscope.advisor.measure.runner import Asker, Probe, Seen, require
 from memscope.advisor.plan.chain import Chain
 from memscope.advisor.plan.planner import CheckpointPlan, NothingFits, evaluate, front, minimum_budget, plan
@@ -139,8 +140,7 @@ class Planning:
         planned = _found(reference, chosen, layers, seen)
         if not reference.layers.may_recompute_all:
             return planned
-        every = uniform(reference.layers.names, "full")
-        full = Found(reference.strategies, every, reference.full, reference.full_seconds)
+        full = Found(reference.strategies, reference.layers.checkpointed, reference.full, reference.full_seconds)
         return min(planned, full, key=lambda found: least_reserved(found.seen.trace, self.allocator))
 
     def certified(self, reference: Reference, found: Found) -> Found:

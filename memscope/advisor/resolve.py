@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 
 from memscope.advisor.advise import budget_of
-from memscope.advisor.measure.reference import LayerList, Reference, full_probe, none_probe
+from memscope.advisor.measure.layers import LayerList
+from memscope.advisor.measure.reference import full_probe, none_probe
 from memscope.advisor.measure.runner import Asker, Scene, require, side_by_side
-from memscope.advisor.planning import Planning
+from memscope.advisor.search import Search
 from memscope.allocator.settings import AllocatorSettings
 from memscope.errors import GateFailed, UsageError
 from memscope.simulation.devices.catalogue import Device
@@ -52,12 +53,15 @@ def resolve(plan: Plan, scene: Scene, device: Device, path: Path, progress: Prog
     text = str(others)
     with side_by_side(scene) as runner:
         ask = Asker(runner, progress)
-        none, full = ask("checkpoints", [probe(text, layers, budget_bytes) for probe in (none_probe, full_probe)])
-        reference = Reference(text, layers, require(none), require(full))
+        # Both at a time; the search below asks for them again, and for more only where the layers need it.
+        none, _ = ask("checkpoints", [probe(text, layers, budget_bytes) for probe in (none_probe, full_probe)])
         settings = AllocatorSettings.from_environment(os.environ)
         if scene.allocator is not None:
             settings = AllocatorSettings.parse(scene.allocator)
-        planning = Planning(ask, layers, device, settings, budget_bytes)
+        search = Search(ask, layers, device, settings, budget_bytes, lambda strategy: True)
+        search.plain[text] = require(none)
+        search.order_layers()
+        reference, planning = search.reference(text), search.planning
         found = planning.within(reference)
         if found is None:
             least = planning.least(reference).seen.trace.meta
@@ -67,7 +71,7 @@ def resolve(plan: Plan, scene: Scene, device: Device, path: Path, progress: Prog
                 f"{format_bytes(least['peak_reserved'] + least['context'])}; memscope advise tries other strategies too"
             )
     assert found.layers is not None, "a plan of the planner has layers"
-    origin = made_for(workload, layers.names, others.specs, device.name)
+    origin = made_for(workload, found.layers.layers, others.specs, device.name)
     LayerPlan(found.layers.layers, origin).save(path, overwrite=overwrite)
     return Plan.of(*others.strategies, Checkpoint(Checkpoint.Config(plan=str(path))))
 

@@ -12,15 +12,9 @@ from typing import Any
 
 from memscope.advisor.advice import Certificate
 from memscope.advisor.combinations import halfway, some_settings, with_one_more
+from memscope.advisor.measure.layers import LayerList, layer_plan
 from memscope.advisor.measure.options import spread
-from memscope.advisor.measure.reference import (
-    LayerList,
-    Reference,
-    full_probe,
-    none_probe,
-    outside_bytes,
-    uniform,
-)
+from memscope.advisor.measure.reference import Reference, full_probe, none_probe, outside_bytes
 from memscope.advisor.measure.runner import Asker, Seen, require
 from memscope.advisor.planning import Found, Planning, device_bytes, fits
 from memscope.allocator.settings import AllocatorSettings
@@ -94,6 +88,7 @@ class Search:
         self.plain.update(self.simulated(first))
         if not self.plain:
             raise next(iter(self.refused.values()))
+        self.order_layers()
         others = [plan for plan in plans if len(plan.strategies) > len(base.strategies) + 1]
         others = [plan for plan in others if all(self._is_known(strategy, base) for strategy in plan.strategies)]
         room = max(_LEAST_COMBINED, _MOST_COMBINATIONS - len(first))
@@ -104,6 +99,17 @@ class Search:
         if self.best is None:
             self._take_leanest()
         self._refine(base, plans)
+
+    def order_layers(self) -> None:
+        """Put the layers into the order in which the first simulated combination calls them.
+
+        Raises:
+            UsageError: when no list of layers can be planned.
+        """
+        self._plan_for(self.layers.in_call_order(next(iter(self.plain.values())).trace))
+
+    def _plan_for(self, layers: LayerList) -> None:
+        self.layers = self.planning.layers = layers
 
     def untried(self, plans: Sequence[Plan]) -> list[str]:
         """The combinations that may hold a cheaper plan than the best, or a plan at all where none was found.
@@ -156,9 +162,8 @@ class Search:
 
     def _take_full(self, reference: Reference) -> None:
         """Take a combination with every layer checkpointed; one option for all layers fragments memory less."""
-        if self.layers.may_recompute_all and self._is_cheaper(reference.strategies, reference.full_seconds):
-            every = uniform(self.layers.names, "full")
-            found = Found(reference.strategies, every, reference.full, reference.full_seconds)
+        if reference.layers.may_recompute_all and self._is_cheaper(reference.strategies, reference.full_seconds):
+            found = Found(reference.strategies, reference.layers.checkpointed, reference.full, reference.full_seconds)
             self._take(self.planning.certified(reference, self.whole(found)))
 
     def _take_leanest(self) -> None:
@@ -257,11 +262,38 @@ class Search:
         return outside_bytes(self.plain[text].trace, [[name] for name in self.layers.names])
 
     def _checkpoint(self, texts: Sequence[str]) -> None:
-        """Simulate combinations with every layer checkpointed."""
+        """Simulate combinations with every layer checkpointed; layers whose recomputation fails are left out."""
         new = [text for text in dict.fromkeys(texts) if text not in self.references]
         probes = [full_probe(text, self.layers, self.budget_bytes) for text in new]
+        failed: list[tuple[str, MemscopeError]] = []
         for text, answer in zip(new, self.ask("every layer checkpointed", probes), strict=True):
-            self.references[text] = Reference(text, self.layers, self.plain[text], require(answer))
+            if isinstance(answer, MemscopeError):
+                failed.append((text, answer))
+            else:
+                self.references[text] = Reference(text, self.layers, self.plain[text], answer)
+        if failed:
+            self._stop_recomputing(*failed[0])
+            self._checkpoint([text for text, _ in failed])
+
+    def _stop_recomputing(self, text: str, error: MemscopeError) -> None:
+        """Find the layers whose recomputation fails with a combination, and leave it out.
+
+        Raises:
+            MemscopeError: the error itself, when each layer alone can be recomputed.
+        """
+        groups = self.layers.alike()
+        plans = [
+            layer_plan(self.layers.names, [("full" if name in group else "none", 1) for name in self.layers.names])
+            for group in groups
+        ]
+        answers = self.ask("one layer checkpointed", [self.planning.probe(text, plan, whole=False) for plan in plans])
+        failed = [
+            (group, answer) for group, answer in zip(groups, answers, strict=True) if isinstance(answer, MemscopeError)
+        ]
+        if not failed:
+            raise error
+        for group, answer in failed:
+            self._plan_for(self.layers.not_recomputing(group, str(answer).splitlines()[0]))
 
     def _promise(self, plan: Plan, base: Plan) -> float:
         """The order in which to try combinations: by estimated time, longer for those that seem to need checkpoints."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 from rich.text import Text
 
+from memscope.analysis.chosen import strategies_of
 from memscope.analysis.inferred import marked
 from memscope.analysis.notes import told_notes
 from memscope.trace import Trace, show_traces_with
@@ -48,9 +49,8 @@ def _about(trace: Trace) -> Text:
     match trace.meta.get("device"):
         case {"name": name, "simulated": bool(simulated)}:
             words.append(f"{name}, {'simulated' if simulated else 'measured'}")
-    match trace.meta.get("strategies"):
-        case [*strategies] if strategies:
-            words.append(", ".join(map(str, strategies)))
+    if strategies := strategies_of(trace):
+        words.append(", ".join(strategies))
     return Text("\n".join(["; ".join(words), *told_notes(trace)]).strip())
 
 

@@ -79,7 +79,8 @@ class AdviseOptions:
             "--layer-list",
             default="",
             metavar="NAME",
-            help="List of modules that are the layers, such as transformer.h.",
+            help="Lists of modules that are the layers, such as transformer.h, joined by +. "
+            "Default: all lists of repeated layers.",
         ),
     ]
     preset: Annotated[

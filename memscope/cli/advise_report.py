@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from memscope.advisor.advice import Advice, Binding, FrontPoint, in_words
+from memscope.analysis.chosen import with_chosen
 from memscope.cli.tables import print_table
 from memscope.units import format_both, format_bytes, format_seconds
 
@@ -35,7 +36,7 @@ def _print_plan(console: Console, advice: Advice) -> None:
     table = Table(show_header=False)
     table.add_column(no_wrap=True)
     table.add_column()
-    table.add_row("strategies", ", ".join(advice.strategies) or "none needed")
+    table.add_row("strategies", ", ".join(with_chosen(advice.strategies, advice.trace)) or "none needed")
     table.add_row("checkpointing", in_words(advice.layers))
     peak = advice.peak
     room = advice.budget_bytes - peak.device

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
+from memscope.analysis.chosen import chosen_settings
 from memscope.analysis.effects import Run, Table1
 from memscope.analysis.notes import told_notes
 from memscope.cli.report_json import effects_values, fit_values, peak_values
@@ -81,6 +82,7 @@ def _run(run: Run, path: Path, remedies: Remedies | None) -> dict[str, Any]:
     seconds = trace.meta["seconds"]
     return {
         "strategies": trace.meta["strategies"],
+        "chosen": chosen_settings(trace),
         "parameters": trace.meta["parameters"],
         "peak": peak_values(trace),
         "out_of_memory": trace.meta.get("out_of_memory"),

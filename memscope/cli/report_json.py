@@ -9,6 +9,7 @@ from typing import Any
 
 from memscope.analysis.agreement import agreements
 from memscope.analysis.alive import largest
+from memscope.analysis.chosen import chosen_settings
 from memscope.analysis.effects import Run, Table1
 from memscope.analysis.fit import fit_of
 from memscope.analysis.inferred import how_inferred, inferred_columns
@@ -48,6 +49,7 @@ def _run(run: Run, file: Path) -> dict[str, Any]:
         "target": trace.meta.get("target"),
         "device": trace.meta.get("device"),
         "strategies": trace.meta.get("strategies"),
+        "chosen": chosen_settings(trace),
         "allocations": len(trace),
         "peak": peak_values(trace),
         "out_of_memory": trace.meta.get("out_of_memory"),

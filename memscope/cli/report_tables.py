@@ -13,6 +13,7 @@ from rich.text import Text
 
 from memscope.analysis.agreement import Agreement, agreements
 from memscope.analysis.alive import largest, occasion
+from memscope.analysis.chosen import chosen_settings
 from memscope.analysis.cost import last_step_seconds, step_seconds
 from memscope.analysis.effects import ROWS, TITLES, Column, Effect, Run, Table1
 from memscope.analysis.fit import KNOWN_ERROR, fit_of
@@ -197,7 +198,9 @@ def _trained(runs: Sequence[Run]) -> Iterator[Text]:
         match run.trace.meta.get("parameters"):
             case {"total": int(total), "trainable": int(trained)} if trained != total:
                 share = trained / max(total, 1)
-                yield Text(f"{run.label} trains {trained:,} of {total:,} parameters ({share:.2%})")
+                chosen = [f"{key}={value}" for one in chosen_settings(run.trace).values() for key, value in one.items()]
+                words = "; ".join([f"{trained:,} of {total:,} parameters ({share:.2%})", *chosen])
+                yield Text(f"{run.label} trains {words}")
 
 
 def _noted(runs: Sequence[Run]) -> Iterator[Text]:

@@ -23,7 +23,7 @@ class ModuleCalls:
     """
 
     def __init__(self, model: nn.Module, names: Collection[str], tracker: StorageTracker) -> None:
-        modules = dict(model.named_modules())
+        modules = dict(model.named_modules(remove_duplicate=False))
         self._watched = [(name, modules[name]) for name in names]
         self._tracker = tracker
         self._open: list[dict[str, Any]] = []

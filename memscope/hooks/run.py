@@ -28,13 +28,15 @@ MicroBatchProgress = Callable[[int, int], None]
 
 
 def run_meta(workload: Workload, plan: Plan, device: str, *, simulated: bool) -> dict[str, Any]:
-    """The `meta` entries that describe a run."""
+    """The `meta` entries that describe a run whose plan has been applied."""
     samples = sample_counts(workload.batches[0])
+    chosen = {strategy.name: dict(strategy.chosen) for strategy in plan.strategies if strategy.chosen}
     meta: dict[str, Any] = {
         "target": workload.name,
         "settings": workload.settings,
         "samples_per_step": samples[0] if len(samples) == 1 else None,
         "strategies": plan.specs,
+        **({"chosen": chosen} if chosen else {}),
         "device": {"name": device, "simulated": simulated},
     }
     for note in workload.notes:

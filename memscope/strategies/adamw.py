@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from memscope.strategies import Problem, Stage, Strategy
 from memscope.workload.description import Workload
+from memscope.workload.optimizer import built_by
 
 __all__ = ["OptimizerStep"]
 
@@ -70,7 +71,7 @@ class OptimizerStep(Strategy):
     def apply(self, workload: Workload) -> None:
         """Wrap the workload's optimizer factory."""
         build = workload.optimizer_factory
-        workload.optimizer_factory = lambda parameters: self._rebuilt(build(parameters))
+        workload.optimizer_factory = lambda parameters, model: self._rebuilt(built_by(build, parameters, model))
 
     @property
     def _flag(self) -> str:
@@ -92,7 +93,7 @@ def _built(workload: Workload) -> Optimizer | None:
     """The workload's optimizer; None if it cannot be built, which `Training.start` reports."""
     trainable = [parameter for parameter in workload.model.parameters() if parameter.requires_grad]
     try:
-        return workload.optimizer_factory(trainable) if trainable else None
+        return built_by(workload.optimizer_factory, trainable, workload.model) if trainable else None
     except Exception:
         return None
 

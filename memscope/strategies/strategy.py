@@ -89,6 +89,8 @@ class Strategy(Protocol):
     textbook: ClassVar[Mapping[str, str]] = {}
     """Textbook effect: rows of Table 1 to ↑, ↓ or –. Used only to point out where a run differs."""
     config: Any
+    chosen: Mapping[str, str] = {}
+    """Settings that `apply` chose for the workload, in plan syntax, such as the layers of `lora:targets=auto`."""
 
     def __init__(self, config: Any = None) -> None:
         self.config = self.Config() if config is None else config

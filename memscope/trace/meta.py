@@ -109,6 +109,7 @@ class _Assumption(TypedDict):
 class _Meta(TypedDict, total=False):
     target: str
     strategies: list[str]
+    chosen: dict[str, dict[str, str]]
     settings: dict[str, Any]
     device: _Device
     versions: dict[str, str]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from memscope.workload.optimizer import OptimizerFactory
 from memscope.workload.split import first_dimension, split_batch
 
 __all__ = ["Scope", "StepPlan", "Workload"]
@@ -25,8 +26,8 @@ class StepPlan:
     Examples:
         >>> from dataclasses import replace
         >>> from memscope import StepPlan
-        >>> replace(StepPlan(), micro_batches=4, clip_grad_norm=1.0)
-        StepPlan(micro_batches=4, autocast=None, grad_scaler=False, clip_grad_norm=1.0, contexts=())
+        >>> replace(StepPlan(), micro_batches=4).micro_batches
+        4
     """
 
     micro_batches: int = 1
@@ -39,6 +40,10 @@ class StepPlan:
     """Maximum total norm of the gradients; None: no clipping."""
     contexts: tuple[Scope, ...] = ()
     """Context managers entered around forward, loss and backward of each micro-batch, outermost first."""
+    keep_batch: bool = False
+    """Keep each micro-batch on the device until the next one is there, as a loop does whose variable holds it."""
+    set_to_none: bool = True
+    """Let go of the gradients after the step, as PyTorch does by default; False: keep them, filled with zeros."""
 
 
 @dataclass
@@ -63,10 +68,13 @@ class Workload:
     """The model; strategies may change it in place before the first step."""
     batches: Sequence[Any]
     """One item per optimizer step: the whole effective batch. Recorders repeat the first, so put the largest first."""
-    loss: Callable[[nn.Module, Any], Tensor]
-    """`loss(model, micro_batch)`: runs the forward pass and returns the mean loss, a scalar."""
-    optimizer_factory: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-    """Builds the optimizer from the trainable parameters; called last, after every strategy has been applied."""
+    loss: Callable[[nn.Module, Any], Tensor | tuple[Tensor, Any]]
+    """`loss(model, micro_batch)`: runs the forward pass and returns the mean loss, a scalar; or `(loss, kept)`, where
+    `kept`, such as the model's outputs, lives until the next call has returned, as variables of a training loop do."""
+    optimizer_factory: OptimizerFactory
+    """`optimizer_factory(parameters)` builds the optimizer from the trainable parameters. A factory with a parameter
+    named `model` is also given the model, whose `named_parameters` serve for groups such as those without weight decay.
+    It is called last, after every strategy has been applied."""
     plan: StepPlan = field(default_factory=StepPlan)
     name: str = "workload"
     split: Callable[[Any, int], list[Any]] = split_batch

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from memscope.errors import TargetError, UsageError, place_of, where
 from memscope.workload.description import Workload
 from memscope.workload.micro_batches import MicroBatch
+from memscope.workload.optimizer import built_by
 
 __all__ = ["StepObserver", "Training", "run_step"]
 
@@ -41,6 +42,10 @@ class Training:
     to_device: Callable[[Any], Any]
     gradients_are_taken: bool
     """Whether the target has hooks that run when a gradient is complete, and may take it before the step ends."""
+    batch: Any = None
+    """The last micro-batch on the device, with `StepPlan.keep_batch`."""
+    kept: Any = None
+    """What the last loss returned beside the loss."""
 
     @classmethod
     def start(cls, workload: Workload, device_type: str, to_device: Callable[[Any], Any]) -> Training:
@@ -62,7 +67,7 @@ class Training:
 
 def _optimizer(workload: Workload, trainable: list[nn.Parameter]) -> torch.optim.Optimizer:
     try:
-        optimizer = workload.optimizer_factory(trainable)
+        optimizer = built_by(workload.optimizer_factory, trainable, workload.model)
     except Exception as error:
         raise TargetError(
             f'"{workload.name}" failed: its optimizer cannot be built: {type(error).__name__}: {error}{where(error)}'
@@ -113,18 +118,21 @@ def run_step(training: Training, pieces: list[MicroBatch], observer: StepObserve
     else:
         training.optimizer.step()
     mark("zero_grad", index - 1)
-    training.optimizer.zero_grad(set_to_none=True)
+    training.optimizer.zero_grad(set_to_none=plan.set_to_none)
     return total
 
 
 def _forward(training: Training, model: nn.Module, piece: MicroBatch, observer: StepObserver | None) -> Tensor:
     data = training.to_device(piece.data)
+    plan = training.workload.plan
+    if plan.keep_batch:
+        training.batch = data
     if observer:
         observer.inputs(data)
-    dtype = training.workload.plan.autocast
-    with torch.autocast(training.device_type, dtype=dtype) if dtype else contextlib.nullcontext():
-        loss = training.workload.loss(model, data)
-    _require_loss(loss, training.workload)
+    with torch.autocast(training.device_type, dtype=plan.autocast) if plan.autocast else contextlib.nullcontext():
+        found = training.workload.loss(model, data)
+    one, training.kept = found if type(found) is tuple and len(found) == 2 else (found, None)
+    loss = _require_loss(one, training.workload)
     return loss if piece.share == 1.0 else loss * piece.share
 
 
@@ -140,9 +148,9 @@ def _require_gradient(training: Training) -> None:
     )
 
 
-def _require_loss(loss: object, workload: Workload) -> None:
+def _require_loss(loss: object, workload: Workload) -> Tensor:
     if isinstance(loss, Tensor) and loss.numel() == 1:
-        return
+        return loss
     what = "None" if loss is None else f"a {type(loss).__name__}"
     if isinstance(loss, Tensor):
         what = f"a tensor of shape {[*loss.shape]}"

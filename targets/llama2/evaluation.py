@@ -35,6 +35,7 @@ def perplexity(training: Training, samples: Sequence[Sample]) -> float:
             tokens = workload.weight(batch)
             with torch.autocast(training.device_type, dtype=dtype) if dtype else contextlib.nullcontext():
                 loss = workload.loss(workload.model, training.to_device(batch))
+                assert isinstance(loss, torch.Tensor), "this target's loss keeps nothing"
             total = total.to(loss.device) + loss.double() * tokens
             weight += tokens
     finally:

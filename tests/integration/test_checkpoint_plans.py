@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from memscope import Trace, record, simulate
 from memscope.strategies import Plan
 from memscope.strategies.ckpt import Checkpoint, LayerPlan
-from memscope.strategies.ckpt.layers import find_layers
+from memscope.strategies.ckpt.layers import named_layers
 from memscope.testing import check_strategy
 from memscope.workload.description import Workload
 from memscope.workload.target import find_target
@@ -112,7 +112,7 @@ def test_a_model_of_transformers_keeps_its_loss_and_gradients_bit_for_bit(option
     workload = hugging_face()
     expected = loss_and_gradients(workload)
     workload = hugging_face()
-    assert len(find_layers(workload.model)) == len(options)
+    assert len(named_layers(workload.model)) == len(options)
     layers = {f"model.layers.{index}": option for index, option in enumerate(options)}
     Checkpoint.of(LayerPlan(layers)).apply(workload)
     found = loss_and_gradients(workload)

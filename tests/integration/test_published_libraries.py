@@ -27,19 +27,15 @@ def workload(run):
         torch.set_default_dtype(torch.float32)
     tokens = torch.zeros((run.samples, run.seq_len), dtype=torch.int64)
     batch = {"input_ids": tokens, "labels": tokens.clone(), "attention_mask": tokens.clone()}
-    kept = {}
 
-    def loss(model, batch):
-        kept["inputs"] = batch
-        return model.loss(batch)
-
-    def optimizer(_):
+    def optimizer(parameters, model):
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         plain = [p for name, p in named if "norm" in name or "ln_" in name or name.endswith("bias")]
         decayed = [p for name, p in named if all(p is not other for other in plain)]
         return torch.optim.AdamW([{"params": decayed}, {"params": plain}])
 
-    return Workload(model, [batch], loss, optimizer, plan=StepPlan(clip_grad_norm=1.0), name=run.name)
+    plan = StepPlan(clip_grad_norm=1.0, keep_batch=True)
+    return Workload(model, [batch], lambda model, batch: model.loss(batch), optimizer, plan=plan, name=run.name)
 
 
 @pytest.fixture(scope="module")

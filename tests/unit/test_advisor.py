@@ -369,8 +369,12 @@ def test_alike_neighbours_are_told_as_a_range() -> None:
 
 @pytest.fixture
 def lora_everywhere() -> Advice:
+    found = advice(plain_bytes())
+    assert found.trace is not None
+    chosen = {"lora": {"targets": "wq+wv"}}  # as recorded by a run with lora:targets=auto
     return dataclasses.replace(
-        advice(plain_bytes()),
+        found,
+        trace=dataclasses.replace(found.trace, meta={**found.trace.meta, "chosen": chosen}),
         strategies=("lora:r=8", "amp:dtype=bf16", "adamw:fused"),
         layers={f"layers.{i}": "full" for i in range(LAYERS)},
     )

@@ -10,8 +10,9 @@ import pytest
 from memscope import Plan, simulate
 from memscope.advisor import planning as planning_module
 from memscope.advisor.measure.costs import LayerCosts, measure
+from memscope.advisor.measure.layers import LayerList
 from memscope.advisor.measure.probe import rounded
-from memscope.advisor.measure.reference import LayerList, Reference, full_probe, none_probe
+from memscope.advisor.measure.reference import Reference, full_probe, none_probe
 from memscope.advisor.measure.runner import Asker, InProcess, require
 from memscope.advisor.plan.planner import evaluate
 from memscope.advisor.planning import Found, Planning

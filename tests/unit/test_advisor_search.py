@@ -10,7 +10,7 @@ import pytest
 from memscope import Strategy, Workload, simulate, strategies
 from memscope.advisor import combinations as advisor_combinations
 from memscope.advisor.combinations import combinations
-from memscope.advisor.measure.reference import LayerList
+from memscope.advisor.measure.layers import LayerList
 from memscope.advisor.measure.runner import Answer, Asker, InProcess, Probe
 from memscope.advisor.search import Search
 from memscope.allocator.settings import AllocatorSettings

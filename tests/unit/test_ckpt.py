@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from memscope.errors import UsageError
 from memscope.strategies import Plan
-from memscope.strategies.ckpt.layers import chosen_layers, find_layers
+from memscope.strategies.ckpt.layers import chosen_layers, named_layers
 from memscope.testing import toy_workload
 from memscope.workload.description import Workload
 
@@ -82,17 +82,61 @@ def test_a_choice_that_cannot_be_read_or_is_not_there_is_refused(text: str, mess
     )
 
 
-def test_the_layers_are_the_largest_list_of_modules_of_one_class() -> None:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.heads = nn.ModuleList(nn.Linear(2, 2) for _ in range(5))
-            self.mixed = nn.Sequential(nn.Linear(90, 90), nn.ReLU())
-            self.single = nn.ModuleList([nn.Linear(90, 90)])
-            self.layers = nn.Sequential(*(nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 9)) for _ in range(3)))
+class Attention(nn.Sequential):
+    """A layer of another class."""
 
-    model = Model()
-    assert find_layers(model) == list(model.layers)
+
+def layer(width: int = 4) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, width), nn.Linear(width, width))
+
+
+def stage(width: int) -> nn.Module:
+    model = nn.Module()
+    model.blocks = nn.ModuleList(layer(width) for _ in range(2))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("lists", "expected"),
+    [
+        ({"encoder": [layer(), layer()], "decoder": [layer()]}, ["encoder.0", "encoder.1", "decoder.0"]),
+        ({"layers": [layer(), Attention(*layer()), layer()]}, ["layers.0", "layers.1", "layers.2"]),
+        ({"layers": [layer()]}, ["layers.0"]),
+        ({"layers": [layer(), layer()], "heads": [nn.Linear(99, 99)] * 2}, ["layers.0", "layers.1"]),
+        ({"mlp": [nn.Linear(9, 9), nn.ReLU(), nn.Linear(9, 9)], "layers": [layer()]}, ["layers.0"]),
+        ({"stack": [nn.Linear(2, 2), nn.Linear(2, 2)], "mlp": [nn.Linear(2, 2), nn.Tanh()]}, ["stack.0", "stack.1"]),
+        ({"stages": [stage(2), stage(9)]}, [f"stages.{i}.blocks.{j}" for i in (0, 1) for j in (0, 1)]),
+        ({"layers": [stage(4), stage(4)]}, ["layers.0", "layers.1"]),  # alike: layers that hold lists
+        ({"parts": [stage(4), layer()]}, ["parts.0.blocks.0", "parts.0.blocks.1"]),  # different parts of a model
+        ({"nested": [nn.ModuleList([layer(), layer()])]}, ["nested.0.0", "nested.0.1"]),  # a list is never called
+    ],
+)
+def test_the_layers_are_those_of_all_lists_of_repeated_layers(
+    lists: dict[str, list[nn.Module]], expected: list[str]
+) -> None:
+    model = nn.Module()
+    for name, modules in lists.items():
+        setattr(model, name, nn.ModuleList(modules))
+    assert list(named_layers(model)) == expected
+
+
+def test_a_list_with_two_names_counts_once() -> None:
+    model = nn.Module()
+    model.layers = nn.ModuleList([layer(), layer()])
+    model.backbone = nn.ModuleDict({"layers": model.layers})
+    assert list(named_layers(model)) == ["layers.0", "layers.1"]
+
+
+def test_indices_count_through_all_lists_or_through_those_that_are_named() -> None:
+    def recomputed(plan: str) -> list[str]:
+        model = nn.Module()
+        model.encoder, model.decoder = (nn.ModuleList([layer(), layer()]) for _ in range(2))
+        Plan.parse(plan).apply(Workload(model, [], lambda m, x: m(x), torch.optim.SGD))
+        return [name for name, module in model.named_modules() if "forward" in vars(module)]
+
+    assert recomputed("ckpt:layers=1-2") == ["encoder.1", "decoder.0"]
+    assert recomputed("ckpt:layer-list=decoder,layers=0") == ["decoder.0"]
+    assert recomputed("ckpt:layer-list=decoder+encoder,layers=0-2") == ["encoder.0", "decoder.0", "decoder.1"]
 
 
 def test_a_model_without_layers_is_refused_in_words() -> None:
@@ -106,7 +150,7 @@ def test_a_model_without_layers_is_refused_in_words() -> None:
 def count_calls(workload: Workload) -> Counter[int]:
     """Calls of a module inside each layer, in one forward and backward pass."""
     calls: Counter[int] = Counter()
-    for index, layer in enumerate(find_layers(workload.model)):
+    for index, layer in enumerate(named_layers(workload.model).values()):
         inside = layer.get_submodule("up")
         inside.register_forward_pre_hook(lambda module, args, index=index: calls.update([index]))
     loss_of(workload)

@@ -14,7 +14,7 @@ from memscope.errors import UsageError
 from memscope.strategies import Plan
 from memscope.strategies.ckpt import Checkpoint
 from memscope.strategies.ckpt.layer_plan import LayerPlan, described
-from memscope.strategies.ckpt.layers import find_layers
+from memscope.strategies.ckpt.layers import named_layers
 from memscope.strategies.ckpt.options import Option
 from memscope.testing import toy_workload
 from memscope.workload.description import Workload
@@ -93,10 +93,6 @@ EXPECTED = "expected a file written by memscope advise"
         (
             HEADER | {"layers": {"h.0": "none", "h.1": "fulll"}},
             'h.1: unknown option "fulll": did you mean "full"? Valid: full, none, offload, recompute, save, within',
-        ),
-        (
-            HEADER | {"layers": {"encoder.0": "none", "decoder.0": "none"}},
-            'the layers of a checkpoint plan are those of one module, not of "decoder", "encoder"',
         ),
     ],
 )
@@ -223,6 +219,29 @@ def test_a_plan_for_layers_that_are_elsewhere_is_refused() -> None:
     assert problem == f'the checkpoint plan is for another model: this one has no "block.0", "block.1"{FIX}'
 
 
+def two_lists() -> Workload:
+    model = nn.Module()
+    model.encoder, model.decoder = (nn.ModuleList(nn.Linear(2, 2) for _ in range(2)) for _ in range(2))
+    return Workload(model, [], lambda m, x: m(x), torch.optim.SGD)
+
+
+@pytest.mark.parametrize(
+    ("names", "differs"),
+    [
+        (["encoder.0", "encoder.1", "decoder.0", "decoder.1"], ""),
+        (["encoder.0", "decoder.0", "encoder.1", "decoder.1"], ""),  # in the order in which they are called
+        (["decoder.0", "decoder.1"], ""),
+        (["encoder.0", "encoder.1", "decoder.0"], 'also has "decoder.1", for which it has no option'),
+        (["encoder.1", "encoder.0", "decoder.0", "decoder.1"], "has the same layers in another order"),
+        (["encoder.0", "encoder.1", "encoder.2"], 'has no "encoder.2"'),
+    ],
+)
+def test_a_plan_names_every_layer_of_each_of_its_lists_in_the_order_of_the_list(names: list[str], differs: str) -> None:
+    found = problems(LayerPlan(dict.fromkeys(names, "full")), two_lists())
+    expected = f"the checkpoint plan is for another model: this one {differs}: make one for this model"
+    assert [text.partition(" with memscope")[0] for text in found] == ([expected] if differs else [])
+
+
 def test_a_plan_may_name_modules_that_are_in_no_list() -> None:
     workload = toy_workload()
     plan = LayerPlan({"embed": "none", "head": "full"})
@@ -247,7 +266,7 @@ def test_an_option_that_a_layer_cannot_take_is_refused_before_anything_changes(o
     with pytest.raises(UsageError) as caught:
         Checkpoint.of(LayerPlan({"blocks.0": option, "blocks.1": "full"})).apply(workload)
     assert message in str(caught.value)
-    assert all("forward" not in vars(layer) for layer in find_layers(workload.model))
+    assert all("forward" not in vars(layer) for layer in named_layers(workload.model).values())
 
 
 def test_layers_that_are_one_module_take_one_option() -> None:
@@ -269,7 +288,7 @@ def test_the_plan_of_a_file_is_applied(tmp_path: Path) -> None:
     plan = Plan.parse(f"lora,ckpt:plan={path}")
     assert str(plan) == f"lora,ckpt:plan={path}"
     plan.apply(workload)
-    assert ["forward" in vars(layer) for layer in find_layers(workload.model)] == [False, True]
+    assert ["forward" in vars(layer) for layer in named_layers(workload.model).values()] == [False, True]
 
 
 def test_a_plan_file_with_an_error_is_refused_by_the_strategy(tmp_path: Path) -> None:

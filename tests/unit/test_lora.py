@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from memscope import simulate
+from memscope.analysis.chosen import strategies_of
 from memscope.errors import UsageError
 from memscope.strategies import Plan
-from memscope.strategies.lora import LoRA, LoRALinear, merge, unmerge
+from memscope.strategies.lora import LoRA, LoRALinear, adapt, merge, unmerge
+from memscope.strategies.lora.linear import linear_layers
+from memscope.strategies.lora.targets import auto_targets
 from memscope.testing import toy_workload
 from memscope.workload.description import Workload
 from memscope.workload.micro_batches import micro_batches
@@ -35,6 +41,14 @@ def tokens(workload: Workload) -> Tensor:
 
 def adapters(workload: Workload) -> list[LoRALinear]:
     return [module for module in workload.model.modules() if isinstance(module, LoRALinear)]
+
+
+def adapted(layer: nn.Module, *, r: int, alpha: float) -> LoRALinear:
+    """A copy of a layer, adapted without dropout."""
+    model = nn.ModuleDict({"layer": copy.deepcopy(layer)})
+    adapt(model, ["layer"], r=r, alpha=alpha, dropout=0.0)
+    assert isinstance(model["layer"], LoRALinear)
+    return model["layer"]
 
 
 def with_updates(plan: str) -> Workload:
@@ -69,7 +83,7 @@ def test_everything_else_is_frozen() -> None:
 def test_the_update_is_b_a_x_times_alpha_over_r(bias: bool) -> None:
     torch.manual_seed(0)
     base = nn.Linear(6, 5, bias=bias, dtype=torch.float64)
-    layer = LoRALinear(base, r=3, alpha=12.0, dropout=0.0)
+    layer = adapted(base, r=3, alpha=12.0)
     nn.init.normal_(layer.lora_b)
     x = torch.randn(7, 6, dtype=torch.float64)
     by_hand = torch.stack([base(row) + (12 / 3) * (layer.lora_b @ (layer.lora_a @ row)) for row in x])
@@ -78,7 +92,7 @@ def test_the_update_is_b_a_x_times_alpha_over_r(bias: bool) -> None:
 
 def test_a_starts_gaussian_with_deviation_one_over_r_and_b_at_zero() -> None:
     torch.manual_seed(0)
-    layer = LoRALinear(nn.Linear(4096, 8), r=4, alpha=8.0, dropout=0.0)
+    layer = adapted(nn.Linear(4096, 8), r=4, alpha=8.0)
     # 4·4096 samples: the mean deviates by 0.25/√16384 ≈ 0.002, the deviation by 0.25/√32768 ≈ 0.0014; five times that.
     assert abs(layer.lora_a.mean().item()) < 0.01
     assert abs(layer.lora_a.std().item() - 1 / 4) < 0.007
@@ -228,10 +242,14 @@ def test_settings_out_of_their_range_are_refused_all_at_once() -> None:
     assert "lora: dropout=1.0 is not a probability: choose at least 0 and less than 1" in message
 
 
+# What `auto` and `all-linear` choose.
+
+
 def named(names: list[str]) -> Workload:
     """Two repeated layers with linear modules of these names, and a head."""
     blocks = [nn.ModuleDict({name: nn.Linear(4, 4) for name in names}) for _ in range(2)]
-    model = nn.ModuleDict({"blocks": nn.ModuleList(blocks), "head": nn.Linear(4, 8)})
+    layers = nn.ModuleList(nn.Sequential(block) for block in blocks)
+    model = nn.ModuleDict({"blocks": layers, "head": nn.Linear(4, 8)})
     return Workload(model, [], lambda m, x: x.sum(), torch.optim.AdamW)
 
 
@@ -242,22 +260,81 @@ def named(names: list[str]) -> Workload:
         (["q_proj", "k_proj", "v_proj", "up_proj"], ("q_proj", "v_proj")),
         (["query", "key", "value"], ("query", "value")),
         (["qkv", "out"], ("qkv", "out")),
+        (["qkv", "head"], ("qkv", "0.head")),  # not the head outside the layers
     ],
 )
-def test_candidates_are_three_ranks_of_one_scale_for_query_and_value_or_every_repeated_layer(
+def test_auto_is_query_and_value_or_every_linear_layer_of_the_repeated_layers(
     names: list[str], targets: tuple[str, ...]
 ) -> None:
+    workload = named(names)
+    Plan.parse("lora").apply(workload)
+    adapted = {name for name, module in workload.model.named_modules() if isinstance(module, LoRALinear)}
+    assert adapted == {f"blocks.{i}.0.{target.rpartition('.')[2]}" for i in (0, 1) for target in targets}
+    assert auto_targets(named(names).model) == targets
+
+
+def test_what_auto_chose_is_in_the_trace_and_reads_back_as_the_same_plan() -> None:
+    trace = simulate(toy_workload(), strategies="lora:r=4")
+    assert trace.meta["strategies"] == ["lora:r=4"]
+    assert trace.meta["chosen"] == {"lora": {"targets": "wq+wv"}}
+    assert "chosen" not in simulate(toy_workload(), strategies="lora:r=4,targets=wq+wv").meta
+    assert strategies_of(trace) == ["lora:r=4 (targets=wq+wv)"]
+    assert trace.meta["parameters"] == simulate(toy_workload(), strategies="lora:r=4,targets=wq+wv").meta["parameters"]
+
+
+def test_candidates_are_three_ranks_of_one_scale() -> None:
     # The defaults' scale is alpha / r = 32 / 16.
-    assert LoRA.candidates(named(names)) == [
-        LoRA.Config(r=16, alpha=32.0, targets=targets),
-        LoRA.Config(r=8, alpha=16.0, targets=targets),
-        LoRA.Config(r=64, alpha=128.0, targets=targets),
-    ]
+    found = [LoRA.Config(r=16, alpha=32.0), LoRA.Config(r=8, alpha=16.0), LoRA.Config(r=64, alpha=128.0)]
+    assert LoRA.candidates(named(["wq", "wv"])) == found
 
 
-def test_a_model_without_linear_layers_to_adapt_has_no_candidate() -> None:
+def test_a_model_without_linear_layers_to_adapt_has_no_candidate_and_is_refused() -> None:
     tied = named(["qkv"])
-    one, other = (tied.model.get_submodule(f"blocks.{i}.qkv") for i in (0, 1))
+    one, other = (tied.model.get_submodule(f"blocks.{i}.0.qkv") for i in (0, 1))
     one.weight = other.weight
+    del tied.model.head
     assert LoRA.candidates(tied) == []
-    assert LoRA.candidates(Workload(nn.Conv1d(2, 2, 1), [], lambda m, x: x.sum(), torch.optim.AdamW)) == []
+    convolution = Workload(nn.Conv1d(2, 2, 1), [], lambda m, x: x.sum(), torch.optim.AdamW)
+    assert LoRA.candidates(convolution) == []
+    for targets in ("auto", "all-linear"):
+        message = refused(f"lora:targets={targets}", convolution)
+        assert f'lora: targets={targets} finds no linear layer to adapt in "workload": remove this strategy' in message
+
+
+def test_all_linear_is_every_linear_layer_but_the_output_head() -> None:
+    # In the toy: wq, wk, wv, wo, up and down in two layers, and the head behind them.
+    workload = toy("lora:targets=all-linear")
+    found = [name for name, module in workload.model.named_modules() if isinstance(module, LoRALinear)]
+    assert found == [f"blocks.{i}.{name}" for i in (0, 1) for name in ("wq", "wk", "wv", "wo", "up", "down")]
+
+
+@pytest.mark.parametrize("word", ["auto", "all-linear"])
+def test_auto_and_all_linear_stand_alone(word: str) -> None:
+    with pytest.raises(UsageError, match=f"targets={word} stands alone: leave {word} or the other targets out"):
+        Plan.parse(f"lora:targets=wq+{word}")
+
+
+def test_a_subclass_of_linear_is_adapted_and_computes_as_its_class_does() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor, times: float = 2.0) -> Tensor:
+            return times * super().forward(x)
+
+    base = Doubled(6, 5, dtype=torch.float64)
+    layer = adapted(base, r=3, alpha=12.0)
+    nn.init.normal_(layer.lora_b)
+    x = torch.randn(7, 6, dtype=torch.float64)
+    assert isinstance(layer, Doubled)
+    by_hand = 3.0 * F.linear(x, base.weight, base.bias) + (12 / 3) * x @ layer.lora_a.T @ layer.lora_b.T
+    torch.testing.assert_close(layer(x, times=3.0), by_hand, rtol=1e-12, atol=1e-12)
+
+
+def test_layers_that_are_adapted_or_not_computed_as_linear_layers_are_left_alone() -> None:
+    class Packed(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 4, bias=False)
+            self.weight = nn.Parameter(torch.zeros(8, dtype=torch.uint8), requires_grad=False)
+
+    done = adapted(nn.Linear(4, 4), r=1, alpha=1.0)
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    model = nn.ModuleList([nn.MultiheadAttention(4, 2), Packed(), normed, nn.LazyLinear(4), done, nn.Linear(4, 4)])
+    assert linear_layers(model) == ["5"]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from memscope import simulate
 from memscope.errors import UsageError
+from memscope.strategies import Plan
+from memscope.trace import PHASES
 from memscope.workload.description import StepPlan, Workload
 from memscope.workload.micro_batches import MicroBatch, micro_batches
 from memscope.workload.split import split_batch
@@ -151,6 +154,65 @@ def test_only_trainable_parameters_go_to_the_optimizer_and_the_model_is_put_in_t
         id(model[1].bias),
     ]
     assert model[0].training
+
+
+def test_a_factory_with_a_parameter_named_model_is_given_the_model() -> None:
+    """Its groups can follow names: here no weight decay for biases. Strategies that rebuild the optimizer keep them."""
+
+    def grouped(parameters: Iterable[nn.Parameter], model: nn.Module) -> torch.optim.Optimizer:
+        given = {id(parameter) for parameter in parameters}
+        named = [(name, p) for name, p in model.named_parameters() if id(p) in given]
+        groups = [
+            {"params": [p for name, p in named if name.endswith("bias") is biases], "weight_decay": decay}
+            for biases, decay in ((False, 0.1), (True, 0.0))
+        ]
+        return torch.optim.AdamW(groups)
+
+    for plan in ("", "adamw:foreach=false", "lora:targets=0,adamw:fused"):
+        model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+        workload = scalar_workload(model=model, optimizer_factory=grouped)
+        Plan.parse(plan).apply(workload)
+        groups = Training.start(workload, "cpu", lambda data: data).optimizer.param_groups
+        assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+        biases = [] if "lora" in plan else [model[0].bias, model[1].bias]
+        assert [id(p) for p in groups[1]["params"]] == [id(bias) for bias in biases]
+
+
+def test_gradients_filled_with_zeros_stay() -> None:
+    workload = scalar_workload(StepPlan(set_to_none=False))
+    run(workload)
+    assert isinstance(workload.model, nn.Linear)
+    assert workload.model.weight.grad is not None
+    assert workload.model.weight.grad.tolist() == [[0.0, 0.0]]
+
+
+def alive_in_the_optimizer(plan: StepPlan, loss: Any) -> dict[str, int]:
+    """Bytes of the batch, 4·64 float32, and of outputs, 4·128 float32, alive when the second step's optimizer begins.
+
+    All else has one element, or 64·128: no other allocation has one of these sizes.
+    """
+    model = nn.Linear(64, 128, bias=False)
+    trace = simulate(Workload(model, [torch.ones(4, 64)], loss, torch.optim.AdamW, plan=plan), device="cpu")
+    here = (trace.mark_step == 1) & (trace.mark_phase == PHASES.index("optimizer"))
+    event = int(trace.mark_event[here][0])
+    alive = (trace.born < event) & ((trace.freed < 0) | (trace.freed >= event))
+    return {name: int(trace.size[alive & (trace.size == 16 * width)].sum()) for name, width in SIZES.items()}
+
+
+SIZES = {"batch": 64, "outputs": 128}
+
+
+def test_a_step_keeps_what_a_training_loop_keeps_in_its_variables() -> None:
+    def plain(model: nn.Module, x: Tensor) -> Tensor:
+        return model(x).mean()  # type: ignore[no-any-return]
+
+    def keeping(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = model(x)
+        return outputs.mean(), outputs
+
+    assert alive_in_the_optimizer(StepPlan(), plain) == {"batch": 0, "outputs": 0}
+    assert alive_in_the_optimizer(StepPlan(keep_batch=True), plain) == {"batch": 4 * 64 * 4, "outputs": 0}
+    assert alive_in_the_optimizer(StepPlan(), keeping) == {"batch": 0, "outputs": 4 * 128 * 4}
 
 
 def test_a_model_with_nothing_to_train_is_refused() -> None:

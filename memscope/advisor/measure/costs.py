@@ -11,12 +11,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from memscope.advisor.measure.layers import groups_of, layer_plan
 from memscope.advisor.measure.options import saving_options
 from memscope.advisor.measure.probe import ChainSeen, LayerSeen, rounded
-from memscope.advisor.measure.reference import Reference, groups_of, layer_plan, outside_bytes, uniform
-from memscope.advisor.measure.runner import Answer, Probe, Seen, require
+from memscope.advisor.measure.reference import Reference, outside_bytes
+from memscope.advisor.measure.runner import Answer, Probe, Seen
 from memscope.advisor.plan.chain import Chain, Choice
 from memscope.analysis.cost import operator_costs
+from memscope.errors import MemscopeError
 from memscope.simulation.devices.catalogue import Device
 from memscope.strategies.ckpt import LayerPlan
 from memscope.strategies.ckpt.options import Call
@@ -31,6 +33,10 @@ _RARE = 0.1
 """A class with a smaller share of all layers gets fewer options, because each takes a simulation of its own."""
 LayerClasses = tuple[int, ...]
 """The class of each layer that an option covers; layers of one class are alike."""
+_Batch = dict[int, tuple[LayerClasses, str]]
+"""Tasks of one simulation, by their first layers."""
+_NEEDED = ("none", "full")
+"""Options without which nothing can be planned."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,7 @@ class LayerCosts:
         """The choices for the planner: the largest figures of all deciding micro-batches."""
         reference, classes = self.reference, self.reference.classes
         full = reference.full_chains
-        around = self.around or _Around.of(reference.full, uniform(reference.layers.names, "full"), full)
+        around = self.around or _Around.of(reference.full, reference.layers.checkpointed, full)
         by_kind: dict[LayerClasses, list[str]] = defaultdict(list)
         for kind, option in self.measured:
             by_kind[kind].append(option)
@@ -140,16 +146,22 @@ class LayerCosts:
     def settle(self, plan: LayerPlan, seen: Seen) -> LayerCosts:
         """The costs corrected by the simulation of a whole plan, for the options of that plan."""
         reference, names = self.reference, self.reference.layers.names
-        chains = reference.look(seen, plan, 1)
+        chains, groups = reference.look(seen, plan, 1), groups_of(plan)
+        starts = [names.index(group[0]) for group in groups]
+        choices = [
+            self._choice(start, tuple(reference.classes[start : start + len(group)]), plan.layers[group[0]])
+            for start, group in zip(starts, groups, strict=True)
+        ]
         settled = dict(self.settled)
         previous_saves_output = False
-        for index, group in enumerate(groups_of(plan)):
-            start, option = names.index(group[0]), plan.layers[group[0]]
-            kind = tuple(reference.classes[start : start + len(group)])
+        for index, (start, choice) in enumerate(zip(starts, choices, strict=True)):
             layers = [chain.layers[index] for chain in chains]
-            choice = self._choice(start, kind, option)
             lent = previous_saves_output and not choice.saves_input  # the planner counts it for the layer before
-            settled[start, option] = replace(
+            # An input that is kept though its own layer does not keep it: the layer before keeps its output.
+            after = index + 1 < len(groups) and not choices[index + 1].saves_input
+            kept_after = after and any(chain.layers[index + 1].keeps_input for chain in chains)
+            previous_saves_output = choice.saves_output or kept_after
+            settled[start, choice.option] = replace(
                 choice,
                 kept_bytes=max(layer.kept_bytes for layer in layers),
                 held_bytes=max(layer.held_bytes for layer in layers),
@@ -158,27 +170,24 @@ class LayerCosts:
                     layer.backward_base_bytes + layer.backward_rise_bytes - (layer.input_bytes if lent else 0)
                     for layer in layers
                 ),
+                saves_output=previous_saves_output,
             )
-            previous_saves_output = choice.saves_output
         return replace(self, settled=settled, around=_Around.of(seen, plan, chains))
 
 
 def measure(ask: Callable[[Sequence[Probe]], list[Answer]], found: Reference, device: Device) -> LayerCosts:
     """Measure every option on every kind of layer; `ask` runs the probes.
 
-    Offloading is an option if the device's copy rate to the host is known.
+    Offloading is an option if the device's copy rate to the host is known. An option that fails on a kind of layers is
+    left out.
 
     Raises:
         MemscopeError: when the model cannot be checkpointed.
     """
     tasks = list(_tasks(found, offload=device.host_bytes_per_second is not None))
-    batches = _packed(tasks, found.classes)
     names = found.layers.names
-    plans = [_probe_plan(names, batch) for batch in batches]
-    probes = [Probe(found.strategies, plan, calls_of=names, steps=found.steps, whole=False) for plan in plans]
     measured: dict[tuple[LayerClasses, str], Measured] = {}
-    for plan, batch, answer in zip(plans, batches, ask(probes), strict=True):
-        seen = require(answer)
+    for batch, plan, seen in _answered(ask, found, _packed(tasks, found.classes)):
         chains = found.look(seen, plan, found.steps - 1)
         groups = groups_of(plan)
         heads = {group[0]: index for index, group in enumerate(groups)}
@@ -191,6 +200,26 @@ def measure(ask: Callable[[Sequence[Probe]], list[Answer]], found: Reference, de
     return LayerCosts(found, measured)
 
 
+def _answered(
+    ask: Callable[[Sequence[Probe]], list[Answer]], found: Reference, batches: Sequence[_Batch]
+) -> Iterable[tuple[_Batch, LayerPlan, Seen]]:
+    """Each batch with its plan and simulation. A batch that fails is split, and the options that fail are left out."""
+    plans = [_probe_plan(found, batch) for batch in batches]
+    probes = [
+        Probe(found.strategies, plan, calls_of=found.layers.names, steps=found.steps, whole=False) for plan in plans
+    ]
+    failed: list[_Batch] = []
+    for batch, plan, answer in zip(batches, plans, ask(probes), strict=True):
+        if not isinstance(answer, MemscopeError):
+            yield batch, plan, answer
+        elif len(batch) > 1:
+            failed += [{start: task} for start, task in batch.items()]
+        elif any(option in _NEEDED for _, option in batch.values()):
+            raise answer
+    if failed:
+        yield from _answered(ask, found, failed)
+
+
 def _tasks(found: Reference, *, offload: bool) -> Iterable[tuple[LayerClasses, str]]:
     """Everything to measure: options of single layers, and segments of consecutive layers."""
     classes = found.classes
@@ -199,14 +228,16 @@ def _tasks(found: Reference, *, offload: bool) -> Iterable[tuple[LayerClasses, s
         saving, children = _saving(found, layer), found.layers.children[layer]
         if classes.count(number) < _RARE * len(classes):
             saving, children = saving[len(saving) // 2 :][:1], ()
-        options = ["none", "full", *children, *saving]
+        if not found.layers.can_recompute[layer]:
+            saving, children = [], ()
+        options = ["none", *(["full"] if found.layers.can_recompute[layer] else []), *children, *saving]
         options += ["offload"] if offload else []
         for option in options:
             yield (number,), option
     for length in _SEGMENTS:
         kinds = (tuple(classes[start : start + length]) for start in range(len(classes) - length + 1))
         for kind in dict.fromkeys(kinds):
-            if len(set(kind)) == 1:
+            if len(set(kind)) == 1 and found.layers.can_recompute[classes.index(kind[0])]:
                 yield kind, f"full:{length}"
 
 
@@ -242,11 +273,9 @@ def _packet(op: str) -> str:
     return op.rpartition(".")[0]
 
 
-def _packed(
-    tasks: Sequence[tuple[LayerClasses, str]], classes: Sequence[int]
-) -> list[dict[int, tuple[LayerClasses, str]]]:
-    """Pack the tasks into few simulations, `{first layer: task}`, with at least one layer between two tasks."""
-    batches: list[dict[int, tuple[LayerClasses, str]]] = []
+def _packed(tasks: Sequence[tuple[LayerClasses, str]], classes: Sequence[int]) -> list[_Batch]:
+    """Pack the tasks into few simulations, with at least one layer between two tasks."""
+    batches: list[_Batch] = []
     for kind, option in tasks:
         places = [s for s in range(len(classes) - len(kind) + 1) if tuple(classes[s : s + len(kind)]) == kind]
         for batch in batches:
@@ -259,16 +288,17 @@ def _packed(
     return batches
 
 
-def _is_free(batch: Mapping[int, tuple[LayerClasses, str]], start: int, length: int) -> bool:
+def _is_free(batch: _Batch, start: int, length: int) -> bool:
     """Whether no other task takes the layers from `start` or their neighbours."""
     return all(start > other + len(kind) or start + length < other for other, (kind, _) in batch.items())
 
 
-def _probe_plan(names: Sequence[str], batch: Mapping[int, tuple[LayerClasses, str]]) -> LayerPlan:
+def _probe_plan(found: Reference, batch: _Batch) -> LayerPlan:
+    names = found.layers.names
     options: list[tuple[str, int]] = []
     layer = 0
     while layer < len(names):
-        kind, option = batch.get(layer, ((0,), "full"))
+        kind, option = batch.get(layer, ((0,), "full" if found.layers.can_recompute[layer] else "none"))
         options.append((option, len(kind)))
         layer += len(kind)
     return layer_plan(names, options)

@@ -7,6 +7,7 @@ called a *boundary*.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -93,8 +94,10 @@ def _calls_in_order(
     Raises:
         UsageError: when the layers are not a chain: called once each, one after the other.
     """
-    rows = [row for row in trace.meta["calls"] if row["step"] == step and row["micro_batch"] == micro_batch]
-    called, expected = [row["module"] for row in rows], [name for names in groups for name in names]
+    expected = [name for names in groups for name in names]
+    of_layers = [row for row in trace.meta["calls"] if row["module"] in expected]
+    rows = [row for row in of_layers if row["step"] == step and row["micro_batch"] == micro_batch]
+    called = [row["module"] for row in rows]
     if called != expected:
         odd = next((name for name in expected if called.count(name) != 1), None)
         what = f'"{odd}" is called {called.count(odd)} times' if odd else "they are called in another order"
@@ -156,8 +159,9 @@ class _Reader:
         return int(trace.mark_event[first]), int(trace.mark_event[after]) if after < len(in_pass) else trace.events
 
     def _boundaries(self, given: list[list[int]], gave: list[int]) -> list[list[int]]:
-        """Allocations of each layer's input, and of the last output; arguments shared by all layers are excluded."""
-        shared = set(given[0]).intersection(*given) if len(given) > 1 else set()
+        """Allocations of each layer's input, and of the last output; arguments of several layers are excluded."""
+        times = Counter(index for found in given for index in found)
+        shared = {index for index, count in times.items() if count > 1}
         return [[index for index in found if index not in shared] for found in [*given, gave]]
 
     def _group_of_module(self, groups: Sequence[Sequence[str]]) -> Ints:

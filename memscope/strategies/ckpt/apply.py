@@ -55,12 +55,12 @@ def _apply(layers: Mapping[str, nn.Module], option: Option, done: set[int]) -> N
     if option.kind == "full" and option.length > 1:
         checkpoint_together(layers)
     elif option.kind == "full":
-        layer.forward = Recomputed(layer.forward)
+        layer.forward = Recomputed(layer)
     elif option.kind == "recompute":
         for child in {id(m): m for key in option.children for m in _callable(layer.get_submodule(key))}.values():
             if id(child) not in done:
                 done.add(id(child))
-                child.forward = Recomputed(child.forward)
+                child.forward = Recomputed(child)
     elif option.kind == "save":
         checkpoint_all_but(name, layer, frozenset(option.calls))
     elif option.kind == "offload":

@@ -47,9 +47,11 @@ class Checkpoint(Strategy):
         """Which layers are recomputed: `layers`, `plan` or `auto`."""
 
         layers: str = "all"
-        """Indices of the layers: all, every-2 (0, 2, 4 and so on), 0-15, 3; or several, joined by +."""
+        """Indices of the layers, counted through all lists: all, every-2 (0, 2, 4 and so on), 0-15, 3; or several,
+        joined by +."""
         layer_list: str = setting("layer-list", "")
-        """Name of the list of modules that are the layers, such as transformer.h; empty: the largest list."""
+        """Names of the lists of modules that are the layers, such as transformer.h, joined by +; empty: every list of
+        repeated layers."""
         plan: str = ""
         """File with an option for each layer, as written by memscope advise."""
         auto: bool = False

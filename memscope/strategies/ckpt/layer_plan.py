@@ -58,11 +58,6 @@ class LayerPlan:
     def __post_init__(self) -> None:
         if not self.layers:
             raise UsageError("a checkpoint plan needs layers, and this one has none")
-        parents = {name.rpartition(".")[0] for name in self.layers}
-        if len(parents) > 1:
-            raise UsageError(
-                f"the layers of a checkpoint plan are those of one module, not of {_listed(sorted(parents))}"
-            )
         check_segments(self.options)
 
     @property

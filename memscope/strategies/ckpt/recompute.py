@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint, noop_context_fn
+
+from memscope.strategies.ckpt.caches import without_caches
 
 __all__ = ["Arguments", "Recomputed", "flatten", "run_checkpointed"]
 
@@ -16,14 +19,14 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Recomputed:
-    """A forward function that is checkpointed as a whole; random state is preserved."""
+    """A layer's forward function, checkpointed as a whole; random state is preserved."""
 
-    def __init__(self, forward: Callable[..., Any]) -> None:
-        self.forward = forward
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer, self.forward = layer, layer.forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the forward function."""
-        return run_checkpointed(self.forward, (args, kwargs))
+        return run_checkpointed(self.forward, without_caches(args, kwargs, self.layer))
 
 
 def run_checkpointed(function: Callable[..., Any], arguments: Arguments, contexts: Contexts = noop_context_fn) -> Any:

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memscope.errors import UsageError
+from memscope.strategies.ckpt.caches import without_caches
 from memscope.strategies.ckpt.operators import OperatorTraits, operator
 from memscope.strategies.ckpt.options import Call
 from memscope.strategies.ckpt.recompute import run_checkpointed
@@ -36,7 +37,7 @@ def checkpoint_all_but(name: str, layer: nn.Module, calls: frozenset[Call]) -> N
     place = _Place()
     for inside, module in layer.named_modules():
         module.forward = _Inside(place, inside or ".", module.forward)
-    layer.forward = _Selective(name, calls, place, layer.forward)
+    layer.forward = _Selective(name, calls, place, layer)
 
 
 class _Place:
@@ -63,12 +64,13 @@ class _Inside:
 class _Selective:
     """A layer's forward function, checkpointed but for the results of some calls."""
 
-    def __init__(self, name: str, calls: frozenset[Call], place: _Place, forward: Callable[..., Any]) -> None:
-        self.name, self.calls, self.place, self.forward = name, calls, place, forward
+    def __init__(self, name: str, calls: frozenset[Call], place: _Place, layer: nn.Module) -> None:
+        self.name, self.calls, self.place, self.layer, self.forward = name, calls, place, layer, layer.forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         kept = _Kept(self.name, self.calls, self.place)
-        result = run_checkpointed(self.forward, (args, kwargs), lambda: (_Keep(kept), _Reuse(kept)))
+        arguments = without_caches(args, kwargs, self.layer)
+        result = run_checkpointed(self.forward, arguments, lambda: (_Keep(kept), _Reuse(kept)))
         never = sorted(self.calls - kept.made)
         if never and torch.is_grad_enabled():
             raise UsageError(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from memscope.errors import UsageError
+from memscope.strategies.ckpt.caches import without_caches
 from memscope.strategies.ckpt.recompute import flatten, run_checkpointed
 
 __all__ = ["checkpoint_together"]
@@ -51,8 +52,9 @@ class _Segment:
 
     def run(self, args: Any, kwargs: Any) -> Any:
         """Run the forwards of all layers inside one checkpoint; returns the result of the last one."""
-        leaves, _ = flatten((args, kwargs))
-        result = run_checkpointed(self._run, (args, kwargs))
+        arguments = without_caches(args, kwargs, self.layers[0])
+        leaves, _ = flatten(arguments)
+        result = run_checkpointed(self._run, arguments)
         rest = result[1:] if isinstance(result, tuple) else None
         self.passing = _Passing(weakref.ref(_passed_on(result, self.names[-1])), rest, leaves[1:], 1)
         return result
@@ -76,7 +78,7 @@ class _Segment:
                 f"{name} is inside the checkpoint of {self.names[0]}, but is not called right after {before}: "
                 "such layers cannot share one; use the option full for each"
             )
-        leaves, _ = flatten((args, kwargs))
+        leaves, _ = flatten(without_caches(args, kwargs, self.layers[index]))
         given, others = next(iter(leaves), None), leaves[1:]
         if given is not passing.result():
             raise UsageError(

@@ -1,0 +1,27 @@
+"""Build the optimizer of a workload."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["OptimizerFactory", "built_by"]
+
+OptimizerFactory = Callable[..., torch.optim.Optimizer]
+"""`factory(parameters)`, or `factory(parameters, model)` with a parameter of that name."""
+
+
+def built_by(factory: OptimizerFactory, parameters: Iterable[nn.Parameter], model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer that a factory builds; the model is passed to a factory with a parameter named `model`."""
+    return factory(parameters, model=model) if _takes_model(factory) else factory(parameters)
+
+
+def _takes_model(factory: Any) -> bool:
+    try:
+        return "model" in inspect.signature(factory).parameters
+    except (TypeError, ValueError):  # a callable without a signature
+        return False
