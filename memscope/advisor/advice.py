@@ -148,7 +148,7 @@ class Advice:
     untried: tuple[str, ...] = ()
     """Combinations that may hold a cheaper plan, or one that fits where none was found, and were not tried."""
     notes: tuple[str, ...] = ()
-    """Further sentences for the user."""
+    """Further sentences for the user, those of the plan's trace included."""
     made_for: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """The workload and device of the plan, as a plan file records them."""
     file: Path | None = None

@@ -15,6 +15,7 @@ from memscope.advisor.measure.runner import Asker, InProcess, Runner, Seen
 from memscope.advisor.planning import Found, device_bytes
 from memscope.advisor.search import Search
 from memscope.allocator.settings import AllocatorSettings
+from memscope.analysis.notes import notes_of
 from memscope.errors import UsageError
 from memscope.interrupts import interrupt_taken
 from memscope.simulation.device_memory import least_reserved
@@ -180,7 +181,7 @@ def _advice(
         simulated=len(search.plain),
         combinations=len(plans),
         untried=tuple(search.untried(plans)),
-        notes=(*search.planning.refused, *_scattered(shown.seen.trace, peak, settings)),
+        notes=(*notes_of(shown.seen.trace), *search.planning.refused, *_scattered(shown.seen.trace, peak, settings)),
         made_for=made_for(built, search.layers.names, Plan.parse(reference.strategies).specs, device.name),
         trace=shown.seen.trace,
     )
