@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 
 from memscope.advisor.advice import Advice, FrontPoint, PlanPeak, binding_of, in_words, unbeaten
-from memscope.advisor.combinations import CHECKPOINTING, allowed_names, combinations, forbidden
+from memscope.advisor.combinations import CHECKPOINTING, allowed_names, combinations, forbidden, left_out
 from memscope.advisor.measure.reference import LayerList, full_probe, seconds_of, uniform
 from memscope.advisor.measure.runner import Asker, InProcess, Runner, Seen
 from memscope.advisor.planning import Found, device_bytes
@@ -143,7 +143,13 @@ def advise(
         notes.append("interrupted: this is the best plan found so far; a better one, and a smaller budget, may exist")
     helps = {} if search.best else forbidden(built, always, allowed)
     advice = _advice(search, plans, built, helps, interrupted=interrupted)
-    return dataclasses.replace(advice, notes=(*notes, *advice.notes))
+    beyond = left_out(built, always, allowed)
+    return dataclasses.replace(
+        advice,
+        combinations=advice.combinations + len(beyond),
+        untried=(*advice.untried, *beyond),
+        notes=(*notes, *advice.notes),
+    )
 
 
 def _advice(
