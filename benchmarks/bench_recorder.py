@@ -86,7 +86,7 @@ def test_a_recorder_adds_little_to_each_allocation(layers: int, benchmark: Bench
     own = added["recorded"] - added["mode"]
     benchmark.extra_info |= {"step_seconds": least["bare"], "microseconds": added["recorded"], "mode": added["mode"]}
     print(
-        f"\nbare step {least['bare'] * 1000:.0f} ms, {benchmark.extra_info['allocations']:,} allocations: a recorder adds "
-        f"{added['recorded']:.0f} µs to each, {added['mode']:.0f} µs of an empty dispatch mode and {own:.0f} µs of its own"
+        f"\nbare step {least['bare'] * 1000:.0f} ms, {benchmark.extra_info['allocations']:,} allocations: a recorder "
+        f"adds {added['recorded']:.0f} µs to each: {added['mode']:.0f} µs of an empty mode, {own:.0f} µs of its own"
     )
     assert own <= MOST_MICROSECONDS
