@@ -8,8 +8,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 
-from memscope.advisor.advice import Advice, FrontPoint, PlanPeak, binding_of, in_words, unbeaten
+from memscope.advisor.advice import Advice, FrontPoint, PlanPeak, binding_of, unbeaten
 from memscope.advisor.combinations import CHECKPOINTING, allowed_names, combinations, forbidden, left_out
+from memscope.advisor.layer_words import in_words
 from memscope.advisor.measure.reference import LayerList, full_probe, seconds_of, uniform
 from memscope.advisor.measure.runner import Asker, InProcess, Runner, Seen
 from memscope.advisor.planning import Found, device_bytes
@@ -160,7 +161,7 @@ def _advice(
     least = search.best if interrupted and search.best else search.least()
     found = search.best
     shown = found or search.whole(least)
-    reference = search.reference(shown.strategies)
+    reference = search.tried.reference(shown.strategies)
     layers = dict(shown.layers.layers) if shown.layers else {}
     peak = _peak(shown.seen.trace, device, settings)
     seconds = seconds_of(shown.seen)
@@ -184,7 +185,7 @@ def _advice(
         minimum_bytes=smallest,
         binding=binding_of(shown.seen.trace, "" if found else _would_help(search, helps)),
         front=front,
-        simulated=len(search.plain),
+        simulated=len(search.tried.plain),
         combinations=len(plans),
         untried=tuple(search.untried(plans)),
         notes=(*notes_of(shown.seen.trace), *search.planning.refused, *_scattered(shown.seen.trace, peak, settings)),
@@ -214,7 +215,7 @@ def _scattered(trace: Trace, peak: PlanPeak, settings: AllocatorSettings) -> lis
 
 def _would_help(search: Search, plans: Mapping[str, Plan]) -> str:
     """The bytes needed with each strategy that was not allowed, and whether it fits."""
-    found = search.simulated(plans.values())
+    found = search.tried.simulated(plans.values())
     large = [text for text, seen in found.items() if device_bytes(seen) > search.budget_bytes]
     may = search.layers.may_recompute_all
     probes = [full_probe(text, search.layers, search.budget_bytes) for text in large if may]
@@ -236,10 +237,10 @@ def _front(search: Search, shown: Found, least: Found, peak: PlanPeak, *, more: 
     scale = seconds_of(shown.seen) / shown.seconds
     points = [_point(least, scale)]
     if more and search.planning.knows(shown.strategies):
-        points += [_point(found, scale) for found in search.planning.between(search.references[shown.strategies])]
-    for text, seen in search.plain.items():
+        points += [_point(found, scale) for found in search.planning.between(search.tried.references[shown.strategies])]
+    for text, seen in search.tried.plain.items():
         points.append(_point(Found(text, None, seen, seconds_of(seen)), scale))
-    for text, reference in search.references.items() if search.layers.may_recompute_all else ():
+    for text, reference in search.tried.references.items() if search.layers.may_recompute_all else ():
         every = uniform(search.layers.names, "full")
         points.append(_point(Found(text, every, reference.full, reference.full_seconds), scale))
     first = dataclasses.replace(_point(shown, scale), peak=peak)

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from memscope import Strategy, Workload, simulate
-from memscope.advisor.advice import Advice, Certificate, FrontPoint, PlanPeak, in_words, unbeaten
+from memscope.advisor.advice import Advice, Certificate, FrontPoint, PlanPeak, unbeaten
 from memscope.advisor.advise import advise, budget_of
 from memscope.advisor.combinations import allowed_names
 from memscope.advisor.emit import TOOLS, emit
+from memscope.advisor.layer_words import in_words
 from memscope.advisor.measure.probe import rounded
 from memscope.advisor.measure.runner import Seen, deciding_indices
 from memscope.allocator.replay import replay

@@ -69,7 +69,7 @@ def test_combinations_that_no_checkpoints_make_fit_are_not_tried_with_them() -> 
     runner = Noted()
     search = searched(runner, 3 * WEIGHTS_BYTES, "ga:steps=1")
     assert search.best is None
-    assert not search.references
+    assert not search.tried.references
     assert all(probe.layers is None for probe in runner.probes)
 
 
@@ -78,8 +78,8 @@ def test_no_checkpoints_are_planned_for_what_another_combination_beats() -> None
     search = searched(Noted(), plain_bytes("adamw:fused,ga:steps=1") - 8 * 2**20, "ga:steps=1")
     assert search.best is not None
     assert search.best.layers is not None
-    assert set(search.plain) == {"ga:steps=1", "adamw:fused,ga:steps=1", "adamw:foreach=false,ga:steps=1"}
-    assert list(search.references) == ["adamw:fused,ga:steps=1"]
+    assert set(search.tried.plain) == {"ga:steps=1", "adamw:fused,ga:steps=1", "adamw:foreach=false,ga:steps=1"}
+    assert list(search.tried.references) == ["adamw:fused,ga:steps=1"]
 
 
 class Rows(Strategy):
