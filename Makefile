@@ -8,7 +8,7 @@ STAMP := .venv/.installed
 DOCS := NO_MKDOCS_2_WARNING=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup profile test check docs docs-check docs-update bench fuzz gpu clean
+.PHONY: help setup profile test check docs docs-check docs-update bench fuzz soak gpu clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ bench: setup ## Compare memscope's speed and precision with other tools
 
 fuzz: setup ## Read 100,000 changed files of every format in child processes, and tell what memscope does not withstand
 	$(BIN)/python scripts/run_fuzz.py
+
+soak: setup ## Run the whole suite five times in random order, twice beside busy processes; SEED=N sets the order
+	$(BIN)/python scripts/run_soak.py $(if $(SEED),--seed $(SEED))
 
 # The Python with CUDA may be offline and have few packages: memscope is built with its setuptools where that is new enough,
 # and installed beside it, not into it.

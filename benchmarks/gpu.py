@@ -12,6 +12,7 @@ import argparse
 import datetime
 import itertools
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -50,9 +51,12 @@ EARLY_CELLS = 8
 
 
 class Processes:
-    """Runs jobs of `gpu_cells.py`. The next process for the GPU starts, and imports PyTorch, ahead of time."""
+    """Runs jobs of `gpu_cells.py`. The next process for the GPU starts, and imports PyTorch, ahead of time.
 
-    def __init__(self, scratch: Path, log: IO[str], budget: Budget) -> None:
+    Without a budget, jobs may take any time.
+    """
+
+    def __init__(self, scratch: Path, log: IO[str], budget: Budget | None) -> None:
         self._scratch, self._log, self._budget = scratch, log, budget
         self._numbers = itertools.count()
         self._ready = self._start()
@@ -74,9 +78,11 @@ class Processes:
 
     def _finish(self, process: subprocess.Popen[str], kind: str, job: dict[str, Any]) -> dict[str, Any]:
         result = self._scratch / f"result-{next(self._numbers)}.json"
-        try:
+        limit = None
+        if self._budget is not None:
             # Comparisons may use the time that is reserved for the end.
             limit = min(JOB_SECONDS, self._budget.left + (AT_THE_END_SECONDS - 3.0) * (kind == "compare"))
+        try:
             process.communicate(json.dumps({"kind": kind, "result": str(result), **job}) + "\n", timeout=limit)
         except subprocess.TimeoutExpired:
             process.kill()
@@ -137,7 +143,8 @@ class Measurements:
 
     def finetune(self) -> Iterator[None]:
         """Compare the programs and measure Table 2 within their time limit, most important work first."""
-        share = Budget(min(FINETUNING_SECONDS, self._budget.left), reserve_seconds=0.0)
+        most = math.inf if self.options.dry_run else FINETUNING_SECONDS
+        share = Budget(min(most, self._budget.left), reserve_seconds=0.0)
         programs = [partial(self._compare_programs, number, share) for number in range(len(self.finetuning))]
         tables = [partial(grid.measure, self._processes, share, GUESS_SECONDS) for grid in self._tables]
         for work in (*programs[:1], *tables, *programs[1:]):
@@ -298,7 +305,7 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = os.environ.get("OUT") or HERE / "results" / datetime.date.today().isoformat()
     parser.add_argument("--out", type=Path, default=Path(default), help="folder for the results (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=510.0, help="time for everything (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, help="time for everything (default: 510; in a dry run: any)")
     parser.add_argument("--cells", type=int, default=24, help="how many cells (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=10, help="steps under each recorder (default: %(default)s)")
     parser.add_argument("--timed", type=int, default=len(TIMED), help="number of timings (default: %(default)s)")
@@ -320,6 +327,8 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="try the script on the CPU, without measuring anything")
     options = parser.parse_args(words)
     options.preset = options.preset or ("debug" if options.dry_run else "7b")
+    if options.seconds is None:
+        options.seconds = math.inf if options.dry_run else 510.0
     return options
 
 
@@ -329,7 +338,7 @@ def main(words: Sequence[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, open(options.out / "gpu.log", "w") as log:
         scratch = Path(folder)
-        processes = Processes(scratch, log, budget)
+        processes = Processes(scratch, log, None if options.dry_run else budget)
         try:
             machine = processes.do_next("probe")
             if "error" in machine or (machine["device"]["name"] == "CPU" and not options.dry_run):

@@ -247,7 +247,7 @@ def _replay(replay: dict[str, Any] | None) -> str:
 
 
 def _category(row: dict[str, Any]) -> str:
-    if "comparison" not in row or "error" in row["comparison"]:
+    if "comparison" not in row or "error" in row["comparison"] or "predicted" not in row:
         return ""
     real, guess = row["comparison"]["measured_by_category"], row["predicted"]["by_category"]
     change = {name: guess.get(name, 0) - real.get(name, 0) for name in {*real, *guess}}

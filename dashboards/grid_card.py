@@ -47,7 +47,7 @@ def grid_peaks(grid: Grid, theme: Theme = LIGHT) -> go.Figure:
     out = [
         (index, max(_sizes(cell), default=grid.limit_bytes or 0))
         for index, cell in enumerate(grid.cells)
-        if not cell.fits
+        if cell.fits is False
     ]
     if out:
         figure.add_trace(_marks("runs out of memory", out, scale, "x-thin-open", LIGHT.accent))

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import plotly.graph_objects as go
 
-from memscope.advisor.advice import Advice, FrontPoint, in_words, short_option
+from memscope.advisor.advice import Advice, FrontPoint
+from memscope.advisor.layer_words import in_words, short_option
 from memscope.analysis.chosen import with_chosen
 from memscope.analysis.effects import Run
 from memscope.dashboards.head import page_head

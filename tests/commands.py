@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import multiprocessing
 import os
@@ -12,6 +13,9 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
+import torch
 
 from memscope.runs import processes
 
@@ -61,6 +65,8 @@ def run_apart(folder: Path, prelude: str, *words: str) -> Done:
 
 def run_forked(folder: Path, prepare: Callable[[], object], *words: str) -> Done:
     """Run the entry point in a fork of this process, which has done all imports, after calling `prepare`."""
+    if torch.version.cuda and not _forks_run_backward():
+        pytest.skip("with CUDA, PyTorch runs no backward pass in a fork of a process that ran one: run this file alone")
     out, err = folder / ".out", folder / ".err"
     pid = os.fork()
     if pid == 0:
@@ -79,6 +85,17 @@ def run_forked(folder: Path, prepare: Callable[[], object], *words: str) -> Done
     out.unlink()
     err.unlink()
     return found
+
+
+def _forks_run_backward() -> bool:
+    """Whether PyTorch runs a backward pass in a fork of this process (torch/csrc/autograd/python_engine.cpp)."""
+    pid = os.fork()
+    if pid == 0:
+        with contextlib.suppress(RuntimeError):
+            torch.ones((), requires_grad=True).square().backward()
+            os._exit(0)
+        os._exit(1)
+    return os.waitpid(pid, 0)[1] == 0
 
 
 def _become(folder: Path, out: Path, err: Path) -> None:

@@ -17,9 +17,7 @@ from memscope.strategies.ckpt import Checkpoint, LayerPlan
 from memscope.trace import PHASES, Trace
 from memscope.units import format_both, format_bytes, format_seconds
 
-__all__ = [
-    "Advice", "Binding", "Certificate", "FrontPoint", "PlanPeak", "binding_of", "in_words", "short_option", "unbeaten",
-]  # fmt: skip
+__all__ = ["Advice", "Binding", "Certificate", "FrontPoint", "PlanPeak", "binding_of", "unbeaten"]
 
 SCHEMA_VERSION = 1
 
@@ -149,7 +147,7 @@ class Advice:
     untried: tuple[str, ...] = ()
     """Combinations that may hold a cheaper plan, or one that fits where none was found, and were not tried."""
     notes: tuple[str, ...] = ()
-    """Further sentences for the user."""
+    """Further sentences for the user, those of the plan's trace included."""
     made_for: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """The workload and device of the plan, as a plan file records them."""
     file: Path | None = None
@@ -280,32 +278,3 @@ def _listed(texts: Sequence[str]) -> str:
     """The first three of many texts, and the number of others."""
     words = [f'"{text}"' for text in texts]
     return ", ".join(words if len(words) <= 4 else [*words[:3], f"and {len(words) - 3} more"])
-
-
-def in_words(layers: Mapping[str, str]) -> str:
-    """The options of the layers, with equal neighbours as ranges: `layers.0-15 full, layers.16-31 none`."""
-    spans: list[tuple[str, str, str]] = []
-    for name, option in layers.items():
-        if option.startswith("within:"):
-            option = spans[-1][2]
-        if spans and spans[-1][2] == option:
-            spans[-1] = (spans[-1][0], name, option)
-        else:
-            spans.append((name, name, option))
-    if not spans or {option for _, _, option in spans} == {"none"}:
-        return "nothing"
-    words = (f"{_range(first, last)} {short_option(option)}" for first, last, option in spans)
-    return ", ".join(words)
-
-
-def short_option(option: str) -> str:
-    """An option in short: `save:attention.wq/aten.mm+attention.wk/aten.mm` is `save wq+wk`."""
-    kind, _, rest = option.partition(":")
-    if kind != "save":
-        return option.replace(":", " ")
-    calls = [call.partition("/") for call in rest.split("+")]
-    return f"{kind} {'+'.join(module.rpartition('.')[2] or op.rpartition('.')[2] for module, _, op in calls)}"
-
-
-def _range(first: str, last: str) -> str:
-    return first if first == last else f"{first}-{last.rpartition('.')[2]}"

@@ -8,8 +8,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 
-from memscope.advisor.advice import Advice, FrontPoint, PlanPeak, binding_of, in_words, unbeaten
-from memscope.advisor.combinations import CHECKPOINTING, allowed_names, combinations, forbidden
+from memscope.advisor.advice import Advice, FrontPoint, PlanPeak, binding_of, unbeaten
+from memscope.advisor.combinations import CHECKPOINTING, allowed_names, combinations, forbidden, left_out
+from memscope.advisor.layer_words import in_words
 from memscope.advisor.measure.layers import LayerList
 from memscope.advisor.measure.reference import full_probe
 from memscope.advisor.measure.runner import Asker, InProcess, Runner, Seen
@@ -17,7 +18,7 @@ from memscope.advisor.planning import Found, device_bytes
 from memscope.advisor.search import Search
 from memscope.allocator.replay import replay
 from memscope.allocator.settings import AllocatorSettings
-from memscope.analysis.notes import assumed
+from memscope.analysis.notes import notes_of
 from memscope.errors import UsageError
 from memscope.interrupts import interrupt_taken
 from memscope.simulation.device_memory import least_reserved
@@ -145,7 +146,13 @@ def advise(
         notes.append("interrupted: this is the best plan found so far; a better one, and a smaller budget, may exist")
     helps = {} if search.best else forbidden(built, always, allowed)
     advice = _advice(search, plans, built, helps, interrupted=interrupted)
-    return dataclasses.replace(advice, notes=(*search.layers.notes, *notes, *advice.notes))
+    beyond = left_out(built, always, allowed)
+    return dataclasses.replace(
+        advice,
+        combinations=advice.combinations + len(beyond),
+        untried=(*advice.untried, *beyond),
+        notes=(*search.layers.notes, *notes, *advice.notes),
+    )
 
 
 def _advice(
@@ -180,10 +187,10 @@ def _advice(
         minimum_bytes=smallest,
         binding=binding_of(shown.seen.trace, "" if found else _would_help(search, helps)),
         front=front,
-        simulated=len(search.plain),
+        simulated=len(search.tried.plain),
         combinations=len(plans),
         untried=tuple(search.untried(plans)),
-        notes=(*search.planning.refused, *_scattered(shown.seen.trace, peak, settings), *assumed(shown.seen.trace)),
+        notes=(*notes_of(shown.seen.trace), *search.planning.refused, *_scattered(shown.seen.trace, peak, settings)),
         made_for=made_for(built, search.layers.names, Plan.parse(reference.strategies).specs, device.name),
         trace=shown.seen.trace,
     )
@@ -211,7 +218,7 @@ def _scattered(trace: Trace, peak: PlanPeak, settings: AllocatorSettings) -> lis
 
 def _would_help(search: Search, plans: Mapping[str, Plan]) -> str:
     """The bytes needed with each strategy that was not allowed, and whether it fits."""
-    found = search.simulated(plans.values())
+    found = search.tried.simulated(plans.values())
     large = [text for text, seen in found.items() if device_bytes(seen) > search.budget_bytes]
     may = search.layers.may_recompute_all
     probes = [full_probe(text, search.layers, search.budget_bytes) for text in large if may]
@@ -233,10 +240,10 @@ def _front(search: Search, shown: Found, least: Found, peak: PlanPeak, *, more: 
     scale = shown.seen.seconds / shown.seconds
     points = [_point(least, scale)]
     if more and search.planning.knows(shown.strategies):
-        points += [_point(found, scale) for found in search.planning.between(search.references[shown.strategies])]
-    for text, seen in search.plain.items():
+        points += [_point(found, scale) for found in search.planning.between(search.tried.references[shown.strategies])]
+    for text, seen in search.tried.plain.items():
         points.append(_point(Found(text, None, seen, seen.seconds), scale))
-    for text, reference in search.references.items() if search.layers.may_recompute_all else ():
+    for text, reference in search.tried.references.items() if search.layers.may_recompute_all else ():
         points.append(_point(Found(text, reference.layers.checkpointed, reference.full, reference.full_seconds), scale))
     first = dataclasses.replace(_point(shown, scale), peak=peak)
     points = [first, *(point for point in points if not point.is_same_plan(first))]

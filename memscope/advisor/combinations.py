@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Iterator, Sequence
 from itertools import product
 
@@ -17,6 +18,7 @@ __all__ = [
     "combinations",
     "forbidden",
     "halfway",
+    "left_out",
     "some_settings",
     "with_one_more",
 ]
@@ -57,6 +59,17 @@ def combinations(workload: Workload, always: Plan, allowed: Collection[str]) -> 
         except UsageError:  # strategies that conflict
             continue
     return sorted(plans, key=lambda plan: len(plan.strategies))
+
+
+def left_out(workload: Workload, always: Plan, allowed: Collection[str]) -> list[str]:
+    """`always` with one more strategy that is exact or allowed, for each setting that takes too long to simulate."""
+    texts = []
+    for kind in _others(always):
+        for strategy in map(kind, called(kind(), "left_out", workload)):
+            if strategy.name in allowed or called(strategy, "is_exact", workload):
+                with contextlib.suppress(UsageError):  # it conflicts with a strategy of `always`
+                    texts.append(str(Plan.of(*always.strategies, strategy)))
+    return texts
 
 
 def forbidden(workload: Workload, always: Plan, allowed: Collection[str]) -> dict[str, Plan]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from memscope.advisor.advice import Advice, in_words
+from memscope.advisor.advice import Advice
+from memscope.advisor.layer_words import in_words
 from memscope.analysis.chosen import chosen_settings
 from memscope.strategies import Plan, Strategy
 from memscope.workload.settings import fill

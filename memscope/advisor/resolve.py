@@ -59,7 +59,7 @@ def resolve(plan: Plan, scene: Scene, device: Device, path: Path, progress: Prog
         if scene.allocator is not None:
             settings = AllocatorSettings.parse(scene.allocator)
         search = Search(ask, layers, device, settings, budget_bytes, lambda strategy: True)
-        search.plain[text] = require(none)
+        search.tried.plain[text] = require(none)
         search.order_layers()
         reference, planning = search.reference(text), search.planning
         found = planning.within(reference)

@@ -14,12 +14,12 @@ from memscope.advisor.advice import Certificate
 from memscope.advisor.combinations import halfway, some_settings, with_one_more
 from memscope.advisor.measure.layers import LayerList, layer_plan
 from memscope.advisor.measure.options import spread
-from memscope.advisor.measure.reference import Reference, full_probe, none_probe, outside_bytes
-from memscope.advisor.measure.runner import Asker, Seen, require
+from memscope.advisor.measure.reference import Reference
+from memscope.advisor.measure.runner import Asker, require
 from memscope.advisor.planning import Found, Planning, device_bytes, fits
+from memscope.advisor.tried import Tried
 from memscope.allocator.settings import AllocatorSettings
 from memscope.errors import MemscopeError
-from memscope.simulation.device_memory import SMALL_SEGMENT_BYTES
 from memscope.simulation.devices.catalogue import Device
 from memscope.strategies import Plan, Strategy
 
@@ -36,8 +36,6 @@ _MOST_LEAN = 6
 _MOST_REFINEMENTS = 6
 _MOST_FULL = 6
 _MOST_PLANNED = 3
-_CHECKPOINTED = 1.2
-"""Step time with checkpoints over that without, to order combinations: recomputing all forwards would give 1.33."""
 _CLOSE = 1.1
 """Memory with every layer checkpointed over the budget, up to which other options are tried."""
 _WORTH_IT = 1.01
@@ -55,12 +53,6 @@ class Search:
     budget_bytes: int
     is_exact: Callable[[Strategy], bool]
     """Whether a strategy is exact for the workload."""
-    plain: dict[str, Seen] = field(default_factory=dict)
-    """The simulated combinations without checkpointing, by their strategies."""
-    references: dict[str, Reference] = field(default_factory=dict)
-    """The combinations that were also simulated with every layer checkpointed."""
-    refused: dict[str, MemscopeError] = field(default_factory=dict)
-    """The errors of combinations that cannot be run."""
     best: Found | None = None
     _settings: dict[str, list[Any]] = field(default_factory=dict)
     """The settings of each optional strategy, in the order of its candidates; the first are preferred."""
@@ -69,6 +61,7 @@ class Search:
 
     def __post_init__(self) -> None:
         self.planning = Planning(self.ask, self.layers, self.device, self.allocator, self.budget_bytes)
+        self.tried = Tried(self.ask, self.layers, self.budget_bytes, self.budget_bytes - self.device.context_bytes)
 
     def run(self, plans: Sequence[Plan]) -> None:
         """Look for the cheapest plan among combinations; the first has no optional strategy.
@@ -85,17 +78,19 @@ class Search:
                 known.append(strategy.config)
         base = plans[0]
         first = [base, *some_settings(base, plans, _MOST_SETTINGS)]
-        self.plain.update(self.simulated(first))
-        if not self.plain:
-            raise next(iter(self.refused.values()))
+        self.tried.plain.update(self.tried.simulated(first))
+        if not self.tried.plain:
+            raise next(iter(self.tried.refused.values()))
         self.order_layers()
         others = [plan for plan in plans if len(plan.strategies) > len(base.strategies) + 1]
-        others = [plan for plan in others if all(self._is_known(strategy, base) for strategy in plan.strategies)]
+        others = [plan for plan in others if all(self.tried.is_known(strategy, base) for strategy in plan.strategies)]
         room = max(_LEAST_COMBINED, _MOST_COMBINATIONS - len(first))
-        self._try(sorted(others, key=lambda plan: self._promise(plan, base))[:room])
+        self._try(sorted(others, key=lambda plan: self.tried.promise(plan, base))[:room])
         if self.best is None:  # the combinations that seem to need the least memory
-            untried = [plan for plan in others if str(plan) not in self.plain and str(plan) not in self.refused]
-            self._try(sorted(untried, key=lambda plan: self._estimate(plan, base)[1])[:_MOST_LEAN])
+            untried = [
+                plan for plan in others if str(plan) not in self.tried.plain and str(plan) not in self.tried.refused
+            ]
+            self._try(sorted(untried, key=lambda plan: self.tried.estimate(plan, base)[1])[:_MOST_LEAN])
         if self.best is None:
             self._take_leanest()
         self._refine(base, plans)
@@ -106,10 +101,10 @@ class Search:
         Raises:
             UsageError: when no list of layers can be planned.
         """
-        self._plan_for(self.layers.in_call_order(next(iter(self.plain.values())).trace))
+        self._plan_for(self.layers.in_call_order(next(iter(self.tried.plain.values())).trace))
 
     def _plan_for(self, layers: LayerList) -> None:
-        self.layers = self.planning.layers = layers
+        self.layers = self.planning.layers = self.tried.layers = layers
 
     def untried(self, plans: Sequence[Plan]) -> list[str]:
         """The combinations that may hold a cheaper plan than the best, or a plan at all where none was found.
@@ -117,48 +112,44 @@ class Search:
         Those that were simulated without checkpoints end with `ckpt`.
         """
         texts = [text for text in map(str, plans) if not self._is_settled(text)]
-        return [f"{text},ckpt".lstrip(",") if text in self.plain else text for text in texts]
+        return [f"{text},ckpt".lstrip(",") if text in self.tried.plain else text for text in texts]
 
     def _is_settled(self, text: str) -> bool:
         """Whether nothing cheaper than the best plan can be expected of a combination; checkpoints only add time."""
-        if text not in self.plain:
-            return text in self.refused
+        if text not in self.tried.plain:
+            return text in self.tried.refused
         return (
             text in self._planned
-            or not self._is_cheaper(text, self.plain[text].seconds)
-            or self._outside(text) > self._limit
+            or not self._is_cheaper(text, self.tried.plain[text].seconds)
+            or self.tried.outside(text) > self.tried.limit_bytes
         )
-
-    @property
-    def _limit(self) -> int:
-        """Bytes that the allocator may reserve."""
-        return self.budget_bytes - self.device.context_bytes
 
     def _try(self, plans: Sequence[Plan]) -> None:
         """Simulate more combinations, then look for the cheapest plan among all simulated ones."""
-        self.plain.update(self.simulated(plans))
-        by_cost = sorted(self.plain, key=lambda text: self._cost(text, self.plain[text].seconds))
-        fitting = [text for text in by_cost if fits(self.plain[text])]
+        plain, references = self.tried.plain, self.tried.references
+        plain.update(self.tried.simulated(plans))
+        by_cost = sorted(plain, key=lambda text: self._cost(text, plain[text].seconds))
+        fitting = [text for text in by_cost if fits(plain[text])]
         for text in fitting:
-            if not self._is_cheaper(text, self.plain[text].seconds) or self._take_plain(text):
+            if not self._is_cheaper(text, plain[text].seconds) or self._take_plain(text):
                 break
-        cheaper = [text for text in by_cost if self._is_cheaper(text, self.plain[text].seconds)]
-        worthwhile = self._worthwhile([text for text in cheaper if text not in fitting])
-        self._checkpoint(spread([text for text in worthwhile if text not in self.references], _MOST_FULL))
-        known = [text for text in cheaper if text in self.references and fits(self.references[text].full)]
-        close = [text for text in cheaper if text in self.references and text not in known and self._is_close(text)]
+        cheaper = [text for text in by_cost if self._is_cheaper(text, plain[text].seconds)]
+        worthwhile = self.tried.worthwhile([text for text in cheaper if text not in fitting])
+        self._checkpoint(spread([text for text in worthwhile if text not in references], _MOST_FULL))
+        known = [text for text in cheaper if text in references and fits(references[text].full)]
+        close = [text for text in cheaper if text in references and text not in known and self._is_close(text)]
         planned = [text for text in self._first_of_kind([*known, *close]) if text not in self._planned][:_MOST_PLANNED]
-        promises = {text: self.planning.promise(self.references[text]) for text in planned}
+        promises = {text: self.planning.promise(references[text]) for text in planned}
         for text in sorted(promises, key=lambda text: self._cost(text, promises[text])):
             self._planned.add(text)
             if self._is_cheaper(text, promises[text]):
-                self._take(self.planning.within(self.references[text], look_ahead=self.best is None))
+                self._take(self.planning.within(references[text], look_ahead=self.best is None))
         for text in known:
-            self._take_full(self.references[text])
+            self._take_full(references[text])
 
     def _is_close(self, text: str) -> bool:
         """Whether other options may fit though a checkpoint around every layer does not."""
-        return device_bytes(self.references[text].full) <= _CLOSE * self.budget_bytes
+        return device_bytes(self.tried.references[text].full) <= _CLOSE * self.budget_bytes
 
     def _take_full(self, reference: Reference) -> None:
         """Take a combination with every layer checkpointed; one option for all layers fragments memory less."""
@@ -168,7 +159,7 @@ class Search:
 
     def _take_leanest(self) -> None:
         """Take the cheapest plan of the combination that needs the least memory, if checkpoints may make it fit."""
-        open_ones = [text for text in self.plain if self._outside(text) <= self._limit]
+        open_ones = [text for text in self.tried.plain if self.tried.outside(text) <= self.tried.limit_bytes]
         if not open_ones:
             return
         reference = self._leanest(open_ones)
@@ -185,7 +176,7 @@ class Search:
         for _ in range(_MOST_REFINEMENTS):
             if self.best is None:
                 return
-            before, tried = self.best, self.plain.keys() | self.refused.keys()
+            before, tried = self.best, self.tried.plain.keys() | self.tried.refused.keys()
             best = by_text[before.strategies]
             near = [plan for plan in halfway(best, plans, tried, _MOST_SETTINGS) if plan is not best]
             near += [plan for plan, more in with_one_more(best, plans) if self._is_free(more, base)]
@@ -195,7 +186,7 @@ class Search:
 
     def _is_free(self, strategy: Strategy, base: Plan) -> bool:
         """Whether a strategy alone needs neither more time nor more memory than `base`."""
-        start, alone = self.plain.get(str(base)), self._alone(strategy, base)
+        start, alone = self.tried.plain.get(str(base)), self.tried.alone(strategy, base)
         if start is None or alone is None:
             return False
         return alone.seconds <= start.seconds and device_bytes(alone) <= device_bytes(start)
@@ -206,17 +197,17 @@ class Search:
         Checkpoints are planned for the combination that needs the least with all layers checkpointed, or for the best
         one if both use the same strategies.
         """
-        return self.planning.least(self._leanest(self.plain))
+        return self.planning.least(self._leanest(self.tried.plain))
 
     def _leanest(self, texts: Collection[str]) -> Reference:
-        leanest = min(texts, key=lambda text: device_bytes(self.plain[text]))
-        self._checkpoint([leanest, min(texts, key=self._outside)])
+        leanest = min(texts, key=lambda text: device_bytes(self.tried.plain[text]))
+        self._checkpoint([leanest, min(texts, key=self.tried.outside)])
         by_need = sorted(
-            (text for text in texts if text in self.references),
-            key=lambda text: device_bytes(self.references[text].full),
+            (text for text in texts if text in self.tried.references),
+            key=lambda text: device_bytes(self.tried.references[text].full),
         )
         known = self.best.strategies if self.best else ""
-        return self.references[
+        return self.tried.references[
             known if known in by_need and self._kind(known) == self._kind(by_need[0]) else by_need[0]
         ]
 
@@ -228,49 +219,11 @@ class Search:
     def reference(self, text: str) -> Reference:
         """A combination with and without checkpointing."""
         self._checkpoint([text])
-        return self.references[text]
-
-    def simulated(self, plans: Iterable[Plan]) -> dict[str, Seen]:
-        """Each combination without checkpointing, by its text, except those that cannot be run."""
-        texts = [str(plan) for plan in plans]
-        answers = self.ask(
-            "combinations of strategies", [none_probe(text, self.layers, self.budget_bytes) for text in texts]
-        )
-        found = {}
-        for text, answer in zip(texts, answers, strict=True):
-            if isinstance(answer, MemscopeError):
-                self.refused[text] = answer
-            else:
-                found[text] = answer
-        return found
-
-    def _worthwhile(self, texts: Sequence[str]) -> list[str]:
-        """The combinations, given in order of cost, for which checkpointing may give the cheapest plan.
-
-        Left out are combinations that need more than the budget outside the layers, where checkpointing changes
-        nothing, and combinations that a cheaper one equals in memory, both at the peak and outside the layers.
-        """
-        kept: list[tuple[str, tuple[int, int]]] = []
-        for text in texts:
-            needs = self._outside(text), self.plain[text].trace.peak.allocated_bytes
-            if needs[0] <= self._limit and not any(_no_more(others, needs) for _, others in kept):
-                kept.append((text, needs))
-        return [text for text, _ in kept]
-
-    def _outside(self, text: str) -> int:
-        """Peak bytes of a combination outside its layers: no checkpoint plan needs less."""
-        return outside_bytes(self.plain[text].trace, [[name] for name in self.layers.names])
+        return self.tried.references[text]
 
     def _checkpoint(self, texts: Sequence[str]) -> None:
         """Simulate combinations with every layer checkpointed; layers whose recomputation fails are left out."""
-        new = [text for text in dict.fromkeys(texts) if text not in self.references]
-        probes = [full_probe(text, self.layers, self.budget_bytes) for text in new]
-        failed: list[tuple[str, MemscopeError]] = []
-        for text, answer in zip(new, self.ask("every layer checkpointed", probes), strict=True):
-            if isinstance(answer, MemscopeError):
-                failed.append((text, answer))
-            else:
-                self.references[text] = Reference(text, self.layers, self.plain[text], answer)
+        failed = self.tried.checkpoint(texts)
         if failed:
             self._stop_recomputing(*failed[0])
             self._checkpoint([text for text, _ in failed])
@@ -295,30 +248,6 @@ class Search:
         for group, answer in failed:
             self._plan_for(self.layers.not_recomputing(group, str(answer).splitlines()[0]))
 
-    def _promise(self, plan: Plan, base: Plan) -> float:
-        """The order in which to try combinations: by estimated time, longer for those that seem to need checkpoints."""
-        seconds, size_bytes = self._estimate(plan, base)
-        return seconds * (_CHECKPOINTED if size_bytes > self.budget_bytes else 1)
-
-    def _estimate(self, plan: Plan, base: Plan) -> tuple[float, int]:
-        """Time and memory of a combination, estimated from its strategies alone: enough to order combinations."""
-        start = self.plain.get(str(base)) or next(iter(self.plain.values()))
-        seconds, size_bytes = start.seconds, device_bytes(start)
-        for strategy in plan.strategies:
-            alone = self._alone(strategy, base)
-            if alone:
-                seconds *= alone.seconds / start.seconds
-                size_bytes += device_bytes(alone) - device_bytes(start)
-        return seconds, size_bytes
-
-    def _is_known(self, strategy: Strategy, base: Plan) -> bool:
-        """Whether every plan uses a strategy, or it was simulated alone."""
-        return strategy in base.strategies or self._alone(strategy, base) is not None
-
-    def _alone(self, strategy: Strategy, base: Plan) -> Seen | None:
-        """The simulation with this strategy alone; None if every plan uses it."""
-        return None if strategy in base.strategies else self.plain.get(str(Plan.of(*base.strategies, strategy)))
-
     def _take(self, found: Found | None) -> bool:
         if found and fits(found.seen) and self._is_cheaper(found.strategies, found.seconds):
             self.best = found
@@ -335,8 +264,8 @@ class Search:
 
     def _take_plain(self, text: str) -> bool:
         """Take a combination without checkpointing, if it also fits with every micro-batch."""
-        seconds = self.plain[text].seconds
-        found = Found(text, None, self.plain[text], seconds, Certificate.of(seconds, seconds, seconds))
+        seconds = self.tried.plain[text].seconds
+        found = Found(text, None, self.tried.plain[text], seconds, Certificate.of(seconds, seconds, seconds))
         return self._take(self.whole(found))
 
     def _first_of_kind(self, texts: Iterable[str]) -> list[str]:
@@ -349,8 +278,3 @@ class Search:
     def _kind(self, text: str) -> tuple[str, ...]:
         """The strategies of a combination; settings only of exact ones: settings of others serve the mathematics."""
         return tuple(s.spec if self.is_exact(s) else s.name for s in Plan.parse(text).strategies)
-
-
-def _no_more(some: tuple[int, int], others: tuple[int, int]) -> bool:
-    """Whether some peaks are no higher than others, up to a small segment of the allocator."""
-    return all(a <= b + SMALL_SEGMENT_BYTES for a, b in zip(some, others, strict=True))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from memscope.analysis.cost import last_step_seconds
-from memscope.errors import OutOfDeviceMemory, UsageError
+from memscope.errors import MemscopeError, OutOfDeviceMemory, UsageError
 from memscope.strategies import Plan, Strategy
 from memscope.trace import Trace
 
@@ -24,13 +24,16 @@ class Cell:
 
     applied: tuple[bool, ...]
     """Whether each of the grid's factors is applied, in their order."""
-    fits: bool
+    fits: bool | None
+    """None: not known, because the run failed."""
     allocated_bytes: int | None
     """Peak allocated bytes. If the combination does not fit: with unlimited memory if simulated, None if measured."""
     reserved_bytes: int | None
     """Peak reserved bytes, likewise; None also on a device without a caching allocator."""
     seconds: float | None
     """Time of a run over all samples; None if the combination does not fit, or the time is not known."""
+    failure: str = ""
+    """Why the run failed; empty if it did not."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +76,11 @@ def combinations(factors: Sequence[Strategy]) -> list[tuple[tuple[bool, ...], Pl
 
 def table2(
     factors: Sequence[Strategy],
-    runs: Sequence[tuple[tuple[bool, ...], Trace | None]],
+    runs: Sequence[tuple[tuple[bool, ...], Trace | MemscopeError]],
     samples: int,
     memory_bytes: int | None = None,
 ) -> Grid:
-    """Build Table 2 from the traces of all combinations; None stands for a run whose weights alone do not fit.
+    """Build Table 2 from the trace of each run, or its error: `OutOfDeviceMemory` if the weights do not fit.
 
     The time of a run is that of its last step, measured or estimated, times the number of steps for `samples`.
 
@@ -85,7 +88,7 @@ def table2(
         OutOfDeviceMemory: no run has a trace.
         UsageError: the runs process different numbers of samples per step, so they cannot be compared.
     """
-    traces = [trace for _, trace in runs if trace is not None]
+    traces = [trace for _, trace in runs if isinstance(trace, Trace)]
     if not traces:
         raise OutOfDeviceMemory(
             "the weights do not fit in any combination: choose a larger device, a smaller preset, or more --memory"
@@ -113,9 +116,11 @@ def _allocatable(trace: Trace) -> int | None:
     return None if capacity is None else int(capacity - trace.meta.get("context", 0))
 
 
-def _cell(applied: tuple[bool, ...], trace: Trace | None, steps: int | None) -> Cell:
-    if trace is None:
+def _cell(applied: tuple[bool, ...], trace: Trace | MemscopeError, steps: int | None) -> Cell:
+    if isinstance(trace, OutOfDeviceMemory):
         return Cell(applied, fits=False, allocated_bytes=None, reserved_bytes=None, seconds=None)
+    if isinstance(trace, MemscopeError):
+        return Cell(applied, None, allocated_bytes=None, reserved_bytes=None, seconds=None, failure=str(trace))
     fits = not trace.meta.get("out_of_memory")
     known = fits or trace.meta["device"]["simulated"]
     step_seconds = last_step_seconds(trace) if fits else None

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 from memscope.analysis.grid import Cell, Grid
 from memscope.units import format_both, format_seconds
 
-__all__ = ["RUNS_OUT", "grid_headings", "grid_notes", "grid_rows", "grid_title"]
+__all__ = ["FAILED", "RUNS_OUT", "cell_name", "grid_headings", "grid_notes", "grid_rows", "grid_title"]
 
 RUNS_OUT = "×"
 """Marks a combination that runs out of memory."""
+FAILED = "?"
+"""Marks a combination whose run failed."""
 
 
 def grid_title(grid: Grid) -> str:
@@ -24,12 +27,19 @@ def grid_headings(grid: Grid) -> list[str]:
     return [*grid.factors, "peak allocated (MiB)", "peak reserved (MiB)", time]
 
 
+def cell_name(grid: Grid, cell: Cell) -> str:
+    """`ga:steps=2, lora`: the strategies that a combination applies."""
+    return ", ".join(itertools.compress(grid.factors, cell.applied)) or "no strategy"
+
+
 def grid_rows(grid: Grid) -> list[list[str]]:
     """The cells of each combination, under `grid_headings`."""
     return [_words(cell) for cell in grid.cells]
 
 
 def _words(cell: Cell) -> list[str]:
+    if cell.fits is None:
+        return [*("✓" if on else "–" for on in cell.applied), FAILED, FAILED, FAILED]
     sizes = [_size(cell, size) for size in (cell.allocated_bytes, cell.reserved_bytes)]
     time = "–" if cell.seconds is None else format_seconds(cell.seconds)
     return [*("✓" if on else "–" for on in cell.applied), *sizes, time if cell.fits else RUNS_OUT]
@@ -46,9 +56,12 @@ def grid_notes(grid: Grid, baselines: Sequence[str]) -> Iterator[str]:
         yield "Predicted: nothing was computed. Peaks are simulated, and the run time is an estimate."
     if grid.memory_bytes is not None:
         yield f"PyTorch could use {format_both(grid.memory_bytes)} of the GPU."
-    if any(not cell.fits for cell in grid.cells):
+    if any(cell.fits is False for cell in grid.cells):
         needed = "; the figures beside it assume unlimited memory" if grid.predicted else ""
         yield f"{RUNS_OUT}: runs out of memory{needed}."
+    for cell in grid.cells:
+        if cell.fits is None:
+            yield f"{FAILED}: the run with {cell_name(grid, cell)} failed: {cell.failure}."
     for text in baselines:
         yield f"Off means: {text[0].lower()}{text[1:]}."
     if grid.steps is None:

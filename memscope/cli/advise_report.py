@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from memscope.advisor.advice import Advice, Binding, FrontPoint, in_words
+from memscope.advisor.advice import Advice, Binding, FrontPoint
+from memscope.advisor.layer_words import in_words
 from memscope.analysis.chosen import with_chosen
 from memscope.cli.tables import print_table
 from memscope.units import format_both, format_bytes, format_seconds

@@ -22,7 +22,7 @@ from memscope.cli.next_command import compare_words, print_next
 from memscope.cli.profile_options import ProfileOptions
 from memscope.cli.profile_report import print_places, write_page
 from memscope.command.output import Attempt, require_writable
-from memscope.errors import UsageError
+from memscope.errors import MemscopeError, UsageError
 from memscope.strategies import Plan, Strategy, read_strategies
 from memscope.trace import Trace, write_whole
 from memscope.units import format_bytes, parse_bytes
@@ -87,7 +87,7 @@ def asked_grid(options: ProfileOptions, device: str) -> AskedGrid | None:
 
 def show_grid(
     asked: AskedGrid,
-    found: Sequence[tuple[Path, Trace | None]],
+    found: Sequence[tuple[Path, Trace | MemscopeError]],
     page: Path,
     baselines: Sequence[str],
     attempt: Attempt,
@@ -95,11 +95,11 @@ def show_grid(
 ) -> None:
     """Print Table 2, and write it and the page.
 
-    `found` has the trace of each combination and its file; None: not even the weights fit.
+    `found` has the file of each combination's trace, and the trace or the error of its run.
     """
-    traces = [trace for _, trace in found]
-    grid = table2(asked.factors, list(zip(asked.applied, traces, strict=True)), asked.samples, asked.memory_bytes)
-    runs = [Run(label, trace) for label, trace in zip(asked.labels, traces, strict=True) if trace is not None]
+    results = [one for _, one in found]
+    grid = table2(asked.factors, list(zip(asked.applied, results, strict=True)), asked.samples, asked.memory_bytes)
+    runs = [Run(label, one) for label, one in zip(asked.labels, results, strict=True) if isinstance(one, Trace)]
     of_runs = (f"{run.label}: {note}" for run in runs for note in notes_of(run.trace))
     notes = [*grid_notes(grid, baselines), *of_runs]
     has_page = attempt(write_page, runs, Table1(()), baselines, page, more=[_card(grid, notes)])
@@ -113,7 +113,7 @@ def show_grid(
     console = Console(highlight=False)
     print_grid(console, grid, notes)
     print_places(console, found[0][0].parent, page if has_page else None)
-    print_next(console, compare_words([path for path, trace in found if trace is not None]))
+    print_next(console, compare_words([path for path, one in found if isinstance(one, Trace)]))
 
 
 def _card(grid: Grid, notes: Sequence[str]) -> Section:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from memscope.analysis.grid import Cell, Grid
 from memscope.errors import UsageError, excerpt
@@ -34,10 +34,11 @@ def grid_document(
                 "strategies": plan,
                 "applied": dict(zip(grid.factors, cell.applied, strict=True)),
                 "fits": cell.fits,
+                "failure": cell.failure or None,
                 "peak": {"allocated": cell.allocated_bytes, "reserved": cell.reserved_bytes},
                 "seconds": None if grid.predicted else cell.seconds,
                 "estimated_seconds": cell.seconds if grid.predicted else None,
-                "trace": str(path) if path.exists() else None,
+                "trace": str(path) if cell.fits is not None and path.exists() else None,
             }
             for cell, plan, path in zip(grid.cells, plans, paths, strict=True)
         ],
@@ -57,7 +58,8 @@ class _Peak(TypedDict):
 
 class _Cell(TypedDict):
     applied: dict[str, bool]
-    fits: bool
+    fits: bool | None
+    failure: NotRequired[str | None]
     peak: _Peak
     seconds: Seconds | None
     estimated_seconds: Seconds | None
@@ -122,4 +124,5 @@ def _cell(values: Mapping[str, Any], factors: Sequence[str], predicted: bool) ->
         allocated_bytes=values["peak"]["allocated"],
         reserved_bytes=values["peak"]["reserved"],
         seconds=values["estimated_seconds" if predicted else "seconds"],
+        failure=values.get("failure") or ("" if values["fits"] is not None else "the reason was not noted"),
     )

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from memscope.analysis.grid import Grid
-from memscope.analysis.grid_words import grid_headings, grid_rows, grid_title
+from memscope.analysis.grid import Cell, Grid
+from memscope.analysis.grid_words import cell_name, grid_headings, grid_rows, grid_title
 from memscope.cli.tables import StackedBlock, print_table
 
 __all__ = ["FORMATS", "print_grid"]
@@ -31,7 +30,7 @@ def _table(grid: Grid) -> Table:
         is_factor = index < len(grid.factors)
         table.add_column(Text(heading), justify="center" if is_factor else "right", overflow="fold")
     for cell, words in zip(grid.cells, grid_rows(grid), strict=True):
-        table.add_row(*words, style="" if cell.fits else "red")
+        table.add_row(*words, style=_style(cell))
     return table
 
 
@@ -39,9 +38,12 @@ def _stacked(grid: Grid) -> Iterator[StackedBlock]:
     """A block for each combination, under the strategies that it applies."""
     figures = slice(len(grid.factors), None)
     for cell, words in zip(grid.cells, grid_rows(grid), strict=True):
-        heading = ", ".join(itertools.compress(grid.factors, cell.applied)) or "no strategy"
         lines = list(zip(grid_headings(grid)[figures], words[figures], strict=True))
-        yield StackedBlock(Text(heading), lines, "" if cell.fits else "red")
+        yield StackedBlock(Text(cell_name(grid, cell)), lines, _style(cell))
+
+
+def _style(cell: Cell) -> str:
+    return "red" if cell.fits is False else ""
 
 
 def _csv(grid: Grid, notes: Sequence[str]) -> str:
@@ -54,7 +56,8 @@ def _csv(grid: Grid, notes: Sequence[str]) -> str:
     for cell in grid.cells:
         sizes = ["" if size is None else size / 2**20 for size in (cell.allocated_bytes, cell.reserved_bytes)]
         seconds = "" if cell.seconds is None else cell.seconds
-        writer.writerow([*map(int, cell.applied), int(cell.fits), *sizes, seconds, grid.samples, grid.device, how])
+        fits = "" if cell.fits is None else int(cell.fits)
+        writer.writerow([*map(int, cell.applied), fits, *sizes, seconds, grid.samples, grid.device, how])
     return text.getvalue()
 
 

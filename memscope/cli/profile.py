@@ -64,23 +64,22 @@ def _profile(options: ProfileOptions, prepared: _Prepared, attempt: Attempt) -> 
     specs = _specs(options, prepared, live)
     labels = prepared.labels
     with live_panels(labels, stderr) if live else _run_bars(labels) as report:
-        traces = _carry_out(specs, prepared, report, attempt, force=options.force)
+        results = _carry_out(specs, prepared, report, attempt, force=options.force)
     baselines = _asked_of_baseline(prepared.plans)
     if prepared.grid:
-        results = list(zip(prepared.traces, traces, strict=True))
-        show_grid(prepared.grid, results, prepared.page, baselines, attempt, options.as_json)
+        found = list(zip(prepared.traces, results, strict=True))
+        show_grid(prepared.grid, found, prepared.page, baselines, attempt, options.as_json)
         return 0
-    found = {label: trace for label, trace in zip(labels, traces, strict=True) if trace is not None}
-    paths = [path for path, trace in zip(prepared.traces, traces, strict=True) if trace is not None]
-    runs = [Run(label, trace, _textbook(label)) for label, trace in found.items()]
+    paths = [path for path, result in zip(prepared.traces, results, strict=True) if isinstance(result, Trace)]
+    runs = [Run(label, r, _textbook(label)) for label, r in zip(labels, results, strict=True) if isinstance(r, Trace)]
     table = compare(runs[0].trace, runs[1:])
     page = prepared.page if attempt(write_page, runs, table, baselines, prepared.page) else None
-    last = traces[-1]
-    does_not_fit = last is not None and bool(last.meta.get("out_of_memory"))
+    last = results[-1]
+    does_not_fit = isinstance(last, Trace) and bool(last.meta.get("out_of_memory"))
     console = Console(highlight=False)
     if not options.as_json:
         print_report(console, runs, table, baselines)
-    remedies = _remedies(replace(specs[-1], live=False), last) if last is not None and does_not_fit else None
+    remedies = _remedies(replace(specs[-1], live=False), last) if isinstance(last, Trace) and does_not_fit else None
     if options.as_json:
         told = document(options.target, runs, paths, table, remedies)
         click.echo(json.dumps(told, ensure_ascii=False, indent=2))
@@ -179,44 +178,53 @@ def _specs(options: ProfileOptions, prepared: _Prepared, live: bool) -> list[Run
 
 def _carry_out(
     specs: Sequence[RunSpec], prepared: _Prepared, report: Report, attempt: Attempt, *, force: bool
-) -> list[Trace | None]:
-    """Carry out the runs, leave a trace for each that succeeded at its path, and return the traces.
+) -> list[Trace | MemscopeError]:
+    """Carry out the runs, leave the trace of each that succeeded at its path, and return the traces or their errors.
+
+    In a grid a combination that does not fit is no failure. Other errors are noted.
 
     Raises:
-        MemscopeError: a run failed without which there is nothing to compare; the traces of the others are kept.
+        MemscopeError: runs failed without which there is nothing to show; the traces of the others are kept.
     """
     with scratch_in(prepared.folder) as scratch:
         parts = [replace(spec, path=scratch / spec.path.name) for spec in specs]
         ended = (run_where_there_is_room if prepared.grid else run_all)(parts, report)
-        traces: list[Trace | None] = [None] * len(specs)
+        results: list[Trace | MemscopeError] = [MemscopeError("it was stopped because another run failed")] * len(specs)
         for index, trace in ended.traced.items():
-            traces[index] = trace or Trace.load(parts[index].path)
+            results[index] = trace or Trace.load(parts[index].path)
+        for index, error in ended.failed.items():
+            results[index] = error
         _refuse_existing(prepared.traces, force)  # another profile may have written them meanwhile
-        for index, (part, path) in enumerate(zip(parts, prepared.traces, strict=True)):
-            if index in ended.traced or not ended.failed:
-                attempt(_keep, part.path, path, traces[index])
-    for index, error in sorted(ended.failed.items()):
+        for part, path, result in zip(parts, prepared.traces, results, strict=True):
+            attempt(_keep, part.path, path, result)
+    failed = {
+        index: error
+        for index, error in sorted(ended.failed.items())
+        if not (prepared.grid and isinstance(error, OutOfDeviceMemory))
+    }
+    for index, error in failed.items():
         attempt.note(_of_run(error, prepared.labels[index]) if len(specs) > 1 else error)
-    if ended.failed and (prepared.grid or traces[0] is None):
-        kept = [path.name for path, trace in zip(prepared.traces, traces, strict=True) if trace is not None]
+    needed = results if prepared.grid else results[:1]
+    if failed and not any(isinstance(result, Trace) for result in needed):
+        kept = [path.name for path, result in zip(prepared.traces, results, strict=True) if isinstance(result, Trace)]
         if kept:
             attempt.note(MemscopeError(f"the traces of the other runs are in {prepared.folder}: {', '.join(kept)}"))
         attempt.raise_noted()
-    return traces
+    return results
 
 
-def _keep(part: Path, path: Path, trace: Trace | None) -> None:
+def _keep(part: Path, path: Path, result: Trace | MemscopeError) -> None:
     """Move the trace of a run to its place. One that its process could not write is written there.
 
     A run that had no room for its weights has no trace: that of an earlier run is removed.
     """
     try:
-        if part.exists():
-            part.replace(path)
-        elif trace is not None:
-            trace.save(path, overwrite=True)
-        else:
+        if isinstance(result, OutOfDeviceMemory):
             path.unlink(missing_ok=True)
+        elif isinstance(result, Trace) and part.exists():
+            part.replace(path)
+        elif isinstance(result, Trace):
+            result.save(path, overwrite=True)
     except OSError as error:
         raise TraceFileError(f"{path}: cannot be written ({error.strerror})") from error
 

@@ -12,7 +12,7 @@ from memscope.trace.notes import add_note
 
 __all__ = ["NEWEST_TESTED_TORCH", "note_untested", "versions"]
 
-NEWEST_TESTED_TORCH = (2, 13)
+NEWEST_TESTED_TORCH = (2, 15)
 """Major and minor version of the newest PyTorch that memscope's tests have run with."""
 
 _LIBRARIES = ("transformers", "peft", "bitsandbytes")

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from memscope.errors import MemscopeError, OutOfDeviceMemory, TraceFileError
-from memscope.runs.processes import RunLost, cores, workers
-from memscope.runs.worker import tell
+from memscope.runs.processes import cores, workers
+from memscope.runs.worker import RunLost, tell
 from memscope.trace import Trace
 
 if TYPE_CHECKING:
@@ -64,13 +64,13 @@ class Ended:
     traced: Mapping[int, Trace | None]
     """The runs that succeeded: None for a trace that is in its file, else the trace, whose file cannot be written."""
     failed: Mapping[int, MemscopeError]
-    """The runs that failed. A run that is in neither was ended with the others, or had no room for its weights."""
+    """The runs that failed. A run that is in neither was ended with the others."""
 
 
 def run_all(specs: Sequence[RunSpec], report: Report) -> Ended:
     """Run all specs, each writing a trace file. An error of the target's code ends the other runs.
 
-    A run whose process dies or takes too long says nothing about the others: they go on.
+    A run that is lost (`RunLost`) says nothing about the others: they go on.
     """
     return _carried_out(specs, report, lambda error: not isinstance(error, RunLost))
 
@@ -83,10 +83,8 @@ def try_all(specs: Sequence[RunSpec], report: Report) -> list[str]:
 
 
 def run_where_there_is_room(specs: Sequence[RunSpec], report: Report) -> Ended:
-    """Run all specs. A run whose weights alone do not fit writes no trace file; other errors are as in `run_all`."""
-    ended = _carried_out(specs, report, lambda error: not isinstance(error, (RunLost, OutOfDeviceMemory)))
-    failed = {index: error for index, error in ended.failed.items() if not isinstance(error, OutOfDeviceMemory)}
-    return dataclasses.replace(ended, failed=failed)
+    """Run all specs, as `run_all`; a run whose weights do not fit on the device (`OutOfDeviceMemory`) ends no other."""
+    return _carried_out(specs, report, lambda error: not isinstance(error, (RunLost, OutOfDeviceMemory)))
 
 
 def _carried_out(specs: Sequence[RunSpec], report: Report, is_last: Callable[[MemscopeError], bool]) -> Ended:

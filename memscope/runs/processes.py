@@ -22,12 +22,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-from memscope.errors import MemscopeError, TargetError, place
+from memscope.errors import MemscopeError, place
 from memscope.interrupts import interrupts_held, raise_if_interrupted, undone
-from memscope.runs.worker import ASK_WHERE, work
+from memscope.runs.worker import ASK_WHERE, RunLost, work
 from memscope.units import format_seconds
 
-__all__ = ["RunLost", "Workers", "alone", "cores", "preload", "workers"]
+__all__ = ["Workers", "alone", "cores", "preload", "workers"]
 
 T = TypeVar("T")
 
@@ -38,10 +38,6 @@ _PATIENCE_SECONDS = 5.0
 _PAUSE_SECONDS = 0.01
 _FRAME = re.compile(r'  File "(.*)", line (\d+) in (.*)')
 """A line of `faulthandler` (Python/traceback.c, `dump_frame`)."""
-
-
-class RunLost(TargetError):
-    """The process of a task died or was stuck, so that the task has no result; that says nothing about other tasks."""
 
 
 def preload(modules: Sequence[str]) -> None:

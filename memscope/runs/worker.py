@@ -16,7 +16,7 @@ from typing import Any, Literal, NoReturn, TypeAlias
 
 from memscope.errors import MemscopeError, TargetError, where
 
-__all__ = ["ASK_WHERE", "Sent", "tell", "work"]
+__all__ = ["ASK_WHERE", "RunLost", "Sent", "tell", "work"]
 
 Sent: TypeAlias = "tuple[Literal['begun', 'told', 'answer'], Any] | tuple[Literal['error'], tuple[Exception, str]]"
 """What a worker sends: that a task begins, a message of the task, its result, or an error with its traceback."""
@@ -25,6 +25,10 @@ ASK_WHERE = getattr(signal, "SIGUSR1", None) if hasattr(faulthandler, "register"
 """The signal upon which a worker writes down where it is; None: the system has none."""
 
 _parent: Connection | None = None
+
+
+class RunLost(TargetError):
+    """A task has no result for want of memory or time, or because its process died; others may have theirs."""
 
 
 def tell(message: object) -> None:
@@ -73,6 +77,9 @@ def _send(parent: Connection, sent: Sent) -> None:
 
 def _as_sendable(error: BaseException) -> Exception:
     """The error itself, if the parent can unpickle it; else one with the same text."""
+    origin = _origin(error)
+    if _is_out_of_host_memory(origin):
+        return RunLost(f"the host ran out of memory{where(origin)}: close other programs, or choose smaller settings")
     if not isinstance(error, Exception):
         return TargetError(f"the target failed: {type(error).__name__}: {error}{where(error)}")
     try:
@@ -81,6 +88,18 @@ def _as_sendable(error: BaseException) -> Exception:
         kind = type(error) if isinstance(error, MemscopeError) else RuntimeError
         return kind(f"{type(error).__name__}: {error}")
     return same
+
+
+def _origin(error: BaseException) -> BaseException:
+    """The error that memscope explains with this one; the error itself if there is none."""
+    while isinstance(error, MemscopeError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _is_out_of_host_memory(error: BaseException) -> bool:
+    """Whether Python or PyTorch's CPU allocator (c10/core/impl/alloc_cpu.cpp) had no memory left."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
 
 
 def _leave_word(last_words: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,6 +15,9 @@ from memscope.workload.description import Workload
 from memscope.workload.split import sample_counts
 
 __all__ = ["GradientAccumulation"]
+
+_MOST_CANDIDATE_STEPS = 256
+"""A simulation runs every micro-batch. More of them would save less than a 256th of the activations of the batch."""
 
 
 class GradientAccumulation(Strategy):
@@ -41,14 +45,17 @@ class GradientAccumulation(Strategy):
 
     @classmethod
     def candidates(cls, workload: Workload) -> Sequence[Config]:
-        """Every divisor of the number of samples in a step, except the present number of micro-batches.
+        """Every divisor of the number of samples in a step up to 256, except the present number of micro-batches.
 
         Empty if the samples cannot be counted. The effective batch does not change: more micro-batches need less
         memory, fewer are faster.
         """
-        samples = max(sample_counts(workload.batches[0]), default=0) if len(workload.batches) else 0
-        now = workload.plan.micro_batches
-        return [cls.Config(steps) for steps in range(1, samples + 1) if samples % steps == 0 and steps != now]
+        return [cls.Config(steps) for steps in _numbers(workload) if steps <= _MOST_CANDIDATE_STEPS]
+
+    @classmethod
+    def left_out(cls, workload: Workload) -> Sequence[Config]:
+        """The larger divisors."""
+        return [cls.Config(steps) for steps in _numbers(workload) if steps > _MOST_CANDIDATE_STEPS]
 
     def check(self, workload: Workload) -> list[Problem]:
         """Report a batch that cannot be split into this number of micro-batches."""
@@ -73,3 +80,10 @@ class GradientAccumulation(Strategy):
     def apply(self, workload: Workload) -> None:
         """Set the number of micro-batches."""
         workload.plan = dataclasses.replace(workload.plan, micro_batches=self.config.steps)
+
+
+def _numbers(workload: Workload) -> list[int]:
+    """The other numbers of equal micro-batches that a step can have, smallest first."""
+    samples = max(sample_counts(workload.batches[0]), default=0) if len(workload.batches) else 0
+    small = [number for number in range(1, math.isqrt(samples) + 1) if samples % number == 0]
+    return sorted({*small, *(samples // number for number in small)} - {workload.plan.micro_batches})

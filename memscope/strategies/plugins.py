@@ -80,7 +80,7 @@ def _wrong(kind: Any, name: str) -> str:
     return ""
 
 
-Method = Literal["candidates", "check", "is_exact", "baseline", "apply"]
+Method = Literal["candidates", "left_out", "check", "is_exact", "baseline", "apply"]
 
 
 def called(strategy: Strategy, what: Method, workload: Workload) -> Any:

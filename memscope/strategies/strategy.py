@@ -104,6 +104,14 @@ class Strategy(Protocol):
         """
         return [cls.Config()]
 
+    @classmethod
+    def left_out(cls, workload: Workload) -> Sequence[Any]:
+        """Further settings, which take too long to simulate; `memscope advise` names them as not tried.
+
+        Default: none.
+        """
+        return []
+
     def check(self, workload: Workload) -> list[Problem]:
         """All problems that prevent applying the strategy to a workload; empty if there is none."""
         return []

@@ -153,6 +153,8 @@ def _check_candidates(kind: type[Strategy], build: _Build) -> None:
         _require(type(config) is kind.Config, f"Its candidate {config!r} is not a {kind.__name__}.Config")
         _check_reads_back(kind(config))
         kind(config).check(workload)
+    for config in kind.left_out(workload):
+        _require(type(config) is kind.Config, f"{config!r}, which it leaves out, is not a {kind.__name__}.Config")
     _require(_are_same(before, _state(workload)), "candidates() or check() changed the plan, the model or the data")
 
 

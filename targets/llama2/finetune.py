@@ -7,11 +7,13 @@ import json
 import shlex
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import click
 
+from memscope.command.options import FILE, option, with_options
 from memscope.command.run import run_command
 from memscope.command.target_words import RUNS, settings_of
 from memscope.errors import UsageError
@@ -39,6 +41,42 @@ _NAME = "python -m memscope.targets.llama2.finetune"
 _METAVARS = {"weights": "FOLDER", "data": "FILE", "tokenizer": "FILE"}
 
 
+@dataclass(frozen=True)
+class FinetuneOptions:
+    """The options of this command that are not settings of the model or of training."""
+
+    strategies: Annotated[
+        str | None,
+        option(
+            "-s",
+            "--strategies",
+            metavar="PLAN",
+            help="Strategies to apply, such as lora:r=16,targets=wq+wv,amp:dtype=bf16.",
+        ),
+    ]
+    preset: Annotated[
+        str | None, option("--preset", metavar="NAME|PATH", help="Shape of the model. Default: that of the weights.")
+    ]
+    output: Annotated[
+        Path | None,
+        option(
+            "-o",
+            "--output",
+            type=FILE,
+            metavar="FOLDER",
+            help=f"Folder for everything the run writes. Default: a new folder in {RUNS}.",
+        ),
+    ]
+    resume: Annotated[
+        Path | None,
+        option(
+            "--resume", type=FILE, metavar="FOLDER", help="Resume the run in this folder; no other option is needed."
+        ),
+    ]
+    force: Annotated[bool, option("-f", "--force", is_flag=True, help="Overwrite the run in the folder.")]
+    as_json: Annotated[bool, option("--json", is_flag=True, help="Print one JSON document at the end.")]
+
+
 @click.command("finetune", context_settings={"help_option_names": ["-h", "--help"]})
 @setting_options(
     Config,
@@ -50,40 +88,11 @@ _METAVARS = {"weights": "FOLDER", "data": "FILE", "tokenizer": "FILE"}
     metavars=_METAVARS,
     defaults={"tokenizer": "tokenizer.model in the folder of the weights"},
 )
-@click.option(
-    "-s", "--strategies", metavar="PLAN", help="Strategies to apply, such as lora:r=16,targets=wq+wv,amp:dtype=bf16."
-)
 @setting_options(Recipe)
-@click.option("--preset", metavar="NAME|PATH", help="Shape of the model. Default: that of the weights.")
+@with_options(FinetuneOptions)
 @other_settings
 @device_option
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    metavar="FOLDER",
-    help=f"Folder for everything the run writes. Default: a new folder in {RUNS}.",
-)
-@click.option(
-    "--resume",
-    type=click.Path(path_type=Path),
-    metavar="FOLDER",
-    help="Resume the run in this folder; no other option is needed.",
-)
-@click.option("-f", "--force", is_flag=True, help="Overwrite the run in the folder.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document at the end.")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def command(
-    settings: tuple[str, ...],
-    preset: str | None,
-    changed: tuple[str, ...],
-    output: Path | None,
-    resume: Path | None,
-    force: bool,
-    as_json: bool,
-    debug: bool,
-    **texts: str | None,
-) -> int:
+def command(options: FinetuneOptions, settings: tuple[str, ...], changed: tuple[str, ...], **texts: str | None) -> int:
     """Fine-tune LLaMA2, or a model of its family, on instructions in Alpaca's format.
 
     Defaults: one sample per micro-batch (micro_batch=1), 8 micro-batches per step (accumulation=8), AdamW. Techniques
@@ -91,31 +100,32 @@ def command(
     Ctrl-C stops after the current step and writes a checkpoint. Exit codes: 0 ok, 1 error, 2 usage, 4 out of GPU
     memory, 130 stopped.
     """
+    texts["strategies"] = options.strategies
     given = [f"{key}={text}" for key, text in texts.items() if text is not None]
     words = settings_of([*changed, *settings, *given])
     words |= {key: str(Path(words[key]).absolute()) for key in _METAVARS if words.get(key, "none") != "none"}
-    if resume is None:
-        folder, session = _begun(output, preset, words, force)
-    elif output or force:
+    if options.resume is None:
+        folder, session = _begun(options, words)
+    elif options.output or options.force:
         raise UsageError("--resume continues in the folder of its run: leave out -o and -f")
     else:
-        folder, session = _continued(RunFolder(resume), preset, words)
+        folder, session = _continued(RunFolder(options.resume), options.preset, words)
     saved = _carried_out(session, folder)
     outcome = Outcome.read(folder.metrics)
-    if as_json:
+    if options.as_json:
         click.echo(json.dumps(_document(session, folder, outcome, saved), ensure_ascii=False, indent=2))
     else:
         _tell(session, folder, outcome, saved)
     return 0 if saved else INTERRUPTED
 
 
-def _begun(output: Path | None, preset: str | None, words: dict[str, str], force: bool) -> tuple[RunFolder, Session]:
-    folder = RunFolder(output or RUNS / f"finetune-{time.strftime('%Y%m%d-%H%M%S')}")
-    folder.require_new(overwrite=force)
+def _begun(options: FinetuneOptions, words: dict[str, str]) -> tuple[RunFolder, Session]:
+    folder = RunFolder(options.output or RUNS / f"finetune-{time.strftime('%Y%m%d-%H%M%S')}")
+    folder.require_new(overwrite=options.force)
     if "weights" in words and "tokenizer" not in words:
         words["tokenizer"] = str(tokenizer_beside(Path(words["weights"])))
     words = {"device": default_device(), **words}
-    session = prepare(Job.of(words, _base(preset, words)))
+    session = prepare(Job.of(words, _base(options.preset, words)))
     folder.begin(session.job)
     return folder, session
 

@@ -56,7 +56,7 @@ BROKEN = {
         "return workload(loss=lambda m, x: (_ for _ in ()).throw(BaseException('x')))",
         '"mine" failed: BaseException: x (at {file}:{line}, in <genexpr>',
     ),
-    "no memory": ("raise MemoryError", "MemoryError: the host ran out of memory (at {file}:{line}, in build: raise"),
+    "no memory": ("raise MemoryError", ": the host ran out of memory (at {file}:{line}, in build: raise"),
     "no loss": (
         "return workload(loss=lambda m, x: None)",
         'the loss of "mine" returned None, not a tensor with one element: end it with `return loss`, the mean over the '

@@ -19,7 +19,7 @@ Run = tuple[Path, str, dict[str, Any]]
 def run(out: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OUT": str(out), **variables}
     command = [sys.executable, str(SCRIPT), *words]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")

@@ -103,7 +103,7 @@ POINTS = {
     "advise builds": ("advise", "memscope.advisor.advise:build_workload", 1, press),
     "advise searches": ("advise", "memscope.advisor.search:Search.run", 1, press),
     "advise waits, and a library catches it": ("advise", "memscope.runs.processes:wait", 3, caught),
-    "advise computes, and a library catches it": ("advise", "memscope.advisor.search:Search.simulated", 1, caught),
+    "advise computes, and a library catches it": ("advise", "memscope.advisor.tried:Tried.simulated", 1, caught),
     "the last moment": ("profile", "memscope.command.run:sys.exit", 1, press),
 }
 

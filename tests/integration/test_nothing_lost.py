@@ -89,7 +89,7 @@ def test_advice_is_printed_when_its_files_cannot_be_written(run, folder, monkeyp
     monkeypatch.setattr("memscope.strategies.ckpt.layer_plan.write_whole", full)
     monkeypatch.setattr("memscope.dashboards.plan_page.write_whole", full)
     (folder / "mine.py").write_text(TARGET.replace("ones(2, 4)", "ones(2**20, 4)"))
-    words = ["--device", "a100-40gb", "--budget", "640MiB", "-s", "ga:steps=1,adamw", "-o", "plan.json"]
+    words = ["--device", "a100-40gb", "--budget", "626MiB", "-s", "ga:steps=1,adamw", "-o", "plan.json"]
     code, out, err = run("advise", "mine.py", *words, "--html", "plan.html")
     assert code == 2, out
     assert f"memscope: error: plan.json: cannot be written ({FULL})\nplan.html: cannot be written ({FULL})" in err
@@ -161,12 +161,35 @@ def test_without_the_baseline_there_is_no_table_but_the_traces_of_the_others_are
     assert kept(folder) == ["ga_steps=2.npz"]
 
 
-def test_a_grid_with_a_lost_run_keeps_the_traces_of_the_others(run, folder):
-    (folder / "mine.py").write_text(LOST_WITH_GA)
+@pytest.mark.parametrize(
+    ("device", "fault", "said"),
+    [
+        ("gpu", "__import__('os')._exit(7)", "the target ended its process with exit code 7 (at "),
+        ("gpu", "bytearray(2**62)", "the host ran out of memory (at "),
+        ("cpu", "torch.empty(2**50)", "the host ran out of memory (at "),
+    ],
+    ids=["ended", "memory", "tensor"],
+)
+def test_a_grid_with_a_lost_run_shows_the_others_and_marks_it(device, fault, said, run, folder):
+    (folder / "mine.py").write_text(LOST_WITH_GA.replace("__import__('os')._exit(7)", fault))
+    words = ["profile", "mine.py", "--device", device, "-o", "runs"]
+    code, out, err = run(*words, "--grid", "ga:steps=2,adamw:fused", "--table", "t.csv")
+    assert code == 1
+    assert f"memscope: error: run ga:steps=2: {said}" in err
+    assert sum(line.count("?") == 3 for line in out.splitlines()) == 2
+    assert f"?: the run with ga:steps=2, adamw:fused failed: {said}" in " ".join(out.split())
+    assert [line.split(",")[2] for line in (folder / "t.csv").read_text().splitlines()[1:]] == ["1", "1", "", ""]
+    assert kept(folder) == ["adamw_fused.npz", "baseline.npz", "report.html"]
+
+
+def test_a_grid_without_any_result_is_an_error(run, folder):
+    (folder / "mine.py").write_text(LOST_WITH_GA.replace("if len(x) == 1", "if len(x)"))
     code, out, err = run(*PROFILE, "--grid", "ga:steps=2")
     assert (code, out) == (1, "")
-    assert err.strip().splitlines()[1] == "the traces of the other runs are in runs: baseline.npz"
-    assert kept(folder) == ["baseline.npz"]
+    assert [line.partition(": the target")[0] for line in err.strip().splitlines()] == [
+        "memscope: error: run baseline", "run ga:steps=2",
+    ]  # fmt: skip
+    assert not (folder / "runs").exists()
 
 
 PRINTS = """

@@ -11,6 +11,8 @@ from memscope.advisor.measure.probe import ChainSeen, look
 from memscope.errors import UsageError
 from memscope.simulation.simulate import Part
 
+pytestmark = pytest.mark.usefixtures("kept_workspaces")
+
 ROWS, WIDTH = 64, 256
 BOUNDARY = ROWS * WIDTH * 4  # float32 input of each layer: 64 KiB, a whole number of 512-byte blocks
 

@@ -6,9 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 from memscope import Strategy, Workload, simulate, strategies
 from memscope.advisor import combinations as advisor_combinations
+from memscope.advisor.advise import advise
 from memscope.advisor.combinations import combinations
 from memscope.advisor.measure.layers import LayerList
 from memscope.advisor.measure.runner import Answer, Asker, InProcess, Probe
@@ -66,7 +69,7 @@ def test_combinations_that_no_checkpoints_make_fit_are_not_tried_with_them() -> 
     runner = Noted()
     search = searched(runner, 3 * WEIGHTS_BYTES, "ga:steps=1")
     assert search.best is None
-    assert not search.references
+    assert not search.tried.references
     assert all(probe.layers is None for probe in runner.probes)
 
 
@@ -75,8 +78,8 @@ def test_no_checkpoints_are_planned_for_what_another_combination_beats() -> None
     search = searched(Noted(), plain_bytes("adamw:fused,ga:steps=1") - 8 * 2**20, "ga:steps=1")
     assert search.best is not None
     assert search.best.layers is not None
-    assert set(search.plain) == {"ga:steps=1", "adamw:fused,ga:steps=1", "adamw:foreach=false,ga:steps=1"}
-    assert list(search.references) == ["adamw:fused,ga:steps=1"]
+    assert set(search.tried.plain) == {"ga:steps=1", "adamw:fused,ga:steps=1", "adamw:foreach=false,ga:steps=1"}
+    assert list(search.tried.references) == ["adamw:fused,ga:steps=1"]
 
 
 class Rows(Strategy):
@@ -122,3 +125,23 @@ def test_side_by_side_a_plan_is_found_that_is_as_true() -> None:
     assert two.certificate is not None
     assert two.seen.trace.meta["out_of_memory"] is None
     assert two.certificate.lower_bound_seconds == one.certificate.lower_bound_seconds <= two.seconds
+
+
+def test_a_batch_of_many_samples_is_split_into_at_most_256_and_the_proof_names_the_others() -> None:
+    split_into = []
+
+    def wide() -> Workload:
+        def split(batch: Tensor, parts: int) -> list[Tensor]:
+            split_into.append(parts)
+            return list(batch.chunk(parts))
+
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        return Workload(
+            model, [torch.ones(2**20, 4)], lambda m, x: m(x).square().mean(), torch.optim.SGD, name="wide", split=split
+        )
+
+    found = advise(wide, budget="30GB", device=DEVICE)
+    assert found.feasible
+    assert max(split_into) == 256
+    assert found.untried[-12:] == tuple(f"ga:steps={2**power}" for power in range(9, 21))
+    assert "not tried: " in found.proof

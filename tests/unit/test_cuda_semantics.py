@@ -199,6 +199,7 @@ def optimizer_temporaries(**settings):
     return in_optimizer["temporary"], trace
 
 
+@pytest.mark.usefixtures("kept_workspaces")
 def test_adamw_updates_all_parameters_at_once_and_takes_a_temporary_as_large_as_they_are():
     temporary, trace = optimizer_temporaries()
     assert temporary == 256 * 256 * 4
@@ -211,6 +212,7 @@ def test_step_counters_stay_on_the_host_unless_the_optimizer_is_fused():
     assert optimizer_temporaries(fused=True)[1].max_by_category(1)["optimizer_state"] == 2 * 256 * 256 * 4 + 512
 
 
+@pytest.mark.usefixtures("kept_workspaces")
 def test_a_capturable_optimizer_keeps_its_counters_and_corrections_on_the_device():
     # One parameter: the root of its second moment and two bias corrections, each of these in a block of 512 bytes.
     temporary, trace = optimizer_temporaries(capturable=True)

@@ -34,6 +34,7 @@ def trace_of(width=1024, **how):
 @pytest.fixture(autouse=True)
 def default_cublas(monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setenv("TORCH_CUBLAS_WORKSPACE_CACHE", "1")  # as before PyTorch 2.15
 
 
 def test_the_forward_and_the_backward_thread_each_keep_one_cublas_workspace():

@@ -156,6 +156,7 @@ def test_the_least_that_advice_names_recomputes_no_batch_norm():
     assert advice.layers == {}
 
 
+@pytest.mark.usefixtures("kept_workspaces")
 def test_advice_recomputes_the_layers_without_batch_norm():
     advice = advise(lambda: build(lambda index: index == 0), budget="620MB", device=WITHOUT_OFFLOADING)
     assert advice.feasible

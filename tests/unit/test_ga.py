@@ -145,6 +145,16 @@ def test_candidates_are_the_other_numbers_that_the_samples_divide_into(
     assert [config.steps for config in GradientAccumulation.candidates(workload)] == candidates
 
 
+def test_at_most_256_micro_batches_are_candidates_and_the_others_are_left_out() -> None:
+    workload = toy()
+    workload.batches = [torch.zeros(2**20)]
+    assert [config.steps for config in GradientAccumulation.candidates(workload)] == [2, 4, 8, 16, 32, 64, 128, 256]
+    assert [config.steps for config in GradientAccumulation.left_out(workload)] == [2**power for power in range(9, 21)]
+    workload.batches = [torch.zeros(3 * 2**20)]
+    assert 192 in [config.steps for config in GradientAccumulation.candidates(workload)]
+    assert GradientAccumulation.left_out(toy()) == []
+
+
 @pytest.mark.parametrize(
     ("batch", "candidates"),
     [

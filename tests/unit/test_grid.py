@@ -12,7 +12,7 @@ from rich.console import Console
 from memscope.analysis.grid import Grid, combinations, table2
 from memscope.analysis.grid_words import grid_notes
 from memscope.cli.grid_report import FORMATS, print_grid
-from memscope.errors import OutOfDeviceMemory, UsageError
+from memscope.errors import MemscopeError, OutOfDeviceMemory, TargetError, UsageError
 from memscope.strategies import read_strategies
 from memscope.trace import PHASES, Trace
 from tests.traces import TraceBuilder
@@ -36,7 +36,10 @@ def estimate(*seconds: float) -> dict[str, Any]:
     return {"rows": [[0, 0, PHASES.index("forward"), 0, 0, 1, 0, 0, value] for value in seconds]}
 
 
-def grid_of(*traces: Trace | None, samples: int = 200) -> Grid:
+NO_ROOM = OutOfDeviceMemory("the weights do not fit")
+
+
+def grid_of(*traces: Trace | MemscopeError, samples: int = 200) -> Grid:
     return table2(FACTORS, list(zip((OFF_OFF, OFF_ON, ON_OFF, ON_ON), traces, strict=True)), samples)
 
 
@@ -79,14 +82,25 @@ def test_a_predicted_run_that_does_not_fit_shows_the_memory_it_needs_and_no_time
 def test_a_measured_run_that_ran_out_of_memory_shows_no_peak() -> None:
     ended = trace(70, simulated=False, seconds=[1.0], out_of_memory={"limit": 1})
     fits = trace(3, simulated=False, seconds=[1.0])
-    found = grid_of(ended, None, fits, fits)
+    found = grid_of(ended, NO_ROOM, fits, fits)
     for cell in found.cells[:2]:
         assert (cell.fits, cell.allocated_bytes, cell.reserved_bytes, cell.seconds) == (False, None, None, None)
 
 
 def test_a_grid_in_which_no_run_has_room_for_its_weights_is_an_error() -> None:
     with pytest.raises(OutOfDeviceMemory, match="do not fit in any combination"):
-        grid_of(None, None, None, None)
+        grid_of(NO_ROOM, NO_ROOM, NO_ROOM, NO_ROOM)
+
+
+def test_a_run_that_failed_is_marked_and_named_in_every_format() -> None:
+    fits = trace(3, cost=estimate(0.5))
+    found = grid_of(fits, TargetError("it was killed"), NO_ROOM, fits)
+    assert [cell.fits for cell in found.cells] == [True, None, False, True]
+    notes = list(grid_notes(found, []))
+    assert "?: the run with lora failed: it was killed." in notes
+    assert "| – | ✓ | ? | ? | ? |" in FORMATS[".md"](found, notes)
+    rows = list(csv.DictReader(io.StringIO(FORMATS[".csv"](found, notes))))
+    assert [row["fits"] for row in rows] == ["1", "", "0", "1"]
 
 
 def test_runs_with_different_numbers_of_samples_per_step_are_not_compared() -> None:

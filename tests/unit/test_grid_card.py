@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -70,6 +71,19 @@ def test_the_card_has_every_figure_and_says_that_it_is_predicted() -> None:
 def test_a_document_gives_the_table_back(predicted: bool) -> None:
     document = grid_document(grid(predicted=predicted), [[], ["lora:r=8"]], [Path("a"), Path("b")], ["a note"])
     assert grid_of(json.loads(json.dumps(document))) == (grid(predicted=predicted), ["a note"])
+
+
+def test_a_combination_whose_run_failed_has_no_bar_no_cross_and_no_trace(tmp_path: Path) -> None:
+    earlier = tmp_path / "of-an-earlier-run.npz"
+    earlier.touch()
+    failed = Cell((False,), None, None, None, None, "it was killed")
+    found = dataclasses.replace(grid(), cells=(failed, grid().cells[1]))
+    assert [one.name for one in grid_peaks(found).data] == ["allocated", "reserved"]
+    assert "<td>?</td><td>?</td><td>?</td>" in grid_card(found, []).html
+    document = grid_document(found, [[], ["lora:r=8"]], [earlier, earlier], [])
+    assert (document["table2"][0]["failure"], document["table2"][0]["trace"]) == ("it was killed", None)
+    assert document["table2"][1]["trace"] == str(earlier)
+    assert grid_of(json.loads(json.dumps(document)))[0] == found
 
 
 @pytest.mark.parametrize(

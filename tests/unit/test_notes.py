@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from html import escape
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,13 @@ from rich.console import Console
 from torch import nn
 from traces import TraceBuilder
 
-from memscope import Trace, Workload, record, simulate
+from memscope import Trace, Workload, advise, record, simulate
 from memscope.analysis.effects import Run, Table1
 from memscope.analysis.notes import notes_of
+from memscope.cli.advise_report import print_advice
 from memscope.cli.main import cli
 from memscope.cli.report_tables import comparison_sections, print_sections
+from memscope.dashboards.plan_page import write_plan_page
 from memscope.trace.notes import add_note
 
 
@@ -99,15 +102,29 @@ def test_the_json_document_of_a_profile_has_the_notes() -> None:
     assert json.loads(json.dumps(found))["runs"][0]["notes"] == [f"{NOTE}."]
 
 
+def on_a_stream(called: bool = True) -> Workload:
+    def loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = model(x)
+        if called:
+            y.record_stream(torch.cuda.current_stream())
+        return y.sum()
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    return Workload(model, [torch.ones(2, 4)], loss, torch.optim.SGD, name="m")
+
+
 def test_a_simulation_that_ignores_record_stream_says_so() -> None:
-    def build(called: bool) -> Workload:
-        def loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-            y: torch.Tensor = model(x)
-            if called:
-                y.record_stream(torch.cuda.current_stream())
-            return y.sum()
+    assert "record_stream" in " ".join(notes_of(simulate(on_a_stream)))
+    assert notes_of(simulate(lambda: on_a_stream(False))) == []
 
-        return Workload(nn.Linear(4, 4), [torch.ones(2, 4)], loss, torch.optim.SGD)
 
-    assert "record_stream" in " ".join(notes_of(simulate(lambda: build(True))))
-    assert notes_of(simulate(lambda: build(False))) == []
+def test_an_advice_has_the_notes_of_its_trace(tmp_path: Path) -> None:
+    found = advise(on_a_stream, budget="1GB", device="a100-40gb", strategies="ga:steps=1")
+    assert found.trace is not None
+    (note,) = notes_of(found.trace)
+    out = io.StringIO()
+    print_advice(Console(file=out, width=1000), found, [])
+    assert f"Note: {note}" in out.getvalue()
+    assert note in found.document()["notes"]
+    write_plan_page(found, tmp_path / "plan.html", overwrite=False)
+    assert escape(note) in (tmp_path / "plan.html").read_text()

@@ -165,6 +165,7 @@ def test_calls_without_an_effect_in_a_simulation_do_nothing():
     assert same_as_plain(train(loss))
 
 
+@pytest.mark.usefixtures("kept_workspaces")
 def test_memory_statistics_are_those_of_the_allocator_so_far():
     seen = []
 

@@ -26,7 +26,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 __all__ = ["cuda_autocast_policy", "policies"]
 
 _SAME_ON_CPU = """_convolution.deprecated addbmm addmm baddbmm bmm conv1d conv2d conv3d conv_tbc conv_transpose1d
-    conv_transpose2d.input conv_transpose3d.input linalg_vecdot linear matmul mm prelu scaled_dot_product_attention
+    conv_transpose2d.input conv_transpose3d.input linalg_matrix_sqrth linalg_vecdot linear matmul mm prelu
+    scaled_dot_product_attention
     binary_cross_entropy_with_logits cdist cosine_embedding_loss hinge_embedding_loss huber_loss kl_div l1_loss
     margin_ranking_loss mse_loss multi_margin_loss multilabel_margin_loss nll_loss nll_loss2d poisson_nll_loss
     smooth_l1_loss soft_margin_loss triplet_margin_loss"""
