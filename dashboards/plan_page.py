@@ -62,7 +62,8 @@ def plan_heatmap(
             },
         )
     )  # fmt: skip
-    every, listed = -(-len(names) // 12), names[0].rpartition(".")[0]
+    every, lists = -(-len(names) // 12), list(dict.fromkeys(name.rpartition(".")[0] for name in names))
+    listed = ", ".join(f"{one}.*" for one in lists if one)
     figure.update_layout(
         dressed(
             height=(150 if kept_bytes else 80) + 34 * len(kinds),
@@ -70,7 +71,7 @@ def plan_heatmap(
             xaxis={
                 "tickvals": list(range(0, len(names), every)), "showgrid": False, "tickangle": 0,
                 "ticktext": [escape(name.rpartition(".")[2]) for name in names[::every]],
-                "title": {"text": f"{escape(listed)}.*" if listed else "layer", "standoff": 6},
+                "title": {"text": escape(listed) or "layer", "standoff": 6},
             },
             yaxis={
                 "tickvals": list(range(len(kinds))), "ticktext": [escape(_shortened(kind)) for kind in kinds],

@@ -8,12 +8,13 @@ __all__ = ["in_words", "short_option"]
 
 
 def in_words(layers: Mapping[str, str]) -> str:
-    """The options of the layers, with equal neighbours as ranges: `layers.0-15 full, layers.16-31 none`."""
+    """The options of the layers, with equal neighbours of one list as ranges: `layers.0-15 full, layers.16-31 none`."""
     spans: list[tuple[str, str, str]] = []
     for name, option in layers.items():
         if option.startswith("within:"):
             option = spans[-1][2]
-        if spans and spans[-1][2] == option:
+        in_same_list = spans and spans[-1][1].rpartition(".")[0] == name.rpartition(".")[0]
+        if in_same_list and spans[-1][2] == option:
             spans[-1] = (spans[-1][0], name, option)
         else:
             spans.append((name, name, option))

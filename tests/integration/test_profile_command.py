@@ -36,9 +36,12 @@ def test_the_document_has_the_published_shape(profiled):
     assert document["target"] == "llama2"
     assert document["device"] == {"name": "gpu", "simulated": True}
     assert [run["strategies"] for run in document["runs"]] == [[], ["lora"], ["amp"], ["lora", "amp"]]
+    wq_and_wv = {"lora": {"targets": "wq+wv"}}
+    assert [run["chosen"] for run in document["runs"]] == [{}, wq_and_wv, {}, wq_and_wv]
     for run in document["runs"]:
         assert set(run) == {
             "strategies",
+            "chosen",
             "parameters",
             "peak",
             "at_peak",

@@ -371,6 +371,8 @@ def test_alike_neighbours_are_told_as_a_range() -> None:
     }
     assert in_words(layers) == "l.0 none, l.1-2 full, l.3-4 full 2, l.5 save b"
     assert in_words(dict.fromkeys(layers, "none")) == "nothing"
+    two_lists = dict.fromkeys(["encoder.0", "encoder.1", "decoder.0", "decoder.1"], "full")
+    assert in_words(two_lists) == "encoder.0-1 full, decoder.0-1 full"
 
 
 @pytest.fixture
