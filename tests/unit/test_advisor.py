@@ -95,7 +95,7 @@ def test_where_nothing_fits_there_is_no_plan(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("strategies", "saved_bytes"),
-    [("adamw:fused,ga:steps=16", 0), ("adamw:fused,ga:steps=4", 0), ("adamw:fused,ga:steps=4", 4 * 2**20)],
+    [("adamw:fused,ga:steps=4", 0), ("adamw:fused,ga:steps=4", 4 * 2**20)],
 )
 def test_the_step_time_is_that_of_the_plan_with_all_its_micro_batches(strategies: str, saved_bytes: int) -> None:
     plain = simulate(build, device=DEVICE, strategies=strategies)
@@ -344,7 +344,7 @@ def test_a_plan_taken_for_want_of_a_better_one_is_not_called_the_best() -> None:
 def test_a_workload_of_the_user_is_left_as_it_is() -> None:
     workload = toy_workload()
     before = [parameter.clone() for parameter in workload.model.parameters()]
-    found = advise(workload, budget="2GB", device=DEVICE)
+    found = advise(workload, budget="2GB", device=DEVICE, strategies="adamw:fused,ga:steps=1")
     assert found.feasible
     after = list(workload.model.parameters())
     assert all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
