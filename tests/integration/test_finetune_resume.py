@@ -206,7 +206,7 @@ def stopped(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
             ["--preset", "debug"],
             "dim: 32 in the run, 192 given; n_layers: 2 in the run, 4 given; n_heads: 2 in the run, 6 given",
         ),
-        (["-s", "lora:r=8"], "strategies: lora in the run, lora:r=8 given"),
+        (["-s", "lora:r=8"], "strategies: lora:targets=wq+wv in the run, lora:r=8 given"),
         (["--samples", "13"], "samples: 12 in the run, 13 given"),
         (["--held-out", "3"], "held_out: 2 in the run, 3 given"),
         (["seed=1"], "seed: 0 in the run, 1 given"),
@@ -245,7 +245,7 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(stopped: Path, capsys: p
     told = capsys.readouterr().err
     assert "step-00000009 is of another run: weights: none in the run," in told
     assert "samples: 4 in the run, 12 given" in told
-    assert "strategies: none in the run, lora given" in told
+    assert "strategies: none in the run, lora:targets=wq+wv given" in told
 
 
 def test_a_run_that_has_no_checkpoint_or_is_over_cannot_be_resumed(
