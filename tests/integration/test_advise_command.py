@@ -17,8 +17,8 @@ SMALL = ["targets/llama2", "--preset", "debug", "--device", "a100-40gb"]
 ROOT = Path(__file__).parents[2]
 CONTEXT = get_device("a100-40gb").context_bytes
 SETTINGS = ["seq_len=512", "micro_batch=16", "accumulation=1", "attention=sdpa", "n_layers=3"]
-UNDIVIDED = ["-s", "ga:steps=1"]
-"""Where a test is not about the search: the settings of `ga` are most of it."""
+ALONE = ["-s", "adamw:fused,ga:steps=1"]
+"""The only combination of strategies, where a test is not about the search."""
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ def plain_bytes() -> int:
 
 def test_the_plan_file_is_what_profile_takes_and_holds_the_budget(run):
     budget = plain_bytes() - 100 * 2**20
-    code, out, err = run("advise", *SMALL, *SETTINGS, *UNDIVIDED, "--budget", budget, "--emit", "hf")
+    code, out, err = run("advise", *SMALL, *SETTINGS, *ALONE, "--budget", budget, "--emit", "hf")
     assert code == 0, err
     for words in (
         "checkpointing",
@@ -59,7 +59,7 @@ def test_the_plan_file_is_what_profile_takes_and_holds_the_budget(run):
 
 def test_where_nothing_is_checkpointed_the_plan_of_an_earlier_run_goes(run):
     Path("memscope-plan.json").write_text("an earlier one")
-    code, out, _ = run("advise", *SMALL, *SETTINGS, *UNDIVIDED, "--budget", "40GB", "--force", "--json")
+    code, out, _ = run("advise", *SMALL, *SETTINGS, *ALONE, "--budget", "40GB", "--force", "--json")
     assert code == 0
     assert json.loads(out)["plan"] == {"strategies": json.loads(out)["plan"]["strategies"], "layers": {}, "file": None}
     assert not Path("memscope-plan.json").exists()
@@ -73,7 +73,7 @@ def test_a_budget_without_its_unit_is_refused_before_anything_is_simulated(run):
 
 
 def test_nothing_fits_is_exit_code_3_with_the_smallest_budget(run):
-    code, out, _ = run("advise", *SMALL, *SETTINGS, *UNDIVIDED, "--budget", CONTEXT + 2**20, "--json")
+    code, out, _ = run("advise", *SMALL, *SETTINGS, *ALONE, "--budget", CONTEXT + 2**20, "--json")
     document = json.loads(out)
     assert code == 3
     assert not document["feasible"]
@@ -83,7 +83,7 @@ def test_nothing_fits_is_exit_code_3_with_the_smallest_budget(run):
 
 
 def test_the_next_command_after_nothing_fits_finds_a_plan(run):
-    code, out, _ = run("advise", *SMALL, *SETTINGS, "--budget", CONTEXT + 2**20, "-s", "adamw:fused,ga:steps=1")
+    code, out, _ = run("advise", *SMALL, *SETTINGS, "--budget", CONTEXT + 2**20, *ALONE)
     assert code == 3
     [line] = [line for line in out.splitlines() if line.startswith("Next: ")]
     code, out, err = run(*shlex.split(line.removeprefix("Next: memscope ")))
@@ -94,7 +94,7 @@ def test_the_next_command_after_nothing_fits_finds_a_plan(run):
 def test_without_a_target_it_is_the_last_one_profiled(run):
     code, *_ = run("profile", *SMALL, *SETTINGS[:-1], "n_layers=2")
     assert code == 0
-    code, out, err = run("advise", "--device", "a100-40gb", *UNDIVIDED, "--budget", "30GB", "--json")
+    code, out, err = run("advise", "--device", "a100-40gb", *ALONE, "--budget", "30GB", "--json")
     assert code == 0, err
     document = json.loads(out)
     assert document["target"] == "llama2"
@@ -139,10 +139,10 @@ def test_a_share_needs_a_device(run):
 
 def test_a_plan_of_an_earlier_run_stays_and_the_next_gets_a_number(run):
     Path("memscope-plan.json").write_text("mine")
-    code, out, err = run("advise", *SMALL, *SETTINGS, *UNDIVIDED, "--budget", plain_bytes() - 100 * 2**20)
+    code, out, err = run("advise", *SMALL, *SETTINGS, *ALONE, "--budget", plain_bytes() - 100 * 2**20)
     assert code == 0, err
     assert "ckpt:plan=memscope-plan-2.json" in out
-    code, _, err = run("advise", *SMALL, *SETTINGS, *UNDIVIDED, "--budget", "40GB")  # nothing is checkpointed: no file
+    code, _, err = run("advise", *SMALL, *SETTINGS, *ALONE, "--budget", "40GB")  # nothing is checkpointed: no file
     assert code == 0, err
     assert Path("memscope-plan.json").read_text() == "mine"
     assert not Path("memscope-plan-3.json").exists()
@@ -161,7 +161,7 @@ def test_advice_is_shown_though_its_file_cannot_be_written(run, monkeypatch):
         raise TraceFileError(f"{path}: cannot be written (No space left on device)")
 
     monkeypatch.setattr(LayerPlan, "save", fail)
-    code, out, err = run("advise", *SMALL, *SETTINGS, *UNDIVIDED, "--budget", plain_bytes() - 100 * 2**20)
+    code, out, err = run("advise", *SMALL, *SETTINGS, *ALONE, "--budget", plain_bytes() - 100 * 2**20)
     assert code == TraceFileError.exit_code
     assert "No space left on device" in err
     assert "checkpointing" in out
