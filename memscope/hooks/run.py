@@ -37,6 +37,8 @@ def run_meta(workload: Workload, plan: Plan, device: str, *, simulated: bool) ->
         "strategies": plan.specs,
         "device": {"name": device, "simulated": simulated},
     }
+    if workload.positions is not None:
+        meta["positions"] = workload.positions
     for note in workload.notes:
         add_note(meta, note)
     return meta

@@ -108,6 +108,7 @@ class _Meta(TypedDict, total=False):
     notes: list[str]
     command: _Command | None
     samples_per_step: Count | None
+    positions: Count
     parameters: _Parameters
     flops: list[Count] | None
     seconds: list[Seconds] | None
