@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from memscope.advisor.fit.fitting import DeviceFit, holds
+from memscope.advisor.fit.question import Question
 from memscope.advisor.measure.runner import Asker, Probe, Seen
 from memscope.allocator.settings import AllocatorSettings
 from memscope.simulation.device_memory import on_device
 from memscope.simulation.devices.catalogue import Device
 from memscope.trace import Trace
-
-if TYPE_CHECKING:
-    from memscope.advisor.fit.fit import Question
 
 __all__ = ["devices_that_hold"]
 

@@ -11,19 +11,20 @@ from memscope.advisor.advise import DEFAULT_DEVICE, advise
 from memscope.advisor.fit.devices import devices_that_hold
 from memscope.advisor.fit.fitting import Change, Evidence, Fit, Largest, Size
 from memscope.advisor.fit.names import SizeNames
+from memscope.advisor.fit.question import Question
 from memscope.advisor.fit.sizes import Boundary
 from memscope.advisor.measure.runner import Asker, InProcess, Probe, Runner, Seen, require
 from memscope.allocator.settings import AllocatorSettings
 from memscope.analysis.notes import notes_of
 from memscope.errors import GateFailed, MemscopeError, UsageError
-from memscope.simulation.devices.catalogue import Device, all_devices, get_device
+from memscope.simulation.devices.catalogue import Device, get_device
 from memscope.strategies import Plan
 from memscope.trace import Progress, Trace
 from memscope.workload.description import Workload
 
-__all__ = ["LENGTH_UNIT", "Question", "answer", "fit"]
+__all__ = ["answer", "fit"]
 
-LENGTH_UNIT = 64
+_LENGTH_UNIT = 64
 """Context lengths are searched in multiples of this: attention kernels work on tiles of 64 or 128 tokens."""
 _MOST_SAMPLES, _MOST_TOKENS = 4096, 2**20
 _MOST_CHANGES = 3
@@ -95,23 +96,6 @@ def fit(
     return answer(question, asker, build)
 
 
-@dataclass(frozen=True)
-class Question:
-    """What `fit` is asked."""
-
-    names: SizeNames
-    asked: Size | None
-    """None: the sizes that the target's settings say."""
-    device: Device
-    strategies: str
-    allow: str | Collection[str]
-    allocator: AllocatorSettings
-    devices: Sequence[Device] = field(default_factory=all_devices)
-    """Those to compare."""
-    grid: bool = False
-    """Also simulate combinations of micro-batches and lengths, for a picture."""
-
-
 def answer(question: Question, asker: Asker, build: Callable[..., Workload]) -> Fit:
     """Answer a question with the simulations that `asker` runs; `build` builds the workload that was asked for.
 
@@ -165,7 +149,7 @@ class _Search:
 
     question: Question
     asker: Asker
-    asked: Size = Size(0, None)
+    asked: Size = field(init=False)
     evidence: dict[Size, Evidence] = field(default_factory=dict)
 
     def begin(self) -> Trace:
@@ -212,7 +196,7 @@ class _Search:
         if positions is not None:
             why = f"the model has {positions:,} positions"
         most = max(_MOST_TOKENS if positions is None else positions, asked)
-        unit = LENGTH_UNIT if most >= LENGTH_UNIT else 1
+        unit = _LENGTH_UNIT if most >= _LENGTH_UNIT else 1
         return self._boundary(
             "longest context", lambda value: replace(self.asked, seq_len=value), asked, unit, most // unit * unit, why
         )
@@ -224,9 +208,9 @@ class _Search:
             found = self.look(what, [size(value) for value in values], whole=whole)
             return {value: found[size(value)] for value in values}
 
-        capacity = self.question.device.capacity_bytes
-        assert capacity is not None, "checked in `answer`"
-        return Boundary(ask, capacity, unit, most, why_most, {asked: self.evidence[self.asked]}).found()
+        allocatable = self.question.device.allocatable_bytes
+        assert allocatable is not None, "checked in `answer`"
+        return Boundary(ask, allocatable, unit, most, why_most, {asked: self.evidence[self.asked]}).found()
 
     def fill(self, micro_batch: Largest, seq_len: Largest | None) -> None:
         """Simulate combinations of micro-batches and lengths."""

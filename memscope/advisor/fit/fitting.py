@@ -125,7 +125,7 @@ class Fit:
     devices: tuple[DeviceFit, ...]
     """The devices of the catalogue, least memory first."""
     changes: tuple[Change, ...] = ()
-    """If the step does not fit: the cheapest changes found with which it does, by estimated step time, at most three."""
+    """If the step does not fit: at most three changes found with which it does, the fastest first (estimates)."""
     notes: tuple[str, ...] = ()
     """What a reader of the figures must know."""
     assumptions: tuple[Any, ...] = ()

@@ -14,7 +14,11 @@ SizeAsker = Callable[[Sequence[int], bool], Mapping[int, Evidence | MemscopeErro
 """`ask(values, whole)`: what simulations with these values of a size show; `whole`: with every micro-batch."""
 
 _GUESSES = 4
-"""Rounds after which the range is halved rather than interpolated."""
+"""Rounds after which the range is cut in three rather than interpolated."""
+_MOST_GROWTH = 8
+"""How much larger than the largest known value the next one may be."""
+_FULL = 0.97
+"""Share of its memory that PyTorch's allocator can usually allocate; the rest is lost in fragments."""
 
 
 @dataclass
@@ -22,12 +26,13 @@ class Boundary:
     """The search for the largest value of one size.
 
     Memory is taken to grow with the size. Each round simulates two values, which two processes do at once: first twice
-    and four times the size that is known, later the two around the value at which a curve through the known points
-    meets the capacity. The search ends with two neighbours of which one fits and the other does not.
+    and four times the size that is known, then those at which a curve through the known points is near the limit, and
+    at last thirds of the range. The search ends with two neighbours of which one fits and the other does not.
     """
 
     ask: SizeAsker
-    capacity_bytes: int
+    allocatable_bytes: int
+    """What the device can give to PyTorch's allocator."""
     unit: int
     most: int
     """The largest value to try, a multiple of the unit."""
@@ -67,16 +72,20 @@ class Boundary:
 
     def _proposed(self, low: int, high: int, rounds: int) -> list[int]:
         """The next values to simulate: one or two multiples of the unit between `low` and `high`."""
-        points = sorted((value, one.peak.device) for value, one in self.known.items())
+        points = sorted((value, one.peak.allocated) for value, one in self.known.items())
+        unit = self.unit
         if len(points) == 1:
-            (value, size_bytes), unit = points[0], self.unit
-            factors = (2, 4) if size_bytes <= self.capacity_bytes else (0.5, 0.25)
+            ((value, one),) = self.known.items()
+            factors = (2, 4) if one.fits else (0.5, 0.25)
             wanted = [round(value * factor / unit) * unit for factor in factors]
+        elif rounds < _GUESSES:
+            end = min(high, _MOST_GROWTH * points[-1][0] // unit * unit + unit)
+            wanted = [_crossing(points, share * self.allocatable_bytes, low, end, unit) for share in (_FULL, 1)]
+            if wanted[0] == wanted[1]:
+                wanted[1] += unit
         else:
-            middle = (low + high) // 2 // self.unit * self.unit
-            first = middle if rounds > _GUESSES else _crossing(points, self.capacity_bytes, low, high, self.unit)
-            wanted = [first, first + self.unit]
-        inside = [min(max(value, low + self.unit), high - self.unit) for value in wanted]
+            wanted = [low + (high - low) * third // 3 // unit * unit for third in (1, 2)]
+        inside = [min(max(value, low + unit), high - unit) for value in wanted]
         return list(dict.fromkeys(inside))
 
     def _largest(self, low: int, high: int) -> Largest:
@@ -87,13 +96,12 @@ class Boundary:
         return Largest(low, self.unit, None, self.why_most)
 
 
-def _crossing(points: Sequence[tuple[int, int]], capacity_bytes: int, low: int, high: int, unit: int) -> int:
-    """The largest multiple of the unit in `[low, high)` at which the curve through up to three points is in capacity.
+def _crossing(points: Sequence[tuple[int, int]], limit_bytes: float, low: int, high: int, unit: int) -> int:
+    """The largest multiple of the unit in `[low, high)` at which the curve through up to three points is in the limit.
 
-    The points are those nearest to the boundary: memory is linear in the micro-batch, and at most quadratic in the
-    length.
+    The points are those nearest to the limit: memory is linear in the micro-batch, and at most quadratic in the length.
     """
-    nearest = sorted(points, key=lambda point: abs(point[1] - capacity_bytes))[:3]
+    nearest = sorted(points, key=lambda point: abs(point[1] - limit_bytes))[:3]
 
     def expected(value: int) -> float:
         total = 0.0
@@ -108,5 +116,5 @@ def _crossing(points: Sequence[tuple[int, int]], capacity_bytes: int, low: int, 
     first, last = low // unit, high // unit - 1
     while first < last:
         middle = (first + last + 1) // 2
-        first, last = (middle, last) if expected(middle * unit) <= capacity_bytes else (first, middle - 1)
+        first, last = (middle, last) if expected(middle * unit) <= limit_bytes else (first, middle - 1)
     return first * unit

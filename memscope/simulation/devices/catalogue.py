@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -62,6 +62,11 @@ class Device:
     """Rate measured with large matrix products in PyTorch, by kind of arithmetic; no entry: no figure."""
     host_bytes_per_second: float | None = None
     """Rate measured for copies between the device and pinned host memory, in one direction; None: no figure."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle with dicts in place of the read-only mappings, which cannot be pickled."""
+        values = (getattr(self, one.name) for one in fields(self))
+        return type(self), tuple(dict(value) if isinstance(value, Mapping) else value for value in values)
 
     @property
     def allocatable_bytes(self) -> int | None:
