@@ -185,7 +185,7 @@ def _advice(
         notes=(*search.planning.refused, *_scattered(shown.seen.trace, peak, settings)),
         made_for=made_for(built, search.layers.names, Plan.parse(reference.strategies).specs, device.name),
         trace=shown.seen.trace,
-        fitting=_fitting(points, found is not None, search.budget_bytes),
+        fitting=_fitting(points, search, feasible=found is not None),
     )
 
 
@@ -243,21 +243,22 @@ def _points(search: Search, shown: Found, least: Found, peak: PlanPeak, *, more:
     return [first, *(point for point in points if not point.is_same_plan(first))]
 
 
-def _fitting(points: Sequence[FrontPoint], feasible: bool, budget_bytes: int) -> tuple[tuple[str, FrontPoint], ...]:
+def _fitting(points: Sequence[FrontPoint], search: Search, *, feasible: bool) -> tuple[tuple[str, FrontPoint], ...]:
     """Of the plans that fit, those that a text of `-s` says, by estimated step time; the first point is the plan shown.
 
     `ckpt:auto` finds the plan shown again; of other plans with options of their own for each layer, no text tells.
     """
     found: dict[str, FrontPoint] = {}
+    budget = "100%" if search.budget_bytes == search.device.capacity_bytes else f"{search.budget_bytes}B"
     for index, point in enumerate(points):
-        if point.peak.device > budget_bytes or (index == 0 and not feasible):
+        if point.peak.device > search.budget_bytes or (index == 0 and not feasible):
             continue
         if point.recomputed == "nothing":
             checkpoint = []
         elif point.recomputed.endswith(" full") and ", " not in point.recomputed:  # one range: every layer
             checkpoint = ["ckpt"]
         elif index == 0:
-            checkpoint = [f"ckpt:auto,budget={budget_bytes}"]
+            checkpoint = [f"ckpt:auto,budget={budget}"]
         else:
             continue
         found.setdefault(",".join((*point.strategies, *checkpoint)), point)

@@ -15,6 +15,7 @@ import click
 from rich.console import Console
 from rich.text import Text
 
+from memscope.advisor.advise import DEFAULT_DEVICE
 from memscope.advisor.fit.fit import answer
 from memscope.advisor.fit.fitting import Fit
 from memscope.advisor.fit.names import SizeNames, sizes_of_target
@@ -36,8 +37,6 @@ from memscope.units import parse_seconds
 
 __all__ = ["command"]
 
-_DEFAULT_DEVICE = "a100-80gb"
-
 
 @dataclass(frozen=True)
 class FitOptions:
@@ -49,7 +48,7 @@ class FitOptions:
         str,
         option(
             "--device",
-            default=_DEFAULT_DEVICE,
+            default=DEFAULT_DEVICE,
             show_default=True,
             help="The device (see: memscope devices); a100-40gb:28GiB is one with less memory.",
         ),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -12,6 +15,8 @@ from memscope.units import format_bytes, format_seconds
 
 __all__ = ["print_fit"]
 
+_MOST_SIMULATIONS = 12
+
 
 def print_fit(console: Console, found: Fit) -> None:
     """Print whether it fits, how much larger it may be, what would help, the evidence and the devices."""
@@ -20,7 +25,11 @@ def print_fit(console: Console, found: Fit) -> None:
     _print_verdict(console, found)
     if found.changes:
         print_table(console, _changes(found))
-    print_table(console, _evidence(found))
+    shown = _shown(found)
+    print_table(console, _evidence(found, shown))
+    if len(shown) < len(found.evidence):
+        more = len(found.evidence) - len(shown)
+        console.print(Text(f"{more} more simulations are in --json and --html", style="dim"))
     print_table(console, _devices(found))
     for note in found.notes:
         console.print(Text(f"Note: {note}"))
@@ -74,13 +83,24 @@ def _changes(found: Fit) -> Table:
     return table
 
 
-def _evidence(found: Fit) -> Table:
+def _shown(found: Fit) -> list[Evidence]:
+    """The simulations to print: all if they are few, else the size asked for and both sides of each boundary."""
+    if len(found.evidence) <= _MOST_SIMULATIONS:
+        return list(found.evidence)
+    asked, batch, length = found.asked.size, found.micro_batch, found.seq_len
+    told = {asked, *(replace(asked, micro_batch=value) for value in (batch.value, batch.next) if value)}
+    if length is not None:
+        told |= {replace(asked, seq_len=value) for value in (length.value, length.next) if value}
+    return [one for one in found.evidence if one.size in told]
+
+
+def _evidence(found: Fit, shown: Sequence[Evidence]) -> Table:
     table = Table(title=f"Simulated on {found.device}")
     has_length = found.asked.size.seq_len is not None
     for heading in ("micro-batch", *(["tokens"] if has_length else []), "device must hold"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("fits")
-    for one in found.evidence:
+    for one in shown:
         table.add_row(*_evidence_row(one, has_length), style="bold" if one == found.asked else None)
     return table
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from memscope.advisor.advise import DEFAULT_DEVICE, advise
 from memscope.advisor.fit.devices import devices_that_hold
-from memscope.advisor.fit.fitting import Change, Evidence, Fit, Largest, Size
+from memscope.advisor.fit.fitting import Evidence, Fit, FittingChange, Largest, Size
 from memscope.advisor.fit.names import SizeNames
 from memscope.advisor.fit.question import Question
 from memscope.advisor.fit.sizes import Boundary
@@ -138,8 +138,8 @@ def answer(question: Question, asker: Asker, build: Callable[..., Workload]) -> 
 
 
 _DECIDING = (
-    "What fits was simulated with every micro-batch of two steps, what does not with those that decide the peak: the "
-    "first, and the largest with gradients."
+    "The sizes that were asked for and found were simulated with every micro-batch of two steps, the others with those "
+    "that decide the peak: the first, and the largest that meets gradients."
 )
 
 
@@ -164,7 +164,7 @@ class _Search:
 
     def sizes(self, size: Size) -> tuple[tuple[str, int], ...]:
         """The settings that make a size; none for the size that the target's settings say."""
-        if size == self.asked and self.question.asked is None:
+        if self.question.asked is None and size == self.asked:
             return ()
         names = self.question.names
         length = [] if size.seq_len is None or names.seq_len is None else [(names.seq_len, size.seq_len)]
@@ -176,7 +176,8 @@ class _Search:
         found: dict[Size, Evidence | MemscopeError] = {}
         for size, seen in zip(sizes, self.asker(what, probes), strict=True):
             if isinstance(seen, Seen):
-                self.evidence[size] = found[size] = Evidence.of(seen.trace, size, is_whole=seen.is_whole)
+                every = whole or len(seen.elements) == 1
+                self.evidence[size] = found[size] = Evidence.of(seen.trace, size, is_whole=every)
             else:
                 found[size] = seen
         return found
@@ -227,7 +228,7 @@ class _Search:
 
 def _changes(
     question: Question, search: _Search, asker: Asker, build: Callable[..., Workload]
-) -> tuple[tuple[Change, ...], list[str]]:
+) -> tuple[tuple[FittingChange, ...], list[str]]:
     """The cheapest changes with which the step fits, and notes."""
     sizes: dict[str, Any] = dict(search.sizes(search.asked))
     capacity = question.device.capacity_bytes
@@ -240,7 +241,7 @@ def _changes(
         )  # fmt: skip
     except (UsageError, GateFailed) as error:
         return (), [f"No change was searched that makes it fit: {error}."]
-    found = [Change(spec, point.peak.device, point.step_seconds) for spec, point in advice.fitting]
+    found = [FittingChange(spec, point.peak.device, point.step_seconds) for spec, point in advice.fitting]
     if not found:
         hint = f"; {advice.binding.helps}" if advice.binding.helps else ""
         return (), [f"No change was found that makes it fit ({advice.proof}{hint})."]

@@ -9,7 +9,7 @@ from typing import Any
 from memscope.advisor.advice import PlanPeak
 from memscope.trace import Trace
 
-__all__ = ["Change", "DeviceFit", "Evidence", "Fit", "Largest", "Size", "holds"]
+__all__ = ["DeviceFit", "Evidence", "Fit", "FittingChange", "Largest", "Size", "holds"]
 
 SCHEMA_VERSION = 1
 
@@ -92,7 +92,7 @@ class DeviceFit:
 
 
 @dataclass(frozen=True)
-class Change:
+class FittingChange:
     """Strategies with which the step fits."""
 
     strategies: str
@@ -124,7 +124,7 @@ class Fit:
     """Every simulation on the device, smaller sizes first."""
     devices: tuple[DeviceFit, ...]
     """The devices of the catalogue, least memory first."""
-    changes: tuple[Change, ...] = ()
+    changes: tuple[FittingChange, ...] = ()
     """If the step does not fit: at most three changes found with which it does, the fastest first (estimates)."""
     notes: tuple[str, ...] = ()
     """What a reader of the figures must know."""

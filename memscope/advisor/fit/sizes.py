@@ -17,6 +17,8 @@ _GUESSES = 4
 """Rounds after which the range is cut in three rather than interpolated."""
 _MOST_GROWTH = 8
 """How much larger than the largest known value the next one may be."""
+_APART = 1.25
+"""Ratio of two values from which on a curve goes through both."""
 _FULL = 0.97
 """Share of its memory that PyTorch's allocator can usually allocate; the rest is lost in fragments."""
 
@@ -101,7 +103,12 @@ def _crossing(points: Sequence[tuple[int, int]], limit_bytes: float, low: int, h
 
     The points are those nearest to the limit: memory is linear in the micro-batch, and at most quadratic in the length.
     """
-    nearest = sorted(points, key=lambda point: abs(point[1] - limit_bytes))[:3]
+    nearest: list[tuple[int, int]] = []
+    for x, y in sorted(points, key=lambda point: abs(point[1] - limit_bytes)):
+        # Points side by side would tell the slope of the blocks' rounding.
+        if all(max(x, other) >= _APART * min(x, other) for other, _ in nearest):
+            nearest.append((x, y))
+    del nearest[3:]
 
     def expected(value: int) -> float:
         total = 0.0
