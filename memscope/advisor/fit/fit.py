@@ -69,11 +69,11 @@ def fit(
         >>> def build(micro_batch):
         ...     return Workload(
         ...         model=nn.Sequential(nn.Linear(1024, 1024), nn.Linear(1024, 1024)),
-        ...         batches=[torch.randn(micro_batch * 2**14, 1024)],
+        ...         batches=[torch.zeros(micro_batch * 2**13, 1024)],
         ...         loss=lambda model, x: model(x).square().mean(),
         ...         optimizer_factory=torch.optim.AdamW,
         ...     )
-        >>> found = fit(build, micro_batch=4, device="a100-40gb")
+        >>> found = fit(build, micro_batch=1, device="t4:1GiB")
         >>> found.fits, found.micro_batch.next == found.micro_batch.value + 1
         (True, True)
         >>> [one.fits for one in found.evidence[-2:]]  # the largest that fits, and the next one
