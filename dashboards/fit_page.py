@@ -12,12 +12,12 @@ from memscope.advisor.fit.fitting import DeviceFit, Evidence, Fit, Largest
 from memscope.dashboards.html import Section, card, facts, figure_box, html_page, table
 from memscope.dashboards.palette import LIGHT, Theme, dressed, themed
 from memscope.errors import UsageError
-from memscope.trace import write_whole
+from memscope.trace import Category, write_whole
 from memscope.units import format_bytes, format_seconds
 
 __all__ = ["memory_by_size", "write_fit_page"]
 
-_COLOURS = ("parameter", "activation", "gradient", "optimizer_state", "workspace", "temporary")
+_COLOURS: tuple[Category, ...] = ("parameter", "activation", "gradient", "optimizer_state", "workspace", "temporary")
 _ABOVE_ALL = 1.6
 """Lines of devices are drawn up to so many times the largest need."""
 
