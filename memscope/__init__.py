@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from memscope.advisor.advise import advise
+    from memscope.advisor.fit.fit import fit
     from memscope.hooks.record import record
     from memscope.hooks.recorder import Recorder
     from memscope.simulation.simulate import simulate
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from memscope.trace import Trace
     from memscope.workload.description import StepPlan, Workload
 
-__all__ = ["Plan", "Recorder", "StepPlan", "Strategy", "Trace", "Workload", "advise", "hf", "record", "simulate"]
+__all__ = ["Plan", "Recorder", "StepPlan", "Strategy", "Trace", "Workload", "advise", "fit", "hf", "record", "simulate"]
 __version__ = "0.1.0"
 
 _HOME = {
@@ -31,6 +32,7 @@ _HOME = {
     "Trace": "memscope.trace",
     "Workload": "memscope.workload.description",
     "advise": "memscope.advisor.advise",
+    "fit": "memscope.advisor.fit.fit",
     "hf": "memscope.targets.hf.target",
     "record": "memscope.hooks.record",
     "simulate": "memscope.simulation.simulate",

@@ -154,6 +154,8 @@ class Advice:
     """Plan file, once saved."""
     trace: Trace | None = field(default=None, repr=False)
     """The whole step with the plan, simulated."""
+    fitting: tuple[tuple[str, FrontPoint], ...] = field(default=(), repr=False)
+    """Simulated plans that fit, by estimated step time, each with the text that makes `-s` apply it."""
 
     @property
     def proof(self) -> str:

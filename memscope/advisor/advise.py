@@ -168,7 +168,8 @@ def _advice(
     peak = _peak(shown.seen.trace, device, settings)
     seconds = shown.seen.seconds
     scale = seconds / shown.seconds
-    front = _front(search, shown, least, peak, more=not interrupted)
+    points = _points(search, shown, least, peak, more=not interrupted)
+    front = unbeaten(points)
     smallest = peak.device
     if found and shown is not least:
         smallest = min(_peak(least.seen.trace, device, settings).device, *(point.peak.device for point in front))
@@ -193,6 +194,7 @@ def _advice(
         notes=(*notes_of(shown.seen.trace), *search.planning.refused, *_scattered(shown.seen.trace, peak, settings)),
         made_for=made_for(built, search.layers.names, Plan.parse(reference.strategies).specs, device.name),
         trace=shown.seen.trace,
+        fitting=_fitting(points, search, feasible=found is not None),
     )
 
 
@@ -232,8 +234,8 @@ def _would_help(search: Search, plans: Mapping[str, Plan]) -> str:
     return "; ".join(lines)
 
 
-def _front(search: Search, shown: Found, least: Found, peak: PlanPeak, *, more: bool) -> tuple[FrontPoint, ...]:
-    """The simulated plans that no other beats in memory and time as they are printed, least memory first.
+def _points(search: Search, shown: Found, least: Found, peak: PlanPeak, *, more: bool) -> list[FrontPoint]:
+    """The simulated plans, the one shown first.
 
     Times of plans of which only some micro-batches were run are scaled by what the plan shown took as a whole.
     """
@@ -246,8 +248,29 @@ def _front(search: Search, shown: Found, least: Found, peak: PlanPeak, *, more: 
     for text, reference in search.tried.references.items() if search.layers.may_recompute_all else ():
         points.append(_point(Found(text, reference.layers.checkpointed, reference.full, reference.full_seconds), scale))
     first = dataclasses.replace(_point(shown, scale), peak=peak)
-    points = [first, *(point for point in points if not point.is_same_plan(first))]
-    return unbeaten(points)
+    return [first, *(point for point in points if not point.is_same_plan(first))]
+
+
+def _fitting(points: Sequence[FrontPoint], search: Search, *, feasible: bool) -> tuple[tuple[str, FrontPoint], ...]:
+    """Of the plans that fit, those that a text of `-s` says, by estimated step time; the first point is the plan shown.
+
+    `ckpt:auto` finds the plan shown again; of other plans with options of their own for each layer, no text tells.
+    """
+    found: dict[str, FrontPoint] = {}
+    budget = "100%" if search.budget_bytes == search.device.capacity_bytes else f"{search.budget_bytes}B"
+    for index, point in enumerate(points):
+        if point.peak.device > search.budget_bytes or (index == 0 and not feasible):
+            continue
+        if point.recomputed == "nothing":
+            checkpoint = []
+        elif point.recomputed.endswith(" full") and ", " not in point.recomputed:  # one range: every layer
+            checkpoint = ["ckpt"]
+        elif index == 0:
+            checkpoint = [f"ckpt:auto,budget={budget}"]
+        else:
+            continue
+        found.setdefault(",".join((*point.strategies, *checkpoint)), point)
+    return tuple(sorted(found.items(), key=lambda item: item[1].step_seconds))
 
 
 def _point(found: Found, scale: float) -> FrontPoint:

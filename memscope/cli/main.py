@@ -22,6 +22,7 @@ _COMMANDS = {
     "check": "Check a trace against limits: a budget, a size, or growth over a baseline. Exit code 3 if one fails.",
     "import": "Convert a PyTorch memory snapshot into a trace; nothing in the snapshot is executed.",
     "export": "Write a trace for PyTorch's memory viewer, Perfetto, Chrome, or as a table.",
+    "fit": "Say whether a target fits a device, its largest micro-batch and context, and which devices hold it.",
     "advise": "Find the cheapest plan that fits a budget: strategies, and which layers to checkpoint.",
     "strategies": "List the strategies and their settings.",
     "targets": "List the targets that come with memscope, with their presets and settings.",

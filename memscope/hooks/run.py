@@ -39,6 +39,8 @@ def run_meta(workload: Workload, plan: Plan, device: str, *, simulated: bool) ->
         **({"chosen": chosen} if chosen else {}),
         "device": {"name": device, "simulated": simulated},
     }
+    if workload.positions is not None:
+        meta["positions"] = workload.positions
     for note in workload.notes:
         add_note(meta, note)
     return meta

@@ -117,6 +117,7 @@ class _Meta(TypedDict, total=False):
     assumptions: list[_Assumption]
     command: _Command | None
     samples_per_step: Count | None
+    positions: Count
     parameters: _Parameters
     flops: list[Count] | None
     seconds: list[Seconds] | None

@@ -86,6 +86,8 @@ class Workload:
     """The target's settings; stored in the trace."""
     notes: Sequence[str] = ()
     """What a reader of the figures must know about the workload; tables, pages and JSON documents show it."""
+    positions: int | None = None
+    """Tokens of the longest sample that the model was made for; None: it has no such bound, or none is known."""
 
     def parameter_counts(self) -> tuple[int, int]:
         """`(total, trainable)` numbers of parameters, each tied parameter counted once."""

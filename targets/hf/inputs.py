@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from memscope.errors import UsageError
 from memscope.targets.hf.images import image_text_sample, pixels
-from memscope.targets.hf.lengths import fitting_length
+from memscope.targets.hf.lengths import SampleLength, fitting_length
 from memscope.targets.hf.program import Program
 from memscope.workload.split import split_batch
 
@@ -30,7 +30,8 @@ class Inputs:
     """Makes a sample, on the host."""
     packed: bool
     """Whether a micro-batch is one row."""
-    notes: tuple[str, ...] = ()
+    length: SampleLength | None = None
+    """How long the samples are; None: `seq_len` has no effect on them."""
 
     def split(self, samples: list[int], parts: int) -> list[dict[str, Tensor]]:
         """Micro-batches on the host, for the numbered samples of a step."""
@@ -55,8 +56,8 @@ def inputs_for(model: nn.Module, config: Any, program: Program, task: str) -> In
     if program.packing and task != "causal-lm":
         raise UsageError(f"hf: packing=true is for language models (causal-lm), and the task is {task}")
     made = _Maker(model, config, program, torch.Generator(device="cpu").manual_seed(0))
-    sample, notes = made.of(task)
-    return Inputs(sample, program.packing, notes)
+    sample, length = made.of(task)
+    return Inputs(sample, program.packing, length)
 
 
 @dataclass(frozen=True)
@@ -66,26 +67,26 @@ class _Maker:
     program: Program
     generator: torch.Generator
 
-    def of(self, task: str) -> tuple[Callable[[], _Tensors], tuple[str, ...]]:
+    def of(self, task: str) -> tuple[Callable[[], _Tensors], SampleLength | None]:
         config, program = self.config, self.program
         if task in ("causal-lm", "masked-lm", "sequence-classification", "token-classification", "question-answering"):
-            length, notes = fitting_length(self.model, config.get_text_config(), program.seq_len, program.model)
-            return partial(self._text, task, length), notes
+            length = fitting_length(self.model, config.get_text_config(), program.seq_len, program.model)
+            return partial(self._text, task, length.tokens), length
         if task == "seq2seq":
-            source, notes = fitting_length(self.model, config, program.seq_len, program.model)
-            return partial(self._pairs, source, self._target_length()), notes
+            length = fitting_length(self.model, config, program.seq_len, program.model)
+            return partial(self._pairs, length.tokens, self._target_length()), length
         if task == "image-classification":
-            return self._images, ()
+            return self._images, None
         if task == "speech-seq2seq":
-            return self._speech, ()
+            return self._speech, None
         if task == "ctc":
-            return self._sound, ()
-        length, notes = fitting_length(self.model, config.get_text_config(), program.seq_len, program.model)
+            return self._sound, None
+        length = fitting_length(self.model, config.get_text_config(), program.seq_len, program.model)
         image = partial(
-            image_text_sample, config, length, program.image_size, partial(self._ids, config.get_text_config())
+            image_text_sample, config, length.tokens, program.image_size, partial(self._ids, config.get_text_config())
         )
         image()  # tells at once what cannot be made
-        return image, notes
+        return image, length
 
     def _target_length(self) -> int:
         most = getattr(self.config, "max_target_positions", None) or getattr(

@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from memscope.errors import UsageError
 
-__all__ = ["fitting_length"]
+__all__ = ["SampleLength", "fitting_length"]
 
 _DEFAULT = 1024
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length")
+_RELATIVE = ("t5", "mt5", "longt5", "umt5")
+"""Types of models with relative positions."""
 _TABLE = re.compile(r"(^|[._])(wpe|embed_positions|position_embeddings|position_embedding|pos_embed)$")
 """Modules that hold a vector per position, by the names that transformers gives them."""
 
 
-def fitting_length(model: nn.Module, config: Any, wanted: int | None, name: str) -> tuple[int, tuple[str, ...]]:
-    """The length of a sample, and a note if it is beyond what the model was trained for.
+@dataclass(frozen=True)
+class SampleLength:
+    """How long the samples are."""
+
+    tokens: int
+    positions: int | None
+    """Tokens that the model was made for; None: any number."""
+    notes: tuple[str, ...] = ()
+    """A note if the samples are longer than that."""
+
+
+def fitting_length(model: nn.Module, config: Any, wanted: int | None, name: str) -> SampleLength:
+    """The length of a sample.
 
     Args:
         model: the model, for its tables of positions.
@@ -35,15 +49,16 @@ def fitting_length(model: nn.Module, config: Any, wanted: int | None, name: str)
     table = _learned(model)
     if table is not None:
         most = table if most is None else min(table, most)
+    limit = None if config.model_type in _RELATIVE else most  # their `n_positions` limits nothing
     if wanted is None:
-        return min(_DEFAULT, most or _DEFAULT), ()
-    if most is None or wanted <= most:
-        return wanted, ()
+        return SampleLength(min(_DEFAULT, most or _DEFAULT), limit)
+    if limit is None or wanted <= limit:
+        return SampleLength(wanted, limit)
     if table is not None:
-        raise UsageError(f"hf: seq_len={wanted}: {name} has {most} learned positions: choose at most {most}")
-    if config.model_type in ("t5", "mt5", "longt5", "umt5"):
-        return wanted, ()  # relative positions: `n_positions` in their configurations limits nothing
-    return wanted, (f"seq_len={wanted} is beyond the {most} positions in the configuration of {name}",)
+        raise UsageError(f"hf: seq_len={wanted}: {name} has {limit} learned positions: choose at most {limit}")
+    return SampleLength(
+        wanted, limit, (f"seq_len={wanted} is beyond the {limit} positions in the configuration of {name}",)
+    )
 
 
 def _learned(model: nn.Module) -> int | None:

@@ -65,7 +65,7 @@ def build(config: Config) -> Workload:
     inputs = inputs_for(model, hf_config, program, trained.task)
     if program.adapter is not None:
         model = adapted(model, program.adapter, program.adapter_dtype)
-    samples = program.micro_batch * program.accumulation
+    samples, length = program.micro_batch * program.accumulation, inputs.length
     return Workload(
         model=model,
         batches=[list(range(samples))],
@@ -74,8 +74,9 @@ def build(config: Config) -> Workload:
         plan=_plan(program),
         name=source.name,
         split=inputs.split,
-        settings=_plain(program),
-        notes=(*program.notes, *inputs.notes, *_trusted(source, program)),
+        settings=_plain(program) | {"seq_len": length.tokens if length else None},
+        notes=(*program.notes, *(length.notes if length else ()), *_trusted(source, program)),
+        positions=length.positions if length else None,
     )
 
 

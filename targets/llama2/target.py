@@ -67,6 +67,7 @@ def build_on(samples: list[Sample], config: Config) -> Workload:
         split=split,
         weight=target_tokens,
         settings=dataclasses.asdict(config),
+        positions=config.max_seq_len,
     )
 
 

@@ -21,9 +21,11 @@ capability = "8.0"
 capacity_bytes = 536_870_912
 multiprocessors = 108
 """
+SMALL_DEVICE = ["--device", "small", "--device-file", "small.toml"]
 COMMANDS = sorted(cli.list_commands(click.Context(cli)))
 WORKS = {
     "profile": ["profile", "mine.py", "--device", "gpu", "-o", "runs"],
+    "fit": ["fit", "sized.py", *SMALL_DEVICE],
     "advise": ["advise", "mine.py", "--budget", "1GB", "-s", "ga:steps=1,adamw"],
     "report": ["report", "run.npz"],
     "diff": ["diff", "run.npz", "run.npz"],
@@ -36,6 +38,7 @@ WORKS = {
 }
 FAILS = TARGET.replace("    layers =", "    raise ValueError\n    layers =")
 ENDS = TARGET.replace("    layers =", "    import os; os._exit(3)\n    layers =")
+SIZED = TARGET.replace("width: int = 4", "batch_size: int = 2").replace("ones(2, 4)", "ones(config.batch_size, 4)")
 WIDE = TARGET.replace("Linear(4, 4)", "Linear(8192, 8192)").replace("ones(2, 4)", "ones(2, 8192)")
 
 
@@ -82,6 +85,11 @@ CAUSES = {
         (nothing, [*WORKS["advise"], "-s", "nonsense"]),
         (nothing, [*WORKS["profile"], "--device", "nonsense"]),
         (nothing, [*WORKS["advise"], "--device", "nonsense"]),
+        *((nothing, ["fit", "sized.py", "--device", name]) for name in ("nonsense", "gpu", "cpu", "gb10")),
+        (nothing, [*WORKS["fit"], "-s", "nonsense"]),
+        (nothing, [*WORKS["fit"], "--allow", "nonsense"]),
+        (nothing, [*WORKS["fit"], "--set", "batchsize=1"]),
+        (nothing, ["fit", "mine.py", *SMALL_DEVICE]),  # it has no setting for the micro-batch
         (nothing, [*WORKS["profile"], "--set", "nonsense=1"]),
         (nothing, [*WORKS["advise"], "--set", "nonsense=1"]),
         (nothing, ["check", "run.npz", "--budget", "much"]),
@@ -90,6 +98,7 @@ CAUSES = {
     "a file or folder named on the command line is missing, of the wrong kind, damaged, or in the way": [
         *((nothing, [name, wrong]) for name in ("profile", "report") for wrong in ("no.py", "no.npz", "empty")),
         *((nothing, ["advise", wrong, "--budget", "1GB"]) for wrong in ("no.py", "empty")),
+        *((nothing, ["fit", wrong]) for wrong in ("no.py", "empty")),
         *((nothing, ["diff", "run.npz", wrong]) for wrong in ("no.npz", "mine.py", "empty", "taken.pickle")),
         *((nothing, ["check", wrong, "--budget", "1GB"]) for wrong in ("no.npz", "mine.py", "empty", "taken.pickle")),
         *((nothing, ["export", wrong, "--to", "csv"]) for wrong in ("no.npz", "mine.py", "empty", "taken.pickle")),
@@ -102,7 +111,8 @@ CAUSES = {
         *((full_disk, WORKS[name]) for name in ("profile", "report", "import", "export")),
         (full_disk, [*WORKS["advise"], "--html", "page.html"]),
     ],
-    "a check fails, or no plan fits": [
+    "a check fails, no plan fits, or `fit` finds that the step does not fit": [
+        (nothing, ["fit", "wide.py", *SMALL_DEVICE, "-s", "ga:steps=1,adamw"]),
         (nothing, ["check", "run.npz", "--budget", "1MiB"]),
         (nothing, ["advise", "mine.py", "--budget", "2MiB", "-s", "ga:steps=1,adamw"]),
     ],
@@ -129,6 +139,8 @@ def folder(tmp_path):
     (tmp_path / "taken.pickle").write_bytes(torch_snapshot_bytes(trace))
     (tmp_path / "mine.py").write_text(TARGET)
     (tmp_path / "small.toml").write_text(SMALL)
+    (tmp_path / "sized.py").write_text(SIZED)
+    (tmp_path / "wide.py").write_text(WIDE.replace("width: int = 4", "batch_size: int = 2"))
     (tmp_path / "empty").touch()
     return tmp_path
 

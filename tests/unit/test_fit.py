@@ -1,95 +1,176 @@
-"""How safely a simulated run fits: the room that it leaves against the error known of predictions."""
+"""What fits: the search for the boundary on known curves, and the answers against simulations of their own."""
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
-import numpy as np
 import pytest
-from traces import TraceBuilder
+import torch
+from torch import nn
 
-from memscope.analysis.check import budget_verdict
-from memscope.analysis.fit import CONTEXT_ERROR_BYTES, RESERVED_ERROR, Fit, fit_of
-from memscope.trace import Trace
+from memscope import Workload, fit, simulate
+from memscope.advisor.advice import PlanPeak
+from memscope.advisor.fit.fit import answer
+from memscope.advisor.fit.fitting import Evidence, Fitting, Largest, Size
+from memscope.advisor.fit.names import SizeNames, size_names
+from memscope.advisor.fit.question import Question
+from memscope.advisor.fit.sizes import Boundary
+from memscope.advisor.measure.runner import Asker, InProcess, Scene
+from memscope.allocator.settings import AllocatorSettings
+from memscope.errors import MemscopeError, UsageError
+from memscope.simulation.devices.catalogue import get_device
 
-MIB = 2**20
-GIB = 2**30
-
-
-def simulated(**changed: Any) -> Trace:
-    """A run with 1,000 MiB reserved and a context of 500 MiB, on a device with 40 GiB."""
-    builder = TraceBuilder()
-    builder.phase("forward", 0)
-    builder.new("parameter", 900 * MIB)
-    meta = {
-        "device": {"name": "some-gpu", "simulated": True},
-        "capacity": 40 * GIB,
-        "context": 500 * MIB,
-        "peak_reserved": 1000 * MIB,
-        "out_of_memory": None,
-    }
-    return dataclasses.replace(builder.trace(meta | changed), reserved=np.array([1000 * MIB]))
+LIMIT = 1_000_000
+Curve = Callable[[int], float]
 
 
-# 1.2 % of 1,000 MiB are 12 MiB; with the context's 1,187, predictions of this run are known to 1,199 MiB.
-NEEDED = 1500 * MIB
-ERROR = 1199 * MIB
+class Simulations:
+    """Stands in for simulations: memory by value, with a refusal above `most` and other figures for whole runs."""
+
+    def __init__(self, memory: Curve, whole: Curve | None = None, most: int = 10**9) -> None:
+        self.memory, self.whole, self.most = memory, whole or memory, most
+        self.asked: list[int] = []
+
+    def __call__(self, values: Sequence[int], whole: bool) -> Mapping[int, Evidence | MemscopeError]:
+        self.asked += values
+        return {value: self.one(value, whole) for value in values}
+
+    def one(self, value: int, whole: bool = False) -> Evidence | MemscopeError:
+        if value > self.most:
+            return UsageError(f"at most {self.most}")
+        size = int((self.whole if whole else self.memory)(value))
+        return Evidence(
+            Size(value, None), PlanPeak(size, size, size), size <= LIMIT, whole or self.whole is self.memory
+        )
+
+
+def largest(curve: Simulations, start: int, unit: int = 1, most: int = 4096) -> Largest:
+    known = curve.one(start)
+    assert isinstance(known, Evidence)
+    return Boundary(curve, LIMIT, unit, most, "enough", {start: known}).found()
 
 
 @pytest.mark.parametrize(
-    ("available", "verdict"),
+    ("memory", "start", "unit", "expected"),
     [
-        (NEEDED - 1, "does not fit"),
-        (NEEDED, "fits, but within the known error of 1.17 GiB"),
-        (NEEDED + ERROR - 1, "fits, but within the known error of 1.17 GiB"),
-        (NEEDED + ERROR, "fits"),
+        (lambda n: 100_000 + 9_000 * n, 1, 1, 100),  # 1,000,000
+        (lambda n: 100_000 + 9_000 * n, 4000, 1, 100),  # from above
+        (lambda n: 999_000 + n, 7, 1, 1000),
+        (lambda n: 300_000 * n, 2, 1, 3),
+        (lambda n: 200_000 + n * n, 100, 64, 832),  # 892,224; at 896, 1,002,816
+        (lambda n: 200_000 + n * n, 1000, 64, 832),
+        (lambda n: 50_000 * (n // 7), 3, 1, 146),  # steps, as of blocks: 20 of them fit, up to 20 * 7 + 6
     ],
 )
-def test_a_run_fits_safely_if_the_known_error_fits_too(available: int, verdict: str) -> None:
-    fit = fit_of(simulated(), available)
-    assert fit is not None
-    assert fit.known_error_bytes == ERROR
-    assert fit.verdict == verdict
-    assert (fit.fits, fit.is_safe) == (verdict != "does not fit", verdict == "fits")
-    assert budget_verdict(simulated(), available).fit == fit
+def test_the_largest_size_fits_and_its_neighbour_does_not(memory: Curve, start: int, unit: int, expected: int) -> None:
+    simulations = Simulations(memory)
+    assert largest(simulations, start, unit) == Largest(expected, unit, expected + unit)
+    assert len(simulations.asked) == len(set(simulations.asked)) <= 24
 
 
-def test_the_sentence_has_the_figures_and_the_known_error() -> None:
-    assert str(fit_of(simulated(), 2 * GIB)) == (
-        "fits, but within the known error of 1.17 GiB: 1.46 of 2.00 GiB; published runs took up to 1.2% more reserved "
-        "memory and 1.16 GiB more CUDA context than predicted"
+def test_a_linear_need_takes_three_rounds_at_most() -> None:
+    simulations = Simulations(lambda n: 5_000 + 99_000 * n)
+    assert largest(simulations, 1) == Largest(10, 1, 11)
+    assert len(simulations.asked) <= 6
+
+
+def test_nothing_fits_where_the_smallest_does_not() -> None:
+    assert largest(Simulations(lambda n: 2_000_000 * n), 4) == Largest(0, 1, 1)
+
+
+def test_the_search_ends_at_the_most_and_says_why() -> None:
+    assert largest(Simulations(lambda n: 10.0), 2, unit=64, most=512) == Largest(512, 64, None, "enough")
+
+
+def test_a_target_that_refuses_a_size_bounds_it() -> None:
+    found = largest(Simulations(lambda n: 10.0, most=48), 2)
+    assert found == Largest(48, 1, None, "the target refuses 49: at most 48")
+
+
+def test_a_size_that_fits_only_without_some_micro_batches_is_not_the_largest() -> None:
+    assert largest(Simulations(lambda n: 90_000 * n, lambda n: 110_000 * n), 1) == Largest(9, 1, 10)
+
+
+def test_settings_are_found_by_their_usual_names() -> None:
+    assert size_names(["lr", "batch_size", "block_size"], "mine.py") == SizeNames("batch_size", "block_size")
+    assert size_names(["seq_len", "micro_batch", "batch_size"], "llama2") == SizeNames("micro_batch", "seq_len")
+    with pytest.raises(UsageError, match=r"expected a field of its Config named micro_batch .*; it has lr, width"):
+        size_names(["lr", "width"], "mine.py")
+    with pytest.raises(UsageError, match=r"setting batch_size is None.*--set batch_size=1"):
+        SizeNames("batch_size", None).read({"batch_size": None})
+
+
+def build(micro_batch: int) -> Workload:
+    return Workload(
+        model=nn.Sequential(nn.Linear(512, 2048), nn.GELU(), nn.Linear(2048, 512)),
+        batches=[torch.zeros(2 * micro_batch * 512, 512)],
+        loss=lambda model, x: model(x).square().mean(),
+        optimizer_factory=torch.optim.AdamW,
+        name="two layers",
     )
 
 
-def test_without_a_budget_the_device_counts() -> None:
-    fit = fit_of(simulated())
-    assert fit is not None
-    assert (fit.available_bytes, fit.verdict) == (40 * GIB, "fits")
+def question(device: str, micro_batch: int, others: Sequence[str] = ()) -> Question:
+    return Question(
+        names=SizeNames("micro_batch", "seq_len"),
+        asked=Size(micro_batch, None),
+        device=get_device(device),
+        strategies="ga:steps=2",
+        allow=(),
+        allocator=AllocatorSettings(),
+        devices=[get_device(name) for name in others],
+    )
 
 
-def test_without_an_estimated_context_only_reserved_memory_can_be_off() -> None:
-    fit = fit_of(simulated(context=0), 1012 * MIB)
-    assert fit is not None
-    assert (fit.needed_bytes, fit.known_error_bytes, fit.is_safe) == (1000 * MIB, 12 * MIB, True)
+def answered(asked: Question) -> Fitting:
+    runner = InProcess(build, asked.device, asked.allocator)
+    return answer(asked, Asker(runner, lambda what, done, needed: None), build)
 
 
-@pytest.mark.parametrize(
-    "trace",
-    [
-        simulated(device={"name": "some-gpu", "simulated": False}),
-        simulated(capacity=None),
-        dataclasses.replace(simulated(), reserved=np.zeros(0, dtype=np.int64)),
-    ],
-    ids=["measured", "no limit", "no allocator"],
-)
-def test_other_runs_have_no_predicted_fit(trace: Trace) -> None:
-    assert fit_of(trace) is None
+def test_evidence_and_devices_equal_simulations_of_their_own() -> None:
+    others = ["a100-40gb", "a100-80gb", "t4", "h100-80gb"]
+    found = answered(question("a100-40gb:800MiB", 4, others))
+    assert found.fits
+    assert found.micro_batch.next == found.micro_batch.value + 1
+    device = replace(get_device("a100-40gb"), capacity_bytes=800 * 2**20)
+    for value, fits in ((found.micro_batch.value, True), (found.micro_batch.next, False)):
+        alone = simulate(lambda value=value: build(value), device=device, strategies="ga:steps=2")
+        assert (alone.meta["out_of_memory"] is None) == fits
+        told = next(one for one in found.evidence if one.size.micro_batch == value)
+        assert (told.fits, told.peak.device) == (fits, alone.meta["peak_reserved"] + device.context_bytes)
+    assert [one.name for one in found.devices] == ["t4", "a100-40gb", "h100-80gb", "a100-80gb"]  # least memory first
+    for one in found.devices:
+        alone = simulate(lambda: build(4), device=one.name, strategies="ga:steps=2")
+        assert one.device_bytes == alone.meta["peak_reserved"] + get_device(one.name).context_bytes
+    assert found.smallest_device is not None
+    assert found.smallest_device.name == "t4"
 
 
-def test_the_known_error_is_what_the_scoreboard_shows() -> None:
-    # docs/accuracy.md: 2,526 and 1,690 MiB outside the allocator, 70,462 MiB reserved; 503 MiB of context in the table.
-    assert CONTEXT_ERROR_BYTES == (1690 - 503) * MIB
-    assert (2526 - 1690) / 70_462 == pytest.approx(RESERVED_ERROR, abs=2e-4)
-    assert RESERVED_ERROR >= (2526 - 1690) / 70_462
-    assert Fit.of(70_462 * MIB, (70_462 + 503) * MIB, 72_988 * MIB).verdict.startswith("fits, but within")
+def test_a_step_that_fits_at_no_size_says_so_and_names_devices() -> None:
+    found = answered(question("t4:170MiB", 8, ["t4"]))  # 141 MiB of context; parameters and AdamW take 32 MiB
+    assert (found.fits, found.micro_batch, found.changes) == (False, Largest(0, 1, 1), ())
+    assert found.seq_len is None
+    assert any("No change" in note for note in found.notes)
+    assert [one.fits for one in found.devices] == [True]
+
+
+def test_the_context_ends_at_the_models_positions() -> None:
+    scene = Scene("targets/llama2", "debug", {"seq_len": "128", "accumulation": "1", "n_layers": "1"}, "t4:320MiB")
+    asked = replace(question("t4:320MiB", 1), asked=None, strategies="")
+    found = answer(asked, Asker(scene.in_process(), lambda what, done, needed: None), scene.build)
+    assert found.asked.size == Size(1, 128)
+    assert found.seq_len == Largest(512, 64, None, "the model has 512 positions")
+    assert found.document()["largest"]["seq_len"] == 512
+
+
+@pytest.mark.parametrize("name", ["gpu", "cpu"])
+def test_a_device_without_a_limit_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match="choose"):
+        fit(build, micro_batch=1, device=name)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True])
+def test_a_size_that_is_no_count_is_refused(value: object) -> None:
+    with pytest.raises(UsageError, match="expected a whole number from 1"):
+        fit(build, micro_batch=value)  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ import contextlib
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
@@ -47,12 +47,19 @@ class Probe:
     """Run every micro-batch of every step, as a user does, rather than in the last step those of `deciding_indices`."""
     capacity_bytes: int | None = None
     """Memory of the device; None: as the device has it."""
+    device: Device | None = None
+    """The device; None: that of the runner."""
+    sizes: tuple[tuple[str, int], ...] = ()
+    """Settings of the target and their values in this simulation; the others are as the runner has them."""
 
     @property
     def key(self) -> tuple[object, ...]:
         """Equal for equal probes."""
         layers = tuple(self.layers.layers.items()) if self.layers else ()
-        return self.strategies, layers, self.calls_of, self.steps, self.whole, self.capacity_bytes
+        return (
+            self.strategies, layers, self.calls_of, self.steps, self.whole, self.capacity_bytes, self.device,
+            self.sizes,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -151,8 +158,8 @@ class Asker:
 class InProcess:
     """Runs probes one after the other, for any workload."""
 
-    workload: Workload | Callable[[], Workload]
-    """As for `memscope.simulate`."""
+    workload: Workload | Callable[..., Workload]
+    """As for `memscope.simulate`; a function is given the `sizes` of a probe by name."""
     device: Device
     allocator: AllocatorSettings | None = None
     assume: str = ""
@@ -184,12 +191,13 @@ class Scene:
     assume: str = ""
     """As for `memscope.simulate`."""
 
-    def build(self) -> Workload:
-        """The target's workload."""
+    def build(self, **sizes: int) -> Workload:
+        """The target's workload, with the settings `sizes` changed."""
         from memscope.workload.target import find_target
 
         target = find_target(self.target)
-        return target.build(target.configure(self.preset, self.settings))
+        settings = {**self.settings, **{name: str(value) for name, value in sizes.items()}}
+        return target.build(target.configure(self.preset, settings))
 
     def in_process(self) -> InProcess:
         """A runner in this process."""
@@ -244,8 +252,9 @@ def _answer(runner: InProcess, probe: Probe) -> Answer:
     from memscope.simulation.simulate import Part, simulate
     from memscope.strategies import Plan
     from memscope.strategies.ckpt import Checkpoint
+    from memscope.workload.description import Workload
 
-    device = runner.device
+    device, workload = probe.device or runner.device, runner.workload
     elements: list[int] = []
     indices: list[int] = []
 
@@ -266,7 +275,7 @@ def _answer(runner: InProcess, probe: Probe) -> Answer:
         if probe.layers is not None:
             plan = Plan.of(*plan.strategies, Checkpoint.of(probe.layers))
         trace = simulate(
-            runner.workload,
+            workload if isinstance(workload, Workload) else partial(workload, **dict(probe.sizes)),
             device=device if probe.capacity_bytes is None else replace(device, capacity_bytes=probe.capacity_bytes),
             strategies=plan,
             steps=probe.steps,

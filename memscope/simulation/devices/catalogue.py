@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -22,8 +22,14 @@ DTYPES = ("fp32", "tf32", "fp16", "bf16")
 """Kinds of arithmetic with a peak rate; tf32 is fp32 data on TensorFloat-32 tensor cores."""
 
 _MOST_BYTES, _LONGEST_LINE, _LONGEST_NAME = 2**17, 1000, 60
-"""Upper bounds on a file's bytes (the built-in devices take 14 KB), and on the characters of a line and a name. tomllib
+"""Upper bounds on a file's bytes (the built-in devices take 22 KB), and on the characters of a line and a name. tomllib
 takes time that grows with the square of the parts of a dotted key, which cannot continue on another line."""
+
+_UNIFIED = re.compile(
+    r"\bgb10\b|dgx[-_ ]?spark|\b(agx|jetson|orin|thor|xavier)\b|\b(apple|mps)\b|\bm[1-9]([-_ ]?(pro|max|ultra))?\b"
+    r"|\bmi300a\b|strix[-_ ]?halo"
+)
+"""Names of devices whose memory the CPU and the GPU share."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,11 @@ class Device:
     host_bytes_per_second: float | None = None
     """Rate measured for copies between the device and pinned host memory, in one direction; None: no figure."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle with dicts in place of the read-only mappings, which cannot be pickled."""
+        values = (getattr(self, one.name) for one in fields(self))
+        return type(self), tuple(dict(value) if isinstance(value, Mapping) else value for value in values)
+
     @property
     def allocatable_bytes(self) -> int | None:
         """Bytes available to PyTorch's allocator if no other process uses the device: an estimate."""
@@ -88,7 +99,8 @@ def get_device(name: str, added: Mapping[str, Device] | None = None) -> Device:
     `a100-40gb:28GiB` is that device with 28 GiB of memory.
 
     Raises:
-        UsageError: no device has this name, and the message offers the nearest one; or its memory is no size.
+        UsageError: no device has this name, and the message offers the nearest one or, for a device with unified
+            memory, says why there is none; or the memory after the colon is no size.
     """
     name, colon, memory = name.partition(":")
     if colon:
@@ -96,6 +108,13 @@ def get_device(name: str, added: Mapping[str, Device] | None = None) -> Device:
     devices = {**_built_in(), **(added or {})}
     wanted = name.strip().lower()
     found = devices.get(wanted)
+    if found is None and _UNIFIED.search(wanted):
+        raise UsageError(
+            f'device "{name}" cannot be simulated: its memory is unified, that is, shared by CPU and GPU. How much of '
+            "it PyTorch gets depends on the operating system and on other programs, so no capacity would be true. "
+            'Choose a device with memory of its own ("memscope devices" lists them), or give such a device the memory '
+            "that you expect to be free, for example rtx5090:90GiB; its kernels may take other workspaces"
+        )
     if found is None:
         more = '"memscope devices" lists them all; a TOML file adds your own'
         raise UsageError(f'there is no device "{name}": {nearest(wanted, devices)}. {more}')

@@ -1,0 +1,180 @@
+"""`memscope fit`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import click
+from rich.console import Console
+from rich.text import Text
+
+from memscope.advisor.advise import DEFAULT_DEVICE
+from memscope.advisor.fit.fit import answer
+from memscope.advisor.fit.fitting import Fitting
+from memscope.advisor.fit.names import SizeNames, sizes_of_target
+from memscope.advisor.fit.question import Question
+from memscope.advisor.measure.runner import Asker, Scene, side_by_side
+from memscope.allocator.settings import AllocatorSettings
+from memscope.cli.fit_report import print_fit
+from memscope.cli.next_command import print_next, profile_words
+from memscope.command.options import FILE, TIMEOUT, argument, option, with_options
+from memscope.command.output import errors_told_last, require_writable
+from memscope.command.progress import shown_progress
+from memscope.command.target_words import settings_of
+from memscope.errors import GateFailed
+from memscope.runs.checks import check_plans
+from memscope.runs.processes import alone
+from memscope.simulation.devices.catalogue import all_devices, get_device, load_devices
+from memscope.strategies import Plan
+from memscope.units import parse_seconds
+
+__all__ = ["command"]
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """The options of `memscope fit`."""
+
+    target: Annotated[str, argument()]
+    settings: Annotated[tuple[str, ...], argument(nargs=-1, metavar="[KEY=VALUE]...")]
+    device: Annotated[
+        str,
+        option(
+            "--device",
+            default=DEFAULT_DEVICE,
+            show_default=True,
+            help="The device (see: memscope devices); a100-40gb:28GiB is one with less memory.",
+        ),
+    ]
+    device_file: Annotated[
+        Path | None, option("--device-file", type=FILE, metavar="FILE", help="TOML file with devices of your own.")
+    ]
+    strategies: Annotated[
+        str, option("-s", "--strategies", default="", metavar="PLAN", help="Strategies to apply, such as lora:r=8,amp.")
+    ]
+    allow: Annotated[
+        tuple[str, ...],
+        option(
+            "--allow",
+            multiple=True,
+            metavar="NAME,...",
+            help="Strategies that change the mathematics and may be proposed if it does not fit, such as lora,bf16.",
+        ),
+    ]
+    preset: Annotated[
+        str | None,
+        option("--preset", metavar="NAME|PATH", help="Preset of the target. Default: its first preset."),
+    ]
+    changed: Annotated[
+        tuple[str, ...],
+        option("--set", multiple=True, metavar="KEY=VALUE", help="Change a setting of the target. Repeatable."),
+    ]
+    trust_remote_code: Annotated[
+        bool,
+        option(
+            "--trust-remote-code",
+            is_flag=True,
+            help="Run Python code that comes with a model of hf:WHAT; short for --set trust_remote_code=true.",
+        ),
+    ]
+    allocator: Annotated[
+        str | None,
+        option("--allocator", metavar="CONF", help="Settings of PyTorch's allocator, as in PYTORCH_CUDA_ALLOC_CONF."),
+    ]
+    timeout: Annotated[str | None, TIMEOUT]
+    html: Annotated[
+        Path | None,
+        option(
+            "--html",
+            type=FILE,
+            metavar="FILE",
+            help="Also write a page: memory over micro-batch and length, with a line for each device.",
+        ),
+    ]
+    force: Annotated[bool, option("-f", "--force", is_flag=True, help="Overwrite an existing page.")]
+    as_json: Annotated[bool, option("--json", is_flag=True, help="Print one JSON document instead of tables.")]
+
+
+@click.command("fit")
+@with_options(FitOptions)
+def command(options: FitOptions) -> int:
+    """Say whether TARGET fits a device, how much larger it may be, and which devices hold it.
+
+    TARGET is as for `memscope profile`. Every answer is simulated, on both sides of the boundary. If the step does not
+    fit, the cheapest changes that make it fit are searched; their times are estimates. Exit code 3: it does not fit.
+    """
+    if options.html:
+        require_writable(options.html, overwrite=options.force, option="--html")
+    scene, question = _prepared(options)
+    with contextlib.ExitStack() as scopes:
+        scopes.enter_context(contextlib.redirect_stdout(sys.stderr))  # what the target prints is no result
+        progress = scopes.enter_context(shown_progress())
+        runner = scopes.enter_context(side_by_side(scene))
+        found = answer(question, Asker(runner, progress), scene.build)
+    with errors_told_last() as attempt:
+        following = _next_words(scene, found, question.names)
+        has_page = False
+        if options.html:
+            from memscope.dashboards.fit_page import write_fit_page
+
+            has_page = attempt(
+                write_fit_page, found, options.html, shlex.join(map(str, following)), overwrite=options.force
+            )
+        if options.as_json:
+            click.echo(json.dumps(found.document(), ensure_ascii=False, indent=2))
+        else:
+            console = Console(highlight=False)
+            print_fit(console, found)
+            if has_page:
+                console.print(Text(f"Page: {options.html}"), soft_wrap=True)
+            print_next(console, following)
+    return 0 if found.fits else GateFailed.exit_code
+
+
+def _prepared(options: FitOptions) -> tuple[Scene, Question]:
+    """Find everything that is wrong with the options before anything is simulated."""
+    trusted = ["trust_remote_code=true"] if options.trust_remote_code else []
+    settings = settings_of([*options.changed, *options.settings, *trusted])
+    file = options.device_file
+    added = load_devices(file) if file else {}
+    device = get_device(options.device, added)
+    if options.allocator is None:
+        allocator = AllocatorSettings.from_environment(os.environ)
+    else:
+        allocator = AllocatorSettings.parse(options.allocator)
+    timeout = None if options.timeout is None else parse_seconds(options.timeout)
+    scene = Scene(options.target, options.preset, settings, options.device, file, options.allocator, timeout)
+    with contextlib.redirect_stdout(sys.stderr):
+        check_plans(scene.target, scene.preset, settings, [Plan.parse(options.strategies)], timeout_seconds=timeout)
+        names = alone(sizes_of_target, scene.target, scene.preset, settings, timeout_seconds=timeout)
+    question = Question(
+        names=names,
+        asked=None,
+        device=device,
+        strategies=str(Plan.parse(options.strategies)),
+        allow=options.allow,
+        allocator=allocator,
+        devices=(*all_devices(), *added.values()),
+        grid=options.html is not None,
+    )
+    return scene, question
+
+
+def _next_words(scene: Scene, found: Fitting, names: SizeNames) -> list[object]:
+    """A profile: with the largest micro-batch; or with a change, a micro-batch or a device with which it fits."""
+    settings, device, strategies = dict(scene.settings), scene.device, found.strategies
+    if found.changes:
+        strategies = found.changes[0].strategies
+    elif found.micro_batch.value:
+        settings[names.micro_batch] = str(found.micro_batch.value)
+    elif found.smallest_device:
+        device = found.smallest_device.name
+    words = profile_words(Scene(scene.target, scene.preset, settings, device, scene.device_file, scene.allocator))
+    return [*words, *(["-s", strategies] if strategies else [])]
