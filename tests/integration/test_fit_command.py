@@ -68,7 +68,7 @@ def build(config):
 """
 ON_SMALL = ("--device", "small", "--device-file", "small.toml")
 KEYS = {
-    "schema_version", "target", "device", "fits", "peak", "largest", "evidence", "devices", "changes", "assumptions",
+    "schema_version", "target", "device", "fits", "fit", "peak", "largest", "evidence", "devices", "changes", "assumptions",
     "notes",
 }  # fmt: skip
 
