@@ -44,7 +44,11 @@ def memory_by_size(found: Fitting, theme: Theme = LIGHT) -> go.Figure:
         dressed(
             height=460,
             margin={"l": 60, "r": 12, "t": 34, "b": 50},
-            xaxis={"title": {"text": "micro-batch", "standoff": 6}},
+            xaxis={
+                "title": {"text": "micro-batch", "standoff": 6},
+                "tickmode": "array",
+                "tickvals": sorted({one.size.micro_batch for one in found.evidence}),
+            },
             yaxis={"title": {"text": "GiB on the device", "standoff": 6}, "rangemode": "tozero"},
             legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0},
         )

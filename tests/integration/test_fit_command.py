@@ -68,8 +68,8 @@ def build(config):
 """
 ON_SMALL = ("--device", "small", "--device-file", "small.toml")
 KEYS = {
-    "schema_version", "target", "device", "fits", "fit", "peak", "largest", "evidence", "devices", "changes", "assumptions",
-    "notes",
+    "schema_version", "target", "device", "fits", "fit", "peak", "largest", "evidence", "devices", "changes",
+    "assumptions", "notes",
 }  # fmt: skip
 
 
