@@ -21,9 +21,9 @@ __all__ = ["imports_see_the_machine"]
 
 @contextlib.contextmanager
 def imports_see_the_machine(
-    hidden: Callable[[], contextlib.AbstractContextManager[None]],
+    *hidden: Callable[[], contextlib.AbstractContextManager[None]],
 ) -> Iterator[None]:
-    """Run the code of modules that are imported inside without the modes of the simulation, and within `hidden()`.
+    """Run the code of modules that are imported inside without the modes of the simulation, and within all of `hidden`.
 
     The interpreter calls this function of importlib for every module that is not loaded yet. Source:
     import_find_and_load in Python/import.c (3.11 to 3.14).
@@ -38,7 +38,11 @@ def imports_see_the_machine(
             return find(*args)
         is_importing = True
         try:
-            with _disable_current_modes(), torch._C.DisableTorchFunction(), hidden():
+            with contextlib.ExitStack() as scopes:
+                for scope in hidden:
+                    scopes.enter_context(scope())
+                scopes.enter_context(_disable_current_modes())
+                scopes.enter_context(torch._C.DisableTorchFunction())
                 return find(*args)
         finally:
             is_importing = False
