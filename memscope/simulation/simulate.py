@@ -237,7 +237,7 @@ def _simulated(device: Device, gpu: VisibleGpu, answers: Answers) -> Iterator[No
             scopes.enter_context(cuda_semantics(device.capability))
             scopes.enter_context(gpu)
             packages = scopes.enter_context(VisiblePackages(device, gpu.notes.append))
-            scopes.enter_context(imports_see_the_machine(gpu.hidden, packages.hidden))
+            scopes.enter_context(imports_see_the_machine(gpu.hidden, packages.hidden, given=packages.given))
         else:
             scopes.enter_context(imports_see_the_machine())
         yield

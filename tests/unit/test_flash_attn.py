@@ -228,6 +228,21 @@ def test_nothing_is_left_after_a_simulation_and_nothing_is_seen_by_what_it_impor
         kept[0](*(torch.zeros(1, 1, 1, 8),) * 3)
 
 
+def test_a_module_of_the_target_may_import_the_package_at_its_top(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    top = "import flash_attn.bert_padding\nfrom flash_attn import flash_attn_func as attend\n"
+    (tmp_path / "own_attention.py").write_text(top)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def run(x: Tensor) -> Tensor:
+        return importlib.import_module("own_attention").attend(*heads(x))
+
+    assert taken(simulated(run), "flash_attn_2_forward") == SAVED
+    with pytest.raises(ModuleNotFoundError, match="flash_attn"):
+        importlib.import_module("own_attention")
+
+
 def test_an_installed_package_is_replaced_and_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "flash_attn.py").write_text("def flash_attn_func(*args, **kwargs): raise RuntimeError('no GPU')\n")
     (tmp_path / "flash_attn-2.7.4.dist-info").mkdir()

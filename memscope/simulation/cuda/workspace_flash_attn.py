@@ -25,7 +25,7 @@ def flash_attn_2_forward(call: OperatorCall) -> list[Workspace]:
     """Accumulators of a split-KV run; packed samples are split in inference only (mha_varlen_fwd)."""
     if call.get("cu_seqlens_q") is not None:
         return []
-    query, key = call.tensor("query").transposed(1, 2), call.tensor("key").transposed(1, 2)
+    query, key = call.tensor("q").transposed(1, 2), call.tensor("k").transposed(1, 2)
     return split_keys(call, query, key, _head_size_2(query.shape[-1]), _TWO)
 
 
@@ -34,7 +34,7 @@ def flash_attn_2_backward(call: OperatorCall) -> list[Workspace]:
 
     A deterministic run has one accumulator of dQ for each group of thread blocks. Packed samples lie 128 rows apart.
     """
-    query, key = call.tensor("query"), call.tensor("key")
+    query, key = call.tensor("q"), call.tensor("k")
     heads, size = query.shape[-2:]
     batch, rows = _batch_and_rows(call, 128)
     accumulators = -(-call.device.multiprocessors // (batch * heads)) if call.get("deterministic") else 1
@@ -48,7 +48,7 @@ def flash_attn_2_backward(call: OperatorCall) -> list[Workspace]:
 
 def _batch_and_rows(call: OperatorCall, block: int) -> tuple[int, int]:
     """Number of samples, and rows of the buffers of FlashAttention-2's backward pass for each head."""
-    query, begins = call.tensor("query"), call.get("cu_seqlens_q")
+    query, begins = call.tensor("q"), call.get("cu_seqlens_q")
     if begins is None:
         return query.shape[0], query.shape[0] * rounded_up(query.shape[1], block)
     batch = begins.shape[0] - 1
@@ -70,7 +70,7 @@ def flash_attn_3_backward(call: OperatorCall) -> list[Workspace]:
 
     Sizes are rounded to the blocks of the kernels for compute capability 9.0.
     """
-    query, key = call.tensor("query"), call.tensor("key")
+    query, key = call.tensor("q"), call.tensor("k")
     heads, size, key_heads = *query.shape[-2:], key.shape[-2]
     width = next(rounded for rounded in (64, 96, 128, 192, 256) if size <= rounded)
     queries, keys = _blocks_3(call, width)

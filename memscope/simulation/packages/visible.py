@@ -1,8 +1,9 @@
 """Packages that code under simulation can import although they are not installed: FlashAttention-2 and 3.
 
 Inside the context, `import flash_attn` finds functions that stand in, and `importlib.metadata` the version whose
-source was read. Where the package is installed, its functions are replaced too: they call kernels. A module that is
-imported inside sees the machine as it is, for it outlives the simulation.
+source was read. Where the package is installed, its functions are replaced too: they call kernels. A library that is
+imported inside sees the machine as it is, for it outlives the simulation. A module of the target gets the functions,
+and is forgotten afterwards.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import importlib.metadata
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any, NamedTuple
 
 from memscope.simulation.devices.catalogue import Device
@@ -37,6 +38,8 @@ _PACKAGES = {
     "flash_attn_interface": _Package("flash_attn_3", flash_attn_3.VERSION, flash_attn_3.flash_attn_3),
 }
 """Name to import → package."""
+_LIBRARIES = {"site-packages", "dist-packages"}
+"""Folders whose modules are not the target's."""
 
 
 class VisiblePackages:
@@ -54,6 +57,8 @@ class VisiblePackages:
         self._modules: dict[str, ModuleType] = {}
         self._real: dict[str, ModuleType] = {}
         """Modules of the installed packages that were loaded before."""
+        self._importers: set[str] = set()
+        """Names of the target's modules that have the functions."""
         self._metadata = _Metadata()
         for name, package in _PACKAGES.items():
             for path, content in package.modules(device, self._use(name, package)).items():
@@ -73,6 +78,8 @@ class VisiblePackages:
     def __exit__(self, *exception: Any) -> None:
         self._hide()
         self._transformers.restore()
+        for importer in self._importers:
+            sys.modules.pop(importer, None)
         self._is_inside = False
 
     @contextlib.contextmanager
@@ -86,6 +93,15 @@ class VisiblePackages:
             yield
         finally:
             self._show()
+
+    def given(self, path: str, importer: FrameType) -> ModuleType | None:
+        """The module for an import in the code of a module that is being imported; None: the installed one."""
+        module = self._modules.get(path)
+        file = importer.f_code.co_filename
+        if module is None or file.startswith("<frozen importlib") or _LIBRARIES.intersection(Path(file).parts):
+            return None
+        self._importers.add(importer.f_globals["__name__"])
+        return module
 
     def _show(self) -> None:
         self._real = {path: sys.modules.pop(path) for path in list(sys.modules) if _root(path) in _PACKAGES}
