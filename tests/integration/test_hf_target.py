@@ -15,6 +15,8 @@ import torch
 
 import memscope
 from memscope.errors import MemscopeError
+from memscope.runs.checks import check_plans
+from memscope.strategies import Plan
 from memscope.trace import PHASES
 from memscope.workload.building import build_workload
 from memscope.workload.description import Workload
@@ -95,6 +97,11 @@ def test_flash_attention_2_works_without_the_package_and_leaves_transformers_as_
     assert not is_flash_attn_2_available()
     assert not is_torch_cuda_available()
     assert not hasattr(sys.modules.get("transformers.models.gpt_neo.modeling_gpt_neo"), "_flash_attention_forward")
+
+
+def test_plans_for_a_model_with_flash_attention_can_be_checked(folder: str) -> None:
+    settings = {"seq_len": "8", "dtype": "bf16", "attention": "flash_attention_2"}
+    assert check_plans(f"hf:{folder}", None, settings, [Plan.parse("ckpt")], offered=["lora"]) == ["lora"]
 
 
 def test_samples_joined_to_one_row_take_the_kernel_for_packed_samples(folder: str) -> None:

@@ -7,6 +7,7 @@ Dao-AILab/flash-attention. 2.7.3 allocates the same, except for heads of 129 to 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -58,7 +59,7 @@ def flash_attn_2(device: Device, use: Callable[[], None]) -> dict[str, dict[str,
             name,
             tensors + lengths,
             {**_OPTIONS, "block_table": None} if name == "flash_attn_varlen_func" else _OPTIONS,
-            lambda given, tensors=tensors: run(tensors, given),
+            partial(run, tensors),
         )
         for name, (tensors, lengths) in _FUNCTIONS.items()
     } | {"flash_attn_with_kvcache": _inference}

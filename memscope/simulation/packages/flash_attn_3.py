@@ -7,6 +7,7 @@ Dao-AILab/flash-attention 2.8.3.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -63,7 +64,7 @@ def flash_attn_3(device: Device, use: Callable[[], None]) -> dict[str, dict[str,
         return attend(_KERNELS, given, packed)
 
     functions = {
-        name: with_parameters(name, tensors + lengths, options, lambda given, tensors=tensors: run(tensors, given))
+        name: with_parameters(name, tensors + lengths, options, partial(run, tensors))
         for name, (tensors, lengths, options) in _FUNCTIONS.items()
     } | {"flash_attn_with_kvcache": _inference}
     return {"flash_attn_interface": functions}

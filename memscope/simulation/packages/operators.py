@@ -89,7 +89,7 @@ def _defined() -> Any:
         forward = {"flash_attn_2_forward": _forward_2, "flash_attn_3_forward": _forward_3}.get(name)
         library._register_fake(name, forward or _backward)
         count = _forward_flops if forward else _backward_flops
-        register_flop_formula(getattr(torch.ops.memscope, name), get_raw=True)(count)  # type: ignore[no-untyped-call]
+        register_flop_formula(getattr(torch.ops.memscope, name), get_raw=True)(count)
     return library
 
 

@@ -22,8 +22,14 @@ _ASKED_AT_IMPORT = ("is_flash_attn_2_available", "is_flash_attn_available")
 class TransformersChecks:
     """Lets transformers ask again, and gives its modules what they would have imported; `restore` undoes it."""
 
-    def __init__(self, modules: Mapping[str, ModuleType]) -> None:
-        """Note what the modules of flash_attn have; `modules` has them by name."""
+    def __init__(self, modules: Mapping[str, ModuleType], *, gpu_is_seen: bool) -> None:
+        """Note what the modules of flash_attn have.
+
+        Args:
+            modules: these modules, by name.
+            gpu_is_seen: whether `torch.cuda` shows a GPU; if not, transformers is told that there is one.
+        """
+        self._gpu_is_seen = gpu_is_seen
         found = {name: vars(modules[module]).get(name) for module, name in _BOUND_AT_IMPORT}
         self._bound: dict[str, Any] = {**found, "_flash_supports_window_size": True, "flash_241": True}
         self._before: dict[str, dict[str, Any]] = {}
@@ -37,7 +43,9 @@ class TransformersChecks:
 
     def bind(self) -> None:
         """Change the modules that are loaded by now."""
-        functions = sys.modules.get(_FUNCTIONS)
+        checks, functions = sys.modules.get(_CHECKS), sys.modules.get(_FUNCTIONS)
+        if checks and _CHECKS not in self._before and not self._gpu_is_seen:
+            self._keep(checks)["is_torch_cuda_available"] = lambda: True
         if functions is None:
             return
         if _FUNCTIONS not in self._before:

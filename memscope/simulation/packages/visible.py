@@ -45,12 +45,13 @@ _LIBRARIES = {"site-packages", "dist-packages"}
 class VisiblePackages:
     """Context in which the packages can be imported."""
 
-    def __init__(self, device: Device, tell: Callable[[str], None]) -> None:
+    def __init__(self, device: Device, tell: Callable[[str], None], *, gpu_is_seen: bool = True) -> None:
         """Build the modules.
 
         Args:
             device: the simulated GPU.
             tell: called with a note for the trace, whenever a function is used.
+            gpu_is_seen: whether `torch.cuda` shows the GPU; if not, transformers is told that there is one.
         """
         self._tell = tell
         self._is_inside = False
@@ -67,7 +68,7 @@ class VisiblePackages:
             parent, _, child = path.rpartition(".")
             if parent:
                 setattr(self._modules[parent], child, module)
-        self._transformers = TransformersChecks(self._modules)
+        self._transformers = TransformersChecks(self._modules, gpu_is_seen=gpu_is_seen)
 
     def __enter__(self) -> VisiblePackages:
         self._notes = {name: _note(name, package) for name, package in _PACKAGES.items()}
