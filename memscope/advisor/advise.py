@@ -6,8 +6,6 @@ import dataclasses
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-import torch
-
 from memscope.advisor.advice import Advice, FrontPoint, PlanPeak, binding_of, unbeaten
 from memscope.advisor.combinations import CHECKPOINTING, allowed_names, combinations, forbidden, left_out
 from memscope.advisor.layer_words import in_words
@@ -23,6 +21,7 @@ from memscope.errors import UsageError
 from memscope.interrupts import interrupt_taken
 from memscope.simulation.device_memory import least_reserved
 from memscope.simulation.devices.catalogue import Device, get_device
+from memscope.simulation.packages.meta import on_meta
 from memscope.strategies import Plan
 from memscope.strategies.ckpt.layer_plan import made_for
 from memscope.strategies.plugins import called
@@ -125,7 +124,7 @@ def advise(
     if isinstance(workload, Workload):
         built = workload
     else:
-        with torch.device("meta"):
+        with on_meta():
             built = build_workload(workload)
     always.check(built)
     chain = LayerList.of(built.model, layer_list, exactly=CHECKPOINTING not in allowed)

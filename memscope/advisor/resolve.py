@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import torch
-
 from memscope.advisor.advise import budget_of
 from memscope.advisor.measure.layers import LayerList
 from memscope.advisor.measure.reference import full_probe, none_probe
@@ -15,6 +13,7 @@ from memscope.advisor.search import Search
 from memscope.allocator.settings import AllocatorSettings
 from memscope.errors import GateFailed, UsageError
 from memscope.simulation.devices.catalogue import Device
+from memscope.simulation.packages.meta import on_meta
 from memscope.strategies import Plan, Strategy
 from memscope.strategies.ckpt import Checkpoint
 from memscope.strategies.ckpt.layer_plan import LayerPlan, made_for
@@ -47,7 +46,7 @@ def resolve(plan: Plan, scene: Scene, device: Device, path: Path, progress: Prog
             "choose a specific GPU to simulate (see: memscope devices)"
         )
     budget_bytes = budget_of(auto.config.budget, device, named=True)
-    with torch.device("meta"):
+    with on_meta():
         workload = build_workload(scene.build)
     layers = LayerList.of(workload.model, auto.config.layer_list)
     text = str(others)

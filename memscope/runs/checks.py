@@ -38,15 +38,14 @@ def check_plans(
 def _checked(
     target_text: str, preset: str | None, settings: Mapping[str, str], plans: Sequence[str], offered: Sequence[str]
 ) -> list[str]:
-    import torch
-
+    from memscope.simulation.packages.meta import on_meta
     from memscope.strategies import Plan
     from memscope.workload.building import usable
     from memscope.workload.target import find_target
 
     target = find_target(target_text)
     config = target.configure(preset, settings)
-    with torch.device("meta"):
+    with on_meta():
         try:
             built: object = target.build(config)
         except (MemscopeError, KeyboardInterrupt):

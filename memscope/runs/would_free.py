@@ -104,8 +104,7 @@ def would_free(spec: RunSpec, trace: Trace, try_all: TryAll, alone: Alone = alon
 
 def _additions(spec: RunSpec) -> tuple[list[tuple[str, bool]], dict[str, str]]:
     """Strategies to add to the plan of a run, each with whether it is exact, and why others cannot be queried."""
-    import torch
-
+    from memscope.simulation.packages.meta import on_meta
     from memscope.workload.target import find_target
 
     plan = Plan.parse(spec.plan)
@@ -114,7 +113,7 @@ def _additions(spec: RunSpec) -> tuple[list[tuple[str, bool]], dict[str, str]]:
     used = {strategy.name for strategy in plan.strategies}
     added: list[tuple[str, bool]] = []
     failed: dict[str, str] = {}
-    with torch.device("meta"):
+    with on_meta():
         try:
             workload = target.build(config)
         except KeyboardInterrupt:

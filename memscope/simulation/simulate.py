@@ -37,6 +37,7 @@ from memscope.simulation.facade.imports import imports_see_the_machine
 from memscope.simulation.facade.visible_gpu import VisibleGpu
 from memscope.simulation.fake_tensors import FakeCopies, StandIns, fake_tensors_train, weight_sizes
 from memscope.simulation.host import Link, host_copies
+from memscope.simulation.packages.visible import VisiblePackages
 from memscope.simulation.refusal import NotSimulated
 from memscope.simulation.remember import RememberedOperators
 from memscope.simulation.untouched import Untouched
@@ -235,7 +236,10 @@ def _simulated(device: Device, gpu: VisibleGpu, answers: Answers) -> Iterator[No
         if device.kind == "cuda":
             scopes.enter_context(cuda_semantics(device.capability))
             scopes.enter_context(gpu)
-        scopes.enter_context(imports_see_the_machine(gpu.hidden))
+            packages = scopes.enter_context(VisiblePackages(device, gpu.notes.append))
+            scopes.enter_context(imports_see_the_machine(gpu.hidden, packages.hidden, given=packages.given))
+        else:
+            scopes.enter_context(imports_see_the_machine())
         yield
 
 

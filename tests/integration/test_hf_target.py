@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ import torch
 
 import memscope
 from memscope.errors import MemscopeError
+from memscope.runs.checks import check_plans
+from memscope.strategies import Plan
 from memscope.trace import PHASES
 from memscope.workload.building import build_workload
 from memscope.workload.description import Workload
@@ -69,6 +72,65 @@ def test_a_simulated_step_equals_the_recorded_one(kind: str, tmp_path: Path) -> 
     what = memscope.hf(written(tmp_path / "tiny", MODELS[kind]), micro_batch=2, seq_len=8, target_len=4)
     simulated, real = memscope.simulate(what, device="cpu"), memscope.record(what)
     assert simulated.requested.tolist() == real.requested.tolist()
+
+
+GPT_NEO = {
+    "model_type": "gpt_neo", "architectures": ["GPTNeoForCausalLM"], "vocab_size": 64, "max_position_embeddings": 32,
+    "hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "num_heads": 4, "window_size": 8,
+    "attention_types": [[["global", "local"], 1]],
+}  # fmt: skip
+FLASH = {"seq_len": 8, "dtype": "bf16", "attention": "flash_attention_2"}
+
+
+@pytest.mark.parametrize("config", [LLAMA, GPT_NEO], ids=["asks when it runs", "asks when it is imported"])
+def test_flash_attention_2_works_without_the_package_and_leaves_transformers_as_it_was(
+    config: dict[str, object], tmp_path: Path
+) -> None:
+    from transformers import modeling_flash_attention_utils as functions
+    from transformers.utils import is_flash_attn_2_available, is_torch_cuda_available
+
+    before = dict(vars(functions))
+    trace = memscope.simulate(memscope.hf(written(tmp_path / "tiny", config), **FLASH), device="a100-40gb", steps=1)
+    assert {"memscope.flash_attn_2_forward.default", "memscope.flash_attn_2_backward.default"} <= set(trace.ops)
+    assert trace.meta["assumptions"] == []
+    assert vars(functions) == before
+    assert not is_flash_attn_2_available()
+    assert not is_torch_cuda_available()
+    assert not hasattr(sys.modules.get("transformers.models.gpt_neo.modeling_gpt_neo"), "_flash_attention_forward")
+
+
+def test_plans_for_a_model_with_flash_attention_can_be_checked(folder: str) -> None:
+    settings = {"seq_len": "8", "dtype": "bf16", "attention": "flash_attention_2"}
+    assert check_plans(f"hf:{folder}", None, settings, [Plan.parse("ckpt")], offered=["lora"]) == ["lora"]
+
+
+def test_samples_joined_to_one_row_take_the_kernel_for_packed_samples(folder: str) -> None:
+    what = memscope.hf(folder, **FLASH, micro_batch=3, packing=True)
+    trace = memscope.simulate(what, device="a100-40gb", steps=1)
+    (forward,) = (i for i, op in enumerate(trace.ops) if op == "memscope.flash_attn_2_forward.default")
+    backward = trace.ops.index("memscope.flash_attn_2_backward.default")
+    assert trace.requested[trace.op == forward].tolist() == 2 * [24 * 32 * 2, 4 * 24 * 4, 16]
+    rows = 4 * (24 + 3 * 128)  # of 4 heads; head size 8 is rounded up to 32
+    assert trace.requested[trace.op == backward].tolist() == 2 * [rows * 4, rows * 32 * 4]
+
+
+def test_flash_attention_3_runs_on_a_hopper_gpu(folder: str) -> None:
+    what = memscope.hf(folder, **{**FLASH, "attention": "flash_attention_3"})
+    assert "memscope.flash_attn_3_backward.default" in memscope.simulate(what, device="h100-80gb", steps=1).ops
+    with pytest.raises(MemscopeError, match=r"needs a Hopper GPU, compute capability 9\.0; a100-40gb has 8\.0"):
+        memscope.simulate(what, device="a100-40gb", steps=1)
+
+
+def test_flash_attention_of_float32_weights_is_refused(folder: str) -> None:
+    with pytest.raises(
+        MemscopeError, match=r"takes float16 or bfloat16, and got float32\..*dtype=bf16, or autocast=bf16"
+    ):
+        memscope.simulate(memscope.hf(folder, **{**FLASH, "dtype": "fp32"}), device="a100-40gb", steps=1)
+
+
+def test_flash_attention_on_the_cpu_fails_as_without_memscope(folder: str) -> None:
+    with pytest.raises(MemscopeError, match="the package for FlashAttention2 doesn't seem to be installed"):
+        memscope.record(memscope.hf(folder, **FLASH), device="cpu")
 
 
 def test_an_image_comes_before_its_text(tmp_path: Path) -> None:

@@ -148,3 +148,23 @@ def test_safe_softmax_holds_the_softmax_and_a_byte_for_each_score() -> None:
         "softmax": 2 * 4 * 32 * 32 * 4, "minus infinity": 4, "masked": 2 * 4 * 32 * 32, "masked rows": 2 * 4 * 32,
         "zero": 4,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("op", ["memscope.flash_attn_2_backward", "flash_attn._flash_attn_backward"])
+def test_the_package_flash_attn_rounds_heads_above_128_to_64_values(op: str) -> None:
+    q = meta(2, 100, 8, 160, dtype="bfloat16")
+    rows, size = 2 * 8 * 128, 192
+    accumulators = 7  # deterministic: 108 multiprocessors for 2 samples of 8 heads, 6.75
+    expected = {"row sums of dO·O": rows * 4, "dQ accumulator": accumulators * rows * size * 4}
+    assert taken(f"{op}.default", {"dout": q, "q": q, "k": q, "v": q, "deterministic": True}) == expected
+
+
+def test_flash_attention_3_has_other_blocks_without_a_mask() -> None:
+    q = meta(1, 100, 8, 128, dtype="bfloat16")
+    arguments: dict[str, Any] = {"q": q, "k": q, "v": q, "max_seqlen_q": 100, "max_seqlen_k": 100}
+    blocks = {True: 64, False: 80}  # queries of a thread block
+    for causal, block in blocks.items():
+        rows = 8 * -(-100 // block) * block
+        found = taken("memscope.flash_attn_3_backward.default", {**arguments, "causal": causal}, device="h100-80gb")
+        assert found["dQ accumulator"] == rows * 128 * 4
+        assert found["semaphores of dQ"] == 8 * -(-100 // block) * 4

@@ -16,7 +16,9 @@ __all__ = [
     "efficient_forward",
     "flash_backward",
     "flash_forward",
+    "rounded_up",
     "safe_softmax",
+    "split_keys",
 ]
 
 _FLASH = "aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp"
@@ -25,7 +27,8 @@ _CUDNN = "aten/src/ATen/native/cudnn/MHA.cpp"
 _EFFICIENT = "aten/src/ATen/native/transformers/cuda/attention.cu"
 
 
-def _up(size: int, multiple: int) -> int:
+def rounded_up(size: int, multiple: int) -> int:
+    """The smallest multiple that is at least `size`."""
     return -(-size // multiple) * multiple
 
 
@@ -35,7 +38,7 @@ def _head_size_rounded(size: int, torch: tuple[int, int]) -> int:
     Source: mha_fwd and mha_bwd in flash_api.cpp, 2.6.0. The later rule was read from the libraries of 2.11.0, 2.13.0
         and 2.15.0, the earlier one from those of 2.6.0 to 2.10.0.
     """
-    return _up(_up(size, 8), 64 if size > 128 and torch >= (2, 11) else 32)
+    return rounded_up(rounded_up(size, 8), 64 if size > 128 and torch >= (2, 11) else 32)
 
 
 def flash_forward(call: OperatorCall) -> list[Workspace]:
@@ -44,6 +47,19 @@ def flash_forward(call: OperatorCall) -> list[Workspace]:
     Source: set_params_splitkv in flash_api.cpp, 2.6.0; its constants checked in 2.13.0.
     """
     query, key = call.tensor("query"), call.tensor("key")
+    return split_keys(call, query, key, _head_size_rounded(query.shape[-1], call.torch), _FLASH)
+
+
+def split_keys(call: OperatorCall, query: TensorMeta, key: TensorMeta, width: int, source: str) -> list[Workspace]:
+    """Accumulators of a split-KV run; none with dropout.
+
+    Args:
+        call: the call of a forward operator.
+        query: `[batch, heads, sequence, head size]`, like `key`.
+        key: the keys, with as many heads or fewer.
+        width: head size in the accumulators.
+        source: source file.
+    """
     (batch, heads, queries, size), (key_heads, keys) = query.shape, key.shape[1:3]
     if call.get("dropout_p", 0.0) > 0 or not (queries and keys):
         return []
@@ -56,8 +72,8 @@ def flash_forward(call: OperatorCall) -> list[Workspace]:
         return []
     rows = splits * batch * heads * queries
     return [
-        Workspace("log-sum-exp of each split", 4 * rows, "op", _FLASH),
-        Workspace("output of each split", 4 * rows * _head_size_rounded(size, call.torch), "op", _FLASH),
+        Workspace("log-sum-exp of each split", 4 * rows, "op", source),
+        Workspace("output of each split", 4 * rows * width, "op", source),
     ]
 
 
@@ -85,7 +101,7 @@ def flash_backward(call: OperatorCall) -> list[Workspace]:
     query, key = call.tensor("query"), call.tensor("key")
     (batch, heads, queries, size), (key_heads, keys) = query.shape, key.shape[1:3]
     accumulators = -(-call.device.multiprocessors // (batch * heads)) if call.settings.deterministic else 1
-    rows = batch * heads * _up(queries, 128)
+    rows = batch * heads * rounded_up(queries, 128)
     expanded = TensorMeta((batch, keys, heads, size), query.dtype).size_bytes
     return [
         *contiguous_copy("grad_out", call.tensor("grad_out").transposed(1, 2), _BACKWARD),
@@ -177,11 +193,13 @@ def efficient_backward(call: OperatorCall) -> list[Workspace]:
             splits = 1
         if not no_staged_keys:
             splits = max(1, min(splits, 200 // (batch * heads)))
-    staged_keys = 0 if no_staged_keys else splits * block_j * (_up(size, block_i) + _up(value_size, block_i))
+    staged_keys = (
+        0 if no_staged_keys else splits * block_j * (rounded_up(size, block_i) + rounded_up(value_size, block_i))
+    )
     # On Pascal, whose kernel does not split the keys, an fp32 gradient needs no staging.
     staged = call.device.capability >= (7, 0) or query.item_bytes == 2
     tiles = -(-queries // block_i) * -(-size // block_j) if staged else 0
-    size_bytes = 4 * batch * heads * _up(staged_keys + tiles * (4 + block_i * block_j), 4)
+    size_bytes = 4 * batch * heads * rounded_up(staged_keys + tiles * (4 + block_i * block_j), 4)
     if size_bytes:
         taken.append(Workspace("staging of dQ, dK and dV", size_bytes, "op", _BACKWARD, frees=tuple(passing)))
     certain = key_heads == heads and limits(call.device).exact

@@ -31,6 +31,12 @@ from memscope.simulation.cuda.workspace_call import (
     contiguous_copy,
     describe,
 )
+from memscope.simulation.cuda.workspace_flash_attn import (
+    flash_attn_2_backward,
+    flash_attn_2_forward,
+    flash_attn_3_backward,
+    flash_attn_3_forward,
+)
 from memscope.simulation.cuda.workspace_loss import (
     binary_cross_entropy_with_logits,
     ctc_loss,
@@ -197,6 +203,17 @@ _FAMILIES: dict[str, Callable[[OperatorCall], list[Workspace]]] = {
     **dict.fromkeys(("aten.mv", "aten.addmv", "aten.dot", "aten.vdot"), gemm),
     "aten._scaled_dot_product_flash_attention": flash_forward,
     "aten._scaled_dot_product_flash_attention_backward": flash_backward,
+    **dict.fromkeys(("memscope.flash_attn_2_forward", "flash_attn._flash_attn_forward"), flash_attn_2_forward),
+    **dict.fromkeys(
+        (
+            "memscope.flash_attn_2_backward",
+            "flash_attn._flash_attn_backward",  # an installed package that was imported before the simulation
+            "flash_attn._flash_attn_varlen_backward",
+        ),
+        flash_attn_2_backward,
+    ),
+    "memscope.flash_attn_3_forward": flash_attn_3_forward,
+    "memscope.flash_attn_3_backward": flash_attn_3_backward,
     "aten._scaled_dot_product_efficient_attention": efficient_forward,
     "aten._scaled_dot_product_efficient_attention_backward": efficient_backward,
     "aten._scaled_dot_product_cudnn_attention_backward": cudnn_backward,

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import sys
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import torch
@@ -21,9 +23,12 @@ __all__ = ["imports_see_the_machine"]
 
 @contextlib.contextmanager
 def imports_see_the_machine(
-    hidden: Callable[[], contextlib.AbstractContextManager[None]],
+    *hidden: Callable[[], contextlib.AbstractContextManager[None]],
+    given: Callable[[str, FrameType], Any] = lambda name, importer: None,
 ) -> Iterator[None]:
-    """Run the code of modules that are imported inside without the modes of the simulation, and within `hidden()`.
+    """Run the code of modules that are imported inside without the modes of the simulation, and within all of `hidden`.
+
+    `given(name, importer)` is the module that such code gets for an import of its own; None: the installed one.
 
     The interpreter calls this function of importlib for every module that is not loaded yet. Source:
     import_find_and_load in Python/import.c (3.11 to 3.14).
@@ -35,10 +40,14 @@ def imports_see_the_machine(
     def find_and_load(*args: Any) -> Any:
         nonlocal is_importing
         if is_importing:
-            return find(*args)
+            return given(args[0], sys._getframe(1)) or find(*args)
         is_importing = True
         try:
-            with _disable_current_modes(), torch._C.DisableTorchFunction(), hidden():
+            with contextlib.ExitStack() as scopes:
+                for scope in hidden:
+                    scopes.enter_context(scope())
+                scopes.enter_context(_disable_current_modes())
+                scopes.enter_context(torch._C.DisableTorchFunction())
                 return find(*args)
         finally:
             is_importing = False
