@@ -1,8 +1,13 @@
-"""Memory of training runs that others measured on an A100 and published, and the lengths of their samples."""
+"""Training runs that others measured on an A100: figures from the scoreboard, and the lengths of their samples."""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from scoreboard_cases import PublishedCase, load_groups
 
 __all__ = ["LLAMA_RUNS", "SAMPLE_LENGTHS", "TRAINER_RUNS", "LlamaRun", "TrainerRun"]
 
@@ -20,30 +25,43 @@ SAMPLE_LENGTHS = (
     169,
 )  # fmt: skip
 
+_CASES = {group.id: group.cases for group in load_groups()}
+
 
 @dataclass(frozen=True)
 class LlamaRun:
-    """LLaMA2-7B in Meta's code, fine-tuned on these samples one by one: LoRA r=16, AdamW, fp32 weights."""
+    """LLaMA2-7B in Meta's code, fine-tuned on these samples one by one: AdamW, fp32 weights."""
 
     name: str
-    targets: str
-    """The layers that LoRA adapts, joined by +."""
-    bias: bool
-    """Whether these layers also have a bias, frozen and zero."""
-    amp: bool
-    """Whether the forward pass runs under float16 autocast."""
+    strategies: str
+    """LoRA r=16 and, in some runs, float16 autocast of the forward pass."""
+    bias: tuple[str, ...] | None
+    """The layers that also have a bias, frozen and zero."""
     allocated_bytes: tuple[int, ...]
     """torch.cuda.max_memory_allocated() of a program with one micro-batch a step and, if published, of one with 8."""
 
 
-# Otto-Octavius/ProjectEfficient, FineTuning.pdf, Table 2, in MiB with two decimals (the first also in
-# ShyamSundR/LLAMA, Analysis.pdf); the last two: ngcxy/Llama-Fine-tuning, tables.docx, in kB with three digits.
-LLAMA_RUNS = (
-    LlamaRun("qkv", "wq+wk+wv", bias=True, amp=False, allocated_bytes=(31_616_244_121, 31_666_575_769)),
-    LlamaRun("qkv-amp", "wq+wk+wv", bias=True, amp=True, allocated_bytes=(43_610_946_928, 43_661_278_576)),
-    LlamaRun("qv", "wq+wv", bias=False, amp=False, allocated_bytes=(31_300_000_000,)),
-    LlamaRun("qv-amp", "wq+wv", bias=False, amp=True, allocated_bytes=(43_400_000_000,)),
-)
+def _llama_runs(cases: tuple[PublishedCase, ...]) -> tuple[LlamaRun, ...]:
+    """The runs of the same strategies are one: they differ in accumulation."""
+    runs = []
+    for strategies in dict.fromkeys(case.strategies for case in cases):
+        same = sorted(
+            (case for case in cases if case.strategies == strategies),
+            key=lambda case: case.attempts["read"].settings.get("accumulation", 1),
+        )
+        bias = same[0].attempts["read"].settings["bias"]
+        runs.append(
+            LlamaRun(
+                name=strategies.removeprefix("lora:targets="),
+                strategies=strategies,
+                bias=None if bias == "none" else tuple(bias.split("+")),
+                allocated_bytes=tuple(case.published["allocated"] for case in same),
+            )
+        )
+    return tuple(runs)
+
+
+LLAMA_RUNS = _llama_runs(_CASES["ee599"])
 
 
 @dataclass(frozen=True)
@@ -62,12 +80,18 @@ class TrainerRun:
     """Largest reading of nvidia-smi, once a second."""
 
 
-# foundation-model-stack/fms-acceleration, scripts/benchmarks/refs/a100_80gb.csv, rows 33, 35, 9, 11 and 1 of the data
-# (PyTorch 2.4.1, transformers 4.48.1, trl 0.13.0, peft 0.13.2, accelerate 1.0.1).
-TRAINER_RUNS = (
-    TrainerRun("mistral-lora-4", "mistral", True, 4, 4096, 26_704_571_904, 29_576),
-    TrainerRun("mistral-lora-8", "mistral", True, 8, 4096, 38_742_912_512, 43_232),
-    TrainerRun("mistral-4", "mistral", False, 4, 4096, 72_434_837_504, 77_256),
-    TrainerRun("mistral-8", "mistral", False, 8, 4096, 72_435_230_720, 72_988),
-    TrainerRun("santacoder-4", "santacoder", False, 4, 2048, 11_267_745_280, 15_116),
-)
+def _trainer_run(case: PublishedCase) -> TrainerRun:
+    read = case.attempts["read"]
+    model, lora = ("mistral" if "mistral" in read.target else "santacoder"), "adapter" in read.settings
+    return TrainerRun(
+        name=f"{model}-lora-{read.settings['micro_batch']}" if lora else f"{model}-{read.settings['micro_batch']}",
+        model=model,
+        lora=lora,
+        samples=read.settings["micro_batch"],
+        seq_len=read.settings["seq_len"],
+        allocated_bytes=case.published["allocated"],
+        nvidia_smi_mib=case.published["device"] // 2**20,
+    )
+
+
+TRAINER_RUNS = tuple(_trainer_run(case) for case in _CASES["fms"])

@@ -47,6 +47,8 @@ class HfConfig:
     """Samples per micro-batch; none: 1."""
     accumulation: int | None = None
     """Micro-batches per optimizer step; none: 1."""
+    padding: int | None = None
+    """Tokens of padding in every sample of a micro-batch but the first: masks then matter; none: equal lengths."""
     packing: bool | None = None
     """Join the samples of a micro-batch to one row with restarting position_ids and no mask; none: false."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] | None = None
@@ -75,8 +77,12 @@ class HfConfig:
     """Maximum norm of the gradients, 0: no clipping; none: no clipping."""
     keep_batch: bool | None = None
     """Keep the last micro-batch on the device until the next one, as the Trainer does; none: false."""
+    keep_outputs: bool | None = None
+    """Keep the outputs (logits, caches) until the next ones are there, as a variable of a loop does; none: false."""
     empty_cache_every: int | None = None
-    """Call torch.cuda.empty_cache() in every step of this number, after the loss; none: never."""
+    """Call torch.cuda.empty_cache() in every step of this number; none: never."""
+    empty_cache_after: Literal["loss", "step"] | None = None
+    """Whether that is after the loss, as in the Trainer, or after the optimizer's step; none: loss."""
     trust_remote_code: bool | None = None
     """Run Python code that comes with the model (auto_map in config.json); none: false."""
 

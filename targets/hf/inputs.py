@@ -30,6 +30,8 @@ class Inputs:
     """Makes a sample, on the host."""
     packed: bool
     """Whether a micro-batch is one row."""
+    padding: int = 0
+    """Tokens of padding in every row but the first."""
     length: SampleLength | None = None
     """How long the samples are; None: `seq_len` has no effect on them."""
 
@@ -41,10 +43,16 @@ class Inputs:
         made = [self.sample() for _ in range(count)]
         batch = {key: torch.cat([one[key] for one in made]) for key in made[0]}
         if not self.packed:
-            return batch
+            return self._padded(batch)
         length = made[0]["input_ids"].shape[1]
         rows = {key: batch[key].reshape(1, -1) for key in ("input_ids", "labels")}
         return {**rows, "position_ids": torch.arange(length).repeat(count).unsqueeze(0)}
+
+    def _padded(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The micro-batch with padding on the right in all rows but the first."""
+        if self.padding:
+            batch["attention_mask"][1:, -self.padding :] = 0
+        return batch
 
 
 def inputs_for(model: nn.Module, config: Any, program: Program, task: str) -> Inputs:
@@ -57,7 +65,17 @@ def inputs_for(model: nn.Module, config: Any, program: Program, task: str) -> In
         raise UsageError(f"hf: packing=true is for language models (causal-lm), and the task is {task}")
     made = _Maker(model, config, program, torch.Generator(device="cpu").manual_seed(0))
     sample, length = made.of(task)
-    return Inputs(sample, program.packing, length)
+    if program.padding:
+        _require_room(sample(), program.padding, task)
+    return Inputs(sample, program.packing, program.padding, length)
+
+
+def _require_room(sample: _Tensors, padding: int, task: str) -> None:
+    mask = sample.get("attention_mask")
+    if mask is None:
+        raise UsageError(f"hf: padding={padding} is for samples with an attention mask, and those of {task} have none")
+    if padding >= mask.shape[1]:
+        raise UsageError(f"hf: padding={padding}: a sample has {mask.shape[1]} tokens: choose fewer")
 
 
 @dataclass(frozen=True)

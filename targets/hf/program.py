@@ -36,6 +36,7 @@ class Program:
     image_size: int | None = None
     micro_batch: int = 1
     accumulation: int = 1
+    padding: int = 0
     packing: bool = False
     dtype: str = "auto"
     autocast: str = "off"
@@ -50,7 +51,9 @@ class Program:
     optimizer: str = "adamw_torch"
     clip_grad_norm: float = 0.0
     keep_batch: bool = False
+    keep_outputs: bool = False
     empty_cache_every: int | None = None
+    empty_cache_after: str = "loss"
     trust_remote_code: bool = False
     notes: tuple[str, ...] = ()
 
@@ -68,6 +71,10 @@ class Program:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise UsageError(f"hf: {name}={value}: expected a whole number from 1")
+        if self.padding < 0:
+            raise UsageError(f"hf: padding={self.padding}: expected 0 or more")
+        if self.padding and self.packing:
+            raise UsageError("hf: padding and packing=true exclude each other: packed samples have no padding")
         if not self.clip_grad_norm >= 0:
             raise UsageError(f"hf: clip_grad_norm={self.clip_grad_norm}: expected 0 or more")
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def build(config: Config) -> Workload:
         model=model,
         batches=[list(range(samples))],
         loss=_Loss(program),
-        optimizer_factory=optimizer_factory(program.optimizer),
+        optimizer_factory=partial(_optimizer, program),
         plan=_plan(program),
         name=source.name,
         split=inputs.split,
@@ -122,7 +123,26 @@ def _plan(program: Program) -> StepPlan:
         autocast=None if program.autocast == "off" else DTYPES[program.autocast],
         grad_scaler=program.autocast == "fp16",
         clip_grad_norm=program.clip_grad_norm or None,
+        keep_batch=program.keep_batch,
     )
+
+
+def _optimizer(program: Program, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    optimizer = optimizer_factory(program.optimizer)(parameters)
+    steps = itertools.count()
+
+    def stepped(*_: Any) -> None:
+        if _empties_cache(program, "step", next(steps)):
+            torch.cuda.empty_cache()
+
+    optimizer.register_step_post_hook(stepped)
+    return optimizer
+
+
+def _empties_cache(program: Program, after: str, step: int) -> bool:
+    """Whether the program empties the allocator's cache in this step, the first of which is 0: the effect is traced."""
+    every = program.empty_cache_every
+    return every is not None and program.empty_cache_after == after and step % every == 0
 
 
 def _plain(program: Program) -> dict[str, Any]:
@@ -143,16 +163,16 @@ class _Loss:
 
     def __init__(self, program: Program) -> None:
         self._program = program
-        self._kept: Any = None
         self._steps = -1
 
-    def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        if self._program.keep_batch:
-            self._kept = batch
+    def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor | tuple[Tensor, Any]:
         self._steps += all(parameter.grad is None for parameter in model.parameters())
-        loss: Tensor = model(**batch).loss
-        every = self._program.empty_cache_every
-        if every is not None and self._steps % every == 0:
+        loss, outputs = self._run(model, batch)
+        if _empties_cache(self._program, "loss", self._steps):
             # `training_step` in transformers/trainer.py empties the cache between forward and backward.
             torch.cuda.empty_cache()
-        return loss
+        return loss if outputs is None else (loss, outputs)
+
+    def _run(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Any]:
+        outputs = model(**batch)
+        return outputs.loss, outputs if self._program.keep_outputs else None

@@ -204,6 +204,39 @@ def test_gradient_checkpointing_with_an_adapter_trains(folder: str, reentrant: b
     assert checkpointed.by("category", at="peak")["activation"] < plain.by("category", at="peak")["activation"]
 
 
+def test_padding_is_on_the_right_of_all_samples_but_the_first_and_needs_a_mask(folder: str) -> None:
+    workload = built(folder, micro_batch=3, seq_len=4, padding=2)
+    (batch,) = workload.split(workload.batches[0], 1)
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 0, 0]]
+    longest = {"seq_len": 8, "micro_batch": 2, "dtype": "bf16"}
+    equal, padded = (
+        memscope.simulate(memscope.hf(folder, **longest, padding=padding), steps=1).ops for padding in (None, 1)
+    )
+    assert "aten._scaled_dot_product_flash_attention.default" in equal
+    assert "aten._scaled_dot_product_efficient_attention.default" in padded
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"padding": 4}, "a sample has 4 tokens: choose fewer"),
+        ({"padding": 1, "packing": True}, "packed samples have no padding"),
+    ],
+)
+def test_padding_that_cannot_be_is_refused(folder: str, settings: dict[str, object], told: str) -> None:
+    with pytest.raises(MemscopeError, match=told):
+        built(folder, seq_len=4, **settings)
+
+
+def test_kept_outputs_hold_the_logits_through_the_update(folder: str) -> None:
+    def in_update(keep: bool) -> int:
+        trace = memscope.simulate(memscope.hf(folder, seq_len=32, dtype="bf16", keep_outputs=keep), device="cpu")
+        update = trace.mark_event[trace.mark_phase == PHASES.index("optimizer")][0]
+        return int(trace.allocated[update])
+
+    assert in_update(keep=True) - in_update(keep=False) == 32 * 64 * 2  # tokens, vocabulary, bytes of bf16
+
+
 def test_a_kept_batch_is_there_during_the_update(folder: str) -> None:
     def in_update(keep: bool) -> int:
         trace = memscope.simulate(memscope.hf(folder, micro_batch=4, seq_len=32, keep_batch=keep), device="cpu")
@@ -213,11 +246,15 @@ def test_a_kept_batch_is_there_during_the_update(folder: str) -> None:
     assert in_update(keep=True) - in_update(keep=False) == 3 * 4 * 32 * 8  # ids, mask and labels of 8 bytes
 
 
-def test_the_cache_is_emptied_in_every_step_of_the_number(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("after", "times"), [("loss", 2 * 2), ("step", 2)])  # a step has two micro-batches
+def test_the_cache_is_emptied_in_every_step_of_the_number(
+    folder: str, monkeypatch: pytest.MonkeyPatch, after: str, times: int
+) -> None:
     emptied: list[int] = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
-    memscope.record(memscope.hf(folder, seq_len=4, accumulation=2, empty_cache_every=2), steps=3)
-    assert len(emptied) == 2 * 2  # both micro-batches of steps 0 and 2
+    settings = {"seq_len": 4, "accumulation": 2, "empty_cache_every": 2, "empty_cache_after": after}
+    memscope.record(memscope.hf(folder, **settings), steps=3)
+    assert len(emptied) == times  # in steps 0 and 2
 
 
 @pytest.mark.parametrize(("name", "kind"), [("adafactor", "Adafactor"), ("adamw_torch_fused", "AdamW"), ("sgd", "SGD")])
