@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +31,8 @@ class Inputs:
     """Makes a sample, on the host."""
     packed: bool
     """Whether a micro-batch is one row."""
+    dtype: torch.dtype
+    """Of pixels and sound: that of the weights, as a program must convert them where the model does not."""
     notes: tuple[str, ...] = ()
 
     def split(self, samples: list[int], parts: int) -> list[dict[str, Tensor]]:
@@ -38,7 +41,8 @@ class Inputs:
 
     def _batch(self, count: int) -> dict[str, Tensor]:
         made = [self.sample() for _ in range(count)]
-        batch = {key: torch.cat([one[key] for one in made]) for key in made[0]}
+        joined = {key: torch.cat([one[key] for one in made]) for key in made[0]}
+        batch = {key: one.to(self.dtype) if one.is_floating_point() else one for key, one in joined.items()}
         if not self.packed:
             return batch
         length = made[0]["input_ids"].shape[1]
@@ -56,7 +60,7 @@ def inputs_for(model: nn.Module, config: Any, program: Program, task: str) -> In
         raise UsageError(f"hf: packing=true is for language models (causal-lm), and the task is {task}")
     made = _Maker(model, config, program, torch.Generator(device="cpu").manual_seed(0))
     sample, notes = made.of(task)
-    return Inputs(sample, program.packing, notes)
+    return Inputs(sample, program.packing, model.dtype, notes)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -81,9 +85,9 @@ class _Maker:
         if task == "ctc":
             return self._sound, ()
         length, notes = fitting_length(self.model, config.get_text_config(), program.seq_len, program.model)
-        image = partial(
-            image_text_sample, config, length, program.image_size, partial(self._ids, config.get_text_config())
-        )
+        ids = partial(self._ids, config.get_text_config())
+        accepted = inspect.signature(self.model.forward).parameters
+        image = partial(image_text_sample, config, length, program.image_size, ids, accepted)
         image()  # tells at once what cannot be made
         return image, notes
 

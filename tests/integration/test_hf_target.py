@@ -86,6 +86,25 @@ def test_an_image_comes_before_its_text(tmp_path: Path) -> None:
         built(str(tmp_path / "tiny"), seq_len=5)
 
 
+def test_qwen_is_told_which_tokens_are_an_image(tmp_path: Path) -> None:
+    text = {"vocab_size": 64, "num_key_value_heads": 2, **LAYERS}
+    rotary = {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2], "rope_type": "default"}}
+    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2, "patch_size": 4}
+    config = {
+        "model_type": "qwen2_vl", "text_config": {"model_type": "qwen2_vl_text", **text, **rotary},
+        "vision_config": vision, "image_token_id": 60, "video_token_id": 61,
+    }  # fmt: skip
+    what = memscope.hf(written(tmp_path / "tiny", config), task="image-text", seq_len=8, image_size=16, dtype="bf16")
+    memscope.simulate(what, device="cpu")  # transformers refuses images without mm_token_type_ids
+
+
+def test_pixels_have_the_dtype_of_the_weights(tmp_path: Path) -> None:
+    # A convolution takes no float32 pixels with bfloat16 weights.
+    config = {"model_type": "convnext", "hidden_sizes": [8, 8], "depths": [1, 1], "num_stages": 2, "image_size": 32}
+    what = memscope.hf(written(tmp_path / "tiny", config), task="image-classification", dtype="bf16")
+    memscope.simulate(what, device="cpu")
+
+
 def test_packed_samples_are_one_row_whose_positions_restart(folder: str) -> None:
     workload = built(folder, micro_batch=2, accumulation=2, seq_len=3, packing=True)
     first, second = workload.split(workload.batches[0], 2)
