@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +62,8 @@ def _writes(func: Any) -> bool:
     return name[: name.find(".")].endswith("_") and not name.startswith("_")
 
 
-class _Place(NamedTuple):
+@dataclass(frozen=True)
+class _Place:
     """Where the elements of a view lie in the part of a storage that its base and itself show."""
 
     elements: int

@@ -129,8 +129,8 @@ VISION = [
          "backbone_config": {"model_type": "resnet", **_RESNET, "out_features": ["stage2"]}},
         _detr, {"use_timm_backbone": False, "backbone": None,
                 "backbone_config": {"model_type": "resnet", "out_features": ["stage4"]}},
-        _sum_of_squares("logits", "pred_boxes")), _BOTH,
-        "loss of our own: its Hungarian matching needs scipy and runs on the host"),
+        _sum_of_squares("logits", "pred_boxes")), ("eager",),
+        "loss of our own: its Hungarian matching needs scipy; its ResNet backbone has no SDPA"),
     Row("SAM", "Vision", ByHand("SamModel", _SAM, _sam, {}, _sum_of_squares("pred_masks", "iou_scores")), _BOTH,
         "loss of our own: transformers has none"),
 ]  # fmt: skip
@@ -160,6 +160,11 @@ _QWEN25_VISION = {
 }  # fmt: skip
 _LLAVA = {"vision_config": {"model_type": "clip_vision_model", "projection_dim": 32, **_VIT}, "text_config": _LLAMA}
 _GROUP = "Text and images"
+_QWEN_7B = {
+    "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+    "num_attention_heads": 28, "num_key_value_heads": 4,
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24], "rope_type": "default"},
+}  # fmt: skip
 _QWEN_IDS = {"image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62, "vision_end_token_id": 63}
 
 MULTIMODAL = [
@@ -168,7 +173,7 @@ MULTIMODAL = [
     Row("BLIP", _GROUP, ByHand("BlipForConditionalGeneration",
         {**_TOWERS, "text_config": {**_TEXT, "encoder_hidden_size": 32}}, _caption), ("eager",)),
     Row("LLaVA", _GROUP, Hf({"model_type": "llava", **_LLAVA, "image_token_index": 63, "image_seq_length": 4},
-        {}, {"seq_len": 12}, {"seq_len": 1024, "micro_batch": 1}, "image-text")),
+        {}, {"seq_len": 12}, {"seq_len": 1024, "micro_batch": 1}, "image-text"), about="one sample of 1,024 tokens"),
     Row("PaliGemma", _GROUP, Hf({"model_type": "paligemma",
         "vision_config": {"model_type": "siglip_vision_model", **_VIT},
         "text_config": {"model_type": "gemma", **_TEXT, "num_key_value_heads": 2, "head_dim": 8},
@@ -180,11 +185,14 @@ MULTIMODAL = [
           "intermediate_size": 16384,
           "num_attention_heads": 8, "num_key_value_heads": 1, "vocab_size": 257216},
          "image_token_index": 257152, "projection_dim": 2048},
-        {"seq_len": 12}, {"micro_batch": 1}, "image-text"), about="usual size: paligemma-3b-224"),
+        {"seq_len": 12}, {"micro_batch": 1}, "image-text"), about="usual size: paligemma-3b-224, one sample"),
     Row("Qwen2-VL", _GROUP, Hf({"model_type": "qwen2_vl", "text_config": {"model_type": "qwen2_vl_text", **_QWEN},
-        "vision_config": _QWEN_VISION, **_QWEN_IDS}, {}, {"image_size": 16}, {"micro_batch": 1}, "image-text")),
+        "vision_config": _QWEN_VISION, **_QWEN_IDS}, {"text_config": {"model_type": "qwen2_vl_text", **_QWEN_7B}},
+        {"image_size": 16}, {"micro_batch": 1}, "image-text"), about="usual size: Qwen2-VL-7B, one sample"),
     Row("Qwen2.5-VL", _GROUP, Hf({"model_type": "qwen2_5_vl", "text_config": {"model_type": "qwen2_5_vl_text", **_QWEN},
-        "vision_config": _QWEN25_VISION, **_QWEN_IDS}, {}, {"image_size": 16}, {"micro_batch": 1}, "image-text")),
+        "vision_config": _QWEN25_VISION, **_QWEN_IDS},
+        {"text_config": {"model_type": "qwen2_5_vl_text", **_QWEN_7B}},
+        {"image_size": 16}, {"micro_batch": 1}, "image-text"), about="usual size: Qwen2.5-VL-7B, one sample"),
 ]  # fmt: skip
 
 _WAV = {
