@@ -21,15 +21,6 @@ from memscope.workload.description import Workload
 LAYERS = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 64, **LAYERS}
 VISION = {"image_size": 16, "patch_size": 8, **LAYERS}
-T5 = {
-    "vocab_size": 64,
-    "d_model": 32,
-    "d_kv": 8,
-    "d_ff": 48,
-    "num_layers": 1,
-    "num_heads": 4,
-    "decoder_start_token_id": 0,
-}
 WHISPER = {
     "vocab_size": 64, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
     "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "num_mel_bins": 8,
@@ -38,13 +29,10 @@ WHISPER = {
 }  # fmt: skip
 BERT = {"vocab_size": 64, "max_position_embeddings": 32, **LAYERS}
 MODELS = {
-    "text": LLAMA,
-    "masked text": {"model_type": "bert", "architectures": ["BertForMaskedLM"], **BERT},
     "classes of text": {"model_type": "bert", "architectures": ["BertForSequenceClassification"], **BERT},
-    "encoder and decoder": {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], **T5},
-    "images": {"model_type": "vit", "architectures": ["ViTForImageClassification"], **VISION},
     "speech": {"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"], **WHISPER},
 }
+"""Kinds of inputs that tests/integration/test_models.py has no model for."""
 
 
 @pytest.fixture
