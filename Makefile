@@ -8,7 +8,7 @@ STAMP := .venv/.installed
 DOCS := NO_MKDOCS_2_WARNING=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup profile test check docs docs-check docs-update bench scoreboard fuzz soak gpu clean
+.PHONY: help setup profile test check docs docs-check docs-update bench models scoreboard fuzz soak gpu clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ docs-update: setup ## Rewrite the marked blocks of the documents with today's ou
 
 bench: setup ## Compare memscope's speed and precision with other tools
 	$(BIN)/python -m pytest benchmarks
+
+models: setup ## Simulate about a hundred architectures, compare them with runs, and write docs/models.md
+	PYTHONPATH=tests $(BIN)/python benchmarks/bench_models.py
 
 scoreboard: setup ## Predict what others published, with the libraries they used, and write docs/scoreboard.md
 	$(BIN)/python benchmarks/scoreboard.py

@@ -153,9 +153,13 @@ class Answers:
                 return UNKNOWN
             self._assumptions.rest_on(given.origins)
             found = func(*given.args, **given.kwargs)
-        return pytree.tree_map_only(
-            Tensor, lambda real: torch.empty_strided(real.size(), real.stride(), dtype=real.dtype), found
-        )
+        return pytree.tree_map_only(Tensor, _as_large, found)
+
+
+def _as_large(real: Tensor) -> Tensor:
+    """A tensor like a real one, whose storage may be larger than its elements: some kernels shrink their result."""
+    elements = real.untyped_storage().nbytes() // real.itemsize
+    return torch.empty(elements, dtype=real.dtype).as_strided(real.size(), real.stride())
 
 
 class FollowedValues(TorchDispatchMode):

@@ -42,6 +42,7 @@ from memscope.simulation.refusal import NotSimulated
 from memscope.simulation.remember import RememberedOperators
 from memscope.simulation.untouched import Untouched
 from memscope.simulation.values import KnownValues
+from memscope.simulation.written_views import WrittenViews
 from memscope.strategies import Plan
 from memscope.trace import Trace
 from memscope.trace.notes import add_note
@@ -146,11 +147,12 @@ def simulate(
         with mode:
             training = Training.start(built, "cpu", partial(map_tensors, partial(_on_device, values)))
             link = Link(operators, device)
+            execute = WrittenViews(link)
             recorder = Recorder(
                 built.model,
                 meta={**run_meta(built, plan, device.name, simulated=True), "seconds": None},
                 on_gpu=device.kind == "cuda",
-                execute=PlainAutograd(link) if device.kind == "cuda" else link,
+                execute=PlainAutograd(execute) if device.kind == "cuda" else execute,
                 kernels=kernels,
                 calls_of=part.calls_of,
             )

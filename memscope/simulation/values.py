@@ -180,7 +180,7 @@ class KnownValues:
         origins = given.origins
         for fake, value in zip(made, _tensors_in(values), strict=True):
             if self._shadow(fake) is None:
-                self._keep(fake, value, origins)
+                self._keep(fake, value, origins, is_all=not mutable)
             elif mutable and origins:
                 self._rest_on(fake, origins)
         return True
@@ -250,9 +250,13 @@ class KnownValues:
             return None
         return kept.value
 
-    def _keep(self, fake: Tensor, value: Tensor, origins: Sequence[Origin]) -> None:
+    def _keep(self, fake: Tensor, value: Tensor, origins: Sequence[Origin], *, is_all: bool = False) -> None:
+        """Store a shadow. `is_all`: memory that the tensor does not show holds nothing, as behind a shrunk result."""
         kept = torch.empty_strided(fake.size(), fake.stride(), dtype=fake.dtype)
-        if kept.untyped_storage().nbytes() == fake.untyped_storage().nbytes():  # else it shows a part of its memory
+        size = fake.untyped_storage().nbytes()
+        if is_all and kept.untyped_storage().nbytes() < size:
+            kept = torch.empty(size // fake.itemsize, dtype=fake.dtype).as_strided(fake.size(), fake.stride())
+        if kept.untyped_storage().nbytes() == size:  # else the tensor shows a part of its memory
             kept.copy_(value)
             self._store(fake, kept.untyped_storage(), origins)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -27,9 +27,16 @@ def pixels(config: Any, size: int | None) -> Tensor:
 
 
 def image_text_sample(
-    config: Any, length: int, size: int | None, ids_of: Callable[[int], Tensor]
+    config: Any, length: int, size: int | None, ids_of: Callable[[int], Tensor], accepted: Collection[str]
 ) -> Mapping[str, Tensor]:
     """One image, then text, together `length` tokens.
+
+    Args:
+        config: the configuration of the model.
+        length: tokens of the sample.
+        size: height and width of the image in pixels; None: as in the configuration.
+        ids_of: makes the ids of so many tokens of text, `[1, length]`.
+        accepted: names of the arguments that the model takes.
 
     Raises:
         UsageError: how this model's text refers to images is not known, or the image alone is longer than `length`.
@@ -50,11 +57,13 @@ def image_text_sample(
         raise UsageError(f"hf: seq_len={length}: an image alone takes {tokens} tokens: choose at least {tokens + 2}")
     ids = ids_of(length)
     ids[0, 1 : 1 + tokens] = _image_token(config)
+    types = torch.zeros_like(ids)
+    types[0, 1 : 1 + tokens] = 1
     sample |= {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
     if kind in ("gemma3", "paligemma"):
-        types = torch.zeros_like(ids)
-        types[0, 1 : 1 + tokens] = 1
         sample["token_type_ids"] = types
+    elif "mm_token_type_ids" in accepted:
+        sample["mm_token_type_ids"] = types
     return sample
 
 

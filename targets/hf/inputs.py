@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +31,8 @@ class Inputs:
     """Makes a sample, on the host."""
     packed: bool
     """Whether a micro-batch is one row."""
+    dtype: torch.dtype
+    """Of pixels and sound: that of the weights, as a program must convert them where the model does not."""
     padding: int = 0
     """Tokens of padding in every row but the first."""
     length: SampleLength | None = None
@@ -41,7 +44,8 @@ class Inputs:
 
     def _batch(self, count: int) -> dict[str, Tensor]:
         made = [self.sample() for _ in range(count)]
-        batch = {key: torch.cat([one[key] for one in made]) for key in made[0]}
+        joined = {key: torch.cat([one[key] for one in made]) for key in made[0]}
+        batch = {key: one.to(self.dtype) if one.is_floating_point() else one for key, one in joined.items()}
         if not self.packed:
             return self._padded(batch)
         length = made[0]["input_ids"].shape[1]
@@ -67,7 +71,7 @@ def inputs_for(model: nn.Module, config: Any, program: Program, task: str) -> In
     sample, length = made.of(task)
     if program.padding:
         _require_room(sample(), program.padding, task)
-    return Inputs(sample, program.packing, program.padding, length)
+    return Inputs(sample, program.packing, model.dtype, program.padding, length)  # type: ignore[arg-type]
 
 
 def _require_room(sample: _Tensors, padding: int, task: str) -> None:
@@ -100,9 +104,9 @@ class _Maker:
         if task == "ctc":
             return self._sound, None
         length = fitting_length(self.model, config.get_text_config(), program.seq_len, program.model)
-        image = partial(
-            image_text_sample, config, length.tokens, program.image_size, partial(self._ids, config.get_text_config())
-        )
+        ids = partial(self._ids, config.get_text_config())
+        accepted = inspect.signature(self.model.forward).parameters
+        image = partial(image_text_sample, config, length.tokens, program.image_size, ids, accepted)
         image()  # tells at once what cannot be made
         return image, length
 

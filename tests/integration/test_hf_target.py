@@ -24,15 +24,6 @@ from memscope.workload.description import Workload
 LAYERS = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 64, **LAYERS}
 VISION = {"image_size": 16, "patch_size": 8, **LAYERS}
-T5 = {
-    "vocab_size": 64,
-    "d_model": 32,
-    "d_kv": 8,
-    "d_ff": 48,
-    "num_layers": 1,
-    "num_heads": 4,
-    "decoder_start_token_id": 0,
-}
 WHISPER = {
     "vocab_size": 64, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
     "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "num_mel_bins": 8,
@@ -41,13 +32,10 @@ WHISPER = {
 }  # fmt: skip
 BERT = {"vocab_size": 64, "max_position_embeddings": 32, **LAYERS}
 MODELS = {
-    "text": LLAMA,
-    "masked text": {"model_type": "bert", "architectures": ["BertForMaskedLM"], **BERT},
     "classes of text": {"model_type": "bert", "architectures": ["BertForSequenceClassification"], **BERT},
-    "encoder and decoder": {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], **T5},
-    "images": {"model_type": "vit", "architectures": ["ViTForImageClassification"], **VISION},
     "speech": {"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"], **WHISPER},
 }
+"""Kinds of inputs that tests/integration/test_models.py has no model for."""
 
 
 @pytest.fixture
@@ -146,6 +134,25 @@ def test_an_image_comes_before_its_text(tmp_path: Path) -> None:
     assert (batch["input_ids"] == 63).sum(1).tolist() == [4, 4]  # (16 / 8)² patches
     with pytest.raises(MemscopeError, match="an image alone takes 4 tokens: choose at least 6"):
         built(str(tmp_path / "tiny"), seq_len=5)
+
+
+def test_qwen_is_told_which_tokens_are_an_image(tmp_path: Path) -> None:
+    text = {"vocab_size": 64, "num_key_value_heads": 2, **LAYERS}
+    rotary = {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2], "rope_type": "default"}}
+    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2, "patch_size": 4}
+    config = {
+        "model_type": "qwen2_vl", "text_config": {"model_type": "qwen2_vl_text", **text, **rotary},
+        "vision_config": vision, "image_token_id": 60, "video_token_id": 61,
+    }  # fmt: skip
+    what = memscope.hf(written(tmp_path / "tiny", config), task="image-text", seq_len=8, image_size=16, dtype="bf16")
+    memscope.simulate(what, device="cpu")  # transformers refuses images without mm_token_type_ids
+
+
+def test_pixels_have_the_dtype_of_the_weights(tmp_path: Path) -> None:
+    # A convolution takes no float32 pixels with bfloat16 weights.
+    config = {"model_type": "convnext", "hidden_sizes": [8, 8], "depths": [1, 1], "num_stages": 2, "image_size": 32}
+    what = memscope.hf(written(tmp_path / "tiny", config), task="image-classification", dtype="bf16")
+    memscope.simulate(what, device="cpu")
 
 
 def test_packed_samples_are_one_row_whose_positions_restart(folder: str) -> None:

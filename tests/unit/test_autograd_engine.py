@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from memscope import Workload, simulate
+from memscope import Workload, record, simulate
 from memscope.trace import PHASES
 
 SIZE = 1000  # floats of every tensor
@@ -144,3 +144,30 @@ def test_weights_cast_in_inference_mode_are_not_kept():
     casts = np.flatnonzero((trace.step == 1) & (trace.requested == 2 * 100 * 100))
     assert len(casts) == 3
     assert (trace.freed[casts[:-1]] < trace.born[casts[1:]]).all()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        # The gradient of a transposed view that was written into is placed into zeros as large as its base.
+        lambda x, batch: x.view(10, 100).T.relu_().exp(),
+        lambda x, batch: x.view(10, 100).T.mul_(2)[3:].exp(),
+        # A part of the base: the backward pass of `slice` makes a tensor as large as well.
+        lambda x, batch: x.mul(2)[:-1].mul_(2),
+    ],
+    ids=["whole", "whole, used in part", "part"],
+)
+def test_the_gradient_of_a_view_that_was_written_into_takes_what_it_takes_on_plain_tensors(body):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(SIZE))
+
+        def forward(self, batch):
+            return body(self.weight * 1, batch)
+
+    workload = Workload(
+        Model(), [torch.zeros(2)], lambda model, batch: model(batch).sum(), lambda p: torch.optim.SGD(p, lr=0.1)
+    )
+    simulated, real = simulate(workload, device="cpu"), record(workload)
+    assert simulated.requested.tolist() == real.requested.tolist()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from memscope import StepPlan, Workload, simulate
+from memscope import StepPlan, Workload, record, simulate
 from memscope.errors import TargetError
 
 
@@ -208,3 +208,14 @@ def test_a_batch_that_the_target_builds_has_its_values_too():
 
     simulate(build)
     assert answers == [4] * 4  # two labels in each of two samples, in two micro-batches of two steps
+
+
+def test_a_result_that_a_kernel_shrinks_keeps_its_memory_and_its_values():
+    # unique_consecutive allocates as many numbers as it is given, 32, and returns 8 of them.
+    def build():
+        return workload(lambda model, integers, floats: integers.unique_consecutive().tolist(), answers, repeated)
+
+    answers, repeated = [], torch.arange(8).repeat_interleave(4).view(4, 8)
+    simulated, real = simulate(build, device="cpu"), record(build)
+    assert answers == 4 * [list(range(8))]
+    assert simulated.requested.tolist() == real.requested.tolist()

@@ -72,6 +72,13 @@ def _sparse(*args: Any, **kwargs: Any) -> Any:
     )
 
 
+def _lstm(*args: Any, **kwargs: Any) -> Any:
+    raise NotSimulated(
+        "nn.LSTM cannot be simulated on a CPU: only oneDNN knows the size of the workspace that its layer keeps "
+        "for the backward pass, and the fake kernel has none. Use nn.LSTMCell, or record a real run: --device cpu"
+    )
+
+
 def _log_softmax_gradient(grad: Tensor, output: Tensor, dim: int, input_dtype: torch.dtype) -> Tensor:
     """A gradient without gaps, in the order of its dimensions; that of the fake kernel has the strides of `grad`.
 
@@ -184,6 +191,7 @@ _ANYWHERE: Mapping[Any, ResultKernel] = {
     aten._ctc_loss_backward.Tensor: lambda grad, log_probs, *_, **named: log_probs.new_empty(log_probs.size()),
     **({aten._grouped_mm.default: _grouped_product} if hasattr(aten, "_grouped_mm") else {}),
     aten._sparse_coo_tensor_with_dims_and_tensors.default: _sparse,
+    aten.mkldnn_rnn_layer.default: _lstm,
 }
 _ON_GPU: Mapping[Any, ResultKernel] = {
     operator: _statistics_in_float32(operator)

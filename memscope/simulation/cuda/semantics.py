@@ -143,5 +143,5 @@ def _fused_rms_norm() -> dict[str, Callable[..., Any]]:
 def _refused_rnn(*args: Any) -> Any:
     raise NotSimulated(
         "cuDNN runs nn.LSTM, nn.GRU and nn.RNN on a GPU, and only cuDNN knows the size of the reserve space it keeps "
-        "for the backward pass. Record a real run with --device cuda, or simulate --device cpu"
+        "for the backward pass. Record a real run with --device cuda, or use nn.LSTMCell or nn.GRUCell"
     )

@@ -1,0 +1,1 @@
+"""The architectures that memscope is tried on, each in a tiny size and in its usual one."""
