@@ -19,9 +19,9 @@ CONTEXT_ERROR_BYTES = 1187 * 2**20
 PyTorch's allocator, of which the device table has 503 MiB."""
 KNOWN_ERROR = (
     f"published runs took up to {RESERVED_ERROR:.1%} more reserved memory and {format_bytes(CONTEXT_ERROR_BYTES)} more "
-    "CUDA context than predicted"
+    "CUDA context than predicted with the operators of their PyTorch"
 )
-"""The known error in words."""
+"""The known error in words. Between releases of PyTorch, reserved memory differs by up to 8 %: docs/scoreboard.md."""
 
 
 @dataclass(frozen=True)

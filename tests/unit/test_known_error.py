@@ -58,7 +58,7 @@ def test_a_run_fits_safely_if_the_known_error_fits_too(available: int, verdict: 
 def test_the_sentence_has_the_figures_and_the_known_error() -> None:
     assert str(fit_of(simulated(), 2 * GIB)) == (
         "fits, but within the known error of 1.17 GiB: 1.46 of 2.00 GiB; published runs took up to 1.2% more reserved "
-        "memory and 1.16 GiB more CUDA context than predicted"
+        "memory and 1.16 GiB more CUDA context than predicted with the operators of their PyTorch"
     )
 
 
