@@ -71,7 +71,7 @@ def build(config: Config) -> Workload:
         model=model,
         batches=[list(range(samples))],
         loss=_Loss(program),
-        optimizer_factory=partial(_optimizer, program),
+        optimizer_factory=partial(_optimizer, optimizer_factory(program.optimizer), program),
         plan=_plan(program),
         name=source.name,
         split=inputs.split,
@@ -127,8 +127,12 @@ def _plan(program: Program) -> StepPlan:
     )
 
 
-def _optimizer(program: Program, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    optimizer = optimizer_factory(program.optimizer)(parameters)
+def _optimizer(
+    factory: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
+    program: Program,
+    parameters: Iterable[nn.Parameter],
+) -> torch.optim.Optimizer:
+    optimizer = factory(parameters)
     steps = itertools.count()
 
     def stepped(*_: Any) -> None:

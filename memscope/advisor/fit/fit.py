@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from memscope.advisor.advise import DEFAULT_DEVICE, advise
+from memscope.advisor.combinations import allowed_names
 from memscope.advisor.fit.devices import devices_that_hold
 from memscope.advisor.fit.fitting import Evidence, Fitting, FittingChange, Largest, Size
 from memscope.advisor.fit.names import SizeNames
@@ -110,6 +111,7 @@ def answer(question: Question, asker: Asker, build: Callable[..., Workload]) -> 
             if device.kind == "cuda"
             else f'device "{device.name}" is no GPU: choose one (see: memscope devices)'
         )
+    allowed_names(question.allow)  # a wrong name is told before anything is simulated
     search = _Search(question, asker)
     trace = search.begin()
     fits_as_asked = search.evidence[search.asked]
