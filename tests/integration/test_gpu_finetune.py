@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +125,16 @@ def test_a_peer_that_does_other_work_is_refused_before_it_is_measured(tmp_path: 
         gpu_finetune.finetune_with_peft({**job, "first_step": other})
     said = float(str(refused.value).split("first step ")[1].split(",")[0])
     assert said == pytest.approx(ours["first_step"]["gradient_norm"], rel=1e-4)
+
+
+def test_combinations_that_fail_are_reported_and_stop_nothing() -> None:
+    runs = Runs(measure_combination={"error": "no room"}, predict_combination={"error": "no such preset"})
+    table = gpu_table2.Table2("lora", None, {"device": "cpu"})
+    with ThreadPoolExecutor(1) as pool:
+        table.predict(runs, pool, "a100-40gb")
+        table.measure(runs, plenty(), 1.0)
+        table.wait()
+    rows = list(table.rows())
+    assert [row["strategies"] for row in rows] == ["", "lora"]
+    assert {row["measured_problem"] for row in rows} == {"no room"}
+    assert {row["predicted_problem"] for row in rows} == {"no such preset"}

@@ -121,18 +121,13 @@ def test_cells_without_time_left_are_left_out_and_reported(tmp_path: Path) -> No
 
 
 def test_a_cell_that_fails_is_reported_and_stops_nothing(tmp_path: Path) -> None:
-    words = ["--timed", "0", "--advised", "0", "--rounds", "1", "--grid", "lora"]
+    words = ["--timed", "0", "--advised", "0", "--rounds", "0"]
     done = run(tmp_path, "--dry-run", "--cells", "1", *words, "--preset", "absent")
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "cells.json").read_text())
     (cell,) = results["cells"]
     assert cell["status"].startswith('failed: UsageError: target "llama2" has no preset "absent"')
     assert cell["problem"].startswith("prediction UsageError")
-    assert len(results["table2"]) == 2
-    for row in results["table2"]:
-        assert row["measured_problem"].startswith("UsageError: target")
-        assert row["predicted_problem"].startswith("UsageError: target")
-    assert results["finetuning"][0]["problem"].startswith('ours: UsageError: target "llama2" has no preset "absent"')
 
 
 def test_without_a_gpu_the_script_says_so(tmp_path: Path) -> None:
