@@ -26,5 +26,5 @@ def needed(module: str) -> Any:
             raise
         raise UsageError(
             f"the target hf needs {_PACKAGE.get(root, root)}, which is not installed: "
-            'pip install "torch-memscope[hf]"  (transformers, peft, huggingface_hub and pyyaml)'
+            "pip install transformers peft huggingface_hub pyyaml"
         ) from error
