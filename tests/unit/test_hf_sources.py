@@ -185,7 +185,9 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(monkeypatc
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
     monkeypatch.setattr(libraries.importlib, "import_module", missing)
-    with pytest.raises(UsageError, match=r"needs pyyaml, which is not installed: pip install transformers peft huggingface_hub pyyaml"):
+    with pytest.raises(
+        UsageError, match=r"needs pyyaml, which is not installed: pip install transformers peft huggingface_hub pyyaml"
+    ):
         libraries.needed("yaml")
 
 
