@@ -23,8 +23,8 @@ $(STAMP): pyproject.toml constraints.txt
 profile: setup ## Show where the memory of a LLaMA2-7B fine-tuning step goes, and what LoRA and AMP change
 	$(BIN)/memscope profile targets/llama2 --strategies lora,amp --device gpu
 
-test: setup ## Run the whole test suite, on three processes
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+test: setup ## Run the whole test suite, on two processes
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: setup ## Check style, formatting and types
 	$(BIN)/ruff check .
