@@ -8,7 +8,7 @@ from pathlib import Path
 
 import plotly.graph_objects as go
 
-from memscope.advisor.fit.fitting import DeviceFit, Evidence, Fitting, Largest
+from memscope.advisor.fit.fitting import DeviceFit, Evidence, Fitting
 from memscope.dashboards.html import Section, card, facts, figure_box, html_page, table
 from memscope.dashboards.palette import LIGHT, Theme, dressed, themed
 from memscope.errors import UsageError
@@ -123,20 +123,16 @@ def _facts(found: Fitting) -> list[tuple[str, str]]:
         ("asked", str(found.asked.size)),
         ("strategies", found.strategies or "none"),
         ("needs", f"{format_bytes(peak.device)} of {format_bytes(found.capacity_bytes)}"),
+        *([("fit", str(found.margin))] if found.fits else []),
         ("allocated, reserved", f"{format_bytes(peak.allocated)}, {format_bytes(peak.reserved)}"),
-        ("largest micro-batch", _largest(found.micro_batch)),
+        ("largest micro-batch", str(found.micro_batch)),
     ]
     if found.seq_len is not None:
-        told.append(("longest context", _largest(found.seq_len)))
+        told.append(("longest context", str(found.seq_len)))
     smallest = found.smallest_device
     told.append(("smallest listed device", smallest.name if smallest else "none of them holds it"))
     told += [("note", note) for note in found.notes]
     return [*told, *(("assumed", str(assumption)) for assumption in found.assumptions)]
-
-
-def _largest(largest: Largest) -> str:
-    end = f"{largest.next:,} runs out of memory" if largest.next is not None else largest.bound
-    return f"{largest.value:,} ({end})" if largest.value else f"none: {end}"
 
 
 def _evidence_table(found: Fitting) -> str:

@@ -23,7 +23,19 @@ from memscope.advisor.measure.runner import Scene, side_by_side
 from memscope.allocator.settings import AllocatorSettings
 from memscope.cli.advise_report import print_advice
 from memscope.cli.next_command import print_next, profile_words
-from memscope.command.options import ASSUME, FILE, TIMEOUT, argument, option, with_options
+from memscope.command.options import (
+    ALLOCATOR,
+    ASSUME,
+    CHANGED,
+    DEVICE_FILE,
+    FILE,
+    PRESET,
+    TIMEOUT,
+    TRUST_REMOTE_CODE,
+    argument,
+    option,
+    with_options,
+)
 from memscope.command.output import Attempt, errors_told_last, require_writable
 from memscope.command.progress import shown_progress
 from memscope.command.target_words import last_profiled, settings_of
@@ -57,9 +69,7 @@ class AdviseOptions:
             help=f"Device whose kernels and rates are assumed (see: memscope devices). Default: {DEFAULT_DEVICE}.",
         ),
     ]
-    device_file: Annotated[
-        Path | None, option("--device-file", type=FILE, metavar="FILE", help="TOML file with devices of your own.")
-    ]
+    device_file: Annotated[Path | None, DEVICE_FILE]
     strategies: Annotated[
         str, option("-s", "--strategies", default="", metavar="PLAN", help="Strategies that every plan must use.")
     ]
@@ -83,23 +93,10 @@ class AdviseOptions:
             "Default: all lists of repeated layers.",
         ),
     ]
-    preset: Annotated[
-        str | None,
-        option("--preset", metavar="NAME|PATH", help="Preset of the target. Default: its first preset."),
-    ]
-    changed: Annotated[
-        tuple[str, ...],
-        option("--set", multiple=True, metavar="KEY=VALUE", help="Change a setting of the target. Repeatable."),
-    ]
-    allocator: Annotated[
-        str | None,
-        option(
-            "--allocator",
-            metavar="CONF",
-            help="Settings of PyTorch's allocator, as in PYTORCH_CUDA_ALLOC_CONF; version:2.4 simulates the allocator "
-            "of another PyTorch.",
-        ),
-    ]
+    preset: Annotated[str | None, PRESET]
+    changed: Annotated[tuple[str, ...], CHANGED]
+    trust_remote_code: Annotated[bool, TRUST_REMOTE_CODE]
+    allocator: Annotated[str | None, ALLOCATOR]
     assume: Annotated[str, ASSUME]
     emit: Annotated[
         str | None,
@@ -178,11 +175,13 @@ def _show(options: AdviseOptions, advice: Advice, scene: Scene, output: Path, at
 
 def _advised(options: AdviseOptions) -> tuple[Advice, Scene, bool]:
     """The advice, the workload and device that it is about, and whether Ctrl-C ended the search."""
+    trusted = options.trust_remote_code
     if options.target is None:
-        target, preset, settings = last_profiled(options.preset, settings_of(options.changed))
+        changed = settings_of(options.changed, trust_remote_code=trusted)
+        target, preset, settings = last_profiled(options.preset, changed)
     else:
         target, preset = options.target, options.preset
-        settings = settings_of([*options.changed, *options.settings])
+        settings = settings_of([*options.changed, *options.settings], trust_remote_code=trusted)
     file = options.device_file
     device = get_device(options.device or DEFAULT_DEVICE, load_devices(file) if file else None)
     allocator = None if options.allocator is None else AllocatorSettings.parse(options.allocator)

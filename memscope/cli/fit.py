@@ -7,7 +7,7 @@ import json
 import os
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -24,13 +24,26 @@ from memscope.advisor.measure.runner import Asker, Scene, side_by_side
 from memscope.allocator.settings import AllocatorSettings
 from memscope.cli.fit_report import print_fit
 from memscope.cli.next_command import print_next, profile_words
-from memscope.command.options import FILE, TIMEOUT, argument, option, with_options
+from memscope.command.options import (
+    ALLOCATOR,
+    ASSUME,
+    CHANGED,
+    DEVICE_FILE,
+    FILE,
+    PRESET,
+    TIMEOUT,
+    TRUST_REMOTE_CODE,
+    argument,
+    option,
+    with_options,
+)
 from memscope.command.output import errors_told_last, require_writable
 from memscope.command.progress import shown_progress
 from memscope.command.target_words import settings_of
 from memscope.errors import GateFailed
 from memscope.runs.checks import check_plans
 from memscope.runs.processes import alone
+from memscope.simulation.assumptions import Assume
 from memscope.simulation.devices.catalogue import all_devices, get_device, load_devices
 from memscope.strategies import Plan
 from memscope.units import parse_seconds
@@ -53,9 +66,7 @@ class FitOptions:
             help="The device (see: memscope devices); a100-40gb:28GiB is one with less memory.",
         ),
     ]
-    device_file: Annotated[
-        Path | None, option("--device-file", type=FILE, metavar="FILE", help="TOML file with devices of your own.")
-    ]
+    device_file: Annotated[Path | None, DEVICE_FILE]
     strategies: Annotated[
         str, option("-s", "--strategies", default="", metavar="PLAN", help="Strategies to apply, such as lora:r=8,amp.")
     ]
@@ -68,26 +79,11 @@ class FitOptions:
             help="Strategies that change the mathematics and may be proposed if it does not fit, such as lora,bf16.",
         ),
     ]
-    preset: Annotated[
-        str | None,
-        option("--preset", metavar="NAME|PATH", help="Preset of the target. Default: its first preset."),
-    ]
-    changed: Annotated[
-        tuple[str, ...],
-        option("--set", multiple=True, metavar="KEY=VALUE", help="Change a setting of the target. Repeatable."),
-    ]
-    trust_remote_code: Annotated[
-        bool,
-        option(
-            "--trust-remote-code",
-            is_flag=True,
-            help="Run Python code that comes with a model of hf:WHAT; short for --set trust_remote_code=true.",
-        ),
-    ]
-    allocator: Annotated[
-        str | None,
-        option("--allocator", metavar="CONF", help="Settings of PyTorch's allocator, as in PYTORCH_CUDA_ALLOC_CONF."),
-    ]
+    preset: Annotated[str | None, PRESET]
+    changed: Annotated[tuple[str, ...], CHANGED]
+    trust_remote_code: Annotated[bool, TRUST_REMOTE_CODE]
+    allocator: Annotated[str | None, ALLOCATOR]
+    assume: Annotated[str, ASSUME]
     timeout: Annotated[str | None, TIMEOUT]
     html: Annotated[
         Path | None,
@@ -140,8 +136,7 @@ def command(options: FitOptions) -> int:
 
 def _prepared(options: FitOptions) -> tuple[Scene, Question]:
     """Find everything that is wrong with the options before anything is simulated."""
-    trusted = ["trust_remote_code=true"] if options.trust_remote_code else []
-    settings = settings_of([*options.changed, *options.settings, *trusted])
+    settings = settings_of([*options.changed, *options.settings], trust_remote_code=options.trust_remote_code)
     file = options.device_file
     added = load_devices(file) if file else {}
     device = get_device(options.device, added)
@@ -150,7 +145,10 @@ def _prepared(options: FitOptions) -> tuple[Scene, Question]:
     else:
         allocator = AllocatorSettings.parse(options.allocator)
     timeout = None if options.timeout is None else parse_seconds(options.timeout)
-    scene = Scene(options.target, options.preset, settings, options.device, file, options.allocator, timeout)
+    Assume.parse(options.assume)
+    scene = Scene(
+        options.target, options.preset, settings, options.device, file, options.allocator, timeout, options.assume
+    )
     with contextlib.redirect_stdout(sys.stderr):
         check_plans(scene.target, scene.preset, settings, [Plan.parse(options.strategies)], timeout_seconds=timeout)
         names = alone(sizes_of_target, scene.target, scene.preset, settings, timeout_seconds=timeout)
@@ -176,5 +174,5 @@ def _next_words(scene: Scene, found: Fitting, names: SizeNames) -> list[object]:
         settings[names.micro_batch] = str(found.micro_batch.value)
     elif found.smallest_device:
         device = found.smallest_device.name
-    words = profile_words(Scene(scene.target, scene.preset, settings, device, scene.device_file, scene.allocator))
+    words = profile_words(replace(scene, settings=settings, device=device))
     return [*words, *(["-s", strategies] if strategies else [])]

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from memscope.advisor.fit.fitting import DeviceFit, Evidence, Fitting, Largest
+from memscope.advisor.fit.fitting import DeviceFit, Evidence, Fitting
 from memscope.cli.tables import print_table
 from memscope.units import format_bytes, format_seconds
 
@@ -51,10 +51,10 @@ def _print_verdict(console: Console, found: Fitting) -> None:
     table.add_column(no_wrap=True)
     table.add_column()
     length = "" if found.asked.size.seq_len is None else f" at {found.asked.size.seq_len:,} tokens"
-    table.add_row(f"largest micro-batch{length}", _largest(found.micro_batch, "micro-batch"))
+    table.add_row(f"largest micro-batch{length}", str(found.micro_batch))
     if found.seq_len is not None:
         batch = found.asked.size.micro_batch
-        table.add_row(f"longest context at micro-batch {batch:,}", _largest(found.seq_len, "context"))
+        table.add_row(f"longest context at micro-batch {batch:,}", str(found.seq_len))
     else:
         table.add_row("longest context", "not searched: the target's settings say no length")
     smallest = found.smallest_device
@@ -63,14 +63,6 @@ def _print_verdict(console: Console, found: Fitting) -> None:
         f"{smallest.name} ({format_bytes(smallest.capacity_bytes)})" if smallest else "none of them holds it",
     )
     print_table(console, table, "columns")
-
-
-def _largest(largest: Largest, what: str) -> str:
-    unit = f", in multiples of {largest.unit}" if largest.unit > 1 else ""
-    end = f"{largest.next:,} runs out of memory" if largest.next is not None else largest.bound
-    if not largest.value:
-        return f"none: {end}"
-    return f"{largest.value:,} ({end}{unit})"
 
 
 def _changes(found: Fitting) -> Table:

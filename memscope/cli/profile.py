@@ -113,8 +113,7 @@ class _Prepared:
 
 def _prepared(options: ProfileOptions, folder: Path) -> _Prepared:
     """Find everything that is wrong with the options before anything runs."""
-    trusted = ["trust_remote_code=true"] if options.trust_remote_code else []
-    words = settings_of([*options.changed, *options.settings, *trusted])
+    words = settings_of([*options.changed, *options.settings], trust_remote_code=options.trust_remote_code)
     device = options.device or _default_device(options.simulate)
     simulated = _is_simulated(device, options.device_file, options.simulate)
     version = AllocatorSettings.parse(options.allocator or "").version

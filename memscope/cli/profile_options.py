@@ -8,7 +8,18 @@ from typing import Annotated
 
 import click
 
-from memscope.command.options import ASSUME, FILE, TIMEOUT, argument, option
+from memscope.command.options import (
+    ALLOCATOR,
+    ASSUME,
+    CHANGED,
+    DEVICE_FILE,
+    FILE,
+    PRESET,
+    TIMEOUT,
+    TRUST_REMOTE_CODE,
+    argument,
+    option,
+)
 
 __all__ = ["DEFAULT_STEPS", "ProfileOptions"]
 
@@ -57,31 +68,9 @@ class ProfileOptions:
         Path | None,
         option("--table", type=FILE, metavar="FILE", help="With --grid: write Table 2 to a .csv or .md file."),
     ]
-    preset: Annotated[
-        str | None,
-        option(
-            "--preset",
-            metavar="NAME|PATH",
-            help="Preset of the target, or a file or folder with one. Default: the first. See: memscope targets.",
-        ),
-    ]
-    changed: Annotated[
-        tuple[str, ...],
-        option(
-            "--set",
-            multiple=True,
-            metavar="KEY=VALUE",
-            help="Change a setting of the target; more may follow as KEY=VALUE.",
-        ),
-    ]
-    trust_remote_code: Annotated[
-        bool,
-        option(
-            "--trust-remote-code",
-            is_flag=True,
-            help="Run Python code that comes with a model of hf:WHAT; short for --set trust_remote_code=true.",
-        ),
-    ]
+    preset: Annotated[str | None, PRESET]
+    changed: Annotated[tuple[str, ...], CHANGED]
+    trust_remote_code: Annotated[bool, TRUST_REMOTE_CODE]
     device: Annotated[
         str | None,
         option(
@@ -90,19 +79,8 @@ class ProfileOptions:
             "PyTorch has a GPU, else gpu.",
         ),
     ]
-    device_file: Annotated[
-        Path | None,
-        option("--device-file", type=FILE, metavar="FILE", help="TOML file with devices of your own."),
-    ]
-    allocator: Annotated[
-        str | None,
-        option(
-            "--allocator",
-            metavar="CONF",
-            help="Settings of PyTorch's allocator, as in PYTORCH_CUDA_ALLOC_CONF, which is the default; version:2.4 "
-            "simulates the allocator of another PyTorch.",
-        ),
-    ]
+    device_file: Annotated[Path | None, DEVICE_FILE]
+    allocator: Annotated[str | None, ALLOCATOR]
     simulate: Annotated[
         bool, option("--simulate", is_flag=True, help="Simulate even if the run could be real, as on --device cpu.")
     ]

@@ -22,7 +22,10 @@ from typing import Any, TypeAlias
 
 import click
 
-__all__ = ["ASSUME", "FILE", "TIMEOUT", "argument", "debug_option", "option", "with_options"]
+__all__ = [
+    "ALLOCATOR", "ASSUME", "CHANGED", "DEVICE_FILE", "FILE", "PRESET", "TIMEOUT", "TRUST_REMOTE_CODE", "argument",
+    "debug_option", "option", "with_options",
+]  # fmt: skip
 
 _Command: TypeAlias = Callable[..., Any]
 _Declaration: TypeAlias = Callable[[str], Callable[[_Command], _Command]]
@@ -48,6 +51,38 @@ TIMEOUT = option(
 )
 """`--timeout`, which `memscope.units.parse_seconds` reads."""
 
+PRESET = option(
+    "--preset",
+    metavar="NAME|PATH",
+    help="Preset of the target, or a file or folder with one. Default: the first. See: memscope targets.",
+)
+"""`--preset`, which `Target.configure` reads."""
+
+CHANGED = option(
+    "--set",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change a setting of the target; more may follow as KEY=VALUE.",
+)
+"""`--set`, which `memscope.command.target_words.settings_of` reads."""
+
+TRUST_REMOTE_CODE = option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Run Python code that comes with a model of hf:WHAT; short for --set trust_remote_code=true.",
+)
+"""`--trust-remote-code`."""
+
+DEVICE_FILE = option("--device-file", type=FILE, metavar="FILE", help="TOML file with devices of your own.")
+"""`--device-file`, which `load_devices` reads."""
+
+ALLOCATOR = option(
+    "--allocator",
+    metavar="CONF",
+    help="Settings of PyTorch's allocator, as in PYTORCH_CUDA_ALLOC_CONF, which is the default; version:2.4 simulates "
+    "the allocator of another PyTorch.",
+)
+"""`--allocator`, which `AllocatorSettings.parse` reads."""
 
 ASSUME = option(
     "--assume",

@@ -15,14 +15,14 @@ RUNS = Path("memscope-runs")
 _DEFAULT_TARGET = "targets/llama2"
 
 
-def settings_of(texts: Sequence[str]) -> dict[str, str]:
-    """`{key: value}` of words KEY=VALUE.
+def settings_of(texts: Sequence[str], *, trust_remote_code: bool = False) -> dict[str, str]:
+    """`{key: value}` of words KEY=VALUE; `trust_remote_code` adds the setting of that name, as `--trust-remote-code`.
 
     Raises:
         UsageError: when a word is not KEY=VALUE, or a key is given twice.
     """
     words: dict[str, str] = {}
-    for text in texts:
+    for text in (*texts, *(["trust_remote_code=true"] if trust_remote_code else [])):
         key, equal, value = text.partition("=")
         if not equal or not key:
             raise UsageError(f'"{text}" is not a KEY=VALUE setting, for example n_layers=1. See: memscope targets')

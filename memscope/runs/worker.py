@@ -28,7 +28,7 @@ _parent: Connection | None = None
 
 
 class RunLost(TargetError):
-    """A task has no result for want of memory or time, or because its process died; others may have theirs."""
+    """A task has no result: it ran out of memory or time, or its process died. Other tasks may have results."""
 
 
 def tell(message: object) -> None:

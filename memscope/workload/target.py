@@ -159,7 +159,7 @@ def _wrong(module: ModuleType) -> str:
             return f"has PRESETS in which {name!r} is {preset!r}: {expected}"
     argument, names = getattr(module, "ARGUMENT", None), [field.name for field in dataclasses.fields(module.Config)]
     if argument is not None and argument not in names:
-        return f"has the ARGUMENT {argument!r}, which is no setting: expected one of {', '.join(names)}"
+        return f"has the ARGUMENT {argument!r}, which is not a setting: expected one of {', '.join(names)}"
     return ""
 
 

@@ -145,14 +145,20 @@ def test_qwen_is_told_which_tokens_are_an_image(tmp_path: Path) -> None:
         "vision_config": vision, "image_token_id": 60, "video_token_id": 61,
     }  # fmt: skip
     what = memscope.hf(written(tmp_path / "tiny", config), task="image-text", seq_len=8, image_size=16, dtype="bf16")
-    memscope.simulate(what, device="cpu")  # transformers refuses images without mm_token_type_ids
+    workload = what()
+    (batch,) = workload.split(workload.batches[0], 1)
+    assert (batch["mm_token_type_ids"] != 0).equal(batch["input_ids"] == 60)
+    assert memscope.simulate(what, device="cpu").events  # transformers refuses images without these types
 
 
 def test_pixels_have_the_dtype_of_the_weights(tmp_path: Path) -> None:
     # A convolution takes no float32 pixels with bfloat16 weights.
     config = {"model_type": "convnext", "hidden_sizes": [8, 8], "depths": [1, 1], "num_stages": 2, "image_size": 32}
     what = memscope.hf(written(tmp_path / "tiny", config), task="image-classification", dtype="bf16")
-    memscope.simulate(what, device="cpu")
+    workload = what()
+    (batch,) = workload.split(workload.batches[0], 1)
+    assert batch["pixel_values"].dtype is torch.bfloat16
+    assert memscope.simulate(what, device="cpu").events
 
 
 def test_packed_samples_are_one_row_whose_positions_restart(folder: str) -> None:

@@ -124,7 +124,7 @@ def test_the_text_after_a_colon_fills_the_setting_that_the_target_names() -> Non
 
 def test_an_argument_that_is_no_setting_is_refused() -> None:
     write("mine/target.py", OWN + '    ARGUMENT = "layer"\n')
-    assert "has the ARGUMENT 'layer', which is no setting: expected one of layers, name" in failure("mine:7")
+    assert "has the ARGUMENT 'layer', which is not a setting: expected one of layers, name" in failure("mine:7")
 
 
 def test_own_target_may_import_files_next_to_it() -> None:

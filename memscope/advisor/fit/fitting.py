@@ -74,6 +74,11 @@ class Largest:
     bound: str = ""
     """Why no larger value was tried; empty where `next` runs out."""
 
+    def __str__(self) -> str:
+        end = f"{self.next:,} runs out of memory" if self.next is not None else self.bound
+        unit = f", in multiples of {self.unit}" if self.unit > 1 else ""
+        return f"{self.value:,} ({end}{unit})" if self.value else f"none: {end}"
+
 
 @dataclass(frozen=True)
 class DeviceFit:
