@@ -6,6 +6,7 @@ ends. Later, without any hook on a tensor, the number of a backward node identif
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_right
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +26,10 @@ _sequence_number: Callable[[], int] = torch.autograd._get_sequence_nr  # type: i
 
 
 class ModuleStack:
-    """Follows the running modules of a model while it is entered; removes its hooks on leaving.
+    """Follows the running modules of some models while it is entered; removes its hooks on leaving.
+
+    Names of modules are those of `named_modules()`, the first model is `ROOT`. A further model is named after its class,
+    which its modules' names begin with.
 
     Attributes:
         names: table of the module names seen; other tables index it.
@@ -35,32 +39,50 @@ class ModuleStack:
 
     def __init__(
         self,
-        model: nn.Module,
-        *,
+        *models: nn.Module,
         on_call: Callable[[bool], None],
         on_return: Callable[[bool], None],
+        on_unknown: Callable[[nn.Module], None] = lambda module: None,
     ) -> None:
         """Prepare to follow. The callbacks report calls made by the training loop itself.
 
         Args:
-            model: the model whose modules to follow.
-            on_call: called when the model (True) or one of its modules (False) is called, also by a wrapper.
+            models: the models whose modules to follow.
+            on_call: called when a model (True) or one of its modules (False) is called, also by a wrapper.
             on_return: called when that call has ended.
+            on_unknown: called before a module of no model is called, which may then be added.
         """
-        self._model = model
-        self._on_call, self._on_return = on_call, on_return
+        self._models: dict[int, tuple[str, nn.Module]] = {}
+        self._on_call, self._on_return, self._on_unknown = on_call, on_return, on_unknown
         self.names: list[str] = [ROOT]
         self._index: dict[str, int] = {ROOT: 0}
         self._known_built: list[Any] = []
         self._of_module: dict[int, int] = {}
         self._of_parameter: dict[int, int] = {}
-        self.refresh()
+        for model in models:
+            self.add(model)
         self.stack: list[int] = []
         self._of_model_at_work = 0
         self.current = 0
         self._nodes: list[int] = [0]
         self._owners: list[int] = [0]
         self._hooks: list[Any] = []
+
+    @property
+    def models(self) -> dict[str, nn.Module]:
+        """The models by their names."""
+        return {name or ROOT: model for name, model in self._models.values()}
+
+    def add(self, model: nn.Module) -> None:
+        """Follow another model, too. Models that are part of it are followed as such from now on."""
+        if self._models:
+            known, kind = {name for name, _ in self._models.values()}, type(model).__name__
+            names = (kind if count == 1 else f"{kind}-{count}" for count in itertools.count(1))
+            name = next(name for name in names if name not in known)
+        else:
+            name = ""
+        self._models[id(model)] = name, model
+        self.refresh()
 
     def refresh(self) -> None:
         """Read the names of modules and parameters again, if the model has changed."""
@@ -69,10 +91,11 @@ class ModuleStack:
             return
         self._known_built = built
         self._of_module, self._of_parameter = {}, {}
-        for name, module in self._model.named_modules():
-            code = self._of_module[id(module)] = self.code(name or ROOT)
-            for parameter in module.parameters(recurse=False):
-                self._of_parameter.setdefault(id(parameter), code)
+        for prefix, model in self._models.values():
+            for name, module in model.named_modules(prefix=prefix):
+                code = self._of_module.setdefault(id(module), self.code(name or ROOT))
+                for parameter in module.parameters(recurse=False):
+                    self._of_parameter.setdefault(id(parameter), code)
 
     def _built(self) -> list[Any]:
         """What names follow from: each module with its children, their keys and its parameters, by id.
@@ -80,7 +103,7 @@ class ModuleStack:
         An object at the address of one that died has another key or another place, or the same name.
         """
         built: list[Any] = []
-        modules, known = [self._model], {id(self._model)}
+        modules, known = [model for _, model in self._models.values()], set(self._models)
         for module in modules:  # grows during the loop
             children = module._modules
             built += [id(module), len(children), *children, *map(id, module._parameters.values())]
@@ -111,11 +134,14 @@ class ModuleStack:
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         code = self._of_module.get(id(module))
+        if code is None and not self.stack and _current_task() < 0:
+            self._on_unknown(module)
+            code = self._of_module.get(id(module))
         if code is None:
             code = self.code(type(module).__name__)
         else:
             if not self._of_model_at_work and _current_task() < 0:
-                self._on_call(module is self._model)
+                self._on_call(id(module) in self._models)
             self._of_model_at_work += 1
         self.stack.append(code)
         self._switch(code)
@@ -131,7 +157,7 @@ class ModuleStack:
         if id(module) in self._of_module:
             self._of_model_at_work -= 1
             if not self._of_model_at_work and _current_task() < 0:
-                self._on_return(module is self._model)
+                self._on_return(id(module) in self._models)
 
     def _switch(self, code: int) -> None:
         self.current = code
@@ -148,6 +174,10 @@ class ModuleStack:
         if number > self._nodes[-1] and hasattr(node, "variable"):
             return self._of_parameter.get(id(node.variable), 0)
         return self._owners[bisect_right(self._nodes, number) - 1]
+
+    def of_module(self, module: nn.Module) -> int:
+        """Index of a module of one of the models."""
+        return self._of_module[id(module)]
 
     def of_parameter(self, parameter: torch.Tensor) -> int:
         """Index of the module that owns a parameter."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils import _pytree as pytree
 
@@ -19,8 +19,8 @@ __all__ = ["GradientNamer", "OptimizerNamer"]
 class GradientNamer:
     """Categorizes the storage of every parameter's `.grad` as soon as the gradient is accumulated."""
 
-    def __init__(self, model: nn.Module, lifetimes: Lifetimes, modules: ModuleStack) -> None:
-        self._model, self._lifetimes, self._modules = model, lifetimes, modules
+    def __init__(self, lifetimes: Lifetimes, modules: ModuleStack) -> None:
+        self._lifetimes, self._modules = lifetimes, modules
         # By id of the parameter, which is kept alive so that its id is not reused.
         self._hooks: dict[int, tuple[Tensor, Any]] = {}
 
@@ -31,10 +31,11 @@ class GradientNamer:
     def refresh(self) -> None:
         """Add hooks to parameters that require a gradient since the last call."""
         hooks = self._hooks
-        for parameter in self._model.parameters():
-            if id(parameter) not in hooks and parameter.requires_grad:
-                hook = parameter.register_post_accumulate_grad_hook(self._name)
-                self._hooks[id(parameter)] = parameter, hook
+        for model in self._modules.models.values():
+            for parameter in model.parameters():
+                if id(parameter) not in hooks and parameter.requires_grad:
+                    hook = parameter.register_post_accumulate_grad_hook(self._name)
+                    hooks[id(parameter)] = parameter, hook
 
     def __exit__(self, *exception: object) -> None:
         for _, hook in self._hooks.values():

@@ -110,6 +110,11 @@ class Position:
         if self._moments is not None:
             self._moments.mark(self.module, phase, self.step, self.micro_batch)
 
+    @property
+    def base_phase(self) -> Phase:
+        """The phase that the last `move_to` began."""
+        return PHASES[self._base_phase]
+
     def locate(self) -> None:
         """Find the running module and phase, and detect the end of a forward pass or recomputation."""
         modules = self._modules

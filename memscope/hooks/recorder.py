@@ -60,8 +60,8 @@ class Recorder:
     recording but keeps the trace: `meta["out_of_memory"]` describes the failed request.
 
     The recorder recognizes phases, steps and micro-batches: a forward pass by a call of the model, or of one of its
-    modules, with gradients enabled; a backward pass by the autograd engine; the optimizer by its `step`. Everything in
-    between is `outside`. A step ends after `optimizer.step()`, when the next forward pass begins.
+    modules, with gradients enabled; a backward pass by the autograd engine; the optimizer by its `step`; `inference` by
+    a call of the model without gradients. Everything in between is `outside`. A step ends after `optimizer.step()`, when the next forward pass begins.
 
     A recorder is also a `StepObserver`: `run_step` reports the phases that cannot be recognized. Hooks are removed on
     leaving, also after an exception; only training changes the model.
@@ -106,10 +106,26 @@ class Recorder:
         """
         if not isinstance(model, nn.Module):
             raise UsageError(f"Recorder expects an nn.Module but got a {type(model).__name__}: pass the model")
-        self._model, self._optimizer = model, optimizer
+        device = next((parameter.device for parameter in model.parameters()), None)
+        self._prepare(model, device=device, meta=meta, on_gpu=on_gpu, execute=execute, kernels=kernels)
+        self._optimizer = optimizer
+        self._calls = ModuleCalls(model, calls_of, self._tracker)
+
+    def _prepare(
+        self,
+        *models: nn.Module,
+        device: torch.device | None,
+        meta: Mapping[str, Any] | None,
+        on_gpu: bool,
+        execute: Execute | None,
+        kernels: Kernels | None,
+    ) -> None:
         self._meta = dict(meta or {})
-        self._modules = ModuleStack(model, on_call=self._call_begins, on_return=self._call_ends)
-        self._watch = watch_of(next((parameter.device for parameter in model.parameters()), None))
+        self._modules = ModuleStack(
+            *models, on_call=self._call_begins, on_return=self._call_ends, on_unknown=self._unknown_call_begins
+        )
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._watch = watch_of(device)
         self._ran_out = False
         self._tracker = tracker = StorageTracker(
             self._modules,
@@ -121,13 +137,14 @@ class Recorder:
             after_backward=self._backward_ended,
         )
         self._position, self._lifetimes = tracker.position, tracker.lifetimes
-        self._gradients = GradientNamer(model, self._lifetimes, self._modules)
+        self._gradients = GradientNamer(self._lifetimes, self._modules)
         self._optimizers = OptimizerNamer(
             self._lifetimes, self._modules, before=self._optimizer_begins, after=self._optimizer_ends, on_gpu=on_gpu
         )
-        self._calls = ModuleCalls(model, calls_of, self._tracker)
+        self._calls: ModuleCalls | None = None
         self._scopes = contextlib.ExitStack()
         self._step_done, self._model_returned = True, False
+        self._before_inference: Phase | None = None
         self._has_begun = self._in_optimizer = False
         self._stepped: set[int] = set()
         self._seconds: list[float] = []
@@ -146,7 +163,7 @@ class Recorder:
             if self._watch:
                 scopes.enter_context(self._watch)
             for part in (self._modules, self._gradients, self._optimizers, self._calls, self._tracker):
-                scopes.enter_context(part)
+                scopes.enter_context(part or contextlib.nullcontext())
             self._scopes = scopes.pop_all()
         self._position.move_to("outside", -1, 0)
         return self
@@ -159,21 +176,27 @@ class Recorder:
 
     def _take_in(self) -> None:
         """Register existing memory: weights, buffers, and gradients and optimizer state of an earlier step."""
-        self._take_in_parameters()
-        for parameter in self._model.parameters():
-            if parameter.grad is not None:
-                self._lifetimes.own(parameter.grad, "gradient", module=self._modules.of_parameter(parameter))
-        for name, buffer in self._model.named_buffers():
-            self._lifetimes.own(buffer, "buffer", module=self._modules.code(name.rpartition(".")[0] or "(model)"))
-        for name, module in self._model.named_modules():
-            for value in vars(module).values():  # constants that are not registered as buffers
-                if isinstance(value, Tensor):
-                    self._lifetimes.own(value, "buffer", module=self._modules.code(name or "(model)"))
+        for model in self._modules.models.values():
+            self._take_in_model(model)
         if self._optimizer is not None:
             self._optimizers.name_state(self._optimizer)
 
-    def _take_in_parameters(self) -> None:
-        for parameter in self._model.parameters():
+    def _take_in_model(self, model: nn.Module) -> None:
+        self._take_in_parameters(model)
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                self._lifetimes.own(parameter.grad, "gradient", module=self._modules.of_parameter(parameter))
+        for module in model.modules():
+            code = self._modules.of_module(module)
+            for buffer in module.buffers(recurse=False):
+                self._lifetimes.own(buffer, "buffer", module=code)
+        for module in model.modules():
+            for value in vars(module).values():  # constants that are not registered as buffers
+                if isinstance(value, Tensor):
+                    self._lifetimes.own(value, "buffer", module=self._modules.of_module(module))
+
+    def _take_in_parameters(self, model: nn.Module) -> None:
+        for parameter in model.parameters():
             self._lifetimes.own(parameter, "parameter", module=self._modules.of_parameter(parameter))
 
     # Phases reported by run_step.
@@ -193,20 +216,29 @@ class Recorder:
 
     # Phases recognized by the recorder.
 
+    def _unknown_call_begins(self, module: nn.Module) -> None:
+        """The training loop calls a module that belongs to none of the models."""
+
     def _call_begins(self, whole: bool) -> None:
         here = self._position
         if here.told:
             if whole:
                 self._move_to("forward")
-        elif torch.is_grad_enabled():  # otherwise validation: no backward pass can follow
+        elif torch.is_grad_enabled():
             if self._step_done:
                 self._begin_step()
             elif here.saw_backward:
                 here.micro_batch += 1
             self._move_to("forward")
+        else:  # validation, generation or a teacher: no backward pass can follow
+            self._before_inference = here.base_phase
+            self._move_to("inference")
 
     def _call_ends(self, whole: bool) -> None:
-        if self._position.told or torch.is_grad_enabled():
+        if self._before_inference is not None:
+            self._move_to(self._before_inference)
+            self._before_inference = None
+        elif self._position.told or torch.is_grad_enabled():
             self._model_returned |= whole
             if self._model_returned and (whole or not self._position.told):
                 self._move_to("loss")
@@ -244,7 +276,8 @@ class Recorder:
         self._began = time.perf_counter()
         if not self._position.told:  # weights may have been unfrozen, added or converted since
             self._modules.refresh()
-            self._take_in_parameters()
+            for model in self._modules.models.values():
+                self._take_in_parameters(model)
             self._gradients.refresh()
 
     def _end_step(self, *, wait: bool = True) -> None:
@@ -304,7 +337,7 @@ class Recorder:
         return meta
 
     def _run_meta(self) -> dict[str, Any]:
-        parameters = list(self._model.parameters())
+        parameters = list({id(p): p for model in self._modules.models.values() for p in model.parameters()}.values())
         steps = range(self._position.step + 1)
         return {
             "versions": versions(),
@@ -314,6 +347,6 @@ class Recorder:
             },
             "flops": [self.work.flops_of_step(step) for step in steps],
             "seconds": self._seconds,
-            **({"calls": self._calls.rows} if self._calls.rows else {}),
+            **({"calls": self._calls.rows} if self._calls and self._calls.rows else {}),
             **self._meta,
         }

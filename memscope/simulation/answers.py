@@ -36,8 +36,16 @@ _MASKS = (torch.bool, torch.uint8)
 class Answers:
     """Answers operators that read values, from those known or assumed."""
 
-    def __init__(self, values: KnownValues, assumptions: Assumptions) -> None:
+    def __init__(self, values: KnownValues, assumptions: Assumptions, *, of_a_program: bool = False) -> None:
+        """Answer from `values`.
+
+        Args:
+            values: the known values.
+            assumptions: what may be assumed, and the list of what was.
+            of_a_program: whether a whole program asks, which also counts and prints: then integers are assumed, too.
+        """
         self._values, self._assumptions = values, assumptions
+        self._of_a_program = of_a_program
 
     def __call__(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The result of an operator that reads values; `UNKNOWN` for another one, or without its values."""
@@ -66,7 +74,8 @@ class Answers:
             if value is not None:
                 self._assumptions.rest_on(self._values.origins_of(tensor))
                 return value.detach().clone().numpy()
-            if not self._may_assume or not tensor.is_floating_point() or tensor.numel() > MOST_ELEMENTS:
+            is_assumed = self._may_assume and (tensor.is_floating_point() or self._of_a_program)
+            if not is_assumed or tensor.numel() > MOST_ELEMENTS:
                 raise NotSimulated(
                     "tensor.numpy() needs the values of a tensor, which a simulation does not have: compute with "
                     "PyTorch instead, or record a real run: --device cpu"
@@ -93,6 +102,10 @@ class Answers:
             if is_float and self._may_assume:
                 self._assume("a floating-point number that the program reads", str(ASSUMED_NUMBER))
                 return ASSUMED_NUMBER
+            if self._of_a_program and self._may_assume:
+                is_bool = args[0].dtype is torch.bool
+                self._assume(f"{'a truth value' if is_bool else 'an integer'} that the program reads", "True" if is_bool else "1")
+                return True if is_bool else 1
         if func in (aten.equal.default, aten.allclose.default) and self._may_assume:
             self._assume("whether tensors are equal", "False")
             return False

@@ -70,7 +70,7 @@ class RememberedOperators:
         """
         self._known: dict[Any, tuple[Any, Work, bool]] = {}
         self._values, self._answers, self._untouched = values, answers, untouched
-        self._work_of, self._results = work_of, results
+        self._mode, self._work_of, self._results = mode, work_of, results
         with mode:
             self._attributes = dict(vars(torch.empty(0)))
 
@@ -94,9 +94,10 @@ class RememberedOperators:
                 return out, known[1]
         if not described:
             self._untouched.keep_arguments((args, kwargs), written(func, args, kwargs))
-        answer = self._answers(func, args, kwargs)
         before = [_layout(t) for t in tensors]
-        out = self._results.get(func, func)(*args, **kwargs) if answer is UNKNOWN else answer
+        with self._mode:  # it is not on in a program, whose tensors on the host are real
+            answer = self._answers(func, args, kwargs)
+            out = self._results.get(func, func)(*args, **kwargs) if answer is UNKNOWN else answer
         work, follows = known[1:] if known else (self._work_of(func, args, kwargs, out), None)
         if follows is None:
             follows = concerns_values(func, out)

@@ -22,7 +22,7 @@ CATEGORIES: tuple[Category, ...] = get_args(Category)
 recomputation) and still alive when the backward pass that needs it begins. `temporary`: freed before that.
 `workspace`: allocated inside a kernel. `other`: outlives its step and has no known owner."""
 
-Phase = Literal["setup", "forward", "loss", "backward", "recompute", "optimizer", "zero_grad", "outside"]
+Phase = Literal["setup", "forward", "loss", "backward", "recompute", "optimizer", "zero_grad", "outside", "inference"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 """Parts of a training step. `recompute`: forward work that activation checkpointing repeats inside the backward pass.
 `outside`: between steps and, in a loop that does not mark its phases, between forward, backward and optimizer."""

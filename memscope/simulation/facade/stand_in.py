@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from memscope.hooks.parts import PLAIN, is_wrapper, parts_of
 
-__all__ = ["is_target", "replaced", "tensors_say_cuda"]
+__all__ = ["AnyGenerator", "is_target", "replaced", "tensors_say_cuda", "wrapper_maker"]
 
 _CPU, _CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -35,7 +35,7 @@ def tensors_say_cuda(on_record_stream: Callable[[], None]) -> Iterator[None]:
     with contextlib.ExitStack() as scopes:
         for owner, name, value in (
             (torch, "set_default_device", _set_default_device(torch.set_default_device)),
-            (torch, "Generator", _Generator),
+            (torch, "Generator", AnyGenerator),
             (nn.Module, "to", _module_to(nn.Module.to)),
             (FakeTensor, "device", _device_property(FakeTensor.device)),
             (
@@ -43,7 +43,7 @@ def tensors_say_cuda(on_record_stream: Callable[[], None]) -> Iterator[None]:
                 "record_stream",
                 lambda tensor, stream: on_record_stream(),
             ),  # PyTorch parses its arguments before asking a mode
-            (Tensor, "_make_wrapper_subclass", _wrapper_maker(Tensor._make_wrapper_subclass)),
+            (Tensor, "_make_wrapper_subclass", wrapper_maker(Tensor._make_wrapper_subclass)),
             (autograd, "_engine_run_backward", _within(devices, autograd._engine_run_backward)),
         ):
             scopes.enter_context(replaced(owner, name, value))
@@ -135,7 +135,7 @@ def _is_stand_in(tensor: Any) -> bool:
     return is_wrapper(tensor) and any(isinstance(part, FakeTensor) for part in parts_of(tensor))
 
 
-def _wrapper_maker(original: Callable[..., Tensor]) -> staticmethod[..., Tensor]:
+def wrapper_maker(original: Callable[..., Tensor]) -> staticmethod[..., Tensor]:
     """Give a wrapper the device of the stand-ins that it holds: its class is a target's code, which sees a GPU."""
 
     def make(*args: Any, **kwargs: Any) -> Tensor:
@@ -180,8 +180,8 @@ class _AnyGenerator(type(torch.Generator)):  # type: ignore[misc]
         return isinstance(instance, torch._C.Generator)
 
 
-class _Generator(torch.Generator, metaclass=_AnyGenerator):
+class AnyGenerator(torch.Generator, metaclass=_AnyGenerator):
     """A generator on the stand-ins' device, whichever device is asked for."""
 
-    def __new__(cls, device: Any = "cpu") -> _Generator:
+    def __new__(cls, device: Any = "cpu") -> AnyGenerator:
         return super().__new__(cls, "cpu")  # type: ignore[call-arg]

@@ -30,7 +30,14 @@ class VisibleGpu:
         notes: texts for the trace, about calls that a simulation answers without following them.
     """
 
-    def __init__(self, device: Device, settings: AllocatorSettings) -> None:
+    def __init__(
+        self,
+        device: Device,
+        settings: AllocatorSettings,
+        tensors: Callable[[Callable[[], None]], contextlib.AbstractContextManager[None]] = tensors_say_cuda,
+    ) -> None:
+        """Prepare to show a device; `tensors` makes tensors report where they are, see `tensors_say_cuda`."""
+        self._tensors = tensors
         self.memory = GpuMemory(device, settings)
         self.notes: list[str] = []
         self._device = device
@@ -50,7 +57,7 @@ class VisibleGpu:
                     original = getattr(owner, name)
                     self._replaced.append((owner, name, original))
                     scopes.enter_context(replaced(owner, name, _for_targets(found[name], original)))
-            scopes.enter_context(tensors_say_cuda(self._record_stream))
+            scopes.enter_context(self._tensors(self._record_stream))
             self._scopes = scopes.pop_all()
         return self
 

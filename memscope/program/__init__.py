@@ -1,0 +1,1 @@
+"""Other people's programs: start them, watch them train, and stop them."""

@@ -1,0 +1,81 @@
+"""Record a program from its first import of PyTorch on: its models are found when they are called."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from memscope.hooks.kernels import Kernels
+from memscope.hooks.recorder import Recorder
+from memscope.hooks.work import Execute
+from memscope.program.models import model_of
+
+__all__ = ["ProgramRecorder"]
+
+_MOST_STEPS_OF_ANOTHER = 8
+"""Steps of one optimizer for each step asked for, while another one has not stepped as often, as in a GAN."""
+
+
+class ProgramRecorder(Recorder):
+    """Records all models of a program, and ends the program after some optimizer steps."""
+
+    def __init__(
+        self,
+        *,
+        steps: int | None,
+        on_step: Callable[[int], None],
+        stop: Callable[[], None],
+        device: torch.device | None = None,
+        meta: Mapping[str, Any] | None = None,
+        execute: Execute | None = None,
+        kernels: Kernels | None = None,
+    ) -> None:
+        """Prepare to record; nothing is watched before the recorder is entered.
+
+        Args:
+            steps: optimizer steps after which the program has done enough; None: it runs to its end.
+            on_step: called with the number of steps done when another one begins.
+            stop: called when a step would begin after enough of them; it may raise.
+            device: the real device to watch; None: the host, or a simulated one.
+            meta: see `Recorder`.
+            execute: see `Recorder`.
+            kernels: see `Recorder`.
+        """
+        self._prepare(device=device, meta=meta, on_gpu=kernels is not None, execute=execute, kernels=kernels)
+        self._wanted, self._on_step, self._stop = steps, on_step, stop
+        self._steps_of: dict[int, int] = {}
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps done by the optimizer that has done most."""
+        return max(self._steps_of.values(), default=0)
+
+    def _unknown_call_begins(self, module: nn.Module) -> None:
+        if next(module.parameters(), None) is None:  # a loss, say
+            return
+        self._modules.add(model := model_of(module))
+        self._take_in_model(model)
+        self._gradients.refresh()
+
+    def _begin_step(self) -> None:
+        if self._has_done_enough():
+            self._stop()
+        super()._begin_step()
+        self._on_step(self.steps)
+
+    def _has_done_enough(self) -> bool:
+        if self._wanted is None or self.steps < self._wanted:
+            return False
+        if self.steps >= self._wanted * _MOST_STEPS_OF_ANOTHER:
+            return True
+        alive = [one for one in gc.get_objects() if issubclass(type(one), torch.optim.Optimizer)]
+        training = [one for one in alive if getattr(one, "param_groups", None) and not hasattr(one, "optimizer")]
+        return all(self._steps_of.get(id(one), 0) >= self._wanted for one in training)
+
+    def _optimizer_ends(self, optimizer: torch.optim.Optimizer) -> None:
+        self._steps_of[id(optimizer)] = self._steps_of.get(id(optimizer), 0) + 1
+        super()._optimizer_ends(optimizer)

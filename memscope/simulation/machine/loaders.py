@@ -1,0 +1,43 @@
+"""Data loaders of a simulated program load in its own process.
+
+A worker process is a copy of the program, with the simulation half inside; the order of samples is the same without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader
+from torch.utils.data import dataloader as torch_dataloader
+
+from memscope.simulation.facade.stand_in import replaced
+
+__all__ = ["loaders_stay_here"]
+
+
+@contextlib.contextmanager
+def loaders_stay_here(note: Callable[[str], None]) -> Iterator[None]:
+    """Let `DataLoader(num_workers=N)` load its batches itself; `note` is told."""
+    begin: Callable[[DataLoader[Any]], Any] = DataLoader._get_iterator
+
+    def get_iterator(loader: DataLoader[Any]) -> Any:
+        if not loader.num_workers:
+            return begin(loader)
+        note(f"a DataLoader with {loader.num_workers} workers loads its batches in the program's own process")
+        return _Here(loader)
+
+    with replaced(DataLoader, "_get_iterator", get_iterator):
+        yield
+
+
+class _Here(torch_dataloader._SingleProcessDataLoaderIter):
+    """Iterates over a loader that has workers, without them."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        with replaced(loader, "num_workers", 0), replaced(loader, "timeout", 0):
+            super().__init__(loader)
+
+    def _reset(self, loader: DataLoader[Any], first_iter: bool = False) -> None:
+        super()._reset(loader, first_iter)  # called for persistent workers, too

@@ -1,0 +1,145 @@
+"""Calls of PyTorch's functions in a program: each makes its results on the real host or on the simulated GPU."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import TorchFunctionMode
+
+from memscope.simulation.facade.stand_in import is_target
+from memscope.simulation.host import Link
+from memscope.simulation.machine.places import Places
+
+__all__ = ["GPU", "STAND_IN", "ProgramCalls", "gpu_named"]
+
+GPU = torch.device("cuda", 0)
+"""What the program sees as the device of a tensor on the GPU."""
+STAND_IN = torch.device("cpu", 0)
+"""What PyTorch's own code sees as that device: a name of the CPU that no tensor of the host has, as their index is none."""
+_HOST = torch.device("cpu")
+
+
+class ProgramCalls(TorchFunctionMode):
+    """Places the results of functions, and answers where tensors are."""
+
+    def __init__(self, places: Places, link: Link) -> None:
+        super().__init__()
+        self._places, self._link = places, link
+        self._answers: dict[Any, Callable[[Any], Any]] = {
+            Tensor.get_device: lambda tensor: 0 if places.is_on_gpu(tensor) else -1,
+            Tensor.is_cuda.__get__: places.is_on_gpu,  # type: ignore[attr-defined]
+            Tensor.is_cpu.__get__: lambda tensor: not (places.is_on_gpu(tensor) or tensor.is_meta),  # type: ignore[attr-defined]
+        }
+        self._moves = {Tensor.to: self._to, Tensor.cuda: self._cuda, Tensor.cpu: self._cpu, Tensor.pin_memory: _itself}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self._answers and is_target(_caller()):
+            return self._answers[func](args[0])
+        move = self._moves.get(func)
+        if move is not None:
+            return move(func, *args, **(kwargs or {}))
+        if not kwargs and len(args) == 1 and type(args[0]) is FakeTensor:  # most calls query a size or a stride
+            return func(*args)
+        kwargs = kwargs or {}
+        if func is torch.device:
+            return torch.device("cuda", *args) if args and type(args[0]) is int else func(*args, **kwargs)
+        device = kwargs.get("device")
+        if device is not None:
+            on_gpu = gpu_named(device)
+            if on_gpu is not None:
+                kwargs = {**kwargs, "device": _HOST}
+                return self._made(on_gpu, func, args, kwargs)
+        serves = self._places.any_on_gpu(args) or bool(kwargs) and self._places.any_on_gpu(kwargs.values())
+        with self._places.calling(None, serves):
+            return func(*args, **kwargs)
+
+    def _made(self, on_gpu: bool, func: Any, args: Any, kwargs: Any) -> Any:
+        """What a function returns that was told the device of its result."""
+        places = self._places
+        if not on_gpu and not is_target(_caller(2)):  # PyTorch's own code names the host for its fake tensors, too
+            told = None
+        else:
+            told = on_gpu
+        with places.calling(told, told is None and places.any_on_gpu(args)):
+            made = func(*args, **kwargs)
+        if told and isinstance(made, Tensor) and not places.is_on_gpu(made) and not made.is_meta:
+            return self._moved(made, on_gpu=True)  # a tensor that exists, as torch.as_tensor returns it
+        return made
+
+    # Copies between host and GPU.
+
+    def _to(self, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        places = self._places
+        on_gpu: bool | None = None
+        dtype, rest = kwargs.pop("dtype", None), []
+        if "other" in kwargs:
+            args = (kwargs.pop("other"), *args)
+        for value in (kwargs.pop("device", None), *args):
+            if isinstance(value, torch.dtype):
+                dtype = value
+            elif isinstance(value, Tensor):
+                on_gpu, dtype = places.is_on_gpu(value), value.dtype
+            elif (type(value) is int and on_gpu is None) or isinstance(value, (str, torch.device)):
+                named = gpu_named(value)
+                if named is None:  # the meta device, say
+                    return func(tensor, value, *rest, **kwargs)
+                on_gpu = named if named or is_target(_caller(2)) or _converts_module(_caller(2)) else None
+            elif value is not None:
+                rest.append(value)
+        names = ("non_blocking", "copy")
+        kwargs.update(zip(names, rest, strict=False))
+        kwargs.pop("non_blocking", None)
+        if on_gpu is None or on_gpu == places.is_on_gpu(tensor) or tensor.is_meta:
+            if dtype is None and not kwargs:
+                return tensor
+            with places.calling(None, places.is_on_gpu(tensor)):
+                return func(tensor, dtype or tensor.dtype, **kwargs)
+        kwargs.pop("copy", None)
+        return self._moved(tensor, on_gpu=on_gpu, dtype=dtype, **kwargs)
+
+    def _cuda(self, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return tensor if self._places.is_on_gpu(tensor) else self._moved(tensor, on_gpu=True)
+
+    def _cpu(self, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self._moved(tensor, on_gpu=False) if self._places.is_on_gpu(tensor) else tensor
+
+    def _moved(self, tensor: Tensor, *, on_gpu: bool, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:
+        with self._places.calling(on_gpu), self._link.crossed(True):
+            return Tensor.to(tensor, dtype or tensor.dtype, copy=True, **kwargs)
+
+
+def gpu_named(device: Any) -> bool | None:
+    """Whether a device named by a program or by PyTorch is the GPU (True) or the host (False); None: another one."""
+    if type(device) is int:
+        return True
+    if isinstance(device, str):
+        kind, _, index = device.partition(":")
+        return True if kind == "cuda" else False if kind == "cpu" else None
+    if isinstance(device, torch.device):
+        if device.type == "cpu":
+            return device.index is not None
+        return True if device.type == "cuda" else None
+    return None
+
+
+def _itself(func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return tensor
+
+
+def _converts_module(frame: FrameType) -> bool:
+    """Whether a frame moves a module, whose argument the program named."""
+    return frame.f_code.co_name == "convert" and frame.f_globals.get("__name__") == "torch.nn.modules.module"
+
+
+def _caller(above: int = 1) -> FrameType:
+    """Frame that called a function which reached this mode, past the `__torch_function__` frames of other modes."""
+    frame = sys._getframe(above + 1)
+    while frame.f_code.co_name == "__torch_function__" and frame.f_back is not None:
+        frame = frame.f_back
+    return frame

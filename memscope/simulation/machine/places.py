@@ -1,0 +1,171 @@
+"""Which tensors are on the simulated GPU, and where an operator runs.
+
+Tensors of the host are real. Tensors on the GPU are fake, and so are weights wherever they are: a weight has no value
+that a simulation could use. Fake tensors on the host are *hidden*: they take no memory of the device.
+
+An operator runs on the GPU if one of its arguments is there, else on the host. One without arguments (a factory) makes
+its result where the running PyTorch function was told to, or where its arguments are: a function mode sees the call,
+and notes the place for the operators below it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from memscope.hooks.kernels import Kernels, Workspace
+from memscope.hooks.parts import PLAIN, is_wrapper, parts_of
+from memscope.hooks.storages import StorageTracker
+from memscope.hooks.work import NOTHING, Execute, Work
+from memscope.simulation.assumptions import Assumptions, Origin
+from memscope.simulation.guesses import ASSUMED_NUMBER
+from memscope.simulation.values import KnownValues, computing, written
+
+__all__ = ["PlacedKernels", "Places", "PlacedOperators"]
+
+
+class Places:
+    """Knows where tensors are.
+
+    Attributes:
+        mode: the mode of the fake tensors.
+        told: whether the running function was told to make its results on the GPU (True) or on the host (False); None:
+            it makes them where its arguments are.
+        serves_gpu: whether the running function works on tensors of the GPU, so that what it makes without arguments
+            belongs there.
+    """
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        self.mode = mode
+        self.told: bool | None = None
+        self.serves_gpu = False
+        self._tracker: StorageTracker | None = None
+
+    def follow(self, tracker: StorageTracker) -> None:
+        """Read from a tracker which tensors are hidden."""
+        self._tracker = tracker
+
+    @contextlib.contextmanager
+    def calling(self, told: bool | None, serves_gpu: bool = False) -> Iterator[None]:
+        """Run a function; see the attributes."""
+        before = self.told, self.serves_gpu
+        self.told, self.serves_gpu = told, serves_gpu
+        try:
+            yield
+        finally:
+            self.told, self.serves_gpu = before
+
+    def is_on_gpu(self, tensor: Any) -> bool:
+        """Whether a tensor, or one that it wraps, is on the simulated GPU."""
+        if isinstance(tensor, FakeTensor):
+            if tensor.fake_mode is not self.mode or tensor.fake_device.type == "meta":
+                return False
+            return self._tracker is None or not self._tracker.lifetimes.is_hidden(tensor)
+        if type(tensor) in PLAIN or not isinstance(tensor, Tensor) or not is_wrapper(tensor):
+            return False
+        return any(self.is_on_gpu(part) for part in parts_of(tensor))
+
+    def any_on_gpu(self, values: Iterable[Any]) -> bool:
+        """Whether one of some arguments, or of the lists among them, is on the GPU."""
+        return any(
+            self.any_on_gpu(value) if isinstance(value, (list, tuple)) else self.is_on_gpu(value) for value in values
+        )
+
+    def hide(self, tensor: Tensor) -> None:
+        """Place a fake tensor on the host."""
+        if self._tracker is not None:
+            self._tracker.lifetimes.hide(tensor)
+
+
+class PlacedOperators:
+    """Runs each operator where it belongs: on real tensors of the host, or on fake tensors with `execute`."""
+
+    def __init__(
+        self, places: Places, execute: Execute, values: KnownValues, assumptions: Assumptions
+    ) -> None:
+        self._places, self._execute = places, execute
+        self._values, self._assumptions = values, assumptions
+        self._tracker: StorageTracker | None = None
+
+    def follow(self, tracker: StorageTracker) -> None:
+        """Tell a tracker which results are on the host."""
+        self._tracker = tracker
+
+    def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Work]:
+        """See `Execute`."""
+        tracker, places = self._tracker, self._places
+        assert tracker is not None, "operators are placed while a tracker follows them"
+        found = _fakes(args)
+        if kwargs:
+            found += _fakes(kwargs.values())
+        if places.told is not None and (places.told or found):
+            on_gpu = places.told
+        elif found:
+            on_gpu = any(map(places.is_on_gpu, found))
+        elif places.serves_gpu:
+            on_gpu = True
+        else:
+            tracker.hides = False  # real tensors are not followed
+            return func(*args, **kwargs), NOTHING
+        tracker.hides = not on_gpu
+        if found and any(type(tensor) is not FakeTensor for tensor in written(func, args, kwargs)):
+            return self._write_to_host(func, args, kwargs), NOTHING
+        if on_gpu and not found:
+            with places.mode:
+                return self._execute(func, args, kwargs)
+        out, work = self._execute(func, args, kwargs)
+        return out, work if on_gpu else NOTHING
+
+    def _write_to_host(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Write what is known of fake tensors into a real tensor, or assumed numbers."""
+        targets = list(written(func, args, kwargs))
+        with computing():
+            given = self._values.given(func, args, kwargs)
+            if given is not None:
+                self._assumptions.rest_on(given.origins)
+                func(*given.args, **given.kwargs)
+            else:
+                self._assumptions.rest_on([Origin.here("numbers copied to a tensor of the host", str(ASSUMED_NUMBER))])
+                for tensor in targets:
+                    tensor.fill_(ASSUMED_NUMBER)
+        return targets[0]
+
+
+class PlacedKernels:
+    """The workspaces of kernels on the GPU; an operator on the host takes none."""
+
+    def __init__(self, places: Places, kernels: Kernels) -> None:
+        self._places, self._kernels = places, kernels
+
+    def covers(self, name: str) -> bool:
+        """See `Kernels`."""
+        return self._kernels.covers(name)
+
+    def has_own_order(self, name: str) -> bool:
+        """See `Kernels`."""
+        return self._kernels.has_own_order(name)
+
+    def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable[Workspace]:
+        """See `Kernels`."""
+        on_gpu = self._places.any_on_gpu(args) or self._places.any_on_gpu(kwargs.values())
+        return self._kernels(func, args, kwargs) if on_gpu else ()
+
+    def born(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...] | None:
+        """See `Kernels`."""
+        return self._kernels.born(func, args, kwargs) if self._places.any_on_gpu(args) else None
+
+
+def _fakes(values: Iterable[Any]) -> list[FakeTensor]:
+    """The fake tensors among some arguments and the lists among them."""
+    found: list[FakeTensor] = []
+    for value in values:
+        kind = type(value)
+        if kind is FakeTensor:
+            found.append(value)
+        elif kind is list or kind is tuple:
+            found += _fakes(value)
+    return found
