@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._guards import active_fake_mode
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from memscope.hooks.allocations import UNKNOWN, Allocations, Birth
 from memscope.hooks.moments import Moments
@@ -47,10 +47,15 @@ class Lifetimes:
         self._hidden: dict[int, _StorageRef] = {}
         self._unread: set[int] = set()
         self._fake_mode: Any = None
+        self._follows_real = True
 
-    def begin(self) -> None:
-        """Begin to follow. Of fake tensors, those of the active mode stand for memory, as in a simulation."""
-        self._fake_mode = active_fake_mode()
+    def begin(self, mode: FakeTensorMode | None = None) -> None:
+        """Begin to follow. Of fake tensors, those of the active mode stand for memory, as in a simulation.
+
+        With a `mode`, only its tensors are followed: real ones are those of the host, and the mode's of a device.
+        """
+        self._fake_mode = mode or active_fake_mode()
+        self._follows_real = mode is None
 
     def end(self) -> None:
         """Follow nothing any more."""
@@ -90,7 +95,9 @@ class Lifetimes:
         """Whether a tensor takes memory that is followed: not one on the meta device, or of another's fake mode."""
         if isinstance(tensor, FakeTensor):
             return tensor.fake_mode is self._fake_mode and tensor.fake_device.type != "meta"
-        return not tensor.is_meta if self._moments is None else tensor.is_cuda
+        if self._moments is not None:
+            return tensor.is_cuda
+        return self._follows_real and not tensor.is_meta
 
     def enter(self, size_bytes: int, op: int, category: int, storage: torch.UntypedStorage | None = None) -> int:
         """Record an allocation, of a storage or of a kernel's workspace; returns its index."""

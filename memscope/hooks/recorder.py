@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memscope.errors import MemscopeError, UsageError
 from memscope.hooks.calls import ModuleCalls
@@ -119,8 +120,9 @@ class Recorder:
         on_gpu: bool,
         execute: Execute | None,
         kernels: Kernels | None,
+        fake_mode: FakeTensorMode | None = None,
     ) -> None:
-        self._meta = dict(meta or {})
+        self._meta, self._fake_mode = dict(meta or {}), fake_mode
         self._modules = ModuleStack(
             *models, on_call=self._call_begins, on_return=self._call_ends, on_unknown=self._unknown_call_begins
         )
@@ -156,7 +158,7 @@ class Recorder:
         with contextlib.ExitStack() as scopes:
             scopes.enter_context(_the_only_recording())
             self._has_begun = True
-            self._lifetimes.begin()
+            self._lifetimes.begin(self._fake_mode)
             self._take_in()
             note_untested(self._meta)
             scopes.enter_context(compiled_runs_eagerly(lambda: add_note(self._meta, RAN_EAGERLY)))

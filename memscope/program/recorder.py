@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memscope.hooks.kernels import Kernels
 from memscope.hooks.recorder import Recorder
@@ -33,6 +34,7 @@ class ProgramRecorder(Recorder):
         meta: Mapping[str, Any] | None = None,
         execute: Execute | None = None,
         kernels: Kernels | None = None,
+        fake_mode: FakeTensorMode | None = None,
     ) -> None:
         """Prepare to record; nothing is watched before the recorder is entered.
 
@@ -44,8 +46,12 @@ class ProgramRecorder(Recorder):
             meta: see `Recorder`.
             execute: see `Recorder`.
             kernels: see `Recorder`.
+            fake_mode: the mode of the tensors that are on a simulated device; only these are recorded.
         """
-        self._prepare(device=device, meta=meta, on_gpu=kernels is not None, execute=execute, kernels=kernels)
+        on_gpu = kernels is not None
+        self._prepare(
+            device=device, meta=meta, on_gpu=on_gpu, execute=execute, kernels=kernels, fake_mode=fake_mode
+        )
         self._wanted, self._on_step, self._stop = steps, on_step, stop
         self._steps_of: dict[int, int] = {}
 

@@ -24,7 +24,8 @@ def loaders_stay_here(note: Callable[[str], None]) -> Iterator[None]:
 
     def get_iterator(loader: DataLoader[Any]) -> Any:
         if not loader.num_workers:
-            return begin(loader)
+            with replaced(loader, "pin_memory", False):  # it would warn that the machine has no GPU
+                return begin(loader)
         note(f"a DataLoader with {loader.num_workers} workers loads its batches in the program's own process")
         return _Here(loader)
 
@@ -36,8 +37,5 @@ class _Here(torch_dataloader._SingleProcessDataLoaderIter):
     """Iterates over a loader that has workers, without them."""
 
     def __init__(self, loader: DataLoader[Any]) -> None:
-        with replaced(loader, "num_workers", 0), replaced(loader, "timeout", 0):
+        with replaced(loader, "num_workers", 0), replaced(loader, "timeout", 0), replaced(loader, "pin_memory", False):
             super().__init__(loader)
-
-    def _reset(self, loader: DataLoader[Any], first_iter: bool = False) -> None:
-        super()._reset(loader, first_iter)  # called for persistent workers, too

@@ -33,6 +33,7 @@ from memscope.simulation.host import Link
 from memscope.simulation.machine.loaders import loaders_stay_here
 from memscope.simulation.machine.moves import ProgramCalls
 from memscope.simulation.machine.places import PlacedKernels, PlacedOperators, Places
+from memscope.simulation.machine.saving import Saving
 from memscope.simulation.machine.visible import tensors_of_a_program
 from memscope.simulation.machine.weights import weights_are_fake
 from memscope.simulation.packages.visible import VisiblePackages
@@ -95,6 +96,7 @@ class SimulatedMachine:
             scopes.enter_context(self._gpu)
             scopes.enter_context(weights_are_fake(self._places, self._replace))
             scopes.enter_context(loaders_stay_here(self._note))
+            scopes.enter_context(Saving(self._places, self._note))
             packages = scopes.enter_context(VisiblePackages(self._device, self._note))
             scopes.enter_context(imports_see_the_machine(self._gpu.hidden, packages.hidden, given=packages.given))
             self._scopes = scopes.pop_all()

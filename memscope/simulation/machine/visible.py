@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from memscope.simulation.facade.stand_in import AnyGenerator, is_target, replaced, wrapper_maker
@@ -28,6 +28,8 @@ def tensors_of_a_program(places: Places, calls: ProgramCalls, on_record_stream: 
     with contextlib.ExitStack() as scopes:
         for owner, name, value in (
             (torch, "Generator", AnyGenerator),
+            (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),  # asked by GradScaler
+            (nn.Module, "to", _module_to(nn.Module.to)),
             (FakeTensor, "device", _device_property(FakeTensor.device, places)),
             (Tensor, "record_stream", lambda tensor, stream: on_record_stream()),
             (Tensor, "_make_wrapper_subclass", wrapper_maker(Tensor._make_wrapper_subclass)),
@@ -46,6 +48,17 @@ def _within(places: Places, calls: ProgramCalls, run: Callable[..., Any]) -> Cal
             return run(roots, *args, **kwargs)
 
     return run_within
+
+
+def _module_to(original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Accept `module.to(0)`: PyTorch parses these arguments without asking a mode."""
+
+    def to(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        if args and type(args[0]) is int:
+            args = (GPU, *args[1:])
+        return original(module, *args, **{k: GPU if k == "device" and type(v) is int else v for k, v in kwargs.items()})
+
+    return to
 
 
 def _device_property(original: Any, places: Places) -> property:
