@@ -25,10 +25,12 @@ __all__ = ["imports_see_the_machine"]
 def imports_see_the_machine(
     *hidden: Callable[[], contextlib.AbstractContextManager[None]],
     given: Callable[[str, FrameType], Any] = lambda name, importer: None,
+    imported: Callable[[], None] = lambda: None,
 ) -> Iterator[None]:
     """Run the code of modules that are imported inside without the modes of the simulation, and within all of `hidden`.
 
     `given(name, importer)` is the module that such code gets for an import of its own; None: the installed one.
+    `imported` is called after an import that is no part of another one.
 
     The interpreter calls this function of importlib for every module that is not loaded yet. Source:
     import_find_and_load in Python/import.c (3.11 to 3.14).
@@ -51,6 +53,7 @@ def imports_see_the_machine(
                 return find(*args)
         finally:
             is_importing = False
+            imported()
 
     with replaced(importer, "_find_and_load", find_and_load):
         yield

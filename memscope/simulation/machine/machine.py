@@ -30,10 +30,13 @@ from memscope.simulation.facade.imports import imports_see_the_machine
 from memscope.simulation.facade.visible_gpu import VisibleGpu
 from memscope.simulation.fake_tensors import StandIns, fake_tensors_train
 from memscope.simulation.host import Link
+from memscope.simulation.machine.libraries import ChangedLibraries, merged
 from memscope.simulation.machine.loaders import loaders_stay_here
 from memscope.simulation.machine.moves import ProgramCalls
 from memscope.simulation.machine.places import PlacedKernels, PlacedOperators, Places
+from memscope.simulation.machine.pretrained import pretrained_without_weights
 from memscope.simulation.machine.saving import Saving
+from memscope.simulation.machine.side_effects import without_side_effects
 from memscope.simulation.machine.visible import tensors_of_a_program
 from memscope.simulation.machine.weights import weights_are_fake
 from memscope.simulation.packages.visible import VisiblePackages
@@ -98,7 +101,13 @@ class SimulatedMachine:
             scopes.enter_context(loaders_stay_here(self._note))
             scopes.enter_context(Saving(self._places, self._note))
             packages = scopes.enter_context(VisiblePackages(self._device, self._note))
-            scopes.enter_context(imports_see_the_machine(self._gpu.hidden, packages.hidden, given=packages.given))
+            changes = merged(without_side_effects(self._note), pretrained_without_weights(self._places, self._note))
+            libraries = scopes.enter_context(ChangedLibraries(changes))
+            scopes.enter_context(
+                imports_see_the_machine(
+                    self._gpu.hidden, packages.hidden, given=packages.given, imported=libraries.look
+                )
+            )
             self._scopes = scopes.pop_all()
         return self
 
