@@ -50,11 +50,19 @@ class Scratch:
         """
         if not self.is_fork:
             with contextlib.suppress(FileExistsError):
-                os.close(os.open(self.folder / "claimed", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+                with (self.folder / "claimed").open("x") as file:
+                    file.write(str(os.getpid()))
                 return True
         me = {"pid": os.getpid(), "argv": sys.orig_argv, "fork": self.is_fork}
         write_whole(self.folder / f"other-{os.getpid()}.json", json.dumps(me).encode())
         return False
+
+    def groups(self) -> Iterator[int]:
+        """The process group of the process that is recorded, while it runs: a launcher may have made one for it."""
+        with contextlib.suppress(OSError, ValueError):
+            group = os.getpgid(int((self.folder / "claimed").read_text()))
+            if group != os.getpgrp():
+                yield group
 
     def others(self) -> Iterator[str]:
         """In words, the processes that train beside the one that is recorded."""
