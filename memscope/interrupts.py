@@ -19,6 +19,7 @@ __all__ = [
     "INTERRUPTED",
     "end_on_interrupt",
     "interrupt_taken",
+    "interrupts_delayed",
     "interrupts_held",
     "interrupts_raised",
     "raise_if_interrupted",
@@ -101,6 +102,23 @@ def interrupts_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         if in_main:
             signal.signal(signal.SIGINT, handler)
+        if came:
+            signal.raise_signal(signal.SIGINT)
+
+
+@contextmanager
+def interrupts_delayed() -> Iterator[None]:
+    """Ctrl-C waits until the end of the block; a child process that is started in it can be interrupted as usual."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
         if came:
             signal.raise_signal(signal.SIGINT)
 

@@ -21,12 +21,7 @@ from memscope.trace import Progress
 from memscope.units import format_bytes
 from memscope.workload.building import build_workload
 
-__all__ = ["is_auto", "resolve"]
-
-
-def is_auto(plan: Plan) -> bool:
-    """Whether a plan contains `ckpt:auto`."""
-    return any(_auto(strategy) for strategy in plan.strategies)
+__all__ = ["resolve"]
 
 
 def resolve(plan: Plan, scene: Scene, device: Device, path: Path, progress: Progress, *, overwrite: bool) -> Plan:

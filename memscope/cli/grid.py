@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import click
 from rich.console import Console
 
-from memscope.advisor.resolve import is_auto
 from memscope.analysis.effects import Run, Table1
 from memscope.analysis.grid import Grid, combinations, table2
 from memscope.analysis.grid_words import grid_notes
@@ -21,6 +20,7 @@ from memscope.cli.grid_report import FORMATS, print_grid
 from memscope.cli.next_command import compare_words, print_next
 from memscope.cli.profile_options import ProfileOptions
 from memscope.cli.profile_report import print_places, write_page
+from memscope.cli.profile_runs import is_auto
 from memscope.command.output import Attempt, require_writable
 from memscope.errors import MemscopeError, UsageError
 from memscope.strategies import Plan, Strategy, read_strategies

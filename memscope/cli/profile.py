@@ -14,26 +14,36 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from memscope.advisor.measure.runner import Scene
-from memscope.advisor.resolve import is_auto, resolve
 from memscope.allocator.settings import AllocatorSettings
 from memscope.analysis.effects import Run, compare
 from memscope.cli.grid import AskedGrid, asked_grid, show_grid
 from memscope.cli.live import live_panels
 from memscope.cli.next_command import compare_words, print_next, profile_words
 from memscope.cli.profile_options import DEFAULT_STEPS, ProfileOptions
+from memscope.cli.profile_program import profile_program
 from memscope.cli.profile_report import document, print_places, print_remedies, print_report, write_page
+from memscope.cli.profile_runs import (
+    asked_of_baseline,
+    check_assume,
+    file_name,
+    is_auto,
+    labels_of,
+    named_error,
+    refuse_existing,
+    textbook_of,
+)
 from memscope.cli.run_folder import run_folder, scratch_in
 from memscope.command.options import with_options
 from memscope.command.output import Attempt, errors_told_last, require_writable
+from memscope.command.program_words import TakesProgram, given_program
 from memscope.command.progress import shown_progress
 from memscope.command.target_words import settings_of
 from memscope.errors import MemscopeError, OutOfDeviceMemory, TraceFileError, UsageError
 from memscope.runs.checks import check_plans
 from memscope.runs.plans import Report, RunSpec, run_all, run_where_there_is_room, try_all
 from memscope.runs.would_free import Remedies, would_free
-from memscope.simulation.assumptions import Assume
 from memscope.simulation.devices.catalogue import get_device, load_devices
-from memscope.strategies import Plan, Strategy
+from memscope.strategies import Plan
 from memscope.trace import Trace
 from memscope.units import parse_seconds
 
@@ -43,18 +53,37 @@ _TO_TRY = ("lora,amp", "lora", "ckpt")
 """Plans that are proposed after a profile without any: the first that the target can take."""
 
 
-@click.command("profile")
+@click.command("profile", cls=TakesProgram)
 @with_options(ProfileOptions)
 def command(options: ProfileOptions) -> int:
     """Run TARGET with and without strategies; show where the memory goes and what each strategy changes.
 
     TARGET is a folder with target.py, a Python file, or a target that comes with memscope (see: memscope targets).
+    After --, COMMAND is the command line of a training program, such as python train.py --lr 1e-4: it runs unchanged,
+    and ends after --steps.
+
     Without a GPU the steps are simulated: nothing is loaded or computed, but every allocation is traced. Exit code 4:
     the last run does not fit on the device; memscope then simulates what each further strategy would free.
     With --grid a combination that does not fit is a result like any other.
     """
+    program = given_program()
+    if program is not None:
+        return profile_program(options, program)
+    _check_target_options(options)
     with run_folder(options.output, options.target) as folder, errors_told_last() as attempt:
         return _profile(options, _prepared(options, folder), attempt)
+
+
+def _check_target_options(options: ProfileOptions) -> None:
+    if not options.target:
+        raise UsageError(
+            "profile what? Name a target (see: memscope targets), or a program after --, for example "
+            "memscope profile -- python train.py"
+        )
+    if options.steps is None:
+        raise UsageError("--steps all is for programs (-- python train.py): give the number of steps of a target")
+    if options.quiet:
+        raise UsageError("--quiet is for programs (-- python train.py): a target's output goes to stderr")
 
 
 def _profile(options: ProfileOptions, prepared: _Prepared, attempt: Attempt) -> int:
@@ -65,13 +94,13 @@ def _profile(options: ProfileOptions, prepared: _Prepared, attempt: Attempt) -> 
     labels = prepared.labels
     with live_panels(labels, stderr) if live else _run_bars(labels) as report:
         results = _carry_out(specs, prepared, report, attempt, force=options.force)
-    baselines = _asked_of_baseline(prepared.plans)
+    baselines = asked_of_baseline(prepared.plans)
     if prepared.grid:
         found = list(zip(prepared.traces, results, strict=True))
         show_grid(prepared.grid, found, prepared.page, baselines, attempt, options.as_json)
         return 0
     paths = [path for path, result in zip(prepared.traces, results, strict=True) if isinstance(result, Trace)]
-    runs = [Run(label, r, _textbook(label)) for label, r in zip(labels, results, strict=True) if isinstance(r, Trace)]
+    runs = [Run(label, r, textbook_of(label)) for label, r in zip(labels, results, strict=True) if isinstance(r, Trace)]
     table = compare(runs[0].trace, runs[1:])
     page = prepared.page if attempt(write_page, runs, table, baselines, prepared.page) else None
     last = results[-1]
@@ -108,7 +137,7 @@ class _Prepared:
     @property
     def traces(self) -> list[Path]:
         """The trace file of each run."""
-        return [self.folder / f"{_file_name(label)}.npz" for label in self.labels]
+        return [self.folder / f"{file_name(label)}.npz" for label in self.labels]
 
 
 def _prepared(options: ProfileOptions, folder: Path) -> _Prepared:
@@ -122,23 +151,23 @@ def _prepared(options: ProfileOptions, folder: Path) -> _Prepared:
             f"allocator setting version:{version}: a measured run has the allocator of the installed PyTorch; simulate "
             "it, with --simulate or --device"
         )
-    _check_assume(options.assume, simulated)
+    check_assume(options.assume, simulated)
     timeout = None if options.timeout is None else parse_seconds(options.timeout)
     file, allocator = options.device_file, options.allocator
     scene = Scene(options.target, options.preset, words, device, file, allocator, timeout, options.assume)
     grid = asked_grid(options, device)
     plans = [grid.plans[-1]] if grid else [Plan.parse(text) for text in options.plans]
-    labels = grid.labels if grid else _labels(plans)
+    labels = grid.labels if grid else labels_of(plans)
     fixed = grid.plans if grid else [plan for plan in plans if not is_auto(plan)]
     to_try = _checked(scene, fixed, [] if plans else _TO_TRY)
     if any(map(is_auto, plans)):
         with contextlib.redirect_stdout(sys.stderr):
             plans = [_resolved(plan, scene, folder, options.force) for plan in plans]
         _checked(scene, plans)
-        labels = _labels(plans)
+        labels = labels_of(plans)
     page = options.html or folder / "report.html"
     prepared = _Prepared(scene, simulated, plans, to_try, grid, labels, folder, page)
-    _refuse_existing([*prepared.traces, page], options.force)
+    refuse_existing([*prepared.traces, page], options.force)
     if page.parent != folder:
         require_writable(page, overwrite=options.force, option="--html")
     return prepared
@@ -164,7 +193,7 @@ def _specs(options: ProfileOptions, prepared: _Prepared, live: bool) -> list[Run
             device_file=scene.device_file,
             allocator=scene.allocator,
             simulated=prepared.simulated,
-            steps=options.steps,
+            steps=options.steps or DEFAULT_STEPS,
             assume=scene.assume,
             path=path,
             memory_bytes=prepared.grid.memory_bytes if prepared.grid else None,
@@ -193,7 +222,7 @@ def _carry_out(
             results[index] = trace or Trace.load(parts[index].path)
         for index, error in ended.failed.items():
             results[index] = error
-        _refuse_existing(prepared.traces, force)  # another profile may have written them meanwhile
+        refuse_existing(prepared.traces, force)  # another profile may have written them meanwhile
         for part, path, result in zip(parts, prepared.traces, results, strict=True):
             attempt(_keep, part.path, path, result)
     failed = {
@@ -202,7 +231,7 @@ def _carry_out(
         if not (prepared.grid and isinstance(error, OutOfDeviceMemory))
     }
     for index, error in failed.items():
-        attempt.note(_of_run(error, prepared.labels[index]) if len(specs) > 1 else error)
+        attempt.note(named_error(error, prepared.labels[index]) if len(specs) > 1 else error)
     needed = results if prepared.grid else results[:1]
     if failed and not any(isinstance(result, Trace) for result in needed):
         kept = [path.name for path, result in zip(prepared.traces, results, strict=True) if isinstance(result, Trace)]
@@ -228,13 +257,6 @@ def _keep(part: Path, path: Path, result: Trace | MemscopeError) -> None:
         raise TraceFileError(f"{path}: cannot be written ({error.strerror})") from error
 
 
-def _of_run(error: MemscopeError, label: str) -> MemscopeError:
-    """The same error, with the name of its run."""
-    named = type(error)(f"run {label}: {error}")
-    named.__cause__ = error.__cause__
-    return named
-
-
 def _next(
     options: ProfileOptions, prepared: _Prepared, traces: Sequence[Path], remedies: Remedies | None
 ) -> list[object]:
@@ -254,6 +276,8 @@ def _next(
 
 def _resolved(plan: Plan, scene: Scene, folder: Path, force: bool) -> Plan:
     """The plan, with `ckpt:auto` replaced by a checkpoint plan that is written into the folder."""
+    from memscope.advisor.resolve import resolve  # imports torch
+
     if not is_auto(plan):
         return plan
     if scene.device == "cuda":
@@ -283,48 +307,6 @@ def _is_simulated(device: str, file: Path | None, simulate: bool) -> bool:
         require_gpu()
         return False
     return simulate or get_device(device, load_devices(file) if file else None).kind != "cpu"
-
-
-def _check_assume(text: str, simulated: bool) -> None:
-    """Refuse an `--assume` that cannot be read, or that a real run would ignore."""
-    Assume.parse(text)
-    if text and not simulated:
-        raise UsageError("--assume is for simulations: a real run has every value; leave it out, or add --simulate")
-
-
-def _labels(plans: list[Plan]) -> list[str]:
-    """Names of the runs: the baseline; then each strategy of one plan alone and all together, or several plans."""
-    if len(plans) == 1 and len(plans[0].strategies) > 1:
-        plans = [*(Plan.of(strategy) for strategy in plans[0].strategies), plans[0]]
-    labels = ["baseline", *(str(plan) for plan in plans if plan)]
-    twice = sorted({label for label in labels if labels.count(label) > 1})
-    if twice:
-        raise UsageError(f'plan "{twice[0]}" is given twice: name each plan once')
-    return labels
-
-
-def _asked_of_baseline(plans: list[Plan]) -> list[str]:
-    """What strategies ask of the run without them: the docstrings of their `baseline`."""
-    asking = {
-        s.name: type(s).baseline for plan in plans for s in plan.strategies if type(s).baseline is not Strategy.baseline
-    }
-    return [f"{(baseline.__doc__ or '').strip().rstrip('.')} ({name})" for name, baseline in sorted(asking.items())]
-
-
-def _textbook(label: str) -> dict[str, str]:
-    strategies: tuple[Strategy, ...] = () if label == "baseline" else Plan.parse(label).strategies
-    return dict(strategies[0].textbook) if len(strategies) == 1 else {}
-
-
-def _file_name(label: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_.+=" else "_" for c in label.replace(",", "+"))
-
-
-def _refuse_existing(paths: list[Path], force: bool) -> None:
-    existing = [path for path in paths if path.exists()]
-    if existing and not force:
-        more = f" and {len(existing) - 1} more" if len(existing) > 1 else ""
-        raise UsageError(f"{existing[0]}{more} exists already: choose another folder with -o, or overwrite with -f")
 
 
 def _remedies(spec: RunSpec, trace: Trace) -> Remedies:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import click
 
@@ -27,11 +27,21 @@ DEFAULT_STEPS = 2
 """The fewest steps that show the optimizer state in forward and backward passes."""
 
 
+class _Steps(click.IntRange):
+    """A number of steps, or `all`, which stands for None."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return None if value == "all" else super().convert(value, param, ctx)
+
+
 @dataclass(frozen=True)
 class ProfileOptions:
     """The options of `memscope profile`."""
 
-    target: Annotated[str, argument()]
+    target: Annotated[str, argument(required=False, default="")]
     settings: Annotated[tuple[str, ...], argument(nargs=-1, metavar="[KEY=VALUE]...")]
     plans: Annotated[
         tuple[str, ...],
@@ -86,13 +96,13 @@ class ProfileOptions:
     ]
     assume: Annotated[str, ASSUME]
     steps: Annotated[
-        int,
+        int | None,
         option(
             "--steps",
-            default=DEFAULT_STEPS,
+            default=str(DEFAULT_STEPS),
             show_default=True,
-            type=click.IntRange(1),
-            help="Optimizer steps; effects are those of the second step.",
+            type=_Steps(),
+            help="Optimizer steps; effects are those of the second step. With a program also all: to its own end.",
         ),
     ]
     timeout: Annotated[str | None, TIMEOUT]
@@ -106,5 +116,9 @@ class ProfileOptions:
     force: Annotated[bool, option("-f", "--force", is_flag=True, help="Overwrite files that exist.")]
     live: Annotated[
         bool, option("--live", is_flag=True, help="Show memory by category in the terminal while runs are in progress.")
+    ]
+    quiet: Annotated[
+        bool,
+        option("--quiet", is_flag=True, help="With a program: write its output to a file in the folder of the run."),
     ]
     as_json: Annotated[bool, option("--json", is_flag=True, help="Print one JSON document instead of tables.")]

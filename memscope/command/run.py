@@ -34,6 +34,7 @@ def run_command(command: click.Command, name: str, arguments: list[str] | None =
             ends it, and stdout is kept for the command's results.
     """
     words = sys.argv[1:] if arguments is None else arguments
+    told = words[: words.index("--")] if "--" in words else words  # what follows belongs to a program
     if arguments is None:
         end_on_interrupt()
         keep_stdout_for_results()
@@ -48,23 +49,23 @@ def run_command(command: click.Command, name: str, arguments: list[str] | None =
         click.echo("stopped", err=True)
         sys.exit(INTERRUPTED)
     except MemscopeError as error:
-        _tell(error, str(error), words)
+        _tell(error, str(error), told)
         sys.exit(error.exit_code)
     except MemoryError as error:
-        _tell(error, "the host ran out of memory: close other programs, or choose smaller settings", words)
+        _tell(error, "the host ran out of memory: close other programs, or choose smaller settings", told)
         sys.exit(MemscopeError.exit_code)
     except BrokenPipeError:  # the reader of stdout, such as `head`, has seen enough
         _drop_stdout()
         sys.exit(MemscopeError.exit_code)
     except OSError as error:
         if error.errno not in _OF_THE_MACHINE:
-            _report_bug(error, words)
+            _report_bug(error, told)
             sys.exit(MemscopeError.exit_code)
         _drop_stdout()
-        _tell(error, f"{error.filename or 'the output'}: {error.strerror}", words)
+        _tell(error, f"{error.filename or 'the output'}: {error.strerror}", told)
         sys.exit(TraceFileError.exit_code)
     except Exception as error:
-        _report_bug(error, words)
+        _report_bug(error, told)
         sys.exit(MemscopeError.exit_code)
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["DriverMemory", "driver_memory"]
+__all__ = ["DriverMemory", "driver_memory", "has_gpu"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,18 @@ def driver_memory(uuid: str, pid: int | None = None, library: Any = None) -> Dri
             return _asked(library, handle, os.getpid() if pid is None else pid)
     except (library.NVMLError, OSError, AttributeError) as error:
         return DriverMemory(reason=f"the driver did not answer: {error}")
+
+
+def has_gpu() -> bool:
+    """Whether the driver shows a GPU to this process. PyTorch is not asked: it may be a build without CUDA."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return False
+    try:
+        library = importlib.import_module("pynvml")
+        with _initialized(library):
+            return bool(library.nvmlDeviceGetCount())
+    except Exception:  # no library, no driver, or no permission
+        return False
 
 
 @contextmanager

@@ -100,6 +100,11 @@ class _Command(TypedDict):
     settings: dict[str, Any]
 
 
+class _Program(TypedDict):
+    command: list[str]
+    exit_code: int
+
+
 class _Assumption(TypedDict):
     what: str
     value: str
@@ -116,6 +121,7 @@ class _Meta(TypedDict, total=False):
     notes: list[str]
     assumptions: list[_Assumption]
     command: _Command | None
+    program: _Program
     samples_per_step: Count | None
     positions: Count
     parameters: _Parameters

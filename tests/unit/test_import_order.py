@@ -21,7 +21,7 @@ ORDER = (
     ("memscope.hooks",),
     ("memscope.gpu", "memscope.simulation", "memscope.exchange"),
     ("memscope.runs",),
-    ("memscope.testing",),
+    ("memscope.testing", "memscope.program"),
     ("memscope.advisor",),
     ("memscope.dashboards",),
     ("memscope.cli",),

@@ -15,10 +15,10 @@ from memscope.analysis.cost import step_seconds
 from memscope.errors import MemscopeError
 from memscope.runs.processes import Workers, cores, workers
 from memscope.simulation.devices.catalogue import Device, get_device, load_devices
-from memscope.strategies.ckpt import LayerPlan
 from memscope.trace import Phase, Progress, Trace
 
 if TYPE_CHECKING:
+    from memscope.strategies.ckpt import LayerPlan
     from memscope.workload.description import Workload
     from memscope.workload.micro_batches import MicroBatch
 

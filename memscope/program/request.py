@@ -1,0 +1,122 @@
+"""What a launcher asks of the program that it starts, and what became of it: two JSON files in a scratch folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import msgspec
+
+from memscope import __version__
+from memscope.errors import MemscopeError
+from memscope.trace import write_whole
+
+__all__ = ["VARIABLE", "Failure", "ProgramOutcome", "Request"]
+
+T = TypeVar("T")
+
+VARIABLE = "MEMSCOPE_PROGRAM"
+"""The environment variable that holds the path of the request."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to do with a program. Every Python process of the program reads it."""
+
+    device: str
+    """`cpu`, `cuda`, or the name of a device to simulate."""
+    simulated: bool
+    device_file: str | None
+    """TOML file with more devices."""
+    allocator: str | None
+    """Settings of PyTorch's allocator, in the syntax of PYTORCH_CUDA_ALLOC_CONF; None: those of the environment."""
+    assume: str
+    """What a simulation takes for values that it cannot know, as `Assume.parse` reads it."""
+    steps: int | None
+    """Number of optimizer steps after which the program ends; None: it runs to its own end."""
+    strategies: str
+    """Plan to apply to the program's model and optimizer, such as `lora:r=8,ckpt`; empty for the baseline."""
+    folder: str
+    """Scratch folder, which holds this request and receives trace and outcome; see `Scratch`."""
+    command: tuple[str, ...]
+    """The program's command line."""
+    version: str = __version__
+    """The launcher's version of memscope, which the program's Python must have too."""
+
+    def write(self, path: Path) -> None:
+        """Write the request as JSON.
+
+        Raises:
+            TraceFileError: the file cannot be written.
+        """
+        write_whole(path, msgspec.json.encode(self))
+
+    @classmethod
+    def read(cls, path: Path) -> Request:
+        """Read a request.
+
+        Raises:
+            MemscopeError: the file is missing, or no request of this version.
+        """
+        return _read(path, cls)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An error inside the program that memscope explains."""
+
+    kind: str
+    """Name of the class in `memscope.errors`."""
+    message: str
+    exit_code: int
+    traceback: str = ""
+
+    @classmethod
+    def of(cls, error: MemscopeError, traceback: str = "") -> Failure:
+        """The failure that an error stands for."""
+        known = next(one for one in type(error).__mro__ if one.__module__ == MemscopeError.__module__)
+        return cls(known.__name__, str(error), error.exit_code, traceback)
+
+
+@dataclass(frozen=True)
+class ProgramOutcome:
+    """What the process that trained leaves when it ends."""
+
+    ended: Literal["stopped", "ended", "failed"]
+    """Whether memscope stopped it after enough steps, it reached its end, or an exception ended it."""
+    steps: int
+    """Number of optimizer steps that were completed."""
+    trace: str | None = None
+    """Path of the trace; None if nothing was recorded."""
+    failure: Failure | None = None
+    """An error that memscope explains."""
+    exception: str | None = None
+    """Last line of the traceback of the exception that ended the program."""
+    notes: tuple[str, ...] = ()
+    """Texts that are shown with the results."""
+
+    def write(self, path: Path) -> None:
+        """Write the outcome as JSON.
+
+        Raises:
+            TraceFileError: the file cannot be written.
+        """
+        write_whole(path, msgspec.json.encode(self))
+
+    @classmethod
+    def read(cls, path: Path) -> ProgramOutcome:
+        """Read an outcome.
+
+        Raises:
+            MemscopeError: the file is missing, or no outcome of this version.
+        """
+        return _read(path, cls)
+
+
+def _read(path: Path, kind: type[T]) -> T:
+    name = kind.__name__
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise MemscopeError(f"{path}: cannot be read as {name}: {error}") from error
