@@ -60,14 +60,14 @@ LIGHT = Theme(
     },
     phases={
         "setup": "#BBBBBB", "forward": "#4477AA", "loss": "#66CCEE", "backward": "#EE6677", "recompute": "#CCBB44",
-        "optimizer": "#228833", "zero_grad": "#AA3377", "outside": "#888888",
+        "optimizer": "#228833", "zero_grad": "#AA3377", "outside": "#888888", "inference": "#EE7733",
     },
     unused={
         "block rounding": "#EECC66", "cached, releasable": "#6699CC", "cached, not releasable": "#994455",
     },
 )  # fmt: skip
 """Categories: the "muted" scheme of P. Tol, Colour Schemes, SRON/EPS/TN/09-002, issue 3.2 (2021); phases: "bright",
-with a darker grey for `outside`; unused memory: three of "medium contrast"."""
+with a darker grey for `outside` and the orange of "vibrant" for `inference`; unused memory: three of "medium contrast"."""
 
 DARK = Theme(
     background="#0E1116",
@@ -83,7 +83,7 @@ DARK = Theme(
     },
     phases={
         "setup": "#888888", "forward": "#5E93C8", "loss": "#66CCEE", "backward": "#EE6677", "recompute": "#CCBB44",
-        "optimizer": "#3AA552", "zero_grad": "#C85A96", "outside": "#BBBBBB",
+        "optimizer": "#3AA552", "zero_grad": "#C85A96", "outside": "#BBBBBB", "inference": "#FF9955",
     },
     unused={
         "block rounding": "#F0D27A", "cached, releasable": "#7FB0DE", "cached, not releasable": "#C26A7B",

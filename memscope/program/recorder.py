@@ -22,13 +22,17 @@ _MOST_STEPS_OF_ANOTHER = 8
 
 
 class ProgramRecorder(Recorder):
-    """Records all models of a program, and ends the program after some optimizer steps."""
+    """Records all models of a program, and ends the program after some optimizer steps.
+
+    Attributes:
+        stops: whether it ends the program.
+    """
 
     def __init__(
         self,
         *,
         steps: int | None,
-        on_step: Callable[[int], None],
+        before_step: Callable[[int], None],
         stop: Callable[[], None],
         device: torch.device | None = None,
         meta: Mapping[str, Any] | None = None,
@@ -40,7 +44,7 @@ class ProgramRecorder(Recorder):
 
         Args:
             steps: optimizer steps after which the program has done enough; None: it runs to its end.
-            on_step: called with the number of steps done when another one begins.
+            before_step: called with the number of steps done when another one begins.
             stop: called when a step would begin after enough of them; it may raise.
             device: the real device to watch; None: the host, or a simulated one.
             meta: see `Recorder`.
@@ -52,7 +56,8 @@ class ProgramRecorder(Recorder):
         self._prepare(
             device=device, meta=meta, on_gpu=on_gpu, execute=execute, kernels=kernels, fake_mode=fake_mode
         )
-        self._wanted, self._on_step, self._stop = steps, on_step, stop
+        self._wanted, self._before_step, self._stop = steps, before_step, stop
+        self.stops = True
         self._steps_of: dict[int, int] = {}
 
     @property
@@ -68,10 +73,10 @@ class ProgramRecorder(Recorder):
         self._gradients.refresh()
 
     def _begin_step(self) -> None:
-        if self._has_done_enough():
+        if self.stops and self._has_done_enough():
             self._stop()
+        self._before_step(self.steps)
         super()._begin_step()
-        self._on_step(self.steps)
 
     def _has_done_enough(self) -> bool:
         if self._wanted is None or self.steps < self._wanted:

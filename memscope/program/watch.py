@@ -1,28 +1,34 @@
-"""ProgramWatch the training of the present process: from the first call of a model that can train to the last step."""
+"""Watch the present process: from its first import of PyTorch to the last step asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.nn.modules.module import register_module_forward_pre_hook
 
+from memscope.allocator.settings import AllocatorSettings
 from memscope.errors import UsageError
 from memscope.hooks.device import require_gpu
-from memscope.hooks.recorder import Recorder
+from memscope.program.recorder import ProgramRecorder
 from memscope.program.request import Request
 from memscope.program.scratch import Scratch
 from memscope.program.stop import Stop
+from memscope.simulation.assumptions import Assume
+from memscope.simulation.devices.catalogue import get_device, load_devices
+from memscope.simulation.machine.machine import SimulatedMachine
+from memscope.strategies import Plan
 from memscope.trace import Trace
 
 __all__ = ["ProgramWatch", "begin"]
 
 
 def begin(request: Request, stop: Stop) -> ProgramWatch:
-    """Begin to watch this process. Nothing changes for the program before its first training step.
+    """Begin to watch this process; with a simulated device, it has that device from now on.
 
     Args:
         request: what the launcher asks for.
@@ -31,10 +37,6 @@ def begin(request: Request, stop: Stop) -> ProgramWatch:
     Raises:
         MemscopeError: the request cannot be carried out in this process.
     """
-    if request.simulated:
-        raise UsageError(
-            f"programs cannot be simulated yet: --device {request.device} is not supported; choose --device cpu or cuda"
-        )
     if request.strategies:
         raise UsageError(f'strategies cannot be applied to programs yet: leave out "{request.strategies}"')
     if request.device == "cuda":
@@ -43,34 +45,47 @@ def begin(request: Request, stop: Stop) -> ProgramWatch:
 
 
 class ProgramWatch:
-    """Records the training of this process, if it is the first process of the program to train.
+    """Records this process, and keeps the trace if it is the first process of the program to train.
 
     Attributes:
         has_claimed: whether this process is the one that is recorded.
-        steps: number of optimizer steps that were completed.
         notes: texts that are shown with the results.
     """
 
     def __init__(self, request: Request, stop: Stop) -> None:
-        """ProgramWatch the calls of modules."""
-        self.has_claimed, self.steps = False, 0
+        """Watch the process. On a real GPU, recording begins with the first call of a model, which initializes it."""
+        self.has_claimed = False
         self.notes: list[str] = []
         self._request, self._stop = request, stop
         self._scratch = Scratch(Path(request.folder))
-        self._recorder: Recorder | None = None
-        self._optimizer: Any = None
-        self._trace: Trace | None = None
-        self._call: Callable[..., Any] = nn.Module.__call__
-        call, begins = self._call, self._begins
+        self._machine = _machine(request)
+        machine = self._machine
+        self._recorder = ProgramRecorder(
+            steps=request.steps,
+            before_step=self._step_begins,
+            stop=stop,
+            device=torch.device("cuda", 0) if request.device == "cuda" else None,
+            meta=_meta(request),
+            execute=machine.execute if machine else None,
+            kernels=machine.kernels if machine else None,
+            fake_mode=machine.mode if machine else None,
+        )
+        self._scopes = contextlib.ExitStack()
+        if machine:
+            machine.follow(self._recorder.tracker)
+            machine.__enter__()  # to the end of the process: what the program holds cannot live without it
+        if request.device == "cuda":
+            self._first_call: Any = register_module_forward_pre_hook(self._begin_recording)
+        else:
+            self._scopes.enter_context(self._recorder)
 
-        def watched(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            begins(module)
-            return call(module, *args, **kwargs)
-
-        nn.Module.__call__ = watched  # type: ignore[method-assign]
+    @property
+    def steps(self) -> int:
+        """Number of optimizer steps that were completed."""
+        return self._recorder.steps
 
     def finish(self, error: BaseException | None) -> Trace | None:
-        """End the recording; called once. The trace; None if this process has recorded nothing.
+        """End the recording; called once. The trace; None if this process has not trained.
 
         Args:
             error: the exception that ended the program.
@@ -78,35 +93,39 @@ class ProgramWatch:
         Raises:
             MemscopeError: no trace can be made.
         """
-        nn.Module.__call__ = self._call  # type: ignore[method-assign]
-        if self._recorder is None:
+        self._scopes.__exit__(type(error) if error else None, error, error.__traceback__ if error else None)
+        if not self.has_claimed:
             return None
-        self._recorder.__exit__(type(error) if error else None, error, error.__traceback__ if error else None)
-        return self._recorder.trace()
+        trace = self._recorder.trace()
+        return self._machine.finished(trace, self._recorder.work) if self._machine else trace
 
-    def _begins(self, module: nn.Module) -> None:
-        """A module is called."""
-        if not torch.is_grad_enabled() or self._scratch.is_fork:
-            return
-        if self._recorder is not None:
-            if self._request.steps is not None and self.steps >= self._request.steps:
-                self._stop()
-            return
-        if not any(parameter.requires_grad for parameter in module.parameters()):
-            return
-        if not self._scratch.claim():
-            nn.Module.__call__ = self._call  # type: ignore[method-assign]
+    def _begin_recording(self, module: nn.Module, inputs: Any) -> None:
+        self._first_call.remove()
+        self._scopes.enter_context(self._recorder)
+
+    def _step_begins(self, done: int) -> None:
+        """A step begins after `done` others."""
+        if not self.has_claimed and not self._scratch.claim():
+            self._recorder.stops = False
             return
         self.has_claimed = True
-        self._scratch.tell_step(1)
-        device = {"name": self._request.device, "simulated": False}
-        self._recorder = Recorder(module, meta={"device": device, "strategies": []})
-        self._recorder.__enter__()
-        register_optimizer_step_post_hook(self._stepped)
+        self._scratch.tell_step(done + 1)
 
-    def _stepped(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if self._optimizer is None:
-            self._optimizer = optimizer
-        if optimizer is self._optimizer and not self._scratch.is_fork:
-            self.steps += 1
-            self._scratch.tell_step(self.steps + 1)
+
+def _machine(request: Request) -> SimulatedMachine | None:
+    if not request.simulated:
+        return None
+    device = get_device(request.device, load_devices(Path(request.device_file)) if request.device_file else None)
+    text = request.allocator
+    settings = AllocatorSettings.from_environment(os.environ) if text is None else AllocatorSettings.parse(text)
+    return SimulatedMachine(device, settings, Assume.parse(request.assume))
+
+
+def _meta(request: Request) -> dict[str, Any]:
+    """The `meta` entries that describe the run."""
+    plan = Plan.parse(request.strategies)
+    return {
+        "strategies": plan.specs,
+        "device": {"name": request.device, "simulated": request.simulated},
+        **({"seconds": None} if request.simulated else {}),
+    }
