@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
@@ -61,7 +62,10 @@ class WorkDone:
 def flops_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
     """Floating-point operations of one call by PyTorch's formula; 0 for an operator without a formula."""
     formula = flop_registry.get(func._overloadpacket)
-    return formula(*args, **kwargs, out_val=out) if formula else 0
+    if formula is None:
+        return 0
+    shapes = [arg for arg in args if not isinstance(arg, torch.dtype)]  # of the result, as in addmm.dtype
+    return formula(*shapes, **kwargs, out_val=out)
 
 
 def has_formula(func: Any) -> bool:

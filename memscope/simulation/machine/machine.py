@@ -75,7 +75,7 @@ class SimulatedMachine:
         self._placed = PlacedOperators(self._places, WrittenViews(link), values, self._assumptions)
         self.execute: Execute = PlainAutograd(self._placed)
         self.kernels = PlacedKernels(self._places, self._workspaces)
-        calls = ProgramCalls(self._places, link)
+        calls = ProgramCalls(self._places, link, values)
         self._gpu = VisibleGpu(device, settings, partial(tensors_of_a_program, self._places, calls))
         self.notes = self._gpu.notes
         self._scopes = contextlib.ExitStack()

@@ -8,13 +8,14 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from memscope.simulation.facade.stand_in import is_target
 from memscope.simulation.host import Link
 from memscope.simulation.machine.places import Places
+from memscope.simulation.values import KnownValues
 
 __all__ = ["GPU", "STAND_IN", "ProgramCalls", "gpu_named"]
 
@@ -28,15 +29,18 @@ _HOST = torch.device("cpu")
 class ProgramCalls(TorchFunctionMode):
     """Places the results of functions, and answers where tensors are."""
 
-    def __init__(self, places: Places, link: Link) -> None:
+    def __init__(self, places: Places, link: Link, values: KnownValues) -> None:
         super().__init__()
-        self._places, self._link = places, link
+        self._places, self._link, self._values = places, link, values
         self._answers: dict[Any, Callable[[Any], Any]] = {
             Tensor.get_device: lambda tensor: 0 if places.is_on_gpu(tensor) else -1,
             Tensor.is_cuda.__get__: places.is_on_gpu,  # type: ignore[attr-defined]
             Tensor.is_cpu.__get__: lambda tensor: not (places.is_on_gpu(tensor) or tensor.is_meta),  # type: ignore[attr-defined]
         }
-        self._moves = {Tensor.to: self._to, Tensor.cuda: self._cuda, Tensor.cpu: self._cpu, Tensor.pin_memory: _itself}
+        self._moves = {
+            Tensor.to: self._to, Tensor.cuda: self._cuda, Tensor.cpu: self._cpu, Tensor.pin_memory: _itself,
+            Tensor.__deepcopy__: self._deepcopy,
+        }  # fmt: skip
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in self._answers and is_target(_caller()):
@@ -108,6 +112,19 @@ class ProgramCalls(TorchFunctionMode):
 
     def _cpu(self, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         return self._moved(tensor, on_gpu=False) if self._places.is_on_gpu(tensor) else tensor
+
+    def _deepcopy(self, func: Any, tensor: Tensor, memo: dict[int, Any]) -> Any:
+        """A copy in the same place. PyTorch's own reads the memory of the storage."""
+        if type(tensor) is not FakeTensor:
+            return func(tensor, memo)
+        if id(tensor) not in memo:
+            with self._places.calling(self._places.is_on_gpu(tensor)), torch.no_grad():
+                data = torch.empty_like(tensor, memory_format=torch.preserve_format)
+            self._values.know(data, tensor)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            copied: Any = nn.Parameter(data, requires_grad=False) if is_parameter else data
+            memo[id(tensor)] = copied.requires_grad_(tensor.requires_grad)
+        return memo[id(tensor)]
 
     def _moved(self, tensor: Tensor, *, on_gpu: bool, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:
         with self._places.calling(on_gpu), self._link.crossed(True):
