@@ -67,7 +67,8 @@ LIGHT = Theme(
     },
 )  # fmt: skip
 """Categories: the "muted" scheme of P. Tol, Colour Schemes, SRON/EPS/TN/09-002, issue 3.2 (2021); phases: "bright",
-with a darker grey for `outside` and the orange of "vibrant" for `inference`; unused memory: three of "medium contrast"."""
+with a darker grey for `outside` and the orange of "vibrant" for `inference`; unused memory: three of "medium
+contrast"."""
 
 DARK = Theme(
     background="#0E1116",

@@ -49,13 +49,14 @@ class Lifetimes:
         self._fake_mode: Any = None
         self._follows_real = True
 
-    def begin(self, mode: FakeTensorMode | None = None) -> None:
-        """Begin to follow. Of fake tensors, those of the active mode stand for memory, as in a simulation.
+    def begin(self, mode: FakeTensorMode | None = None, *, follows_real: bool = True) -> None:
+        """Begin to follow. Of fake tensors, those of a mode stand for memory, as in a simulation.
 
-        With a `mode`, only its tensors are followed: real ones are those of the host, and the mode's of a device.
+        Args:
+            mode: the mode; None: the active one.
+            follows_real: whether real tensors take memory of the device; if not, they are on another one.
         """
-        self._fake_mode = mode or active_fake_mode()
-        self._follows_real = mode is None
+        self._fake_mode, self._follows_real = mode or active_fake_mode(), follows_real
 
     def end(self) -> None:
         """Follow nothing any more."""
@@ -132,6 +133,15 @@ class Lifetimes:
             new = self.enter(size, op, self._seen.category[old], storage) if size else old
             self._live[key] = (new, size, ref)
             self._seen.free(old)
+
+    def continue_as(self, old: Tensor, new: Tensor) -> None:
+        """Follow the storage of another tensor in place of one: it has the same memory."""
+        storage = new.untyped_storage()
+        live = self._live.pop(old.untyped_storage()._cdata, None)
+        if live is not None:
+            ref = _StorageRef(storage, self._on_death)
+            ref.key = storage._cdata
+            self._live[ref.key] = live[0], live[1], ref
 
     # Knowledge about tensors.
 

@@ -28,8 +28,8 @@ _sequence_number: Callable[[], int] = torch.autograd._get_sequence_nr  # type: i
 class ModuleStack:
     """Follows the running modules of some models while it is entered; removes its hooks on leaving.
 
-    Names of modules are those of `named_modules()`, the first model is `ROOT`. A further model is named after its class,
-    which its modules' names begin with.
+    Names of modules are those of `named_modules()`, and the first model is `ROOT`. A further model is named after its
+    class; the names of its modules begin with that name.
 
     Attributes:
         names: table of the module names seen; other tables index it.

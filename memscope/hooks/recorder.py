@@ -62,7 +62,8 @@ class Recorder:
 
     The recorder recognizes phases, steps and micro-batches: a forward pass by a call of the model, or of one of its
     modules, with gradients enabled; a backward pass by the autograd engine; the optimizer by its `step`; `inference` by
-    a call of the model without gradients. Everything in between is `outside`. A step ends after `optimizer.step()`, when the next forward pass begins.
+    a call of the model without gradients. Everything in between is `outside`. A step ends after `optimizer.step()`,
+    when the next forward pass begins.
 
     A recorder is also a `StepObserver`: `run_step` reports the phases that cannot be recognized. Hooks are removed on
     leaving, also after an exception; only training changes the model.
@@ -121,8 +122,9 @@ class Recorder:
         execute: Execute | None,
         kernels: Kernels | None,
         fake_mode: FakeTensorMode | None = None,
+        follows_real: bool = True,
     ) -> None:
-        self._meta, self._fake_mode = dict(meta or {}), fake_mode
+        self._meta, self._fake_mode, self._follows_real = dict(meta or {}), fake_mode, follows_real
         self._modules = ModuleStack(
             *models, on_call=self._call_begins, on_return=self._call_ends, on_unknown=self._unknown_call_begins
         )
@@ -158,7 +160,7 @@ class Recorder:
         with contextlib.ExitStack() as scopes:
             scopes.enter_context(_the_only_recording())
             self._has_begun = True
-            self._lifetimes.begin(self._fake_mode)
+            self._lifetimes.begin(self._fake_mode, follows_real=self._follows_real)
             self._take_in()
             note_untested(self._meta)
             scopes.enter_context(compiled_runs_eagerly(lambda: add_note(self._meta, RAN_EAGERLY)))

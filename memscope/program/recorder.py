@@ -49,12 +49,17 @@ class ProgramRecorder(Recorder):
             device: the real device to watch; None: the host, or a simulated one.
             meta: see `Recorder`.
             execute: see `Recorder`.
-            kernels: see `Recorder`.
-            fake_mode: the mode of the tensors that are on a simulated device; only these are recorded.
+            kernels: see `Recorder`; with them, real tensors are on the host, and not recorded.
+            fake_mode: the mode of the tensors that are on a simulated device.
         """
-        on_gpu = kernels is not None
         self._prepare(
-            device=device, meta=meta, on_gpu=on_gpu, execute=execute, kernels=kernels, fake_mode=fake_mode
+            device=device,
+            meta=meta,
+            on_gpu=kernels is not None,
+            execute=execute,
+            kernels=kernels,
+            fake_mode=fake_mode,
+            follows_real=kernels is None,
         )
         self._wanted, self._before_step, self._stop = steps, before_step, stop
         self.stops = True

@@ -104,8 +104,9 @@ class Answers:
                 return ASSUMED_NUMBER
             if self._of_a_program and self._may_assume:
                 is_bool = args[0].dtype is torch.bool
-                self._assume(f"{'a truth value' if is_bool else 'an integer'} that the program reads", "True" if is_bool else "1")
-                return True if is_bool else 1
+                kind, value = ("a truth value", True) if is_bool else ("an integer", 1)
+                self._assume(f"{kind} that the program reads", str(value))
+                return value
         if func in (aten.equal.default, aten.allclose.default) and self._may_assume:
             self._assume("whether tensors are equal", "False")
             return False

@@ -57,7 +57,9 @@ for epoch in range(2):
         errG = criterion(output, label)
         errG.backward()
         optimizerG.step()
-        print(f"[{epoch}][{i}] Loss_D {(errD_real + errD_fake).item():.4f} Loss_G {errG.item():.4f} D(G(z)) {D_G_z1:.4f}")
+        print(
+            f"[{epoch}][{i}] Loss_D {(errD_real + errD_fake).item():.4f} Loss_G {errG.item():.4f} D(G(z)) {D_G_z1:.4f}"
+        )
         if i % 2 == 0:
             with torch.no_grad():
                 images = netG(fixed_noise).detach().cpu()

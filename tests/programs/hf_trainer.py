@@ -3,7 +3,7 @@
 import sys
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
 
 
 class Samples(torch.utils.data.Dataset):
@@ -39,7 +39,8 @@ def main(folder=None, length=32):
         save_steps=1,
         logging_steps=1,
         report_to="none",
-        dataloader_num_workers=2,
+        dataloader_num_workers=2 if torch.cuda.is_available() else 0,
+        use_cpu=not torch.cuda.is_available(),
     )
     data = Samples(16, length, model.config.vocab_size)
     trainer = Trainer(model=model, args=args, train_dataset=data, eval_dataset=Samples(4, length, 128))

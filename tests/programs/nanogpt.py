@@ -145,7 +145,9 @@ for iter_num in range(max_iters):
         group["lr"] = learning_rate * 0.5 * (1.0 + math.cos(math.pi * iter_num / max_iters))
     if iter_num % eval_interval == 0:
         print(f"step {iter_num}: loss {estimate_loss():.4f}")
-        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, os.path.join(data_dir, "ckpt.pt"))
+        torch.save(
+            {"model": model.state_dict(), "optimizer": optimizer.state_dict()}, os.path.join(data_dir, "ckpt.pt")
+        )
     for micro_step in range(gradient_accumulation_steps):
         with ctx:
             logits, loss = model(X, Y)

@@ -26,7 +26,7 @@ def results(*, on_gpu: bool) -> Mapping[Any, ResultKernel]:
     Args:
         on_gpu: whether the fake tensors stand for GPU tensors.
     """
-    return {**_ANYWHERE, **_ON_GPU} if on_gpu else _ANYWHERE
+    return {**_ANYWHERE, **(_ON_GPU if on_gpu else _ON_CPU)}
 
 
 def _keeps_size_of_input(operator: Any) -> ResultKernel:
@@ -54,7 +54,7 @@ def _keeps_size_of_input(operator: Any) -> ResultKernel:
 def _statistics_in_float32(operator: Any) -> ResultKernel:
     """A norm that keeps its mean and inverse deviation in float32, even for an input of 16 bits.
 
-    On a CPU, they have the dtype of the input or the weights. Source: layer_norm_cuda in
+    Source: layer_norm_cuda in
     aten/src/ATen/native/cuda/layer_norm_kernel.cu, batch_norm_cuda in cuda/Normalization.cu (2.6 to 2.15).
     """
 
@@ -63,6 +63,17 @@ def _statistics_in_float32(operator: Any) -> ResultKernel:
         return output, *(t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in statistics)
 
     return norm
+
+
+def _layer_norm_on_cpu(values: Tensor, shape: Any, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Any:
+    """Layer norm that keeps its mean and inverse deviation in the dtype of its weights.
+
+    Source: `layer_norm_cpu` in aten/src/ATen/native/layer_norm.cpp and `param_scalar_type` in cpu/mixed_data_type.h
+    (2.6 to 2.13).
+    """
+    output, *statistics = aten.native_layer_norm.default(values, shape, weight, bias, epsilon)
+    given = next((one.dtype for one in (weight, bias) if one is not None), values.dtype)
+    return output, *(one.to(given) for one in statistics)
 
 
 def _sparse(*args: Any, **kwargs: Any) -> Any:
@@ -193,6 +204,8 @@ _ANYWHERE: Mapping[Any, ResultKernel] = {
     aten._sparse_coo_tensor_with_dims_and_tensors.default: _sparse,
     aten.mkldnn_rnn_layer.default: _lstm,
 }
+_ON_CPU: Mapping[Any, ResultKernel] = {aten.native_layer_norm.default: _layer_norm_on_cpu}
+
 _ON_GPU: Mapping[Any, ResultKernel] = {
     operator: _statistics_in_float32(operator)
     for operator in (aten.native_layer_norm.default, aten.native_batch_norm.default)

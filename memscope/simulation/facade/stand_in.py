@@ -184,4 +184,5 @@ class AnyGenerator(torch.Generator, metaclass=_AnyGenerator):
     """A generator on the stand-ins' device, whichever device is asked for."""
 
     def __new__(cls, device: Any = "cpu") -> AnyGenerator:
+        """A generator on the CPU."""
         return super().__new__(cls, "cpu")  # type: ignore[call-arg]

@@ -62,21 +62,22 @@ class SimulatedMachine:
     def __init__(self, device: Device, settings: AllocatorSettings, assume: Assume) -> None:
         self._device, self._settings = device, settings
         self._mode = mode = StandIns(allow_non_fake_inputs=True)
-        self._places = Places(mode)
+        self._on_gpu = device.kind == "cuda"
+        self._places = Places(mode, has_gpu=self._on_gpu)
         self._assumptions = Assumptions(assume)
         values = KnownValues(assume)
         self._answers = Answers(values, self._assumptions, of_a_program=True)
         self._roofline = Roofline(device)
         self._workspaces = KernelWorkspaces(device)
         operators = RememberedOperators(
-            mode, values, self._answers, _NothingToRestore(), self._roofline, results(on_gpu=True)
+            mode, values, self._answers, _NothingToRestore(), self._roofline, results(on_gpu=self._on_gpu)
         )
         self._link = link = Link(operators, device)
         self._placed = PlacedOperators(self._places, WrittenViews(link), values, self._assumptions)
-        self.execute: Execute = PlainAutograd(self._placed)
-        self.kernels = PlacedKernels(self._places, self._workspaces)
-        calls = ProgramCalls(self._places, link, values)
-        self._gpu = VisibleGpu(device, settings, partial(tensors_of_a_program, self._places, calls))
+        self.execute: Execute = PlainAutograd(self._placed) if self._on_gpu else self._placed
+        self.kernels = PlacedKernels(self._places, self._workspaces) if self._on_gpu else None
+        self._calls = ProgramCalls(self._places, link)
+        self._gpu = VisibleGpu(device, settings, partial(tensors_of_a_program, self._places, self._calls))
         self.notes = self._gpu.notes
         self._scopes = contextlib.ExitStack()
 
@@ -95,27 +96,27 @@ class SimulatedMachine:
         with contextlib.ExitStack() as scopes:
             scopes.enter_context(fake_tensors_use_foreach())
             scopes.enter_context(fake_tensors_train(self._answers))
-            scopes.enter_context(cuda_semantics(self._device.capability))
-            scopes.enter_context(self._gpu)
-            scopes.enter_context(weights_are_fake(self._places, self._replace))
+            if self._on_gpu:
+                scopes.enter_context(cuda_semantics(self._device.capability))
+                scopes.enter_context(self._gpu)
+            else:
+                scopes.enter_context(tensors_of_a_program(self._places, self._calls, lambda: None))
+            scopes.enter_context(weights_are_fake(self._places))
             scopes.enter_context(loaders_stay_here(self._note))
             scopes.enter_context(Saving(self._places, self._note))
-            packages = scopes.enter_context(VisiblePackages(self._device, self._note))
             changes = merged(without_side_effects(self._note), pretrained_without_weights(self._places, self._note))
             libraries = scopes.enter_context(ChangedLibraries(changes))
-            scopes.enter_context(
-                imports_see_the_machine(
-                    self._gpu.hidden, packages.hidden, given=packages.given, imported=libraries.look
-                )
-            )
+            if self._on_gpu:
+                packages = scopes.enter_context(VisiblePackages(self._device, self._note))
+                hidden, given = (self._gpu.hidden, packages.hidden), packages.given
+                scopes.enter_context(imports_see_the_machine(*hidden, given=given, imported=libraries.look))
+            else:
+                scopes.enter_context(imports_see_the_machine(imported=libraries.look))
             self._scopes = scopes.pop_all()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         self._scopes.__exit__(*exception)
-
-    def _replace(self, real: Tensor, fake: Tensor) -> None:
-        self._places.hide(fake)
 
     def _note(self, text: str) -> None:
         if text not in self.notes:
@@ -124,10 +125,12 @@ class SimulatedMachine:
     def finished(self, trace: Trace, work: WorkDone) -> Trace:
         """The trace with everything that the simulation adds: block sizes, reserved memory, cost and assumptions."""
         meta = {**trace.meta, "assumptions": self._assumptions.rows()}
-        meta["cost"] = cost_table(work, self._roofline.assumed) if self._roofline.is_known else None
-        meta["estimated_workspaces"] = sorted(self._workspaces.estimated)
         for note in self.notes:
             add_note(meta, note)
+        if not self._on_gpu:
+            return dataclasses.replace(trace, meta=meta)
+        meta["cost"] = cost_table(work, self._roofline.assumed) if self._roofline.is_known else None
+        meta["estimated_workspaces"] = sorted(self._workspaces.estimated)
         trace = dataclasses.replace(trace, meta=meta)
         return on_device(trace, self._device, self._settings, self._gpu.memory.cache_emptied)
 

@@ -15,23 +15,23 @@ from torch.overrides import TorchFunctionMode
 from memscope.simulation.facade.stand_in import is_target
 from memscope.simulation.host import Link
 from memscope.simulation.machine.places import Places
-from memscope.simulation.values import KnownValues
 
 __all__ = ["GPU", "STAND_IN", "ProgramCalls", "gpu_named"]
 
 GPU = torch.device("cuda", 0)
 """What the program sees as the device of a tensor on the GPU."""
 STAND_IN = torch.device("cpu", 0)
-"""What PyTorch's own code sees as that device: a name of the CPU that no tensor of the host has, as their index is none."""
+"""What PyTorch's own code sees as that device: a name of the CPU that no tensor on the host has, for theirs has no
+index."""
 _HOST = torch.device("cpu")
 
 
 class ProgramCalls(TorchFunctionMode):
     """Places the results of functions, and answers where tensors are."""
 
-    def __init__(self, places: Places, link: Link, values: KnownValues) -> None:
+    def __init__(self, places: Places, link: Link) -> None:
         super().__init__()
-        self._places, self._link, self._values = places, link, values
+        self._places, self._link = places, link
         self._answers: dict[Any, Callable[[Any], Any]] = {
             Tensor.get_device: lambda tensor: 0 if places.is_on_gpu(tensor) else -1,
             Tensor.is_cuda.__get__: places.is_on_gpu,  # type: ignore[attr-defined]
@@ -59,17 +59,15 @@ class ProgramCalls(TorchFunctionMode):
             if on_gpu is not None:
                 kwargs = {**kwargs, "device": _HOST}
                 return self._made(on_gpu, func, args, kwargs)
-        serves = self._places.any_on_gpu(args) or bool(kwargs) and self._places.any_on_gpu(kwargs.values())
+        serves = self._places.any_on_gpu(args) or self._places.any_on_gpu(kwargs.values())
         with self._places.calling(None, serves):
             return func(*args, **kwargs)
 
     def _made(self, on_gpu: bool, func: Any, args: Any, kwargs: Any) -> Any:
         """What a function returns that was told the device of its result."""
         places = self._places
-        if not on_gpu and not is_target(_caller(2)):  # PyTorch's own code names the host for its fake tensors, too
-            told = None
-        else:
-            told = on_gpu
+        # PyTorch's own code names the host for its fake tensors, too.
+        told = None if not on_gpu and not is_target(_caller(2)) else on_gpu
         with places.calling(told, told is None and places.any_on_gpu(args)):
             made = func(*args, **kwargs)
         if told and isinstance(made, Tensor) and not places.is_on_gpu(made) and not made.is_meta:
@@ -119,8 +117,7 @@ class ProgramCalls(TorchFunctionMode):
             return func(tensor, memo)
         if id(tensor) not in memo:
             with self._places.calling(self._places.is_on_gpu(tensor)), torch.no_grad():
-                data = torch.empty_like(tensor, memory_format=torch.preserve_format)
-            self._values.know(data, tensor)
+                data = tensor.detach().clone(memory_format=torch.preserve_format)
             is_parameter = isinstance(tensor, nn.Parameter)
             copied: Any = nn.Parameter(data, requires_grad=False) if is_parameter else data
             memo[id(tensor)] = copied.requires_grad_(tensor.requires_grad)
@@ -136,7 +133,7 @@ def gpu_named(device: Any) -> bool | None:
     if type(device) is int:
         return True
     if isinstance(device, str):
-        kind, _, index = device.partition(":")
+        kind = device.partition(":")[0]
         return True if kind == "cuda" else False if kind == "cpu" else None
     if isinstance(device, torch.device):
         if device.type == "cpu":

@@ -14,8 +14,10 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
 
 from memscope.hooks.kernels import Kernels, Workspace
 from memscope.hooks.parts import PLAIN, is_wrapper, parts_of
@@ -25,7 +27,9 @@ from memscope.simulation.assumptions import Assumptions, Origin
 from memscope.simulation.guesses import ASSUMED_NUMBER
 from memscope.simulation.values import KnownValues, computing, written
 
-__all__ = ["PlacedKernels", "Places", "PlacedOperators"]
+__all__ = ["PlacedKernels", "PlacedOperators", "Places"]
+
+_HOST = torch.device("cpu")
 
 
 class Places:
@@ -33,14 +37,15 @@ class Places:
 
     Attributes:
         mode: the mode of the fake tensors.
+        has_gpu: whether there is a simulated GPU; if not, the host is the device, and nothing is hidden.
         told: whether the running function was told to make its results on the GPU (True) or on the host (False); None:
             it makes them where its arguments are.
         serves_gpu: whether the running function works on tensors of the GPU, so that what it makes without arguments
             belongs there.
     """
 
-    def __init__(self, mode: FakeTensorMode) -> None:
-        self.mode = mode
+    def __init__(self, mode: FakeTensorMode, *, has_gpu: bool) -> None:
+        self.mode, self.has_gpu = mode, has_gpu
         self.told: bool | None = None
         self.serves_gpu = False
         self._tracker: StorageTracker | None = None
@@ -61,6 +66,8 @@ class Places:
 
     def is_on_gpu(self, tensor: Any) -> bool:
         """Whether a tensor, or one that it wraps, is on the simulated GPU."""
+        if not self.has_gpu:
+            return False
         if isinstance(tensor, FakeTensor):
             if tensor.fake_mode is not self.mode or tensor.fake_device.type == "meta":
                 return False
@@ -77,16 +84,26 @@ class Places:
 
     def hide(self, tensor: Tensor) -> None:
         """Place a fake tensor on the host."""
-        if self._tracker is not None:
+        if self._tracker is not None and self.has_gpu:
             self._tracker.lifetimes.hide(tensor)
+
+    def stand_in_for(self, real: Tensor) -> FakeTensor:
+        """A fake tensor with the layout of a real one, whose place is not noted yet."""
+        with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+            bare = torch.empty_strided(real.size(), real.stride(), dtype=real.dtype, device="meta")
+        return FakeTensor(self.mode, bare, _HOST)
+
+    def replace(self, real: Tensor, fake: Tensor) -> None:
+        """A fake tensor of the host takes the place of a real one."""
+        self.hide(fake)
+        if self._tracker is not None and not self.has_gpu:
+            self._tracker.lifetimes.continue_as(real, fake)
 
 
 class PlacedOperators:
     """Runs each operator where it belongs: on real tensors of the host, or on fake tensors with `execute`."""
 
-    def __init__(
-        self, places: Places, execute: Execute, values: KnownValues, assumptions: Assumptions
-    ) -> None:
+    def __init__(self, places: Places, execute: Execute, values: KnownValues, assumptions: Assumptions) -> None:
         self._places, self._execute = places, execute
         self._values, self._assumptions = values, assumptions
         self._tracker: StorageTracker | None = None
@@ -111,28 +128,39 @@ class PlacedOperators:
         else:
             tracker.hides = False  # real tensors are not followed
             return func(*args, **kwargs), NOTHING
-        tracker.hides = not on_gpu
+        tracker.hides = places.has_gpu and not on_gpu
         if found and any(type(tensor) is not FakeTensor for tensor in written(func, args, kwargs)):
-            return self._write_to_host(func, args, kwargs), NOTHING
+            return self._write_to_host(func, args, kwargs)
         if on_gpu and not found:
             with places.mode:
                 return self._execute(func, args, kwargs)
         out, work = self._execute(func, args, kwargs)
-        return out, work if on_gpu else NOTHING
+        return out, NOTHING if tracker.hides else work
 
-    def _write_to_host(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Write what is known of fake tensors into a real tensor, or assumed numbers."""
-        targets = list(written(func, args, kwargs))
+    def _write_to_host(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Work]:
+        """Write what is known of fake tensors into real ones, or assumed numbers."""
+        stand_ins: dict[int, Tensor] = {}
+        reals = {id(tensor): tensor for tensor in written(func, args, kwargs) if type(tensor) is not FakeTensor}
+        for key, real in reals.items():
+            stand_ins[key] = self._places.stand_in_for(real)
+            self._places.hide(stand_ins[key])
+        replaced = pytree.tree_map_only(Tensor, lambda tensor: stand_ins.get(id(tensor), tensor), (args, kwargs))
+        out, work = self._execute(func, *replaced)
+        if func._schema.is_mutable:
+            self._write(func, args, kwargs, list(reals.values()))
+        originals = {id(stand_in): reals[key] for key, stand_in in stand_ins.items()}
+        return pytree.tree_map_only(Tensor, lambda tensor: originals.get(id(tensor), tensor), out), work
+
+    def _write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], reals: list[Tensor]) -> None:
         with computing():
             given = self._values.given(func, args, kwargs)
             if given is not None:
                 self._assumptions.rest_on(given.origins)
                 func(*given.args, **given.kwargs)
-            else:
-                self._assumptions.rest_on([Origin.here("numbers copied to a tensor of the host", str(ASSUMED_NUMBER))])
-                for tensor in targets:
-                    tensor.fill_(ASSUMED_NUMBER)
-        return targets[0]
+                return
+            self._assumptions.rest_on([Origin.here("numbers written to a tensor of the host", str(ASSUMED_NUMBER))])
+            for real in reals:
+                real.fill_(ASSUMED_NUMBER)
 
 
 class PlacedKernels:

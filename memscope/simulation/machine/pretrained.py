@@ -18,7 +18,6 @@ from torch import nn
 
 from memscope.simulation.machine.libraries import Changes
 from memscope.simulation.machine.places import Places
-from memscope.simulation.machine.weights import stand_in_for
 from memscope.simulation.refusal import NotSimulated
 
 __all__ = ["pretrained_without_weights"]
@@ -59,9 +58,7 @@ def _built(cls: Any, name: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     hub = {key: kwargs.pop(key) for key in _HUB if key in kwargs}
     config, dtype = kwargs.pop("config", None), kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
     if not isinstance(config, _config_class()):
-        config, kwargs = cls.config_class.from_pretrained(
-            config or name, return_unused_kwargs=True, **hub, **kwargs
-        )
+        config, kwargs = cls.config_class.from_pretrained(config or name, return_unused_kwargs=True, **hub, **kwargs)
     quantized = kwargs.pop("quantization_config", None) or getattr(config, "quantization_config", None)
     if quantized is not None:
         raise NotSimulated(
@@ -122,7 +119,7 @@ def _layouts(file: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
 
 
 def _on_host(places: Places, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
-    fake = stand_in_for(places, torch.empty(shape, dtype=dtype, device="meta"))
+    fake = places.stand_in_for(torch.empty(shape, dtype=dtype, device="meta"))
     places.hide(fake)
     return fake
 

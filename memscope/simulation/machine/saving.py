@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from torch.utils import _pytree as pytree
 from memscope.simulation.facade.stand_in import replaced
 from memscope.simulation.machine.moves import gpu_named
 from memscope.simulation.machine.places import Places
-from memscope.simulation.machine.weights import stand_in_for
 
 __all__ = ["Saving"]
 
@@ -70,7 +69,7 @@ class Saving:
 
     def _on_host(self, tensor: Tensor) -> Tensor:
         """A tensor of the same layout on the host, without values."""
-        copied: Any = stand_in_for(self._places, tensor)
+        copied: Any = self._places.stand_in_for(tensor)
         self._places.hide(copied)
         return nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
 

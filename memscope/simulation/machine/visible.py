@@ -28,7 +28,6 @@ def tensors_of_a_program(places: Places, calls: ProgramCalls, on_record_stream: 
     with contextlib.ExitStack() as scopes:
         for owner, name, value in (
             (torch, "Generator", AnyGenerator),
-            (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),  # asked by GradScaler
             (nn.Module, "to", _module_to(nn.Module.to)),
             (FakeTensor, "device", _device_property(FakeTensor.device, places)),
             (Tensor, "record_stream", lambda tensor, stream: on_record_stream()),
@@ -36,6 +35,8 @@ def tensors_of_a_program(places: Places, calls: ProgramCalls, on_record_stream: 
             (autograd, "_engine_run_backward", _within(places, calls, autograd._engine_run_backward)),
         ):
             scopes.enter_context(replaced(owner, name, value))
+        if places.has_gpu:  # asked by GradScaler
+            scopes.enter_context(replaced(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False))
         scopes.enter_context(calls)
         yield
 
