@@ -252,7 +252,7 @@ def _output(log: Path | None) -> str:
         return ""
     with log.open(errors="replace") as file:
         tail = "".join(deque(file, _TAIL_LINES)).rstrip()
-    return f"\nIts output ends with:\n{tail}" if tail else "\nIt printed nothing"
+    return f"\nIts output ({log}) ends with:\n{tail}" if tail else "\nIt printed nothing"
 
 
 def _ending(status: int) -> str:

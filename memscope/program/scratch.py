@@ -43,6 +43,11 @@ class Scratch:
         """Whether the present process is a fork of the one that made this object."""
         return os.getpid() != self.process
 
+    @property
+    def is_claimed(self) -> bool:
+        """Whether a process has begun a training step."""
+        return (self.folder / "claimed").exists()
+
     def claim(self) -> bool:
         """Whether this process is the one to record: the first that begins a training step, and no fork.
 
