@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from memscope import __version__
+from memscope import __version__, record, simulate
+from memscope.cli.main import main
 from memscope.errors import UsageError
 from memscope.program import launch as launching
 from memscope.program.attached import _refuse_many_processes
@@ -21,6 +22,7 @@ from memscope.program.command_line import CommandLine
 from memscope.program.launch import launch
 from memscope.program.request import Failure, ProgramOutcome, Request
 from memscope.program.scratch import Scratch
+from memscope.simulation.devices.catalogue import get_device
 from memscope.testing import toy_workload
 
 SITE = Path(launching.__file__).parent / "site"
@@ -127,8 +129,6 @@ def test_several_processes_are_refused_with_the_flag_of_their_launcher(monkeypat
 @pytest.fixture(scope="module")
 def trace():
     """A trace of one step."""
-    from memscope import record
-
     return record(toy_workload, steps=1)
 
 
@@ -185,3 +185,59 @@ def test_an_error_of_memscope_in_the_program_is_the_error_of_the_command(request
     assert isinstance(end.error, UsageError)
     assert str(end.error) == "the GPU is busy"
     assert "Traceback of the program" in str(end.error.__cause__)
+
+
+def test_a_program_that_runs_out_of_memory_in_its_first_step_leaves_its_trace(request_, monkeypatch, tmp_path, capsys):
+    ran_out = simulate(toy_workload, device=replace(get_device("gpu"), capacity_bytes=2**20), steps=1)
+    assert ran_out.meta["out_of_memory"]
+    scratch = Scratch(Path(request_.folder))
+    ran_out.save(scratch.trace)
+    outcome = ProgramOutcome("failed", 0, str(scratch.trace), exception="torch.OutOfMemoryError: CUDA out of memory")
+    end = leaves(request_, outcome, "sys.exit(1)")
+    assert end.error is None
+    assert "OutOfMemoryError" in end.trace.meta["notes"][-1]
+    monkeypatch.setattr("memscope.cli.profile_program.launch", lambda *asked, **options: end)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(["profile", "--device", "cpu", "--json", "-o", "runs", "--", sys.executable, "-c", "pass"])
+    assert ended.value.code == 4
+    document = json.loads(capsys.readouterr().out)
+    assert document["program"]["exit_code"] == 1
+    assert document["runs"][0]["out_of_memory"] == ran_out.meta["out_of_memory"]
+
+
+def test_a_strategy_that_fails_leaves_the_results_of_the_others(request_, trace, monkeypatch, tmp_path, capsys):
+    ends = {"": launching.ProgramEnd(0, trace, None), "lora": launching.ProgramEnd(3, None, UsageError("refused"))}
+    asked = []
+
+    def launched(program, request, **options):
+        asked.append(request)
+        return ends[request.strategies]
+
+    monkeypatch.setattr("memscope.cli.profile_program.launch", launched)
+    monkeypatch.chdir(tmp_path)
+    words = [
+        "--device",
+        "cpu",
+        "--json",
+        "-s",
+        "lora",
+        "--steps",
+        "all",
+        "-o",
+        "runs",
+        "--",
+        sys.executable,
+        "-c",
+        "pass",
+    ]
+    with pytest.raises(SystemExit) as ended:
+        main(["profile", *words])
+    assert ended.value.code == 2
+    out, err = capsys.readouterr()
+    assert [run["strategies"] for run in json.loads(out)["runs"]] == [[]]
+    assert json.loads(out)["program"]["exit_code"] == 3
+    assert err == "memscope: error: run lora: refused\n"
+    assert [(one.strategies, one.steps, one.device) for one in asked] == [("", None, "cpu"), ("lora", None, "cpu")]
+    assert asked[0].folder != asked[1].folder, "each run has its own scratch folder"
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["baseline.npz", "report.html"]
