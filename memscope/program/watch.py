@@ -59,7 +59,6 @@ class ProgramWatch:
         self._scratch = Scratch(Path(request.folder))
         self._recorder: Recorder | None = None
         self._optimizer: Any = None
-        self._trace: Trace | None = None
         self._call: Callable[..., Any] = nn.Module.__call__
         call, begins = self._call, self._begins
 
@@ -86,9 +85,9 @@ class ProgramWatch:
 
     def _begins(self, module: nn.Module) -> None:
         """A module is called."""
-        if not torch.is_grad_enabled() or self._scratch.is_fork:
+        if not torch.is_grad_enabled():
             return
-        if self._recorder is not None:
+        if self._recorder is not None and not self._scratch.is_fork:
             if self._request.steps is not None and self.steps >= self._request.steps:
                 self._stop()
             return

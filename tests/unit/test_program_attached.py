@@ -113,6 +113,8 @@ def test_the_first_process_that_trains_claims_the_run_and_the_others_are_listed(
     assert scratch.claim()
     assert scratch.is_claimed
     assert not Scratch(scratch.folder).claim()
+    assert not Scratch(scratch.folder / "removed").claim(), "this process has outlived the launcher"
+    Scratch(scratch.folder / "removed").tell_step(1)
     assert [f"process {os.getpid()} (command " in one for one in scratch.others()] == [True]
 
 
@@ -216,21 +218,8 @@ def test_a_strategy_that_fails_leaves_the_results_of_the_others(request_, trace,
 
     monkeypatch.setattr("memscope.cli.profile_program.launch", launched)
     monkeypatch.chdir(tmp_path)
-    words = [
-        "--device",
-        "cpu",
-        "--json",
-        "-s",
-        "lora",
-        "--steps",
-        "all",
-        "-o",
-        "runs",
-        "--",
-        sys.executable,
-        "-c",
-        "pass",
-    ]
+    program = ["--", sys.executable, "-c", "pass"]
+    words = ["--device", "cpu", "--json", "-s", "lora", "--steps", "all", "-o", "runs", *program]
     with pytest.raises(SystemExit) as ended:
         main(["profile", *words])
     assert ended.value.code == 2
