@@ -31,7 +31,7 @@ from memscope.cli.run_folder import run_folder, scratch_in
 from memscope.command.output import Attempt, errors_told_last, require_writable
 from memscope.errors import MemscopeError, OutOfDeviceMemory, UsageError
 from memscope.gpu.nvml import has_gpu
-from memscope.program.command_line import Program, resolve_program
+from memscope.program.command_line import CommandLine, resolve_program
 from memscope.program.launch import ProgramEnd, StepReport, launch
 from memscope.program.request import Request
 from memscope.simulation.devices.catalogue import get_device, load_devices
@@ -58,7 +58,7 @@ _OF_TARGETS = {
 class _Asked:
     """The runs of a program, checked."""
 
-    program: Program
+    program: CommandLine
     options: ProfileOptions
     device: str
     simulated: bool

@@ -72,7 +72,7 @@ class _Watching:
             leave(status)
 
         def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-            if not isinstance(error, MemscopeError) or not self._watch.has_claimed:
+            if not isinstance(error, MemscopeError) or not self._has_the_word:
                 shown(kind, error, trace)
 
         os._exit, sys.excepthook = exit_now, show
@@ -92,6 +92,11 @@ class _Watching:
         if self._stops > _MOST_STOPS:
             _leave(0)
         raise Enough
+
+    @property
+    def _has_the_word(self) -> bool:
+        """Whether this process may write the outcome: no other process is recorded."""
+        return self._watch.has_claimed or not self._scratch.is_claimed
 
     def _stop_again(self, module: torch.nn.Module, inputs: Any) -> None:
         if torch.is_grad_enabled():
@@ -122,7 +127,7 @@ class _Watching:
             failure, trace = Failure.of(what, text), None
         if failure is None and isinstance(error, MemscopeError):
             failure = Failure.of(error, "".join(traceback.format_exception(error)))
-        if watch.has_claimed or failure is not None:
+        if watch.has_claimed or (failure is not None and self._has_the_word):
             path = None if trace is None else str(scratch.trace)
             ProgramOutcome(ended, watch.steps, path, failure, last_line, tuple(watch.notes)).write(scratch.outcome)
 

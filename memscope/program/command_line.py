@@ -15,7 +15,7 @@ from pathlib import Path
 from memscope import __version__
 from memscope.errors import UsageError, nearest
 
-__all__ = ["Program", "advice_for", "resolve_program"]
+__all__ = ["CommandLine", "advice_for", "resolve_program"]
 
 _PYTHON = re.compile(r"(python|pypy)(\d+(\.\d+)*t?)?(\.exe)?", re.IGNORECASE)
 _TAKE_A_WORD = "WX"
@@ -50,7 +50,7 @@ print(json.dumps({name: has(name) for name in sys.argv[1:]}))
 
 
 @dataclass(frozen=True)
-class Program:
+class CommandLine:
     """A command line that can be started."""
 
     words: tuple[str, ...]
@@ -70,7 +70,7 @@ class _Invocation:
     script: str | None = None
 
 
-def resolve_program(words: Sequence[str]) -> Program:
+def resolve_program(words: Sequence[str]) -> CommandLine:
     """Find the program that a command line starts. Nothing of it runs yet.
 
     Raises:
@@ -86,7 +86,7 @@ def resolve_program(words: Sequence[str]) -> Program:
         interpreter = _shebang(Path(path))
         if interpreter is not None:
             _check_packages(interpreter)
-        return Program(tuple(words), path, _script_among(words[1:]) or Path(words[0]).name)
+        return CommandLine(tuple(words), path, _script_among(words[1:]) or Path(words[0]).name)
     invocation = _invocation(words)
     _check_flags(invocation)
     if invocation.script not in (None, "-"):
@@ -97,7 +97,7 @@ def resolve_program(words: Sequence[str]) -> Program:
         name = Path(str(invocation.script)).name
     elif invocation.module is not None:
         name = (invocation.module in _LAUNCHERS and _script_among(words[1:])) or invocation.module
-    return Program(tuple(words), path, name)
+    return CommandLine(tuple(words), path, name)
 
 
 def advice_for(python: str) -> str:

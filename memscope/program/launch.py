@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 from memscope import errors
 from memscope.errors import MemscopeError, TargetError, UsageError
 from memscope.interrupts import INTERRUPTED, interrupts_delayed, undone
-from memscope.program.command_line import Program, advice_for
+from memscope.program.command_line import CommandLine, advice_for
 from memscope.program.environment import environment_of
 from memscope.program.request import Failure, ProgramOutcome, Request
 from memscope.program.scratch import Scratch
@@ -52,7 +52,7 @@ class ProgramEnd:
 
 
 def launch(
-    program: Program,
+    program: CommandLine,
     request: Request,
     *,
     log: Path | None = None,
@@ -93,7 +93,7 @@ def launch(
     return _collected(program, request, process.returncode, why, timeout_seconds, log)
 
 
-def _started(program: Program, environment: dict[str, str], output: Any) -> subprocess.Popen[bytes]:
+def _started(program: CommandLine, environment: dict[str, str], output: Any) -> subprocess.Popen[bytes]:
     try:
         return subprocess.Popen(
             program.words,
@@ -150,7 +150,7 @@ def _end_others(process: subprocess.Popen[bytes], scratch: Scratch) -> None:
 
 
 def _collected(
-    program: Program,
+    program: CommandLine,
     request: Request,
     status: int,
     why: str | None,
@@ -218,7 +218,7 @@ def _too_slow(request: Request, scratch: Scratch, timeout_seconds: float) -> str
     )
 
 
-def _nothing_left(program: Program, scratch: Scratch, status: int, log: Path | None) -> MemscopeError:
+def _nothing_left(program: CommandLine, scratch: Scratch, status: int, log: Path | None) -> MemscopeError:
     """The error of a program without an outcome."""
     unattached = dict(scratch.unattached())
     if unattached:
@@ -231,7 +231,12 @@ def _nothing_left(program: Program, scratch: Scratch, status: int, log: Path | N
 
 
 def _without_step(
-    what: str, program: Program, status: int, log: Path | None, exception: str | None, others: list[str] | None = None
+    what: str,
+    program: CommandLine,
+    status: int,
+    log: Path | None,
+    exception: str | None,
+    others: list[str] | None = None,
 ) -> str:
     """The message of a program that has completed no optimizer step."""
     if status or exception:
@@ -252,7 +257,7 @@ def _output(log: Path | None) -> str:
         return ""
     with log.open(errors="replace") as file:
         tail = "".join(deque(file, _TAIL_LINES)).rstrip()
-    return f"\nIts output ends with:\n{tail}" if tail else "\nIt printed nothing"
+    return f"\nIts output ({log}) ends with:\n{tail}" if tail else "\nIt printed nothing"
 
 
 def _ending(status: int) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from memscope.errors import TraceFileError
 from memscope.trace import write_whole
 
 __all__ = ["Scratch"]
@@ -43,18 +44,24 @@ class Scratch:
         """Whether the present process is a fork of the one that made this object."""
         return os.getpid() != self.process
 
+    @property
+    def is_claimed(self) -> bool:
+        """Whether a process has begun a training step."""
+        return (self.folder / "claimed").exists()
+
     def claim(self) -> bool:
         """Whether this process is the one to record: the first that begins a training step, and no fork.
 
         Any other process that asks is listed among `others`.
         """
         if not self.is_fork:
-            with contextlib.suppress(FileExistsError):
+            with contextlib.suppress(FileExistsError, FileNotFoundError):  # not found: it has outlived the launcher
                 with (self.folder / "claimed").open("x") as file:
                     file.write(str(os.getpid()))
                 return True
         me = {"pid": os.getpid(), "argv": sys.orig_argv, "fork": self.is_fork}
-        write_whole(self.folder / f"other-{os.getpid()}.json", json.dumps(me).encode())
+        with contextlib.suppress(TraceFileError):  # as above
+            write_whole(self.folder / f"other-{os.getpid()}.json", json.dumps(me).encode())
         return False
 
     def groups(self) -> Iterator[int]:
@@ -80,7 +87,8 @@ class Scratch:
     def tell_step(self, number: int) -> None:
         """Tell the launcher that step `number`, counted from 1, begins."""
         if not self.is_fork:
-            write_whole(self.folder / "step", str(number).encode())
+            with contextlib.suppress(TraceFileError):  # a full disk; this process has outlived the launcher
+                write_whole(self.folder / "step", str(number).encode())
 
     def step(self) -> int | None:
         """The number of the step that the program is in; None before the first."""

@@ -27,7 +27,8 @@ def main():
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(
-            output_dir="sft", per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=3, report_to="none",
+            output_dir="sft", per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=3,
+            report_to="none",
             logging_steps=1, max_length=32,
             use_cpu=not torch.cuda.is_available(), dataset_kwargs={"skip_prepare_dataset": True},
         ),

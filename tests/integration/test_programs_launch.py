@@ -1,0 +1,175 @@
+"""`memscope profile -- COMMAND`: unchanged programs are started, recorded on the CPU, stopped, and their ends told."""
+
+import contextlib
+import io
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from memscope.cli.main import main
+from memscope.trace import Trace
+
+PROGRAMS = Path(__file__).parents[1] / "programs"
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a command has left."""
+
+    code: int
+    document: dict
+    out: str
+    err: str
+
+
+@pytest.fixture
+def profile(tmp_path, monkeypatch, capfd):
+    """`memscope profile --device cpu … -- COMMAND` in a folder of its own, with this Python first on PATH."""
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(PROGRAMS))
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words, options=("--json",)):
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as end:
+            main(["profile", "--device", "cpu", "-o", "runs", *options, "--", *words])
+        document = json.loads(out.getvalue()) if "--json" in options and out.getvalue() else {}
+        return Told(end.value.code or 0, document, out.getvalue(), capfd.readouterr().err)
+
+    return run
+
+
+def test_a_module_with_arguments_and_relative_imports_stops_after_two_steps(profile):
+    told = profile("python", "-m", "plain.train", "--width", "8")
+    assert told.code == 0
+    assert told.document["target"] == "plain.train"
+    assert told.document["program"] == {"command": ["python", "-m", "plain.train", "--width", "8"], "exit_code": 0}
+    assert told.document["device"] == {"name": "cpu", "simulated": False}
+    (run,) = told.document["runs"]
+    parameters = 8 * 16 + 16 + 16 + 1
+    assert run["parameters"] == {"total": parameters, "trainable": parameters}
+    assert run["at_peak"]["parameter"] == 4 * parameters
+    assert run["assumptions"] == run["notes"] == []
+    trace = Trace.load(run["trace"])
+    assert trace.steps == (0, 1)
+    assert trace.meta["program"] == told.document["program"]
+    printed = [line.split()[:2] for line in told.err.splitlines()]
+    assert [line for line in printed if line[0] == "step"] == [["step", "0"], ["step", "1"]]
+    assert "Traceback" not in told.err
+
+
+def test_an_awkward_program_behaves_as_without_memscope(tmp_path):
+    words = ["profile", "--device", "cpu", "--steps", "all", "--json", "-o", "runs"]
+    command = [sys.executable, "-m", "memscope", *words, "--", sys.executable, str(PROGRAMS / "awkward.py")]
+    done = subprocess.run(command, cwd=tmp_path, input="8\n", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines() == ["child says 42", "fork ended with 5", "signals 3"]
+    document = json.loads(done.stdout)
+    assert document["program"]["exit_code"] == 0
+    (run,) = document["runs"]
+    (note,) = run["notes"]
+    assert note.startswith("Another process of the program trains as well and was not followed: process ")
+    assert "(a fork, of " in note
+    assert Trace.load(tmp_path / run["trace"]).steps == (0, 1, 2)
+
+
+def test_a_program_that_catches_the_stop_is_ended_and_its_output_kept_apart(profile, tmp_path):
+    told = profile("python", str(PROGRAMS / "swallows.py"), options=("--json", "--quiet", "--steps", "1"))
+    assert told.code == 0
+    assert told.err == ""
+    assert (tmp_path / "runs/baseline.log").read_text().splitlines() == ["caught Enough"] * 3
+    assert Trace.load(told.document["runs"][0]["trace"]).steps == (0,)
+
+
+def test_an_installed_script_that_fails_after_a_step_has_results_with_a_note(profile, tmp_path):
+    script = tmp_path / "train-it"
+    source = (PROGRAMS / "plain/train.py").read_text().replace("from .model", "from plain.model")
+    script.write_text(f"#!{sys.executable}\n" + source.replace('    print("step"', '    1 / 0, print("step"'))
+    script.chmod(0o755)
+    told = profile(str(script), options=())
+    assert told.code == 0
+    assert "train-it on cpu (measured)" in told.out
+    note = "The program failed after 1 optimizer step (exit code 1): ZeroDivisionError: division by zero"
+    assert note in " ".join(told.out.split())
+    assert Trace.load(tmp_path / "runs/baseline.npz").meta["program"]["exit_code"] == 1
+
+
+def test_the_process_that_torchrun_starts_is_the_one_that_is_recorded(profile):
+    words = ["--standalone", "--local-addr", "localhost", "--nproc-per-node", "1", str(PROGRAMS / "swallows.py")]
+    told = profile("python", "-m", "torch.distributed.run", *words)
+    assert told.code == 0, told.err
+    assert told.document["target"] == "swallows.py"
+    assert told.document["runs"][0]["notes"] == []
+
+
+def test_a_program_that_fails_before_its_first_step_is_shown_with_its_exit_code(profile, tmp_path):
+    (tmp_path / "broken.py").write_text("import torch\nraise ValueError('no data')\n")
+    told = profile("python", "broken.py")
+    assert told.code == 1
+    assert told.document["program"] == {"command": ["python", "broken.py"], "exit_code": 1}
+    assert "ValueError: no data" in told.err
+    assert "Traceback (most recent call last)" in told.err
+    assert told.err.splitlines()[-1] == (
+        "memscope: error: broken.py failed before its first optimizer step ended (exit code 1)"
+    )
+    assert told.document["error"]["message"] in told.err
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        ("print('done')", (), "ended without an optimizer step: it did not train. Expected: the call of an nn.Module"),
+        ("import sys; print('wrong'); sys.exit(3)", ("--quiet",), "(exit code 3)\nIts output (runs/baseline.log) ends"),
+        ("import time; time.sleep(600)", ("--timeout", "300ms"), "the program took no optimizer step within 300 ms"),
+        ("import os; os.kill(os.getpid(), 9)", (), "failed before its first optimizer step ended (SIGKILL)"),
+    ],
+    ids=["ends", "quiet", "never steps", "is killed"],
+)
+def test_a_program_without_a_step_is_an_error_that_says_what_was_expected(profile, tmp_path, source, options, message):
+    (tmp_path / "train.py").write_text(source)
+    told = profile("python", "train.py", options=options)
+    assert told.code == 1
+    assert message in told.err
+    assert "Traceback" not in told.err
+
+
+SLEEPS = "import os, time; print('pid', os.getpid(), flush=True); time.sleep(600)"
+
+
+def test_ctrl_c_ends_the_program_with_one_line(tmp_path):
+    command = [sys.executable, "-m", "memscope", "profile", "--device", "cpu", "--", sys.executable, "-c", SLEEPS]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True
+    ) as memscope:
+        pid = int(memscope.stderr.readline().split()[1])
+        memscope.send_signal(signal.SIGINT)
+        assert memscope.stderr.read() == "stopped\n"
+    assert memscope.returncode == 130
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_program_reads_from_the_terminal(tmp_path):
+    source = "print('got', input('which? '))"
+    options = ["--device", "cpu", "--timeout", "60s"]  # a program that waits in vain would wait forever
+    command = [sys.executable, "-m", "memscope", "profile", *options, "--", sys.executable, "-c", source]
+    process, terminal = pty.fork()
+    if process == 0:
+        os.chdir(tmp_path)
+        os.execv(command[0], command)
+    shown = b""
+    with contextlib.suppress(OSError):  # a terminal without processes
+        while chunk := os.read(terminal, 1000):
+            shown += chunk
+            if shown.endswith(b"which? "):
+                os.write(terminal, b"this\n")
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 1
+    assert b"got this" in shown
