@@ -158,8 +158,16 @@ class RotaryEmbedding(nn.Module):
         elif isinstance(seqlen_offset, int):
             self._fill(qkv.shape[1] + seqlen_offset, qkv)
         (cos, sin), (cos_k, sin_k) = self._tables[:2], self._tables[-2:]
-        if kv is None:
-            of_keys = (cos_k, sin_k) if self.scale is not None else (None, None)
-            return apply_rotary_emb_qkv_(qkv, cos, sin, *of_keys, self.interleaved, seqlen_offset, num_heads_q)
-        rotated = apply_rotary_emb(qkv, cos, sin, self.interleaved, inplace=True, seqlen_offsets=seqlen_offset)
-        return rotated, apply_rotary_emb_kv_(kv, cos_k, sin_k, self.interleaved, seqlen_offset)
+        if kv is not None:
+            rotated = apply_rotary_emb(qkv, cos, sin, self.interleaved, inplace=True, seqlen_offsets=seqlen_offset)
+            return rotated, apply_rotary_emb_kv_(kv, cos_k, sin_k, self.interleaved, seqlen_offset)
+        return apply_rotary_emb_qkv_(
+            qkv,
+            cos,
+            sin,
+            cos_k if self.scale is not None else None,
+            sin_k if self.scale is not None else None,
+            self.interleaved,
+            seqlen_offset,
+            num_heads_q,
+        )
