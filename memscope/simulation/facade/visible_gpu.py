@@ -190,7 +190,8 @@ class _InOrder:
 
 
 def _for_targets(answer: Any, original: Any) -> Any:
-    if isinstance(answer, type):
+    """The answer for targets, and the original for PyTorch's own code. A class is replaced for both."""
+    if isinstance(original, type):
         return answer
 
     def asked(*args: Any, **kwargs: Any) -> Any:
