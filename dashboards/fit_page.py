@@ -9,10 +9,9 @@ from pathlib import Path
 import plotly.graph_objects as go
 
 from memscope.advisor.fit.fitting import DeviceFit, Evidence, Fitting
-from memscope.dashboards.html import Section, card, facts, figure_box, html_page, table
+from memscope.dashboards.html import Section, card, facts, figure_box, html_page, next_step, save_page, table
 from memscope.dashboards.palette import LIGHT, Theme, dressed, themed
-from memscope.errors import UsageError
-from memscope.trace import Category, write_whole
+from memscope.trace import Category
 from memscope.units import format_bytes, format_seconds
 
 __all__ = ["memory_by_size", "write_fit_page"]
@@ -92,11 +91,8 @@ def write_fit_page(found: Fitting, path: Path, following: str = "", *, overwrite
         UsageError: when the file exists and `overwrite` is False.
         TraceFileError: when it cannot be written.
     """
-    if path.exists() and not overwrite:
-        raise UsageError(f"{path} exists already: choose another name with --html, or overwrite with -f")
     heading = "It fits" if found.fits else "It does not fit"
-    next_command = f'<p>Next: <code class="command">{escape(following)}</code></p>' if following else ""
-    sections = [Section("fit", heading, card(facts(_facts(found)) + next_command, key="fit", title=heading))]
+    sections = [Section("fit", heading, card(facts(_facts(found)) + next_step(following), key="fit", title=heading))]
     title = "Memory by micro-batch and length"
     label = "Memory of every simulated size, with the memory of devices; the table below has the same"
     body = figure_box(memory_by_size(found), label) + _evidence_table(found)
@@ -110,7 +106,7 @@ def write_fit_page(found: Fitting, path: Path, following: str = "", *, overwrite
         sections.append(Section("changes", "What makes it fit", card(listed, key="changes", title="What makes it fit")))
     sections.append(Section("devices", "Devices", card(_device_table(found), key="devices", title="Devices")))
     name = f"{found.target} on {found.device}"
-    write_whole(path, html_page(f"memscope: {name}", name, sections).encode())
+    save_page(path, html_page(f"memscope: {name}", name, sections), overwrite=overwrite)
 
 
 def _verdict(fits: bool) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from html import escape
 from importlib.resources import files
+from pathlib import Path
 
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
@@ -18,9 +19,13 @@ from plotly.offline import get_plotlyjs
 from memscope.dashboards.names import spoken
 from memscope.dashboards.palette import DARK, LIGHT, css_variables, replacements
 from memscope.dashboards.phases import LABELLED_SHARE, PHASE_BAR, PHASE_LABEL
-from memscope.trace import CATEGORIES, PHASES
+from memscope.errors import UsageError
+from memscope.trace import CATEGORIES, PHASES, write_whole
 
-__all__ = ["Section", "card", "code", "facts", "figure_box", "fold", "html_page", "packed", "swatch", "table"]
+__all__ = [
+    "Section", "card", "code", "facts", "figure_box", "fold", "html_page", "next_step", "packed", "save_page", "swatch",
+    "table",
+]  # fmt: skip
 
 # Refuses every request of every script; Plotly's "Download plot as a PNG" draws from data: and blob: addresses.
 _POLICY = (
@@ -75,6 +80,23 @@ def html_page(title: str, heading: str, sections: Sequence[Section], head: str =
             f"</main>\n</div>\n{_scripts()}\n</body>\n</html>\n",
         ]
     )
+
+
+def save_page(path: Path, html: str, *, overwrite: bool) -> None:
+    """Write a page.
+
+    Args:
+        path: the file.
+        html: the page.
+        overwrite: whether the file may exist.
+
+    Raises:
+        UsageError: when it exists and `overwrite` is False.
+        TraceFileError: when it cannot be written.
+    """
+    if path.exists() and not overwrite:
+        raise UsageError(f"{path} exists already: choose another name with --html, or overwrite with -f")
+    write_whole(path, html.encode())
 
 
 def _contents(sections: Sequence[Section]) -> str:
@@ -149,6 +171,11 @@ def facts(pairs: Iterable[tuple[str, str]], kind: str = "facts") -> str:
     """A list of names and values, plain text both; `kind` is its class."""
     listed = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in pairs)
     return f'<dl class="{kind}">{listed}</dl>'
+
+
+def next_step(command: str) -> str:
+    """The command that follows, as a shell takes it; empty: nothing."""
+    return f'<p>Next: <code class="command">{escape(command)}</code></p>' if command else ""
 
 
 def code(name: str) -> str:

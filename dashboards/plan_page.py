@@ -15,12 +15,12 @@ from memscope.advisor.layer_words import in_words, short_option
 from memscope.analysis.chosen import with_chosen
 from memscope.analysis.effects import Run
 from memscope.dashboards.head import page_head
-from memscope.dashboards.html import Section, card, facts, figure_box, html_page, table
+from memscope.dashboards.html import Section, card, facts, figure_box, html_page, next_step, save_page, table
 from memscope.dashboards.page import run_sections
 from memscope.dashboards.palette import LIGHT, Theme, dressed, themed
 from memscope.dashboards.timeline import unit_of
 from memscope.errors import UsageError
-from memscope.trace import Trace, write_whole
+from memscope.trace import Trace
 from memscope.units import format_both, format_bytes, format_seconds
 
 __all__ = ["kept_by_layer", "pareto_front", "plan_card", "plan_heatmap", "write_plan_page"]
@@ -194,11 +194,10 @@ def write_plan_page(advice: Advice, path: Path, following: str = "", *, overwrit
         UsageError: when the file exists and `overwrite` is False.
         TraceFileError: when it cannot be written.
     """
-    if path.exists() and not overwrite:
-        raise UsageError(f"{path} exists already: choose another name with --html, or overwrite with -f")
     head, heading = "", _heading(advice)
-    next_command = f'<p>Next: <code class="command">{escape(following)}</code></p>' if following else ""
-    sections = [Section("advice", heading, card(facts(_facts(advice)) + next_command, key="advice", title=heading))]
+    sections = [
+        Section("advice", heading, card(facts(_facts(advice)) + next_step(following), key="advice", title=heading))
+    ]
     if advice.layers:
         kept = kept_by_layer(advice.trace, list(advice.layers)) if advice.trace else None
         sections.append(plan_card(advice.layers, "Layers", kept))
@@ -209,7 +208,7 @@ def write_plan_page(advice: Advice, path: Path, following: str = "", *, overwrit
         sections += run_sections(runs)
         head = page_head(runs)
     title = f"{advice.target} in {format_bytes(advice.budget_bytes)}"
-    write_whole(path, html_page(f"memscope: {title}", title, sections, head).encode())
+    save_page(path, html_page(f"memscope: {title}", title, sections, head), overwrite=overwrite)
 
 
 def _heading(advice: Advice) -> str:

@@ -29,6 +29,8 @@ FIRST_WITH: dict[str, Release] = {
     "max_non_split_rounding_mb": (2, 6),
     "large_segment_size_mb": (2, 11),
     "throw_on_cudamalloc_oom": (2, 12),
+    "expandable_segments_reserve": (2, 15),
+    "expandable_segments_reserve_by_class": (2, 15),
 }
 """The first release with a setting that older ones refuse.
 

@@ -59,6 +59,9 @@ _PASSED_OVER = frozenset(
         "release_lock_on_hipmalloc",
     }
 )
+_REFUSED = frozenset({"expandable_segments_reserve", "expandable_segments_reserve_by_class"})
+"""Keys that limit the virtual addresses of an expandable segment, by default 9/8 of the device's memory: a full segment
+is followed by another, and no block may be larger than one (c10/cuda/CUDAAllocatorConfig.h of PyTorch 2.15.0)."""
 
 
 @dataclass(frozen=True)
@@ -118,11 +121,12 @@ class AllocatorSettings:
         One key is memscope's own: `version:2.4` names the release of PyTorch whose allocator is followed. Keys without
         influence on device memory (pinned memory, locks) are accepted and ignored. Three mistakes that
         PyTorch accepts are errors here: text that is only partly a number (PyTorch reads `20.5` as 20 and `-1` as
-        2⁶⁴−1), a key given twice (PyTorch keeps the last), and `>` before the end of its list.
+        2⁶⁴−1), a key given twice (PyTorch keeps the last), and `>` before the end of its list. The reserves of
+        expandable segments (PyTorch 2.15) are not modelled, and refused.
 
         Raises:
-            UsageError: the text has one of these mistakes, that release of PyTorch would refuse it, or it selects
-                another allocator (`backend:cudaMallocAsync`).
+            UsageError: the text has one of these mistakes, that release of PyTorch would refuse it, it selects
+                another allocator (`backend:cudaMallocAsync`), or it reserves addresses.
         """
         given: dict[str, object] = {}
         seen: dict[str, str] = {}
@@ -144,8 +148,14 @@ class AllocatorSettings:
                 _check_known(key, release)
                 field, read = _READERS[key]
                 given[field] = read(key, value)
+            elif key in _REFUSED:
+                _check_known(key, release)
+                raise UsageError(
+                    f"allocator setting {key}: it limits the addresses of a segment, which memscope does not model; "
+                    "expandable segments grow without end, as those of PyTorch do by default. Leave it out"
+                )
             elif key not in _PASSED_OVER:
-                known = {"backend", "version", "roundup_power2_divisions", *_READERS, *_PASSED_OVER}
+                known = {"backend", "version", "roundup_power2_divisions", *_READERS, *_PASSED_OVER, *_REFUSED}
                 raise UsageError(f'allocator settings "{text}": unknown key "{key}"; {nearest(key, known)}')
         return cls(**given)  # type: ignore[arg-type]  # each reader returns what its field holds
 

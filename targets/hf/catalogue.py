@@ -19,11 +19,13 @@ class ShippedModel:
     """A public model: its configuration, and where both come from."""
 
     source: str
-    """Name on the hub of the config.json."""
+    """Name on the hub of the config.json, which memscope has not read."""
     parameters: int
     """Published number of parameters."""
     published: str
-    """Where that number is published."""
+    """Where that number is published, and what the model counted there has more or less; or that it is not checked."""
+    sizes: str
+    """What the sizes of the configuration were checked against."""
     config: Mapping[str, Any]
     """What decides the model in its config.json."""
 

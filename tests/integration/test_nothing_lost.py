@@ -87,7 +87,7 @@ def test_traces_that_cannot_be_written_cost_no_table(run, folder, monkeypatch):
 
 def test_advice_is_printed_when_its_files_cannot_be_written(run, folder, monkeypatch):
     monkeypatch.setattr("memscope.strategies.ckpt.layer_plan.write_whole", full)
-    monkeypatch.setattr("memscope.dashboards.plan_page.write_whole", full)
+    monkeypatch.setattr("memscope.dashboards.html.write_whole", full)
     (folder / "mine.py").write_text(TARGET.replace("ones(2, 4)", "ones(2**20, 4)"))
     words = ["--device", "a100-40gb", "--budget", "626MiB", "-s", "ga:steps=1,adamw", "-o", "plan.json"]
     code, out, err = run("advise", "mine.py", *words, "--html", "plan.html")

@@ -30,9 +30,14 @@ def test_every_key_that_places_memory_is_read() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "text", ["", "  ", "backend:native", "pinned_use_background_threads:True,release_lock_on_cudamalloc:True"]
-)
+OF_THE_HOST = """pinned_free_catch_all:True pinned_max_cached_size_mb:64 pinned_max_round_threshold_mb:1
+pinned_num_register_threads:2 pinned_reserve_segment_size_mb:64 pinned_use_background_threads:True
+pinned_use_cuda_host_register:True pinned_use_hip_host_register:True release_lock_on_cudamalloc:True
+release_lock_on_hipmalloc:True graph_capture_record_stream_reuse:True"""
+"""All other keys of 2.14.1 and 2.15.0. Source: getKeys() in c10/cuda/CUDAAllocatorConfig.h, names in libc10.so."""
+
+
+@pytest.mark.parametrize("text", ["", "  ", "backend:native", ",".join(OF_THE_HOST.split())])
 def test_keys_without_influence_on_device_memory_keep_the_defaults(text: str) -> None:
     assert AllocatorSettings.parse(text) == AllocatorSettings()
 
@@ -205,6 +210,12 @@ def test_without_a_version_the_installed_release_counts() -> None:
         ("version:2.5,max_non_split_rounding_mb:48", "PyTorch 2.5 refuses it; releases from 2.6 on know it"),
         ("version:2.10,large_segment_size_mb:32", "PyTorch 2.10 refuses it; releases from 2.11 on know it"),
         ("version:2.11,throw_on_cudamalloc_oom:True", "PyTorch 2.11 refuses it; releases from 2.12 on know it"),
+        ("version:2.14,expandable_segments_reserve:0.5", "PyTorch 2.14 refuses it; releases from 2.15 on know it"),
+        (
+            "version:2.15,expandable_segments_reserve:0.5",
+            "expandable segments grow without end, as those of PyTorch do by default. Leave it out",
+        ),
+        ("version:2.15,expandable_segments_reserve_by_class:[a:0.25,b:8G]", "it limits the addresses of a segment"),
         ("version:2.9,max_split_size_mb:20", "max_split_size_mb:20: expected more than 20"),
     ],
 )

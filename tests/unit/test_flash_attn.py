@@ -162,6 +162,56 @@ def test_the_rotary_embedding_is_one_tensor() -> None:
     assert in_phase(trace, "forward").count(TOKENS * 16 * 2) == 3  # the input in bfloat16, projected, turned
 
 
+def test_the_rotary_module_turns_in_place_and_keeps_its_tables() -> None:
+    def run(x: Tensor) -> Tensor:
+        from flash_attn.layers.rotary import RotaryEmbedding
+
+        return RotaryEmbedding(8, device=x.device)(x.unflatten(-1, (3, 1, 16)))
+
+    trace = simulated(run, width=48)
+    stacked, table = TOKENS * 48 * 2, SEQ * 4 * 2
+    assert in_phase(trace, "forward").count(stacked) == 1  # projected
+    assert in_phase(trace, "forward").count(table) == 2  # cosine and sine of half the rotated values
+    assert in_phase(trace, "backward").count(stacked) == 1  # from float32
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_the_loss_keeps_one_number_a_token_beside_the_logits(inplace: bool) -> None:
+    def run(x: Tensor) -> Tensor:
+        from flash_attn.losses.cross_entropy import CrossEntropyLoss
+
+        labels = torch.zeros(TOKENS, dtype=torch.int64, device=x.device)
+        return CrossEntropyLoss(inplace_backward=inplace)(x.flatten(0, 1), labels)
+
+    trace = simulated(run, width=512)
+    logits = TOKENS * 512 * 2
+    assert in_phase(trace, "forward").count(logits) == 1  # projected
+    assert in_phase(trace, "forward").count(TOKENS * 4) == 3  # losses, log-sum-exp, and its part of the losses
+    assert in_phase(trace, "backward").count(logits) == (0 if inplace else 1)
+
+
+def test_the_norm_keeps_the_sum_with_the_residual_and_one_number_a_token() -> None:
+    def run(x: Tensor) -> Tensor:
+        from flash_attn.ops.triton.layer_norm import RMSNorm
+
+        norm = RMSNorm(256, device=x.device, dtype=x.dtype)
+        out, residual = norm(x, prenorm=True, residual_in_fp32=True)
+        return out + residual
+
+    trace = simulated(run, width=256)
+    values = TOKENS * 256
+    assert in_phase(trace, "forward").count(values * 2) == 2  # projected, normalized
+    assert in_phase(trace, "forward").count(values * 4) == 2  # the residual in float32, and the last sum
+    assert in_phase(trace, "forward").count(TOKENS * 4) == 1  # the reciprocal of each norm
+    assert 8 * 108 * 256 * 4 in in_phase(trace, "backward")  # a gradient of the weights for each program
+
+
+def module_of_the_package(x: Tensor) -> Tensor:
+    from flash_attn.modules.mha import MHA
+
+    return MHA(16)(x)
+
+
 def inference(x: Tensor) -> Tensor:
     from flash_attn import flash_attn_with_kvcache
 
@@ -188,6 +238,7 @@ def huge(x: Tensor) -> Tensor:
         (huge, {}, "heads of at most 256 values, and got 512"),
         (hopper, {}, "FlashAttention-3 needs a Hopper GPU.*a100-40gb has 8.0"),
         (inference, {}, "is for inference"),
+        (module_of_the_package, {}, "flash_attn.modules.mha is not simulated: nothing stands in"),
         (dense, {"device": "cpu"}, "No module named 'flash_attn'"),
     ],
 )

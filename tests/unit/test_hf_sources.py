@@ -48,7 +48,12 @@ def test_a_shipped_model_has_the_published_number_of_parameters(name: str) -> No
 def test_the_shipped_models_are_those_that_people_use_most() -> None:
     shipped = load_catalogue()
     assert len(shipped) >= 25
-    assert all(model.published and "/" in model.source for model in shipped.values())
+    assert all(model.published and model.sizes and "/" in model.source for model in shipped.values())
+
+
+def test_phi_2_drops_values_of_the_residual_stream() -> None:
+    """Source: convert_phi_weights_to_hf.py of huggingface/transformers. PhiConfig has none by default, as phi-1 has."""
+    assert load_catalogue()["phi-2"].config["resid_pdrop"] == 0.1
 
 
 def test_the_text_after_the_colon_is_the_model() -> None:

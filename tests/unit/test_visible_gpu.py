@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from memscope import Workload, simulate
 from memscope.errors import TargetError
+from memscope.simulation.cuda.packaged import torch_version
 from memscope.simulation.devices.catalogue import get_device
 
 GPU = torch.device("cuda", 0)
@@ -150,6 +151,28 @@ def test_torch_cuda_answers_for_the_device_that_is_simulated():
     train(loss)
 
 
+def test_pytorch_is_built_with_cuda_as_far_as_the_target_can_see():
+    seen = set()
+    before = torch.version.cuda, torch.backends.cudnn.version(), torch.backends.cuda.is_built()
+
+    def loss(model, x):
+        from torch.version import cuda
+
+        assert torch.version.cuda == cuda
+        assert torch.backends.cuda.is_built()
+        assert torch.backends.cudnn.is_available()
+        assert torch.cuda.is_tf32_supported()
+        seen.add((cuda, torch.backends.cudnn.version(), len(torch.cuda.get_rng_state_all())))
+        return model(x).sum()
+
+    train(loss)
+    assert (torch.version.cuda, torch.backends.cudnn.version(), torch.backends.cuda.is_built()) == before
+    assert type(torch.version) is type(torch)
+    if before[0] is None:  # requirements of the packages on PyPI: cuda-toolkit 13.0.2 with cuDNN 9.19.0 and 9.20.0
+        expected = {(2, 11): ("13.0", 91900, 1), (2, 12): ("13.0", 92000, 1), (2, 13): ("13.0", 92000, 1)}
+        assert seen == {expected.get(torch_version(), *seen)}
+
+
 def test_calls_without_an_effect_in_a_simulation_do_nothing():
     def loss(model, x):
         torch.cuda.set_device(0)
@@ -217,6 +240,8 @@ def test_emptying_the_cache_gives_unused_segments_back():
         (lambda: torch.cuda.memory_stats().get("segment.all.current"), r"memory_stats\(\)\[.segment.all.current.\]"),
         (lambda: torch.cuda.Stream(), "Stream"),
         (lambda: torch.cuda.CUDAGraph(), "CUDAGraph"),
+        (lambda: torch.cuda.get_arch_list(), "get_arch_list"),
+        (lambda: torch.cuda.nccl.version(), "nccl.version"),
         (lambda: torch.cuda.Event().elapsed_time(torch.cuda.Event()), "Event.elapsed_time"),
     ],
 )
@@ -277,7 +302,7 @@ def test_a_library_that_is_imported_inside_sees_the_machine(tmp_path, monkeypatc
     is_available, stream = torch.cuda.is_available(), torch.cuda.Stream
     name = f"imported_on_{device[:4]}"
     (tmp_path / f"{name}.py").write_text(
-        "import torch\nis_available, stream = torch.cuda.is_available(), torch.cuda.Stream\n"
+        "import torch\nis_available, stream = torch.cuda.is_available(), torch.cuda.Stream\ncuda = torch.version.cuda\n"
         "table = torch.arange(3.0) * 2\ntotal = table.sum().item()\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
@@ -289,7 +314,7 @@ def test_a_library_that_is_imported_inside_sees_the_machine(tmp_path, monkeypatc
 
     train(loss, device=device)
     imported = sys.modules[name]
-    assert (imported.is_available, imported.stream) == (is_available, stream)
+    assert (imported.is_available, imported.stream, imported.cuda) == (is_available, stream, torch.version.cuda)
     assert type(imported.table) is Tensor
     assert imported.table.tolist() == [0.0, 2.0, 4.0]
 

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memscope.simulation.cuda.packaged import cudnn_version, torch_version
+
 __all__ = ["AttentionCall", "Platform", "scaled_dot_product_attention"]
 
 aten = torch.ops.aten
@@ -20,11 +22,6 @@ _HALF = (torch.float16, torch.bfloat16)
 _MATH, _FLASH, _EFFICIENT, _CUDNN = 0, 1, 2, 3
 """Numbers of the kernels in `SDPBackend` (ATen/SDPBackend.h)."""
 _USUAL_ORDER = [_FLASH, _EFFICIENT, _MATH, _CUDNN]
-_CUDNN_OF_WHEELS = {
-    (2, 6): 9_01_00, (2, 7): 9_05_01, (2, 8): 9_10_02, (2, 11): 9_19_00, (2, 12): 9_20_00, (2, 14): 9_24_00,
-    (2, 15): 9_26_00,
-}  # fmt: skip
-"""First version of PyTorch → version of cuDNN that its packages on PyPI require, encoded as in `Platform`."""
 
 
 class Platform(NamedTuple):
@@ -40,11 +37,7 @@ class Platform(NamedTuple):
     @classmethod
     def at_hand(cls, capability: tuple[int, int]) -> Platform:
         """Return the platform of the installed PyTorch, with its own cuDNN, or its CUDA packages' if it has none."""
-        major, minor = torch.__version__.split(".")[:2]
-        version = int(major), int(minor)
-        packaged = [cudnn for since, cudnn in _CUDNN_OF_WHEELS.items() if since <= version]
-        own: int | None = torch.backends.cudnn.version()
-        return cls(capability, version, own or packaged[-1])
+        return cls(capability, torch_version(), cudnn_version())
 
 
 class AttentionCall(NamedTuple):

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 from memscope.allocator.settings import AllocatorSettings
+from memscope.simulation.cuda.packaged import cudnn_version
 from memscope.simulation.devices.catalogue import Device
+from memscope.simulation.facade.build import version_says_cuda, version_says_what_is_installed
 from memscope.simulation.facade.memory import GpuMemory, total_bytes
 from memscope.simulation.facade.stand_in import is_target, replaced, tensors_say_cuda
 from memscope.simulation.refusal import no_answer
@@ -52,11 +54,13 @@ class VisibleGpu:
                 (torch.cuda, answers),
                 (torch.cuda.memory, answers),
                 (torch.accelerator, self._accelerator()),
+                *_how_built(),
             ):
-                for name in found.keys() & vars(owner).keys():
+                for name in [name for name in found if hasattr(owner, name)]:
                     original = getattr(owner, name)
                     self._replaced.append((owner, name, original))
                     scopes.enter_context(replaced(owner, name, _for_targets(found[name], original)))
+            scopes.enter_context(version_says_cuda())
             scopes.enter_context(self._tensors(self._record_stream))
             self._scopes = scopes.pop_all()
         return self
@@ -68,6 +72,7 @@ class VisibleGpu:
     def hidden(self) -> Iterator[None]:
         """Let `torch.cuda` answer as the machine is."""
         with contextlib.ExitStack() as scopes:
+            scopes.enter_context(version_says_what_is_installed())
             for owner, name, original in self._replaced:
                 scopes.enter_context(replaced(owner, name, original))
             yield
@@ -93,12 +98,17 @@ class VisibleGpu:
             "get_device_capability": lambda device=None: (major, minor),
             "get_device_properties": lambda device=None: properties,
             "is_bf16_supported": lambda including_emulation=True: including_emulation or major >= 8,
+            "is_tf32_supported": lambda: major >= 8,
             "is_current_stream_capturing": lambda: False,
             "device": contextlib.nullcontext,
             "Event": _InOrder,
             "current_stream": lambda device=None: _InOrder(),
             "default_stream": lambda device=None: _InOrder(),
             "get_rng_state": lambda device=None: torch.get_rng_state(),
+            "get_rng_state_all": lambda: [torch.get_rng_state()],
+            "initial_seed": torch.initial_seed,
+            "get_allocator_backend": lambda: "native",
+            "get_sync_debug_mode": lambda: 0,
             **self.memory.answers(),
             **dict.fromkeys(_NOTHING_TO_DO, _nothing),
             **{name: _refused(f"torch.cuda.{name}", why) for name, why in _REFUSED.items()},
@@ -120,7 +130,7 @@ class VisibleGpu:
 
 _NOTHING_TO_DO = (
     "init", "ipc_collect", "manual_seed", "manual_seed_all", "reset_accumulated_memory_stats", "seed", "seed_all",
-    "set_device", "set_rng_state", "synchronize",
+    "set_device", "set_rng_state", "set_rng_state_all", "set_sync_debug_mode", "synchronize",
 )  # fmt: skip
 _STREAMS = "everything is simulated on one stream"
 _RECORD_STREAM = (
@@ -128,15 +138,32 @@ _RECORD_STREAM = (
     "still use it, and reserved memory is then higher"
 )
 _MEASURED = "no GPU runs whose state could be read"
+_BUILD = "it depends on the build of PyTorch that will run; torch.cuda.get_device_capability() tells what the GPU needs"
+_HANDLES = "no CUDA library is loaded"
 _TOTALS = "use torch.cuda.memory_allocated(), memory_reserved() or memory_stats(), or read the trace afterwards"
 _REFUSED = {
     **dict.fromkeys(("Stream", "ExternalStream", "stream", "set_stream"), _STREAMS),
     **dict.fromkeys(("CUDAGraph", "graph", "make_graphed_callables"), "CUDA graphs are not simulated"),
     **dict.fromkeys(("memory_summary", "memory_snapshot", "memory_stats_as_nested_dict"), _TOTALS),
     **dict.fromkeys(("utilization", "temperature", "power_draw", "clock_rate", "list_gpu_processes"), _MEASURED),
+    **dict.fromkeys(("memory_usage", "host_memory_stats", "host_memory_stats_as_nested_dict"), _MEASURED),
+    **dict.fromkeys(("get_arch_list", "get_gencode_flags"), _BUILD),
+    **dict.fromkeys(("cudart", "current_blas_handle", "current_solver_handle"), _HANDLES),
+    **dict.fromkeys(("MemPool", "use_mem_pool"), "pools of your own are not simulated"),
     "set_per_process_memory_fraction": "choose a smaller device instead",
 }
 """Function of torch.cuda → the reason why it has no answer."""
+
+
+def _how_built() -> list[tuple[Any, dict[str, Callable[..., Any]]]]:
+    """Modules that tell how PyTorch was built, and the answers of each."""
+    cudnn = cudnn_version()
+    nccl = _refused("torch.cuda.nccl.version", "the GPU is alone, so NCCL is not loaded")
+    return [
+        (torch.backends.cuda, {"is_built": lambda: True}),
+        (torch.backends.cudnn, {"is_available": lambda: True, "version": lambda: cudnn}),
+        (torch.cuda.nccl, {"version": nccl}),
+    ]
 
 
 def _refused(name: str, why: str) -> type:
@@ -170,7 +197,8 @@ class _InOrder:
 
 
 def _for_targets(answer: Any, original: Any) -> Any:
-    if isinstance(answer, type):
+    """The answer for targets, and the original for PyTorch's own code. A class is replaced for both."""
+    if isinstance(original, type):
         return answer
 
     def asked(*args: Any, **kwargs: Any) -> Any:

@@ -5,16 +5,26 @@ Sources: flash_attn/flash_attn_interface.py and hopper/flash_attn_interface.py o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memscope.simulation.packages.signatures import with_parameters
 from memscope.simulation.refusal import NotSimulated
 
-__all__ = ["AttentionKernels", "Lengths", "attend", "check_inputs"]
+__all__ = ["AttentionKernels", "Lengths", "Signature", "check_inputs", "functions"]
+
+
+class Signature(NamedTuple):
+    """The parameters of a function: its tensors, the lengths it takes, and its options with their defaults."""
+
+    tensors: tuple[str, ...]
+    lengths: tuple[str, ...]
+    options: Mapping[str, Any]
 
 
 class Lengths(NamedTuple):
@@ -73,7 +83,35 @@ def check_inputs(name: str, tensors: Sequence[Tensor]) -> None:
         raise NotSimulated(f"{name}: the {heads} heads of the query are not a multiple of the {key_heads} of the key")
 
 
-def attend(kernels: AttentionKernels, given: Mapping[str, Any], packed: Sequence[Tensor]) -> Any:
+def functions(
+    kernels: AttentionKernels,
+    signatures: Mapping[str, Signature],
+    check: Callable[[Sequence[Tensor], Mapping[str, Any]], None],
+) -> dict[str, Callable[..., Any]]:
+    """The functions of a release by name; that for inference refuses every call.
+
+    Args:
+        kernels: those of the release.
+        signatures: name of a function → its parameters.
+        check: is given tensors and arguments, and refuses what the release refuses.
+    """
+
+    def run(tensors: tuple[str, ...], given: Mapping[str, Any]) -> Any:
+        packed = [given[name] for name in tensors]
+        check(packed, given)
+        return _attend(kernels, given, packed)
+
+    return {
+        name: with_parameters(name, one.tensors + one.lengths, one.options, partial(run, one.tensors))
+        for name, one in signatures.items()
+    } | {"flash_attn_with_kvcache": _inference}
+
+
+def _inference(*args: Any, **kwargs: Any) -> Any:
+    raise NotSimulated("flash_attn_with_kvcache is for inference, and not simulated")
+
+
+def _attend(kernels: AttentionKernels, given: Mapping[str, Any], packed: Sequence[Tensor]) -> Any:
     """The output `[…, heads, head size]`; with log-sum-exp and probabilities if `return_attn_probs` is true.
 
     Args:

@@ -6,18 +6,24 @@ Dao-AILab/flash-attention. 2.7.3 allocates the same, except for heads of 129 to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from memscope.simulation.devices.catalogue import Device
-from memscope.simulation.packages.attention import Lengths, attend, check_inputs
+from memscope.simulation.packages.attention import Lengths, Signature, check_inputs, functions
+from memscope.simulation.packages.cross_entropy import CrossEntropyLoss, cross_entropy_loss
+from memscope.simulation.packages.layer_norm import layer_norms
 from memscope.simulation.packages.operators import memscope_ops
 from memscope.simulation.packages.padding import index_first_axis, pad_input, unpad_input
-from memscope.simulation.packages.rotary import apply_rotary_emb
-from memscope.simulation.packages.signatures import with_parameters
+from memscope.simulation.packages.rotary import (
+    RotaryEmbedding,
+    apply_rotary_emb,
+    apply_rotary_emb_kv_,
+    apply_rotary_emb_qkv_,
+)
 from memscope.simulation.refusal import NotSimulated
 
 __all__ = ["VERSION", "flash_attn_2"]
@@ -25,52 +31,47 @@ __all__ = ["VERSION", "flash_attn_2"]
 VERSION = "2.8.3"
 
 _PACKED_BY_LENGTH = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
-_FUNCTIONS = {
-    "flash_attn_func": (("q", "k", "v"), ()),
-    "flash_attn_kvpacked_func": (("q", "kv"), ()),
-    "flash_attn_qkvpacked_func": (("qkv",), ()),
-    "flash_attn_varlen_func": (("q", "k", "v"), _PACKED_BY_LENGTH),
-    "flash_attn_varlen_kvpacked_func": (("q", "kv"), _PACKED_BY_LENGTH),
-    "flash_attn_varlen_qkvpacked_func": (("qkv",), ("cu_seqlens", "max_seqlen")),
-}
-"""Function → its tensors, and the lengths it takes."""
 _OPTIONS = {
     "dropout_p": 0.0, "softmax_scale": None, "causal": False, "window_size": (-1, -1), "softcap": 0.0,
     "alibi_slopes": None, "deterministic": False, "return_attn_probs": False,
 }  # fmt: skip
+_FUNCTIONS = {
+    "flash_attn_func": Signature(("q", "k", "v"), (), _OPTIONS),
+    "flash_attn_kvpacked_func": Signature(("q", "kv"), (), _OPTIONS),
+    "flash_attn_qkvpacked_func": Signature(("qkv",), (), _OPTIONS),
+    "flash_attn_varlen_func": Signature(("q", "k", "v"), _PACKED_BY_LENGTH, {**_OPTIONS, "block_table": None}),
+    "flash_attn_varlen_kvpacked_func": Signature(("q", "kv"), _PACKED_BY_LENGTH, _OPTIONS),
+    "flash_attn_varlen_qkvpacked_func": Signature(("qkv",), ("cu_seqlens", "max_seqlen"), _OPTIONS),
+}
 
 
-def flash_attn_2(device: Device, use: Callable[[], None]) -> dict[str, dict[str, Any]]:
+def flash_attn_2(device: Device) -> dict[str, dict[str, Any]]:
     """The package's modules, by name, and what is in each.
 
     Args:
         device: the simulated GPU.
-        use: called whenever a function is.
     """
-
-    def run(tensors: tuple[str, ...], given: Mapping[str, Any]) -> Any:
-        use()
-        packed = [given[name] for name in tensors]
-        _check(device, packed, given)
-        return attend(_KERNELS, given, packed)
-
-    functions = {
-        name: with_parameters(
-            name,
-            tensors + lengths,
-            {**_OPTIONS, "block_table": None} if name == "flash_attn_varlen_func" else _OPTIONS,
-            partial(run, tensors),
-        )
-        for name, (tensors, lengths) in _FUNCTIONS.items()
-    } | {"flash_attn_with_kvcache": _inference}
+    attention = functions(_KERNELS, _FUNCTIONS, partial(_check, device))
     padding = {"index_first_axis": index_first_axis, "pad_input": pad_input, "unpad_input": unpad_input}
-    rotary = {"apply_rotary_emb": apply_rotary_emb, "apply_rotary_emb_func": apply_rotary_emb}
+    rotary = {
+        "apply_rotary_emb": apply_rotary_emb,
+        "apply_rotary_emb_func": apply_rotary_emb,
+        "apply_rotary_emb_qkv_": apply_rotary_emb_qkv_,
+        "apply_rotary_emb_kv_": apply_rotary_emb_kv_,
+        "RotaryEmbedding": RotaryEmbedding,
+    }
     return {
-        "flash_attn": {"__version__": VERSION, **functions},
-        "flash_attn.flash_attn_interface": functions,
+        "flash_attn": {"__version__": VERSION, **attention},
+        "flash_attn.flash_attn_interface": attention,
         "flash_attn.bert_padding": padding,
         "flash_attn.layers": {},
         "flash_attn.layers.rotary": rotary,
+        "flash_attn.losses": {},
+        "flash_attn.losses.cross_entropy": {"CrossEntropyLoss": CrossEntropyLoss},
+        "flash_attn.ops": {},
+        "flash_attn.ops.triton": {},
+        "flash_attn.ops.triton.cross_entropy": {"cross_entropy_loss": cross_entropy_loss},
+        "flash_attn.ops.triton.layer_norm": layer_norms(device),
     }
 
 
@@ -86,10 +87,6 @@ def _check(device: Device, packed: Sequence[Tensor], given: Mapping[str, Any]) -
         raise NotSimulated("flash_attn: a paged cache (block_table) is for inference, and not simulated")
     if given["softcap"] > 0 and given["dropout_p"] > 0:
         raise NotSimulated("flash_attn takes softcap only without dropout. Set the dropout of attention to 0")
-
-
-def _inference(*args: Any, **kwargs: Any) -> Any:
-    raise NotSimulated("flash_attn_with_kvcache is for inference, and not simulated")
 
 
 class _Kernels:

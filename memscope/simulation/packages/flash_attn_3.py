@@ -6,16 +6,15 @@ Dao-AILab/flash-attention 2.8.3.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from memscope.simulation.devices.catalogue import Device
-from memscope.simulation.packages.attention import Lengths, attend, check_inputs
+from memscope.simulation.packages.attention import Lengths, Signature, check_inputs, functions
 from memscope.simulation.packages.operators import memscope_ops
-from memscope.simulation.packages.signatures import with_parameters
 from memscope.simulation.refusal import NotSimulated
 
 __all__ = ["VERSION", "flash_attn_3"]
@@ -28,14 +27,14 @@ _OPTIONS = {
     "softmax_scale": None, "causal": False, "qv": None, **_DESCALE, **_SHARED, "num_splits": 1, "pack_gqa": None,
     "deterministic": False, "sm_margin": 0,
 }  # fmt: skip
-_FUNCTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...], dict[str, Any]]] = {
-    "flash_attn_func": (("q", "k", "v"), (), _OPTIONS),
-    "flash_attn_varlen_func": (
+_FUNCTIONS = {
+    "flash_attn_func": Signature(("q", "k", "v"), (), _OPTIONS),
+    "flash_attn_varlen_func": Signature(
         ("q", "k", "v"),
         ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"),
         {"seqused_q": None, "seqused_k": None, **_OPTIONS},
     ),
-    "flash_attn_qkvpacked_func": (
+    "flash_attn_qkvpacked_func": Signature(
         ("qkv",),
         (),
         {
@@ -44,30 +43,17 @@ _FUNCTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...], dict[str, Any]]] =
         },
     ),
 }  # fmt: skip
-"""Function → its tensors, the lengths it takes, and its options."""
 _REFUSED = {"qv": None, **_DESCALE, "attention_chunk": 0, "num_splits": 1, "num_heads_q": None}
 """Options that only have their default value here: for inference, 8-bit floats, or a layout that no library uses."""
 
 
-def flash_attn_3(device: Device, use: Callable[[], None]) -> dict[str, dict[str, Any]]:
+def flash_attn_3(device: Device) -> dict[str, dict[str, Any]]:
     """The package's modules, by name, and what is in each.
 
     Args:
         device: the simulated GPU.
-        use: called whenever a function is.
     """
-
-    def run(tensors: tuple[str, ...], given: Mapping[str, Any]) -> Any:
-        use()
-        packed = [given[name] for name in tensors]
-        _check(device, packed, given)
-        return attend(_KERNELS, given, packed)
-
-    functions = {
-        name: with_parameters(name, tensors + lengths, options, partial(run, tensors))
-        for name, (tensors, lengths, options) in _FUNCTIONS.items()
-    } | {"flash_attn_with_kvcache": _inference}
-    return {"flash_attn_interface": functions}
+    return {"flash_attn_interface": functions(_KERNELS, _FUNCTIONS, partial(_check, device))}
 
 
 def _check(device: Device, packed: Sequence[Tensor], given: Mapping[str, Any]) -> None:
@@ -86,10 +72,6 @@ def _check(device: Device, packed: Sequence[Tensor], given: Mapping[str, Any]) -
     for name, default in _REFUSED.items():
         if given.get(name, default) != default:
             raise NotSimulated(f"FlashAttention-3: {name}={given[name]!r} is not simulated; its default is {default}")
-
-
-def _inference(*args: Any, **kwargs: Any) -> Any:
-    raise NotSimulated("flash_attn_with_kvcache is for inference, and not simulated")
 
 
 def _mask(lengths: Lengths, given: Mapping[str, Any]) -> tuple[bool, int, int]:

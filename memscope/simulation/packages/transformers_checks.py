@@ -1,8 +1,9 @@
 """What transformers remembers about FlashAttention: whether it is installed, and its functions.
 
 transformers caches these answers, and some of its modules import the functions only if the package is there when they
-are imported. Source: utils/import_utils.py and modeling_flash_attention_utils.py of transformers 4.48.1 and 5.23. With
-a PyTorch built for the CPU, `is_flash_attn_2_available()` of 4.48.1 is false all the same; its models do not mind.
+are imported. Source: utils/import_utils.py and modeling_flash_attention_utils.py of transformers 4.48.1 and 5.23. On
+the meta device, `is_flash_attn_2_available()` of 4.48.1 is false with a PyTorch built for the CPU; its models do not
+mind.
 """
 
 from __future__ import annotations

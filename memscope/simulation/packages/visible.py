@@ -9,6 +9,7 @@ and is forgotten afterwards.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.machinery
 import importlib.metadata
 import sys
@@ -30,7 +31,7 @@ class _Package(NamedTuple):
 
     distribution: str
     version: str
-    modules: Callable[[Device, Callable[[], None]], dict[str, dict[str, Any]]]
+    modules: Callable[[Device], dict[str, dict[str, Any]]]
 
 
 _PACKAGES = {
@@ -38,6 +39,13 @@ _PACKAGES = {
     "flash_attn_interface": _Package("flash_attn_3", flash_attn_3.VERSION, flash_attn_3.flash_attn_3),
 }
 """Name to import → package."""
+_WITHOUT_STAND_IN = (
+    "flash_attn.flash_attn_triton", "flash_attn.layers.patch_embed", "flash_attn.models", "flash_attn.modules",
+    "flash_attn.ops.activations", "flash_attn.ops.triton.k_activations", "flash_attn.ops.triton.linear",
+    "flash_attn.ops.triton.mlp", "flash_attn.ops.triton.rotary",
+)  # fmt: skip
+"""Modules that the released packages have. `flash_attn.ops.layer_norm`, `rms_norm` and `fused_dense` need extensions
+that are built apart: without these, their import fails, as here."""
 _LIBRARIES = {"site-packages", "dist-packages"}
 """Folders whose modules are not the target's."""
 
@@ -62,8 +70,9 @@ class VisiblePackages:
         """Names of the target's modules that have the functions."""
         self._metadata = _Metadata()
         for name, package in _PACKAGES.items():
-            for path, content in package.modules(device, self._use(name, package)).items():
-                self._modules[path] = _module(path, content)
+            use = self._use(name, package)
+            for path, content in package.modules(device).items():
+                self._modules[path] = _module(path, {key: _noted(use, value) for key, value in content.items()})
         for path, module in self._modules.items():
             parent, _, child = path.rpartition(".")
             if parent:
@@ -96,12 +105,20 @@ class VisiblePackages:
             self._show()
 
     def given(self, path: str, importer: FrameType) -> ModuleType | None:
-        """The module for an import in the code of a module that is being imported; None: the installed one."""
+        """The module for an import in the target's code; None: the installed one.
+
+        Raises:
+            NotSimulated: the package has a module of that name, and nothing stands in for it.
+        """
         module = self._modules.get(path)
+        missing = any(f"{path}.".startswith(f"{name}.") for name in _WITHOUT_STAND_IN)
         file = importer.f_code.co_filename
-        if module is None or file.startswith("<frozen importlib") or _LIBRARIES.intersection(Path(file).parts):
+        if file.startswith("<frozen importlib") or _LIBRARIES.intersection(Path(file).parts):
             return None
-        self._importers.add(importer.f_globals["__name__"])
+        if missing:
+            raise NotSimulated(f"{path} is not simulated: nothing stands in for its functions. Use those of PyTorch")
+        if module is not None:
+            self._importers.add(importer.f_globals["__name__"])
         return module
 
     def _show(self) -> None:
@@ -143,6 +160,26 @@ def _note(name: str, package: _Package) -> str:
         f"{name} {state}: its functions stand in, with the memory of version {package.version}, read from its source "
         "and never measured"
     )
+
+
+def _noted(use: Callable[[], None], value: Any) -> Any:
+    """A function or a module that calls `use` whenever it runs; another value as it is."""
+    if isinstance(value, type):
+
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            use()
+            return value.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+
+        return type(value.__name__, (value,), {"forward": forward, "__doc__": value.__doc__})
+    if not callable(value):
+        return value
+
+    @functools.wraps(value)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        use()
+        return value(*args, **kwargs)
+
+    return function
 
 
 def _module(path: str, content: dict[str, Any]) -> ModuleType:
