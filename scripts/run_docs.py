@@ -66,7 +66,8 @@ class Block:
 
 def pages() -> list[Path]:
     """Every document."""
-    return sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("targets/**/*.md")])
+    folders = ("docs", "skills", "targets")
+    return sorted([*ROOT.glob("*.md"), *(page for folder in folders for page in ROOT.glob(f"{folder}/**/*.md"))])
 
 
 def read_blocks(page: str, text: str) -> list[Block]:
