@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -43,6 +43,8 @@ class Allocations:
     """Number of the next event."""
     pending: list[int] = field(default_factory=list)
     """Allocations that autograd may keep for a backward pass that has not reached them yet."""
+    on_category: Callable[[int], None] | None = None
+    """Called with a live allocation when its category is known, or changes."""
 
     def mark(self, phase: int, step: int, micro_batch: int) -> None:
         """Begin a phase at the next event."""
@@ -63,6 +65,8 @@ class Allocations:
         for index in self.pending:
             if self.freed[index] < 0 and self.category[index] == UNKNOWN:
                 self.category[index] = _ACTIVATION
+                if self.on_category is not None:
+                    self.on_category(index)
         self.pending.clear()
 
     def settle(self, *, never_freed_in: int | None) -> None:

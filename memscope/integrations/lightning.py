@@ -13,10 +13,10 @@ from memscope.integrations.step_recording import StepRecording
 
 __all__ = ["LightningRecorder"]
 
-_lightning = needed("lightning.pytorch", "pytorch_lightning", extra="lightning")
+_Callback: Any = needed("lightning.pytorch", "pytorch_lightning", extra="lightning").Callback
 
 
-class LightningRecorder(_lightning.Callback):  # type: ignore[misc]
+class LightningRecorder(_Callback):  # type: ignore[misc]
     """A callback that records optimizer steps, logs the peak of each, and writes a trace, also after an exception.
 
     The figures go to `log_metrics` of every logger of the trainer, as those of Lightning's `DeviceStatsMonitor` do, not

@@ -14,9 +14,10 @@ from memscope.integrations.step_recording import StepRecording
 __all__ = ["TrainerRecorder"]
 
 _transformers = needed("transformers", extra="transformers")
+_Callback: Any = _transformers.TrainerCallback
 
 
-class TrainerRecorder(_transformers.TrainerCallback):  # type: ignore[misc]
+class TrainerRecorder(_Callback):  # type: ignore[misc]
     """A callback that records optimizer steps, logs the peak of each, and writes a trace.
 
     The figures go through `Trainer.log`: into `trainer.state.log_history`, and to the callbacks of TensorBoard, W&B and
