@@ -152,13 +152,11 @@ class Lifetimes:
 
     def _own(self, index: int, category: int, module: int | None) -> None:
         birth = self._seen.births[index]
-        moves = module is not None and birth.module != module
-        if moves:
-            self._seen.births[index] = birth._replace(module=module)
-        if moves or self._seen.category[index] != category:
+        owner = category, birth.module if module is None else module
+        if owner != (self._seen.category[index], birth.module):
             self._seen.category[index] = category
-            if self._moments is not None:
-                self._tell_owner(index)
+            self._seen.births[index] = birth._replace(module=owner[1])
+            self._tell_owner(index)
 
     def _tell_owner(self, index: int) -> None:
         if self._moments is not None:

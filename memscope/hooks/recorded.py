@@ -26,13 +26,13 @@ def recorded(
     """Record each call of the decorated function with a `Recorder`, and write the trace when the call ends.
 
     The trace is also written when the function raises, as when it runs out of memory: it then ends there, and says so
-    in a note. The model is the argument that is an `nn.Module`. If one argument is an optimizer, state that it has
-    before the call is known too.
+    in a note. The model is the argument that is an `nn.Module` with parameters. If one argument is an optimizer, state
+    that it has before the call is known too.
 
     Args:
         output: the trace file.
-        model: where the model is, if not exactly one argument is a module: the name of an argument, or of something
-            that it holds, such as `self.model`.
+        model: where the model is, if not exactly one argument is such a module: the name of an argument, or of
+            something that it holds, such as `self.model`.
         overwrite: whether the file may exist.
 
     Raises:
@@ -122,8 +122,8 @@ def _arguments(bound: inspect.BoundArguments) -> dict[str, Any]:
 
 
 def _model(given: dict[str, Any], function: str) -> nn.Module:
-    """The only module among the arguments."""
-    modules = {name: value for name, value in given.items() if isinstance(value, nn.Module)}
+    """The only module with parameters among the arguments: a loss function may be a module too."""
+    modules = {name: value for name, value in given.items() if isinstance(value, nn.Module) and [*value.parameters()]}
     if len({id(module) for module in modules.values()}) == 1:
         return next(iter(modules.values()))
     if modules:
@@ -132,8 +132,9 @@ def _model(given: dict[str, Any], function: str) -> nn.Module:
             f'name the one to record, as in recorded(..., model="{next(iter(modules))}")'
         )
     raise UsageError(
-        f"{function} was called without an nn.Module: pass the model as an argument, say which argument holds it, "
-        'as in recorded(..., model="self.model"), or use memscope.Recorder(model) where the function has made it'
+        f"{function} was called without an nn.Module that has parameters: pass the model as an argument, "
+        'say which argument holds it, as in recorded(..., model="self.model"), '
+        "or use memscope.Recorder(model) where the function has made it"
     )
 
 

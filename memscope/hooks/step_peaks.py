@@ -34,7 +34,7 @@ class StepPeaks:
         tensors at theirs, and `memory/peak_reserved` is what it reserved; the CPU has no allocator that reserves, and
         neither entry.
         """
-        at_peak: dict[str, int] = {**self._held.look().at_peak}
+        at_peak = {str(kind): size for kind, size in self._held.look().at_peak.items()}
         allocated, reserved = sum(at_peak.values()), None
         if self._device is not None:
             tensors = allocated

@@ -17,9 +17,9 @@ __all__ = ["StepRecording"]
 
 
 class StepRecording:
-    """Records from `begin` to the end of the last step that is wanted, or to `end`, and then writes the trace.
+    """Records from `begin` to the end of the last step that is wanted, or to `end`, and then writes the trace: once.
 
-    A loop that fails without a call of `end` leaves its trace when Python exits.
+    A loop that fails without a call of `end` leaves its trace when it begins again, or when Python exits.
     """
 
     def __init__(self, output: str | os.PathLike[str], *, steps: int | None, overwrite: bool) -> None:
@@ -37,20 +37,25 @@ class StepRecording:
             raise UsageError(f"steps={steps!r}: expected the number of optimizer steps to record, or None for all")
         self._output, self._overwrite, self._left = output, overwrite, steps
         self._running: tuple[SavedRecorder, StepPeaks] | None = None
+        self._has_begun = False
 
     def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-        """Begin to record.
+        """Begin to record; a recording that was begun before is ended, and none follows it.
 
         Raises:
             UsageError: the file exists or cannot be written, or another recorder is entered.
         """
+        if self._has_begun:
+            self._abandon()
+            return
         saved = SavedRecorder(
             model, optimizer, output=self._output, overwrite=self._overwrite, name=type(model).__name__
         )
         recorder = saved.__enter__()
+        self._has_begun = True
         device = next((parameter.device for parameter in model.parameters()), None)
         self._running = saved, StepPeaks(recorder, device)
-        atexit.register(self._exits)
+        atexit.register(self._abandon)
 
     def step(self) -> dict[str, int]:
         """Note the end of a step; returns its peak as `StepPeaks.read` does, or nothing when no recording runs."""
@@ -67,10 +72,10 @@ class StepRecording:
         """End the recording, if one runs, and write the trace; `error` is what ended the loop."""
         if self._running is None:
             return
-        atexit.unregister(self._exits)
+        atexit.unregister(self._abandon)
         (saved, _), self._running = self._running, None
         saved.__exit__(type(error) if error else None, error, error.__traceback__ if error else None)
 
-    def _exits(self) -> None:
-        """Python exits: an exception that nobody caught is what ended the loop."""
+    def _abandon(self) -> None:
+        """End the recording of a loop that failed: an exception that nobody caught is what ended it."""
         self.end(getattr(sys, "last_value", None))

@@ -114,6 +114,30 @@ def test_a_trainer_of_transformers_that_runs_out_of_memory_leaves_a_trace(traine
     assert trainer.callback_handler.callbacks == callbacks
 
 
+def test_a_recorder_records_the_first_training_alone(trainer, tmp_path):
+    from memscope.integrations.transformers import TrainerRecorder
+
+    with TrainerRecorder(trainer, tmp_path / "train.npz", steps=1):
+        trainer.train()
+        trainer.train()
+    assert len([row for row in trainer.state.log_history if "memory/parameter" in row]) == 0  # of the second
+    assert Trace.load(tmp_path / "train.npz").steps == (0,)
+
+
+def test_a_training_that_failed_leaves_its_trace_when_it_is_started_again(trainer, tmp_path):
+    from memscope.integrations.transformers import TrainerRecorder
+
+    trainer.add_callback(TrainerRecorder(trainer, tmp_path / "train.npz"))
+    trainer.create_optimizer_and_scheduler(OF)
+    hook = trainer.optimizer.register_step_post_hook(out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.train()
+    assert not (tmp_path / "train.npz").exists()
+    hook.remove()
+    trainer.train()
+    assert Trace.load(tmp_path / "train.npz").steps == (0,)
+
+
 class Tracker:
     """Collects what `accelerator.log` is given."""
 

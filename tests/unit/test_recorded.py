@@ -109,7 +109,7 @@ def test_the_model_may_be_part_of_an_argument(tmp_path):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        (None, r"Loop\.run was called without an nn\.Module"),
+        (None, r"Loop\.run was called without an nn\.Module that has parameters"),
         ("slf.model", r'Loop\.run has no argument "slf": did you mean "self"\?'),
         ("self.modle", r'a Loop has no attribute "modle"'),
         ("self.name", r"expected an nn\.Module there, but it is a str"),
@@ -118,6 +118,14 @@ def test_the_model_may_be_part_of_an_argument(tmp_path):
 def test_a_model_that_is_not_found_is_refused(path, message, tmp_path):
     with pytest.raises(UsageError, match=message):
         recorded(tmp_path / "loop.npz", model=path)(Loop.run)(Loop())
+
+
+def test_a_loss_function_is_not_taken_for_the_model(tmp_path):
+    def fit(model, criterion):
+        train(model)
+
+    recorded(tmp_path / "a.npz")(fit)(net(), nn.CrossEntropyLoss())
+    assert Trace.load(tmp_path / "a.npz").meta["parameters"]["total"] == 64 * 64
 
 
 def test_of_several_modules_one_must_be_named(tmp_path):
