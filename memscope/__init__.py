@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from memscope.advisor.advise import advise
     from memscope.advisor.fit.fit import fit
     from memscope.hooks.record import record
+    from memscope.hooks.recorded import recorded
     from memscope.hooks.recorder import Recorder
     from memscope.simulation.simulate import simulate
     from memscope.strategies import Plan, Strategy
@@ -21,7 +22,20 @@ if TYPE_CHECKING:
     from memscope.trace import Trace
     from memscope.workload.description import StepPlan, Workload
 
-__all__ = ["Plan", "Recorder", "StepPlan", "Strategy", "Trace", "Workload", "advise", "fit", "hf", "record", "simulate"]
+__all__ = [
+    "Plan",
+    "Recorder",
+    "StepPlan",
+    "Strategy",
+    "Trace",
+    "Workload",
+    "advise",
+    "fit",
+    "hf",
+    "record",
+    "recorded",
+    "simulate",
+]
 __version__ = "0.1.0"
 
 _HOME = {
@@ -35,6 +49,7 @@ _HOME = {
     "fit": "memscope.advisor.fit.fit",
     "hf": "memscope.targets.hf.target",
     "record": "memscope.hooks.record",
+    "recorded": "memscope.hooks.recorded",
     "simulate": "memscope.simulation.simulate",
 }
 

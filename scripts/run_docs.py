@@ -19,6 +19,7 @@ lines are its standard output. A Python block is executed with the names of thos
     exit=N       expected exit code of the commands, 0 unless given
     from=TEXT    the text shows the output from the first line with TEXT ...
     to=TEXT      ... to the next one with this TEXT
+    needs=NAME   the block runs only where this Python package is installed
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import importlib.util
 import os
 import re
 import shlex
@@ -40,7 +42,7 @@ from typing import Any
 __all__ = ["Block", "BlockFailed", "differences", "main", "pages", "read_blocks", "run_blocks", "updated"]
 
 ROOT = Path(__file__).parents[1]
-OPTIONS = {"file", "quiet", "columns", "exit", "from", "to"}
+OPTIONS = {"file", "quiet", "columns", "exit", "from", "to", "needs"}
 
 
 class BlockFailed(Exception):
@@ -64,7 +66,8 @@ class Block:
 
 def pages() -> list[Path]:
     """Every document."""
-    return sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("targets/**/*.md")])
+    folders = ("docs", "skills", "targets")
+    return sorted([*ROOT.glob("*.md"), *(page for folder in folders for page in ROOT.glob(f"{folder}/**/*.md"))])
 
 
 def read_blocks(page: str, text: str) -> list[Block]:
@@ -105,7 +108,10 @@ def run_blocks(blocks: list[Block]) -> Iterator[tuple[Block, tuple[str, ...]]]:
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), _importable(folder):
         Path("targets").symlink_to(ROOT / "targets")
         for block in blocks:
-            if file := block.options.get("file"):
+            needs = block.options.get("needs")
+            if needs and importlib.util.find_spec(needs) is None:
+                yield block, block.lines
+            elif file := block.options.get("file"):
                 Path(file).parent.mkdir(parents=True, exist_ok=True)
                 Path(file).write_text("\n".join([*block.lines, ""]), encoding="utf-8")
                 yield block, block.lines

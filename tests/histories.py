@@ -50,9 +50,10 @@ class Script:
         self.entries: list[dict[str, Any]] = []
         self._before, self._settings, self._metadata = before or [], AllocatorSettings.parse(conf), metadata
         self._at: tuple[int, int, int] = (0, -1, 0)
+        self.moments.name_with(self.ops, self.modules)
         self.phase("setup", -1)
         if metadata:
-            self.moments.annotate_with(lambda text: self._text.__setitem__(self.thread, text))
+            self.moments.annotate_with(lambda text: self._text.__setitem__(self.thread, text), self._annotate)
 
     def phase(self, name: Phase, step: int, micro_batch: int = 0) -> None:
         self._now += 10_000
@@ -72,6 +73,13 @@ class Script:
         self.seen.births.append(Birth(size, _index(self.modules, module), _index(self.ops, op), *self._at, born=0))
         self.seen.category.append(CATEGORIES.index(category))
         self.moments.born(address)
+
+    def _annotate(self, address: int, text: str) -> None:
+        """As `annotateMemory` of PyTorch 2.15, tried with its compiled allocator: the size is that of the request."""
+        sizes = {part["address"]: part["blocks"][0]["requested_size"] for part in self._before}
+        size = {**sizes, **{one["addr"]: one["size"] for one in self.entries if one["action"] == "alloc"}}[address]
+        self.entries.append({"action": "annotate", "addr": address, "size": size, "stream": 0, "user_metadata": text})
+        self.entries[-1]["time_us"] = self._now // 1000
 
     def entry(self, action: str, address: int, size: int) -> None:
         self._now += 10_000

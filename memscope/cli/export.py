@@ -96,7 +96,7 @@ def command(options: ExportOptions) -> None:
 def _notes(trace: Trace, to: str) -> list[str]:
     """Sentences on what the file shows differently from the trace."""
     notes = []
-    if "inferred" in trace.meta:
+    if trace.meta.get("inferred"):
         notes.append(f"inferred from stacks: {', '.join(name.replace('_', ' ') for name in trace.meta['inferred'])}")
     if to == "torch-snapshot":
         notes.append("addresses and segments come from a replay of PyTorch's allocator: a trace has none")

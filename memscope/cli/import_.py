@@ -106,7 +106,7 @@ def _print(console: Console, trace: Trace, snapshot: Path) -> None:
 
 
 def _at_peak(trace: Trace) -> Table:
-    peak, inferred = trace.peak, "inferred" in trace.meta
+    peak, inferred = trace.peak, bool(trace.meta.get("inferred"))
     table = Table(title="Allocated at the peak")
     table.add_column("inferred from stacks" if inferred else "")
     table.add_column("", justify="right")

@@ -69,13 +69,14 @@ def errors_told_last() -> Iterator[Attempt]:
     attempt.raise_noted()
 
 
-def require_writable(path: Path, *, overwrite: bool, option: str = "-o") -> None:
+def require_writable(path: Path, *, overwrite: bool, option: str = "-o", force: str = "-f") -> None:
     """Check, before the work begins, that a file may be written.
 
     Args:
         path: the file.
         overwrite: whether it may exist.
-        option: the option that names it, for the message.
+        option: the option or argument that names it, for the message.
+        force: the option or argument that allows to overwrite it, for the message.
 
     Raises:
         UsageError: when it exists, is a folder, or lies in a folder that does not exist or is not writable.
@@ -83,7 +84,7 @@ def require_writable(path: Path, *, overwrite: bool, option: str = "-o") -> None
     if path.is_dir():
         raise UsageError(f"{path} is a folder: {option} takes a file")
     if path.exists() and not overwrite:
-        raise UsageError(f"{path} exists already: choose another file with {option}, or overwrite it with -f")
+        raise UsageError(f"{path} exists already: choose another file with {option}, or overwrite it with {force}")
     if not path.parent.is_dir():
         raise UsageError(f"{path}: there is no folder {path.parent}: create it, or choose another file with {option}")
     if not os.access(path.parent, os.W_OK | os.X_OK):

@@ -26,7 +26,7 @@ _CHANGES = {"segment_alloc": 1, "segment_map": 1, "segment_free": -1, "segment_u
 """Action → 1 if it takes memory from the driver, -1 if it returns memory to it."""
 _FREES = ("free_requested", "free_completed")
 _OF_BLOCKS = frozenset({"alloc", *_FREES})
-_KNOWN = frozenset({*_OF_BLOCKS, *_CHANGES, "oom"})
+_KNOWN = frozenset({*_OF_BLOCKS, *_CHANGES, "oom", "annotate"})
 _FREE, _ALLOCATED, _PENDING = range(3)
 _STATES = ("inactive", "active_allocated", "active_pending_free")
 _TELL_EVERY = 100_000

@@ -1,7 +1,7 @@
 """Conversion of all layouts of PyTorch's memory snapshots, old and new, into one.
 
 Sources: `memorySnapshot` in torch/csrc/cuda/Module.cpp, `_snapshot` in torch/cuda/memory.py and `_block_extra_legacy`
-in torch/cuda/_memory_viz.py; PyTorch 1.13 to 2.13.
+in torch/cuda/_memory_viz.py; PyTorch 1.13 to 2.15.
 
     1.10  a list of segments, as torch.cuda.memory_snapshot() returns it
     1.13  {"segments": ..., "device_traces": ...}; a block's stack is in its "history"
@@ -10,6 +10,7 @@ in torch/cuda/_memory_viz.py; PyTorch 1.13 to 2.13.
     2.3   "allocator_settings": the text that was set, and the parsed values
     2.5   "external_annotations" (before, annotations are entries "user_defined")
     2.8   entries have "compile_context", by 2.11 "user_metadata", by 2.13 "pool_id"
+    2.15  entries "annotate": a text about the live block at "addr", by 2.14 in the allocator
 
 Unused fields are ignored: the pools and streams of segments and entries, and the fields that `augment_with_fx_traces`
 adds to frames. Segments of all pools count as reserved, as in torch.cuda.memory_reserved.

@@ -19,6 +19,7 @@ from memscope.exchange.inference import Course, categories_of, course_of
 from memscope.exchange.layout import Snapshot, damaged, read_layout
 from memscope.exchange.plain_pickle import read_plain_pickle
 from memscope.exchange.stacks import NO_STACK, Place, StackReader
+from memscope.exchange.told import Told, told_by
 from memscope.trace import PHASES, Ints, Progress, Trace, no_progress
 from memscope.units import format_bytes
 
@@ -37,8 +38,9 @@ def import_snapshot(
     """Convert a snapshot by `torch.cuda.memory._dump_snapshot` to a trace, without executing anything in the file.
 
     A snapshot that memscope wrote yields the trace from which it was written. In any other snapshot, sizes, order and
-    lifetimes are the allocator's own; category, phase, step, micro-batch, module and operator are inferred
-    (`meta["inferred"]`). `meta["imported"]["notes"]` lists values that are not exact because history is missing.
+    lifetimes are the allocator's own. Category, phase, step, micro-batch, module and operator are what labels of
+    memscope's recorder tell, and inferred where there are none (`meta["inferred"]`). `meta["imported"]["notes"]` lists
+    values that are not exact because history is missing.
 
     Args:
         path: a pickle of protocol 2 to 5, in any layout since PyTorch 1.10.
@@ -78,19 +80,21 @@ def _inferred(history: DeviceHistory, path: Path, progress: Progress) -> Trace:
     stacks = StackReader()
     stack = _stacks(history, stacks, progress)
     of_block = stack[blocks.born]
-    course = _course(history, stacks.places, stack)
-    modules, module = _table(*_modules(history, stacks.places, of_block))
-    ops, op = _table([place.op for place in stacks.places], of_block)
-    meta = _meta(history, path, has_stacks=bool(of_block.any()))
+    told = told_by(history)
+    course = told.course if told else _course(history, stacks.places, stack)
+    modules, module = _table(*_labelled(*_modules(history, stacks.places, of_block), told.module if told else ()))
+    ops, op = _table(*_labelled([place.op for place in stacks.places], of_block, told.op if told else ()))
+    meta = _meta(history, path, told, has_stacks=bool(of_block.any()))
     refusal = blocks.refusals[-1] if blocks.refusals else None
     if refusal and (blocks.entry > refusal.entry).any():
         refusal = None  # the run continued after this refusal
+    category = categories_of(course, blocks.born, blocks.freed, stacks.places, of_block, cut_short=refusal is not None)
+    if told:
+        category = np.where(told.category >= 0, told.category, category)
     trace = Trace(
         size=blocks.size,
         requested=blocks.requested,
-        category=categories_of(
-            course, blocks.born, blocks.freed, stacks.places, of_block, cut_short=refusal is not None
-        ),
+        category=category,
         module=module,
         op=op,
         phase=course.phase[blocks.born],
@@ -159,6 +163,18 @@ def _modules(history: DeviceHistory, places: Sequence[Place], of_block: Ints) ->
     return [*names, *regions], index
 
 
+def _labelled(names: Sequence[str], index: Ints, told: Sequence[str | None]) -> tuple[list[str], Ints]:
+    """Names and their index `[blocks]`, with the names that labels tell in place of the inferred ones."""
+    known = [*names]
+    places: dict[str, int] = {}
+    index = index.copy()
+    for row, name in enumerate(told):
+        if name is not None:
+            index[row] = place = places.setdefault(name, len(known))
+            known += [name] if place == len(known) else []
+    return known, index
+
+
 def _table(names: Sequence[str], index: Ints) -> tuple[tuple[str, ...], Ints]:
     """The distinct names in use, and the index converted to them."""
     codes: dict[str, int] = {}
@@ -168,11 +184,11 @@ def _table(names: Sequence[str], index: Ints) -> tuple[tuple[str, ...], Ints]:
     return tuple(codes), new[index]
 
 
-def _meta(history: DeviceHistory, path: Path, *, has_stacks: bool) -> dict[str, Any]:
+def _meta(history: DeviceHistory, path: Path, told: Told | None, *, has_stacks: bool) -> dict[str, Any]:
     notes, differences = list(history.notes), history.size_differences
     if differences:
         notes.append(f"blocks alive at the end differ from the snapshot's by {format_bytes(differences)}")
-    if not has_stacks:
+    if not has_stacks and not told:
         notes.append("the snapshot has no stacks (recorded without context), so the purpose of memory is unknown")
     unknown = {
         "process_bytes": None,
@@ -190,7 +206,7 @@ def _meta(history: DeviceHistory, path: Path, *, has_stacks: bool) -> dict[str, 
         "size_differences": differences,
         "out_of_memory": None,
         "imported": {"file": path.name, "notes": notes},
-        "inferred": list(INFERRED),
+        "inferred": told.lacks() if told else list(INFERRED),
     }
 
 

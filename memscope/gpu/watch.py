@@ -1,11 +1,12 @@
 """Record the history of PyTorch's CUDA allocator while a recorder is entered.
 
-Sources: torch/cuda/memory.py and torch/csrc/cuda/Module.cpp, PyTorch 2.6 to 2.13. PyTorch switches recording on and off
+Sources: torch/cuda/memory.py and torch/csrc/cuda/Module.cpp, PyTorch 2.6 to 2.15. PyTorch switches recording on and off
 for all devices of the process; the watch reads the history of one device.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -57,7 +58,7 @@ class AllocatorWatch:
         try:
             self._before = torch.cuda.memory._snapshot()
             _settings(self._before)
-            self.moments.annotate_with(_annotation())
+            self.moments.annotate_with(_annotation(), _block_annotation())
         except BaseException:
             torch.cuda.memory._record_memory_history(enabled=None)
             raise
@@ -140,6 +141,23 @@ def _start_history() -> None:
 def _annotation() -> Callable[[str], None] | None:
     """PyTorch's function that attaches a text to the thread's next allocations; None if this version has none."""
     return getattr(torch._C, "_cuda_setMemoryMetadata", None)
+
+
+def _block_annotation() -> Callable[[int, str], None] | None:
+    """A function that attaches a text to the live block at an address; None if this version of PyTorch has none.
+
+    The call behind `torch.cuda.memory._annotate_tensor` (PyTorch 2.15) raises an error where the allocator has no live
+    block, as for memory that came from another library.
+    """
+    annotate = getattr(torch._C, "_cuda_annotateMemory", None)
+    if annotate is None:
+        return None
+
+    def annotate_block(address: int, text: str) -> None:
+        with contextlib.suppress(RuntimeError):
+            annotate(address, text)
+
+    return annotate_block
 
 
 def _settings(snapshot: dict[str, Any]) -> AllocatorSettings:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
-
-import numpy as np
 
 from memscope.hooks.work import WorkDone
 from memscope.trace import CATEGORIES
@@ -43,6 +43,8 @@ class Allocations:
     """Number of the next event."""
     pending: list[int] = field(default_factory=list)
     """Allocations that autograd may keep for a backward pass that has not reached them yet."""
+    on_category: Callable[[int], None] | None = None
+    """Called with a live allocation when its category is known, or changes."""
 
     def mark(self, phase: int, step: int, micro_batch: int) -> None:
         """Begin a phase at the next event."""
@@ -63,6 +65,8 @@ class Allocations:
         for index in self.pending:
             if self.freed[index] < 0 and self.category[index] == UNKNOWN:
                 self.category[index] = _ACTIVATION
+                if self.on_category is not None:
+                    self.on_category(index)
         self.pending.clear()
 
     def settle(self, *, never_freed_in: int | None) -> None:
@@ -70,11 +74,22 @@ class Allocations:
 
         Allocations that were never freed count as freed in step `never_freed_in`; None: in no step.
         """
-        ends = np.array([mark[0] for mark in self.marks])
-        steps = [mark[2] for mark in self.marks]
+        begins = [mark[0] for mark in self.marks]
         for index, category in enumerate(self.category):
-            if category != UNKNOWN:
-                continue
-            freed = self.freed[index]
-            died_in = steps[int(np.searchsorted(ends, freed, side="right")) - 1] if freed >= 0 else never_freed_in
-            self.category[index] = _TEMPORARY if died_in == self.births[index].step else _OTHER
+            if category == UNKNOWN:
+                self.category[index] = self._left_over(index, begins, never_freed_in)
+
+    def settled(self, indices: Iterable[int]) -> list[int]:
+        """The categories that allocations have, or will have after `settle`; `UNKNOWN` if that is not decided yet."""
+        begins = [mark[0] for mark in self.marks]
+        return [
+            self._left_over(index, begins, None)
+            if self.category[index] == UNKNOWN and self.freed[index] >= 0
+            else self.category[index]
+            for index in indices
+        ]
+
+    def _left_over(self, index: int, begins: Sequence[int], never_freed_in: int | None) -> int:
+        freed = self.freed[index]
+        died_in = self.marks[bisect_right(begins, freed) - 1][2] if freed >= 0 else never_freed_in
+        return _TEMPORARY if died_in == self.births[index].step else _OTHER

@@ -41,6 +41,8 @@ class Lifetimes:
     def __init__(self, seen: Allocations, position: Position, moments: Moments | None) -> None:
         """Follow nothing yet. `seen` receives the allocations; with `moments`, storages on a GPU alone are followed."""
         self._seen, self._position, self._moments = seen, position, moments
+        if moments is not None:
+            seen.on_category = self._tell_owner
         # By the storage's key: the index of its allocation, its size now, and the reference that reports its death.
         self._live: dict[int, tuple[int, int, _StorageRef]] = {}
         self._on_death = self._die
@@ -110,6 +112,8 @@ class Lifetimes:
         seen.freed.append(-1)
         if self._moments is not None and storage is not None:
             self._moments.born(storage.data_ptr())
+            if category != UNKNOWN:
+                self._tell_owner(index)
         seen.clock = born + 1
         if category == UNKNOWN and here.serves_backward:
             seen.pending.append(index)
@@ -157,15 +161,23 @@ class Lifetimes:
             key = storage._cdata
             self._unread.discard(key)
             if key in self._live:
-                index = self._live[key][0]
-                self._seen.category[index] = code
-                birth = self._seen.births[index]
-                if module is not None and birth.module != module:
-                    self._seen.births[index] = birth._replace(module=module)
+                self._own(self._live[key][0], code, module)
             elif key not in self._hidden:
                 at_work, self._position.module = self._position.module, module or 0
                 self._bear(part, storage, key, 0, code)
                 self._position.module = at_work
+
+    def _own(self, index: int, category: int, module: int | None) -> None:
+        birth = self._seen.births[index]
+        owner = category, birth.module if module is None else module
+        if owner != (self._seen.category[index], birth.module):
+            self._seen.category[index] = category
+            self._seen.births[index] = birth._replace(module=owner[1])
+            self._tell_owner(index)
+
+    def _tell_owner(self, index: int) -> None:
+        if self._moments is not None:
+            self._moments.owned(index, self._seen.category[index], self._seen.births[index].module)
 
     def own_inputs(self, values: Sequence[Any]) -> None:
         """Categorize as `input` what the forward pass or loss reads, if made outside them or before the recording."""

@@ -77,6 +77,8 @@ class StorageTracker(TorchDispatchMode):
         self.lifetimes = Lifetimes(self.seen, self.position, moments)
         self._operators = Operators(host_scalars=host_scalars, kernels=kernels)
         self.ops, self.notes = self._operators.names, self._operators.notes
+        if moments is not None:
+            moments.name_with(self.ops, modules.names)
         self._known, self._see = self._operators.known, self.lifetimes.see
         self._execute, self._count = execute, CountedFlops()
         self._kernels, self._moments = kernels, moments

@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from skill import lacking
 
 from memscope import Plan, Trace, simulate
 from memscope.errors import TraceFileError
@@ -98,6 +99,7 @@ def test_without_a_target_it_is_the_last_one_profiled(run):
     assert code == 0, err
     document = json.loads(out)
     assert document["target"] == "llama2"
+    assert lacking(document, "advise") == []
     [trace] = [Trace.load(path) for path in Path("memscope-runs").glob("*/baseline.npz")]
     assert trace.meta["settings"]["n_layers"] == 2
 

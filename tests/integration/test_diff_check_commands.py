@@ -6,6 +6,7 @@ import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
+from skill import lacking
 from traces import TraceBuilder
 
 from memscope.trace import CATEGORIES
@@ -79,6 +80,7 @@ def test_diff_as_json_has_bytes(run, base, grown):
     for option in (["--json"], ["--format", "json"]):
         document = json.loads(run("diff", base, grown, *option)[1])
         assert document["schema_version"] == 1
+        assert lacking(document, "diff") == []
         assert document["categories"] == {"activation": {"before": 2 * MIB, "after": 4 * MIB, "change": 2 * MIB}}
         assert document["settings"] == [{"name": "strategies", "before": [], "after": ["amp"]}]
         (one,) = document["allocations"]

@@ -9,6 +9,7 @@ from html import unescape
 from pathlib import Path
 
 import pytest
+from skill import lacking
 
 from memscope.advisor.fit.fit import answer
 from memscope.advisor.fit.fitting import Largest, Size
@@ -86,6 +87,7 @@ def test_what_does_not_fit_gets_changes_and_a_next_command_that_fits(run, folder
     assert code == 3, err
     told = json.loads(out)
     assert set(told) == KEYS
+    assert lacking(told, "fit") == []
     assert (told["schema_version"], told["device"], told["fits"]) == (1, "small", False)
     assert told["peak"]["device"] == told["peak"]["reserved"] > CAPACITY  # this device has no context
     most = told["largest"]["micro_batch"]

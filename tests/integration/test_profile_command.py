@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from skill import lacking
 
 from memscope.cli import profile, run_folder
 from memscope.cli.main import main
@@ -32,6 +33,7 @@ def profiled(tmp_path_factory):
 
 def test_the_document_has_the_published_shape(profiled):
     document, folder = profiled
+    assert lacking(document, "profile") == []
     assert document["schema_version"] == 1
     assert document["target"] == "llama2"
     assert document["device"] == {"name": "gpu", "simulated": True}

@@ -53,6 +53,12 @@ def test_the_date_in_the_name_of_a_run_folder_is_no_difference() -> None:
     assert result(page_of("$ echo runs/llama2-20261121-190459/report.html\nruns/gpt-20261121-190459/report.html"))
 
 
+def test_a_block_that_needs_a_package_runs_only_where_it_is_installed() -> None:
+    assert not result(page_of("raise SystemExit", "run: small needs=surely_not_installed", "python"))
+    with pytest.raises(BlockFailed, match=r"page\.md:3: ValueError: it runs"):
+        result(page_of("raise ValueError('it runs')", "run: small needs=torch", "python"))
+
+
 def test_a_part_of_the_output_can_be_shown() -> None:
     assert not result(page_of("$ seq 9\n3\n4\n5", 'run: small from=3 to="5"'))
     with pytest.raises(BlockFailed, match=r"page\.md:3: no line of the output has '12'"):

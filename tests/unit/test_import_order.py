@@ -19,7 +19,7 @@ ORDER = (
     ("memscope.command",),
     ("memscope.strategies", "memscope.allocator", "memscope.analysis"),
     ("memscope.hooks",),
-    ("memscope.gpu", "memscope.simulation", "memscope.exchange"),
+    ("memscope.gpu", "memscope.simulation", "memscope.exchange", "memscope.integrations"),
     ("memscope.runs",),
     ("memscope.testing", "memscope.program"),
     ("memscope.advisor",),

@@ -157,7 +157,7 @@ def test_no_document_installs_the_package_of_the_same_name(text: Path) -> None:
 def test_dir_lists_the_public_names_before_they_are_loaded(tmp_path: Path) -> None:
     done = python("-c", "import memscope; print(*dir(memscope))", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    public = "Plan Recorder StepPlan Strategy Trace Workload advise fit hf record simulate"
+    public = "Plan Recorder StepPlan Strategy Trace Workload advise fit hf record recorded simulate"
     assert done.stdout.split() == sorted(["__version__", *public.split()])
 
 

@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
-from histories import BASE, MIB, block, segment
-from snapshots import GOLDEN, Golden, came_of, categories, entry, frame, notes, segments_at_end, snapshot
+from histories import BASE, MIB, Script, block, segment
+from snapshots import FORWARD, GOLDEN, Golden, came_of, categories, entry, frame, notes, segments_at_end, snapshot
 
 from memscope.errors import UsageError
+from memscope.exchange.torch_reader import INFERRED
+from memscope.trace import CATEGORIES, PHASES
 
 
 def test_private_pools_other_streams_and_further_fields_of_pytorch_2_13_are_read(imported):
@@ -101,3 +103,87 @@ def test_a_missing_gpu_is_refused(imported):
 def test_the_only_gpu_is_found_whatever_its_number(imported):
     trace = imported(snapshot([{**segment(block(4 * MIB)), "device": 3}], [], [], [], []))
     assert trace.meta["device"] == {"name": "GPU 3", "simulated": False}
+
+
+def recorded_with_labels(script):
+    """A step as a recorder follows it: a weight from before, an activation, a gradient, and a temporary."""
+    script.storage(BASE, MIB, "parameter", module="head")
+    script.moments.owned(0, CATEGORIES.index("parameter"), script.modules.index("head"))
+    script.phase("forward", 0)
+    with script.op("aten.mm.default", "head"):
+        script.storage(script.alloc(BASE + MIB, 2 * MIB), 2 * MIB, "activation", "aten.mm.default", "head")
+    with script.op("aten.relu.default", "relu"):
+        script.storage(script.alloc(BASE + 3 * MIB, MIB), MIB, "temporary", "aten.relu.default", "relu")
+    script.free(BASE + 3 * MIB, MIB)
+    script.moments.owned(1, CATEGORIES.index("activation"), script.modules.index("head"))
+    script.phase("backward", 0, 1)
+    with script.op("aten.mm.default", "head"):
+        script.storage(script.alloc(BASE + 3 * MIB, MIB), MIB, "gradient", "aten.mm.default", "head")
+    script.moments.owned(3, CATEGORIES.index("gradient"), script.modules.index("head"))
+    return script.entries
+
+
+def test_labels_of_a_recorder_say_what_each_block_is_for_and_stacks_are_not_asked(imported):
+    before = [segment(block(MIB), block(19 * MIB, "inactive"))]
+    script = Script(before=before)
+    entries = [{"frames": list(FORWARD), **one} for one in recorded_with_labels(script)]
+    assert {one["action"] for one in entries} == {"alloc", "free_requested", "free_completed", "annotate"}
+    after = segment(block(MIB), block(2 * MIB), block(MIB), block(16 * MIB, "inactive"))
+    trace, expected = imported(snapshot([after], entries)), script.trace()
+    assert rows_of(trace) == rows_of(expected)
+    assert trace.steps == (0,)
+    assert notes(trace) == []
+    # No label says of the temporary what it is for: PyTorch annotates live blocks alone.
+    assert trace.meta["inferred"] == ["category"]
+
+
+def rows_of(trace):
+    """Every allocation by name, with its birth and death."""
+    columns = (trace.size, trace.step, trace.micro_batch, trace.born, trace.freed)
+    named = zip(categories(trace), trace.module, trace.op, trace.phase, strict=True)
+    return [
+        (category, trace.modules[module], trace.ops[op], PHASES[phase], *(int(column[row]) for column in columns))
+        for row, (category, module, op, phase) in enumerate(named)
+    ]
+
+
+def test_where_every_block_has_its_labels_nothing_is_inferred(imported):
+    script = Script()
+    with script.op("aten.mm.default", "head"):
+        script.storage(script.alloc(BASE, MIB), MIB, "activation", "aten.mm.default", "head")
+    script.moments.owned(0, CATEGORIES.index("activation"), script.modules.index("head"))
+    entries = [{"frames": [], **one} for one in script.entries]
+    trace = imported(snapshot([segment(block(MIB), block(MIB, "inactive"))], entries))
+    assert trace.meta["inferred"] == []
+    assert categories(trace) == ["activation"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "step 3",
+        '{"memscope":1,',
+        '{"memscope":1,"category":"mine","module":"head"}',
+        '{"memscope":1,"category":["activation"],"module":"head"}',
+        '{"memscope":1,"category":"activation","module":3}',
+        '{"memscope":1,"number":1,"phase":"forward","step":-2,"micro_batch":0,"op":"aten.mm","module":"head"}',
+        '{"memscope":1,"number":1,"phase":"forward","step":true,"micro_batch":0,"op":"aten.mm","module":"head"}',
+        '{"memscope":1,"number":1,"phase":"fore","step":0,"micro_batch":0,"op":"aten.mm","module":"head"}',
+        '{"memscope":1,"category":' + "[" * 9_900,
+    ],
+)
+def test_a_text_that_is_no_label_is_ignored(imported, text):
+    history = [entry("alloc", BASE, 512, user_metadata=text), entry("annotate", BASE, 512, user_metadata=text)]
+    trace = imported(snapshot([segment(block(512), block(2 * MIB - 512, "inactive"))], history))
+    assert trace.meta["inferred"] == [*INFERRED]
+    assert len(trace) == 1
+
+
+def test_a_label_of_a_block_that_is_not_there_is_ignored(imported):
+    script = Script()
+    with script.op("aten.mm.default", "head"):
+        script.storage(script.alloc(BASE, 512), 512, "activation")
+    stray = entry("annotate", BASE + MIB, 512, user_metadata='{"memscope":1,"category":"gradient","module":"head"}')
+    history = [*({"frames": [], **one} for one in script.entries), stray]
+    trace = imported(snapshot([segment(block(512), block(2 * MIB - 512, "inactive"))], history))
+    assert "gradient" not in categories(trace)

@@ -1,0 +1,1 @@
+"""Recorders for the training loops of frameworks. Each framework has a module, which imports the framework."""
