@@ -3,15 +3,15 @@
 import contextlib
 import json
 import shlex
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
 import pytest
+from remembering import Remembering
 
 from memscope import Plan, Trace, simulate
 from memscope.advisor import resolve
-from memscope.advisor.measure.runner import Answer, Runner, side_by_side
+from memscope.advisor.measure.runner import side_by_side
 from memscope.cli import advise
 from memscope.errors import TraceFileError
 from memscope.simulation.devices.catalogue import get_device
@@ -30,25 +30,6 @@ ALONE = ["-s", "adamw:fused,ga:steps=1"]
 def targets(tmp_path):
     """The command line runs in an empty folder; the shipped target is found by its name."""
     SMALL[0] = str(ROOT / "targets" / "llama2")
-
-
-@dataclass(frozen=True)
-class Remembering:
-    """Simulates, in worker processes, only what no other test of this module has asked for."""
-
-    runner: Runner
-    known: dict[object, Answer] = field(default_factory=dict)
-
-    @property
-    def width(self):
-        return self.runner.width
-
-    def run(self, probes, done=lambda: None):
-        new = [probe for probe in probes if probe.key not in self.known]
-        self.known.update(zip([probe.key for probe in new], self.runner.run(new, done), strict=True))
-        for _ in range(len(probes) - len(new)):
-            done()
-        return [self.known[probe.key] for probe in probes]
 
 
 @pytest.fixture(scope="module", autouse=True)
