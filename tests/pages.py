@@ -45,8 +45,8 @@ def point_at(page: Any, trace: Trace, event: int) -> tuple[float, float]:
 
 def comes_to(page: Any, look: Callable[[Any], Any], expected: Any) -> bool:
     """Whether `look` returns `expected` within five seconds. Playwright's own wait needs eval, which the page bans."""
-    for _ in range(100):
+    for _ in range(250):
         if look(page) == expected:
             return True
-        page.wait_for_timeout(50)
+        page.wait_for_timeout(20)
     return False

@@ -31,8 +31,14 @@ __all__ = ["Workers", "alone", "cores", "preload", "workers"]
 
 T = TypeVar("T")
 
-_PRELOADED = ["memscope.simulation.simulate", "torch._dynamo", "memscope.runs.worker"]
-"""Slow imports. The first optimizer that is built imports `torch._dynamo`."""
+_PRELOADED = [
+    "memscope.simulation.simulate",
+    "torch._dynamo",  # imported with the first optimizer that is built
+    "memscope.analysis.summary",  # imported with the first public name that a target uses
+    *(f"memscope.strategies.{name}" for name in ("adamw", "amp", "bf16", "ckpt", "ga", "lora")),
+    "memscope.runs.worker",
+]
+"""Imports that take long, and that nearly every run needs."""
 _PATIENCE_SECONDS = 5.0
 """How long a worker may take to say where it is, or to end by itself, before it is killed."""
 _PAUSE_SECONDS = 0.01

@@ -21,6 +21,8 @@ from memscope.simulation.values import KnownValues
 
 __all__ = ["FakeCopies", "StandIns", "fake_tensors_train", "weight_sizes"]
 
+_NUMBERS = {bool, int, float, complex}
+
 
 @contextlib.contextmanager
 def fake_tensors_train(answers: Answers) -> Iterator[None]:
@@ -64,7 +66,10 @@ def _with_lengths_in_tensors(loss: Callable[..., Tensor]) -> Callable[..., Tenso
 
 
 def _has_fake_numbers(data: Any) -> bool:
-    return isinstance(data, (list, tuple)) and any(type(one) is FakeTensor or _has_fake_numbers(one) for one in data)
+    if not isinstance(data, (list, tuple)):
+        return False
+    kinds = set(map(type, data))  # most lists hold many numbers and nothing else
+    return FakeTensor in kinds or (not kinds <= _NUMBERS and any(map(_has_fake_numbers, data)))
 
 
 @contextlib.contextmanager

@@ -32,22 +32,40 @@ def browser() -> Iterator[Any]:
         running.close()
 
 
+@pytest.fixture(scope="session")
+def tab(browser: Any) -> Iterator[Any]:
+    """The page that most tests share: its process compiles plotly once, which takes longer than most tests."""
+    context = browser.new_context(offline=True)
+    yield context.new_page()
+    context.close()
+
+
 @pytest.fixture
-def visit(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
-    """Opens a page; afterwards no script may have failed and nothing but the file may have been asked for."""
+def visit(browser: Any, tab: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
+    """Opens a page in place of the one before; afterwards no script may have failed and nothing but the file may have
+    been asked for.
+    """
+    file = tmp_path_factory.getbasetemp() / "page.html"  # always the same, or plotly would be compiled again
     complaints: list[str] = []
     requests: list[str] = []
     contexts: list[Any] = []
+    listeners = {
+        "console": lambda message: complaints.append(f"console: {message.text}"),
+        "pageerror": lambda error: complaints.append(f"error: {error}"),
+        "request": lambda request: requests.append(request.url),
+    }
 
-    def open_page(html: str, *, width: int = 1400, **settings: Any) -> Any:
-        file = tmp_path / "page.html"
+    def open_page(html: str, *, width: int = 1400, color_scheme: str = "light", **settings: Any) -> Any:
         file.write_text(html, encoding="utf-8")
-        context = browser.new_context(viewport={"width": width, "height": 900}, offline=True, **settings)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("console", lambda message: complaints.append(f"console: {message.text}"))
-        page.on("pageerror", lambda error: complaints.append(f"error: {error}"))
-        page.on("request", lambda request: requests.append(request.url))
+        page = tab
+        if settings:  # those of a context
+            contexts.append(browser.new_context(offline=True, **settings))
+            page = contexts[-1].new_page()
+        page.set_viewport_size({"width": width, "height": 900})
+        page.emulate_media(color_scheme=color_scheme)
+        page.mouse.move(0, 0)
+        for event, listener in listeners.items():
+            page.on(event, listener)
         page.goto(file.as_uri())
         page.wait_for_selector("body[data-drawn]")
         return page
@@ -55,5 +73,9 @@ def visit(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
     yield open_page
     for context in contexts:
         context.close()
+    if not contexts:
+        for event, listener in listeners.items():
+            tab.remove_listener(event, listener)
+        tab.goto("about:blank")  # a page that is opened twice in a row keeps its scroll position
     assert complaints == []
-    assert set(requests) == {(tmp_path / "page.html").as_uri()}
+    assert set(requests) == {file.as_uri()}

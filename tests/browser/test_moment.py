@@ -147,7 +147,6 @@ def test_an_area_lists_what_is_in_it_and_the_path_leads_back(visit: Visit) -> No
     draw_areas(page)
 
     def press(label: str) -> None:
-        page.wait_for_timeout(1000)  # for plotly to have moved the areas
         box = page.locator(".areas .slicetext", has_text=label).first.bounding_box()
         page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
 
@@ -156,6 +155,7 @@ def test_an_area_lists_what_is_in_it_and_the_path_leads_back(visit: Visit) -> No
     assert comes_to(
         page, lambda _: caption.inner_text().startswith("Largest allocations in layers.* / feed_forward"), True
     )
+    page.wait_for_timeout(1000)  # for plotly to have moved the areas
     press("allocated")
     assert comes_to(page, lambda _: caption.inner_text().startswith("Largest allocations ("), True)
 

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from gpu_jobs import BENCHMARKS, ForkedJob
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
+SCRIPT = BENCHMARKS / "gpu.py"
 Run = tuple[Path, str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Iterator[Any]:
+    """The script as a module, whose jobs are forks: starting a Python for each takes most of a dry run's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        script = importlib.import_module("gpu")
+        patch.setattr(script.Processes, "_start", lambda processes: ForkedJob(processes._scratch))
+        yield script
 
 
 def run(out: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -22,15 +37,23 @@ def run(out: Path, *words: str, **variables: str) -> subprocess.CompletedProcess
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
+def printed_by(gpu: Any, out: Path, *words: str) -> str:
+    """What the script prints, run in this process."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert gpu.main(["--out", str(out), *words]) == 0
+    return printed.getvalue()
+
+
 @pytest.fixture(scope="module")
-def dry_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def dry_run(gpu: Any, tmp_path_factory: pytest.TempPathFactory) -> Run:
     out = tmp_path_factory.mktemp("out")
-    # Without PATH there is neither git nor nvidia-smi.
     words = ["--dry-run", "--cells", "1", "--steps", "3", "--timed", "2", "--advised", "0"]
     words += ["--rounds", "1", "--grid", "lora", "--tuned", "1"]
-    done = run(out, *words, PATH="", MEMSCOPE_COMMIT="abc123")
-    assert done.returncode == 0, done.stderr
-    return out, done.stdout, json.loads((out / "cells.json").read_text())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", "")  # there is neither git nor nvidia-smi
+        patch.setenv("MEMSCOPE_COMMIT", "abc123")
+        printed = printed_by(gpu, out, *words)
+    return out, printed, json.loads((out / "cells.json").read_text())
 
 
 def test_the_table_is_printed_and_written(dry_run: Run) -> None:
@@ -107,17 +130,17 @@ def test_files_are_few_and_small_and_histories_can_be_golden(dry_run: Run) -> No
             assert stored["trace_0"].shape[1] == 4
 
 
-def test_cells_without_time_left_are_left_out_and_reported(tmp_path: Path) -> None:
+def test_cells_without_time_left_are_left_out_and_reported(gpu: Any, tmp_path: Path) -> None:
     # Of 50 seconds 20 are kept for the end, and the first cell may take 45.
-    done = run(tmp_path, "--dry-run", "--cells", "1", "--advised", "0", "--grid", "lora", "--seconds", "50")
-    assert done.returncode == 0, done.stderr
+    words = ["--dry-run", "--cells", "1", "--advised", "0", "--grid", "lora", "--seconds", "50"]
+    printed = printed_by(gpu, tmp_path, *words)
     results = json.loads((tmp_path / "cells.json").read_text())
     assert [row["status"] for row in results["cells"]] == ["skipped: no time left"]
     assert {run["unavailable"] for run in results["overhead"]} == {"skipped: no time left"}
     assert len(results["table2"]) == 2 * 2
     assert {row["measured_problem"] for row in results["table2"]} == {"skipped: no time left"}
     assert [row["problem"] for row in results["finetuning"]] == ["skipped: no time left"] * 2
-    assert "skipped: no time left" in done.stdout
+    assert "skipped: no time left" in printed
 
 
 def test_a_cell_that_fails_is_reported_and_stops_nothing(tmp_path: Path) -> None:

@@ -235,7 +235,7 @@ def written(meta: dict[str, Any], path: Path) -> Path:
         (changed("device", None), "meta has no device, which meta.out_of_memory needs"),
         (changed("capacity", None), "meta has no capacity, which meta.allocator needs"),
         (changed("cost.rows", [[0, 0, 9, 0, 0, 1, 1, 1, 0.0]]),
-         "meta.cost.rows[0][2] is 9: expected the number of a phase, 0 to 7"),
+         "meta.cost.rows[0][2] is 9: expected the number of a phase, 0 to 8"),
         (changed("cost.rows", [[0, 0, 0, 0, 0, 1, 1, 1, 0.0], [0, 0, 0, 0, -1, 1, 1, 1, 0.0]]),
          "meta.cost.rows[1][4] is -1: expected the number of an operator, 0 to 1"),
     ],

@@ -73,12 +73,8 @@ def policies() -> dict[str, str]:
 
 def registered(key: str) -> set[str]:
     """Return the names of the aten operators that have a kernel for a dispatch key in the installed PyTorch."""
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    return {
-        name[6:]
-        for name in torch._C._dispatch_get_all_op_names()
-        if name.startswith("aten::") and has_kernel(name, key)
-    }
+    names: list[str] = torch._C._dispatch_get_registrations_for_dispatch_key(key)
+    return {name[6:] for name in names if name.startswith("aten::")}
 
 
 @contextlib.contextmanager

@@ -29,13 +29,8 @@ def imports_see_the_machine(
 ) -> Iterator[None]:
     """Run the code of modules that are imported inside without the modes of the simulation, and within all of `hidden`.
 
-<<<<<<< HEAD
-    `given(name, importer)` is the module that such code gets for an import of its own; None: the installed one.
-    `imported` is called after an import that is no part of another one.
-=======
     `given(name, importer)` is the module that the code `importer` gets for an import of its own; None: the installed
-    one. It may refuse.
->>>>>>> models
+    one. It may refuse. `imported` is called after an import that is no part of another one.
 
     The interpreter calls this function of importlib for every module that is not loaded yet. Source:
     import_find_and_load in Python/import.c (3.11 to 3.14).
