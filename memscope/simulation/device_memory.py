@@ -22,6 +22,7 @@ from memscope.simulation.cuda.kernel_results import OWN_ORDER
 from memscope.simulation.cuda.workspace_call import KernelSettings, describe
 from memscope.simulation.cuda.workspaces import OPERATORS, workspaces_for
 from memscope.simulation.devices.catalogue import Device
+from memscope.simulation.signature import describe_call
 from memscope.trace import CATEGORIES, PHASES, Trace
 from memscope.trace.notes import add_note
 from memscope.units import format_bytes
@@ -46,13 +47,24 @@ class KernelWorkspaces:
             os.environ, deterministic=torch.are_deterministic_algorithms_enabled()
         )
         self.estimated: set[str] = set()
+        self._known: dict[Any, list[Workspace]] = {}
 
     def covers(self, name: str) -> bool:
         """Whether an operator, named with its overload, may take workspaces."""
         return name.rpartition(".")[0] in OPERATORS
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Workspace]:
-        """Return the workspaces that one call of an operator takes."""
+        """Return the workspaces that one call of an operator takes; those of equal calls are the same."""
+        parts: list[Any] = [id(func)]  # operators live as long as the process, and hash slowly
+        key = tuple(parts) if describe_call(args, kwargs, parts, []) else None
+        known = self._known.get(key) if key else None
+        if known is None:
+            known = self._called(func, args, kwargs)
+            if key:
+                self._known[key] = known
+        return known
+
+    def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Workspace]:
         found = workspaces_for(str(func), describe(func, args, kwargs), self._device, self._version, self._settings)
         self.estimated.update(workspace.name for workspace in found if workspace.estimate)
         return found
