@@ -19,7 +19,7 @@ from memscope.allocator.settings import AllocatorSettings
 from memscope.analysis.notes import notes_of
 from memscope.errors import UsageError
 from memscope.interrupts import interrupt_taken
-from memscope.simulation.device_memory import least_reserved
+from memscope.simulation.device_memory import cache_emptied_in
 from memscope.simulation.devices.catalogue import Device, get_device
 from memscope.simulation.packages.meta import on_meta
 from memscope.strategies import Plan
@@ -164,14 +164,14 @@ def _advice(
     shown = found or search.whole(least)
     reference = search.reference(shown.strategies)
     layers = dict(shown.layers.layers) if shown.layers else {}
-    peak = _peak(shown.seen.trace, device, settings)
+    peak = _peak(shown.seen, device, settings)
     seconds = shown.seen.seconds
     scale = seconds / shown.seconds
     points = _points(search, shown, least, peak, more=not interrupted)
     front = unbeaten(points)
     smallest = peak.device
     if found and shown is not least:
-        smallest = min(_peak(least.seen.trace, device, settings).device, *(point.peak.device for point in front))
+        smallest = min(_peak(least.seen, device, settings).device, *(point.peak.device for point in front))
     return Advice(
         target=built.name,
         device=device.name,
@@ -197,22 +197,28 @@ def _advice(
     )
 
 
-def _peak(trace: Trace, device: Device, settings: AllocatorSettings) -> PlanPeak:
-    reserved = least_reserved(trace, settings)
-    return PlanPeak(trace.peak.allocated_bytes, reserved, reserved + device.context_bytes)
+def _peak(seen: Seen, device: Device, settings: AllocatorSettings) -> PlanPeak:
+    reserved = seen.least_reserved(settings)
+    return PlanPeak(seen.trace.peak.allocated_bytes, reserved, reserved + device.context_bytes)
 
 
 def _scattered(trace: Trace, peak: PlanPeak, settings: AllocatorSettings) -> list[str]:
     """A note on the bytes that expandable segments would save, if they are worth it."""
     if settings.expandable_segments or peak.reserved - peak.allocated < _WORTH_SAYING * peak.reserved:
         return []
-    expandable = dataclasses.replace(settings, expandable_segments=True)
-    enough = round((1 - _WORTH_SAYING) * peak.reserved)
-    if replay(trace.requested, trace.born, trace.freed, settings=expandable, capacity_bytes=enough).oom:
+    run = replay(
+        trace.requested,
+        trace.born,
+        trace.freed,
+        settings=dataclasses.replace(settings, expandable_segments=True),
+        capacity_bytes=round((1 - _WORTH_SAYING) * peak.reserved),
+        cache_emptied=cache_emptied_in(trace),
+    )
+    if run.oom:
         return []
-    saved = peak.reserved - least_reserved(trace, expandable)
     return [
-        f"PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True would save {format_bytes(saved)} of fragmentation: "
+        "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True would save at least "
+        f"{format_bytes(peak.reserved - run.peak_reserved)} of fragmentation: "
         "simulate it with --allocator expandable_segments:True"
     ]
 

@@ -27,7 +27,7 @@ from memscope.trace import CATEGORIES, PHASES, Trace
 from memscope.trace.notes import add_note
 from memscope.units import format_bytes
 
-__all__ = ["SMALL_SEGMENT_BYTES", "KernelWorkspaces", "least_reserved", "on_device"]
+__all__ = ["SMALL_SEGMENT_BYTES", "KernelWorkspaces", "cache_emptied_in", "least_reserved", "on_device"]
 
 SMALL_SEGMENT_BYTES = 2 * 2**20
 """Bytes of a segment for small blocks: kSmallBuffer in c10/cuda/CUDACachingAllocator.cpp."""
@@ -136,29 +136,33 @@ def _values(settings: AllocatorSettings) -> dict[str, Any]:
 
 
 def least_reserved(trace: Trace, settings: AllocatorSettings) -> int:
-    """Smallest limit on reserved bytes, to within `SMALL_SEGMENT_BYTES`, under which a run completes.
+    """A limit on reserved bytes under which a run completes, found by bisection.
 
     The limit may be below the peak without one: before the allocator gives up, it returns cached segments to the driver
-    and tries again. The search replays the whole run for each candidate. After a run that fails, the next candidate
-    adds the bytes that were lacking, which is often enough; otherwise the search halves the range.
+    and tries again. The search replays the whole run, the target's own calls of `empty_cache` included, for each
+    candidate, and halves the range between a limit that fails and one that is enough.
+
+    The result is enough; a limit that is lower by at most `SMALL_SEGMENT_BYTES` fails, or is below the peak allocated
+    bytes. The result need not be the smallest: under a lower limit, caches are emptied at other moments, which may
+    leave less fragmentation, so that a run may complete although it fails under a higher limit.
     """
-
-    def run(limit_bytes: int | None) -> Replay:
-        return replay(trace.requested, trace.born, trace.freed, settings=settings, capacity_bytes=limit_bytes)
-
-    free = run(None)
-    least, most, guess = free.peak_allocated - 1, free.peak_reserved, 0
+    free = replay(trace.requested, trace.born, trace.freed, settings=settings, cache_emptied=cache_emptied_in(trace))
+    least, most = free.peak_allocated - 1, free.peak_reserved
     while most - least > SMALL_SEGMENT_BYTES:
-        is_guess = least < guess < most
-        tried = guess if is_guess else (least + most) // 2
-        done = run(tried)
-        if done.oom:
-            lacking = -(-done.oom.requested_bytes // SMALL_SEGMENT_BYTES) * SMALL_SEGMENT_BYTES
-            least, guess = tried, done.oom.reserved_bytes + lacking
+        half = (most - least) // SMALL_SEGMENT_BYTES // 2 * SMALL_SEGMENT_BYTES
+        tried = most - max(half, SMALL_SEGMENT_BYTES)
+        peak = free.peak_reserved_within(tried)
+        if peak is None:
+            least = tried
         else:
-            most = done.peak_reserved  # a limit at the peak of this run would change nothing in it
-            guess = most - SMALL_SEGMENT_BYTES if is_guess else 0
+            most = peak  # a limit at the peak of this run would change nothing in it
     return most
+
+
+def cache_emptied_in(trace: Trace) -> Sequence[int]:
+    """The events of a trace before which the target calls `torch.cuda.empty_cache()`."""
+    emptied: Sequence[int] = trace.meta.get("allocator", {}).get("cache_emptied", ())
+    return emptied
 
 
 def _replayed(
