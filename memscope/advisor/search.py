@@ -53,6 +53,8 @@ class Search:
     budget_bytes: int
     is_exact: Callable[[Strategy], bool]
     """Whether a strategy is exact for the workload."""
+    other_budgets: bool = True
+    """Whether plans for other budgets will be asked for: they are simulated beside the first plan."""
     best: Found | None = None
     _settings: dict[str, list[Any]] = field(default_factory=dict)
     """The settings of each optional strategy, in the order of its candidates; the first are preferred."""
@@ -143,7 +145,7 @@ class Search:
         for text in sorted(promises, key=lambda text: self._cost(text, promises[text])):
             self._planned.add(text)
             if self._is_cheaper(text, promises[text]):
-                self._take(self.planning.within(references[text], look_ahead=self.best is None))
+                self._take(self.planning.within(references[text], look_ahead=self.other_budgets and self.best is None))
         for text in known:
             self._take_full(references[text])
 

@@ -20,6 +20,7 @@ from memscope.strategies.ckpt import LayerPlan
 from memscope.trace import Phase, Progress, Trace
 
 if TYPE_CHECKING:
+    from memscope.simulation.assumptions import Assume
     from memscope.workload.description import Workload
     from memscope.workload.micro_batches import MicroBatch
 
@@ -170,7 +171,7 @@ class InProcess:
     """As for `memscope.simulate`; a function is given the `sizes` of a probe by name."""
     device: Device
     allocator: AllocatorSettings | None = None
-    assume: str = ""
+    assume: str | Assume = ""
     """As for `memscope.simulate`."""
     width: ClassVar[int] = 1
 
