@@ -100,10 +100,16 @@ class Search:
     def order_layers(self) -> None:
         """Put the layers into the order in which the first simulated combination calls them.
 
+        If other layers are planned instead, the combinations are simulated again, to see their calls.
+
         Raises:
-            UsageError: when no list of layers can be planned.
+            UsageError: when no layers can be planned.
         """
+        instead = self.layers.instead
         self._plan_for(self.layers.in_call_order(next(iter(self.tried.plain.values())).trace))
+        if instead and self.layers.names == instead.names:
+            self.tried.plain = self.tried.simulated([Plan.parse(text) for text in self.tried.plain])
+            self.order_layers()
 
     def _plan_for(self, layers: LayerList) -> None:
         self.layers = self.planning.layers = self.tried.layers = layers
