@@ -4,7 +4,7 @@
     PYTHONPATH=tests .venv/bin/python benchmarks/bench_models.py --only GPT-2,BERT --checks cpu,lora --again
 
 Results are kept in build/models, a JSON file for each model. `--part 0/2` takes every second model, so that two
-processes can share the work. The whole matrix takes half an hour of CPU time.
+processes can share the work. The whole matrix takes an hour of CPU time.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ import torch
 from architectures.matrix import ROWS, allocations
 from architectures.row import Mode, Row
 
-from memscope import record, simulate
+from memscope import advise, record, simulate
 from memscope.errors import MemscopeError
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "build" / "models"
 DEVICE = "a100-80gb"
 DTYPES = {"fp32": ("fp32", "off"), "amp": ("fp32", "bf16"), "bf16": ("bf16", "off")}
-TINY = ("cpu", "lora", "ckpt")
+TINY = ("cpu", "lora", "ckpt", "advise")
+TECHNIQUES = ("lora", "ckpt", "advise")
 
 Results = Mapping[str, Mapping[str, Any]]
 """Name of a model → check → its outcome."""
@@ -54,6 +55,11 @@ def check(row: Row, name: str, folder: Path) -> str:
     """Run a check; returns what is wrong, or nothing."""
     if name == "cpu":
         return difference(row, folder)
+    if name == "advise":
+        build = row.how.build("tiny", Mode(), folder)
+        # With these two strategies given, what is left to choose are the layers to recompute: every option is measured.
+        advise(build, budget="30GB", device=DEVICE, strategies="adamw:fused,ga:steps=1")
+        return ""
     if name in TINY:
         simulate(row.how.build("tiny", Mode(), folder), device=DEVICE, strategies=name)
         return ""
@@ -125,6 +131,7 @@ PAGE = """# Which models were tried
 | the usual size simulates in every mode | {usual} of {count} |
 | `-s lora` simulates, with targets that memscope chooses | {lora} of {count} |
 | `-s ckpt` simulates, with every layer | {ckpt} of {count} |
+| `memscope advise` plans which layers to recompute, in the tiny size | {advise} of {count} |
 
 The usual size is the default configuration of transformers unless a remark says otherwise; two samples of 512 tokens,
 or of as many as the model has positions. In a cell, *yes* means all three dtypes, – that there is no such attention;
@@ -148,7 +155,7 @@ def page(results: Results) -> str:
 
     groups = itertools.groupby(rows, lambda row: row.group)
     return PAGE.format(
-        passed=len(passing(lambda row: [name for name in checks_of(row) if name not in ("lora", "ckpt")])),
+        passed=len(passing(lambda row: [name for name in checks_of(row) if name not in TECHNIQUES])),
         usual=len(passing(lambda row: checks_of(row)[len(TINY) :])),
         count=len(rows),
         device=DEVICE,
@@ -165,8 +172,8 @@ def table(group: str, rows: list[Row], results: Results) -> str:
     """The table of a group of models."""
     lines = [
         f"## {group}\n",
-        "| model | equals its run | eager | SDPA | LoRA | ckpt | remarks |",
-        "|---|---|---|---|---|---|---|",
+        "| model | equals its run | eager | SDPA | LoRA | ckpt | advise | remarks |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         found = results[row.name]
@@ -174,8 +181,7 @@ def table(group: str, rows: list[Row], results: Results) -> str:
             cell(["cpu"], found),
             cell(usual_checks(row, "eager") or usual_checks(row, "any"), found),
             cell(usual_checks(row, "sdpa"), found),
-            cell(["lora"], found),
-            cell(["ckpt"], found),
+            *(cell([name], found) for name in TECHNIQUES),
         ]
         lines.append(f"| {row.name} | {' | '.join(cells)} | {row.about} |")
     return "\n".join(lines) + "\n\n"

@@ -5,21 +5,23 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 
-from memscope.advisor.advice import Advice, FrontPoint, PlanPeak, binding_of, unbeaten
+from memscope.advisor.advice import Advice, PlanPeak, binding_of, unbeaten
 from memscope.advisor.combinations import CHECKPOINTING, allowed_names, combinations, forbidden, left_out
-from memscope.advisor.layer_words import in_words
 from memscope.advisor.measure.layers import LayerList
 from memscope.advisor.measure.reference import full_probe
-from memscope.advisor.measure.runner import Asker, InProcess, Runner, Seen
-from memscope.advisor.planning import Found, device_bytes
+from memscope.advisor.measure.runner import Asker, InProcess, Seen
+from memscope.advisor.planning import device_bytes
+from memscope.advisor.points import points_of, told_by_s
 from memscope.advisor.search import Search
 from memscope.allocator.replay import replay
 from memscope.allocator.settings import AllocatorSettings
 from memscope.analysis.notes import notes_of
 from memscope.errors import UsageError
 from memscope.interrupts import interrupt_taken
-from memscope.simulation.device_memory import least_reserved
+from memscope.simulation.assumptions import Assume
+from memscope.simulation.device_memory import cache_emptied_in
 from memscope.simulation.devices.catalogue import Device, get_device
 from memscope.simulation.packages.meta import on_meta
 from memscope.strategies import Plan
@@ -30,7 +32,7 @@ from memscope.units import format_bytes, parse_budget
 from memscope.workload.building import build_workload
 from memscope.workload.description import Workload
 
-__all__ = ["DEFAULT_DEVICE", "advise", "budget_of"]
+__all__ = ["DEFAULT_DEVICE", "Request", "advise", "advised", "budget_of"]
 
 DEFAULT_DEVICE = "a100-80gb"
 """The device whose kernels and rates are assumed by default."""
@@ -58,6 +60,22 @@ def budget_of(text: str, device: Device, *, named: bool) -> int:
     return int(device.capacity_bytes * share / 100)
 
 
+@dataclass(frozen=True)
+class Request:
+    """What an advice is asked for."""
+
+    budget_bytes: int
+    """Memory of the device, CUDA context included."""
+    device: Device
+    strategies: Plan
+    """Strategies that every plan must use."""
+    allow: str | Collection[str]
+    layer_list: str
+    allocator: AllocatorSettings
+    other_budgets: bool = True
+    """Whether to plan for other budgets too: the smallest that is feasible, and those between it and the largest."""
+
+
 def advise(
     workload: Workload | Callable[[], Workload],
     *,
@@ -67,8 +85,8 @@ def advise(
     allow: str | Collection[str] = (),
     layer_list: str = "",
     allocator: AllocatorSettings | None = None,
-    runner: Runner | None = None,
     progress: Progress | None = None,
+    assume: str | Assume = "",
 ) -> Advice:
     """Find the plan that makes a training step fit a budget at the least estimated time.
 
@@ -82,11 +100,11 @@ def advise(
             `lora,bf16`; all exact strategies may be used.
         layer_list: names of the lists of modules that are the layers, joined by +; empty: all lists of repeated layers.
         allocator: settings of PyTorch's caching allocator; None: those of `PYTORCH_CUDA_ALLOC_CONF`.
-        runner: runs the simulations; None: one after the other in this process.
         progress: called as `progress(activity, simulations done, simulations known to be needed)`.
+        assume: what to take for values that cannot be known, as for `memscope.simulate`.
 
     Raises:
-        UsageError: when budget, device or strategies cannot be used, or the model's layers form no chain.
+        UsageError: when budget, device, strategies or `assume` cannot be used, or the model's layers form no chain.
         TargetError: when the target's code fails, or cannot be simulated.
 
     Examples:
@@ -110,27 +128,51 @@ def advise(
     """
     named = device is not None
     device = device if isinstance(device, Device) else get_device(device or DEFAULT_DEVICE)
-    budget_bytes = budget_of(budget, device, named=named) if isinstance(budget, str) else budget
-    if budget_bytes <= 0:
-        raise UsageError(f"a budget of {budget_bytes} bytes: expected a positive size, for example 40GB")
+    settings = AllocatorSettings.from_environment(os.environ) if allocator is None else allocator
+    policy = Assume.parse(assume) if isinstance(assume, str) else assume
+    request = Request(
+        budget_bytes=budget_of(budget, device, named=named) if isinstance(budget, str) else budget,
+        device=device,
+        strategies=Plan.parse(strategies) if isinstance(strategies, str) else strategies,
+        allow=allow,
+        layer_list=layer_list,
+        allocator=settings,
+    )
+    runner = InProcess(workload, device, settings, policy)
+    return advised(request, Asker(runner, progress or (lambda what, done, needed: None)), workload)
+
+
+def advised(request: Request, asker: Asker, workload: Workload | Callable[[], Workload]) -> Advice:
+    """The advice on a workload, with the simulations that `asker` runs.
+
+    Raises:
+        MemscopeError: as for `advise`.
+    """
+    device = request.device
+    if request.budget_bytes <= 0:
+        raise UsageError(f"a budget of {request.budget_bytes} bytes: expected a positive size, for example 40GB")
     if not device.peak_flops_per_second:
         raise UsageError(
             f'the rates of device "{device.name}" are not known, and plans are compared by their time: '
             "choose a specific GPU (see: memscope devices)"
         )
-    allowed = allowed_names(allow)
-    settings = AllocatorSettings.from_environment(os.environ) if allocator is None else allocator
-    always = Plan.parse(strategies) if isinstance(strategies, str) else strategies
+    allowed = allowed_names(request.allow)
+    always = request.strategies
     if isinstance(workload, Workload):
         built = workload
     else:
         with on_meta():
             built = build_workload(workload)
     always.check(built)
-    chain = LayerList.of(built.model, layer_list, exactly=CHECKPOINTING not in allowed)
-    asker = Asker(runner or InProcess(workload, device, settings), progress or (lambda what, done, needed: None))
+    chain = LayerList.of(built.model, request.layer_list, exactly=CHECKPOINTING not in allowed)
     search = Search(
-        asker, chain, device, settings, budget_bytes, lambda strategy: bool(called(strategy, "is_exact", built))
+        asker,
+        chain,
+        device,
+        request.allocator,
+        request.budget_bytes,
+        lambda strategy: bool(called(strategy, "is_exact", built)),
+        other_budgets=request.other_budgets,
     )
     plans = combinations(built, always, allowed)
     notes = []
@@ -144,7 +186,7 @@ def advise(
         interrupted = True
         notes.append("interrupted: this is the best plan found so far; a better one, and a smaller budget, may exist")
     helps = {} if search.best else forbidden(built, always, allowed)
-    advice = _advice(search, plans, built, helps, interrupted=interrupted)
+    advice = _advice(search, plans, built, helps, more=request.other_budgets and not interrupted)
     beyond = left_out(built, always, allowed)
     return dataclasses.replace(
         advice,
@@ -154,24 +196,30 @@ def advise(
     )
 
 
-def _advice(
-    search: Search, plans: Sequence[Plan], built: Workload, helps: Mapping[str, Plan], *, interrupted: bool
-) -> Advice:
-    """The advice from what a search has found; `helps` are plans with strategies that were not allowed."""
+def _advice(search: Search, plans: Sequence[Plan], built: Workload, helps: Mapping[str, Plan], *, more: bool) -> Advice:
+    """The advice from what a search has found.
+
+    Args:
+        search: the search.
+        plans: the combinations of strategies.
+        built: the workload.
+        helps: plans with strategies that were not allowed.
+        more: also simulate plans for other budgets.
+    """
     device, settings = search.device, search.allocator
-    least = search.best if interrupted and search.best else search.least()
+    least = search.best if search.best and not more else search.least()
     found = search.best
     shown = found or search.whole(least)
     reference = search.reference(shown.strategies)
     layers = dict(shown.layers.layers) if shown.layers else {}
-    peak = _peak(shown.seen.trace, device, settings)
+    peak = _peak(shown.seen, device, settings)
     seconds = shown.seen.seconds
     scale = seconds / shown.seconds
-    points = _points(search, shown, least, peak, more=not interrupted)
+    points = points_of(search, shown, least, peak, more=more)
     front = unbeaten(points)
     smallest = peak.device
     if found and shown is not least:
-        smallest = min(_peak(least.seen.trace, device, settings).device, *(point.peak.device for point in front))
+        smallest = min(_peak(least.seen, device, settings).device, *(point.peak.device for point in front))
     return Advice(
         target=built.name,
         device=device.name,
@@ -193,26 +241,32 @@ def _advice(
         notes=(*notes_of(shown.seen.trace), *search.planning.refused, *_scattered(shown.seen.trace, peak, settings)),
         made_for=made_for(built, search.layers.names, Plan.parse(reference.strategies).specs, device.name),
         trace=shown.seen.trace,
-        fitting=_fitting(points, search, feasible=found is not None),
+        fitting=told_by_s(points, search, feasible=found is not None),
     )
 
 
-def _peak(trace: Trace, device: Device, settings: AllocatorSettings) -> PlanPeak:
-    reserved = least_reserved(trace, settings)
-    return PlanPeak(trace.peak.allocated_bytes, reserved, reserved + device.context_bytes)
+def _peak(seen: Seen, device: Device, settings: AllocatorSettings) -> PlanPeak:
+    reserved = seen.least_reserved(settings)
+    return PlanPeak(seen.trace.peak.allocated_bytes, reserved, reserved + device.context_bytes)
 
 
 def _scattered(trace: Trace, peak: PlanPeak, settings: AllocatorSettings) -> list[str]:
     """A note on the bytes that expandable segments would save, if they are worth it."""
     if settings.expandable_segments or peak.reserved - peak.allocated < _WORTH_SAYING * peak.reserved:
         return []
-    expandable = dataclasses.replace(settings, expandable_segments=True)
-    enough = round((1 - _WORTH_SAYING) * peak.reserved)
-    if replay(trace.requested, trace.born, trace.freed, settings=expandable, capacity_bytes=enough).oom:
+    run = replay(
+        trace.requested,
+        trace.born,
+        trace.freed,
+        settings=dataclasses.replace(settings, expandable_segments=True),
+        capacity_bytes=round((1 - _WORTH_SAYING) * peak.reserved),
+        cache_emptied=cache_emptied_in(trace),
+    )
+    if run.oom:
         return []
-    saved = peak.reserved - least_reserved(trace, expandable)
     return [
-        f"PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True would save {format_bytes(saved)} of fragmentation: "
+        "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True would save at least "
+        f"{format_bytes(peak.reserved - run.peak_reserved)} of fragmentation: "
         "simulate it with --allocator expandable_segments:True"
     ]
 
@@ -231,50 +285,3 @@ def _would_help(search: Search, plans: Mapping[str, Plan]) -> str:
         fitting = "fits" if needed <= search.budget_bytes else "does not fit either"
         lines.append(f"--allow {name}: {format_bytes(needed)}, {fitting}")
     return "; ".join(lines)
-
-
-def _points(search: Search, shown: Found, least: Found, peak: PlanPeak, *, more: bool) -> list[FrontPoint]:
-    """The simulated plans, the one shown first.
-
-    Times of plans of which only some micro-batches were run are scaled by what the plan shown took as a whole.
-    """
-    scale = shown.seen.seconds / shown.seconds
-    points = [_point(least, scale)]
-    if more and search.planning.knows(shown.strategies):
-        points += [_point(found, scale) for found in search.planning.between(search.tried.references[shown.strategies])]
-    for text, seen in search.tried.plain.items():
-        points.append(_point(Found(text, None, seen, seen.seconds), scale))
-    for text, reference in search.tried.references.items() if search.layers.may_recompute_all else ():
-        points.append(_point(Found(text, reference.layers.checkpointed, reference.full, reference.full_seconds), scale))
-    first = dataclasses.replace(_point(shown, scale), peak=peak)
-    return [first, *(point for point in points if not point.is_same_plan(first))]
-
-
-def _fitting(points: Sequence[FrontPoint], search: Search, *, feasible: bool) -> tuple[tuple[str, FrontPoint], ...]:
-    """Of the plans that fit, those that a text of `-s` says, by estimated step time; the first point is the plan shown.
-
-    `ckpt:auto` finds the plan shown again; of other plans with options of their own for each layer, no text tells.
-    """
-    found: dict[str, FrontPoint] = {}
-    budget = "100%" if search.budget_bytes == search.device.capacity_bytes else f"{search.budget_bytes}B"
-    for index, point in enumerate(points):
-        if point.peak.device > search.budget_bytes or (index == 0 and not feasible):
-            continue
-        if point.recomputed == "nothing":
-            checkpoint = []
-        elif point.recomputed.endswith(" full") and ", " not in point.recomputed:  # one range: every layer
-            checkpoint = ["ckpt"]
-        elif index == 0:
-            checkpoint = [f"ckpt:auto,budget={budget}"]
-        else:
-            continue
-        found.setdefault(",".join((*point.strategies, *checkpoint)), point)
-    return tuple(sorted(found.items(), key=lambda item: item[1].step_seconds))
-
-
-def _point(found: Found, scale: float) -> FrontPoint:
-    trace = found.seen.trace
-    peak = PlanPeak(trace.peak.allocated_bytes, int(trace.meta["peak_reserved"]), device_bytes(found.seen))
-    layers = found.layers.layers if found.layers else {}
-    seconds = found.seen.seconds if found.seen.is_whole else found.seconds * scale
-    return FrontPoint(tuple(Plan.parse(found.strategies).specs), in_words(layers), peak, seconds)

@@ -15,7 +15,7 @@ from memscope.advisor.measure.runner import Asker, Probe, Seen, require
 from memscope.advisor.plan.chain import Chain
 from memscope.advisor.plan.planner import CheckpointPlan, NothingFits, evaluate, front, minimum_budget, plan
 from memscope.allocator.settings import AllocatorSettings
-from memscope.simulation.device_memory import SMALL_SEGMENT_BYTES, least_reserved
+from memscope.simulation.device_memory import SMALL_SEGMENT_BYTES
 from memscope.simulation.devices.catalogue import Device
 from memscope.strategies.ckpt import LayerPlan
 
@@ -116,7 +116,7 @@ class Planning:
                     )
                     return None
             elif not fits(seen):
-                lack = max(least_reserved(seen.trace, self.allocator) - self._limit, SMALL_SEGMENT_BYTES)
+                lack = max(seen.least_reserved(self.allocator) - self._limit, SMALL_SEGMENT_BYTES)
                 allowed, whole = peak - lack, True
             elif not whole:
                 allowed, whole = peak, True  # the deciding micro-batches fit: now run all of them
@@ -141,7 +141,7 @@ class Planning:
         if not reference.layers.may_recompute_all:
             return planned
         full = Found(reference.strategies, reference.layers.checkpointed, reference.full, reference.full_seconds)
-        return min(planned, full, key=lambda found: least_reserved(found.seen.trace, self.allocator))
+        return min(planned, full, key=lambda found: found.seen.least_reserved(self.allocator))
 
     def certified(self, reference: Reference, found: Found) -> Found:
         """A plan with its certificate: it is held against the fastest plan whose allocated bytes fit the budget."""

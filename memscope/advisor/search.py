@@ -53,6 +53,8 @@ class Search:
     budget_bytes: int
     is_exact: Callable[[Strategy], bool]
     """Whether a strategy is exact for the workload."""
+    other_budgets: bool = True
+    """Whether plans for other budgets will be asked for: they are simulated beside the first plan."""
     best: Found | None = None
     _settings: dict[str, list[Any]] = field(default_factory=dict)
     """The settings of each optional strategy, in the order of its candidates; the first are preferred."""
@@ -98,10 +100,16 @@ class Search:
     def order_layers(self) -> None:
         """Put the layers into the order in which the first simulated combination calls them.
 
+        If other layers are planned instead, the combinations are simulated again, to see their calls.
+
         Raises:
-            UsageError: when no list of layers can be planned.
+            UsageError: when no layers can be planned.
         """
+        instead = self.layers.instead
         self._plan_for(self.layers.in_call_order(next(iter(self.tried.plain.values())).trace))
+        if instead and self.layers.names == instead.names:
+            self.tried.plain = self.tried.simulated([Plan.parse(text) for text in self.tried.plain])
+            self.order_layers()
 
     def _plan_for(self, layers: LayerList) -> None:
         self.layers = self.planning.layers = self.tried.layers = layers
@@ -143,7 +151,7 @@ class Search:
         for text in sorted(promises, key=lambda text: self._cost(text, promises[text])):
             self._planned.add(text)
             if self._is_cheaper(text, promises[text]):
-                self._take(self.planning.within(references[text], look_ahead=self.best is None))
+                self._take(self.planning.within(references[text], look_ahead=self.other_budgets and self.best is None))
         for text in known:
             self._take_full(references[text])
 

@@ -121,16 +121,13 @@ class Pool:
     def add(self, block: Block) -> None:
         """Add a free block."""
         if block.mapped:
-            insort(self.cached, (*self._key(block), block))
+            insort(self.cached, (block.size, block.age if self.by_age else block.address, block))
         else:
             insort(self.unmapped, (block.address, block))
 
     def remove(self, block: Block) -> None:
         """Remove a block, before it is allocated, changed or released."""
         if block.mapped:
-            del self.cached[bisect_left(self.cached, self._key(block))]
+            del self.cached[bisect_left(self.cached, (block.size, block.age if self.by_age else block.address))]
         else:
             del self.unmapped[bisect_left(self.unmapped, (block.address,))]
-
-    def _key(self, block: Block) -> tuple[int, int]:
-        return block.size, block.age if self.by_age else block.address

@@ -73,6 +73,7 @@ class CachingAllocator:
         self._max_split = settings.max_split_size_bytes or _UNLIMITED
         self._rounding = settings.max_non_split_rounding_bytes or settings.large_segment_size_bytes
         self._expands = settings.expandable_segments
+        self._sizes: dict[int, int] = {}  # size of the block for each size requested
         self._pools: dict[tuple[bool, int], Pool] = {}
         self._heads: dict[int, Block] = {}
         self._ends: dict[int, int] = {}  # end of each segment, by its address
@@ -96,7 +97,9 @@ class CachingAllocator:
         """
         if size_bytes <= 0:
             raise ValueError(f"malloc of {size_bytes} bytes: PyTorch allocates nothing for an empty tensor")
-        size = self.settings.block_size(size_bytes)
+        size = self._sizes.get(size_bytes)
+        if size is None:
+            size = self._sizes[size_bytes] = self.settings.block_size(size_bytes)
         small = size <= SMALL_SIZE
         pool = self._pools.get((small, stream))
         if pool is None:

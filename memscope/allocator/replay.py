@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import accumulate
 
 import numpy as np
 
@@ -54,13 +55,22 @@ class Replay:
     @property
     def peak_reserved(self) -> int:
         """Peak reserved bytes, including within an event: torch.cuda.max_memory_reserved()."""
-        changes = np.array([event.change_bytes for event in self.segment_events], dtype=np.int64)
-        return int(changes.cumsum().max(initial=0))
+        return _peak_reserved(self.segment_events)
 
     @property
     def failed_allocation(self) -> int | None:
         """Index of the allocation that ran out of memory; None if none did."""
         return None if self.oom is None else self._run.order[self.oom.event]
+
+    def peak_reserved_within(self, capacity_bytes: int) -> int | None:
+        """Peak reserved bytes with another capacity; None if memory runs out. Repeats the replay."""
+        allocator = self._run.allocator(capacity_bytes=capacity_bytes, device_bytes=None)
+        try:
+            for _ in self._run.steps(allocator):
+                pass
+        except AllocationFailed:
+            return None
+        return _peak_reserved(allocator.segment_events)
 
     @cached_property
     def largest_free(self) -> Ints:
@@ -89,7 +99,7 @@ class _Run:
     sizes: list[int]
     streams: list[int]
     cache_emptied: frozenset[int]
-    allocator: Callable[[], CachingAllocator]
+    allocator: Callable[..., CachingAllocator]
 
     def steps(self, allocator: CachingAllocator) -> Iterator[tuple[int, Block | None]]:
         """Run one event after the other; each yields its entry of `order` and its block (None for an empty tensor).
@@ -151,7 +161,11 @@ def replay(
         streams=[0] * len(sizes) if streams is None else streams.tolist(),
         cache_emptied=frozenset(cache_emptied),
         allocator=partial(
-            CachingAllocator, settings, capacity_bytes, device_bytes=device_bytes, segment_addresses=segment_addresses
+            CachingAllocator,
+            settings,
+            capacity_bytes=capacity_bytes,
+            device_bytes=device_bytes,
+            segment_addresses=segment_addresses,
         ),
     )
     allocator, oom = run.allocator(), None
@@ -179,6 +193,10 @@ def replay(
         oom=oom,
         _run=run,
     )
+
+
+def _peak_reserved(segment_events: Iterable[SegmentEvent]) -> int:
+    return max(accumulate((event.change_bytes for event in segment_events), initial=0))
 
 
 def follow(
@@ -214,7 +232,8 @@ def _order(sizes: Ints, born: Ints, freed: Ints) -> list[int]:
     order = np.empty(events, dtype=np.int64)
     order[born] = np.arange(count)
     order[freed[is_freed]] = ~np.flatnonzero(is_freed)
-    return [int(entry) for entry in order]
+    found: list[int] = order.tolist()
+    return found
 
 
 def _running_total(sizes: Ints, born: Ints, freed: Ints, events: int) -> Ints:

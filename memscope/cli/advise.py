@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import shlex
 import sys
 from dataclasses import dataclass
@@ -17,9 +18,9 @@ from rich.console import Console
 from rich.text import Text
 
 from memscope.advisor.advice import Advice
-from memscope.advisor.advise import DEFAULT_DEVICE, advise, budget_of
+from memscope.advisor.advise import DEFAULT_DEVICE, Request, advised, budget_of
 from memscope.advisor.emit import TOOLS, emit
-from memscope.advisor.measure.runner import Scene, side_by_side
+from memscope.advisor.measure.runner import Asker, Scene, side_by_side
 from memscope.allocator.settings import AllocatorSettings
 from memscope.cli.advise_report import print_advice
 from memscope.cli.next_command import print_next, profile_words
@@ -184,28 +185,28 @@ def _advised(options: AdviseOptions) -> tuple[Advice, Scene, bool]:
         settings = settings_of([*options.changed, *options.settings], trust_remote_code=trusted)
     file = options.device_file
     device = get_device(options.device or DEFAULT_DEVICE, load_devices(file) if file else None)
-    allocator = None if options.allocator is None else AllocatorSettings.parse(options.allocator)
+    if options.allocator is None:
+        allocator = AllocatorSettings.from_environment(os.environ)
+    else:
+        allocator = AllocatorSettings.parse(options.allocator)
     timeout = None if options.timeout is None else parse_seconds(options.timeout)
     Assume.parse(options.assume)
     scene = Scene(target, preset, settings, device.name, file, options.allocator, timeout, options.assume)
-    budget = budget_of(options.budget, device, named=options.device is not None)
+    request = Request(
+        budget_bytes=budget_of(options.budget, device, named=options.device is not None),
+        device=device,
+        strategies=Plan.parse(options.strategies),
+        allow=options.allow,
+        layer_list=options.layer_list,
+        allocator=allocator,
+    )
     with contextlib.ExitStack() as scopes:
         scopes.enter_context(contextlib.redirect_stdout(sys.stderr))  # what the target prints is no result
-        check_plans(target, preset, settings, [Plan.parse(options.strategies)], timeout_seconds=timeout)
+        check_plans(target, preset, settings, [request.strategies], timeout_seconds=timeout)
         progress = scopes.enter_context(shown_progress())
         runner = scopes.enter_context(side_by_side(scene))
         interrupted = scopes.enter_context(interrupts_raised())
-        advice = advise(
-            scene.build,
-            budget=budget,
-            device=device,
-            strategies=options.strategies,
-            allow=options.allow,
-            layer_list=options.layer_list,
-            allocator=allocator,
-            runner=runner,
-            progress=progress,
-        )
+        advice = advised(request, Asker(runner, progress), scene.build)
     return advice, scene, interrupted()
 
 

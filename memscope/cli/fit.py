@@ -160,6 +160,7 @@ def _prepared(options: FitOptions) -> tuple[Scene, Question]:
         allow=options.allow,
         allocator=allocator,
         devices=(*all_devices(), *added.values()),
+        device_text=options.device,
         grid=options.html is not None,
     )
     return scene, question

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from memscope.advisor.fit.fitting import DeviceFit, Evidence, Fitting
+from memscope.advisor.fit.fitting import DeviceFit, Evidence, Fitting, Size
 from memscope.cli.tables import print_table
 from memscope.units import format_bytes, format_seconds
 
@@ -25,11 +24,10 @@ def print_fit(console: Console, found: Fitting) -> None:
     _print_verdict(console, found)
     if found.changes:
         print_table(console, _changes(found))
-    shown = _shown(found)
-    print_table(console, _evidence(found, shown))
-    if len(shown) < len(found.evidence):
-        more = len(found.evidence) - len(shown)
-        console.print(Text(f"{more} more simulations are in --json and --html", style="dim"))
+    if found.asked.size.seq_len is None:
+        _print_micro_batches(console, found)
+    else:
+        print_table(console, _sizes(found))
     print_table(console, _devices(found))
     for note in found.notes:
         console.print(Text(f"Note: {note}"))
@@ -75,32 +73,47 @@ def _changes(found: Fitting) -> Table:
     return table
 
 
-def _shown(found: Fitting) -> list[Evidence]:
-    """The simulations to print: all if they are few, else the size asked for and both sides of each boundary."""
-    if len(found.evidence) <= _MOST_SIMULATIONS:
-        return list(found.evidence)
-    asked, batch, length = found.asked.size, found.micro_batch, found.seq_len
-    told = {asked, *(replace(asked, micro_batch=value) for value in (batch.value, batch.next) if value)}
-    if length is not None:
-        told |= {replace(asked, seq_len=value) for value in (length.value, length.next) if value}
-    return [one for one in found.evidence if one.size in told]
-
-
-def _evidence(found: Fitting, shown: Sequence[Evidence]) -> Table:
-    table = Table(title=f"Simulated on {found.device}")
-    has_length = found.asked.size.seq_len is not None
-    for heading in ("micro-batch", *(["tokens"] if has_length else []), "device must hold"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("fits")
-    for one in shown:
-        table.add_row(*_evidence_row(one, has_length), style="bold" if one == found.asked else None)
+def _sizes(found: Fitting) -> Table:
+    """Memory over length and micro-batch; sizes that were not simulated stay empty."""
+    cells = {one.size: one for one in found.evidence}
+    batches = sorted({size.micro_batch for size in cells})
+    lengths = sorted({size.seq_len or 0 for size in cells})
+    table = Table(
+        title=f"Memory that {found.device} must hold, by tokens and micro-batch", caption="× runs out of memory"
+    )
+    table.add_column("tokens", justify="right", no_wrap=True)
+    for batch in batches:
+        table.add_column(f"micro-batch {batch:,}", justify="right")
+    for length in lengths:
+        row = [cells.get(Size(batch, length)) for batch in batches]
+        table.add_row(f"{length:,}", *(_cell(one, is_asked=one == found.asked) for one in row))
     return table
 
 
-def _evidence_row(one: Evidence, has_length: bool) -> list[str]:
-    length = [f"{one.size.seq_len:,}"] if has_length and one.size.seq_len is not None else []
-    fits = "yes" if one.fits else "no: runs out of memory"
-    return [f"{one.size.micro_batch:,}", *length, format_bytes(one.peak.device), fits]
+def _cell(one: Evidence | None, *, is_asked: bool) -> Text:
+    if one is None:
+        return Text()
+    return Text(f"{format_bytes(one.peak.device)}{'' if one.fits else ' ×'}", style="bold" if is_asked else "")
+
+
+def _print_micro_batches(console: Console, found: Fitting) -> None:
+    """Print all simulations if they are few, else that of the size asked for and both sides of the boundary."""
+    shown: Sequence[Evidence] = found.evidence
+    if len(shown) > _MOST_SIMULATIONS:
+        told = {found.asked.size.micro_batch, found.micro_batch.value, found.micro_batch.next}
+        shown = [one for one in shown if one.size.micro_batch in told]
+    table = Table(title=f"Simulated on {found.device}")
+    for heading in ("micro-batch", "device must hold"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("fits")
+    for one in shown:
+        fits = "yes" if one.fits else "no: runs out of memory"
+        cells = (f"{one.size.micro_batch:,}", format_bytes(one.peak.device), fits)
+        table.add_row(*cells, style="bold" if one == found.asked else None)
+    print_table(console, table)
+    if len(shown) < len(found.evidence):
+        more = len(found.evidence) - len(shown)
+        console.print(Text(f"{more} more simulations are in --json and --html", style="dim"))
 
 
 def _devices(found: Fitting) -> Table:
@@ -116,4 +129,5 @@ def _devices(found: Fitting) -> Table:
 
 def _device_row(device: DeviceFit) -> list[str]:
     needed = "not known" if device.device_bytes is None else format_bytes(device.device_bytes)
-    return [device.name, format_bytes(device.capacity_bytes), needed, "yes" if device.fits else "no"]
+    fits = "not known" if device.device_bytes is None else "yes" if device.fits else "no"
+    return [device.name, format_bytes(device.capacity_bytes), needed, fits]

@@ -22,11 +22,12 @@ from memscope.simulation.cuda.kernel_results import OWN_ORDER
 from memscope.simulation.cuda.workspace_call import KernelSettings, describe
 from memscope.simulation.cuda.workspaces import OPERATORS, workspaces_for
 from memscope.simulation.devices.catalogue import Device
+from memscope.simulation.signature import describe_call
 from memscope.trace import CATEGORIES, PHASES, Trace
 from memscope.trace.notes import add_note
 from memscope.units import format_bytes
 
-__all__ = ["SMALL_SEGMENT_BYTES", "KernelWorkspaces", "least_reserved", "on_device"]
+__all__ = ["SMALL_SEGMENT_BYTES", "KernelWorkspaces", "cache_emptied_in", "least_reserved", "on_device"]
 
 SMALL_SEGMENT_BYTES = 2 * 2**20
 """Bytes of a segment for small blocks: kSmallBuffer in c10/cuda/CUDACachingAllocator.cpp."""
@@ -46,13 +47,24 @@ class KernelWorkspaces:
             os.environ, deterministic=torch.are_deterministic_algorithms_enabled()
         )
         self.estimated: set[str] = set()
+        self._known: dict[Any, list[Workspace]] = {}
 
     def covers(self, name: str) -> bool:
         """Whether an operator, named with its overload, may take workspaces."""
         return name.rpartition(".")[0] in OPERATORS
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Workspace]:
-        """Return the workspaces that one call of an operator takes."""
+        """Return the workspaces that one call of an operator takes; those of equal calls are the same."""
+        parts: list[Any] = [id(func)]  # operators live as long as the process, and hash slowly
+        key = tuple(parts) if describe_call(args, kwargs, parts, []) else None
+        known = self._known.get(key) if key else None
+        if known is None:
+            known = self._called(func, args, kwargs)
+            if key:
+                self._known[key] = known
+        return known
+
+    def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Workspace]:
         found = workspaces_for(str(func), describe(func, args, kwargs), self._device, self._version, self._settings)
         self.estimated.update(workspace.name for workspace in found if workspace.estimate)
         return found
@@ -124,29 +136,33 @@ def _values(settings: AllocatorSettings) -> dict[str, Any]:
 
 
 def least_reserved(trace: Trace, settings: AllocatorSettings) -> int:
-    """Smallest limit on reserved bytes, to within `SMALL_SEGMENT_BYTES`, under which a run completes.
+    """A limit on reserved bytes under which a run completes, found by bisection.
 
     The limit may be below the peak without one: before the allocator gives up, it returns cached segments to the driver
-    and tries again. The search replays the whole run for each candidate. After a run that fails, the next candidate
-    adds the bytes that were lacking, which is often enough; otherwise the search halves the range.
+    and tries again. The search replays the whole run, the target's own calls of `empty_cache` included, for each
+    candidate, and halves the range between a limit that fails and one that is enough.
+
+    The result is enough; a limit that is lower by at most `SMALL_SEGMENT_BYTES` fails, or is below the peak allocated
+    bytes. The result need not be the smallest: under a lower limit, caches are emptied at other moments, which may
+    leave less fragmentation, so that a run may complete although it fails under a higher limit.
     """
-
-    def run(limit_bytes: int | None) -> Replay:
-        return replay(trace.requested, trace.born, trace.freed, settings=settings, capacity_bytes=limit_bytes)
-
-    free = run(None)
-    least, most, guess = free.peak_allocated - 1, free.peak_reserved, 0
+    free = replay(trace.requested, trace.born, trace.freed, settings=settings, cache_emptied=cache_emptied_in(trace))
+    least, most = free.peak_allocated - 1, free.peak_reserved
     while most - least > SMALL_SEGMENT_BYTES:
-        is_guess = least < guess < most
-        tried = guess if is_guess else (least + most) // 2
-        done = run(tried)
-        if done.oom:
-            lacking = -(-done.oom.requested_bytes // SMALL_SEGMENT_BYTES) * SMALL_SEGMENT_BYTES
-            least, guess = tried, done.oom.reserved_bytes + lacking
+        half = (most - least) // SMALL_SEGMENT_BYTES // 2 * SMALL_SEGMENT_BYTES
+        tried = most - max(half, SMALL_SEGMENT_BYTES)
+        peak = free.peak_reserved_within(tried)
+        if peak is None:
+            least = tried
         else:
-            most = done.peak_reserved  # a limit at the peak of this run would change nothing in it
-            guess = most - SMALL_SEGMENT_BYTES if is_guess else 0
+            most = peak  # a limit at the peak of this run would change nothing in it
     return most
+
+
+def cache_emptied_in(trace: Trace) -> Sequence[int]:
+    """The events of a trace before which the target calls `torch.cuda.empty_cache()`."""
+    emptied: Sequence[int] = trace.meta.get("allocator", {}).get("cache_emptied", ())
+    return emptied
 
 
 def _replayed(

@@ -18,13 +18,13 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from memscope.hooks.work import Work
 from memscope.simulation.answers import UNKNOWN, Answers
+from memscope.simulation.signature import describe_call
 from memscope.simulation.untouched import Untouched
 from memscope.simulation.values import KnownValues, concerns_values, written
 
 __all__ = ["RememberedOperators"]
 
 _CPU = torch.device("cpu")
-_HASHABLE = {int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format}
 _DEPENDS_ON_DATA = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
@@ -81,8 +81,7 @@ class RememberedOperators:
         with torch._C.DisableTorchFunction():  # else every access to a size or stride would go through the modes
             described = (
                 not torch.is_inference_mode_enabled()  # tensors built in it, views too, would be inference tensors
-                and _describe(args, parts, tensors)
-                and (not kwargs or _describe_named(kwargs, parts, tensors))
+                and describe_call(args, kwargs, parts, tensors)
                 and tensors
             )
             key = tuple(parts) if described else None
@@ -139,32 +138,6 @@ _UNUSUAL = object()
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.size(), tensor.stride(), tensor.storage_offset(), tensor.untyped_storage().nbytes()
-
-
-def _describe(values: Any, parts: list[Any], tensors: list[FakeTensor]) -> bool:
-    """Append to `parts` everything that determines the results; return False for unusual values."""
-    for value in values:
-        kind = type(value)
-        if kind is FakeTensor:
-            if value.constant is not None or value.layout is not torch.strided or value.is_neg():
-                return False
-            tensors.append(value)
-            dtype = value.dtype
-            parts += (dtype, value.size(), value.stride(), value.storage_offset(), dtype.is_complex and value.is_conj())
-        elif kind in _HASHABLE:
-            parts += (kind, value)
-        elif kind is list or kind is tuple:
-            parts += (kind, len(value))
-            if not _describe(value, parts, tensors):
-                return False
-        else:
-            return False
-    return True
-
-
-def _describe_named(kwargs: dict[str, Any], parts: list[Any], tensors: list[FakeTensor]) -> bool:
-    parts += kwargs
-    return _describe(kwargs.values(), parts, tensors)
 
 
 def _recipe(func: Any, out: Any, tensors: list[FakeTensor]) -> Any:

@@ -11,6 +11,7 @@ it. Values that rest on assumptions (`memscope.simulation.guesses`) carry them.
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -289,16 +290,22 @@ def concerns_values(func: Any, out: Any) -> bool:
 
 def written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
     """The tensors that an operator changes in place."""
-    unsaid = _WRITTEN_UNSAID.get(str(func))
-    if unsaid:
-        yield from (args[index] for index in unsaid if index < len(args) and isinstance(args[index], Tensor))
+    for index, name in _written_arguments(func):
+        yield from _tensors_in(args[index] if index < len(args) else kwargs.get(name))
+
+
+@functools.cache
+def _written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
+    """Positions and names of the arguments that an operator changes in place."""
     schema = getattr(func, "_schema", None)
-    if schema is None or not schema.is_mutable:
-        return
-    for index, argument in enumerate(schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            given = args[index] if index < len(args) else kwargs.get(argument.name)
-            yield from (leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor))
+    if schema is None:
+        return ()
+    unsaid = _WRITTEN_UNSAID.get(str(func), ())
+    return tuple(
+        (index, argument.name)
+        for index, argument in enumerate(schema.arguments)
+        if index in unsaid or (argument.alias_info is not None and argument.alias_info.is_write)
+    )
 
 
 @contextlib.contextmanager
@@ -309,6 +316,8 @@ def computing() -> Iterator[None]:
 
 
 def _tensors_in(values: Any) -> list[Tensor]:
+    if isinstance(values, Tensor):
+        return [values]
     return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
 
 

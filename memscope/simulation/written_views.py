@@ -12,6 +12,7 @@ Sources: VariableHooks::grad_fn in torch/csrc/autograd/variable.cpp, as_strided_
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +58,7 @@ class WrittenViews:
         self._written = waiting
 
 
+@functools.cache
 def _writes(func: Any) -> bool:
     name = func.__name__  # such as add_.Tensor
     return name[: name.find(".")].endswith("_") and not name.startswith("_")

@@ -67,7 +67,7 @@ def build(config):
         loss=lambda m, x: m(x).square().mean(), optimizer_factory=torch.optim.AdamW, name="mine",
     )
 """
-ON_SMALL = ("--device", "small", "--device-file", "small.toml")
+ON_SMALL = ("--device", "small:480MiB", "--device-file", "small.toml")
 KEYS = {
     "schema_version", "target", "device", "fits", "fit", "peak", "largest", "evidence", "devices", "changes",
     "assumptions", "notes",
@@ -88,7 +88,7 @@ def test_what_does_not_fit_gets_changes_and_a_next_command_that_fits(run, folder
     told = json.loads(out)
     assert set(told) == KEYS
     assert lacking(told, "fit") == []
-    assert (told["schema_version"], told["device"], told["fits"]) == (1, "small", False)
+    assert (told["schema_version"], told["device"], told["fits"]) == (1, "small:480MiB", False)
     assert told["peak"]["device"] == told["peak"]["reserved"] > CAPACITY  # this device has no context
     most = told["largest"]["micro_batch"]
     by_batch = {one["micro_batch"]: one["fits"] for one in told["evidence"]}

@@ -95,6 +95,30 @@ def test_a_list_that_the_user_names_is_refused_where_it_cannot_be_planned() -> N
         advise(towers, budget="30GB", device=DEVICE, layer_list="shared", strategies="adamw:fused,ga:steps=1")
 
 
+def test_a_layer_that_runs_twice_is_a_note_and_the_models_children_are_planned() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.head = nn.ModuleList([Half()]), Half()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.layers[0](self.layers[0](x)))
+
+    def shared() -> Workload:
+        model, batch = nn.ModuleDict({"encoder": Shared(), "top": Half()}), torch.ones(8 * ROWS, WIDTH)
+        return Workload(
+            model, [batch], lambda m, x: m["top"](m["encoder"](x)).square().mean(), torch.optim.AdamW, name="shared"
+        )
+
+    plain = simulate(shared, device=DEVICE, strategies="adamw:fused")
+    budget = int(plain.meta["peak_reserved"]) + DEVICE.context_bytes - 2 * MIB
+    found = advise(shared, budget=budget, device=DEVICE, strategies="adamw:fused,ga:steps=1")
+    assert found.feasible
+    assert found.layers.keys() == {"encoder", "top"}
+    assert found.layers["encoder"] != "none"
+    assert any("is called 2 times, so no list of layers can be planned: each of the" in note for note in found.notes)
+
+
 def test_a_model_of_one_layer_gets_a_plan() -> None:
     def one() -> Workload:
         model, batch = nn.Sequential(Half()), torch.ones(8 * ROWS, WIDTH)

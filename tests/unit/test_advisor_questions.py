@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from memscope import Workload, simulate
+from memscope import Workload, fit, simulate
 from memscope.advisor.advise import advise, budget_of
 from memscope.errors import TargetError, UsageError
 from memscope.strategies.ckpt import LayerPlan
@@ -46,6 +46,22 @@ def test_a_share_needs_a_device() -> None:
 def test_an_unknown_strategy_in_allow_is_refused_with_the_nearest() -> None:
     with pytest.raises(UsageError, match=r'--allow loro: there is no strategy "loro": did you mean "lora"'):
         advise(build, budget="40GB", device=DEVICE, allow=["loro"])
+
+
+def test_what_may_be_assumed_is_said_from_python_too() -> None:
+    def build_reading_its_loss() -> Workload:
+        def loss(model: nn.Module, x: Tensor) -> Tensor:
+            value = model(x).square().mean()
+            return value if value.item() >= 0 else -value
+
+        return Workload(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), [torch.ones(2, 4)], loss, torch.optim.AdamW)
+
+    with pytest.raises(TargetError, match="item"):
+        advise(build_reading_its_loss, budget="30GB", device=DEVICE, assume="refuse")
+    with pytest.raises(UsageError, match='did you mean "refuse"'):
+        advise(build_reading_its_loss, budget="30GB", device=DEVICE, assume="refuze")
+    with pytest.raises(TargetError, match="item"):
+        fit(lambda micro_batch: build_reading_its_loss(), micro_batch=1, device=DEVICE, assume="refuse")
 
 
 def test_a_device_without_rates_is_refused() -> None:

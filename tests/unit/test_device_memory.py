@@ -166,3 +166,17 @@ def test_the_least_reserved_bytes_are_those_of_a_cache_that_is_returned_in_time(
     # Without a limit, each larger request gets a segment of its own, and the smaller ones stay in the cache.
     found = least_reserved(trace_with(*sizes_mib), AllocatorSettings())
     assert least_mib * MIB <= found <= least_mib * MIB + SMALL_SEGMENT_BYTES
+
+
+def test_the_least_reserved_bytes_count_the_caches_that_the_target_empties_itself():
+    # 12 MiB would stay in what is left of the 30 MiB; 31 MiB, a segment of 32, then need more room than after an
+    # empty cache. Events: 30 MiB made and freed, 12 MiB, 31 MiB.
+    built = TraceBuilder()
+    built.phase("forward", 0)
+    built.free(built.new("activation", 30 * MIB))
+    for size in (12, 31):
+        built.new("activation", size * MIB)
+    trace = built.trace()
+    emptied = dataclasses.replace(trace, meta={**trace.meta, "allocator": {"cache_emptied": [2]}})
+    assert least_reserved(trace, AllocatorSettings()) == (30 + 32) * MIB
+    assert least_reserved(emptied, AllocatorSettings()) == (12 + 32) * MIB

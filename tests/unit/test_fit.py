@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from memscope import Workload, fit, simulate
@@ -15,10 +17,12 @@ from memscope.advisor.fit.fit import answer
 from memscope.advisor.fit.fitting import Evidence, Fitting, Largest, Size
 from memscope.advisor.fit.names import SizeNames, size_names
 from memscope.advisor.fit.question import Question
-from memscope.advisor.fit.sizes import Boundary
+from memscope.advisor.fit.sizes import Boundary, told
 from memscope.advisor.measure.runner import Asker, InProcess, Scene
 from memscope.allocator.settings import AllocatorSettings
-from memscope.errors import MemscopeError, UsageError
+from memscope.cli.fit_report import print_fit
+from memscope.errors import MemscopeError, TargetError, UsageError
+from memscope.runs.worker import RunLost
 from memscope.simulation.devices.catalogue import get_device
 
 LIMIT = 1_000_000
@@ -86,6 +90,39 @@ def test_the_search_ends_at_the_most_and_says_why() -> None:
 def test_a_target_that_refuses_a_size_bounds_it() -> None:
     found = largest(Simulations(lambda n: 10.0, most=48), 2)
     assert found == Largest(48, 1, None, "the target refuses 49: at most 48")
+
+
+def test_a_lost_simulation_is_no_refusal_of_the_target() -> None:
+    class Lost(Simulations):
+        def one(self, value: int, whole: bool = False) -> Evidence | MemscopeError:
+            return RunLost("the target took longer than 5.0 s") if value > 48 else super().one(value, whole)
+
+    found = largest(Lost(lambda n: 10.0), 2)
+    assert found == Largest(48, 1, None, "49 has no result, so it may fit: the target took longer than 5.0 s")
+    assert told("49", TargetError("no kernel")) == "49 cannot be simulated: no kernel"
+
+
+@pytest.mark.parametrize("columns", [60, 100])
+def test_a_table_has_the_memory_of_every_size_that_was_simulated(columns: int) -> None:
+    sizes = {Size(1, 512): 1, Size(4, 512): 3, Size(4, 1024): 5}
+    evidence = [
+        Evidence(size, PlanPeak(gib * 2**30, gib * 2**30, gib * 2**30), gib < 4, True) for size, gib in sizes.items()
+    ]
+    found = Fitting(
+        target="mine", device="small:4GiB", capacity_bytes=4 * 2**30, strategies="", asked=evidence[2],
+        micro_batch=Largest(0, 1, 4), seq_len=Largest(512, 512, 1024), evidence=tuple(evidence), devices=(),
+    )  # fmt: skip
+    text = io.StringIO()
+    print_fit(Console(file=text, width=columns), found)
+    lines = [" ".join(line.split()) for line in text.getvalue().replace("│", " ").splitlines()]
+    assert max(map(len, text.getvalue().splitlines())) <= columns
+    if columns == 100:
+        assert {"512 1.00 GiB 3.00 GiB", "1,024 5.00 GiB ×"} <= set(lines)
+    else:  # a block for each length
+        start = lines.index("512")
+        assert lines[start : start + 5] == [
+            "512", "micro-batch 1 1.00 GiB", "micro-batch 4 3.00 GiB", "1,024", "micro-batch 4 5.00 GiB ×",
+        ]  # fmt: skip
 
 
 def test_a_size_that_fits_only_without_some_micro_batches_is_not_the_largest() -> None:

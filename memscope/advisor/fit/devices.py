@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from memscope.advisor.fit.fitting import DeviceFit, holds
 from memscope.advisor.fit.question import Question
 from memscope.advisor.measure.runner import Asker, Probe, Seen
 from memscope.allocator.settings import AllocatorSettings
-from memscope.simulation.device_memory import on_device
+from memscope.simulation.device_memory import cache_emptied_in, on_device
 from memscope.simulation.devices.catalogue import Device
 from memscope.trace import Trace
 
@@ -59,11 +58,6 @@ def _kernels(device: Device) -> tuple[object, ...]:
 
 def _replayed(trace: Trace, device: Device, settings: AllocatorSettings) -> DeviceFit:
     """Whether a device holds the allocations of a trace from one with the same kernels."""
-    placed = on_device(replace(trace, meta=dict(trace.meta)), device, settings, _emptied(trace))
+    placed = on_device(replace(trace, meta=dict(trace.meta)), device, settings, cache_emptied_in(trace))
     needed = int(placed.meta["peak_reserved"]) + device.context_bytes
     return DeviceFit(device.name, device.capacity_bytes or 0, holds(placed), needed)
-
-
-def _emptied(trace: Trace) -> Sequence[int]:
-    emptied: Sequence[int] = trace.meta["allocator"]["cache_emptied"]
-    return emptied

@@ -7,17 +7,18 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from memscope.advisor.advise import DEFAULT_DEVICE, advise
+from memscope.advisor.advise import DEFAULT_DEVICE, Request, advised
 from memscope.advisor.combinations import allowed_names
 from memscope.advisor.fit.devices import devices_that_hold
 from memscope.advisor.fit.fitting import Evidence, Fitting, FittingChange, Largest, Size
 from memscope.advisor.fit.names import SizeNames
 from memscope.advisor.fit.question import Question
-from memscope.advisor.fit.sizes import Boundary
+from memscope.advisor.fit.sizes import Boundary, told
 from memscope.advisor.measure.runner import Asker, InProcess, Probe, Runner, Seen, require
 from memscope.allocator.settings import AllocatorSettings
 from memscope.analysis.notes import notes_of
 from memscope.errors import GateFailed, MemscopeError, UsageError
+from memscope.simulation.assumptions import Assume
 from memscope.simulation.devices.catalogue import Device, get_device
 from memscope.strategies import Plan
 from memscope.trace import Progress, Trace
@@ -40,8 +41,8 @@ def fit(
     strategies: str | Plan = "",
     allow: str | Collection[str] = (),
     allocator: AllocatorSettings | None = None,
-    runner: Runner | None = None,
     progress: Progress | None = None,
+    assume: str | Assume = "",
 ) -> Fitting:
     """Find out whether a training step fits a device, how much larger it may be, and which devices hold it.
 
@@ -56,11 +57,11 @@ def fit(
         allow: names of strategies that change the mathematics and may be proposed if the step does not fit, as for
             `advise`.
         allocator: settings of PyTorch's caching allocator; None: those of `PYTORCH_CUDA_ALLOC_CONF`.
-        runner: runs the simulations; None: one after the other in this process.
         progress: called as `progress(activity, simulations done, simulations known to be needed)`.
+        assume: what to take for values that cannot be known, as for `memscope.simulate`.
 
     Raises:
-        UsageError: the device has no memory limit, or a size, the device or the strategies cannot be used.
+        UsageError: the device has no memory limit, or a size, the device, the strategies or `assume` cannot be used.
         TargetError: the target's code fails, or cannot be simulated.
 
     Examples:
@@ -83,7 +84,8 @@ def fit(
     for name, value in (("micro_batch", micro_batch), ("seq_len", seq_len)):
         if value is not None and (type(value) is not int or value < 1):
             raise UsageError(f"{name}={value!r}: expected a whole number from 1")
-    device = device if isinstance(device, Device) else get_device(device or DEFAULT_DEVICE)
+    text = device.name if isinstance(device, Device) else device or DEFAULT_DEVICE
+    device = device if isinstance(device, Device) else get_device(text)
     settings = AllocatorSettings.from_environment(os.environ) if allocator is None else allocator
     question = Question(
         names=SizeNames("micro_batch", "seq_len"),
@@ -92,9 +94,11 @@ def fit(
         strategies=str(strategies if isinstance(strategies, Plan) else Plan.parse(strategies)),
         allow=allow,
         allocator=settings,
+        device_text=text,
     )
-    asker = Asker(runner or InProcess(build, device, settings), progress or (lambda what, done, needed: None))
-    return answer(question, asker, build)
+    policy = Assume.parse(assume) if isinstance(assume, str) else assume
+    runner = InProcess(build, device, settings, policy)
+    return answer(question, Asker(runner, progress or (lambda what, done, needed: None)), build)
 
 
 def answer(question: Question, asker: Asker, build: Callable[..., Workload]) -> Fitting:
@@ -117,14 +121,13 @@ def answer(question: Question, asker: Asker, build: Callable[..., Workload]) -> 
     fits_as_asked = search.evidence[search.asked]
     micro_batch = search.largest_micro_batch()
     seq_len = None if search.asked.seq_len is None else search.longest_context(trace.meta.get("positions"))
-    if question.grid:
-        search.fill(micro_batch, seq_len)
+    unfilled = search.fill(micro_batch, seq_len) if question.grid else []
     devices, refused = devices_that_hold(trace, question, search.sizes(search.asked), asker)
     changes, notes = ((), []) if fits_as_asked.fits else _changes(question, search, asker, build)
     whole = all(one.is_whole for one in search.evidence.values())
     return Fitting(
         target=str(trace.meta["target"]),
-        device=device.name,
+        device=question.device_text or device.name,
         capacity_bytes=device.capacity_bytes,
         strategies=question.strategies,
         asked=fits_as_asked,
@@ -133,7 +136,7 @@ def answer(question: Question, asker: Asker, build: Callable[..., Workload]) -> 
         evidence=tuple(sorted(search.evidence.values(), key=lambda one: (one.size.seq_len or 0, one.size.micro_batch))),
         devices=devices,
         changes=changes,
-        notes=(*notes_of(trace), *([] if whole else [_DECIDING]), *refused, *notes),
+        notes=(*notes_of(trace), *([] if whole else [_DECIDING]), *unfilled, *refused, *notes),
         assumptions=tuple(trace.meta.get("assumptions", ())),
         settings=trace.meta["settings"],
     )
@@ -215,8 +218,8 @@ class _Search:
         assert allocatable is not None, "checked in `answer`"
         return Boundary(ask, allocatable, unit, most, why_most, {asked: self.evidence[self.asked]}).found()
 
-    def fill(self, micro_batch: Largest, seq_len: Largest | None) -> None:
-        """Simulate combinations of micro-batches and lengths."""
+    def fill(self, micro_batch: Largest, seq_len: Largest | None) -> list[str]:
+        """Simulate combinations of micro-batches and lengths; returns notes on those that have no result."""
         asked = self.asked
         most = max(micro_batch.value, asked.micro_batch)
         batches = sorted({1, asked.micro_batch, (1 + most) // 2, most})
@@ -225,7 +228,8 @@ class _Search:
             longest = max(seq_len.value, asked.seq_len)
             lengths = [*{max(1, asked.seq_len // 2), asked.seq_len, min(2 * asked.seq_len, longest)}]
         sizes = [Size(batch, length) for length in lengths for batch in batches]
-        self.look("combinations", [size for size in sizes if size not in self.evidence], whole=False)
+        found = self.look("combinations", [size for size in sizes if size not in self.evidence], whole=False)
+        return [f"{told(str(size), one)}." for size, one in found.items() if isinstance(one, MemscopeError)]
 
 
 def _changes(
@@ -236,11 +240,12 @@ def _changes(
     capacity = question.device.capacity_bytes
     assert capacity is not None, "checked in `answer`"
     try:
-        advice = advise(
-            lambda: build(**sizes), budget=capacity, device=question.device, strategies=question.strategies,
-            allow=question.allow, allocator=question.allocator, runner=_AtSize(asker.runner, tuple(sizes.items())),
-            progress=asker.progress,
+        request = Request(
+            capacity, question.device, Plan.parse(question.strategies), question.allow, "", question.allocator,
+            other_budgets=False,
         )  # fmt: skip
+        asker = Asker(_AtSize(asker.runner, tuple(sizes.items())), asker.progress)
+        advice = advised(request, asker, lambda: build(**sizes))
     except (UsageError, GateFailed) as error:
         return (), [f"No change was searched that makes it fit: {error}."]
     found = [FittingChange(spec, point.peak.device, point.step_seconds) for spec, point in advice.fitting]

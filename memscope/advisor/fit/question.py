@@ -26,5 +26,7 @@ class Question:
     allocator: AllocatorSettings
     devices: Sequence[Device] = field(default_factory=all_devices)
     """Those to compare."""
+    device_text: str = ""
+    """The device as the user wrote it, such as `t4:300MiB`; empty: its name."""
     grid: bool = False
     """Also simulate combinations of micro-batches and lengths, for a picture."""

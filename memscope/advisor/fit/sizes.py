@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from memscope.advisor.fit.fitting import Evidence, Largest
-from memscope.errors import MemscopeError
+from memscope.errors import MemscopeError, UsageError
+from memscope.runs.worker import RunLost
 
-__all__ = ["Boundary", "SizeAsker"]
+__all__ = ["Boundary", "SizeAsker", "told"]
 
 SizeAsker = Callable[[Sequence[int], bool], Mapping[int, Evidence | MemscopeError]]
 """`ask(values, whole)`: what simulations with these values of a size show; `whole`: with every micro-batch."""
@@ -43,7 +44,7 @@ class Boundary:
     known: dict[int, Evidence] = field(default_factory=dict)
     """What is known before, by value; any values."""
     refused: dict[int, MemscopeError] = field(default_factory=dict)
-    """The values at which the target refused to run."""
+    """The values whose simulations have no result: the target refused them, or failed, or was lost."""
 
     def found(self) -> Largest:
         """Search, and simulate the largest value that fits with every micro-batch."""
@@ -94,8 +95,17 @@ class Boundary:
         if high in self.known:
             return Largest(low, self.unit, high)
         if high in self.refused:
-            return Largest(low, self.unit, None, f"the target refuses {high:,}: {self.refused[high]}")
+            return Largest(low, self.unit, None, told(f"{high:,}", self.refused[high]))
         return Largest(low, self.unit, None, self.why_most)
+
+
+def told(size: str, error: MemscopeError) -> str:
+    """Why a size has no result, for the user."""
+    if isinstance(error, UsageError):
+        return f"the target refuses {size}: {error}"
+    if isinstance(error, RunLost):
+        return f"{size} has no result, so it may fit: {error}"
+    return f"{size} cannot be simulated: {error}"
 
 
 def _crossing(points: Sequence[tuple[int, int]], limit_bytes: float, low: int, high: int, unit: int) -> int:

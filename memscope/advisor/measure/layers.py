@@ -21,6 +21,7 @@ __all__ = ["LayerList", "groups_of", "layer_plan", "uniform"]
 
 _LEAST_SHARE = 0.01
 """Lists that keep a smaller part of what all layers keep for the backward pass get no options."""
+_CHILDREN = "each of the model's direct children is one layer"
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class LayerList:
     """Sentences for the user."""
     is_named: bool = False
     """Whether the user named the lists."""
+    instead: LayerList | None = None
+    """The layers to plan if none of the lists can be planned."""
 
     @property
     def may_recompute_all(self) -> bool:
@@ -66,21 +69,31 @@ class LayerList:
         Raises:
             UsageError: when the model has no list of that name, or no such list and fewer than two such children.
         """
-        notes = []
         try:
             layers = named_layers(model, name)
         except UsageError:
             if name:
                 raise
-            own = [name for name, child in model.named_children() if any(True for _ in child.parameters())]
-            layers = planned_layers(model, own) if own else {}
-            notes.append("the model has no list of repeated layers: each of its direct children is one layer")
-            if len(layers) < 2:
+            own = cls._of_children(model, exactly=exactly)
+            if own is None:
                 raise UsageError(
                     f"{type(model).__name__} has no repeated layers, and fewer than two direct children with "
                     "parameters: name a list of modules with --layer-list NAME"
                 ) from None
+            return replace(own, notes=(f"the model has no list of repeated layers: {_CHILDREN}", *own.notes))
+        own = None if name else cls._of_children(model, exactly=exactly)
+        return replace(cls._of_modules(model, layers, exactly=exactly), is_named=bool(name), instead=own)
+
+    @classmethod
+    def _of_children(cls, model: nn.Module, *, exactly: bool) -> LayerList | None:
+        """The direct children with parameters; None if they are fewer than two."""
+        names = [name for name, child in model.named_children() if any(True for _ in child.parameters())]
+        return None if len(names) < 2 else cls._of_modules(model, planned_layers(model, names), exactly=exactly)
+
+    @classmethod
+    def _of_modules(cls, model: nn.Module, layers: Mapping[str, nn.Module], *, exactly: bool) -> LayerList:
         may = tuple(not (exactly and keeps_statistics(layer)) for layer in layers.values())
+        notes = []
         if not all(may):
             notes.append(
                 f"{may.count(False)} of {len(may)} layers have batch norm and are not recomputed, because that updates "
@@ -89,10 +102,12 @@ class LayerList:
         children = tuple(tuple(child_options(layer)) for layer in layers.values())
         lists = tuple(list_of(model, name) for name in layers)
         kinds = tuple(map(type, layers.values()))
-        return cls(tuple(layers), lists, kinds, children, may, (True,) * len(may), tuple(notes), bool(name))
+        return cls(tuple(layers), lists, kinds, children, may, (True,) * len(may), tuple(notes))
 
     def in_call_order(self, trace: Trace) -> LayerList:
         """The same layers in the order in which they are called, without lists that cannot be planned.
+
+        If none can be planned, the layers `instead`, whose calls are in no trace yet.
 
         Plans need layers that run once each, one after the other. Of several lists, those whose layers do not, and
         those that keep next to nothing, are left out with a note.
@@ -101,16 +116,19 @@ class LayerList:
             trace: a step without checkpoints, in which the calls of all layers were recorded (`calls_of`).
 
         Raises:
-            UsageError: when no list is left.
+            UsageError: when no list is left, and there are no layers `instead`.
         """
         called = _calls(trace)
         list_of_layer = dict(zip(self.names, self.lists, strict=True))
         reasons = _unplannable(list_of_layer, called)
         if reasons.keys() >= set(self.lists):
+            why = f"in one forward pass {next(iter(reasons.values()))}"
+            if self.instead:
+                note = f"{why}, so no list of layers can be planned: {_CHILDREN}"
+                return replace(self.instead, notes=(note, *self.instead.notes))
             raise UsageError(
-                f"the layers {self.names[0]} to {self.names[-1]} form no chain: in one forward pass "
-                f"{next(iter(reasons.values()))}. Plans need layers that run once each, in order; name another list "
-                "with --layer-list"
+                f"the layers {self.names[0]} to {self.names[-1]} form no chain: {why}. Plans need layers that run once "
+                "each, in order; name another list with --layer-list"
             )
         if not self.is_named:
             reasons |= _light(

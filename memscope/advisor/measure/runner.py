@@ -14,10 +14,12 @@ from memscope.allocator.settings import AllocatorSettings
 from memscope.analysis.cost import step_seconds
 from memscope.errors import MemscopeError
 from memscope.runs.processes import Workers, cores, workers
+from memscope.simulation.device_memory import least_reserved
 from memscope.simulation.devices.catalogue import Device, get_device, load_devices
 from memscope.trace import Phase, Progress, Trace
 
 if TYPE_CHECKING:
+    from memscope.simulation.assumptions import Assume
     from memscope.strategies.ckpt import LayerPlan
     from memscope.workload.description import Workload
     from memscope.workload.micro_batches import MicroBatch
@@ -71,6 +73,13 @@ class Seen:
     """The micro-batches of the last step that were run."""
     elements: tuple[int, ...]
     """Elements of the tensors of every micro-batch of the step."""
+    _least: dict[AllocatorSettings, int] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def least_reserved(self, settings: AllocatorSettings) -> int:
+        """The limit on reserved bytes that `memscope.simulation.device_memory.least_reserved` finds for the trace."""
+        if settings not in self._least:
+            self._least[settings] = least_reserved(self.trace, settings)
+        return self._least[settings]
 
     @property
     def is_whole(self) -> bool:
@@ -162,7 +171,7 @@ class InProcess:
     """As for `memscope.simulate`; a function is given the `sizes` of a probe by name."""
     device: Device
     allocator: AllocatorSettings | None = None
-    assume: str = ""
+    assume: str | Assume = ""
     """As for `memscope.simulate`."""
     width: ClassVar[int] = 1
 
