@@ -32,7 +32,7 @@ from memscope.units import format_bytes, parse_budget
 from memscope.workload.building import build_workload
 from memscope.workload.description import Workload
 
-__all__ = ["DEFAULT_DEVICE", "Request", "advise", "advised", "budget_of"]
+__all__ = ["DEFAULT_DEVICE", "AdviceRequest", "advise", "advised", "budget_of"]
 
 DEFAULT_DEVICE = "a100-80gb"
 """The device whose kernels and rates are assumed by default."""
@@ -61,7 +61,7 @@ def budget_of(text: str, device: Device, *, named: bool) -> int:
 
 
 @dataclass(frozen=True)
-class Request:
+class AdviceRequest:
     """What an advice is asked for."""
 
     budget_bytes: int
@@ -130,7 +130,7 @@ def advise(
     device = device if isinstance(device, Device) else get_device(device or DEFAULT_DEVICE)
     settings = AllocatorSettings.from_environment(os.environ) if allocator is None else allocator
     policy = Assume.parse(assume) if isinstance(assume, str) else assume
-    request = Request(
+    request = AdviceRequest(
         budget_bytes=budget_of(budget, device, named=named) if isinstance(budget, str) else budget,
         device=device,
         strategies=Plan.parse(strategies) if isinstance(strategies, str) else strategies,
@@ -142,7 +142,7 @@ def advise(
     return advised(request, Asker(runner, progress or (lambda what, done, needed: None)), workload)
 
 
-def advised(request: Request, asker: Asker, workload: Workload | Callable[[], Workload]) -> Advice:
+def advised(request: AdviceRequest, asker: Asker, workload: Workload | Callable[[], Workload]) -> Advice:
     """The advice on a workload, with the simulations that `asker` runs.
 
     Raises:

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from memscope.advisor.advice import Advice
-from memscope.advisor.advise import DEFAULT_DEVICE, Request, advised, budget_of
+from memscope.advisor.advise import DEFAULT_DEVICE, AdviceRequest, advised, budget_of
 from memscope.advisor.emit import TOOLS, emit
 from memscope.advisor.measure.runner import Asker, Scene, side_by_side
 from memscope.allocator.settings import AllocatorSettings
@@ -192,7 +192,7 @@ def _advised(options: AdviseOptions) -> tuple[Advice, Scene, bool]:
     timeout = None if options.timeout is None else parse_seconds(options.timeout)
     Assume.parse(options.assume)
     scene = Scene(target, preset, settings, device.name, file, options.allocator, timeout, options.assume)
-    request = Request(
+    request = AdviceRequest(
         budget_bytes=budget_of(options.budget, device, named=options.device is not None),
         device=device,
         strategies=Plan.parse(options.strategies),

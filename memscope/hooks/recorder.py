@@ -84,6 +84,9 @@ class Recorder:
         4194304
     """
 
+    _optimizer: torch.optim.Optimizer | None
+    _calls: ModuleCalls | None
+
     def __init__(
         self,
         model: nn.Module,
@@ -128,7 +131,7 @@ class Recorder:
         self._modules = ModuleStack(
             *models, on_call=self._call_begins, on_return=self._call_ends, on_unknown=self._unknown_call_begins
         )
-        self._optimizer: torch.optim.Optimizer | None = None
+        self._optimizer = None
         self._watch = watch_of(device)
         self._ran_out = False
         self._tracker = tracker = StorageTracker(
@@ -145,7 +148,7 @@ class Recorder:
         self._optimizers = OptimizerNamer(
             self._lifetimes, self._modules, before=self._optimizer_begins, after=self._optimizer_ends, on_gpu=on_gpu
         )
-        self._calls: ModuleCalls | None = None
+        self._calls = None
         self._scopes = contextlib.ExitStack()
         self._step_done, self._model_returned = True, False
         self._before_inference: Phase | None = None

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from memscope.advisor.advise import DEFAULT_DEVICE, Request, advised
+from memscope.advisor.advise import DEFAULT_DEVICE, AdviceRequest, advised
 from memscope.advisor.combinations import allowed_names
 from memscope.advisor.fit.devices import devices_that_hold
 from memscope.advisor.fit.fitting import Evidence, Fitting, FittingChange, Largest, Size
@@ -240,7 +240,7 @@ def _changes(
     capacity = question.device.capacity_bytes
     assert capacity is not None, "checked in `answer`"
     try:
-        request = Request(
+        request = AdviceRequest(
             capacity, question.device, Plan.parse(question.strategies), question.allow, "", question.allocator,
             other_budgets=False,
         )  # fmt: skip

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from memscope.allocator.settings import AllocatorSettings
+from memscope.hooks.kernels import Kernels
 from memscope.hooks.storages import StorageTracker
 from memscope.hooks.work import Execute, WorkDone
 from memscope.simulation.answers import Answers
@@ -75,7 +76,7 @@ class SimulatedMachine:
         self._link = link = Link(operators, device)
         self._placed = PlacedOperators(self._places, WrittenViews(link), values, self._assumptions)
         self.execute: Execute = PlainAutograd(self._placed) if self._on_gpu else self._placed
-        self.kernels = PlacedKernels(self._places, self._workspaces) if self._on_gpu else None
+        self.kernels: Kernels | None = PlacedKernels(self._places, self._workspaces) if self._on_gpu else None
         self._calls = ProgramCalls(self._places, link)
         self._gpu = VisibleGpu(device, settings, partial(tensors_of_a_program, self._places, self._calls))
         self.notes = self._gpu.notes

@@ -70,8 +70,6 @@ def _built(cls: Any, name: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     model: nn.Module = cls._from_config(config, dtype=_dtype(dtype, config, name), **attention)
     for module, kept in _kept_in_float32(model):
         module.to(kept)
-    if hasattr(model, "tie_weights"):
-        model.tie_weights()
     model.eval()
     return _placed(model, device_map)
 
@@ -126,7 +124,7 @@ def _on_host(places: Places, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
 
 def _kept_in_float32(model: nn.Module) -> list[tuple[nn.Module, torch.dtype]]:
     """Modules that stay in float32 whatever the dtype. Source: `_get_dtype_plan` in modeling_utils.py (5.23)."""
-    plan = getattr(model, "_get_dtype_plan", None)
+    plan: Any = getattr(model, "_get_dtype_plan", None)
     kept = plan(model.dtype) if plan else {}
     return [
         (module, dtype)
