@@ -105,9 +105,9 @@ class Search:
         Raises:
             UsageError: when no layers can be planned.
         """
-        instead = self.layers.instead
-        self._plan_for(self.layers.in_call_order(next(iter(self.tried.plain.values())).trace))
-        if instead and self.layers.names == instead.names:
+        before = self.layers
+        self._plan_for(before.in_call_order(next(iter(self.tried.plain.values())).trace))
+        if before.instead and not self.layers.instead:
             self.tried.plain = self.tried.simulated([Plan.parse(text) for text in self.tried.plain])
             self.order_layers()
 

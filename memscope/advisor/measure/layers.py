@@ -171,8 +171,10 @@ class LayerList:
 
 
 def _calls(trace: Trace) -> list[dict[str, Any]]:
-    """The calls of layers in one forward pass of the last step."""
-    rows = trace.meta["calls"]
+    """The calls of layers in one forward pass of the last step; none if the model only calls their `forward`."""
+    rows = trace.meta.get("calls", [])
+    if not rows:
+        return []
     last = rows[-1]["step"], rows[-1]["micro_batch"]
     return [row for row in rows if (row["step"], row["micro_batch"]) == last]
 
