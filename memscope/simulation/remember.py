@@ -77,7 +77,7 @@ class RememberedOperators:
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Work]:
         """Return the result of `func(*args, **kwargs)` and its work, computed or remembered."""
         tensors: list[FakeTensor] = []
-        parts: list[Any] = [func]
+        parts: list[Any] = [func, torch.get_default_dtype()]  # the dtype of a quotient of integers, say
         with torch._C.DisableTorchFunction():  # else every access to a size or stride would go through the modes
             described = (
                 not torch.is_inference_mode_enabled()  # tensors built in it, views too, would be inference tensors

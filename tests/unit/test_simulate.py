@@ -198,3 +198,20 @@ def test_weights_drawn_from_a_truncated_normal_distribution_are_simulated(bound)
 
     assert simulate(build).peak.allocated_bytes > 0
     assert nn.init.trunc_normal_(torch.zeros(1000), a=-bound, b=bound).abs().max() <= bound  # afterwards as before
+
+
+def test_a_default_dtype_that_the_target_changes_decides_the_dtype_of_quotients_of_integers():
+    found = []
+
+    def loss(model, x):
+        count = (x > 0).sum()
+        found.append((count / 2).dtype)
+        torch.set_default_dtype(torch.float64)
+        try:
+            found.append((count / 2).dtype)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        return model(x).square().mean()
+
+    simulate(workload(loss=loss), device="cpu", steps=1)
+    assert found == [torch.float32, torch.float64]
