@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from memscope.analysis.cost import step_seconds
+from memscope.analysis.cost import last_step_seconds
 from memscope.analysis.fit import Fit, fit_of
 from memscope.analysis.ledger import ledger
 from memscope.errors import UsageError, excerpt, nearest
@@ -158,12 +158,12 @@ def _step_seconds(trace: Trace, whose: str) -> tuple[Fraction, bool]:
     measured = trace.meta.get("seconds")
     if measured:
         return Fraction(measured[-1]), False
-    phases = step_seconds(trace, trace.steps[-1]) if trace.steps else None
-    if phases is None:
+    seconds = last_step_seconds(trace)
+    if seconds is None:
         raise UsageError(
             f"{whose} has no value for step_time: it was not measured, and its device has no time estimate"
         )
-    return Fraction(sum(phases.values())), True
+    return Fraction(seconds), True
 
 
 def format_value(key: str, value: Fraction) -> str:

@@ -15,6 +15,7 @@ __all__ = [
     "module_seconds",
     "operator_costs",
     "step_seconds",
+    "total_seconds",
 ]
 
 COLUMNS = ("step", "micro_batch", "phase", "module", "op", "calls", "flops", "bytes", "seconds")
@@ -59,8 +60,12 @@ def last_step_seconds(trace: Trace) -> float | None:
     """Seconds of the last step: measured if the step really ran, else estimated; None if neither is known."""
     if trace.meta.get("seconds"):
         return float(trace.meta["seconds"][-1])
-    estimate = step_seconds(trace, trace.steps[-1]) if trace.steps else None
-    return None if estimate is None else sum(estimate.values())
+    return total_seconds(step_seconds(trace, trace.steps[-1]) if trace.steps else None)
+
+
+def total_seconds(phases: dict[Phase, float] | None) -> float | None:
+    """Estimated seconds of a step, without inference: evaluation and generation stand between steps."""
+    return None if phases is None else sum(seconds for phase, seconds in phases.items() if phase != "inference")
 
 
 def module_seconds(

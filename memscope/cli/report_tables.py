@@ -14,7 +14,7 @@ from rich.text import Text
 from memscope.analysis.agreement import Agreement, agreements
 from memscope.analysis.alive import largest, occasion
 from memscope.analysis.chosen import chosen_settings
-from memscope.analysis.cost import last_step_seconds, step_seconds
+from memscope.analysis.cost import last_step_seconds, step_seconds, total_seconds
 from memscope.analysis.effects import ROWS, TITLES, Column, Effect, Run, Table1
 from memscope.analysis.fit import KNOWN_ERROR, fit_of
 from memscope.analysis.inferred import marked
@@ -172,7 +172,7 @@ def _peaks(runs: Sequence[Run]) -> Table:
 def estimated_seconds(trace: Trace) -> dict[str, Any] | None:
     """Estimated seconds of the last step, as `step`, and of its `phases`; None where there is no estimate."""
     phases = step_seconds(trace, trace.steps[-1]) if trace.steps else None
-    return None if phases is None else {"step": sum(phases.values()), "phases": phases}
+    return None if phases is None else {"step": total_seconds(phases), "phases": phases}
 
 
 def _ledgers(runs: Sequence[Run]) -> Table:

@@ -62,7 +62,7 @@ class Recorder:
 
     The recorder recognizes phases, steps and micro-batches: a forward pass by a call of the model, or of one of its
     modules, with gradients enabled; a backward pass by the autograd engine; the optimizer by its `step`; `inference` by
-    a call of the model without gradients. Everything in between is `outside`. A step ends after `optimizer.step()`,
+    a call of the model without gradients between steps. Everything in between is `outside`. A step ends after `optimizer.step()`,
     when the next forward pass begins.
 
     A recorder is also a `StepObserver`: `run_step` reports the phases that cannot be recognized. Hooks are removed on
@@ -237,7 +237,7 @@ class Recorder:
             elif here.saw_backward:
                 here.micro_batch += 1
             self._move_to("forward")
-        else:  # validation, generation or a teacher: no backward pass can follow
+        elif self._step_done:  # validation or generation; within a step, it is a part of the step
             self._before_inference = here.base_phase
             self._move_to("inference")
 
