@@ -1,8 +1,8 @@
 """What `memscope profile -- python train.py` costs, beside the same training written as a target.
 
-The Trainer of transformers on a configuration of LLaMA-7B (2 sequences of 2,048 tokens, twice accumulated, bf16 autocast,
-gradient checkpointing), its target `hf:FOLDER` with the same settings, and a script in the manner of nanoGPT. Each
-command starts from the shell, with the imports of its libraries, and its bounds are those of two quiet cores.
+The Trainer of transformers on a configuration of LLaMA-7B (2 sequences of 2,048 tokens, twice accumulated, bf16
+autocast, gradient checkpointing), its target `hf:FOLDER` with the same settings, and a script in the manner of nanoGPT.
+Each command starts from the shell, with the imports of its libraries; the bounds are those of two quiet cores.
 """
 
 from __future__ import annotations

@@ -62,8 +62,8 @@ class Recorder:
 
     The recorder recognizes phases, steps and micro-batches: a forward pass by a call of the model, or of one of its
     modules, with gradients enabled; a backward pass by the autograd engine; the optimizer by its `step`; `inference` by
-    a call of the model without gradients between steps. Everything in between is `outside`. A step ends after `optimizer.step()`,
-    when the next forward pass begins.
+    a call of the model without gradients between two steps. Everything else is `outside`. A step ends after
+    `optimizer.step()`, when the next forward pass begins.
 
     A recorder is also a `StepObserver`: `run_step` reports the phases that cannot be recognized. Hooks are removed on
     leaving, also after an exception; only training changes the model.
