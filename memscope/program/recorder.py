@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from memscope.hooks.kernels import Kernels
 from memscope.hooks.recorder import Recorder
 from memscope.hooks.work import Execute
 from memscope.program.models import model_of
+from memscope.trace import Trace
 
 __all__ = ["ProgramRecorder"]
 
@@ -69,6 +71,17 @@ class ProgramRecorder(Recorder):
     def steps(self) -> int:
         """Optimizer steps done by the optimizer that has done most."""
         return max(self._steps_of.values(), default=0)
+
+    def trace(self) -> Trace:
+        """See `Recorder.trace`. With several models, the modules of the first have its class's name before theirs."""
+        trace = super().trace()
+        models = list(self._modules.models.values())
+        if len(models) < 2:
+            return trace
+        first = {name for name, _ in models[0].named_modules() if name}
+        kind = type(models[0]).__name__
+        names = tuple(f"{kind}.{name}" if name in first else name for name in trace.modules)
+        return replace(trace, modules=names)
 
     def _unknown_call_begins(self, module: nn.Module) -> None:
         if next(module.parameters(), None) is None:  # a loss, say
