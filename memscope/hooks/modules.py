@@ -122,7 +122,7 @@ class ModuleStack:
 
     def __enter__(self) -> ModuleStack:
         self._hooks = [
-            register_module_forward_pre_hook(self._enter),
+            register_module_forward_pre_hook(self.enter_call),
             register_module_forward_hook(self._leave, always_call=True),
         ]
         return self
@@ -132,7 +132,8 @@ class ModuleStack:
             hook.remove()
         self._hooks, self.stack, self._of_model_at_work, self.current = [], [], 0, 0
 
-    def _enter(self, module: nn.Module, args: Any) -> None:
+    def enter_call(self, module: nn.Module, args: Any = ()) -> None:
+        """A module is called: its hook says so, or for a call that has already begun, the recorder."""
         code = self._of_module.get(id(module))
         if code is None and not self.stack and _current_task() < 0:
             self._on_unknown(module)

@@ -72,6 +72,10 @@ class ProgramRecorder(Recorder):
         """Optimizer steps done by the optimizer that has done most."""
         return max(self._steps_of.values(), default=0)
 
+    def call_has_begun(self, module: nn.Module) -> None:
+        """Follow a call that began before the recorder was entered, and ends after."""
+        self._modules.enter_call(module)
+
     def trace(self) -> Trace:
         """See `Recorder.trace`. With several models, the modules of the first have its class's name before theirs."""
         trace = super().trace()

@@ -102,6 +102,7 @@ class ProgramWatch:
     def _begin_recording(self, module: nn.Module, inputs: Any) -> None:
         self._first_call.remove()
         self._scopes.enter_context(self._recorder)
+        self._recorder.call_has_begun(module)  # PyTorch runs the hooks that there were when the call began
 
     def _step_begins(self, done: int) -> None:
         """A step begins after `done` others."""

@@ -1,0 +1,61 @@
+"""What is watched in a program's own process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from memscope.hooks import recorder as hooks_recorder
+from memscope.program import watch
+from memscope.program.request import Request
+from memscope.trace import PHASES
+
+
+def request(folder: Path, **changes: object) -> Request:
+    values = {
+        "device": "cpu", "simulated": False, "device_file": None, "allocator": None, "assume": "", "steps": 1,
+        "strategies": "", "folder": str(folder), "command": ("python", "train.py"),
+    }  # fmt: skip
+    return Request(**{**values, **changes})  # type: ignore[arg-type]
+
+
+class Enough(BaseException):
+    pass
+
+
+def stop() -> None:
+    raise Enough
+
+
+def test_on_a_gpu_the_first_call_is_followed_although_recording_begins_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "require_gpu", lambda: None)
+    monkeypatch.setattr(hooks_recorder, "watch_of", lambda device: None)  # of the allocator, which needs a GPU
+    watching = watch.begin(request(tmp_path, device="cuda"), stop)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+    with pytest.raises(Enough):
+        for _ in range(2):
+            loss = model(torch.ones(2, 4)).square().mean()
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)  # built after the first call
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    trace = watching.finish(None)
+    assert trace is not None
+    assert trace.modules[:3] == ("(model)", "0", "1")
+    forward = trace.phase == PHASES.index("forward")
+    assert trace.by("module", at="peak")["1"] >= 8 * 2 * 4 + 2 * 4
+    assert [int(size) for size in trace.size[forward]] == [2 * 4 * 4, 2 * 8 * 4, 2 * 2 * 4]  # input, results
+    assert watching.steps == 1
+
+
+def test_a_process_that_only_evaluates_leaves_no_trace(tmp_path: Path) -> None:
+    watching = watch.begin(request(tmp_path), stop)
+    with torch.no_grad():
+        nn.Linear(4, 4)(torch.ones(1, 4))
+    assert watching.finish(None) is None
+    assert not watching.has_claimed
