@@ -37,13 +37,17 @@ def test_on_a_gpu_the_first_call_is_followed_although_recording_begins_in_it(
     monkeypatch.setattr(hooks_recorder, "watch_of", lambda device: None)  # of the allocator, which needs a GPU
     watching = watch.begin(request(tmp_path, device="cuda"), stop)
     model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
-    with pytest.raises(Enough):
+
+    def train() -> None:
         for _ in range(2):
             loss = model(torch.ones(2, 4)).square().mean()
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1)  # built after the first call
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
+
+    with pytest.raises(Enough):
+        train()
     trace = watching.finish(None)
     assert trace is not None
     assert trace.modules[:3] == ("(model)", "0", "1")
