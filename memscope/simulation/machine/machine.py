@@ -31,6 +31,7 @@ from memscope.simulation.facade.imports import imports_see_the_machine
 from memscope.simulation.facade.visible_gpu import VisibleGpu
 from memscope.simulation.fake_tensors import StandIns, fake_tensors_train
 from memscope.simulation.host import Link
+from memscope.simulation.machine.distributed import one_process
 from memscope.simulation.machine.libraries import ChangedLibraries, merged
 from memscope.simulation.machine.loaders import loaders_stay_here
 from memscope.simulation.machine.moves import ProgramCalls
@@ -105,7 +106,11 @@ class SimulatedMachine:
             scopes.enter_context(weights_are_fake(self._places))
             scopes.enter_context(loaders_stay_here(self._note))
             scopes.enter_context(Saving(self._places, self._note))
-            changes = merged(without_side_effects(self._note), pretrained_without_weights(self._places, self._note))
+            changes = merged(
+                without_side_effects(self._note),
+                pretrained_without_weights(self._places, self._note),
+                one_process(self._note),
+            )
             libraries = scopes.enter_context(ChangedLibraries(changes))
             if self._on_gpu:
                 packages = scopes.enter_context(VisiblePackages(self._device, self._note))
