@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from functools import cache
 
-from memscope import simulate
+from memscope import Plan, simulate
 from memscope.advisor.advice import Advice
-from memscope.advisor.advise import advise
-from memscope.advisor.measure.runner import InProcess
+from memscope.advisor.advise import AdviceRequest, advised
+from memscope.advisor.measure.runner import Asker, InProcess
+from memscope.allocator.settings import AllocatorSettings
 from memscope.simulation.devices.catalogue import get_device
 from tests.remembering import Remembering
 from tests.small_chain import build
@@ -21,9 +22,15 @@ _RUNNER = Remembering(InProcess(build, DEVICE))
 
 @cache
 def advice(budget_bytes: int, allow: tuple[str, ...] = (), strategies: str = "adamw:fused,ga:steps=1") -> Advice:
-    return advise(
-        build, budget=budget_bytes + CONTEXT, device=DEVICE, strategies=strategies, allow=allow, runner=_RUNNER
+    request = AdviceRequest(
+        budget_bytes=budget_bytes + CONTEXT,
+        device=DEVICE,
+        strategies=Plan.parse(strategies),
+        allow=allow,
+        layer_list="",
+        allocator=AllocatorSettings(),
     )
+    return advised(request, Asker(_RUNNER, lambda what, done, needed: None), build)
 
 
 @cache

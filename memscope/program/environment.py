@@ -11,7 +11,7 @@ from memscope.program.scratch import Scratch
 
 __all__ = ["environment_of"]
 
-_SITE = Path(__file__).parent / "site"
+_SITE = Path(__file__).parent / "_site"
 
 _SERVICES_OFF = {
     "WANDB_MODE": "disabled",  # docs.wandb.ai/guides/track/environment-variables

@@ -146,7 +146,12 @@ SLEEPS = "import os, time; print('pid', os.getpid(), flush=True); time.sleep(600
 def test_ctrl_c_ends_the_program_with_one_line(tmp_path):
     command = [sys.executable, "-m", "memscope", "profile", "--device", "cpu", "--", sys.executable, "-c", SLEEPS]
     with subprocess.Popen(
-        command, cwd=tmp_path, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True
+        command,
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     ) as memscope:
         pid = int(memscope.stderr.readline().split()[1])
         memscope.send_signal(signal.SIGINT)

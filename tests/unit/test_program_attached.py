@@ -25,7 +25,7 @@ from memscope.program.scratch import Scratch
 from memscope.simulation.devices.catalogue import get_device
 from memscope.testing import toy_workload
 
-SITE = Path(launching.__file__).parent / "site"
+SITE = Path(launching.__file__).parent / "_site"
 
 
 @pytest.fixture
