@@ -349,6 +349,7 @@ class Recorder:
                 "total": sum(p.numel() for p in parameters),
                 "trainable": sum(p.numel() for p in parameters if p.requires_grad),
             },
+            "models": {name: type(model).__name__ for name, model in self._modules.models.items()},
             "flops": [self.work.flops_of_step(step) for step in steps],
             "seconds": self._seconds,
             **({"calls": self._calls.rows} if self._calls and self._calls.rows else {}),
