@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -37,8 +37,8 @@ class PhasePeak:
     reserved_bytes: int | None
     """Most reserved bytes during the phase, in any step; None for a run without an allocator that reserves."""
     kept: Mapping[str, int] = field(default_factory=dict)
-    """Of `inference`: bytes alive at its peak that earlier calls of a model without gradients made, such as a KV cache,
-    by module, largest first; names that differ only in a layer's index are merged."""
+    """Of `inference`: what calls of a model without gradients keep for later calls, such as a KV cache, when that is
+    most: bytes by module, largest first; names that differ only in a layer's index are merged."""
 
     @property
     def at(self) -> str:
@@ -59,12 +59,11 @@ def phase_peaks(trace: Trace) -> tuple[PhasePeak, ...]:
         here = PhasePeak(phase, step, event, int(trace.allocated[event]), reserved)
         before = found.get(phase)
         if before is None or here.allocated_bytes > before.allocated_bytes:
-            kept = _kept(trace, event, first) if phase == "inference" else {}
-            found[phase] = PhasePeak(phase, step, event, here.allocated_bytes, _most(before, reserved), kept)
+            found[phase] = replace(here, reserved_bytes=_most(before, reserved))
         else:
-            found[phase] = PhasePeak(
-                phase, before.step, before.event, before.allocated_bytes, _most(before, reserved), before.kept
-            )
+            found[phase] = replace(before, reserved_bytes=_most(before, reserved))
+    if "inference" in found:
+        found["inference"] = replace(found["inference"], kept=_kept(trace))
     return tuple(found[phase] for phase in PHASES if phase in found)
 
 
@@ -92,8 +91,8 @@ def about_phases(trace: Trace) -> Iterator[str]:
             listed = [f"{name or '(no module)'} {format_bytes(size)}" for name, size in one.kept.items()]
             more = ["…"] if len(listed) > _MOST_MODULES else []
             yield (
-                f"at its peak, inference holds {format_bytes(sum(one.kept.values()))} of its earlier calls, such as a "
-                f"KV cache: {', '.join([*listed[:_MOST_MODULES], *more])}"
+                f"inference keeps up to {format_bytes(sum(one.kept.values()))} from one call of a model to the next, "
+                f"such as a KV cache: {', '.join([*listed[:_MOST_MODULES], *more])}"
             )
 
 
@@ -112,13 +111,22 @@ def _most(before: PhasePeak | None, reserved: int | None) -> int | None:
     return max(before.reserved_bytes, reserved)
 
 
-def _kept(trace: Trace, event: int, call: int) -> dict[str, int]:
-    """Bytes by module that were made by inference before the event at which a call begins."""
-    alive = trace.at(event)
-    earlier = alive[(trace.phase[alive] == _INFERENCE) & (trace.born[alive] < call)]
-    earlier = earlier[~np.isin(trace.category[earlier], _OF_NO_CALL)]
+def _kept(trace: Trace) -> dict[str, int]:
+    """Bytes by module that calls without gradients keep for later ones, at the moment when they are most."""
+    ends = np.append(trace.mark_event[1:], trace.events)
+    made = (trace.phase == _INFERENCE) & ~np.isin(trace.category, _OF_NO_CALL)
+    within = np.searchsorted(trace.mark_event, trace.born, side="right") - 1
+    since = ends[np.maximum(within, 0)]
+    until = np.where(trace.freed < 0, trace.events, trace.freed)
+    rows = np.flatnonzero(made & (since < until))
+    change = np.zeros(trace.events + 1, dtype=np.int64)
+    np.add.at(change, since[rows], trace.size[rows])
+    np.add.at(change, until[rows], -trace.size[rows])
+    kept = change.cumsum()
+    calls = [(a, b) for mark, a, b in _stretches(trace) if trace.mark_phase[mark] == _INFERENCE]
+    event = max((a + int(np.argmax(kept[a:b])) for a, b in calls), key=lambda at: int(kept[at]), default=0)
     sizes: dict[str, int] = {}
-    for row in earlier.tolist():
+    for row in rows[(since[rows] <= event) & (event < until[rows])].tolist():
         name = together(trace.modules[int(trace.module[row])])
         sizes[name] = sizes.get(name, 0) + int(trace.size[row])
     return dict(sorted(sizes.items(), key=lambda item: -item[1]))
