@@ -16,9 +16,10 @@ from memscope.analysis.fit import fit_of
 from memscope.analysis.inferred import marked
 from memscope.analysis.ledger import Ledger, ledger
 from memscope.analysis.notes import notes_of
-from memscope.analysis.ran_out import ran_out
+from memscope.analysis.ran_out import about_fragments, ran_out
 from memscope.dashboards.allocator import look
 from memscope.dashboards.allocator_card import allocator_part
+from memscope.dashboards.course_card import phases_part, steps_part
 from memscope.dashboards.detail import curve_data, events_to_hold
 from memscope.dashboards.head import device_of, how_made
 from memscope.dashboards.html import Section, card, code, facts, fold, packed, swatch, table
@@ -77,6 +78,10 @@ def run_section(run: Run, key: str, room: Room, *, opened: bool) -> Section:
         _timeline(run, room.positions),
         _alive(trace, key, room, opened=opened),
     ]
+    for name, title, part in (("phases", "Phases", phases_part), ("steps", "Steps", steps_part)):
+        if html := part(trace, f"{key}-{name}"):
+            parts.append((name, title))
+            body.append(html)
     if found := ledger(trace):
         parts.append(("ledger", "Ledger"))
         body.append(_ledger(found, f"{key}-ledger"))
@@ -116,6 +121,7 @@ def _notes(trace: Trace) -> Iterator[str]:
     """Everything inexact about the trace, and everything that went wrong in the run."""
     if trace.meta.get("out_of_memory"):
         yield f"Does not fit: {ran_out(trace)}."
+        yield from (f"When it ran out of memory, {text}." for text in about_fragments(trace))
     yield from notes_of(trace)
     match trace.meta.get("imported"):
         case {"notes": [*notes]}:

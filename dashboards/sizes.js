@@ -21,7 +21,9 @@ const together = (module) => module.replace(/\.\d+(?=\.|$)/g, ".*");
 const escaped = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
 
 function occasion(step, phase) {
-  return step < 0 ? PHASES[phase] : `step ${step} · ${PHASES[phase]}`;
+  if (step >= 0) return `step ${step} · ${PHASES[phase]}`;
+  const before = { setup: "setup", outside: "before step 0" };
+  return before[PHASES[phase]] ?? `before step 0 · ${PHASES[phase]}`;
 }
 
 function add(sums, key, value) {

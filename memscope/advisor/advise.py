@@ -15,13 +15,12 @@ from memscope.advisor.measure.runner import Asker, InProcess, Seen
 from memscope.advisor.planning import device_bytes
 from memscope.advisor.points import points_of, told_by_s
 from memscope.advisor.search import Search
-from memscope.allocator.replay import replay
+from memscope.allocator.other_settings import WORTH_SAYING, other_settings
 from memscope.allocator.settings import AllocatorSettings
 from memscope.analysis.notes import notes_of
 from memscope.errors import UsageError
 from memscope.interrupts import interrupt_taken
 from memscope.simulation.assumptions import Assume
-from memscope.simulation.device_memory import cache_emptied_in
 from memscope.simulation.devices.catalogue import Device, get_device
 from memscope.simulation.packages.meta import on_meta
 from memscope.strategies import Plan
@@ -36,8 +35,6 @@ __all__ = ["DEFAULT_DEVICE", "AdviceRequest", "advise", "advised", "budget_of"]
 
 DEFAULT_DEVICE = "a100-80gb"
 """The device whose kernels and rates are assumed by default."""
-_WORTH_SAYING = 0.01
-"""Savings below this share of the reserved bytes are not mentioned."""
 
 
 def budget_of(text: str, device: Device, *, named: bool) -> int:
@@ -251,24 +248,16 @@ def _peak(seen: Seen, device: Device, settings: AllocatorSettings) -> PlanPeak:
 
 
 def _scattered(trace: Trace, peak: PlanPeak, settings: AllocatorSettings) -> list[str]:
-    """A note on the bytes that expandable segments would save, if they are worth it."""
-    if settings.expandable_segments or peak.reserved - peak.allocated < _WORTH_SAYING * peak.reserved:
+    """A note on the bytes that another setting of the allocator would save, if they are worth it."""
+    if peak.reserved - peak.allocated < WORTH_SAYING * peak.reserved:
         return []
-    run = replay(
-        trace.requested,
-        trace.born,
-        trace.freed,
-        settings=dataclasses.replace(settings, expandable_segments=True),
-        capacity_bytes=round((1 - _WORTH_SAYING) * peak.reserved),
-        cache_emptied=cache_emptied_in(trace),
-    )
-    if run.oom:
-        return []
-    return [
-        "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True would save at least "
-        f"{format_bytes(peak.reserved - run.peak_reserved)} of fragmentation: "
-        "simulate it with --allocator expandable_segments:True"
-    ]
+    for best in other_settings(trace, settings, round((1 - WORTH_SAYING) * peak.reserved))[:1]:
+        saved = format_bytes(peak.reserved - best.reserved_bytes)
+        return [
+            f"PYTORCH_CUDA_ALLOC_CONF={best.text} would save at least {saved} of fragmentation: "
+            f"simulate it with --allocator {best.text}"
+        ]
+    return []
 
 
 def _would_help(search: Search, plans: Mapping[str, Plan]) -> str:

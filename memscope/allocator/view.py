@@ -14,7 +14,7 @@ import numpy as np
 from memscope.allocator.caching import CachingAllocator
 from memscope.allocator.replay import follow
 from memscope.allocator.report import AllocationFailed, HeldSegments
-from memscope.allocator.settings import AllocatorSettings
+from memscope.allocator.traced import cache_emptied_in, settings_of
 from memscope.errors import UsageError
 from memscope.trace import Ints, Trace
 
@@ -104,8 +104,7 @@ def _replayed(trace: Trace, at: Ints) -> tuple[Ints, Ints, Segments]:
     owners: dict[int, int] = {}
     segments: Segments | None = None
     samples = dict.fromkeys(at.tolist(), (0, 0))
-    emptied = trace.meta["allocator"]["cache_emptied"]
-    turns = follow(allocator, trace.requested, trace.born, trace.freed, emptied)
+    turns = follow(allocator, trace.requested, trace.born, trace.freed, cache_emptied_in(trace))
     for event, (entry, block) in enumerate(turns):
         if block is not None and entry in at_peak:
             owners[block.address] = entry
@@ -124,11 +123,7 @@ def _replayed(trace: Trace, at: Ints) -> tuple[Ints, Ints, Segments]:
 def _allocator(trace: Trace) -> CachingAllocator:
     """The run's allocator; without a limit if the run ran out of memory, because the simulation then continues."""
     meta = trace.meta
-    known = AllocatorSettings.__dataclass_fields__  # a later memscope may know more
-    given = {name: value for name, value in meta["allocator"]["settings"].items() if name in known}
-    if "roundup_power2_divisions" in given:
-        given["roundup_power2_divisions"] = tuple(given["roundup_power2_divisions"])
-    settings = AllocatorSettings(**given)
+    settings = settings_of(trace)
     if meta["capacity"] is None or meta["out_of_memory"]:
         return CachingAllocator(settings)
     return CachingAllocator(settings, meta["capacity"] - meta["context"], device_bytes=meta["capacity"])

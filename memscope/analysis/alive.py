@@ -39,9 +39,13 @@ class Alive:
 
 
 def occasion(step: int, phase: Phase, micro_batch: int | None = None) -> str:
-    """Step, phase and micro-batch, as in `step 1 · backward · micro-batch 0`; before the first step, only the phase."""
+    """Step, phase and micro-batch, as in `step 1 · backward · micro-batch 0`.
+
+    Before the first step it is `setup` while a workload is built, `before step 0` in a program or a loop that is
+    recorded, and there `before step 0 · inference` in a call of a model without gradients.
+    """
     if step < 0:
-        return phase.replace("_", " ")
+        return {"setup": "setup", "outside": "before step 0"}.get(phase, f"before step 0 · {phase.replace('_', ' ')}")
     return f"step {step} · {phase.replace('_', ' ')}" + ("" if micro_batch is None else f" · micro-batch {micro_batch}")
 
 

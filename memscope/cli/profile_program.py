@@ -34,8 +34,9 @@ from memscope.gpu.nvml import has_gpu
 from memscope.program.command_line import CommandLine, resolve_program
 from memscope.program.launch import ProgramEnd, StepReport, launch
 from memscope.program.request import Request
-from memscope.simulation.devices.catalogue import get_device, load_devices
+from memscope.simulation.devices.catalogue import all_devices, get_device, load_devices
 from memscope.strategies import Plan
+from memscope.trace import Trace
 from memscope.units import parse_seconds
 
 __all__ = ["profile_program"]
@@ -184,6 +185,7 @@ def _show(asked: _Asked, ends: dict[str, ProgramEnd], paths: dict[str, Path], pa
     for label, trace in traces.items():
         attempt(trace.save, paths[label], overwrite=True)
     runs = [Run(label, trace, textbook_of(label)) for label, trace in traces.items()]
+    last = runs[-1].trace
     table = compare(runs[0].trace, runs[1:])
     written = [paths[label] for label in traces]
     baselines = asked_of_baseline(asked.plans)
@@ -195,8 +197,7 @@ def _show(asked: _Asked, ends: dict[str, ProgramEnd], paths: dict[str, Path], pa
         console = Console(highlight=False)
         print_report(console, runs, table, baselines)
         print_places(console, written[0].parent, page if has_page else None)
-        print_next(console, _next(asked, written))
-    last = runs[-1].trace
+        print_next(console, _next(asked, written, last))
     return OutOfDeviceMemory.exit_code if last.meta.get("out_of_memory") else 0
 
 
@@ -217,12 +218,16 @@ def _failed(asked: _Asked, told: dict[str, Any], error: MemscopeError | None) ->
     }
 
 
-def _next(asked: _Asked, traces: Sequence[Path]) -> list[object]:
-    """The next command: the same simulation with activation checkpoints, or what compares or shows the traces."""
+def _next(asked: _Asked, traces: Sequence[Path], last: Trace) -> list[object]:
+    """The next command: a simulation with activation checkpoints, or what compares or shows the traces.
+
+    A run that was not simulated, and ran out of memory, is simulated on a GPU of the same kind.
+    """
     options = asked.options
-    if not asked.simulated or asked.plans:
+    device = asked.device if asked.simulated else _same_gpu(last)
+    if device is None or asked.plans:
         return compare_words(traces)
-    words: list[object] = ["memscope", "profile", "--device", asked.device]
+    words: list[object] = ["memscope", "profile", "--device", device]
     words += ["--device-file", options.device_file] if options.device_file else []
     words += ["--allocator", options.allocator] if options.allocator else []
     words += ["--assume", options.assume] if options.assume else []
@@ -230,3 +235,11 @@ def _next(asked: _Asked, traces: Sequence[Path]) -> list[object]:
     words += ["--steps", options.steps or "all"] if options.steps != DEFAULT_STEPS else []
     words += ["--timeout", options.timeout] if options.timeout else []
     return [*words, "--strategies", "ckpt", "--", *asked.program.words]
+
+
+def _same_gpu(trace: Trace) -> str | None:
+    """The name of the device that simulates the GPU of a run that ran out of memory; None if there is none."""
+    if not trace.meta.get("out_of_memory"):
+        return None
+    given = trace.meta["device"]["name"]
+    return next((device.name for device in all_devices() if device.vendor_name == given), None)

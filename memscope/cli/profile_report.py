@@ -12,8 +12,9 @@ from rich.text import Text
 from memscope.analysis.chosen import chosen_settings
 from memscope.analysis.effects import Run, Table1
 from memscope.analysis.notes import told_notes
-from memscope.cli.report_json import effects_values, fit_values, peak_values
-from memscope.cli.report_tables import comparison_sections, estimated_seconds, fit_lines, headline, print_sections
+from memscope.cli.report_json import course_values, effects_values, fit_values, peak_values
+from memscope.cli.report_tables import comparison_sections, estimated_seconds, fit_lines, headline
+from memscope.cli.table_sections import print_sections
 from memscope.runs.would_free import Remedies, WouldFree
 from memscope.trace import write_whole
 from memscope.units import format_bytes, format_change
@@ -90,6 +91,7 @@ def _run(run: Run, path: Path, remedies: Remedies | None) -> dict[str, Any]:
         "would_free": None if remedies is None else [_would_free(one) for one in remedies.tried],
         "at_peak": trace.by_category(),
         "max_by_category": trace.max_by_category(),
+        **course_values(trace),
         "flops": trace.meta["flops"][-1],
         "seconds": seconds[-1] if seconds else None,
         "estimated_seconds": estimated_seconds(trace),

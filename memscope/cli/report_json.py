@@ -7,17 +7,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from memscope.allocator.other_settings import helpful_settings
 from memscope.analysis.agreement import agreements
 from memscope.analysis.alive import largest
 from memscope.analysis.chosen import chosen_settings
 from memscope.analysis.effects import Run, Table1
 from memscope.analysis.fit import fit_of
+from memscope.analysis.growth import growing, step_peaks
 from memscope.analysis.inferred import how_inferred, inferred_columns
 from memscope.analysis.ledger import ledger
 from memscope.analysis.notes import told_notes
+from memscope.analysis.phases import phase_peaks
+from memscope.analysis.ran_out import in_use
 from memscope.trace import Trace
 
-__all__ = ["effects_values", "fit_values", "peak_values", "report_document"]
+__all__ = ["course_values", "effects_values", "fit_values", "peak_values", "report_document"]
 
 _TOP = 20
 """Number of the largest allocations that are listed for each run."""
@@ -56,6 +60,7 @@ def _run(run: Run, file: Path) -> dict[str, Any]:
         "fit": fit_values(trace),
         "at_peak": trace.by_category(),
         "max_by_category": trace.max_by_category(),
+        **course_values(trace),
         "ledger": [dataclasses.asdict(line) for line in found.lines] if found else None,
         "largest": [dataclasses.asdict(one) for one in largest(trace, _TOP)],
         "inferred": list(inferred_columns(trace)),
@@ -77,6 +82,54 @@ def peak_values(trace: Trace) -> dict[str, Any]:
         "device": totals["device"],
         "phase": peak.phase,
         "step": peak.step,
+    }
+
+
+def course_values(trace: Trace) -> dict[str, Any]:
+    """How the memory of a run changes: by model, phase and step, and what would help.
+
+    `phases`: the peak of each phase. `steps`: that of each step. `growing`: what each of the last steps has left
+    behind. `allocator_settings`: those with which the run would fit or reserve less. `alive_when_out_of_memory`: bytes
+    by category and module; empty if the run fits.
+    """
+    return {
+        "models": trace.meta.get("models", {}),
+        "phases": [
+            {
+                "phase": one.phase,
+                "step": one.step,
+                "allocated": one.allocated_bytes,
+                "reserved": one.reserved_bytes,
+                "kept_by_module": dict(one.kept),
+            }
+            for one in phase_peaks(trace)
+        ],
+        "steps": [
+            {
+                "step": one.step,
+                "allocated": one.allocated_bytes,
+                "reserved": one.reserved_bytes,
+                "not_allocated": one.unused_bytes,
+            }
+            for one in step_peaks(trace)
+        ],
+        "growing": [
+            {
+                "category": one.category,
+                "module": one.module,
+                "op": one.op,
+                "steps": list(one.steps),
+                "bytes": one.size_bytes,
+            }
+            for one in growing(trace)
+        ],
+        "allocator_settings": [
+            {"setting": one.text, "reserved": one.reserved_bytes} for one in helpful_settings(trace)
+        ],
+        "alive_when_out_of_memory": [
+            {"category": category, "module": module, "bytes": size_bytes}
+            for (category, module), size_bytes in in_use(trace)
+        ],
     }
 
 

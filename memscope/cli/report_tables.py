@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -21,13 +18,13 @@ from memscope.analysis.inferred import marked
 from memscope.analysis.ledger import Ledger, ledger
 from memscope.analysis.notes import notes_of
 from memscope.analysis.ran_out import ran_out
-from memscope.cli.tables import Direction, is_narrow, print_table
+from memscope.cli.report_sections import run_sections, settings_notes
+from memscope.cli.table_sections import TableSection
 from memscope.trace import CATEGORIES, Trace
 from memscope.units import format_bytes, format_change, format_part, format_seconds
 
 __all__ = [
-    "TableSection", "comparison_sections", "estimated_seconds", "fit_lines", "headline", "largest_sections",
-    "print_sections", "rests_on",
+    "comparison_sections", "estimated_seconds", "fit_lines", "headline", "largest_sections", "rests_on",
 ]  # fmt: skip
 
 _TOP = 10
@@ -35,22 +32,6 @@ _TOP = 10
 _ONLY_ADDED = ("context", "unexplained", "others")
 """Lines of the ledger whose total no tool shows."""
 _COLOR = {"↑": "red", "↓": "green", "–": ""}
-
-
-@dataclass(frozen=True)
-class TableSection:
-    """A table that can be made of all its columns or of some of them, and the notes below it."""
-
-    columns: Sequence[Any]
-    table_of: Callable[[Sequence[Any]], Table]
-    notes: Sequence[Text] = ()
-    stacked: Direction = "columns"
-    """How the table is stacked on a narrow terminal."""
-
-    @property
-    def table(self) -> Table:
-        """The whole table."""
-        return self.table_of(self.columns)
 
 
 def headline(trace: Trace) -> str:
@@ -88,7 +69,8 @@ def comparison_sections(runs: Sequence[Run], table: Table1, baselines: Sequence[
 
     `baselines` says in words what strategies asked of the baseline, for a fair comparison.
     """
-    yield TableSection(runs, _peaks, [*_trained(runs), *_noted(runs)])
+    yield TableSection(runs, _peaks, [*_trained(runs), *_noted(runs), *settings_notes(runs)])
+    yield from run_sections(runs)
     if all(ledger(run.trace) for run in runs):
         notes = sorted({found.note for run in runs if (found := ledger(run.trace)) and found.note})
         yield TableSection(runs, _ledgers, [Text(note, style="dim") for note in notes])
@@ -107,34 +89,6 @@ def largest_sections(runs: Sequence[Run]) -> Iterator[TableSection]:
     """The largest allocations at the peak of each run."""
     for run in runs:
         yield TableSection([run], _largest, stacked="rows")
-
-
-def print_sections(console: Console, sections: Iterable[TableSection]) -> None:
-    """Print tables and their notes; a table that is too wide is printed in several parts, or stacked."""
-    for section in sections:
-        if is_narrow(console):
-            print_table(console, section.table, section.stacked)
-        else:
-            _print_in_parts(console, section)
-        for note in section.notes:
-            console.print(note)
-
-
-def _print_in_parts(console: Console, section: TableSection) -> None:
-    without_limit = console.options.update_width(sys.maxsize)
-    columns = section.columns
-    while columns:
-        parts = (columns[:count] for count in range(len(columns), 1, -1))
-        part = next(
-            (
-                part
-                for part in parts
-                if console.measure(section.table_of(part), options=without_limit).maximum <= console.width
-            ),
-            columns[:1],
-        )
-        print_table(console, section.table_of(part), section.stacked)
-        columns = columns[len(part) :]
 
 
 def _empty_table(title: str, headings: Sequence[str]) -> Table:

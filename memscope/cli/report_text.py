@@ -12,14 +12,8 @@ from rich.text import Text
 
 from memscope.analysis.effects import Run, Table1
 from memscope.analysis.inferred import inferred_columns
-from memscope.cli.report_tables import (
-    TableSection,
-    comparison_sections,
-    fit_lines,
-    headline,
-    largest_sections,
-    print_sections,
-)
+from memscope.cli.report_tables import comparison_sections, fit_lines, headline, largest_sections
+from memscope.cli.table_sections import TableSection, print_sections
 
 __all__ = ["csv_text", "markdown", "markdown_table", "print_all"]
 

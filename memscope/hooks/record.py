@@ -13,6 +13,7 @@ from torch import Tensor
 from memscope.errors import OutOfDeviceMemory, TargetError, UsageError
 from memscope.hooks.device import require_gpu
 from memscope.hooks.live_state import Tell
+from memscope.hooks.out_of_memory import is_out_of_memory
 from memscope.hooks.recorder import Recorder
 from memscope.hooks.run import MicroBatchProgress, run_meta, run_steps
 from memscope.strategies import Plan
@@ -90,7 +91,7 @@ def record(
     try:
         run_steps(training, pieces, recorder, progress, live)
     except TargetError as error:
-        if not isinstance(error.__cause__, torch.OutOfMemoryError):
+        if not is_out_of_memory(error):
             raise
     trace = recorder.trace()
     skipped = _skipped_since(scaler, scale) if scaler else 0

@@ -23,6 +23,7 @@ from memscope.hooks.device import watch_of
 from memscope.hooks.kernels import Kernels
 from memscope.hooks.modules import ModuleStack
 from memscope.hooks.optimizer import GradientNamer, OptimizerNamer
+from memscope.hooks.out_of_memory import is_out_of_memory
 from memscope.hooks.storages import StorageTracker
 from memscope.hooks.versions import note_untested, versions
 from memscope.hooks.work import Execute, WorkDone
@@ -176,7 +177,7 @@ class Recorder:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self._ran_out = isinstance(exception[1], torch.OutOfMemoryError)
+        self._ran_out = is_out_of_memory(exception[1])
         self._end_step(wait=exception[1] is None)
         self._scopes.__exit__(*exception)
         self._tracker.settle(cut_short=self._ran_out)
@@ -352,6 +353,7 @@ class Recorder:
                 "total": sum(p.numel() for p in parameters),
                 "trainable": sum(p.numel() for p in parameters if p.requires_grad),
             },
+            "models": {name: type(model).__name__ for name, model in self._modules.models.items()},
             "flops": [self.work.flops_of_step(step) for step in steps],
             "seconds": self._seconds,
             **({"calls": self._calls.rows} if self._calls and self._calls.rows else {}),

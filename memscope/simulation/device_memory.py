@@ -17,6 +17,7 @@ from memscope.allocator.releases import AGE_OF_BLOCK, release_text
 from memscope.allocator.replay import Replay, replay
 from memscope.allocator.report import OutOfMemory
 from memscope.allocator.settings import AllocatorSettings
+from memscope.allocator.traced import cache_emptied_in
 from memscope.hooks.kernels import Workspace
 from memscope.simulation.cuda.kernel_results import OWN_ORDER
 from memscope.simulation.cuda.workspace_call import KernelSettings, describe
@@ -27,7 +28,7 @@ from memscope.trace import CATEGORIES, PHASES, Trace
 from memscope.trace.notes import add_note
 from memscope.units import format_bytes
 
-__all__ = ["SMALL_SEGMENT_BYTES", "KernelWorkspaces", "cache_emptied_in", "least_reserved", "on_device"]
+__all__ = ["SMALL_SEGMENT_BYTES", "KernelWorkspaces", "least_reserved", "on_device"]
 
 SMALL_SEGMENT_BYTES = 2 * 2**20
 """Bytes of a segment for small blocks: kSmallBuffer in c10/cuda/CUDACachingAllocator.cpp."""
@@ -157,12 +158,6 @@ def least_reserved(trace: Trace, settings: AllocatorSettings) -> int:
         else:
             most = peak  # a limit at the peak of this run would change nothing in it
     return most
-
-
-def cache_emptied_in(trace: Trace) -> Sequence[int]:
-    """The events of a trace before which the target calls `torch.cuda.empty_cache()`."""
-    emptied: Sequence[int] = trace.meta.get("allocator", {}).get("cache_emptied", ())
-    return emptied
 
 
 def _replayed(

@@ -125,6 +125,7 @@ class _Meta(TypedDict, total=False):
     samples_per_step: Count | None
     positions: Count
     parameters: _Parameters
+    models: dict[str, str]
     flops: list[Count] | None
     seconds: list[Seconds] | None
     calls: list[_Call]

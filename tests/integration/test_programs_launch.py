@@ -178,3 +178,32 @@ def test_a_program_reads_from_the_terminal(tmp_path):
                 os.write(terminal, b"this\n")
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 1
     assert b"got this" in shown
+
+
+def test_a_program_that_does_not_fit_is_explained_with_what_was_alive_what_grows_and_what_inference_keeps(profile):
+    options = ("--json", "--steps", "all", "--device", "a100-40gb:541MiB")  # 501 MiB of them are the CUDA context
+    told = profile("python", str(PROGRAMS / "keeps.py"), options=options)
+    assert told.code == 4, told.err
+    (run,) = told.document["runs"]
+    assert run["models"] == {"(model)": "Teacher", "Decoder": "Decoder"}
+    batch, width, prompt, new, layers = 64, 256, 16, 8, 2
+    assert run["growing"] == [
+        {
+            "category": "activation",
+            "module": "(model)",  # no module runs in the loop itself
+            "op": "aten.pow.Tensor_Scalar",
+            "steps": [0, 1, 2, 3, 4],
+            "bytes": 5 * batch * prompt * width * 4,
+        }
+    ]
+    phases = {one["phase"]: one for one in run["phases"]}
+    assert list(phases) == ["setup", "forward", "loss", "backward", "optimizer", "outside", "inference"]
+    # The last call has the cache of the calls before it, the prompt and all new tokens but its own, and their output.
+    tokens = 2 * layers * (prompt + new - 1) + 1
+    kept = phases["inference"]["kept_by_module"]["Decoder.layers.*"]
+    unsplit = 2 * layers * 2**20  # a block may be larger than requested by up to 1 MiB
+    assert tokens * batch * width * 4 <= kept < tokens * batch * width * 4 + unsplit
+    oom, held = run["out_of_memory"], run["alive_when_out_of_memory"]
+    assert oom["reserved"] <= oom["limit"] < run["peak"]["reserved"]
+    assert sum(one["bytes"] for one in held) == sum(oom["by_category"].values())
+    assert held[0]["bytes"] == max(one["bytes"] for one in held)

@@ -99,6 +99,8 @@ def test_largest_allocations_are_in_order_and_say_where_they_come_from() -> None
 
 def test_before_the_first_step_there_is_neither_step_nor_micro_batch() -> None:
     assert occasion(-1, PHASES[0], 0) == "setup"
+    assert occasion(-1, "outside", 0) == "before step 0"
+    assert occasion(-1, "inference", 0) == "before step 0 · inference"
     assert occasion(2, "backward") == "step 2 · backward"
 
 

@@ -19,7 +19,8 @@ from memscope.analysis.effects import Run, Table1
 from memscope.analysis.notes import notes_of
 from memscope.cli.advise_report import print_advice
 from memscope.cli.main import cli
-from memscope.cli.report_tables import comparison_sections, print_sections
+from memscope.cli.report_tables import comparison_sections
+from memscope.cli.table_sections import print_sections
 from memscope.dashboards.plan_page import write_plan_page
 from memscope.trace.notes import add_note
 

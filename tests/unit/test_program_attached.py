@@ -190,7 +190,7 @@ def test_an_error_of_memscope_in_the_program_is_the_error_of_the_command(request
 
 
 def test_a_program_that_runs_out_of_memory_in_its_first_step_leaves_its_trace(request_, monkeypatch, tmp_path, capsys):
-    ran_out = simulate(toy_workload, device=replace(get_device("gpu"), capacity_bytes=2**20), steps=1)
+    ran_out = simulate(toy_workload, device=replace(get_device("gpu"), capacity_bytes=2**23), steps=1)
     assert ran_out.meta["out_of_memory"]
     scratch = Scratch(Path(request_.folder))
     ran_out.save(scratch.trace)
@@ -206,6 +206,16 @@ def test_a_program_that_runs_out_of_memory_in_its_first_step_leaves_its_trace(re
     document = json.loads(capsys.readouterr().out)
     assert document["program"]["exit_code"] == 1
     assert document["runs"][0]["out_of_memory"] == ran_out.meta["out_of_memory"]
+    held = document["runs"][0]["alive_when_out_of_memory"]
+    assert sum(one["bytes"] for one in held) == ran_out.allocated[ran_out.meta["out_of_memory"]["event"] - 1]
+    on_gpu = {**end.trace.meta, "device": {"name": "NVIDIA A100-SXM4-40GB", "simulated": False}}
+    end = replace(end, trace=replace(end.trace, meta=on_gpu))
+    with pytest.raises(SystemExit):
+        main(["profile", "--device", "cpu", "-f", "-o", "runs", "--", sys.executable, "-c", "pass"])
+    told = capsys.readouterr().out
+    assert "Alive when baseline ran out of memory" in told
+    python = sys.executable
+    assert f"Next: memscope profile --device a100-40gb --strategies ckpt -- {python} -c pass\n" in told
 
 
 def test_a_strategy_that_fails_leaves_the_results_of_the_others(request_, trace, monkeypatch, tmp_path, capsys):

@@ -13,6 +13,7 @@ from torch import nn
 
 from memscope import Recorder, Trace, recorded
 from memscope.errors import UsageError
+from memscope.hooks.out_of_memory import is_out_of_memory
 
 
 def net():
@@ -192,3 +193,27 @@ def test_a_loop_that_dies_leaves_its_trace_when_python_exits_and_no_framework_is
     trace = Trace.load(tmp_path / "train.npz")
     assert "OutOfMemoryError" in trace.meta["notes"][0]
     assert trace.by("category")["gradient"] >= 64 * 64 * 4
+
+
+def test_running_out_of_memory_is_recognized_inside_the_errors_of_frameworks():
+    def raised(chain):
+        try:
+            try:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            except torch.OutOfMemoryError as error:
+                chain(error)
+        except Exception as error:
+            return error
+
+    def from_it(error):
+        raise RuntimeError("the trainer failed") from error
+
+    def while_handled(error):
+        raise KeyError("step")
+
+    def instead(error):
+        raise RuntimeError("out of memory: lower the batch size") from None
+
+    assert all(is_out_of_memory(raised(chain)) for chain in (from_it, while_handled, instead))
+    assert not is_out_of_memory(KeyError("step"))
+    assert not is_out_of_memory(None)

@@ -8,7 +8,8 @@ from memscope.advisor.fit.fitting import DeviceFit, holds
 from memscope.advisor.fit.question import Question
 from memscope.advisor.measure.runner import Asker, Probe, Seen
 from memscope.allocator.settings import AllocatorSettings
-from memscope.simulation.device_memory import cache_emptied_in, on_device
+from memscope.allocator.traced import cache_emptied_in
+from memscope.simulation.device_memory import on_device
 from memscope.simulation.devices.catalogue import Device
 from memscope.trace import Trace
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from memscope.allocator.settings import MIN_BLOCK
 from memscope.errors import UsageError, excerpt, nearest
 from memscope.trace import read_whole
-from memscope.units import parse_budget
+from memscope.units import format_bytes, parse_budget
 
 __all__ = ["DTYPES", "Device", "all_devices", "get_device", "load_devices"]
 
@@ -100,11 +100,17 @@ def get_device(name: str, added: Mapping[str, Device] | None = None) -> Device:
 
     Raises:
         UsageError: no device has this name, and the message offers the nearest one or, for a device with unified
-            memory, says why there is none; or the memory after the colon is no size.
+            memory, says why there is none; or the memory after the colon is no size, or too small for the CUDA context.
     """
     name, colon, memory = name.partition(":")
     if colon:
-        return replace(get_device(name, added), capacity_bytes=parse_budget(memory))
+        whole, capacity_bytes = get_device(name, added), parse_budget(memory)
+        if capacity_bytes <= whole.context_bytes:
+            raise UsageError(
+                f'device "{name}:{memory}": its CUDA context alone takes {format_bytes(whole.context_bytes)}, so give it '
+                "more memory than that"
+            )
+        return replace(whole, capacity_bytes=capacity_bytes)
     devices = {**_built_in(), **(added or {})}
     wanted = name.strip().lower()
     found = devices.get(wanted)
