@@ -35,6 +35,7 @@ class ProgramRecorder(Recorder):
         *,
         steps: int | None,
         before_step: Callable[[int], None],
+        before_optimizer: Callable[[], None] = lambda: None,
         stop: Callable[[], None],
         device: torch.device | None = None,
         meta: Mapping[str, Any] | None = None,
@@ -47,6 +48,7 @@ class ProgramRecorder(Recorder):
         Args:
             steps: optimizer steps after which the program has done enough; None: it runs to its end.
             before_step: called with the number of steps done when another one begins.
+            before_optimizer: called when an optimizer begins its step.
             stop: called when a step would begin after enough of them; it may raise.
             device: the real device to watch; None: the host, or a simulated one.
             meta: see `Recorder`.
@@ -64,6 +66,7 @@ class ProgramRecorder(Recorder):
             follows_real=kernels is None,
         )
         self._wanted, self._before_step, self._stop = steps, before_step, stop
+        self._before_optimizer = before_optimizer
         self.stops = True
         self._steps_of: dict[int, int] = {}
 
@@ -94,6 +97,13 @@ class ProgramRecorder(Recorder):
         self._take_in_model(model)
         self._gradients.refresh()
 
+    def model_changed(self) -> None:
+        """Look at the models again: a strategy has given one of them other parameters or modules."""
+        self._modules.refresh()
+        for model in self._modules.models.values():
+            self._take_in_model(model)
+        self._gradients.refresh()
+
     def _begin_step(self) -> None:
         if self.stops and self._has_done_enough():
             self._stop()
@@ -108,6 +118,10 @@ class ProgramRecorder(Recorder):
         alive = [one for one in gc.get_objects() if issubclass(type(one), torch.optim.Optimizer)]
         training = [one for one in alive if getattr(one, "param_groups", None) and not hasattr(one, "optimizer")]
         return all(self._steps_of.get(id(one), 0) >= self._wanted for one in training)
+
+    def _optimizer_begins(self, optimizer: torch.optim.Optimizer) -> None:
+        super()._optimizer_begins(optimizer)
+        self._before_optimizer()
 
     def _optimizer_ends(self, optimizer: torch.optim.Optimizer) -> None:
         self._steps_of[id(optimizer)] = self._steps_of.get(id(optimizer), 0) + 1

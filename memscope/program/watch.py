@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from memscope.allocator.settings import AllocatorSettings
-from memscope.errors import UsageError
 from memscope.hooks.device import require_gpu
+from memscope.program.applied_plan import AppliedPlan
 from memscope.program.recorder import ProgramRecorder
 from memscope.program.request import Request
 from memscope.program.scratch import Scratch
@@ -37,8 +38,6 @@ def begin(request: Request, stop: Stop) -> ProgramWatch:
     Raises:
         MemscopeError: the request cannot be carried out in this process.
     """
-    if request.strategies:
-        raise UsageError(f'strategies cannot be applied to programs yet: leave out "{request.strategies}"')
     if request.device == "cuda":
         require_gpu()
     return ProgramWatch(request, stop)
@@ -59,10 +58,12 @@ class ProgramWatch:
         self._request, self._stop = request, stop
         self._scratch = Scratch(Path(request.folder))
         self._machine = _machine(request)
+        self._plan = Plan.parse(request.strategies)
         machine = self._machine
         self._recorder = ProgramRecorder(
             steps=request.steps,
             before_step=self._step_begins,
+            before_optimizer=self._optimizer_begins,
             stop=stop,
             device=torch.device("cuda", 0) if request.device == "cuda" else None,
             meta=_meta(request),
@@ -74,6 +75,9 @@ class ProgramWatch:
         if machine:
             machine.follow(self._recorder.tracker)
             machine.__enter__()  # to the end of the process: what the program holds cannot live without it
+        self._applied = AppliedPlan(self._plan, self._recorder.model_changed)
+        if self._plan:
+            self._scopes.enter_context(self._applied)
         if request.device == "cuda":
             self._first_call: Any = register_module_forward_pre_hook(self._begin_recording)
         else:
@@ -97,6 +101,9 @@ class ProgramWatch:
         if not self.has_claimed:
             return None
         trace = self._recorder.trace()
+        if self._plan:
+            self.notes += self._applied.notes
+            trace = replace(trace, meta={**trace.meta, "chosen": self._applied.chosen})
         return self._machine.finished(trace, self._recorder.work) if self._machine else trace
 
     def _begin_recording(self, module: nn.Module, inputs: Any) -> None:
@@ -111,6 +118,12 @@ class ProgramWatch:
             return
         self.has_claimed = True
         self._scratch.tell_step(done + 1)
+        if self._plan:
+            self._applied.require_use(built=False)
+
+    def _optimizer_begins(self) -> None:
+        if self._plan and self.has_claimed:
+            self._applied.require_use(built=True)
 
 
 def _machine(request: Request) -> SimulatedMachine | None:

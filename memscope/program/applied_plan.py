@@ -1,0 +1,204 @@
+"""Apply a plan to a program: to the model of each optimizer that it builds, and to that optimizer."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from memscope.errors import UsageError
+from memscope.program.built import optimizers_followed
+from memscope.program.loop_flags import flag_for
+from memscope.program.models import trained_model
+from memscope.program.parameter_groups import TrainedBefore
+from memscope.strategies import Plan, Stage, Strategy
+from memscope.strategies.plugins import called
+from memscope.workload.description import Workload
+from memscope.workload.optimizer import built_by
+
+__all__ = ["AppliedPlan"]
+
+
+class AppliedPlan:
+    """Context in which every optimizer that is built, and the model that it trains, are changed as a plan says.
+
+    A model is changed once, whichever optimizers train it.
+
+    Attributes:
+        chosen: what the strategies chose; see `Strategy.chosen`.
+    """
+
+    def __init__(self, plan: Plan, changed: Callable[[], None] = lambda: None) -> None:
+        """Prepare to apply a plan; `changed` is called after each model that was changed."""
+        self.chosen: dict[str, dict[str, str]] = {}
+        self._plan, self._changed = plan, changed
+        self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._frozen: set[int] = set()
+        self._refused: list[tuple[str, UsageError]] = []
+        self._is_applied = self._is_applying = False
+        self._scopes = contextlib.ExitStack()
+
+    def __enter__(self) -> AppliedPlan:
+        self._scopes.enter_context(optimizers_followed(self._built))
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._scopes.close()
+
+    @property
+    def notes(self) -> list[str]:
+        """The optimizers to which the plan could not be applied, though it was to others; models that need no plan."""
+        notes = [f'The plan "{self._plan}" was not applied to {what}: {error}' for what, error in self._refused]
+        if any("recomputation" in strategy.provides for strategy in self._plan.strategies):
+            notes += [
+                f"{type(model).__name__} checkpoints activations by itself (gradient_checkpointing): the baseline too"
+                for model in self._models
+                if any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules())
+            ]
+        return notes
+
+    def require_use(self, *, built: bool) -> None:
+        """Refuse a program that trains without the plan.
+
+        Args:
+            built: whether the program must have built its optimizer by now.
+
+        Raises:
+            UsageError: the plan could be applied to no optimizer, or conflicts with what the program does.
+        """
+        if self._is_applied:
+            self._refuse_conflicts()
+        elif self._refused:
+            raise self._refused[0][1]
+        elif built:
+            raise UsageError(
+                f'the plan "{self._plan}" was not applied: the program has built no torch.optim.Optimizer after it '
+                "imported torch. Make the change in the program"
+            )
+
+    def _built(self, optimizer: Optimizer) -> None:
+        """The program has built an optimizer."""
+        if self._is_applying:
+            return
+        for strategy in self._plan.strategies:
+            if strategy.stage is Stage.STEP:
+                raise UsageError(_of_the_loop(strategy))
+        self._is_applying = True
+        try:
+            self._apply(optimizer)
+        except _Refused as refused:
+            self._refused.append((f"the parameters of {type(optimizer).__name__}", refused.error))
+        finally:
+            self._is_applying = False
+
+    def _apply(self, optimizer: Optimizer) -> None:
+        given = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        model = trained_model(given)
+        if model is None:
+            raise _Refused(
+                UsageError(f"no nn.Module that can be called holds the parameters of {type(optimizer).__name__}")
+            )
+        done = self._has_changed(model)
+        plan = Plan(tuple(s for s in self._plan.strategies if s.stage is Stage.OPTIM or not done))
+        before = TrainedBefore.of(model, self._frozen)
+        workload = _workload(model, lambda parameters: before.regrouped(optimizer, model))
+        self._check(plan, workload)
+        loop = _loop_of(workload)
+        for strategy in plan.strategies:
+            called(strategy, "apply", workload)
+            if _loop_of(workload) != loop:
+                raise UsageError(_of_the_loop(strategy))
+            if strategy.chosen:
+                self.chosen[strategy.name] = dict(strategy.chosen)
+        if not done:
+            self._models.add(model)
+            self._frozen |= before.frozen_now
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        built = built_by(workload.optimizer_factory, trainable, model)
+        if type(built) is not type(optimizer):
+            raise UsageError(
+                f'the plan "{self._plan}" builds a {type(built).__name__}, but the program goes on with its '
+                f"{type(optimizer).__name__}: build the other optimizer in the program"
+            )
+        if not any(group["params"] for group in built.param_groups):
+            raise UsageError(
+                f'the plan "{self._plan}" leaves the optimizer {type(optimizer).__name__} nothing to train: it was '
+                "given none of the parameters that are trained now"
+            )
+        vars(optimizer).clear()
+        vars(optimizer).update(vars(built))
+        self._is_applied = True
+        self._changed()
+
+    def _check(self, plan: Plan, workload: Workload) -> None:
+        """Find what prevents a plan, before anything is changed."""
+        self._refuse_conflicts()
+        model = workload.model
+        for strategy in plan.strategies:
+            kinds = [kind for module in model.modules() for kind in type(module).__mro__]
+            if "adapters" in strategy.provides and any(kind.__module__.startswith("peft.") for kind in kinds):
+                raise UsageError(f"{strategy.name}: the program's model has adapters of PEFT already: change those")
+            if strategy.stage is Stage.LOAD and any(kind.__name__ == "LightningModule" for kind in type(model).__mro__):
+                raise UsageError(
+                    f"{strategy.name}: Lightning calls the parts of {type(model).__name__}, which convert no inputs: "
+                    'pass precision="bf16-true" to Trainer'
+                )
+        try:
+            plan.check(workload)
+        except UsageError as error:
+            raise _Refused(error) from error
+
+    def _refuse_conflicts(self) -> None:
+        scales = any(
+            issubclass(type(one), torch.amp.GradScaler) and getattr(one, "_enabled", False) for one in gc.get_objects()
+        )
+        for strategy in self._plan.strategies:
+            if scales and "gradient scaler" in strategy.conflicts:
+                raise UsageError(
+                    f'"{strategy.name}" cannot be used in this program, which scales its loss with a GradScaler: train '
+                    "in bfloat16 instead of float16, and leave the scaler out"
+                )
+
+    def _has_changed(self, model: nn.Module) -> bool:
+        """Whether a model, a part of it, or one that it is part of has been changed."""
+        return any(one in self._models for one in model.modules()) or any(
+            model is part for one in self._models for part in one.modules()
+        )
+
+
+class _Refused(Exception):
+    """The plan cannot be applied to one optimizer; perhaps to others."""
+
+    def __init__(self, error: UsageError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def _workload(model: nn.Module, optimizer_factory: Callable[[Iterable[Tensor]], Optimizer]) -> Workload:
+    """A program's model and optimizer as strategies see them. The program's loop is not part of it."""
+    return Workload(
+        model=model,
+        batches=[],
+        loss=_no_loss,
+        optimizer_factory=optimizer_factory,
+        name=type(model).__name__,
+    )
+
+
+def _no_loss(model: nn.Module, batch: Any) -> Tensor:
+    raise UsageError("the loss of a program is computed in its own loop")
+
+
+def _loop_of(workload: Workload) -> list[Any]:
+    """What of a workload stands for the training loop."""
+    return [workload.model, workload.plan, workload.loss, workload.batches, workload.split, workload.weight]
+
+
+def _of_the_loop(strategy: Strategy) -> str:
+    return f'"{strategy.spec}" changes the training loop, which is the program\'s own: {flag_for(strategy)}'
