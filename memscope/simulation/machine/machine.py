@@ -32,6 +32,7 @@ from memscope.simulation.fake_tensors import StandIns, fake_tensors_train
 from memscope.simulation.host import Link
 from memscope.simulation.machine.libraries import ChangedLibraries, merged
 from memscope.simulation.machine.loaders import loaders_stay_here
+from memscope.simulation.machine.mixed import refuse_mixed
 from memscope.simulation.machine.moves import ProgramCalls
 from memscope.simulation.machine.places import PlacedKernels, PlacedOperators, Places
 from memscope.simulation.machine.pretrained import pretrained_without_weights
@@ -73,7 +74,9 @@ class SimulatedMachine:
             mode, values, self._answers, _NothingToRestore(), self._roofline, results(on_gpu=self._on_gpu)
         )
         self._link = link = Link(operators, device)
-        self._placed = PlacedOperators(self._places, WrittenViews(link), values, self._assumptions)
+        self._placed = PlacedOperators(
+            self._places, WrittenViews(link), values, self._assumptions, check=partial(refuse_mixed, self._places)
+        )
         self.execute: Execute = PlainAutograd(self._placed) if self._on_gpu else self._placed
         self.kernels = PlacedKernels(self._places, self._workspaces) if self._on_gpu else None
         self._calls = ProgramCalls(self._places, link)
