@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
 import runpy
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
 import torch
+
 from memscope.allocator.settings import AllocatorSettings
 from memscope.program.recorder import ProgramRecorder
 from memscope.program.stop import Enough
@@ -28,18 +29,31 @@ PROGRAMS = Path(__file__).parent / "programs"
 
 @dataclass(frozen=True)
 class Ran:
-    """What a program has left: its trace, its global names, and its exit code (None: it was stopped, or ended)."""
+    """What a program has left: its trace and its exit code (None: it was stopped, or ended)."""
 
     trace: Trace
-    names: dict
     code: object
+
+    @property
+    def notes(self) -> list[str]:
+        """The notes of the trace."""
+        return self.trace.meta.get("notes", [])
+
+    @property
+    def assumed(self) -> list[str]:
+        """What was assumed."""
+        return [row["what"] for row in self.trace.meta["assumptions"]]
+
+    def peak_of(self, category: str) -> int:
+        """Bytes of a category at the peak."""
+        return self.trace.by("category", at="peak")[category]
 
 
 def run_program(path, *argv, device="a100-80gb", simulated=True, steps=2, assume="") -> Ran:
     """Run a program until it has made `steps` steps."""
     gc.collect()  # models and optimizers of other tests are none of this program's
     machine = SimulatedMachine(get_device(device), AllocatorSettings(), Assume.parse(assume)) if simulated else None
-    names, code = {}, None
+    code = None
 
     def stop():
         raise Enough
@@ -64,7 +78,7 @@ def run_program(path, *argv, device="a100-80gb", simulated=True, steps=2, assume
             recorder,
         ):
             try:
-                names = runpy.run_path(str(path), run_name="__main__")
+                runpy.run_path(str(path), run_name="__main__")
             except Enough:
                 pass
             except SystemExit as end:
@@ -74,7 +88,30 @@ def run_program(path, *argv, device="a100-80gb", simulated=True, steps=2, assume
         _forget_accelerators()
         gc.collect()
     trace = recorder.trace()
-    return Ran(machine.finished(trace, recorder.work) if machine else trace, names, code)
+    return Ran(machine.finished(trace, recorder.work) if machine else trace, code)
+
+
+def run_source(folder, source, *argv, **options) -> Ran:
+    """Run a program given as text; it has `torch`, `nn`, and `train(model)`, which makes three steps with AdamW."""
+    path = Path(folder) / "train.py"
+    path.write_text(_BEGINNING + textwrap.dedent(source))
+    return run_program(path, *argv, **options)
+
+
+_BEGINNING = """
+import torch
+from torch import nn
+
+
+def train(model, optimizer=None, batch=lambda: torch.randn(8, 64).cuda()):
+    optimizer = optimizer or torch.optim.AdamW(model.parameters())
+    for _ in range(3):
+        model(batch()).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+"""
 
 
 def _forget_accelerators() -> None:
