@@ -106,7 +106,7 @@ class ModuleStack:
         modules, known = [model for _, model in self._models.values()], set(self._models)
         for module in modules:  # grows during the loop
             children = module._modules
-            built += [id(module), len(children), *children, *map(id, module._parameters.values())]
+            built += [id(module), len(children), *children.keys(), *map(id, module._parameters.values())]
             for child in children.values():
                 if child is not None and id(child) not in known:
                     known.add(id(child))

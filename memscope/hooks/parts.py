@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from memscope.errors import UsageError
 
 __all__ = ["PLAIN", "held_by", "is_wrapper", "parts_of"]
 
-PLAIN = frozenset((Tensor, nn.Parameter, FakeTensor))
-"""The classes of tensors that operators below autograd work on."""
+PLAIN = frozenset((Tensor, nn.Parameter, FakeTensor, UninitializedParameter, UninitializedBuffer))
+"""The classes of tensors that operators below autograd work on. Those of lazy modules have no elements yet."""
 _COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
 

@@ -168,7 +168,7 @@ class StorageTracker(TorchDispatchMode):
         elif isinstance(out, (list, tuple)):
             for item in out:
                 if isinstance(item, Tensor):
-                    self._see(item, op.code, UNKNOWN)
+                    self.lifetimes.hide(item) if self.hides else self._see(item, op.code, UNKNOWN)
 
     def _take(self, workspaces: Sequence[Workspace], held: dict[str, int], op: int) -> None:
         """Allocate a kernel's workspaces: `held` until it ends, or kept, once per thread (autograd has its own)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.parameter import is_lazy
 
+from memscope.errors import UsageError
 from memscope.hooks.kernels import Kernels
 from memscope.hooks.recorder import Recorder
 from memscope.hooks.work import Execute
@@ -69,6 +72,7 @@ class ProgramRecorder(Recorder):
         self._before_optimizer = before_optimizer
         self.stops = True
         self._steps_of: dict[int, int] = {}
+        self._thread = threading.get_ident()
 
     @property
     def steps(self) -> int:
@@ -93,7 +97,10 @@ class ProgramRecorder(Recorder):
     def _unknown_call_begins(self, module: nn.Module) -> None:
         if next(module.parameters(), None) is None:  # a loss, say
             return
-        self._modules.add(model := model_of(module))
+        model = model_of(module)
+        if any(map(is_lazy, model.parameters())):  # this call gives its lazy modules their sizes
+            return
+        self._modules.add(model)
         self._take_in_model(model)
         self._gradients.refresh()
 
@@ -105,6 +112,11 @@ class ProgramRecorder(Recorder):
         self._gradients.refresh()
 
     def _begin_step(self) -> None:
+        if threading.get_ident() != self._thread:
+            raise UsageError(
+                f'the program trains in thread "{threading.current_thread().name}", but memscope sees the operators of '
+                "the main thread only: train there"
+            )
         if self.stops and self._has_done_enough():
             self._stop()
         self._before_step(self.steps)

@@ -144,9 +144,10 @@ def _truncated_normals_are_within_bounds() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _modules_convert_fake_weights() -> Iterator[None]:
-    """Let `module.to(...)` install new weights: PyTorch would swap tensors, which fake tensors do not allow.
+    """Let `module.to(...)` change weights in place, so that an optimizer built before keeps them.
 
-    Source: `Module._apply` in torch/nn/modules/module.py and `torch.utils.swap_tensors` (2.6 to 2.13).
+    PyTorch does so for other tensors, but would swap fake ones, which fails. Source: `Module._apply` in
+    torch/nn/modules/module.py (2.6 to 2.13).
     """
     convert: Callable[..., nn.Module] = nn.Module._apply
     replaced: dict[
@@ -175,18 +176,30 @@ def _modules_convert_fake_weights() -> Iterator[None]:
 def _converted(
     tensor: Tensor, fn: Callable[[Tensor], Tensor], replaced: dict[int, tuple[Tensor, Tensor]], done: dict[int, Tensor]
 ) -> Any:
-    """Return `fn(tensor)`, computed once a call; a tensor that several modules share is replaced by one new tensor."""
+    """A weight or buffer after `fn`, computed once a call, so that what several modules share stays shared."""
     while id(tensor) in replaced:
         tensor = replaced[id(tensor)][1]
     if id(tensor) not in done:
         with torch.no_grad():
             result = fn(tensor)
-        if result is not tensor:
-            if isinstance(tensor, nn.Parameter):
+        is_parameter = isinstance(tensor, nn.Parameter)
+        if is_parameter and tensor.grad is not None:
+            with torch.no_grad():
+                tensor.grad.data = fn(tensor.grad)
+        if is_parameter and _may_hold(tensor, result):
+            tensor.data = result
+            result = tensor
+        elif result is not tensor:
+            if is_parameter:
                 result = nn.Parameter(result, requires_grad=tensor.requires_grad)
             replaced[id(tensor)] = (tensor, result)
         done[id(tensor)] = done[id(result)] = result
     return done[id(tensor)]
+
+
+def _may_hold(weight: Any, result: Any) -> bool:
+    """Whether a weight may become a result in place: not one on the meta device, nor a wrapper of other tensors."""
+    return type(weight) is FakeTensor and type(result) is FakeTensor and weight.fake_device == result.fake_device
 
 
 def weight_sizes(mode: FakeTensorMode) -> list[int]:

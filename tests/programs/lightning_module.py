@@ -34,7 +34,9 @@ def main():
         precision="16-mixed" if on_gpu else "bf16-mixed", gradient_clip_val=1.0, enable_model_summary=True,
         default_root_dir="lightning",
     )  # fmt: skip
-    trainer.fit(Classifier(), DataLoader(data, batch_size=8, num_workers=2), DataLoader(data, batch_size=16))
+    trainer.fit(
+        Classifier(), DataLoader(data, batch_size=8, num_workers=2 if on_gpu else 0), DataLoader(data, batch_size=16)
+    )
 
 
 if __name__ == "__main__":

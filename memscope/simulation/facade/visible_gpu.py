@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from memscope.simulation.facade.memory import GpuMemory, total_bytes
 from memscope.simulation.facade.stand_in import is_target, replaced, tensors_say_cuda
 from memscope.simulation.refusal import no_answer
 
-__all__ = ["VisibleGpu"]
+__all__ = ["InOrder", "VisibleGpu"]
 
 
 class VisibleGpu:
@@ -37,9 +37,17 @@ class VisibleGpu:
         device: Device,
         settings: AllocatorSettings,
         tensors: Callable[[Callable[[], None]], contextlib.AbstractContextManager[None]] = tensors_say_cuda,
+        answers: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        """Prepare to show a device; `tensors` makes tensors report where they are, see `tensors_say_cuda`."""
-        self._tensors = tensors
+        """Prepare to show a device.
+
+        Args:
+            device: the device.
+            settings: of PyTorch's allocator.
+            tensors: makes tensors report where they are, see `tensors_say_cuda`.
+            answers: functions and classes of `torch.cuda` in place of those here, by name.
+        """
+        self._tensors, self._answers = tensors, dict(answers)
         self.memory = GpuMemory(device, settings)
         self.notes: list[str] = []
         self._device = device
@@ -101,9 +109,9 @@ class VisibleGpu:
             "is_tf32_supported": lambda: major >= 8,
             "is_current_stream_capturing": lambda: False,
             "device": contextlib.nullcontext,
-            "Event": _InOrder,
-            "current_stream": lambda device=None: _InOrder(),
-            "default_stream": lambda device=None: _InOrder(),
+            "Event": InOrder,
+            "current_stream": lambda device=None: InOrder(),
+            "default_stream": lambda device=None: InOrder(),
             "get_rng_state": lambda device=None: torch.get_rng_state(),
             "get_rng_state_all": lambda: [torch.get_rng_state()],
             "initial_seed": torch.initial_seed,
@@ -112,6 +120,7 @@ class VisibleGpu:
             **self.memory.answers(),
             **dict.fromkeys(_NOTHING_TO_DO, _nothing),
             **{name: _refused(f"torch.cuda.{name}", why) for name, why in _REFUSED.items()},
+            **self._answers,
         }
 
     def _accelerator(self) -> dict[str, Callable[..., Any]]:
@@ -179,7 +188,7 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
     pass
 
 
-class _InOrder:
+class InOrder:
     """The stream, or an event on it. Everything happens in order, so there is nothing to wait for."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

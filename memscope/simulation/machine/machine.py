@@ -34,11 +34,15 @@ from memscope.simulation.host import Link
 from memscope.simulation.machine.distributed import one_process
 from memscope.simulation.machine.libraries import ChangedLibraries, merged
 from memscope.simulation.machine.loaders import loaders_stay_here
+from memscope.simulation.machine.mixed import refuse_mixed
 from memscope.simulation.machine.moves import ProgramCalls
 from memscope.simulation.machine.places import PlacedKernels, PlacedOperators, Places
 from memscope.simulation.machine.pretrained import pretrained_without_weights
 from memscope.simulation.machine.saving import Saving
+from memscope.simulation.machine.scripts import scripts_run_as_python
 from memscope.simulation.machine.side_effects import without_side_effects
+from memscope.simulation.machine.streams import streams_of_a_program
+from memscope.simulation.machine.threads import threads_stay_on_the_host
 from memscope.simulation.machine.visible import tensors_of_a_program
 from memscope.simulation.machine.weights import weights_are_fake
 from memscope.simulation.packages.visible import VisiblePackages
@@ -75,11 +79,14 @@ class SimulatedMachine:
             mode, values, self._answers, _NothingToRestore(), self._roofline, results(on_gpu=self._on_gpu)
         )
         self._link = link = Link(operators, device)
-        self._placed = PlacedOperators(self._places, WrittenViews(link), values, self._assumptions)
+        self._placed = PlacedOperators(
+            self._places, WrittenViews(link), values, self._assumptions, check=partial(refuse_mixed, self._places)
+        )
         self.execute: Execute = PlainAutograd(self._placed) if self._on_gpu else self._placed
         self.kernels: Kernels | None = PlacedKernels(self._places, self._workspaces) if self._on_gpu else None
         self._calls = ProgramCalls(self._places, link)
-        self._gpu = VisibleGpu(device, settings, partial(tensors_of_a_program, self._places, self._calls))
+        streams = streams_of_a_program(self._assumptions, self._note)
+        self._gpu = VisibleGpu(device, settings, partial(tensors_of_a_program, self._places, self._calls), streams)
         self.notes = self._gpu.notes
         self._scopes = contextlib.ExitStack()
 
@@ -105,6 +112,8 @@ class SimulatedMachine:
                 scopes.enter_context(tensors_of_a_program(self._places, self._calls, lambda: None))
             scopes.enter_context(weights_are_fake(self._places))
             scopes.enter_context(loaders_stay_here(self._note))
+            scopes.enter_context(scripts_run_as_python(self._note))
+            scopes.enter_context(threads_stay_on_the_host())
             scopes.enter_context(Saving(self._places, self._note))
             changes = merged(
                 without_side_effects(self._note),

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from types import FrameType
+from types import FrameType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 
 from memscope.simulation.facade.stand_in import is_target
 from memscope.simulation.host import Link
 from memscope.simulation.machine.places import Places
+from memscope.simulation.refusal import NotSimulated
 
 __all__ = ["GPU", "STAND_IN", "ProgramCalls", "gpu_named"]
 
@@ -24,6 +27,13 @@ STAND_IN = torch.device("cpu", 0)
 """What PyTorch's own code sees as that device: a name of the CPU that no tensor on the host has, for theirs has no
 index."""
 _HOST = torch.device("cpu")
+_parse_to = torch._C._nn._parse_to
+_LARGE_BUFFER = 2**30
+"""Bytes from which on a pinned tensor has no memory."""
+_METHODS: dict[str, Callable[..., Any]] = {
+    name: getattr(Tensor, name) for name in ("to", "cuda", "cpu", "pin_memory", "__deepcopy__")
+}
+"""PyTorch's methods that copy; a program may replace them."""
 
 
 class ProgramCalls(TorchFunctionMode):
@@ -32,28 +42,51 @@ class ProgramCalls(TorchFunctionMode):
     def __init__(self, places: Places, link: Link) -> None:
         super().__init__()
         self._places, self._link = places, link
+        self._default: torch.device | None = None
         self._answers: dict[Any, Callable[[Any], Any]] = {
             Tensor.get_device: lambda tensor: 0 if places.is_on_gpu(tensor) else -1,
             Tensor.is_cuda.__get__: places.is_on_gpu,  # type: ignore[attr-defined]
             Tensor.is_cpu.__get__: lambda tensor: not (places.is_on_gpu(tensor) or tensor.is_meta),  # type: ignore[attr-defined]
         }
-        self._moves = {
-            Tensor.to: self._to, Tensor.cuda: self._cuda, Tensor.cpu: self._cpu, Tensor.pin_memory: _itself,
-            Tensor.__deepcopy__: self._deepcopy,
+        moves = {
+            "to": self._to, "cuda": self._cuda, "cpu": self._cpu, "pin_memory": _itself, "__deepcopy__": self._deepcopy,
         }  # fmt: skip
+        self._moves = {_METHODS[name]: move for name, move in moves.items()}
+
+    def set_default_device(self, original: Callable[[Any], None]) -> Callable[[Any], None]:
+        """`torch.set_default_device`, which also takes the GPU."""
+
+        def set_default_device(device: Any) -> None:
+            on_gpu = device is not None and gpu_named(device)
+            self._default = GPU if on_gpu else None
+            original(None if on_gpu else device)
+
+        return set_default_device
+
+    def get_default_device(self, original: Callable[[], torch.device]) -> Callable[[], torch.device]:
+        """`torch.get_default_device`."""
+        return lambda: self._default or original()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in self._answers and is_target(_caller()):
             return self._answers[func](args[0])
+        if type(func) is FunctionType:  # a method that the program has replaced, as PyTorch finds it by its name
+            func = next((method for name, method in _METHODS.items() if getattr(Tensor, name) is func), func)
         move = self._moves.get(func)
         if move is not None:
             return move(func, *args, **(kwargs or {}))
         if not kwargs and len(args) == 1 and type(args[0]) is FakeTensor:  # most calls query a size or a stride
             return func(*args)
         kwargs = kwargs or {}
+        if func is _parse_to:  # of module.to(...), which names a device and makes nothing
+            return func(*args, **kwargs)
         if func is torch.device:
             return torch.device("cuda", *args) if args and type(args[0]) is int else func(*args, **kwargs)
+        if kwargs.get("pin_memory"):
+            return self._pinned(func, args, kwargs)
         device = kwargs.get("device")
+        if device is None and self._default is not None and func in _device_constructors():
+            device = self._default
         if device is not None:
             on_gpu = gpu_named(device)
             if on_gpu is not None:
@@ -73,6 +106,17 @@ class ProgramCalls(TorchFunctionMode):
         if told and isinstance(made, Tensor) and not places.is_on_gpu(made) and not made.is_meta:
             return self._moved(made, on_gpu=True)  # a tensor that exists, as torch.as_tensor returns it
         return made
+
+    def _pinned(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A tensor of the host; a large one, into which a program offloads weights or activations, has no memory."""
+        kwargs = {**kwargs, "pin_memory": False, "device": "meta"}
+        layout = func(*args, **kwargs)
+        if not isinstance(layout, Tensor) or layout.nbytes < _LARGE_BUFFER:
+            with self._places.calling(False):
+                return func(*args, **{**kwargs, "device": _HOST})
+        buffer: Any = self._places.stand_in_for(layout)
+        self._places.hide(buffer)
+        return buffer
 
     # Copies between host and GPU.
 
@@ -125,8 +169,13 @@ class ProgramCalls(TorchFunctionMode):
         return memo[id(tensor)]
 
     def _moved(self, tensor: Tensor, *, on_gpu: bool, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:
+        if is_lazy(tensor):
+            raise NotSimulated(
+                "a lazy module was moved to the GPU before its sizes are known: call the model once on the host before "
+                "model.cuda(), or give the sizes (nn.Linear for nn.LazyLinear)"
+            )
         with self._places.calling(on_gpu), self._link.crossed(True):
-            return Tensor.to(tensor, dtype or tensor.dtype, copy=True, **kwargs)
+            return _METHODS["to"](tensor, dtype or tensor.dtype, copy=True, **kwargs)
 
 
 def gpu_named(device: Any) -> bool | None:

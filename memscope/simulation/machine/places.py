@@ -11,7 +11,7 @@ and notes the place for the operators below it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -103,8 +103,17 @@ class Places:
 class PlacedOperators:
     """Runs each operator where it belongs: on real tensors of the host, or on fake tensors with `execute`."""
 
-    def __init__(self, places: Places, execute: Execute, values: KnownValues, assumptions: Assumptions) -> None:
-        self._places, self._execute = places, execute
+    def __init__(
+        self,
+        places: Places,
+        execute: Execute,
+        values: KnownValues,
+        assumptions: Assumptions,
+        *,
+        check: Callable[[Any, tuple[Any, ...], dict[str, Any]], None] = lambda func, args, kwargs: None,
+    ) -> None:
+        """Run with `execute`; `check` is called with each operator of the GPU, and may refuse its arguments."""
+        self._places, self._execute, self._check = places, execute, check
         self._values, self._assumptions = values, assumptions
         self._tracker: StorageTracker | None = None
 
@@ -123,6 +132,8 @@ class PlacedOperators:
             on_gpu = places.told
         elif found:
             on_gpu = any(map(places.is_on_gpu, found))
+            if on_gpu:
+                self._check(func, args, kwargs)
         elif places.serves_gpu:
             on_gpu = True
         else:

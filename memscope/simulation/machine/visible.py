@@ -28,6 +28,8 @@ def tensors_of_a_program(places: Places, calls: ProgramCalls, on_record_stream: 
     with contextlib.ExitStack() as scopes:
         for owner, name, value in (
             (torch, "Generator", AnyGenerator),
+            (torch, "set_default_device", calls.set_default_device(torch.set_default_device)),
+            (torch, "get_default_device", calls.get_default_device(torch.get_default_device)),
             (nn.Module, "to", _module_to(nn.Module.to)),
             (FakeTensor, "device", _device_property(FakeTensor.device, places)),
             (Tensor, "record_stream", lambda tensor, stream: on_record_stream()),

@@ -1,0 +1,68 @@
+"""A simulated program saves nothing, and loads what it saved and what others saved."""
+
+import pytest
+import torch
+from program_runs import run_source
+from torch import nn
+
+
+def test_a_checkpoint_is_loaded_where_it_was_or_is_mapped_to_and_no_file_is_written(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    ran = run_source(
+        tmp_path,
+        f"""
+        import io
+        path = {str(path)!r}
+        model = nn.Linear(64, 64).cuda()
+        optimizer = torch.optim.AdamW(model.parameters())
+        train(model, optimizer)
+        state = {{"model": model.state_dict(), "optimizer": optimizer.state_dict()}}
+        state |= {{"best": torch.tensor(0.5), "epoch": 3}}
+        torch.save(state, path)
+        for location, on_gpu in (
+            (None, True), ("cpu", False), ("cuda", True), (torch.device("cuda", 0), True), ({{"cuda:0": "cpu"}}, False),
+            (lambda storage, location: storage, False), (lambda storage, location: storage.cuda(), True),
+            (lambda storage, location: None, True),
+        ):
+            found = torch.load(path, map_location=location)
+            assert found["model"]["weight"].is_cuda is on_gpu, location
+            assert found["model"]["weight"] is not model.weight
+            assert found["epoch"] == 3 and found["best"].item() == 0.5
+        model.load_state_dict(found["model"])
+        optimizer.load_state_dict(found["optimizer"])
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        other = torch.load(buffer, weights_only=False)
+        assert other is not model and other.weight.is_cuda
+        train(model, optimizer)
+        """,
+        steps=None,
+    )
+    assert not path.exists()
+    assert ran.notes == ["nothing was saved: torch.save wrote no file"]
+
+
+@pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "legacy"])
+def test_of_a_file_of_another_run_data_are_read_and_weights_are_not(tmp_path, is_zip):
+    contents = {"weight": torch.full((512, 512), 3.0), "tokens": torch.arange(70_000), "scale": torch.tensor([0.25])}
+    torch.save(contents, tmp_path / "file.pt", _use_new_zipfile_serialization=is_zip)
+    ran = run_source(
+        tmp_path,
+        f"""
+        found = torch.load({str(tmp_path / "file.pt")!r})
+        assert found["tokens"][5].item() == 5 and found["scale"].item() == 0.25
+        assert not found["weight"].is_cuda
+        on_gpu = torch.load({str(tmp_path / "file.pt")!r}, map_location="cuda:0")
+        assert on_gpu["weight"].is_cuda and on_gpu["tokens"].is_cuda
+        print(found["weight"].mean().item())
+        train(nn.Linear(64, 64).cuda())
+        """,
+    )
+    assert ran.assumed == ["a floating-point number that the program reads"]
+
+
+def test_a_whole_model_is_loaded_without_its_weights(tmp_path):
+    torch.save(nn.Linear(64, 64), tmp_path / "model.pt")
+    source = f"train(torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False).cuda())"
+    assert run_source(tmp_path, source).peak_of("parameter") == 64 * 64 * 4 + 512
