@@ -33,7 +33,7 @@ def one_process(note: Callable[[str], None]) -> Changes:
             from torch.testing._internal.distributed.fake_pg import FakeStore
 
             note("torch.distributed has one process: nothing is communicated, and NCCL's own memory is not counted")
-            original("fake", store=FakeStore(), rank=0, world_size=1)  # type: ignore[no-untyped-call]
+            original("fake", store=FakeStore(), rank=0, world_size=1)
 
         return init
 
@@ -74,7 +74,7 @@ def _broadcast(module: torch.nn.Module, group: Any, *, with_buffers: bool) -> No
     from torch.distributed.utils import _sync_module_states
 
     group = group or distributed_c10d._get_default_group()
-    _sync_module_states(module, group, 250 * 2**20, 0, set(), with_buffers)  # type: ignore[no-untyped-call]
+    _sync_module_states(module, group, 250 * 2**20, 0, set(), with_buffers)
 
 
 def _done(gradients: Any) -> Any:
