@@ -212,6 +212,21 @@ def test_step_counters_stay_on_the_host_unless_the_optimizer_is_fused():
     assert optimizer_temporaries(fused=True)[1].max_by_category(1)["optimizer_state"] == 2 * 256 * 256 * 4 + 512
 
 
+@pytest.mark.parametrize(("name", "moments"), [("Adadelta", 2), ("RMSprop", 1), ("Rprop", 2), ("NAdam", 2)])
+def test_step_counters_of_other_optimizers_stay_on_the_host_too(name, moments):
+    # Adadelta, RMSprop and Rprop make them by torch.zeros(()) without a device. Source: torch/optim, 2.11 and 2.13.
+    def build():
+        return Workload(
+            model=nn.Linear(256, 256, bias=False),
+            batches=[torch.randn(8, 256)],
+            loss=lambda model, x: model(x).mean(),
+            optimizer_factory=getattr(torch.optim, name),
+        )
+
+    trace = simulate(build, device="a100-80gb")
+    assert trace.max_by_category(1)["optimizer_state"] == moments * 256 * 256 * 4
+
+
 @pytest.mark.usefixtures("kept_workspaces")
 def test_a_capturable_optimizer_keeps_its_counters_and_corrections_on_the_device():
     # One parameter: the root of its second moment and two bias corrections, each of these in a block of 512 bytes.

@@ -93,6 +93,9 @@ class _Devices(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.device:
             return torch.device("cuda", *args) if args and type(args[0]) is int else func(*args, **kwargs)
+        if func is torch.zeros and args == ((),) and kwargs.keys() <= {"dtype"}:
+            # A counter on the host, as Adadelta, RMSprop and Rprop make it; torch.tensor(x) is recognized as such.
+            return torch.tensor(0.0, dtype=kwargs.get("dtype") or torch.get_default_dtype())
         if func is Tensor.to and len(args) > 1 and type(args[1]) is int:
             args = (args[0], _CPU, *args[2:])
         if any(map(_names_gpu, args)) or any(map(_is_gpu_argument, kwargs, kwargs.values())):

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from memscope.simulation.facade.stand_in import replaced
 from memscope.simulation.machine.moves import gpu_named
 from memscope.simulation.machine.places import Places
+from memscope.simulation.values import computing
 
 __all__ = ["Saving"]
 
@@ -68,7 +69,7 @@ class Saving:
             return _Stored(value, any(map(places.is_on_gpu, value.parameters())))
         if isinstance(value, FakeTensor):
             return _Stored(self._layout(value), places.is_on_gpu(value))
-        return _Stored(value.clone(), False)
+        return _Stored(_copied(value), False)
 
     def _loading(self, load: Callable[..., Any]) -> Callable[..., Any]:
         def loaded(f: Any, map_location: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -96,7 +97,7 @@ class Saving:
                 return _Stored(value, bool(on_gpu))
             was_on_gpu = value.layout is torch.strided and value.untyped_storage().data_ptr() in on_gpu
             is_weight = value.is_floating_point() and value.numel() >= _LARGE and value.layout is torch.strided
-            return _Stored(self._layout(value) if is_weight else value.clone(), was_on_gpu)
+            return _Stored(self._layout(value) if is_weight else _copied(value), was_on_gpu)
 
         return pytree.tree_map_only((Tensor, nn.Module), stored, found)
 
@@ -106,13 +107,21 @@ class Saving:
         on_gpu = _mapped(stored.was_on_gpu, map_location)
         if isinstance(value, nn.Module):
             return copy.deepcopy(value).to("cuda" if on_gpu else "cpu")
-        return value.to("cuda") if on_gpu else self._layout(value) if isinstance(value, FakeTensor) else value.clone()
+        if on_gpu:
+            return value.to("cuda")
+        return self._layout(value) if isinstance(value, FakeTensor) else _copied(value)
 
     def _layout(self, tensor: Tensor) -> Tensor:
         """A tensor of the same layout on the host, without values."""
         copied: Any = self._places.stand_in_for(tensor)
         self._places.hide(copied)
         return nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """A copy of a real tensor, made as `torch.save` and `torch.load` do: by no operator of the program."""
+    with computing():
+        return tensor.clone()
 
 
 class _Location:
