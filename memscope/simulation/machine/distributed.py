@@ -6,6 +6,7 @@ the gradients, in one process too. Sharded training is refused.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from typing import Any
@@ -13,13 +14,18 @@ from typing import Any
 import torch
 
 from memscope.simulation.machine.libraries import Changes
+from memscope.simulation.machine.places import Places
 from memscope.simulation.refusal import NotSimulated
 
 __all__ = ["one_process"]
 
 
-def one_process(note: Callable[[str], None]) -> Changes:
+def one_process(places: Places, note: Callable[[str], None]) -> Changes:
     """The changes that let a program initialize `torch.distributed`; `note` is told what is not counted then."""
+
+    def serving(module: torch.nn.Module) -> contextlib.AbstractContextManager[None]:
+        """What is made without arguments inside, such as buckets, is where the parameters are."""
+        return places.calling(None, "floats" if places.any_on_gpu(module.parameters()) else False)
 
     def init_process_group(original: Callable[..., None]) -> Callable[..., None]:
         def init(backend: Any = None, init_method: Any = None, *args: Any, **kwargs: Any) -> None:
@@ -42,7 +48,8 @@ def one_process(note: Callable[[str], None]) -> Changes:
             model: Any, module: Any, device_ids: Any = None, output_device: Any = None, *args: Any, **kwargs: Any
         ) -> None:
             _broadcast(module, kwargs.get("process_group"), with_buffers=kwargs.get("broadcast_buffers", True))
-            original(model, module, None, None, *args, **{**kwargs, "init_sync": False})
+            with serving(module):
+                original(model, module, None, None, *args, **{**kwargs, "init_sync": False})
             model._register_builtin_comm_hook = model.register_comm_hook = _refused(
                 "DistributedDataParallel.register_comm_hook", "a hook may change what is communicated"
             )
@@ -51,12 +58,22 @@ def one_process(note: Callable[[str], None]) -> Changes:
 
         return wrapped
 
+    def prepare(original: Callable[..., Any]) -> Callable[..., Any]:
+        def prepared(model: Any, *args: Any, **kwargs: Any) -> Any:
+            with serving(model):  # the second step makes the buckets again
+                return original(model, *args, **kwargs)
+
+        return prepared
+
     def sharded(name: str) -> Callable[[Any], Callable[..., Any]]:
         return lambda original: _refused(name, "sharded training is not simulated yet")
 
     return {
         "torch.distributed.distributed_c10d": {"init_process_group": init_process_group},
-        "torch.nn.parallel.distributed": {"DistributedDataParallel.__init__": wrap},
+        "torch.nn.parallel.distributed": {
+            "DistributedDataParallel.__init__": wrap,
+            "DistributedDataParallel._pre_forward": prepare,
+        },
         "torch.distributed.fsdp.fully_sharded_data_parallel": {
             "FullyShardedDataParallel.__init__": sharded("FullyShardedDataParallel")
         },

@@ -118,7 +118,7 @@ class SimulatedMachine:
             changes = merged(
                 without_side_effects(self._note),
                 pretrained_without_weights(self._places, self._note),
-                one_process(self._note),
+                one_process(self._places, self._note),
             )
             libraries = scopes.enter_context(ChangedLibraries(changes))
             if self._on_gpu:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -41,13 +41,13 @@ class Places:
         told: whether the running function was told to make its results on the GPU (True) or on the host (False); None:
             it makes them where its arguments are.
         serves_gpu: whether the running function works on tensors of the GPU, so that what it makes without arguments
-            belongs there.
+            belongs there; `floats`: only what it makes of floating-point numbers, as it reads the others.
     """
 
     def __init__(self, mode: FakeTensorMode, *, has_gpu: bool) -> None:
         self.mode, self.has_gpu = mode, has_gpu
         self.told: bool | None = None
-        self.serves_gpu = False
+        self.serves_gpu: bool | Literal["floats"] = False
         self._tracker: StorageTracker | None = None
 
     def follow(self, tracker: StorageTracker) -> None:
@@ -55,7 +55,7 @@ class Places:
         self._tracker = tracker
 
     @contextlib.contextmanager
-    def calling(self, told: bool | None, serves_gpu: bool = False) -> Iterator[None]:
+    def calling(self, told: bool | None, serves_gpu: bool | Literal["floats"] = False) -> Iterator[None]:
         """Run a function; see the attributes."""
         before = self.told, self.serves_gpu
         self.told, self.serves_gpu = told, serves_gpu
@@ -134,7 +134,7 @@ class PlacedOperators:
             on_gpu = any(map(places.is_on_gpu, found))
             if on_gpu:
                 self._check(func, args, kwargs)
-        elif places.serves_gpu:
+        elif places.serves_gpu is True or (places.serves_gpu == "floats" and _makes_floats(kwargs)):
             on_gpu = True
         else:
             tracker.hides = False  # real tensors are not followed
@@ -196,6 +196,11 @@ class PlacedKernels:
     def born(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...] | None:
         """See `Kernels`."""
         return self._kernels.born(func, args, kwargs) if self._places.any_on_gpu(args) else None
+
+
+def _makes_floats(kwargs: dict[str, Any]) -> bool:
+    """Whether a factory makes a tensor of floating-point numbers."""
+    return (kwargs.get("dtype") or torch.get_default_dtype()).is_floating_point
 
 
 def _fakes(values: Iterable[Any]) -> list[FakeTensor]:
