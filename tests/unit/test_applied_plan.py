@@ -171,7 +171,7 @@ def test_bfloat16_weights_are_refused_beside_a_gradient_scaler():
         torch.optim.AdamW(model.parameters())
         applied.require_use(built=False)
         scaler = torch.amp.GradScaler("cpu")
-        with pytest.raises(UsageError, match="scales its loss with a GradScaler"):
+        with pytest.raises(UsageError, match="bf16: the program scales its loss with a GradScaler"):
             applied.require_use(built=True)
         del scaler
 

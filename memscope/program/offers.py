@@ -1,0 +1,55 @@
+"""Find what could be changed in a program's model, for `memscope advise`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from torch import nn
+
+from memscope.errors import UsageError
+from memscope.program.request import Offer, Offers
+from memscope.strategies import Plan, Problem, Stage, Strategy, available
+from memscope.strategies.ckpt import Checkpoint
+from memscope.strategies.ckpt.layer_plan import described
+from memscope.strategies.ckpt.layers import named_layers
+from memscope.strategies.plugins import called
+from memscope.workload.description import Workload
+
+__all__ = ["with_offers"]
+
+_ProblemsOf = Callable[[Strategy, nn.Module], Sequence[Problem]]
+
+
+def with_offers(known: Offers, workload: Workload, always: Plan, layer_list: str, problems_of: _ProblemsOf) -> Offers:
+    """The offers of the models before, and those of another model.
+
+    Args:
+        known: the offers so far.
+        workload: the model and its optimizer, which no strategy has changed yet.
+        always: the plan that is applied in any case.
+        layer_list: the lists of layers, as in `ckpt:layer-list`.
+        problems_of: what else prevents a strategy.
+    """
+    used = {strategy.name for strategy in always.strategies}
+    exact = {offer.spec: offer.is_exact for offer in known.strategies}
+    for name, kind in available().items():
+        for strategy in _candidates(kind, workload, layer_list) if name not in used else ():
+            if not called(strategy, "check", workload) and not problems_of(strategy, workload.model):
+                is_exact = bool(called(strategy, "is_exact", workload))
+                exact[strategy.spec] = exact.get(strategy.spec, True) and is_exact
+    offers = tuple(Offer(spec, is_exact) for spec, is_exact in exact.items())
+    try:
+        layers = tuple(named_layers(workload.model, layer_list))
+    except UsageError:
+        return Offers(offers, known.layered, known.layers, known.model)
+    layered = (*known.layered, workload.name)
+    if len(layered) > 1:
+        return Offers(offers, layered)
+    return Offers(offers, layered, layers, described(workload.model, layers))
+
+
+def _candidates(kind: type[Strategy], workload: Workload, layer_list: str) -> Iterator[Strategy]:
+    if kind is Checkpoint:
+        yield Checkpoint(Checkpoint.Config(layer_list=layer_list))
+    elif kind.stage is not Stage.STEP:
+        yield from map(kind, called(kind(), "candidates", workload))
