@@ -13,7 +13,7 @@ from memscope.advisor.advice import Advice, FrontPoint, PlanPeak, binding_of, un
 from memscope.advisor.combinations import CHECKPOINTING
 from memscope.advisor.layer_words import in_words
 from memscope.allocator.settings import AllocatorSettings
-from memscope.analysis.cost import last_step_seconds
+from memscope.analysis.cost import step_seconds
 from memscope.analysis.notes import notes_of
 from memscope.errors import MemscopeError, UsageError
 from memscope.program.request import Offer, Offers
@@ -42,11 +42,15 @@ class _Ran:
     checkpointed: int
     """Number of layers, from the first on, that are checkpointed."""
     trace: Trace
+    optimizers: int
+    """Number of optimizers of the program."""
 
     @cached_property
     def seconds(self) -> float:
-        """Estimated time of a step."""
-        return last_step_seconds(self.trace) or 0.0
+        """Estimated time of a step of every optimizer, without evaluation and generation."""
+        last = self.trace.steps[-max(1, self.optimizers) :]
+        phases = [each for step in last for each in (step_seconds(self.trace, step) or {}).items()]
+        return sum(seconds for phase, seconds in phases if phase != "inference")
 
     @property
     def fits(self) -> bool:
@@ -90,8 +94,8 @@ class ProgramAdvisor:
             MemscopeError: the program cannot be simulated, or the strategies that every plan must use do not suit it.
         """
         trace, offers = self.run(str(self.always))
-        self._runs[str(self.always), 0] = _Ran(str(self.always), 0, trace)
         self._offers = offers or Offers()
+        self._runs[str(self.always), 0] = _Ran(str(self.always), 0, trace, self._offers.optimizers)
         plans = list(self._combinations())
         tried = plans[:_MOST_COMBINATIONS]
         for plan in tried:
@@ -172,7 +176,7 @@ class ProgramAdvisor:
         key, plan = (text, checkpointed), self._with_checkpoints(text, checkpointed)
         if key not in self._runs and plan not in self._failed:
             try:
-                self._runs[key] = _Ran(*key, self.run(plan)[0])
+                self._runs[key] = _Ran(*key, self.run(plan)[0], self._offers.optimizers)
             except MemscopeError as error:
                 self._failed[plan] = error
         return self._runs.get(key)

@@ -101,7 +101,10 @@ def _asked(options: ProfileOptions, words: Sequence[str]) -> _Asked:
     check_assume(options.assume, simulated)
     plans = [Plan.parse(text) for text in options.plans]
     if any(map(is_auto, plans)):
-        raise UsageError("ckpt:auto searches for a target's checkpoint plan: choose a plan for a program, such as ckpt")
+        raise UsageError(
+            "ckpt:auto searches for a target's checkpoint plan: for a program, run "
+            "memscope advise --budget SIZE -- COMMAND"
+        )
     timeout = None if options.timeout is None else parse_seconds(options.timeout)
     return _Asked(resolve_program(words), options, device, simulated, plans, labels_of(plans), timeout)
 

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import weakref
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -120,9 +121,12 @@ class AppliedPlan:
         plan = Plan(tuple(s for s in self._plan.strategies if s.stage is Stage.OPTIM or not done))
         before = TrainedBefore.of(model, self._frozen)
         workload = _workload(model, lambda parameters: before.regrouped(optimizer, model))
-        if self.offers is not None and not done:
-            self.offers = with_offers(self.offers, workload, self._plan, self._layer_list, _problems)
+        if self.offers is not None:
+            self.offers = replace(self.offers, optimizers=self.offers.optimizers + 1)
+            if not done:
+                self.offers = with_offers(self.offers, workload, self._plan, self._layer_list, _problems)
         if not self._plan:
+            self._models.add(model)
             return
         self._check(plan, workload)
         loop = _loop_of(workload)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -21,7 +22,7 @@ _ProblemsOf = Callable[[Strategy, nn.Module], Sequence[Problem]]
 
 
 def with_offers(known: Offers, workload: Workload, always: Plan, layer_list: str, problems_of: _ProblemsOf) -> Offers:
-    """The offers of the models before, and those of another model.
+    """The offers of the models before, and those of another model; its optimizer is not counted.
 
     Args:
         known: the offers so far.
@@ -41,11 +42,12 @@ def with_offers(known: Offers, workload: Workload, always: Plan, layer_list: str
     try:
         layers = tuple(named_layers(workload.model, layer_list))
     except UsageError:
-        return Offers(offers, known.layered, known.layers, known.model)
+        return replace(known, strategies=offers)
     layered = (*known.layered, workload.name)
     if len(layered) > 1:
-        return Offers(offers, layered)
-    return Offers(offers, layered, layers, described(workload.model, layers))
+        return replace(known, strategies=offers, layered=layered, layers=(), model={})
+    found = described(workload.model, layers)
+    return replace(known, strategies=offers, layered=layered, layers=layers, model=found)
 
 
 def _candidates(kind: type[Strategy], workload: Workload, layer_list: str) -> Iterator[Strategy]:

@@ -101,6 +101,8 @@ class Offers:
     """Classes of the models that have layers to checkpoint."""
     layers: tuple[str, ...] = ()
     """Names of the layers; empty unless one model has layers."""
+    optimizers: int = 0
+    """Number of optimizers that the program has built."""
     model: dict[str, Any] = field(default_factory=dict)
     """The model with these layers; see `memscope.strategies.ckpt.layer_plan.described`."""
 
