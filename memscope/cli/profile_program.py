@@ -33,7 +33,7 @@ from memscope.errors import MemscopeError, OutOfDeviceMemory, UsageError
 from memscope.gpu.nvml import has_gpu
 from memscope.program.command_line import CommandLine, resolve_program
 from memscope.program.launch import ProgramEnd, StepReport, launch
-from memscope.program.request import Request
+from memscope.program.request import Offers, Request
 from memscope.simulation.devices.catalogue import get_device, load_devices
 from memscope.strategies import Plan
 from memscope.units import parse_seconds
@@ -52,6 +52,8 @@ _OF_TARGETS = {
     "live": "--live",
 }
 """Options that a program cannot have, by their fields."""
+_TO_TRY = ("ckpt", "lora")
+"""Strategies that are proposed after a profile without any: the first that the program can take."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,7 @@ def _request(asked: _Asked, label: str, scratch: Path) -> Request:
         strategies="" if label == "baseline" else label,
         folder=str(scratch.resolve()),
         command=asked.program.words,
+        asks=() if asked.plans else _TO_TRY,
     )
 
 
@@ -198,7 +201,7 @@ def _show(asked: _Asked, ends: dict[str, ProgramEnd], paths: dict[str, Path], pa
         console = Console(highlight=False)
         print_report(console, runs, table, baselines)
         print_places(console, written[0].parent, page if has_page else None)
-        print_next(console, _next(asked, written))
+        print_next(console, _next(asked, written, ends["baseline"].offers))
     last = runs[-1].trace
     return OutOfDeviceMemory.exit_code if last.meta.get("out_of_memory") else 0
 
@@ -220,10 +223,12 @@ def _failed(asked: _Asked, told: dict[str, Any], error: MemscopeError | None) ->
     }
 
 
-def _next(asked: _Asked, traces: Sequence[Path]) -> list[object]:
-    """The next command: the same simulation with activation checkpoints, or what compares or shows the traces."""
+def _next(asked: _Asked, traces: Sequence[Path], offers: Offers | None) -> list[object]:
+    """The next command: the same simulation with a strategy to try, or what compares or shows the traces."""
     options = asked.options
-    if not asked.simulated or asked.plans:
+    offered = {offer.spec for offer in offers.strategies} if offers else set()
+    to_try = [spec for spec in _TO_TRY if spec in offered]
+    if not asked.simulated or not to_try:
         return compare_words(traces)
     words: list[object] = ["memscope", "profile", "--device", asked.device]
     words += ["--device-file", options.device_file] if options.device_file else []
@@ -232,4 +237,4 @@ def _next(asked: _Asked, traces: Sequence[Path]) -> list[object]:
     words += ["--simulate"] if options.simulate else []
     words += ["--steps", options.steps or "all"] if options.steps != DEFAULT_STEPS else []
     words += ["--timeout", options.timeout] if options.timeout else []
-    return [*words, "--strategies", "ckpt", "--", *asked.program.words]
+    return [*words, "--strategies", to_try[0], "--", *asked.program.words]

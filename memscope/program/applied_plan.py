@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -39,18 +39,24 @@ class AppliedPlan:
     """
 
     def __init__(
-        self, plan: Plan, changed: Callable[[], None] = lambda: None, *, layer_list: str | None = None
+        self,
+        plan: Plan,
+        changed: Callable[[], None] = lambda: None,
+        asks: Collection[str] = (),
+        layer_list: str = "",
     ) -> None:
         """Prepare to apply a plan.
 
         Args:
             plan: the plan; an empty one changes nothing.
             changed: called after each model that was changed.
+            asks: see `Request.asks`.
             layer_list: see `Request.layer_list`.
         """
         self.chosen: dict[str, dict[str, str]] = {}
-        self.offers = None if layer_list is None else Offers()
-        self._plan, self._changed, self._layer_list = plan, changed, layer_list or ""
+        self.offers = Offers() if asks else None
+        self._plan, self._changed = plan, changed
+        self._asks, self._layer_list = set(asks) - {strategy.name for strategy in plan.strategies}, layer_list
         self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._frozen: set[int] = set()
         self._refused: list[tuple[str, UsageError]] = []
@@ -124,7 +130,7 @@ class AppliedPlan:
         if self.offers is not None:
             self.offers = replace(self.offers, optimizers=self.offers.optimizers + 1)
             if not done:
-                self.offers = with_offers(self.offers, workload, self._plan, self._layer_list, _problems)
+                self.offers = with_offers(self.offers, workload, self._asks, self._layer_list, _problems)
         if not self._plan:
             self._models.add(model)
             return

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 
 from torch import nn
 
 from memscope.errors import UsageError
 from memscope.program.request import Offer, Offers
-from memscope.strategies import Plan, Problem, Stage, Strategy, available
+from memscope.strategies import Problem, Stage, Strategy, available
 from memscope.strategies.ckpt import Checkpoint
 from memscope.strategies.ckpt.layer_plan import described
 from memscope.strategies.ckpt.layers import named_layers
@@ -21,20 +21,21 @@ __all__ = ["with_offers"]
 _ProblemsOf = Callable[[Strategy, nn.Module], Sequence[Problem]]
 
 
-def with_offers(known: Offers, workload: Workload, always: Plan, layer_list: str, problems_of: _ProblemsOf) -> Offers:
+def with_offers(
+    known: Offers, workload: Workload, asks: Collection[str], layer_list: str, problems_of: _ProblemsOf
+) -> Offers:
     """The offers of the models before, and those of another model; its optimizer is not counted.
 
     Args:
         known: the offers so far.
         workload: the model and its optimizer, which no strategy has changed yet.
-        always: the plan that is applied in any case.
+        asks: names of the strategies that are asked for.
         layer_list: the lists of layers, as in `ckpt:layer-list`.
         problems_of: what else prevents a strategy.
     """
-    used = {strategy.name for strategy in always.strategies}
     exact = {offer.spec: offer.is_exact for offer in known.strategies}
     for name, kind in available().items():
-        for strategy in _candidates(kind, workload, layer_list) if name not in used else ():
+        for strategy in _candidates(kind, workload, layer_list) if name in asks else ():
             if not called(strategy, "check", workload) and not problems_of(strategy, workload.model):
                 is_exact = bool(called(strategy, "is_exact", workload))
                 exact[strategy.spec] = exact.get(strategy.spec, True) and is_exact

@@ -41,8 +41,10 @@ class Request:
     """Scratch folder, which holds this request and receives trace and outcome; see `Scratch`."""
     command: tuple[str, ...]
     """The program's command line."""
-    layer_list: str | None = None
-    """Lists of the layers that could be checkpointed, as `ckpt:layer-list` names them; None: no `Offers` are wanted."""
+    asks: tuple[str, ...] = ()
+    """Names of strategies of which `Offers` are wanted."""
+    layer_list: str = ""
+    """For the offer of `ckpt`: lists of the layers, as `ckpt:layer-list` names them."""
     version: str = __version__
     """The launcher's version of memscope, which the program's Python must have too."""
 
@@ -96,7 +98,7 @@ class Offers:
     """What could be changed in the models of a program, as they are when their optimizers are built."""
 
     strategies: tuple[Offer, ...] = ()
-    """Those that change the model or the optimizer, and are not part of the plan."""
+    """Of those asked for, the ones that change the model or the optimizer, and are not part of the plan."""
     layered: tuple[str, ...] = ()
     """Classes of the models that have layers to checkpoint."""
     layers: tuple[str, ...] = ()

@@ -75,8 +75,8 @@ class ProgramWatch:
         if machine:
             machine.follow(self._recorder.tracker)
             machine.__enter__()  # to the end of the process: what the program holds cannot live without it
-        self._applied = AppliedPlan(self._plan, self._recorder.model_changed, layer_list=request.layer_list)
-        if self._plan or request.layer_list is not None:
+        self._applied = AppliedPlan(self._plan, self._recorder.model_changed, request.asks, request.layer_list)
+        if self._plan or request.asks:
             self._scopes.enter_context(self._applied)
         if request.device == "cuda":
             self._first_call: Any = register_module_forward_pre_hook(self._begin_recording)

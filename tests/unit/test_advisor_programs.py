@@ -15,6 +15,7 @@ from memscope.errors import TargetError
 from memscope.program.offers import with_offers
 from memscope.program.request import Offers
 from memscope.simulation.devices.catalogue import get_device
+from memscope.strategies import available
 
 DEVICE = get_device("a100-40gb")
 LAYERS = 5
@@ -49,7 +50,8 @@ class Program:
         self.plans.append(plan)
         if plan in self.fails:
             raise TargetError(f"it failed with {plan}\nand more")
-        offers = with_offers(Offers(), build(self.layers), self.always, "", lambda strategy, model: [])
+        asks = available().keys() - {strategy.name for strategy in self.always.strategies}
+        offers = with_offers(Offers(), build(self.layers), asks, "", lambda strategy, model: [])
         return simulated(plan, self.budget_bytes, self.layers), offers
 
     def advice(self, allow=()) -> Advice:

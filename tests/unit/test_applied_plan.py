@@ -201,7 +201,7 @@ def test_a_strategy_of_the_loop_is_refused_with_the_flag_that_does_it_there(plan
 
 
 def test_what_could_be_changed_is_told_for_all_models():
-    with AppliedPlan(Plan(), layer_list="") as asked:
+    with AppliedPlan(Plan(), asks=("adamw", "bf16", "ckpt", "lora", "ga")) as asked:
         model, other, second = Model(), nn.Linear(8, 8), Model()
         groups = groups_of(model)
         optimizers = [torch.optim.AdamW([group], foreach=False) for group in groups]
