@@ -133,8 +133,8 @@ class Advice:
     """Of the same simulation, with every micro-batch."""
     overhead_vs_none: float
     """Extra step time over no checkpointing, as a share: 0.12 is 12 %."""
-    overhead_vs_all: float
-    """Extra step time over checkpointing every layer; negative if shorter."""
+    overhead_vs_all: float | None
+    """Extra step time over checkpointing every layer; negative if shorter; None if no layers can be checkpointed."""
     certificate: Certificate | None
     minimum_bytes: int
     """The least that a simulated plan needs: a budget of this size is enough."""

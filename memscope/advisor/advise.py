@@ -31,7 +31,7 @@ from memscope.units import format_bytes, parse_budget
 from memscope.workload.building import build_workload
 from memscope.workload.description import Workload
 
-__all__ = ["DEFAULT_DEVICE", "AdviceRequest", "advise", "advised", "budget_of"]
+__all__ = ["DEFAULT_DEVICE", "AdviceRequest", "advise", "advised", "budget_of", "require_rates"]
 
 DEFAULT_DEVICE = "a100-80gb"
 """The device whose kernels and rates are assumed by default."""
@@ -55,6 +55,19 @@ def budget_of(text: str, device: Device, *, named: bool) -> int:
     if not 0 < share <= 100:
         raise UsageError(f'budget "{text}": expected a share above 0% and up to 100%, for example 90%')
     return int(device.capacity_bytes * share / 100)
+
+
+def require_rates(device: Device) -> None:
+    """Refuse a device on which plans cannot be compared by their time.
+
+    Raises:
+        UsageError: its rates are not known.
+    """
+    if not device.peak_flops_per_second:
+        raise UsageError(
+            f'the rates of device "{device.name}" are not known, and plans are compared by their time: '
+            "choose a specific GPU (see: memscope devices)"
+        )
 
 
 @dataclass(frozen=True)
@@ -148,11 +161,7 @@ def advised(request: AdviceRequest, asker: Asker, workload: Workload | Callable[
     device = request.device
     if request.budget_bytes <= 0:
         raise UsageError(f"a budget of {request.budget_bytes} bytes: expected a positive size, for example 40GB")
-    if not device.peak_flops_per_second:
-        raise UsageError(
-            f'the rates of device "{device.name}" are not known, and plans are compared by their time: '
-            "choose a specific GPU (see: memscope devices)"
-        )
+    require_rates(device)
     allowed = allowed_names(request.allow)
     always = request.strategies
     if isinstance(workload, Workload):

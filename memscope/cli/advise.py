@@ -22,6 +22,7 @@ from memscope.advisor.advise import DEFAULT_DEVICE, AdviceRequest, advised, budg
 from memscope.advisor.emit import TOOLS, emit
 from memscope.advisor.measure.runner import Asker, Scene, side_by_side
 from memscope.allocator.settings import AllocatorSettings
+from memscope.cli.advise_program import AskedProgram, Subject, advised_program
 from memscope.cli.advise_report import print_advice
 from memscope.cli.next_command import print_next, profile_words
 from memscope.command.options import (
@@ -38,9 +39,10 @@ from memscope.command.options import (
     with_options,
 )
 from memscope.command.output import Attempt, errors_told_last, require_writable
+from memscope.command.program_words import TakesProgram, given_program
 from memscope.command.progress import shown_progress
 from memscope.command.target_words import last_profiled, settings_of
-from memscope.errors import GateFailed
+from memscope.errors import GateFailed, UsageError
 from memscope.interrupts import INTERRUPTED, interrupts_raised
 from memscope.runs.checks import check_plans
 from memscope.simulation.assumptions import Assume
@@ -119,7 +121,7 @@ class AdviseOptions:
     as_json: Annotated[bool, option("--json", is_flag=True, help="Print one JSON document instead of tables.")]
 
 
-@click.command("advise")
+@click.command("advise", cls=TakesProgram)
 @with_options(AdviseOptions)
 def command(options: AdviseOptions) -> int:
     """Find the cheapest plan that makes TARGET fit a budget: strategies, and which layers to checkpoint.
@@ -127,14 +129,21 @@ def command(options: AdviseOptions) -> int:
     TARGET is as for `memscope profile`; the default is the target last profiled in this folder, or else targets/llama2.
     Combinations of strategies are simulated, and so is the plan that is printed. Times are estimates. Exit code 3:
     no plan was found that fits.
+    After --, COMMAND is the command line of a training program, as for `memscope profile`. It is run again, simulated,
+    for each plan that is tried.
     """
+    program = given_program()
     output = options.output or _new_file(overwrite=options.force)
     require_writable(output, overwrite=options.force)
     if options.html:
         require_writable(options.html, overwrite=options.force, option="--html")
-    advice, scene, interrupted = _advised(options)
+    if program is not None:
+        advice, subject = advised_program(_of_program(options), program)
+        interrupted = False
+    else:
+        advice, subject, interrupted = _advised(options)
     with errors_told_last() as attempt:
-        _show(options, advice, scene, output, attempt)
+        _show(options, advice, subject, output, attempt)
     if interrupted:
         return INTERRUPTED
     return 0 if advice.feasible else GateFailed.exit_code
@@ -147,7 +156,38 @@ def _new_file(*, overwrite: bool) -> Path:
     return file if overwrite or not file.exists() else next(path for path in numbered if not path.exists())
 
 
-def _show(options: AdviseOptions, advice: Advice, scene: Scene, output: Path, attempt: Attempt) -> None:
+def _of_program(options: AdviseOptions) -> AskedProgram:
+    """What is asked for a program.
+
+    Raises:
+        UsageError: an option is for targets, or has no meaning here.
+    """
+    if options.target:
+        raise UsageError(
+            f'"{options.target}" stands before --: advise takes a target or a program, not both. Options of memscope '
+            "go before --, those of the program after it"
+        )
+    for flag, value in {
+        "--preset": options.preset,
+        "--set": options.changed,
+        "--trust-remote-code": options.trust_remote_code,
+    }.items():
+        if value:
+            raise UsageError(f"{flag} is for targets: leave it out to advise on a program")
+    return AskedProgram(
+        budget=options.budget,
+        device=options.device,
+        device_file=options.device_file,
+        strategies=options.strategies,
+        allow=options.allow,
+        layer_list=options.layer_list,
+        allocator=options.allocator,
+        assume=options.assume,
+        timeout=options.timeout,
+    )
+
+
+def _show(options: AdviseOptions, advice: Advice, subject: Subject, output: Path, attempt: Attempt) -> None:
     """Write the plan and the page, and print the advice, whatever cannot be written."""
     is_complete = True
     if advice.feasible and advice.layers:
@@ -159,7 +199,7 @@ def _show(options: AdviseOptions, advice: Advice, scene: Scene, output: Path, at
     if options.html:
         from memscope.dashboards.plan_page import write_plan_page
 
-        following = shlex.join(map(str, _next_words(options, advice, scene))) if is_complete else ""
+        following = shlex.join(map(str, _next_words(options, advice, subject))) if is_complete else ""
         has_page = attempt(write_plan_page, advice, options.html, following, overwrite=options.force)
     lines = emit(advice, options.emit) if options.emit else []
     if options.as_json:
@@ -171,11 +211,11 @@ def _show(options: AdviseOptions, advice: Advice, scene: Scene, output: Path, at
         if has_page:
             console.print(Text(f"Page: {options.html}"), soft_wrap=True)
         if is_complete:
-            print_next(console, _next_words(options, advice, scene))
+            print_next(console, _next_words(options, advice, subject))
 
 
-def _advised(options: AdviseOptions) -> tuple[Advice, Scene, bool]:
-    """The advice, the workload and device that it is about, and whether Ctrl-C ended the search."""
+def _advised(options: AdviseOptions) -> tuple[Advice, Subject, bool]:
+    """The advice, what it is about, and whether Ctrl-C ended the search."""
     trusted = options.trust_remote_code
     if options.target is None:
         changed = settings_of(options.changed, trust_remote_code=trusted)
@@ -207,20 +247,26 @@ def _advised(options: AdviseOptions) -> tuple[Advice, Scene, bool]:
         runner = scopes.enter_context(side_by_side(scene))
         interrupted = scopes.enter_context(interrupts_raised())
         advice = advised(request, Asker(runner, progress), scene.build)
-    return advice, scene, interrupted()
+    return (
+        advice,
+        Subject(scene.device, lambda name: profile_words(dataclasses.replace(scene, device=name))),
+        interrupted(),
+    )
 
 
-def _next_words(options: AdviseOptions, advice: Advice, scene: Scene) -> list[object]:
+def _next_words(options: AdviseOptions, advice: Advice, subject: Subject) -> list[object]:
     """A profile of the plan on a device with the budget's memory; if nothing fits, advice for a budget that does."""
+    program = ["--", *subject.program] if subject.program else []
     if advice.feasible:
         memory = f"{advice.budget_bytes}B" if "%" in options.budget else options.budget.replace(" ", "")
-        on_budget = dataclasses.replace(scene, device=f"{scene.device}:{memory}")
-        return [*profile_words(on_budget), *(["-s", advice.plan] if advice.plan else [])]
-    words: list[object] = ["memscope", "advise", *profile_words(scene)[2:], "--budget", at_least(advice.minimum_bytes)]
+        plan = ["-s", advice.plan] if advice.plan else []
+        return [*subject.profile(f"{subject.device}:{memory}"), *plan, *program]
+    profile = subject.profile(subject.device)
+    words: list[object] = ["memscope", "advise", *profile[2:], "--budget", at_least(advice.minimum_bytes)]
     if options.strategies:
         words += ["-s", options.strategies]
     if options.allow:
         words += ["--allow", ",".join(options.allow)]
     if options.layer_list:
         words += ["--layer-list", options.layer_list]
-    return words
+    return [*words, *program]

@@ -51,7 +51,8 @@ def _print_plan(console: Console, advice: Advice) -> None:
     table.add_row("fit", Text(str(advice.fit), style="" if advice.fit.is_safe else "yellow"))
     table.add_row("step time (estimate)", format_seconds(advice.step_seconds))
     table.add_row("against no checkpointing", f"{advice.overhead_vs_none:+.1%}")
-    table.add_row("against all layers", f"{advice.overhead_vs_all:+.1%}")
+    if advice.overhead_vs_all is not None:
+        table.add_row("against all layers", f"{advice.overhead_vs_all:+.1%}")
     table.add_row("peak", _event(advice.binding))
     table.add_row("proof", advice.proof)
     if advice.file:

@@ -33,7 +33,7 @@ from memscope.errors import MemscopeError, OutOfDeviceMemory, UsageError
 from memscope.gpu.nvml import has_gpu
 from memscope.program.command_line import CommandLine, resolve_program
 from memscope.program.launch import ProgramEnd, StepReport, launch
-from memscope.program.request import Request
+from memscope.program.request import Offers, Request
 from memscope.simulation.devices.catalogue import all_devices, get_device, load_devices
 from memscope.strategies import Plan
 from memscope.trace import Trace
@@ -53,6 +53,8 @@ _OF_TARGETS = {
     "live": "--live",
 }
 """Options that a program cannot have, by their fields."""
+_TO_TRY = ("ckpt", "lora")
+"""Strategies that are proposed after a profile without any: the first that the program can take."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,10 @@ def _asked(options: ProfileOptions, words: Sequence[str]) -> _Asked:
     check_assume(options.assume, simulated)
     plans = [Plan.parse(text) for text in options.plans]
     if any(map(is_auto, plans)):
-        raise UsageError("ckpt:auto searches for a target's checkpoint plan: choose a plan for a program, such as ckpt")
+        raise UsageError(
+            "ckpt:auto searches for a target's checkpoint plan: for a program, run "
+            "memscope advise --budget SIZE -- COMMAND"
+        )
     timeout = None if options.timeout is None else parse_seconds(options.timeout)
     return _Asked(resolve_program(words), options, device, simulated, plans, labels_of(plans), timeout)
 
@@ -149,6 +154,7 @@ def _request(asked: _Asked, label: str, scratch: Path) -> Request:
         strategies="" if label == "baseline" else label,
         folder=str(scratch.resolve()),
         command=asked.program.words,
+        asks=() if asked.plans else _TO_TRY,
     )
 
 
@@ -197,7 +203,7 @@ def _show(asked: _Asked, ends: dict[str, ProgramEnd], paths: dict[str, Path], pa
         console = Console(highlight=False)
         print_report(console, runs, table, baselines)
         print_places(console, written[0].parent, page if has_page else None)
-        print_next(console, _next(asked, written, last))
+        print_next(console, _next(asked, written, last, ends["baseline"].offers))
     return OutOfDeviceMemory.exit_code if last.meta.get("out_of_memory") else 0
 
 
@@ -218,14 +224,16 @@ def _failed(asked: _Asked, told: dict[str, Any], error: MemscopeError | None) ->
     }
 
 
-def _next(asked: _Asked, traces: Sequence[Path], last: Trace) -> list[object]:
-    """The next command: a simulation with activation checkpoints, or what compares or shows the traces.
+def _next(asked: _Asked, traces: Sequence[Path], last: Trace, offers: Offers | None) -> list[object]:
+    """The next command: a simulation with a strategy to try, or what compares or shows the traces.
 
     A run that was not simulated, and ran out of memory, is simulated on a GPU of the same kind.
     """
     options = asked.options
     device = asked.device if asked.simulated else _same_gpu(last)
-    if device is None or asked.plans:
+    offered = {offer.spec for offer in offers.strategies} if offers else set()
+    to_try = [spec for spec in _TO_TRY if spec in offered]
+    if device is None or not to_try:
         return compare_words(traces)
     words: list[object] = ["memscope", "profile", "--device", device]
     words += ["--device-file", options.device_file] if options.device_file else []
@@ -234,7 +242,7 @@ def _next(asked: _Asked, traces: Sequence[Path], last: Trace) -> list[object]:
     words += ["--simulate"] if options.simulate else []
     words += ["--steps", options.steps or "all"] if options.steps != DEFAULT_STEPS else []
     words += ["--timeout", options.timeout] if options.timeout else []
-    return [*words, "--strategies", "ckpt", "--", *asked.program.words]
+    return [*words, "--strategies", to_try[0], "--", *asked.program.words]
 
 
 def _same_gpu(trace: Trace) -> str | None:

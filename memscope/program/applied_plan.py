@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ from memscope.errors import UsageError
 from memscope.program.built import optimizers_followed
 from memscope.program.loop_flags import flag_for
 from memscope.program.models import trained_model
+from memscope.program.offers import with_offers
 from memscope.program.parameter_groups import TrainedBefore
-from memscope.strategies import Plan, Stage, Strategy
+from memscope.program.request import Offers
+from memscope.strategies import Plan, Problem, Stage, Strategy
 from memscope.strategies.plugins import called
 from memscope.workload.description import Workload
 from memscope.workload.optimizer import built_by
@@ -32,12 +35,28 @@ class AppliedPlan:
 
     Attributes:
         chosen: what the strategies chose; see `Strategy.chosen`.
+        offers: what else could be changed in the models; None: nobody asks.
     """
 
-    def __init__(self, plan: Plan, changed: Callable[[], None] = lambda: None) -> None:
-        """Prepare to apply a plan; `changed` is called after each model that was changed."""
+    def __init__(
+        self,
+        plan: Plan,
+        changed: Callable[[], None] = lambda: None,
+        asks: Collection[str] = (),
+        layer_list: str = "",
+    ) -> None:
+        """Prepare to apply a plan.
+
+        Args:
+            plan: the plan; an empty one changes nothing.
+            changed: called after each model that was changed.
+            asks: see `Request.asks`.
+            layer_list: see `Request.layer_list`.
+        """
         self.chosen: dict[str, dict[str, str]] = {}
+        self.offers = Offers() if asks else None
         self._plan, self._changed = plan, changed
+        self._asks, self._layer_list = set(asks) - {strategy.name for strategy in plan.strategies}, layer_list
         self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._frozen: set[int] = set()
         self._refused: list[tuple[str, UsageError]] = []
@@ -108,6 +127,13 @@ class AppliedPlan:
         plan = Plan(tuple(s for s in self._plan.strategies if s.stage is Stage.OPTIM or not done))
         before = TrainedBefore.of(model, self._frozen)
         workload = _workload(model, lambda parameters: before.regrouped(optimizer, model))
+        if self.offers is not None:
+            self.offers = replace(self.offers, optimizers=self.offers.optimizers + 1)
+            if not done:
+                self.offers = with_offers(self.offers, workload, self._asks, self._layer_list, _problems)
+        if not self._plan:
+            self._models.add(model)
+            return
         self._check(plan, workload)
         loop = _loop_of(workload)
         for strategy in plan.strategies:
@@ -139,37 +165,46 @@ class AppliedPlan:
     def _check(self, plan: Plan, workload: Workload) -> None:
         """Find what prevents a plan, before anything is changed."""
         self._refuse_conflicts()
-        model = workload.model
         for strategy in plan.strategies:
-            kinds = [kind for module in model.modules() for kind in type(module).__mro__]
-            if "adapters" in strategy.provides and any(kind.__module__.startswith("peft.") for kind in kinds):
-                raise UsageError(f"{strategy.name}: the program's model has adapters of PEFT already: change those")
-            if strategy.stage is Stage.LOAD and any(kind.__name__ == "LightningModule" for kind in type(model).__mro__):
-                raise UsageError(
-                    f"{strategy.name}: Lightning calls the parts of {type(model).__name__}, which convert no inputs: "
-                    'pass precision="bf16-true" to Trainer'
-                )
+            for problem in _problems(strategy, workload.model):
+                raise UsageError(f"{strategy.name}: {problem}")
         try:
             plan.check(workload)
         except UsageError as error:
             raise _Refused(error) from error
 
     def _refuse_conflicts(self) -> None:
-        scales = any(
-            issubclass(type(one), torch.amp.GradScaler) and getattr(one, "_enabled", False) for one in gc.get_objects()
-        )
         for strategy in self._plan.strategies:
-            if scales and "gradient scaler" in strategy.conflicts:
-                raise UsageError(
-                    f'"{strategy.name}" cannot be used in this program, which scales its loss with a GradScaler: train '
-                    "in bfloat16 instead of float16, and leave the scaler out"
-                )
+            for problem in _conflicts(strategy):
+                raise UsageError(f"{strategy.name}: {problem}")
 
     def _has_changed(self, model: nn.Module) -> bool:
         """Whether a model, a part of it, or one that it is part of has been changed."""
         return any(one in self._models for one in model.modules()) or any(
             model is part for one in self._models for part in one.modules()
         )
+
+
+def _problems(strategy: Strategy, model: nn.Module) -> list[Problem]:
+    """Why a strategy cannot change a model in a program, beyond what its own check says."""
+    found = _conflicts(strategy)
+    kinds = (kind for module in model.modules() for kind in type(module).__mro__)
+    if "adapters" in strategy.provides and any(kind.__module__.startswith("peft.") for kind in kinds):
+        found.append(Problem("the program's model has adapters of PEFT already", "change those"))
+    if strategy.stage is Stage.LOAD and any(kind.__name__ == "LightningModule" for kind in type(model).__mro__):
+        what = f"Lightning calls the parts of {type(model).__name__}, which convert no inputs"
+        found.append(Problem(what, 'pass precision="bf16-true" to Trainer'))
+    return found
+
+
+def _conflicts(strategy: Strategy) -> list[Problem]:
+    """What the program does that a strategy cannot be combined with."""
+    if "gradient scaler" not in strategy.conflicts or not any(
+        issubclass(type(one), torch.amp.GradScaler) and getattr(one, "_enabled", False) for one in gc.get_objects()
+    ):
+        return []
+    what = "the program scales its loss with a GradScaler"
+    return [Problem(what, "train in bfloat16 instead of float16, and leave the scaler out")]
 
 
 class _Refused(Exception):

@@ -129,7 +129,8 @@ class _Watching:
             failure = Failure.of(error, "".join(traceback.format_exception(error)))
         if watch.has_claimed or (failure is not None and self._has_the_word):
             path = None if trace is None else str(scratch.trace)
-            ProgramOutcome(ended, watch.steps, path, failure, last_line, tuple(watch.notes)).write(scratch.outcome)
+            notes = tuple(watch.notes)
+            ProgramOutcome(ended, watch.steps, path, failure, last_line, notes, watch.offers).write(scratch.outcome)
 
 
 def _leave(code: int) -> NoReturn:

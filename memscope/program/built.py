@@ -28,7 +28,7 @@ def optimizers_followed(built: _BuiltCall) -> Iterator[None]:
         def follow(kind: Any) -> None:
             scopes.enter_context(replaced(kind, "__init__", _reporting(kind, kind.__init__, built)))
 
-        def follow_new(kind: Any, **kwargs: Any) -> None:
+        def follow_new(kind: Any, /, **kwargs: Any) -> None:
             super(Optimizer, kind).__init_subclass__(**kwargs)
             follow(kind)
 

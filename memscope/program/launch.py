@@ -19,7 +19,7 @@ from memscope.errors import MemscopeError, TargetError, UsageError
 from memscope.interrupts import INTERRUPTED, interrupts_delayed, undone
 from memscope.program.command_line import CommandLine, advice_for
 from memscope.program.environment import environment_of
-from memscope.program.request import Failure, ProgramOutcome, Request
+from memscope.program.request import Failure, Offers, ProgramOutcome, Request
 from memscope.program.scratch import Scratch
 from memscope.program.terminal import terminal_given
 from memscope.trace import Trace
@@ -49,6 +49,8 @@ class ProgramEnd:
     """What was recorded; None: see `error`."""
     error: MemscopeError | None
     """Why there is no trace."""
+    offers: Offers | None = None
+    """What could be changed in the program, if the request asked for it."""
 
 
 def launch(
@@ -181,7 +183,7 @@ def _collected(
     }
     for note in (*outcome.notes, *_notes(request, outcome, status, why, scratch)):
         add_note(meta, note)
-    return ProgramEnd(exit_code, replace(trace, meta=meta), None)
+    return ProgramEnd(exit_code, replace(trace, meta=meta), None, outcome.offers)
 
 
 def _notes(request: Request, outcome: ProgramOutcome, status: int, why: str | None, scratch: Scratch) -> list[str]:

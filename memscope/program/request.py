@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -12,7 +12,7 @@ from memscope import __version__
 from memscope.errors import MemscopeError
 from memscope.trace import write_whole
 
-__all__ = ["VARIABLE", "Failure", "ProgramOutcome", "Request"]
+__all__ = ["VARIABLE", "Failure", "Offer", "Offers", "ProgramOutcome", "Request"]
 
 T = TypeVar("T")
 
@@ -41,6 +41,10 @@ class Request:
     """Scratch folder, which holds this request and receives trace and outcome; see `Scratch`."""
     command: tuple[str, ...]
     """The program's command line."""
+    asks: tuple[str, ...] = ()
+    """Names of strategies of which `Offers` are wanted."""
+    layer_list: str = ""
+    """For the offer of `ckpt`: lists of the layers, as `ckpt:layer-list` names them."""
     version: str = __version__
     """The launcher's version of memscope, which the program's Python must have too."""
 
@@ -80,6 +84,32 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class Offer:
+    """A strategy that the program's models can take."""
+
+    spec: str
+    """The strategy in plan syntax."""
+    is_exact: bool
+    """See `Strategy.is_exact`."""
+
+
+@dataclass(frozen=True)
+class Offers:
+    """What could be changed in the models of a program, as they are when their optimizers are built."""
+
+    strategies: tuple[Offer, ...] = ()
+    """Of those asked for, the ones that change the model or the optimizer, and are not part of the plan."""
+    layered: tuple[str, ...] = ()
+    """Classes of the models that have layers to checkpoint."""
+    layers: tuple[str, ...] = ()
+    """Names of the layers; empty unless one model has layers."""
+    optimizers: int = 0
+    """Number of optimizers that the program has built."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """The model with these layers; see `memscope.strategies.ckpt.layer_plan.described`."""
+
+
+@dataclass(frozen=True)
 class ProgramOutcome:
     """What the process that trained leaves when it ends."""
 
@@ -95,6 +125,8 @@ class ProgramOutcome:
     """Last line of the traceback of the exception that ended the program."""
     notes: tuple[str, ...] = ()
     """Texts that are shown with the results."""
+    offers: Offers | None = None
+    """What could be changed, if the request asks for it."""
 
     def write(self, path: Path) -> None:
         """Write the outcome as JSON.

@@ -16,7 +16,7 @@ from memscope.allocator.settings import AllocatorSettings
 from memscope.hooks.device import require_gpu
 from memscope.program.applied_plan import AppliedPlan
 from memscope.program.recorder import ProgramRecorder
-from memscope.program.request import Request
+from memscope.program.request import Offers, Request
 from memscope.program.scratch import Scratch
 from memscope.program.stop import Stop
 from memscope.simulation.assumptions import Assume
@@ -75,8 +75,8 @@ class ProgramWatch:
         if machine:
             machine.follow(self._recorder.tracker)
             machine.__enter__()  # to the end of the process: what the program holds cannot live without it
-        self._applied = AppliedPlan(self._plan, self._recorder.model_changed)
-        if self._plan:
+        self._applied = AppliedPlan(self._plan, self._recorder.model_changed, request.asks, request.layer_list)
+        if self._plan or request.asks:
             self._scopes.enter_context(self._applied)
         if request.device == "cuda":
             self._first_call: Any = register_module_forward_pre_hook(self._begin_recording)
@@ -87,6 +87,11 @@ class ProgramWatch:
     def steps(self) -> int:
         """Number of optimizer steps that were completed."""
         return self._recorder.steps
+
+    @property
+    def offers(self) -> Offers | None:
+        """What could be changed in the program; None if the request does not ask."""
+        return self._applied.offers
 
     def finish(self, error: BaseException | None) -> Trace | None:
         """End the recording; called once. The trace; None if this process has not trained.

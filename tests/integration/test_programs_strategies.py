@@ -1,5 +1,8 @@
 """Strategies on unchanged programs: the effect is that of the same change written by hand."""
 
+import contextlib
+import io
+import json
 import os
 import sys
 from pathlib import Path
@@ -7,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from memscope.cli.main import main
 from memscope.program.command_line import resolve_program
 from memscope.program.launch import launch
 from memscope.program.request import Request
@@ -68,3 +72,40 @@ def test_frozen_weights_have_neither_gradients_nor_optimizer_state(run):
     assert at_peak["gradient"] == adapters
     # Adadelta keeps two averages of each parameter; its step counters are on the host (torch/optim/adadelta.py).
     assert at_peak["optimizer_state"] == 2 * adapters
+
+
+def test_advise_runs_the_program_again_for_each_plan(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["advise", "--budget", "1GB", "-s", "adamw:foreach=false", "--json", "--", sys.executable]
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as end:
+        main([*words, str(PROGRAMS / "nanogpt.py")])
+    assert not end.value.code
+    document = json.loads(out.getvalue())
+    assert document["target"] == "nanogpt.py"
+    assert document["feasible"]
+    assert document["plan"] == {"strategies": ["adamw:foreach=false"], "layers": {}, "file": None}
+    # The other runs: every layer checkpointed. A scaler is in the way of bf16, and lora is not allowed.
+    assert document["notes"][0].startswith("The program was run 2 times, once for each plan that was tried. ")
+    assert document["time"]["overhead_vs_all"] < 0
+    assert document["combinations"] == {"simulated": 1, "all": 1, "untried": []}
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["targets/llama2"], '"targets/llama2" stands before --: advise takes a target or a program, not both'),
+        (["--preset", "debug"], "--preset is for targets"),
+        (["--device", "gpu"], 'the rates of device "gpu" are not known'),
+        (["-s", "ckpt:auto"], "ckpt:auto is what memscope advise finds"),
+    ],
+)
+def test_options_that_a_program_cannot_have_are_refused_before_it_runs(options, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main(["advise", "--budget", "1GB", *options, "--", sys.executable, "-c", "print('ran')"])
+    assert end.value.code == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert "ran\n" not in told

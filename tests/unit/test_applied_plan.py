@@ -171,7 +171,7 @@ def test_bfloat16_weights_are_refused_beside_a_gradient_scaler():
         torch.optim.AdamW(model.parameters())
         applied.require_use(built=False)
         scaler = torch.amp.GradScaler("cpu")
-        with pytest.raises(UsageError, match="scales its loss with a GradScaler"):
+        with pytest.raises(UsageError, match="bf16: the program scales its loss with a GradScaler"):
             applied.require_use(built=True)
         del scaler
 
@@ -198,3 +198,21 @@ def test_a_strategy_of_the_loop_is_refused_with_the_flag_that_does_it_there(plan
     with AppliedPlan(Plan.parse(plan)), pytest.raises(UsageError, match="changes the training loop") as refused:
         torch.optim.AdamW(Model().parameters())
     assert flag in str(refused.value)
+
+
+def test_what_could_be_changed_is_told_for_all_models():
+    with AppliedPlan(Plan(), asks=("adamw", "bf16", "ckpt", "lora", "ga")) as asked:
+        model, other, second = Model(), nn.Linear(8, 8), Model()
+        groups = groups_of(model)
+        optimizers = [torch.optim.AdamW([group], foreach=False) for group in groups]
+        one_model = asked.offers
+        optimizers.append(torch.optim.AdamW(other.parameters(), foreach=False))
+        assert asked.offers.layers == one_model.layers == ("layers.0", "layers.1")
+        optimizers.append(torch.optim.SGD(second.parameters()))
+    assert [one_model.optimizers, asked.offers.optimizers] == [2, 4]
+    assert one_model.model["class"] == "Model"
+    exact = {offer.spec for offer in one_model.strategies if offer.is_exact}
+    assert exact == {"adamw:fused", "ckpt"}
+    assert {"bf16", "lora"} <= {offer.spec for offer in one_model.strategies if not offer.is_exact}
+    assert (asked.offers.layered, asked.offers.layers) == (("Model", "Model"), ())
+    assert type(model.layers[0].forward) is not Recomputed

@@ -1,0 +1,123 @@
+"""The search for a program's plan. Here a simulated workload stands for the program: runs take no process."""
+
+import dataclasses
+from functools import cache
+
+import pytest
+import torch
+from torch import nn
+
+from memscope import Plan, Workload, simulate
+from memscope.advisor.advice import Advice
+from memscope.advisor.programs import ProgramAdvisor
+from memscope.allocator.settings import AllocatorSettings
+from memscope.errors import TargetError
+from memscope.program.offers import with_offers
+from memscope.program.request import Offers
+from memscope.simulation.devices.catalogue import get_device
+from memscope.strategies import available
+
+DEVICE = get_device("a100-40gb")
+LAYERS = 5
+
+
+def build(layers=LAYERS):
+    width = 512
+    blocks = [nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)) for _ in range(layers)]
+    return Workload(
+        model=nn.Sequential(*blocks) if layers else nn.Linear(width, width),
+        batches=[torch.randn(4096, width)],
+        loss=lambda model, x: model(x).square().mean(),
+        optimizer_factory=torch.optim.AdamW,
+        name="toy",
+    )
+
+
+@cache
+def simulated(plan, capacity_bytes, layers=LAYERS):
+    device = dataclasses.replace(DEVICE, capacity_bytes=capacity_bytes)
+    return simulate(lambda: build(layers), device=device, strategies=plan)
+
+
+class Program:
+    """Runs a workload as a program."""
+
+    def __init__(self, budget_bytes, layers=LAYERS, always="", fails=()):
+        self.budget_bytes, self.layers, self.always, self.fails = budget_bytes, layers, Plan.parse(always), fails
+        self.plans = []
+
+    def __call__(self, plan):
+        self.plans.append(plan)
+        if plan in self.fails:
+            raise TargetError(f"it failed with {plan}\nand more")
+        asks = available().keys() - {strategy.name for strategy in self.always.strategies}
+        offers = with_offers(Offers(), build(self.layers), asks, "", lambda strategy, model: [])
+        return simulated(plan, self.budget_bytes, self.layers), offers
+
+    def advice(self, allow=()) -> Advice:
+        settings = AllocatorSettings()
+        return ProgramAdvisor(self, "train.py", DEVICE, self.budget_bytes, settings, self.always, allow).advice()
+
+
+def fitting(budget_bytes, plan="adamw:fused"):
+    """By number of first layers that are checkpointed, whether that fits: every number is simulated."""
+    texts = [plan, *(f"{plan},ckpt:layers={'+'.join(map(str, range(count)))}" for count in range(1, LAYERS + 1))]
+    return [simulated(text, budget_bytes).meta["out_of_memory"] is None for text in texts]
+
+
+@pytest.mark.parametrize("wanted", [1, 3, 5])
+def test_as_few_of_the_first_layers_are_checkpointed_as_fit(wanted):
+    plenty = DEVICE.capacity_bytes
+    text = "adamw:fused,ckpt:layers=" + "+".join(map(str, range(wanted)))
+    meta = simulated(text, plenty).meta
+    budget = meta["peak_reserved"] + meta["context"]
+    fewest = fitting(budget).index(True)
+    program = Program(budget, always="adamw:fused")
+    advice = program.advice()
+    assert advice.feasible
+    assert sum(option == "full" for option in advice.layers.values()) == fewest
+    assert [*advice.layers.values()] == ["full"] * fewest + ["none"] * (LAYERS - fewest)
+    assert advice.peak.device <= budget
+    assert advice.overhead_vs_none > 0 >= advice.overhead_vs_all
+    assert len(program.plans) == len(set(program.plans)) <= 2 + 3  # none, all, and log2(5) between them
+    assert f"The program was run {len(program.plans)} times" in advice.notes[0]
+
+
+def test_where_it_fits_the_fastest_combination_of_strategies_is_the_plan():
+    program = Program(DEVICE.capacity_bytes)
+    advice = program.advice()
+    plain = {plan: simulated(plan, DEVICE.capacity_bytes) for plan in program.plans if "ckpt" not in plan}
+    assert set(plain) == {"", "adamw:fused", "adamw:foreach=false"}
+    assert advice.strategies == ("adamw:fused",)
+    assert advice.layers == {}
+    assert advice.untried == ()
+    assert str(advice.plan) == "adamw:fused"
+
+
+def test_a_strategy_that_changes_the_mathematics_is_used_only_if_it_is_allowed():
+    without, allowed = Program(DEVICE.capacity_bytes), Program(DEVICE.capacity_bytes)
+    without.advice()
+    advice = allowed.advice(["lora"])
+    assert not any("lora" in plan for plan in without.plans)
+    assert "lora" in allowed.plans
+    assert "lora:r=8,alpha=16.0" in advice.untried
+
+
+def test_where_nothing_fits_the_least_is_shown_and_what_would_help():
+    program = Program(DEVICE.context_bytes + 40 * 2**20, always="adamw:fused")
+    advice = program.advice()
+    assert not advice.feasible
+    assert [*advice.layers.values()] == ["full"] * LAYERS
+    assert "--allow bf16: " in advice.binding.helps
+    assert "--allow lora: " in advice.binding.helps
+    assert all("lora" not in point.strategies for point in advice.front)
+    assert advice.minimum_bytes == advice.peak.device
+
+
+def test_a_model_without_layers_gets_no_checkpoints_and_a_plan_that_fails_is_a_note():
+    program = Program(DEVICE.capacity_bytes, layers=0, fails=["adamw:fused"])
+    advice = program.advice()
+    assert advice.overhead_vs_all is None
+    assert "Checkpointing was not tried: the program's model has no layers" in advice.notes[0]
+    assert advice.notes[1] == 'with "adamw:fused" the program cannot be run: it failed with adamw:fused'
+    assert advice.strategies != ("adamw:fused",)
