@@ -13,7 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parameter import is_lazy
 
-from memscope.errors import UsageError
+from memscope.errors import MemscopeError, UsageError
 from memscope.hooks.kernels import Kernels
 from memscope.hooks.recorder import Recorder
 from memscope.hooks.work import Execute
@@ -138,3 +138,16 @@ class ProgramRecorder(Recorder):
     def _optimizer_ends(self, optimizer: torch.optim.Optimizer) -> None:
         self._steps_of[id(optimizer)] = self._steps_of.get(id(optimizer), 0) + 1
         super()._optimizer_ends(optimizer)
+
+    def trace(self) -> Trace:
+        """The trace of everything recorded; see `Recorder.trace`.
+
+        Raises:
+            MemscopeError: nothing was recorded.
+        """
+        if not self._follows_real and not self._tracker.seen.births:
+            raise MemscopeError(
+                "the program put nothing on the GPU: it trains on the CPU. Move the model and each batch there "
+                '(.to("cuda")), or profile with --device cpu'
+            )
+        return super().trace()

@@ -1,14 +1,22 @@
 """Programs as their communities write them: simulated, and recorded on the CPU, unchanged."""
 
+import contextlib
 import importlib.util
+import io
+import json
+import os
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from program_runs import PROGRAMS, run_program
+from skill import lacking
 
 from memscope import StepPlan, Workload, simulate
-from memscope.trace import CATEGORIES, PHASES
+from memscope.cli.main import main
+from memscope.trace import CATEGORIES, PHASES, Trace
 
 NEEDS = {
     "mnist": (), "nanogpt": (), "gan": (), "accelerated": ("accelerate",), "hf_trainer": ("transformers", "accelerate"),
@@ -27,6 +35,48 @@ def program(request, tmp_path, monkeypatch):
         pytest.skip(f"needs {', '.join(missing)}")
     monkeypatch.chdir(tmp_path)
     return request.param
+
+
+@pytest.fixture
+def profile(tmp_path, monkeypatch, capfd):
+    """`memscope profile --device a100-80gb --json … -- COMMAND`: exit code, document and stderr."""
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as end:
+            main(["profile", "--device", "a100-80gb", "--json", "-o", "runs", "--", *words])
+        return end.value.code or 0, json.loads(out.getvalue()), capfd.readouterr().err
+
+    return run
+
+
+def test_the_command_simulates_a_program_and_lists_what_it_assumed(profile, tmp_path):
+    code, document, err = profile("python", str(PROGRAMS / "mnist.py"), "--save-model", "mnist.pt")
+    assert code == 0, err
+    assert document["target"] == "mnist.py"
+    assert document["device"] == {"name": "a100-80gb", "simulated": True}
+    assert document["program"]["exit_code"] == 0
+    assert lacking(document, "profile of a program") == []
+    (run,) = document["runs"]
+    (loss, *_) = [row for row in run["assumptions"] if row["what"] == "a floating-point number that the program reads"]
+    assert loss["value"] == "1.0"
+    assert "loss.item()" in loss["where"]
+    assert any("2 workers" in note for note in run["notes"])
+    assert Trace.load(run["trace"]).steps == (0, 1)
+    assert not (tmp_path / "mnist.pt").exists()
+    assert "Train epoch 1 [16/32] loss: 1.000000" in err
+    assert "Traceback" not in err
+
+
+def test_a_simulated_program_that_would_fail_on_a_gpu_fails(profile, tmp_path):
+    source = (PROGRAMS / "mnist.py").read_text().replace("data, target = data.to(device), target.to(device)", "pass")
+    (tmp_path / "forgot.py").write_text(source)
+    code, document, err = profile("python", "forgot.py")
+    assert (code, document["program"]["exit_code"]) == (1, 1)
+    assert "RuntimeError: Expected all tensors to be on the same device" in err
+    assert "failed before its first optimizer step ended" in document["error"]["message"]
 
 
 def allocations(trace, steps):

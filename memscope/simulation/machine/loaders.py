@@ -11,6 +11,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 from torch.utils.data import dataloader as torch_dataloader
+from torch.utils.data._utils import worker as torch_worker
 
 from memscope.simulation.facade.stand_in import replaced
 
@@ -34,8 +35,25 @@ def loaders_stay_here(note: Callable[[str], None]) -> Iterator[None]:
 
 
 class _Here(torch_dataloader._SingleProcessDataLoaderIter):
-    """Iterates over a loader that has workers, without them."""
+    """Iterates over a loader that has workers, without them; the data set sees one worker."""
 
     def __init__(self, loader: DataLoader[Any]) -> None:
         with replaced(loader, "num_workers", 0), replaced(loader, "timeout", 0), replaced(loader, "pin_memory", False):
             super().__init__(loader)
+        dataset, seed = loader.dataset, self._base_seed
+        self._worker = torch_worker.WorkerInfo(id=0, num_workers=1, seed=seed, dataset=dataset)  # type: ignore[no-untyped-call]
+        if loader.worker_init_fn is not None:
+            with self._inside():
+                loader.worker_init_fn(0)
+
+    def _reset(self, loader: DataLoader[Any], first_iter: bool = False) -> None:
+        """Begin another epoch with persistent workers."""
+        self.__init__(loader)  # type: ignore[misc]
+
+    def _next_data(self) -> Any:
+        with self._inside():
+            return super()._next_data()
+
+    def _inside(self) -> contextlib.AbstractContextManager[None]:
+        """Code that runs in a worker; see `torch.utils.data.get_worker_info`."""
+        return replaced(torch_worker, "_worker_info", self._worker)

@@ -6,6 +6,7 @@ names none.
 
 from __future__ import annotations
 
+import inspect
 import json
 import struct
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from memscope.simulation.machine.libraries import Changes
+from memscope.simulation.machine.moves import gpu_named
 from memscope.simulation.machine.places import Places
 from memscope.simulation.refusal import NotSimulated
 
@@ -30,13 +32,48 @@ _DTYPES = {
 """Names in the header of a safetensors file. Source: https://huggingface.co/docs/safetensors, "Format"."""
 
 
+_NOT_READ = "the weights of pretrained models were not read: a simulation needs their sizes only"
+_WARMED_UP = (
+    "from_pretrained with a device_map first takes all weights as one block and frees it (caching_allocator_warmup of "
+    "transformers), which shapes reserved memory"
+)
+
+
 def pretrained_without_weights(places: Places, note: Callable[[str], None]) -> Changes:
-    """The changes that load models without their weights; `note` is told that they were not read."""
+    """The changes that load models without their weights; `note` is told what was done instead."""
 
     def from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
         def load(cls: Any, name: Any = None, *args: Any, **kwargs: Any) -> Any:
-            note("the weights of pretrained models were not read: a simulation needs their sizes only")
-            return _built(cls, name, args, kwargs)
+            note(_NOT_READ)
+            device_map, wants_info = kwargs.pop("device_map", None), kwargs.pop("output_loading_info", False)
+            model = _built(cls, name, kwargs)
+            device = _device(device_map)
+            if device is not None:
+                if _warm_up(model, device):
+                    note(_WARMED_UP)
+                model.to(device)
+            return (model, _NOTHING_MISSING) if wants_info else model
+
+        return load
+
+    def from_diffusers(original: Callable[..., Any]) -> Callable[..., Any]:
+        def load(cls: Any, name: Any = None, **kwargs: Any) -> Any:
+            note(_NOT_READ)
+            _refuse_quantized(cls, kwargs)
+            hub = {key: kwargs[key] for key in _HUB if key in kwargs}
+            model = cls.from_config(cls.load_config(name, **hub)).eval()
+            dtype, device = kwargs.get("dtype") or kwargs.get("torch_dtype"), _device(kwargs.get("device_map"))
+            model = model if dtype is None else model.to(dtype)
+            return model if device is None else model.to(device)
+
+        return load
+
+    def load_peft_weights(original: Callable[..., Any]) -> Callable[..., Any]:
+        def load(model_id: Any, *args: Any, **kwargs: Any) -> Any:
+            folder = Path(str(model_id)) / (kwargs.get("subfolder") or "")
+            if folder.is_dir() and not [*folder.glob("adapter_model.*")]:
+                return {}
+            return original(model_id, *args, **kwargs)
 
         return load
 
@@ -49,31 +86,44 @@ def pretrained_without_weights(places: Places, note: Callable[[str], None]) -> C
 
     return {
         "transformers.modeling_utils": {"PreTrainedModel.from_pretrained": from_pretrained},
+        "diffusers.models.modeling_utils": {"ModelMixin.from_pretrained": from_diffusers},
+        "peft.utils.save_and_load": {"load_peft_weights": load_peft_weights},
         "safetensors.torch": {"load_file": load_file},
     }
 
 
-def _built(cls: Any, name: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> nn.Module:
-    """A model of transformers from its configuration, where and as `from_pretrained` would leave it."""
+def _built(cls: Any, name: Any, kwargs: dict[str, Any]) -> nn.Module:
+    """A model of transformers from its configuration, on the host, as `from_pretrained` would leave it."""
     hub = {key: kwargs.pop(key) for key in _HUB if key in kwargs}
     config, dtype = kwargs.pop("config", None), kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
     if not isinstance(config, _config_class()):
         config, kwargs = cls.config_class.from_pretrained(config or name, return_unused_kwargs=True, **hub, **kwargs)
-    quantized = kwargs.pop("quantization_config", None) or getattr(config, "quantization_config", None)
-    if quantized is not None:
-        raise NotSimulated(
-            f"{cls.__name__}.from_pretrained was asked for quantized weights, which cannot be simulated yet: leave out "
-            "quantization_config, or record a real run"
-        )
-    device_map = kwargs.pop("device_map", None)
+    _refuse_quantized(cls, {"quantization_config": getattr(config, "quantization_config", None), **kwargs})
     attention = {key: kwargs[key] for key in ("attn_implementation", "experts_implementation") if kwargs.get(key)}
     model: nn.Module = cls._from_config(config, dtype=_dtype(dtype, config, name), **attention)
     for module, kept in _kept_in_float32(model):
         module.to(kept)
-    model.eval()
-    return _placed(model, device_map)
+    return model.eval()
 
 
+def _refuse_quantized(cls: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse weights that another tool would quantize.
+
+    Raises:
+        NotSimulated: they are asked for.
+    """
+    for key in ("quantization_config", "load_in_4bit", "load_in_8bit", "gguf_file"):
+        if kwargs.get(key):
+            raise NotSimulated(
+                f"{cls.__name__}.from_pretrained was asked for quantized weights ({key}), which cannot be simulated "
+                f"yet: leave out {key}, or record a real run"
+            )
+
+
+_NOTHING_MISSING: dict[str, list[str]] = {
+    "missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": [],
+}  # fmt: skip
+"""What `output_loading_info=True` tells of weights that were all there."""
 _HUB = (
     "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token", "trust_remote_code",
 )  # fmt: skip
@@ -134,10 +184,10 @@ def _kept_in_float32(model: nn.Module) -> list[tuple[nn.Module, torch.dtype]]:
     ]
 
 
-def _placed(model: nn.Module, device_map: Any) -> nn.Module:
-    """The model where a device map places it: as a whole, on one device."""
+def _device(device_map: Any) -> Any:
+    """The device where a device map places a model as a whole; None where it names none."""
     if device_map is None:
-        return model
+        return None
     devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
     if devices <= {"auto", "balanced", "balanced_low_0", "sequential"}:
         devices = {"cuda"}
@@ -145,4 +195,16 @@ def _placed(model: nn.Module, device_map: Any) -> nn.Module:
         raise NotSimulated(
             f"device_map={device_map!r} spreads a model over several devices, which cannot be simulated: use one"
         )
-    return model.to(devices.pop())
+    return devices.pop()
+
+
+def _warm_up(model: nn.Module, device: Any) -> bool:
+    """Let transformers (4.50 and later) take and free the memory of all weights, if they go to the GPU."""
+    from transformers import modeling_utils
+
+    warm_up = getattr(modeling_utils, "caching_allocator_warmup", None)
+    if warm_up is None or not gpu_named(device):
+        return False
+    quantizer = {"hf_quantizer": None} if "hf_quantizer" in inspect.signature(warm_up).parameters else {}
+    warm_up(model, dict.fromkeys(model.state_dict(), "cuda:0"), **quantizer)
+    return True
