@@ -34,8 +34,7 @@ def in_use(trace: Trace) -> list[tuple[tuple[Category, str], int]]:
 def about_fragments(trace: Trace) -> Iterator[str]:
     """A sentence on the reserved memory that nothing occupied when a request failed, if there was any."""
     oom = trace.meta.get("out_of_memory")
-    free = oom["reserved"] - oom["allocated"] if oom else 0
-    if free:
+    if oom and (free := oom["reserved"] - oom["allocated"]):
         text = f"{format_bytes(free)} were reserved but free, the largest block {format_bytes(oom['largest_free'])}"
         yield f"{text}: enough for the request, but in pieces" if free >= oom["requested"] else text
 

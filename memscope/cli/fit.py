@@ -22,6 +22,7 @@ from memscope.advisor.fit.names import SizeNames, sizes_of_target
 from memscope.advisor.fit.question import Question
 from memscope.advisor.measure.runner import Asker, Scene, side_by_side
 from memscope.allocator.settings import AllocatorSettings
+from memscope.cli.fit_program import fit_program
 from memscope.cli.fit_report import print_fit
 from memscope.cli.next_command import print_next, profile_words
 from memscope.command.options import (
@@ -38,9 +39,10 @@ from memscope.command.options import (
     with_options,
 )
 from memscope.command.output import errors_told_last, require_writable
+from memscope.command.program_words import TakesProgram, given_program
 from memscope.command.progress import shown_progress
 from memscope.command.target_words import settings_of
-from memscope.errors import GateFailed
+from memscope.errors import GateFailed, UsageError
 from memscope.runs.checks import check_plans
 from memscope.runs.processes import alone
 from memscope.simulation.assumptions import Assume
@@ -55,7 +57,7 @@ __all__ = ["command"]
 class FitOptions:
     """The options of `memscope fit`."""
 
-    target: Annotated[str, argument()]
+    target: Annotated[str, argument(required=False, default="")]
     settings: Annotated[tuple[str, ...], argument(nargs=-1, metavar="[KEY=VALUE]...")]
     device: Annotated[
         str,
@@ -85,6 +87,13 @@ class FitOptions:
     allocator: Annotated[str | None, ALLOCATOR]
     assume: Annotated[str, ASSUME]
     timeout: Annotated[str | None, TIMEOUT]
+    batch_option: Annotated[
+        str | None,
+        option("--batch-option", metavar="NAME", help="With a program: the option that sets its micro-batch."),
+    ]
+    length_option: Annotated[
+        str | None, option("--length-option", metavar="NAME", help="With a program: the option that sets its length.")
+    ]
     html: Annotated[
         Path | None,
         option(
@@ -98,24 +107,22 @@ class FitOptions:
     as_json: Annotated[bool, option("--json", is_flag=True, help="Print one JSON document instead of tables.")]
 
 
-@click.command("fit")
+@click.command("fit", cls=TakesProgram)
 @with_options(FitOptions)
 def command(options: FitOptions) -> int:
     """Say whether TARGET fits a device, how much larger it may be, and which devices hold it.
 
-    TARGET is as for `memscope profile`. Every answer is simulated, on both sides of the boundary. If the step does not
-    fit, the cheapest changes that make it fit are searched; their times are estimates. Exit code 3: it does not fit.
+    TARGET is as for `memscope profile`. After --, COMMAND is the command line of a training program, which runs once
+    for each size: it must have its option for the micro-batch, such as --batch-size 8.
+
+    Every answer is simulated, on both sides of the boundary. If the step does not fit, the cheapest changes that make
+    it fit are searched; their times are estimates. Exit code 3: it does not fit.
     """
     if options.html:
         require_writable(options.html, overwrite=options.force, option="--html")
-    scene, question = _prepared(options)
-    with contextlib.ExitStack() as scopes:
-        scopes.enter_context(contextlib.redirect_stdout(sys.stderr))  # what the target prints is no result
-        progress = scopes.enter_context(shown_progress())
-        runner = scopes.enter_context(side_by_side(scene))
-        found = answer(question, Asker(runner, progress), scene.build)
+    program = given_program()
+    found, following = _fit_target(options) if program is None else fit_program(options, program)
     with errors_told_last() as attempt:
-        following = _next_words(scene, found, question.names)
         has_page = False
         if options.html:
             from memscope.dashboards.fit_page import write_fit_page
@@ -132,6 +139,24 @@ def command(options: FitOptions) -> int:
                 console.print(Text(f"Page: {options.html}"), soft_wrap=True)
             print_next(console, following)
     return 0 if found.fits else GateFailed.exit_code
+
+
+def _fit_target(options: FitOptions) -> tuple[Fitting, list[object]]:
+    """Whether the target fits, and the next command."""
+    if not options.target:
+        raise UsageError(
+            "what must fit? Name a target (see: memscope targets), or a program after --, for example "
+            "memscope fit -- python train.py --batch-size 8"
+        )
+    if options.batch_option or options.length_option:
+        raise UsageError("--batch-option and --length-option are for programs (-- python train.py)")
+    scene, question = _prepared(options)
+    with contextlib.ExitStack() as scopes:
+        scopes.enter_context(contextlib.redirect_stdout(sys.stderr))  # what the target prints is no result
+        progress = scopes.enter_context(shown_progress())
+        runner = scopes.enter_context(side_by_side(scene))
+        found = answer(question, Asker(runner, progress), scene.build)
+    return found, _next_words(scene, found, question.names)
 
 
 def _prepared(options: FitOptions) -> tuple[Scene, Question]:

@@ -107,8 +107,8 @@ def get_device(name: str, added: Mapping[str, Device] | None = None) -> Device:
         whole, capacity_bytes = get_device(name, added), parse_budget(memory)
         if capacity_bytes <= whole.context_bytes:
             raise UsageError(
-                f'device "{name}:{memory}": its CUDA context alone takes {format_bytes(whole.context_bytes)}, so give it '
-                "more memory than that"
+                f'device "{name}:{memory}": its CUDA context alone takes {format_bytes(whole.context_bytes)}, so give '
+                "it more memory than that"
             )
         return replace(whole, capacity_bytes=capacity_bytes)
     devices = {**_built_in(), **(added or {})}
