@@ -7,37 +7,23 @@ import json
 import os
 import shlex
 import sys
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Annotated
+from dataclasses import replace
 
 import click
 from rich.console import Console
 from rich.text import Text
 
-from memscope.advisor.advise import DEFAULT_DEVICE
 from memscope.advisor.fit.fit import answer
 from memscope.advisor.fit.fitting import Fitting
 from memscope.advisor.fit.names import SizeNames, sizes_of_target
 from memscope.advisor.fit.question import Question
 from memscope.advisor.measure.runner import Asker, Scene, side_by_side
 from memscope.allocator.settings import AllocatorSettings
+from memscope.cli.fit_options import FitOptions
 from memscope.cli.fit_program import fit_program
 from memscope.cli.fit_report import print_fit
 from memscope.cli.next_command import print_next, profile_words
-from memscope.command.options import (
-    ALLOCATOR,
-    ASSUME,
-    CHANGED,
-    DEVICE_FILE,
-    FILE,
-    PRESET,
-    TIMEOUT,
-    TRUST_REMOTE_CODE,
-    argument,
-    option,
-    with_options,
-)
+from memscope.command.options import with_options
 from memscope.command.output import errors_told_last, require_writable
 from memscope.command.program_words import TakesProgram, given_program
 from memscope.command.progress import shown_progress
@@ -51,60 +37,6 @@ from memscope.strategies import Plan
 from memscope.units import parse_seconds
 
 __all__ = ["command"]
-
-
-@dataclass(frozen=True)
-class FitOptions:
-    """The options of `memscope fit`."""
-
-    target: Annotated[str, argument(required=False, default="")]
-    settings: Annotated[tuple[str, ...], argument(nargs=-1, metavar="[KEY=VALUE]...")]
-    device: Annotated[
-        str,
-        option(
-            "--device",
-            default=DEFAULT_DEVICE,
-            show_default=True,
-            help="The device (see: memscope devices); a100-40gb:28GiB is one with less memory.",
-        ),
-    ]
-    device_file: Annotated[Path | None, DEVICE_FILE]
-    strategies: Annotated[
-        str, option("-s", "--strategies", default="", metavar="PLAN", help="Strategies to apply, such as lora:r=8,amp.")
-    ]
-    allow: Annotated[
-        tuple[str, ...],
-        option(
-            "--allow",
-            multiple=True,
-            metavar="NAME,...",
-            help="Strategies that change the mathematics and may be proposed if it does not fit, such as lora,bf16.",
-        ),
-    ]
-    preset: Annotated[str | None, PRESET]
-    changed: Annotated[tuple[str, ...], CHANGED]
-    trust_remote_code: Annotated[bool, TRUST_REMOTE_CODE]
-    allocator: Annotated[str | None, ALLOCATOR]
-    assume: Annotated[str, ASSUME]
-    timeout: Annotated[str | None, TIMEOUT]
-    batch_option: Annotated[
-        str | None,
-        option("--batch-option", metavar="NAME", help="With a program: the option that sets its micro-batch."),
-    ]
-    length_option: Annotated[
-        str | None, option("--length-option", metavar="NAME", help="With a program: the option that sets its length.")
-    ]
-    html: Annotated[
-        Path | None,
-        option(
-            "--html",
-            type=FILE,
-            metavar="FILE",
-            help="Also write a page: memory over micro-batch and length, with a line for each device.",
-        ),
-    ]
-    force: Annotated[bool, option("-f", "--force", is_flag=True, help="Overwrite an existing page.")]
-    as_json: Annotated[bool, option("--json", is_flag=True, help="Print one JSON document instead of tables.")]
 
 
 @click.command("fit", cls=TakesProgram)

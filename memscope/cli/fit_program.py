@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from memscope.advisor.fit.devices import same_kernels
 from memscope.advisor.fit.fit import answer
@@ -14,6 +13,7 @@ from memscope.advisor.fit.programs import NAMES, ProgramRunner
 from memscope.advisor.fit.question import Question
 from memscope.advisor.measure.runner import Asker
 from memscope.allocator.settings import AllocatorSettings
+from memscope.cli.fit_options import FitOptions
 from memscope.command.progress import shown_progress
 from memscope.errors import UsageError
 from memscope.program.command_line import resolve_program
@@ -22,9 +22,6 @@ from memscope.simulation.assumptions import Assume
 from memscope.simulation.devices.catalogue import all_devices, get_device, load_devices
 from memscope.strategies import Plan
 from memscope.units import parse_seconds
-
-if TYPE_CHECKING:
-    from memscope.cli.fit import FitOptions
 
 __all__ = ["fit_program"]
 
