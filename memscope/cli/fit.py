@@ -7,40 +7,28 @@ import json
 import os
 import shlex
 import sys
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Annotated
+from dataclasses import replace
 
 import click
 from rich.console import Console
 from rich.text import Text
 
-from memscope.advisor.advise import DEFAULT_DEVICE
 from memscope.advisor.fit.fit import answer
 from memscope.advisor.fit.fitting import Fitting
 from memscope.advisor.fit.names import SizeNames, sizes_of_target
 from memscope.advisor.fit.question import Question
 from memscope.advisor.measure.runner import Asker, Scene, side_by_side
 from memscope.allocator.settings import AllocatorSettings
+from memscope.cli.fit_options import FitOptions
+from memscope.cli.fit_program import fit_program
 from memscope.cli.fit_report import print_fit
 from memscope.cli.next_command import print_next, profile_words
-from memscope.command.options import (
-    ALLOCATOR,
-    ASSUME,
-    CHANGED,
-    DEVICE_FILE,
-    FILE,
-    PRESET,
-    TIMEOUT,
-    TRUST_REMOTE_CODE,
-    argument,
-    option,
-    with_options,
-)
+from memscope.command.options import with_options
 from memscope.command.output import errors_told_last, require_writable
+from memscope.command.program_words import TakesProgram, given_program
 from memscope.command.progress import shown_progress
 from memscope.command.target_words import settings_of
-from memscope.errors import GateFailed
+from memscope.errors import GateFailed, UsageError
 from memscope.runs.checks import check_plans
 from memscope.runs.processes import alone
 from memscope.simulation.assumptions import Assume
@@ -51,71 +39,22 @@ from memscope.units import parse_seconds
 __all__ = ["command"]
 
 
-@dataclass(frozen=True)
-class FitOptions:
-    """The options of `memscope fit`."""
-
-    target: Annotated[str, argument()]
-    settings: Annotated[tuple[str, ...], argument(nargs=-1, metavar="[KEY=VALUE]...")]
-    device: Annotated[
-        str,
-        option(
-            "--device",
-            default=DEFAULT_DEVICE,
-            show_default=True,
-            help="The device (see: memscope devices); a100-40gb:28GiB is one with less memory.",
-        ),
-    ]
-    device_file: Annotated[Path | None, DEVICE_FILE]
-    strategies: Annotated[
-        str, option("-s", "--strategies", default="", metavar="PLAN", help="Strategies to apply, such as lora:r=8,amp.")
-    ]
-    allow: Annotated[
-        tuple[str, ...],
-        option(
-            "--allow",
-            multiple=True,
-            metavar="NAME,...",
-            help="Strategies that change the mathematics and may be proposed if it does not fit, such as lora,bf16.",
-        ),
-    ]
-    preset: Annotated[str | None, PRESET]
-    changed: Annotated[tuple[str, ...], CHANGED]
-    trust_remote_code: Annotated[bool, TRUST_REMOTE_CODE]
-    allocator: Annotated[str | None, ALLOCATOR]
-    assume: Annotated[str, ASSUME]
-    timeout: Annotated[str | None, TIMEOUT]
-    html: Annotated[
-        Path | None,
-        option(
-            "--html",
-            type=FILE,
-            metavar="FILE",
-            help="Also write a page: memory over micro-batch and length, with a line for each device.",
-        ),
-    ]
-    force: Annotated[bool, option("-f", "--force", is_flag=True, help="Overwrite an existing page.")]
-    as_json: Annotated[bool, option("--json", is_flag=True, help="Print one JSON document instead of tables.")]
-
-
-@click.command("fit")
+@click.command("fit", cls=TakesProgram)
 @with_options(FitOptions)
 def command(options: FitOptions) -> int:
     """Say whether TARGET fits a device, how much larger it may be, and which devices hold it.
 
-    TARGET is as for `memscope profile`. Every answer is simulated, on both sides of the boundary. If the step does not
-    fit, the cheapest changes that make it fit are searched; their times are estimates. Exit code 3: it does not fit.
+    TARGET is as for `memscope profile`. After --, COMMAND is the command line of a training program, which runs once
+    for each size: it must have its option for the micro-batch, such as --batch-size 8.
+
+    Every answer is simulated, on both sides of the boundary. If the step does not fit, the cheapest changes that make
+    it fit are searched; their times are estimates. Exit code 3: it does not fit.
     """
     if options.html:
         require_writable(options.html, overwrite=options.force, option="--html")
-    scene, question = _prepared(options)
-    with contextlib.ExitStack() as scopes:
-        scopes.enter_context(contextlib.redirect_stdout(sys.stderr))  # what the target prints is no result
-        progress = scopes.enter_context(shown_progress())
-        runner = scopes.enter_context(side_by_side(scene))
-        found = answer(question, Asker(runner, progress), scene.build)
+    program = given_program()
+    found, following = _fit_target(options) if program is None else fit_program(options, program)
     with errors_told_last() as attempt:
-        following = _next_words(scene, found, question.names)
         has_page = False
         if options.html:
             from memscope.dashboards.fit_page import write_fit_page
@@ -132,6 +71,24 @@ def command(options: FitOptions) -> int:
                 console.print(Text(f"Page: {options.html}"), soft_wrap=True)
             print_next(console, following)
     return 0 if found.fits else GateFailed.exit_code
+
+
+def _fit_target(options: FitOptions) -> tuple[Fitting, list[object]]:
+    """Whether the target fits, and the next command."""
+    if not options.target:
+        raise UsageError(
+            "what must fit? Name a target (see: memscope targets), or a program after --, for example "
+            "memscope fit -- python train.py --batch-size 8"
+        )
+    if options.batch_option or options.length_option:
+        raise UsageError("--batch-option and --length-option are for programs (-- python train.py)")
+    scene, question = _prepared(options)
+    with contextlib.ExitStack() as scopes:
+        scopes.enter_context(contextlib.redirect_stdout(sys.stderr))  # what the target prints is no result
+        progress = scopes.enter_context(shown_progress())
+        runner = scopes.enter_context(side_by_side(scene))
+        found = answer(question, Asker(runner, progress), scene.build)
+    return found, _next_words(scene, found, question.names)
 
 
 def _prepared(options: FitOptions) -> tuple[Scene, Question]:

@@ -54,7 +54,7 @@ def _print_verdict(console: Console, found: Fitting) -> None:
         batch = found.asked.size.micro_batch
         table.add_row(f"longest context at micro-batch {batch:,}", str(found.seq_len))
     else:
-        table.add_row("longest context", "not searched: the target's settings say no length")
+        table.add_row("longest context", "not searched: no setting says a length")
     smallest = found.smallest_device
     table.add_row(
         "smallest listed device",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from memscope.errors import MemscopeError, UsageError
 from memscope.hooks.kernels import Kernels
 from memscope.hooks.recorder import Recorder
 from memscope.hooks.work import Execute
+from memscope.program.built import optimizers_followed
 from memscope.program.models import model_of
 from memscope.trace import Trace
 
@@ -72,7 +73,13 @@ class ProgramRecorder(Recorder):
         self._before_optimizer = before_optimizer
         self.stops = True
         self._steps_of: dict[int, int] = {}
+        self._optimizers_alive: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._thread = threading.get_ident()
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        self._scopes.enter_context(optimizers_followed(self._optimizers_alive.add))
+        return self
 
     @property
     def steps(self) -> int:
@@ -82,17 +89,6 @@ class ProgramRecorder(Recorder):
     def call_has_begun(self, module: nn.Module) -> None:
         """Follow a call that began before the recorder was entered, and ends after."""
         self._modules.enter_call(module)
-
-    def trace(self) -> Trace:
-        """See `Recorder.trace`. With several models, the modules of the first have its class's name before theirs."""
-        trace = super().trace()
-        models = list(self._modules.models.values())
-        if len(models) < 2:
-            return trace
-        first = {name for name, _ in models[0].named_modules() if name}
-        kind = type(models[0]).__name__
-        names = tuple(f"{kind}.{name}" if name in first else name for name in trace.modules)
-        return replace(trace, modules=names)
 
     def _unknown_call_begins(self, module: nn.Module) -> None:
         if next(module.parameters(), None) is None:  # a loss, say
@@ -127,20 +123,21 @@ class ProgramRecorder(Recorder):
             return False
         if self.steps >= self._wanted * _MOST_STEPS_OF_ANOTHER:
             return True
-        alive = [one for one in gc.get_objects() if issubclass(type(one), torch.optim.Optimizer)]
-        training = [one for one in alive if getattr(one, "param_groups", None) and not hasattr(one, "optimizer")]
-        return all(self._steps_of.get(id(one), 0) >= self._wanted for one in training)
+        return all(self._steps_of.get(id(one), 0) >= self._wanted for one in self._optimizers_alive)
 
     def _optimizer_begins(self, optimizer: torch.optim.Optimizer) -> None:
         super()._optimizer_begins(optimizer)
         self._before_optimizer()
 
     def _optimizer_ends(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizers_alive.add(optimizer)
         self._steps_of[id(optimizer)] = self._steps_of.get(id(optimizer), 0) + 1
         super()._optimizer_ends(optimizer)
 
     def trace(self) -> Trace:
         """The trace of everything recorded; see `Recorder.trace`.
+
+        With several models, the names of the first one's modules begin with its class's name, too.
 
         Raises:
             MemscopeError: nothing was recorded.
@@ -150,4 +147,10 @@ class ProgramRecorder(Recorder):
                 "the program put nothing on the GPU: it trains on the CPU. Move the model and each batch there "
                 '(.to("cuda")), or profile with --device cpu'
             )
-        return super().trace()
+        trace = super().trace()
+        models = list(self._modules.models.values())
+        if len(models) < 2:
+            return trace
+        first = {name for name, _ in models[0].named_modules() if name}
+        kind = type(models[0]).__name__
+        return replace(trace, modules=tuple(f"{kind}.{name}" if name in first else name for name in trace.modules))

@@ -57,7 +57,14 @@ def test_the_document_has_the_published_shape(profiled):
             "out_of_memory",
             "fit",
             "would_free",
+            "models",
+            "phases",
+            "steps",
+            "growing",
+            "allocator_settings",
+            "alive_when_out_of_memory",
         }
+        assert run["growing"] == run["allocator_settings"] == run["alive_when_out_of_memory"] == []
         assert set(run["at_peak"]) == set(run["max_by_category"]) == set(CATEGORIES)
         assert sum(run["at_peak"].values()) == run["peak"]["allocated"]
         assert run["assumptions"] == []

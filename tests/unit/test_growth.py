@@ -8,7 +8,7 @@ from torch import nn
 from traces import TraceBuilder
 
 from memscope import Recorder, simulate
-from memscope.allocator.other_settings import helpful_settings
+from memscope.allocator.other_settings import helpful_settings, other_settings
 from memscope.allocator.settings import AllocatorSettings
 from memscope.analysis.growth import about_steps, chosen_steps, growing, has_steps_to_compare, step_peaks
 from memscope.simulation.device_memory import on_device
@@ -144,6 +144,32 @@ def test_the_setting_that_avoids_fragmentation_is_found_with_what_it_reserves():
     assert helpful_settings(of_lengths(500, 400, 300, 200, 100)) == ()  # each fits into the first batch's block
 
 
+def test_reserved_memory_that_grows_with_what_is_kept_is_no_fragmentation():
+    build = TraceBuilder()
+    for step in range(5):
+        build.phase("forward", step)
+        build.new("other", 100 * 2**20)  # never freed: a segment each
+    trace = on_device(
+        build.trace({"device": {"name": "gpu", "simulated": True}}), get_device("gpu"), AllocatorSettings()
+    )
+    assert [one.reserved_bytes for one in step_peaks(trace)] == [100 * 2**20 * count for count in range(1, 6)]
+    assert not any("fragmentation" in text for text in about_steps(trace))
+
+
+def test_no_setting_is_named_where_none_saves_anything():
+    build = TraceBuilder()
+    build.phase("forward", 0)
+    hole = build.new("activation", 100 * 2**20)
+    build.new("activation", 15 * 2**20)
+    build.free(hole)
+    build.new("activation", 120 * 2**20)  # larger than the hole, which no setting moves
+    trace = on_device(
+        build.trace({"device": {"name": "gpu", "simulated": True}}), get_device("gpu"), AllocatorSettings()
+    )
+    assert trace.meta["peak_reserved"] > 1.5 * trace.peak.allocated_bytes
+    assert helpful_settings(trace) == ()
+
+
 def test_a_run_that_does_not_fit_is_helped_by_the_settings_with_which_it_fits():
     # Before it gives up, the allocator returns cached segments: only fragments inside segments in use can be the cause.
     assert of_lengths(100, 200, 300, capacity_bytes=310 * 2**20).meta["out_of_memory"] is None
@@ -161,6 +187,17 @@ def test_a_run_that_does_not_fit_is_helped_by_the_settings_with_which_it_fits():
     (best, *_) = helpful_settings(ran_out)
     assert best.text == "expandable_segments:True"
     assert best.reserved_bytes == 80 * 2**20  # four pages of 20 MiB for 65 MiB
+
+
+def test_both_kinds_of_settings_are_tried_beside_those_of_the_run():
+    trace = of_lengths(100, 200, 300)
+    splits = {f"max_split_size_mb:{size}" for size in (64, 128, 256, 512)}
+    tried = other_settings(trace, AllocatorSettings(), None)
+    assert {one.text for one in tried} == {"expandable_segments:True", *splits}
+    assert [one.reserved_bytes for one in tried] == sorted(one.reserved_bytes for one in tried)
+    kept = other_settings(trace, AllocatorSettings(max_split_size_bytes=128 * 2**20), None)
+    assert {one.text for one in kept} == {"expandable_segments:True", *splits} - {"max_split_size_mb:128"}
+    assert other_settings(trace, AllocatorSettings(expandable_segments=True), None) == ()
 
 
 def test_few_of_many_steps_are_chosen_with_the_first_the_last_and_the_highest():

@@ -280,3 +280,26 @@ def test_runs_are_drawn_one_after_the_other_and_told_of() -> None:
     runs = [Run("one", small()), Run("two", small())]
     render_page(runs, progress=lambda *what: told.append(what))
     assert told == [("drawing one", 0, 2), ("drawing two", 1, 2)]
+
+
+def test_a_run_with_inference_and_many_steps_has_parts_for_both() -> None:
+    run = TraceBuilder()
+    run.phase("setup")
+    run.new("parameter", 3 * GIB)
+    for step in range(4):
+        run.phase("forward", step)
+        run.new("activation", GIB, module=HOSTILE, op="aten.mm")  # never freed
+        run.phase("inference", step)
+        run.free(run.new("temporary", 2 * GIB))
+    page = page_of(Run("a", run.trace({"models": {"(model)": HOSTILE, "Critic": "Critic"}})))
+    assert 'id="run0-phases"' in page
+    assert 'id="run0-steps"' in page
+    assert "leaves 1.00 GiB allocated" in page
+    highest = re.search(r"inference</th><td>(.*?)</td><td>(.*?)</td>", page)
+    assert highest
+    assert highest.groups() == ("9.00 GiB", "step 3")  # 3 + 4 * 1 + 2
+    assert '"name":"peak allocated"' in page
+    assert HOSTILE not in page
+    plain = page_of()
+    assert "run0-phases" not in plain
+    assert "run0-steps" not in plain

@@ -13,7 +13,7 @@ from memscope.simulation.device_memory import on_device
 from memscope.simulation.devices.catalogue import Device
 from memscope.trace import Trace
 
-__all__ = ["devices_that_hold"]
+__all__ = ["devices_that_hold", "same_kernels"]
 
 
 def devices_that_hold(
@@ -50,6 +50,11 @@ def devices_that_hold(
                 reasons.setdefault(str(answer), []).append(device.name)
     notes = [f"The step cannot be simulated on {', '.join(names)}: {reason}." for reason, names in reasons.items()]
     return tuple(sorted(found, key=lambda one: (one.capacity_bytes, one.name))), notes
+
+
+def same_kernels(one: Device, other: Device) -> bool:
+    """Whether two devices make the same allocations, so that those of one can be replayed on the other."""
+    return _kernels(one) == _kernels(other)
 
 
 def _kernels(device: Device) -> tuple[object, ...]:

@@ -101,8 +101,10 @@ def fit(
     return answer(question, Asker(runner, progress or (lambda what, done, needed: None)), build)
 
 
-def answer(question: Question, asker: Asker, build: Callable[..., Workload]) -> Fitting:
-    """Answer a question with the simulations that `asker` runs; `build` builds the workload that was asked for.
+def answer(question: Question, asker: Asker, build: Callable[..., Workload] | None) -> Fitting:
+    """Answer a question with the simulations that `asker` runs.
+
+    `build` builds the workload that was asked for; None: it is a program, for which no changes are searched.
 
     Raises:
         MemscopeError: as for `fit`.
@@ -138,7 +140,7 @@ def answer(question: Question, asker: Asker, build: Callable[..., Workload]) -> 
         changes=changes,
         notes=(*notes_of(trace), *([] if whole else [_DECIDING]), *unfilled, *refused, *notes),
         assumptions=tuple(trace.meta.get("assumptions", ())),
-        settings=trace.meta["settings"],
+        settings=trace.meta.get("settings", {}),
     )
 
 
@@ -233,9 +235,11 @@ class _Search:
 
 
 def _changes(
-    question: Question, search: _Search, asker: Asker, build: Callable[..., Workload]
+    question: Question, search: _Search, asker: Asker, build: Callable[..., Workload] | None
 ) -> tuple[tuple[FittingChange, ...], list[str]]:
     """The cheapest changes with which the step fits, and notes."""
+    if build is None:
+        return (), ["Changes that make a program fit are not searched here: try strategies with memscope profile -s."]
     sizes: dict[str, Any] = dict(search.sizes(search.asked))
     capacity = question.device.capacity_bytes
     assert capacity is not None, "checked in `answer`"
