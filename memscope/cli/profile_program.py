@@ -231,7 +231,7 @@ def _next(asked: _Asked, traces: Sequence[Path], last: Trace, offers: Offers | N
     """
     options = asked.options
     device = asked.device if asked.simulated else _same_gpu(last)
-    offered = {offer.spec for offer in offers.strategies} if offers else set()
+    offered = {offer.spec for offer in offers.strategies} if offers else set(_TO_TRY)  # it ended before its optimizer
     to_try = [spec for spec in _TO_TRY if spec in offered]
     if device is None or not to_try:
         return compare_words(traces)
