@@ -20,3 +20,11 @@ _LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     place = {name: index for index, name in enumerate(_LONGEST.split())}
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
+@pytest.fixture(scope="module")
+def kept_workspaces():
+    """cuBLAS keeps its workspaces, as before PyTorch 2.15."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_CUBLAS_WORKSPACE_CACHE", "1")
+        yield

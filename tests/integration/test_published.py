@@ -3,6 +3,8 @@
 The published programs keep `logits` and `shift_logits` in local variables, so both live until the next forward pass has
 made new ones. Workspaces of kernels and the blocks of the allocator are part of the prediction; no constant is fitted.
 
+They are of PyTorch before 2.15, whose cuBLAS keeps its workspaces.
+
 The programs shuffled their samples, in an order that is not known: every simulated micro-batch is the longest sample.
 The first one of a step stands for a program without accumulation, the second one for a later one of 8, in which the
 gradients of the earlier ones are held.
@@ -35,7 +37,7 @@ def peaks(run):
 
 
 @pytest.fixture(scope="module")
-def predicted():
+def predicted(kept_workspaces):
     return {run.name: peaks(run) for run in LLAMA_RUNS}
 
 

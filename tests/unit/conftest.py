@@ -11,14 +11,6 @@ settings.register_profile("memscope", deadline=None, suppress_health_check=[Heal
 settings.load_profile("memscope")
 
 
-@pytest.fixture(scope="module")
-def kept_workspaces():
-    """cuBLAS keeps its workspaces, as before PyTorch 2.15: they are no part of what a layer takes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCH_CUBLAS_WORKSPACE_CACHE", "1")
-        yield
-
-
 @pytest.fixture
 def imported(tmp_path):
     """The trace of a snapshot."""
