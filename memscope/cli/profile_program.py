@@ -153,7 +153,7 @@ def _request(asked: _Asked, label: str, scratch: Path) -> Request:
         strategies="" if label == "baseline" else label,
         folder=str(scratch.resolve()),
         command=asked.program.words,
-        asks=() if asked.plans else _TO_TRY,
+        asks=_TO_TRY if asked.simulated and not asked.plans else (),
     )
 
 
@@ -228,7 +228,7 @@ def _next(asked: _Asked, traces: Sequence[Path], offers: Offers | None) -> list[
     options = asked.options
     offered = {offer.spec for offer in offers.strategies} if offers else set()
     to_try = [spec for spec in _TO_TRY if spec in offered]
-    if not asked.simulated or not to_try:
+    if not to_try:
         return compare_words(traces)
     words: list[object] = ["memscope", "profile", "--device", asked.device]
     words += ["--device-file", options.device_file] if options.device_file else []
