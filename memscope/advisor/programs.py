@@ -68,9 +68,9 @@ class ProgramAdvisor:
     """The search.
 
     Every combination of strategies is run without checkpoints. Then, by time, those that are faster than the best plan
-    so far and do not fit are run with checkpoints: with all layers, and if that fits, with as few as fit. These are the
-    first layers, since the backward pass has released the activations of the last ones when it comes to recompute them;
-    their number is found by bisection.
+    so far and do not fit are run with checkpoints: with all layers, or with as many as would be faster than that plan,
+    and if that fits, with as few as fit. These are the first layers, since the backward pass has released the
+    activations of the last ones when it comes to recompute them; their number is found by bisection.
     """
 
     run: RunProgram
@@ -101,7 +101,7 @@ class ProgramAdvisor:
         for plan in tried:
             self._ran(str(plan), 0)
         best = self._best()
-        shown = best or min(self._runs.values(), key=lambda one: one.device_bytes)
+        shown = best or min(self._runs.values(), key=lambda one: (one.device_bytes, one.seconds))
         full = self._ran(shown.text, len(self._layers)) if self._layers else None
         runs = list(self._runs.values())  # without those of strategies that are not allowed
         helps = "" if best else self._would_help()
@@ -150,14 +150,27 @@ class ProgramAdvisor:
         for plain in sorted(self._runs.values(), key=lambda one: one.seconds):
             if best is not None and plain.seconds >= best.seconds:
                 break
-            found = plain if plain.fits else self._checkpointed(plain.text)
+            found = plain if plain.fits else self._checkpointed(plain.text, self._most(plain, best))
             if found is not None and (best is None or found.seconds < best.seconds):
                 best = found
         return best
 
-    def _checkpointed(self, text: str) -> _Ran | None:
-        """A combination with as few checkpointed layers as fit; None: all of them are too few, or none may be."""
-        found = self._ran(text, len(self._layers)) if self._layers else None
+    def _most(self, plain: _Ran, best: _Ran | None) -> int:
+        """The number of layers that a combination can checkpoint and be faster than the best plan so far.
+
+        Recomputing a layer is assumed to add the same share to the step as in the first combination that was run so.
+        """
+        count = len(self._layers)
+        if best is None:
+            return count
+        full = next(one for (_, checkpointed), one in self._runs.items() if checkpointed == count)
+        without = self._runs[full.text, 0]
+        share = (full.seconds / without.seconds - 1) / count
+        return min(count, int((best.seconds / plain.seconds - 1) / share)) if share > 0 else count
+
+    def _checkpointed(self, text: str, most: int) -> _Ran | None:
+        """A combination with as few checkpointed layers as fit; None: `most` are too few, or none may be."""
+        found = self._ran(text, most) if most else None
         if found is None or not found.fits:
             return None
         too_few = 0

@@ -154,7 +154,7 @@ def _request(asked: _Asked, label: str, scratch: Path) -> Request:
         strategies="" if label == "baseline" else label,
         folder=str(scratch.resolve()),
         command=asked.program.words,
-        asks=() if asked.plans else _TO_TRY,
+        asks=_TO_TRY if asked.simulated and not asked.plans else (),
     )
 
 
@@ -233,7 +233,7 @@ def _next(asked: _Asked, traces: Sequence[Path], last: Trace, offers: Offers | N
     device = asked.device if asked.simulated else _same_gpu(last)
     offered = {offer.spec for offer in offers.strategies} if offers else set(_TO_TRY)  # it ended before its optimizer
     to_try = [spec for spec in _TO_TRY if spec in offered]
-    if device is None or not to_try:
+    if device is None or asked.plans or not to_try:
         return compare_words(traces)
     words: list[object] = ["memscope", "profile", "--device", device]
     words += ["--device-file", options.device_file] if options.device_file else []

@@ -1,6 +1,7 @@
 """The search for a program's plan. Here a simulated workload stands for the program: runs take no process."""
 
 import dataclasses
+import itertools
 from functools import cache
 
 import pytest
@@ -11,6 +12,7 @@ from memscope import Plan, Workload, simulate
 from memscope.advisor.advice import Advice
 from memscope.advisor.programs import ProgramAdvisor
 from memscope.allocator.settings import AllocatorSettings
+from memscope.analysis.cost import step_seconds
 from memscope.errors import TargetError
 from memscope.program.offers import with_offers
 from memscope.program.request import Offers
@@ -81,6 +83,39 @@ def test_as_few_of_the_first_layers_are_checkpointed_as_fit(wanted):
     assert advice.overhead_vs_none > 0 >= advice.overhead_vs_all
     assert len(program.plans) == len(set(program.plans)) <= 2 + 3  # none, all, and log2(5) between them
     assert f"The program was run {len(program.plans)} times" in advice.notes[0]
+
+
+def test_no_combination_with_first_layers_checkpointed_that_fits_is_faster():
+    meta = simulated("adamw:fused,ckpt:layers=0-2", DEVICE.capacity_bytes).meta
+    budget = meta["peak_reserved"] + meta["context"]
+    program = Program(budget)
+    advice = program.advice()
+    texts = ["", "adamw:fused", "adamw:foreach=false"]
+    layers = ["", "ckpt:layers=0", *(f"ckpt:layers=0-{last}" for last in range(1, LAYERS))]
+    every = [simulated(",".join(filter(None, both)), budget) for both in itertools.product(texts, layers)]
+    seconds = [sum(step_seconds(trace, 1).values()) for trace in every if trace.meta["out_of_memory"] is None]
+    assert advice.step_seconds == pytest.approx(min(seconds))
+    # The three combinations, all layers and a bisection for the fastest, and one run that rules out each of the others.
+    assert len(program.plans) <= 3 + 1 + 3 + 2
+
+
+class NeedsAllWithFused(Program):
+    """With the fused optimizer, which is faster, it fits only with every layer checkpointed."""
+
+    def __call__(self, plan):
+        trace, offers = super().__call__(plan)
+        if "fused" in plan and not plan.endswith("ckpt"):
+            trace = dataclasses.replace(trace, meta={**trace.meta, "out_of_memory": {"step": 0}})
+        return trace, offers
+
+
+def test_a_combination_that_needs_fewer_checkpoints_is_preferred_to_one_that_is_faster_without():
+    meta = simulated("ckpt:layers=0", DEVICE.capacity_bytes).meta
+    program = NeedsAllWithFused(meta["peak_reserved"] + meta["context"])
+    advice = program.advice()
+    assert program.plans.index("adamw:fused,ckpt") < program.plans.index("ckpt:layers=0")
+    assert advice.strategies == ()
+    assert [*advice.layers.values()] == ["full", *["none"] * (LAYERS - 1)]
 
 
 def test_where_it_fits_the_fastest_combination_of_strategies_is_the_plan():
