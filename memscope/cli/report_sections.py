@@ -21,9 +21,12 @@ _TOP_IN_USE = 8
 
 
 def run_sections(runs: Sequence[Run]) -> Iterator[TableSection]:
-    """The tables that some of the runs have: each only where it tells more than the peak does."""
+    """The tables that some of the runs have: each only where it tells more than the peak does.
+
+    Of several runs, the last one is that to be explained if it does not fit.
+    """
     for run in runs:
-        if run.trace.meta.get("out_of_memory"):
+        if run is runs[-1] and run.trace.meta.get("out_of_memory"):
             notes = [Text(f"{run.label}: {text}", style="yellow") for text in about_fragments(run.trace)]
             yield TableSection([run], _in_use, notes, stacked="rows")
         if leaves_the_steps(run.trace):
