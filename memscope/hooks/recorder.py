@@ -110,8 +110,8 @@ class Recorder:
             raise UsageError(f"Recorder expects an nn.Module but got a {type(model).__name__}: pass the model")
         device = next((parameter.device for parameter in model.parameters()), None)
         self._prepare(model, device=device, meta=meta, on_gpu=on_gpu, execute=execute, kernels=kernels)
-        self._optimizer = optimizer
-        self._calls = ModuleCalls(model, calls_of, self._tracker)
+        self._optimizer: torch.optim.Optimizer | None = optimizer
+        self._calls: ModuleCalls | None = ModuleCalls(model, calls_of, self._tracker)
 
     def _prepare(
         self,
@@ -128,7 +128,7 @@ class Recorder:
         self._modules = ModuleStack(
             *models, on_call=self._call_begins, on_return=self._call_ends, on_unknown=self._unknown_call_begins
         )
-        self._optimizer: torch.optim.Optimizer | None = None
+        self._optimizer = None
         self._watch = watch_of(device)
         self._ran_out = False
         self._tracker = tracker = StorageTracker(
@@ -145,7 +145,7 @@ class Recorder:
         self._optimizers = OptimizerNamer(
             self._lifetimes, self._modules, before=self._optimizer_begins, after=self._optimizer_ends, on_gpu=on_gpu
         )
-        self._calls: ModuleCalls | None = None
+        self._calls = None
         self._scopes = contextlib.ExitStack()
         self._step_done, self._model_returned = True, False
         self._before_inference: Phase | None = None

@@ -65,7 +65,8 @@ def flops_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any)
     if formula is None:
         return 0
     shapes = [arg for arg in args if not isinstance(arg, torch.dtype)]  # of the result, as in addmm.dtype
-    return formula(*shapes, **kwargs, out_val=out)
+    flops: int = formula(*shapes, **kwargs, out_val=out)
+    return flops
 
 
 def has_formula(func: Any) -> bool:

@@ -11,7 +11,7 @@ and notes the place for the operators below it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -188,7 +188,7 @@ class PlacedKernels:
         """See `Kernels`."""
         return self._kernels.has_own_order(name)
 
-    def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable[Workspace]:
+    def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Workspace]:
         """See `Kernels`."""
         on_gpu = self._places.any_on_gpu(args) or self._places.any_on_gpu(kwargs.values())
         return self._kernels(func, args, kwargs) if on_gpu else ()
