@@ -105,7 +105,7 @@ class ProgramWatch:
 
     def _step_begins(self, done: int) -> None:
         """A step begins after `done` others."""
-        if not self.has_claimed and not self._scratch.claim():
+        if (not self.has_claimed or self._scratch.is_fork) and not self._scratch.claim():
             self._recorder.stops = False
             return
         self.has_claimed = True
