@@ -114,8 +114,8 @@ class Recorder:
             raise UsageError(f"Recorder expects an nn.Module but got a {type(model).__name__}: pass the model")
         device = next((parameter.device for parameter in model.parameters()), None)
         self._prepare(model, device=device, meta=meta, on_gpu=on_gpu, execute=execute, kernels=kernels)
-        self._optimizer = optimizer
-        self._calls = ModuleCalls(model, calls_of, self._tracker)
+        self._optimizer: torch.optim.Optimizer | None = optimizer
+        self._calls: ModuleCalls | None = ModuleCalls(model, calls_of, self._tracker)
 
     def _prepare(
         self,

@@ -40,8 +40,8 @@ class _Here(torch_dataloader._SingleProcessDataLoaderIter):
     def __init__(self, loader: DataLoader[Any]) -> None:
         with replaced(loader, "num_workers", 0), replaced(loader, "timeout", 0), replaced(loader, "pin_memory", False):
             super().__init__(loader)
-        dataset, seed = loader.dataset, self._base_seed
-        self._worker = torch_worker.WorkerInfo(id=0, num_workers=1, seed=seed, dataset=dataset)  # type: ignore[no-untyped-call]
+        seed = int(self._base_seed)
+        self._worker = torch_worker.WorkerInfo(id=0, num_workers=1, seed=seed, dataset=loader.dataset)
         if loader.worker_init_fn is not None:
             with self._inside():
                 loader.worker_init_fn(0)
@@ -52,7 +52,7 @@ class _Here(torch_dataloader._SingleProcessDataLoaderIter):
 
     def _next_data(self) -> Any:
         with self._inside():
-            return super()._next_data()
+            return super()._next_data()  # type: ignore[no-untyped-call]
 
     def _inside(self) -> contextlib.AbstractContextManager[None]:
         """Code that runs in a worker; see `torch.utils.data.get_worker_info`."""

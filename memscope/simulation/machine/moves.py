@@ -123,8 +123,8 @@ class ProgramCalls(TorchFunctionMode):
     def _to(self, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         places = self._places
         on_gpu: bool | None = None
-        rest: list[Any] = []
         dtype = kwargs.pop("dtype", None)
+        rest: list[Any] = []
         if "other" in kwargs:
             args = (kwargs.pop("other"), *args)
         for value in (kwargs.pop("device", None), *args):

@@ -100,10 +100,11 @@ def _built(cls: Any, name: Any, kwargs: dict[str, Any]) -> nn.Module:
         config, kwargs = cls.config_class.from_pretrained(config or name, return_unused_kwargs=True, **hub, **kwargs)
     _refuse_quantized(cls, {"quantization_config": getattr(config, "quantization_config", None), **kwargs})
     attention = {key: kwargs[key] for key in ("attn_implementation", "experts_implementation") if kwargs.get(key)}
-    model: nn.Module = cls._from_config(config, dtype=_dtype(dtype, config, name), **attention)
+    model: Any = cls._from_config(config, dtype=_dtype(dtype, config, name), **attention)
     for module, kept in _kept_in_float32(model):
         module.to(kept)
-    return model.eval()
+    model.eval()
+    return model  # type: ignore[no-any-return]
 
 
 def _refuse_quantized(cls: Any, kwargs: dict[str, Any]) -> None:
