@@ -300,7 +300,7 @@ def test_allocator_is_drawn_with_its_segments(visit: Visit) -> None:
         figure.locator(".main-svg").first.wait_for()
     assert page.locator("#run0-allocator .barlayer .point").count() > 0
     assert "which share segments with live allocations" in page.locator("#run0-allocator p").first.inner_text()
-    assert "runs out of memory in step 1, forward, layers.1.attention" in page.locator(".warning").inner_text()
+    assert "runs out of memory in step 1, forward, layers.1.attention" in page.locator(".warning").first.inner_text()
 
 
 def test_a_run_with_a_single_event_is_drawn(visit: Visit) -> None:
