@@ -85,6 +85,8 @@ def run_program(path, *argv, device="a100-80gb", simulated=True, steps=2, assume
                 code = end.code
     finally:
         torch.set_default_device(None)
+        torch.set_float32_matmul_precision("highest")  # a program may allow TF32
+        torch.backends.cudnn.allow_tf32 = True
         _forget_accelerators()
         gc.collect()
     trace = recorder.trace()
