@@ -88,7 +88,6 @@ def run_program(path, *argv, device="a100-80gb", simulated=True, steps=2, assume
         torch.set_float32_matmul_precision("highest")  # a program may allow TF32
         torch.backends.cudnn.allow_tf32 = True
         _forget_accelerators()
-        gc.collect()
     trace = recorder.trace()
     return Ran(machine.finished(trace, recorder.work) if machine else trace, code)
 

@@ -44,35 +44,36 @@ class ChangedLibraries:
 
     def look(self) -> None:
         """Change the libraries that have been imported since the last call."""
+        functions: dict[int, Any] = {}  # id of a function, which its module keeps alive → its replacement
         for name in [name for name in self._waiting if name in sys.modules]:
             module, changes = sys.modules[name], self._waiting.pop(name)
             for path, make in changes.items():
-                self._change(module, path, make)
+                kind, _, function = path.rpartition(".")
+                owner = getattr(module, kind, None) if kind else module
+                if owner is None or not hasattr(owner, function):
+                    continue
+                if kind:
+                    self._change_method(owner, function, make)
+                else:
+                    functions[id(getattr(owner, function))] = make(getattr(owner, function))
+        for owner, name, value in list(_bindings(functions)) if functions else ():
+            self._scopes.enter_context(replaced(owner, name, value))
 
-    def _change(self, module: Any, path: str, make: Callable[[Any], Any]) -> None:
-        kind, _, method = path.rpartition(".")
-        owner = getattr(module, kind, None) if kind else module
-        if owner is None or not hasattr(owner, method):
-            return
-        if kind:
-            original = vars(owner).get(method, getattr(owner, method))
-            if isinstance(original, classmethod):
-                value: Any = classmethod(make(original.__func__))
-            elif isinstance(original, staticmethod):
-                value = staticmethod(make(original.__func__))
-            else:
-                value = make(original)
-            self._scopes.enter_context(replaced(owner, method, value))
-            return
-        original = getattr(owner, method)
-        value = make(original)
-        for bound, name in list(_bindings(original)):
-            self._scopes.enter_context(replaced(bound, name, value))
+    def _change_method(self, owner: Any, name: str, make: Callable[[Any], Any]) -> None:
+        original = vars(owner).get(name, getattr(owner, name))
+        if isinstance(original, classmethod):
+            value: Any = classmethod(make(original.__func__))
+        elif isinstance(original, staticmethod):
+            value = staticmethod(make(original.__func__))
+        else:
+            value = make(original)
+        self._scopes.enter_context(replaced(owner, name, value))
 
 
-def _bindings(value: Any) -> Iterator[tuple[Any, str]]:
-    """Every module that has a value, and the value's name there."""
+def _bindings(replacements: dict[int, Any]) -> Iterator[tuple[Any, str, Any]]:
+    """Every module that has one of some values, the value's name there, and its replacement."""
     for module in list(sys.modules.values()):
         names = vars(module) if isinstance(getattr(module, "__dict__", None), dict) else {}
-        for name in [name for name, one in list(names.items()) if one is value]:
-            yield module, name
+        for name, one in list(names.items()):
+            if id(one) in replacements:
+                yield module, name, replacements[id(one)]
