@@ -16,6 +16,7 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 from memscope import Trace, Workload, simulate
 from memscope.analysis.cost import Cost, module_seconds, operator_costs, step_seconds
 from memscope.errors import UsageError
+from memscope.hooks.work import flops_of
 from memscope.simulation.devices.catalogue import Device, get_device
 from memscope.simulation.devices.cost import transfer_seconds
 from memscope.simulation.devices.roofline import LAUNCH_SECONDS, Roofline
@@ -289,3 +290,9 @@ def test_a_copy_to_the_host_takes_as_long_as_the_link() -> None:
     assert 32e9 > 1e9 / transfer_seconds(get_device("a100-40gb"), 10**9) > 16e9, "PCIe 4.0 x16, and more than 3.0"
     with pytest.raises(UsageError, match='the copy speed between "gpu" and the host is unknown'):
         transfer_seconds(get_device("gpu"), 1)
+
+
+@pytest.mark.skipif(not hasattr(aten.mm, "dtype"), reason="this PyTorch has no product with a dtype of its own")
+def test_a_product_that_is_given_the_dtype_of_its_result_has_the_flops_of_any_other():
+    arguments = torch.ones(4, 8, dtype=torch.bfloat16), torch.ones(8, 2, dtype=torch.bfloat16)
+    assert flops_of(aten.mm.dtype, (*arguments, torch.float32), {}, torch.ones(4, 2)) == 2 * 4 * 8 * 2
