@@ -292,7 +292,8 @@ def test_a_copy_to_the_host_takes_as_long_as_the_link() -> None:
         transfer_seconds(get_device("gpu"), 1)
 
 
-@pytest.mark.skipif(not hasattr(aten.mm, "dtype"), reason="this PyTorch has no product with a dtype of its own")
+@pytest.mark.skipif(not hasattr(aten.addmm, "dtype"), reason="this PyTorch has no product with a dtype of its own")
 def test_a_product_that_is_given_the_dtype_of_its_result_has_the_flops_of_any_other():
-    arguments = torch.ones(4, 8, dtype=torch.bfloat16), torch.ones(8, 2, dtype=torch.bfloat16)
-    assert flops_of(aten.mm.dtype, (*arguments, torch.float32), {}, torch.ones(4, 2)) == 2 * 4 * 8 * 2
+    added, left, right = (torch.ones(size, dtype=torch.bfloat16) for size in ((4, 2), (4, 8), (8, 2)))
+    given = added, left, right, torch.float32
+    assert flops_of(aten.addmm.dtype, given, {}, torch.ones(4, 2)) == 2 * 4 * 8 * 2
