@@ -23,8 +23,9 @@ from memscope.trace import Trace
 
 __all__ = ["ProgramRecorder"]
 
-_MOST_STEPS_OF_ANOTHER = 8
-"""Steps of one optimizer for each step asked for, while another one has not stepped as often, as in a GAN."""
+_MOST_STEPS = 8
+"""Steps in all for each step asked for, while an optimizer has not stepped as often: in a GAN, or where optimizers are
+built again and again."""
 
 
 class ProgramRecorder(Recorder):
@@ -32,6 +33,7 @@ class ProgramRecorder(Recorder):
 
     Attributes:
         stops: whether it ends the program.
+        steps: optimizer steps done by the optimizer that has done most.
     """
 
     def __init__(
@@ -72,19 +74,14 @@ class ProgramRecorder(Recorder):
         self._wanted, self._before_step, self._stop = steps, before_step, stop
         self._before_optimizer = before_optimizer
         self.stops = True
-        self._steps_of: dict[int, int] = {}
-        self._optimizers_alive: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self.steps = 0
+        self._steps_of: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDictionary()
         self._thread = threading.get_ident()
 
     def __enter__(self) -> Self:
         super().__enter__()
-        self._scopes.enter_context(optimizers_followed(self._optimizers_alive.add))
+        self._scopes.enter_context(optimizers_followed(lambda optimizer: self._steps_of.setdefault(optimizer, 0)))
         return self
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps done by the optimizer that has done most."""
-        return max(self._steps_of.values(), default=0)
 
     def call_has_begun(self, module: nn.Module) -> None:
         """Follow a call that began before the recorder was entered, and ends after."""
@@ -119,19 +116,19 @@ class ProgramRecorder(Recorder):
         super()._begin_step()
 
     def _has_done_enough(self) -> bool:
-        if self._wanted is None or self.steps < self._wanted:
+        if self._wanted is None:
             return False
-        if self.steps >= self._wanted * _MOST_STEPS_OF_ANOTHER:
+        if self._position.step + 1 >= self._wanted * _MOST_STEPS:
             return True
-        return all(self._steps_of.get(id(one), 0) >= self._wanted for one in self._optimizers_alive)
+        return self.steps >= self._wanted and all(steps >= self._wanted for steps in self._steps_of.values())
 
     def _optimizer_begins(self, optimizer: torch.optim.Optimizer) -> None:
         super()._optimizer_begins(optimizer)
         self._before_optimizer()
 
     def _optimizer_ends(self, optimizer: torch.optim.Optimizer) -> None:
-        self._optimizers_alive.add(optimizer)
-        self._steps_of[id(optimizer)] = self._steps_of.get(id(optimizer), 0) + 1
+        self._steps_of[optimizer] = self._steps_of.get(optimizer, 0) + 1
+        self.steps = max(self.steps, self._steps_of[optimizer])
         super()._optimizer_ends(optimizer)
 
     def trace(self) -> Trace:

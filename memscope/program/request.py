@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self
 
 import msgspec
 
@@ -14,14 +14,36 @@ from memscope.trace import write_whole
 
 __all__ = ["VARIABLE", "Failure", "Offer", "Offers", "ProgramOutcome", "Request"]
 
-T = TypeVar("T")
-
 VARIABLE = "MEMSCOPE_PROGRAM"
 """The environment variable that holds the path of the request."""
 
 
+class _Document:
+    """A dataclass that is a file."""
+
+    def write(self, path: Path) -> None:
+        """Write it as JSON.
+
+        Raises:
+            TraceFileError: the file cannot be written.
+        """
+        write_whole(path, msgspec.json.encode(self))
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a file.
+
+        Raises:
+            MemscopeError: the file is missing, or is none of this version.
+        """
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=cls)
+        except (OSError, msgspec.MsgspecError) as error:
+            raise MemscopeError(f"{path}: cannot be read as {cls.__name__}: {error}") from error
+
+
 @dataclass(frozen=True)
-class Request:
+class Request(_Document):
     """What to do with a program. Every Python process of the program reads it."""
 
     device: str
@@ -47,23 +69,6 @@ class Request:
     """For the offer of `ckpt`: lists of the layers, as `ckpt:layer-list` names them."""
     version: str = __version__
     """The launcher's version of memscope, which the program's Python must have too."""
-
-    def write(self, path: Path) -> None:
-        """Write the request as JSON.
-
-        Raises:
-            TraceFileError: the file cannot be written.
-        """
-        write_whole(path, msgspec.json.encode(self))
-
-    @classmethod
-    def read(cls, path: Path) -> Request:
-        """Read a request.
-
-        Raises:
-            MemscopeError: the file is missing, or no request of this version.
-        """
-        return _read(path, cls)
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,7 @@ class Offers:
 
 
 @dataclass(frozen=True)
-class ProgramOutcome:
+class ProgramOutcome(_Document):
     """What the process that trained leaves when it ends."""
 
     ended: Literal["stopped", "ended", "failed"]
@@ -127,28 +132,3 @@ class ProgramOutcome:
     """Texts that are shown with the results."""
     offers: Offers | None = None
     """What could be changed, if the request asks for it."""
-
-    def write(self, path: Path) -> None:
-        """Write the outcome as JSON.
-
-        Raises:
-            TraceFileError: the file cannot be written.
-        """
-        write_whole(path, msgspec.json.encode(self))
-
-    @classmethod
-    def read(cls, path: Path) -> ProgramOutcome:
-        """Read an outcome.
-
-        Raises:
-            MemscopeError: the file is missing, or no outcome of this version.
-        """
-        return _read(path, cls)
-
-
-def _read(path: Path, kind: type[T]) -> T:
-    name = kind.__name__
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
-    except (OSError, msgspec.MsgspecError) as error:
-        raise MemscopeError(f"{path}: cannot be read as {name}: {error}") from error

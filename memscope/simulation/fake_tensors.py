@@ -150,20 +150,19 @@ def _modules_convert_fake_weights() -> Iterator[None]:
     torch/nn/modules/module.py (2.6 to 2.13).
     """
     convert: Callable[..., nn.Module] = nn.Module._apply
-    replaced: dict[
-        int, tuple[Tensor, Tensor]
-    ] = {}  # id of the old tensor → it, kept so that its id is not reused, and the new one
 
     def apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         tensors = [*module.parameters(recurse), *module.buffers(recurse)]
         if not any(isinstance(tensor, FakeTensor) for tensor in tensors):
             return convert(module, fn, recurse)
-        done: dict[int, Tensor] = {}
-        for part in module.modules() if recurse else [module]:
-            for table in (part._parameters, part._buffers):
-                for name, tensor in table.items():
-                    if tensor is not None:
-                        table[name] = _converted(tensor, fn, replaced, done)
+        for child in module.children() if recurse else ():
+            child._apply(fn)
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = _converted(parameter, fn)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = fn(buffer)
         return module
 
     nn.Module._apply = apply  # type: ignore[method-assign]
@@ -173,28 +172,16 @@ def _modules_convert_fake_weights() -> Iterator[None]:
         nn.Module._apply = convert  # type: ignore[method-assign]
 
 
-def _converted(
-    tensor: Tensor, fn: Callable[[Tensor], Tensor], replaced: dict[int, tuple[Tensor, Tensor]], done: dict[int, Tensor]
-) -> Any:
-    """A weight or buffer after `fn`, computed once a call, so that what several modules share stays shared."""
-    while id(tensor) in replaced:
-        tensor = replaced[id(tensor)][1]
-    if id(tensor) not in done:
-        with torch.no_grad():
-            result = fn(tensor)
-        is_parameter = isinstance(tensor, nn.Parameter)
-        if is_parameter and tensor.grad is not None:
-            with torch.no_grad():
-                tensor.grad.data = fn(tensor.grad)
-        if is_parameter and _may_hold(tensor, result):
-            tensor.data = result
-            result = tensor
-        elif result is not tensor:
-            if is_parameter:
-                result = nn.Parameter(result, requires_grad=tensor.requires_grad)
-            replaced[id(tensor)] = (tensor, result)
-        done[id(tensor)] = done[id(result)] = result
-    return done[id(tensor)]
+def _converted(weight: nn.Parameter, fn: Callable[[Tensor], Tensor]) -> nn.Parameter:
+    """A weight after `fn`, and its gradient."""
+    with torch.no_grad():
+        result: Any = fn(weight)
+        if weight.grad is not None:
+            weight.grad.data = fn(weight.grad)
+    if _may_hold(weight, result):
+        weight.data = result
+        return weight
+    return weight if result is weight else nn.Parameter(result, requires_grad=weight.requires_grad)
 
 
 def _may_hold(weight: Any, result: Any) -> bool:

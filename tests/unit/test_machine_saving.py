@@ -66,3 +66,19 @@ def test_a_whole_model_is_loaded_without_its_weights(tmp_path):
     torch.save(nn.Linear(64, 64), tmp_path / "model.pt")
     source = f"train(torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False).cuda())"
     assert run_source(tmp_path, source).peak_of("parameter") == 64 * 64 * 4 + 512
+
+
+def test_a_saved_model_holds_no_memory_of_the_gpu(tmp_path):
+    ran = run_source(
+        tmp_path,
+        """
+        import gc
+        model = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64)).cuda()
+        torch.save(model, "model.pt")
+        del model
+        gc.collect()
+        assert torch.cuda.memory_allocated() == 0, torch.cuda.memory_allocated()
+        train(torch.load("model.pt", weights_only=False))
+        """,
+    )
+    assert ran.peak_of("parameter") == 64 * 64 * 4 + 3 * 512

@@ -63,3 +63,20 @@ def test_a_process_that_only_evaluates_leaves_no_trace(tmp_path: Path) -> None:
         nn.Linear(4, 4)(torch.ones(1, 4))
     assert watching.finish(None) is None
     assert not watching.has_claimed
+
+
+def test_a_program_that_builds_its_optimizer_anew_for_each_step_is_stopped_too(tmp_path: Path) -> None:
+    watching = watch.begin(request(tmp_path, steps=2), stop)
+    model = nn.Linear(4, 4)
+
+    def train() -> None:
+        for _ in range(100):
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            model(torch.ones(1, 4)).mean().backward()
+            optimizer.step()
+
+    with pytest.raises(Enough):
+        train()
+    trace = watching.finish(None)
+    assert trace is not None
+    assert len(trace.steps) == 2 * 8

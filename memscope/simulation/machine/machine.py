@@ -78,11 +78,11 @@ class SimulatedMachine:
         operators = RememberedOperators(
             mode, values, self._answers, _NothingToRestore(), self._roofline, results(on_gpu=self._on_gpu)
         )
-        self._link = link = Link(operators, device)
-        self._placed = PlacedOperators(
+        link = Link(operators, device)
+        placed = PlacedOperators(
             self._places, WrittenViews(link), values, self._assumptions, check=partial(refuse_mixed, self._places)
         )
-        self.execute: Execute = PlainAutograd(self._placed) if self._on_gpu else self._placed
+        self.execute: Execute = PlainAutograd(placed) if self._on_gpu else placed
         self.kernels: Kernels | None = PlacedKernels(self._places, self._workspaces) if self._on_gpu else None
         self._calls = ProgramCalls(self._places, link)
         streams = streams_of_a_program(self._assumptions, self._note)
@@ -97,8 +97,7 @@ class SimulatedMachine:
 
     def follow(self, tracker: StorageTracker) -> None:
         """Use a recorder's tracker from now on; called before it is entered."""
-        self._places.follow(tracker)
-        self._placed.follow(tracker)
+        self._places.tracker = tracker
         self._gpu.memory.seen = tracker.seen
 
     def __enter__(self) -> SimulatedMachine:

@@ -42,17 +42,14 @@ class Places:
             it makes them where its arguments are.
         serves_gpu: whether the running function works on tensors of the GPU, so that what it makes without arguments
             belongs there; `floats`: only what it makes of floating-point numbers, as it reads the others.
+        tracker: knows which tensors are hidden, and is told which results are; None before it is known.
     """
 
     def __init__(self, mode: FakeTensorMode, *, has_gpu: bool) -> None:
         self.mode, self.has_gpu = mode, has_gpu
         self.told: bool | None = None
         self.serves_gpu: bool | Literal["floats"] = False
-        self._tracker: StorageTracker | None = None
-
-    def follow(self, tracker: StorageTracker) -> None:
-        """Read from a tracker which tensors are hidden."""
-        self._tracker = tracker
+        self.tracker: StorageTracker | None = None
 
     @contextlib.contextmanager
     def calling(self, told: bool | None, serves_gpu: bool | Literal["floats"] = False) -> Iterator[None]:
@@ -71,7 +68,7 @@ class Places:
         if isinstance(tensor, FakeTensor):
             if tensor.fake_mode is not self.mode or tensor.fake_device.type == "meta":
                 return False
-            return self._tracker is None or not self._tracker.lifetimes.is_hidden(tensor)
+            return self.tracker is None or not self.tracker.lifetimes.is_hidden(tensor)
         if type(tensor) in PLAIN or not isinstance(tensor, Tensor) or not is_wrapper(tensor):
             return False
         return any(self.is_on_gpu(part) for part in parts_of(tensor))
@@ -84,8 +81,8 @@ class Places:
 
     def hide(self, tensor: Tensor) -> None:
         """Place a fake tensor on the host."""
-        if self._tracker is not None and self.has_gpu:
-            self._tracker.lifetimes.hide(tensor)
+        if self.tracker is not None and self.has_gpu:
+            self.tracker.lifetimes.hide(tensor)
 
     def stand_in_for(self, real: Tensor) -> FakeTensor:
         """A fake tensor with the layout of a real one, whose place is not noted yet."""
@@ -96,8 +93,8 @@ class Places:
     def replace(self, real: Tensor, fake: Tensor) -> None:
         """A fake tensor of the host takes the place of a real one."""
         self.hide(fake)
-        if self._tracker is not None and not self.has_gpu:
-            self._tracker.lifetimes.continue_as(real, fake)
+        if self.tracker is not None and not self.has_gpu:
+            self.tracker.lifetimes.continue_as(real, fake)
 
 
 class PlacedOperators:
@@ -115,15 +112,11 @@ class PlacedOperators:
         """Run with `execute`; `check` is called with each operator of the GPU, and may refuse its arguments."""
         self._places, self._execute, self._check = places, execute, check
         self._values, self._assumptions = values, assumptions
-        self._tracker: StorageTracker | None = None
-
-    def follow(self, tracker: StorageTracker) -> None:
-        """Tell a tracker which results are on the host."""
-        self._tracker = tracker
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Work]:
         """See `Execute`."""
-        tracker, places = self._tracker, self._places
+        places = self._places
+        tracker = places.tracker
         assert tracker is not None, "operators are placed while a tracker follows them"
         found = _fakes(args)
         if kwargs:

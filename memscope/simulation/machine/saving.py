@@ -66,7 +66,9 @@ class Saving:
     def _stored(self, value: Any) -> _Stored:
         places = self._places
         if isinstance(value, nn.Module):
-            return _Stored(value, any(map(places.is_on_gpu, value.parameters())))
+            tensors = (*value.parameters(), *value.buffers())
+            layouts = {id(tensor): self._layout(tensor) for tensor in tensors if isinstance(tensor, FakeTensor)}
+            return _Stored(copy.deepcopy(value, layouts), any(map(places.is_on_gpu, tensors)))
         if isinstance(value, FakeTensor):
             return _Stored(self._layout(value), places.is_on_gpu(value))
         return _Stored(_copied(value), False)
