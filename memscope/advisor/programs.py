@@ -28,7 +28,7 @@ __all__ = ["ProgramAdvisor", "RunProgram"]
 RunProgram = Callable[[str], tuple[Trace, Offers | None]]
 """Simulates the program with a plan, on a device with the budget's memory.
 
-Raises a MemscopeError if there is no trace."""
+A run without a trace raises a MemscopeError."""
 _MOST_COMBINATIONS = 24
 """Each costs a run of the program, and more with checkpoints."""
 

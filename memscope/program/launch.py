@@ -48,7 +48,7 @@ class ProgramEnd:
     trace: Trace | None
     """What was recorded; None: see `error`."""
     error: MemscopeError | None
-    """Why there is no trace."""
+    """The reason, if there is no trace."""
     offers: Offers | None = None
     """What could be changed in the program, if the request asked for it."""
 

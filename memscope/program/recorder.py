@@ -80,8 +80,11 @@ class ProgramRecorder(Recorder):
 
     def __enter__(self) -> Self:
         super().__enter__()
-        self._scopes.enter_context(optimizers_followed(lambda optimizer: self._steps_of.setdefault(optimizer, 0)))
+        self._scopes.enter_context(optimizers_followed(self._count_from_none))
         return self
+
+    def _count_from_none(self, optimizer: torch.optim.Optimizer) -> None:
+        self._steps_of[optimizer] = 0
 
     def call_has_begun(self, module: nn.Module) -> None:
         """Follow a call that began before the recorder was entered, and ends after."""

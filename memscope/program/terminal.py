@@ -24,7 +24,7 @@ def terminal_given(process: int) -> Iterator[None]:
     if not is_ours:
         yield
         return
-    before = signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # whoever is not in the foreground may not change that
+    before = signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # sent to a background process that changes it
     try:
         with contextlib.suppress(OSError):  # the process has ended already
             os.tcsetpgrp(0, process)
