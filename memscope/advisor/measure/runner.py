@@ -14,7 +14,6 @@ from memscope.allocator.settings import AllocatorSettings
 from memscope.analysis.cost import step_seconds
 from memscope.errors import MemscopeError
 from memscope.runs.processes import Workers, cores, workers
-from memscope.simulation.device_memory import least_reserved
 from memscope.simulation.devices.catalogue import Device, get_device, load_devices
 from memscope.trace import Phase, Progress, Trace
 
@@ -77,6 +76,8 @@ class Seen:
 
     def least_reserved(self, settings: AllocatorSettings) -> int:
         """The limit on reserved bytes that `memscope.simulation.device_memory.least_reserved` finds for the trace."""
+        from memscope.simulation.device_memory import least_reserved
+
         if settings not in self._least:
             self._least[settings] = least_reserved(self.trace, settings)
         return self._least[settings]
