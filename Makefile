@@ -24,7 +24,8 @@ profile: setup ## Show where the memory of a LLaMA2-7B fine-tuning step goes, an
 	$(BIN)/memscope profile targets/llama2 --strategies lora,amp --device gpu
 
 test: setup ## Run the whole test suite, on two processes
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	# Where the environment forbids byte code, each of the many processes would compile every module anew.
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: setup ## Check style, formatting and types
 	$(BIN)/ruff check .

@@ -19,9 +19,6 @@ import torch
 
 from memscope.runs import processes
 
-for name in processes._PRELOADED:
-    importlib.import_module(name)  # once, for all forks of this process
-
 TARGET = """
 import dataclasses, torch
 from memscope import Workload
@@ -65,6 +62,8 @@ def run_apart(folder: Path, prelude: str, *words: str) -> Done:
 
 def run_forked(folder: Path, prepare: Callable[[], object], *words: str) -> Done:
     """Run the entry point in a fork of this process, which has done all imports, after calling `prepare`."""
+    for name in processes._PRELOADED:
+        importlib.import_module(name)
     if torch.version.cuda and not _forks_run_backward():
         pytest.skip("with CUDA, PyTorch runs no backward pass in a fork of a process that ran one: run this file alone")
     out, err = folder / ".out", folder / ".err"

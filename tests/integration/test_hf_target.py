@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("transformers", reason="transformers is not installed")
-pytest.importorskip("peft", reason="PEFT is not installed")
+if find_spec("peft") is None:  # its import takes seconds, of each process that collects the tests
+    pytest.skip("PEFT is not installed", allow_module_level=True)
 
 import torch
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from memscope.targets.llama2.target import build, read_preset
 from memscope.targets.llama2.weights import load_weights
 
 transformers = pytest.importorskip("transformers", reason="the reference, transformers, is not installed")
-peft = pytest.importorskip("peft", reason="the reference, PEFT, is not installed")
+if find_spec("peft") is None:  # its import takes seconds, of each process that collects the tests
+    pytest.skip("the reference, PEFT, is not installed", allow_module_level=True)
 
 # At least the shipped tokenizer's 1,024 tokens, so that the target can be built with its data.
 CONFIG = transformers.LlamaConfig(
@@ -60,6 +62,8 @@ def updates(model: Llama) -> dict[str, LoRALinear]:
 
 def theirs(base: Path, **settings: Any) -> Any:
     """PEFT's model with the same weights and random updates."""
+    import peft
+
     model = peft.get_peft_model(
         transformers.LlamaForCausalLM.from_pretrained(base), peft.LoraConfig(**(THEIRS | settings))
     )
@@ -71,6 +75,8 @@ def theirs(base: Path, **settings: Any) -> Any:
 
 
 def opened(base: Path, adapter: Path) -> Any:
+    import peft
+
     model = transformers.LlamaForCausalLM.from_pretrained(base)
     return peft.PeftModel.from_pretrained(model, adapter, is_trainable=True).eval()
 
@@ -139,6 +145,8 @@ def test_an_adapter_is_the_same_after_a_round_trip_through_peft(base: Path, tmp_
 
 
 def test_peft_reads_rank_scale_and_dropout_from_our_settings(base: Path, tmp_path: Path) -> None:
+    import peft
+
     save_adapter(ours(base, "lora:r=4,alpha=12,dropout=0.25"), tmp_path / "adapter")
     config = peft.PeftConfig.from_pretrained(tmp_path / "adapter")
     assert (config.peft_type, config.task_type) == ("LORA", "CAUSAL_LM")

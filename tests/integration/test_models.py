@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("transformers", reason="transformers is not installed")
-pytest.importorskip("peft", reason="PEFT is not installed")
+if find_spec("peft") is None:  # its import takes seconds, of each process that collects the tests
+    pytest.skip("PEFT is not installed", allow_module_level=True)
 
 from architectures.matrix import ROWS, allocations
 from architectures.row import Mode
