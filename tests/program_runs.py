@@ -17,11 +17,13 @@ from unittest import mock
 import torch
 
 from memscope.allocator.settings import AllocatorSettings
+from memscope.program.applied_plan import AppliedPlan
 from memscope.program.recorder import ProgramRecorder
 from memscope.program.stop import Enough
 from memscope.simulation.assumptions import Assume
 from memscope.simulation.devices.catalogue import get_device
 from memscope.simulation.machine.machine import SimulatedMachine
+from memscope.strategies import Plan
 from memscope.trace import Trace
 
 PROGRAMS = Path(__file__).parent / "programs"
@@ -49,8 +51,8 @@ class Ran:
         return self.trace.by("category", at="peak")[category]
 
 
-def run_program(path, *argv, device="a100-80gb", simulated=True, steps=2, assume="") -> Ran:
-    """Run a program until it has made `steps` steps."""
+def run_program(path, *argv, device="a100-80gb", simulated=True, steps=2, assume="", plan="") -> Ran:
+    """Run a program until it has made `steps` steps; `plan` is applied where it builds its optimizer."""
     gc.collect()  # models and optimizers of other tests are none of this program's
     machine = SimulatedMachine(get_device(device), AllocatorSettings(), Assume.parse(assume)) if simulated else None
     code = None
@@ -62,7 +64,7 @@ def run_program(path, *argv, device="a100-80gb", simulated=True, steps=2, assume
         steps=steps,
         before_step=lambda done: None,
         stop=stop,
-        meta={"device": {"name": device, "simulated": simulated}},
+        meta={"device": {"name": device, "simulated": simulated}, "strategies": Plan.parse(plan).specs},
         execute=machine.execute if machine else None,
         kernels=machine.kernels if machine else None,
         fake_mode=machine.mode if machine else None,
@@ -75,6 +77,7 @@ def run_program(path, *argv, device="a100-80gb", simulated=True, steps=2, assume
             mock.patch.object(sys, "argv", [str(path), *map(str, argv)]),
             mock.patch.object(sys, "path", [str(path.parent), *sys.path]),
             machine or contextlib.nullcontext(),
+            AppliedPlan(Plan.parse(plan), recorder.model_changed) if plan else contextlib.nullcontext(),
             recorder,
         ):
             try:
