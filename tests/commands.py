@@ -62,10 +62,10 @@ def run_apart(folder: Path, prelude: str, *words: str) -> Done:
 
 def run_forked(folder: Path, prepare: Callable[[], object], *words: str) -> Done:
     """Run the entry point in a fork of this process, which has done all imports, after calling `prepare`."""
+    if not can_fork():
+        pytest.skip("with CUDA, PyTorch runs no backward pass in a fork of a process that ran one: run this file alone")
     for name in processes._PRELOADED:
         importlib.import_module(name)
-    if torch.version.cuda and not _forks_run_backward():
-        pytest.skip("with CUDA, PyTorch runs no backward pass in a fork of a process that ran one: run this file alone")
     out, err = folder / ".out", folder / ".err"
     pid = os.fork()
     if pid == 0:
@@ -86,8 +86,10 @@ def run_forked(folder: Path, prepare: Callable[[], object], *words: str) -> Done
     return found
 
 
-def _forks_run_backward() -> bool:
+def can_fork() -> bool:
     """Whether PyTorch runs a backward pass in a fork of this process (torch/csrc/autograd/python_engine.cpp)."""
+    if not torch.version.cuda:
+        return True
     pid = os.fork()
     if pid == 0:
         with contextlib.suppress(RuntimeError):
@@ -105,6 +107,7 @@ def _become(folder: Path, out: Path, err: Path) -> None:
         os.dup2(file, number)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     os.environ["COLUMNS"] = "200"
+    torch.set_num_threads(1)  # the threads of an OpenMP team are not in the fork, which would wait for them
     signal.signal(signal.SIGINT, signal.default_int_handler)
     processes._context = lambda: multiprocessing.get_context("fork")  # type: ignore[assignment, return-value]
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
+from commands import can_fork, run_forked
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from run_docs import BlockFailed, differences, pages, read_blocks, run_blocks, updated  # noqa: E402
+import run_docs  # noqa: E402
+from run_docs import Block, BlockFailed, differences, pages, read_blocks, run_blocks, updated  # noqa: E402
 
 SMALL = {
     page.relative_to(ROOT).as_posix(): small
@@ -28,7 +32,33 @@ def result(page: str) -> list[str]:
     return differences(block, lines)
 
 
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands of memscope are forks of this process: a new Python imports for seconds."""
+    in_shell = run_docs._output
+
+    def output(command: str, block: Block) -> str:
+        words, _, file = command.removeprefix("set -e\n").partition(" > ")
+        name, *arguments = shlex.split(words)
+        if name != "memscope" or set(words) & set("|;&<>$*\n") or not can_fork():
+            return in_shell(command, block)
+
+        def prepare() -> None:
+            os.environ["COLUMNS"] = block.options.get("columns", "80")
+            os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+        done = run_forked(Path.cwd(), prepare, *arguments)
+        if done.code != int(block.options.get("exit", 0)):
+            raise BlockFailed(f"{block.place}: exit code {done.code}\n{command}\n{done.out}{done.err}")
+        if file:
+            Path(file).write_text(done.out, encoding="utf-8")
+        return "" if file else done.out
+
+    monkeypatch.setattr(run_docs, "_output", output)
+
+
 @pytest.mark.parametrize("page", SMALL)
+@pytest.mark.usefixtures("forked")
 def test_small_blocks_print_what_the_page_shows(page: str) -> None:
     for block, lines in list(run_blocks(SMALL[page])):
         assert not differences(block, lines), "\n".join(differences(block, lines))
