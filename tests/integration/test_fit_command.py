@@ -114,7 +114,7 @@ def test_what_does_not_fit_gets_changes_and_a_next_command_that_fits(run, folder
 def test_a_model_of_hugging_face_ends_at_its_positions(folder):
     pytest.importorskip("transformers", reason="transformers is not installed")
     config = {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 64, "hidden_size": 32,
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 1536, "hidden_size": 32,
         "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "max_position_embeddings": 192,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
