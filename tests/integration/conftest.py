@@ -3,6 +3,7 @@
 import pytest
 from finetunes import run as fine_tune
 from finetunes import small
+from installed import installing
 
 from memscope.cli.main import main
 
@@ -20,6 +21,13 @@ def run(capsys, monkeypatch, tmp_path):
         return end.value.code or 0, out, err
 
     return run
+
+
+@pytest.fixture
+def install():
+    """Install strategies beside some of the shipped ones."""
+    with installing() as install:
+        yield install
 
 
 @pytest.fixture(scope="session")

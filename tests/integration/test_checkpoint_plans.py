@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from installed import Install
 from torch import Tensor, nn
 
 from memscope import Trace, record, simulate
@@ -26,7 +27,11 @@ OPTIONS = {
     "offload": ["offload", "offload", "none", "full"],
     "segments": ["none", "full:3", "within:layers.1", "within:layers.1"],
 }
-STRATEGIES = ["", "amp:dtype=bf16", "lora:targets=wq+wv", "lora:targets=wq+wv,amp,ga:steps=2"]
+BESIDE = [
+    *((options, others) for options in OPTIONS for others in ("", "lora:targets=wq+wv,amp,ga:steps=2")),
+    ("save adapted", "lora:targets=wq+wv"),
+    ("offload", "amp:dtype=bf16"),  # casts of weights are saved
+]
 
 
 def births_before_death(trace: Trace) -> list[int]:
@@ -34,14 +39,13 @@ def births_before_death(trace: Trace) -> list[int]:
     return np.where(trace.freed < 0, -1, np.searchsorted(np.sort(trace.born), trace.freed)).tolist()  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("others", STRATEGIES, ids=lambda others: others or "plain")
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_simulated_and_really_run_it_is_the_same_list_of_allocations(options: list[str], others: str) -> None:
+@pytest.mark.parametrize(("options", "others"), BESIDE)
+def test_simulated_and_really_run_it_is_the_same_list_of_allocations(options: str, others: str) -> None:
     def build() -> Workload:
         return TARGET.build(SMALL)
 
     def plan() -> Plan:
-        layers = LayerPlan({f"layers.{index}": option for index, option in enumerate(options)})
+        layers = LayerPlan({f"layers.{index}": option for index, option in enumerate(OPTIONS[options])})
         return Plan.of(*Plan.parse(others).strategies, Checkpoint.of(layers))
 
     simulated, run = simulate(build, device="cpu", strategies=plan()), record(build, strategies=plan())
@@ -68,12 +72,14 @@ TOY = {
 
 
 @pytest.mark.parametrize("options", TOY.values(), ids=TOY)
-def test_a_plan_file_keeps_the_promises_of_a_strategy(options: list[str], tmp_path: Path) -> None:
+def test_a_plan_file_keeps_the_promises_of_a_strategy(install: Install, options: list[str], tmp_path: Path) -> None:
+    install(beside=("ckpt", "amp"))  # tests/integration/test_conformance.py tries all pairs
     layers = {f"blocks.{index}": option for index, option in enumerate(options)}
     check_strategy(f"ckpt:plan={LayerPlan(layers).save(tmp_path / 'plan.json')}")
 
 
-def test_pointing_at_the_layers_keeps_the_promises_of_a_strategy() -> None:
+def test_pointing_at_the_layers_keeps_the_promises_of_a_strategy(install: Install) -> None:
+    install(beside=("ckpt", "amp"))
     check_strategy("ckpt:layer-list=blocks,layers=1")
 
 

@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import entry_points
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from installed import SHIPPED, Install
 from torch import Tensor, nn
 
 from memscope.errors import UsageError
-from memscope.strategies import Plan, Problem, Stage, Strategy, available, plan, plugins
+from memscope.strategies import Plan, Problem, Stage, Strategy, available, plan
 from memscope.testing import check_strategy, toy_workload
 from memscope.workload.description import Workload
 from memscope.workload.target import find_target
-
-SHIPPED = ("adamw", "amp", "bf16", "ckpt", "ga", "lora")
-Install = Callable[..., None]
-
-
-@pytest.fixture
-def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
-    """Installs strategies beside some of the built-in ones, by default all."""
-
-    def install(*kinds: type[Strategy], beside: Sequence[str] = SHIPPED) -> None:
-        shipped = [point for point in entry_points(group="memscope.strategies") if point.name in beside]
-        added = [SimpleNamespace(name=kind.name, value=str(kind), load=lambda kind=kind: kind) for kind in kinds]
-        monkeypatch.setattr(plugins, "entry_points", lambda group: [*shipped, *added])
-        available.cache_clear()
-
-    yield install
-    available.cache_clear()
 
 
 @pytest.mark.parametrize("name", SHIPPED)
