@@ -135,6 +135,7 @@ def _run(asked: _Asked, folder: Path) -> dict[str, ProgramEnd]:
                 _request(asked, label, scratch),
                 log=log,
                 timeout_seconds=asked.timeout_seconds,
+                keeps_steps=True,
                 report=report,
             )
         if ends[label].trace is None and label == "baseline":

@@ -86,7 +86,7 @@ class _Watching:
         if self._scratch.is_fork:
             return
         if not self._finished:
-            self._finish("stopped", None)
+            self._finish("late" if self._watch.is_late else "stopped", None)
             register_module_forward_pre_hook(self._stop_again)
         self._stops += 1
         if self._stops > _MOST_STOPS:
@@ -108,7 +108,7 @@ class _Watching:
         error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)  # 3.12 and later; 3.11
         self._finish("failed" if error else "ended", error)
 
-    def _finish(self, ended: Literal["stopped", "ended", "failed"], error: BaseException | None) -> None:
+    def _finish(self, ended: Literal["stopped", "late", "ended", "failed"], error: BaseException | None) -> None:
         self._finished = True
         watch, scratch = self._watch, self._scratch
         failure, trace = None, None

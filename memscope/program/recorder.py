@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -34,12 +35,14 @@ class ProgramRecorder(Recorder):
     Attributes:
         stops: whether it ends the program.
         steps: optimizer steps done by the optimizer that has done most.
+        is_late: whether it has ended the program because the deadline had passed.
     """
 
     def __init__(
         self,
         *,
         steps: int | None,
+        deadline: float | None = None,
         before_step: Callable[[int], None],
         before_optimizer: Callable[[], None] = lambda: None,
         stop: Callable[[], None],
@@ -53,6 +56,7 @@ class ProgramRecorder(Recorder):
 
         Args:
             steps: optimizer steps after which the program has done enough; None: it runs to its end.
+            deadline: see `Request.deadline`.
             before_step: called with the number of steps done when another one begins.
             before_optimizer: called when an optimizer begins its step.
             stop: called when a step would begin after enough of them; it may raise.
@@ -71,9 +75,9 @@ class ProgramRecorder(Recorder):
             fake_mode=fake_mode,
             follows_real=kernels is None,
         )
-        self._wanted, self._before_step, self._stop = steps, before_step, stop
+        self._wanted, self._deadline, self._before_step, self._stop = steps, deadline, before_step, stop
         self._before_optimizer = before_optimizer
-        self.stops = True
+        self.stops, self.is_late = True, False
         self.steps = 0
         self._steps_of: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDictionary()
         self._thread = threading.get_ident()
@@ -107,6 +111,17 @@ class ProgramRecorder(Recorder):
             self._take_in_model(model)
         self._gradients.refresh()
 
+    def _call_begins(self, whole: bool) -> None:
+        if self._step_done and threading.get_ident() == self._thread:  # evaluation may take longer than all steps
+            self._stop_if_late()
+        super()._call_begins(whole)
+
+    def _stop_if_late(self) -> None:
+        """Stop after the deadline, between two steps, so that all steps of the trace are complete."""
+        if self.stops and self.steps and self._deadline is not None and time.monotonic() > self._deadline:
+            self.is_late = True
+            self._stop()
+
     def _begin_step(self) -> None:
         if threading.get_ident() != self._thread:
             raise UsageError(
@@ -115,6 +130,7 @@ class ProgramRecorder(Recorder):
             )
         if self.stops and self._has_done_enough():
             self._stop()
+        self._stop_if_late()
         self._before_step(self.steps)
         super()._begin_step()
 

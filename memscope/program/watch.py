@@ -62,6 +62,7 @@ class ProgramWatch:
         machine = self._machine
         self._recorder = ProgramRecorder(
             steps=request.steps,
+            deadline=request.deadline,
             before_step=self._step_begins,
             before_optimizer=self._optimizer_begins,
             stop=stop,
@@ -87,6 +88,11 @@ class ProgramWatch:
     def steps(self) -> int:
         """Number of optimizer steps that were completed."""
         return self._recorder.steps
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the program was stopped because its deadline had passed."""
+        return self._recorder.is_late
 
     @property
     def offers(self) -> Offers | None:
