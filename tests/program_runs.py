@@ -18,7 +18,7 @@ import torch
 
 from memscope.allocator.settings import AllocatorSettings
 from memscope.program.recorder import ProgramRecorder
-from memscope.program.stop import Enough
+from memscope.program.stop import Enough, StepLimits
 from memscope.simulation.assumptions import Assume
 from memscope.simulation.devices.catalogue import get_device
 from memscope.simulation.machine.machine import SimulatedMachine
@@ -59,7 +59,7 @@ def run_program(path, *argv, device="a100-80gb", simulated=True, steps=2, assume
         raise Enough
 
     recorder = ProgramRecorder(
-        steps=steps,
+        limits=StepLimits(steps),
         before_step=lambda done: None,
         stop=stop,
         meta={"device": {"name": device, "simulated": simulated}},

@@ -20,6 +20,7 @@ from memscope.hooks.recorder import Recorder
 from memscope.hooks.work import Execute
 from memscope.program.built import optimizers_followed
 from memscope.program.models import model_of
+from memscope.program.stop import StepLimits
 from memscope.trace import Trace
 
 __all__ = ["ProgramRecorder"]
@@ -41,8 +42,7 @@ class ProgramRecorder(Recorder):
     def __init__(
         self,
         *,
-        steps: int | None,
-        deadline: float | None = None,
+        limits: StepLimits,
         before_step: Callable[[int], None],
         before_optimizer: Callable[[], None] = lambda: None,
         stop: Callable[[], None],
@@ -55,8 +55,7 @@ class ProgramRecorder(Recorder):
         """Prepare to record; nothing is watched before the recorder is entered.
 
         Args:
-            steps: optimizer steps after which the program has done enough; None: it runs to its end.
-            deadline: see `Request.deadline`.
+            limits: how far the program goes.
             before_step: called with the number of steps done when another one begins.
             before_optimizer: called when an optimizer begins its step.
             stop: called when a step would begin after enough of them; it may raise.
@@ -75,7 +74,7 @@ class ProgramRecorder(Recorder):
             fake_mode=fake_mode,
             follows_real=kernels is None,
         )
-        self._wanted, self._deadline, self._before_step, self._stop = steps, deadline, before_step, stop
+        self._limits, self._before_step, self._stop = limits, before_step, stop
         self._before_optimizer = before_optimizer
         self.stops, self.is_late = True, False
         self.steps = 0
@@ -118,7 +117,8 @@ class ProgramRecorder(Recorder):
 
     def _stop_if_late(self) -> None:
         """Stop after the deadline, between two steps, so that all steps of the trace are complete."""
-        if self.stops and self.steps and self._deadline is not None and time.monotonic() > self._deadline:
+        deadline = self._limits.deadline
+        if self.stops and self.steps and deadline is not None and time.monotonic() > deadline:
             self.is_late = True
             self._stop()
 
@@ -135,11 +135,12 @@ class ProgramRecorder(Recorder):
         super()._begin_step()
 
     def _has_done_enough(self) -> bool:
-        if self._wanted is None:
+        wanted = self._limits.steps
+        if wanted is None:
             return False
-        if self._position.step + 1 >= self._wanted * _MOST_STEPS:
+        if self._position.step + 1 >= wanted * _MOST_STEPS:
             return True
-        return self.steps >= self._wanted and all(steps >= self._wanted for steps in self._steps_of.values())
+        return self.steps >= wanted and all(steps >= wanted for steps in self._steps_of.values())
 
     def _optimizer_begins(self, optimizer: torch.optim.Optimizer) -> None:
         super()._optimizer_begins(optimizer)

@@ -63,12 +63,12 @@ class Request(_Document):
     """Scratch folder, which holds this request and receives trace and outcome; see `Scratch`."""
     command: tuple[str, ...]
     """The program's command line."""
-    asks: tuple[str, ...] = ()
-    """Names of strategies of which `Offers` are wanted."""
+    asks: bool = False
+    """Whether `Offers` are wanted."""
     layer_list: str = ""
     """For the offer of `ckpt`: lists of the layers, as `ckpt:layer-list` names them."""
     deadline: float | None = None
-    """Time, as `time.monotonic` gives it, after which the program ends once its step is complete; None: never."""
+    """See `StepLimits.deadline`."""
     version: str = __version__
     """The launcher's version of memscope, which the program's Python must have too."""
 

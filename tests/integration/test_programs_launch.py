@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from memscope.cli.main import main
+from memscope.runs.would_free import Remedies
 from memscope.trace import Trace
 
 PROGRAMS = Path(__file__).parents[1] / "programs"
@@ -180,10 +181,20 @@ def test_a_program_reads_from_the_terminal(tmp_path):
     assert b"got this" in shown
 
 
-def test_a_program_that_does_not_fit_is_explained_with_what_was_alive_what_grows_and_what_inference_keeps(profile):
+def test_a_program_that_does_not_fit_is_explained_with_what_was_alive_what_grows_and_what_inference_keeps(
+    profile, monkeypatch
+):
+    offered = []
+
+    def would_help(program, request, end, moved, **more):  # each strategy would be another run of the program
+        offered.extend(offer.spec for offer in end.offers.strategies)
+        return Remedies()
+
+    monkeypatch.setattr("memscope.cli.profile_program.would_help", would_help)
     options = ("--json", "--steps", "all", "--device", "a100-40gb:541MiB")  # 501 MiB of them are the CUDA context
     told = profile("python", str(PROGRAMS / "keeps.py"), options=options)
     assert told.code == 4, told.err
+    assert {"ckpt", "lora"} <= set(offered)
     (run,) = told.document["runs"]
     assert run["models"] == {"(model)": "Teacher", "Decoder": "Decoder"}
     batch, width, prompt, new, layers = 64, 256, 16, 8, 2

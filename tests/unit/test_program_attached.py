@@ -23,7 +23,9 @@ from memscope.program.command_line import CommandLine
 from memscope.program.launch import launch
 from memscope.program.request import Failure, ProgramOutcome, Request
 from memscope.program.scratch import Scratch
+from memscope.runs.would_free import Remedies, WouldFree
 from memscope.simulation.devices.catalogue import get_device
+from memscope.strategies import Plan
 from memscope.testing import toy_workload
 
 SITE = Path(launching.__file__).parent / "_site"
@@ -230,6 +232,11 @@ def test_a_program_that_runs_out_of_memory_in_its_first_step_leaves_its_trace(re
     end = leaves(request_, outcome, "sys.exit(1)")
     assert end.error is None
     assert "OutOfMemoryError" in end.trace.meta["notes"][-1]
+    fits = simulate(toy_workload, device=replace(get_device("gpu"), capacity_bytes=2**32), steps=1)
+    helpful = WouldFree(Plan.parse("lora").strategies[0], fits, 2 * fits.peak.allocated_bytes, False)
+    monkeypatch.setattr(
+        "memscope.cli.profile_program.would_help", lambda *asked, **options: Remedies((helpful,), {"bf16": "no time"})
+    )
     monkeypatch.setattr("memscope.cli.profile_program.launch", lambda *asked, **options: end)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
@@ -238,6 +245,7 @@ def test_a_program_that_runs_out_of_memory_in_its_first_step_leaves_its_trace(re
     document = json.loads(capsys.readouterr().out)
     assert document["program"]["exit_code"] == 1
     assert document["runs"][0]["out_of_memory"] == ran_out.meta["out_of_memory"]
+    assert [one["strategy"] for one in document["runs"][0]["would_free"]] == ["lora"]
     held = document["runs"][0]["alive_when_out_of_memory"]
     assert sum(one["bytes"] for one in held) == ran_out.allocated[ran_out.meta["out_of_memory"]["event"] - 1]
     on_gpu = {**end.trace.meta, "device": {"name": "NVIDIA A100-SXM4-40GB", "simulated": False}}
@@ -247,7 +255,9 @@ def test_a_program_that_runs_out_of_memory_in_its_first_step_leaves_its_trace(re
     told = capsys.readouterr().out
     assert "Alive when baseline ran out of memory" in told
     python = sys.executable
-    assert f"Next: memscope profile --device a100-40gb --strategies ckpt -- {python} -c pass\n" in told
+    assert "Strategies that would help baseline" in told
+    assert "bf16 could not be simulated: no time" in told
+    assert f"Next: memscope profile --device a100-40gb --strategies lora -- {python} -c pass\n" in told
 
 
 def test_a_strategy_that_fails_leaves_the_results_of_the_others(request_, trace, monkeypatch, tmp_path, capsys):
