@@ -14,7 +14,8 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from memscope.errors import MemscopeError, UsageError
+from memscope.errors import MemscopeError, OutOfDeviceMemory, UsageError
+from memscope.hooks.out_of_memory import is_out_of_memory
 from memscope.program.request import VARIABLE, Failure, ProgramOutcome, Request
 from memscope.program.scratch import Scratch
 from memscope.program.stop import Enough
@@ -22,6 +23,10 @@ from memscope.program.watch import ProgramWatch, begin
 
 __all__ = ["attach"]
 
+_SIMULATE = (
+    "a GPU is recorded from the first call of a model on. To see what the program needs, simulate it: choose --device "
+    "among those of memscope devices"
+)
 _MOST_STOPS = 3
 """How often a program that catches `Enough` is stopped again before its process is ended."""
 
@@ -127,6 +132,8 @@ class _Watching:
             failure, trace = Failure.of(what, text), None
         if failure is None and isinstance(error, MemscopeError):
             failure = Failure.of(error, "".join(traceback.format_exception(error)))
+        if failure is None and trace is None and is_out_of_memory(error):
+            failure = Failure.of(OutOfDeviceMemory(f"the program ran out of memory before it trained: {_SIMULATE}"))
         if watch.has_claimed or (failure is not None and self._has_the_word):
             path = None if trace is None else str(scratch.trace)
             notes = tuple(watch.notes)

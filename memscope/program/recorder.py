@@ -86,6 +86,10 @@ class ProgramRecorder(Recorder):
         self._scopes.enter_context(optimizers_followed(self._count_from_none))
         return self
 
+    def _has_run_out(self, error: BaseException | None) -> bool | None:
+        """A program may catch the error, tell of it in its own words, and exit: it then ends within a step."""
+        return super()._has_run_out(error) or (False if self._step_done or error else None)
+
     def _count_from_none(self, optimizer: torch.optim.Optimizer) -> None:
         self._steps_of[optimizer] = 0
 

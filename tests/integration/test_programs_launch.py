@@ -141,6 +141,15 @@ def test_a_program_without_a_step_is_an_error_that_says_what_was_expected(profil
     assert "Traceback" not in told.err
 
 
+def test_a_program_that_runs_out_of_memory_before_it_trains_is_told_how_to_learn_what_it_needs(profile, tmp_path):
+    (tmp_path / "train.py").write_text("import torch; raise torch.OutOfMemoryError('CUDA out of memory')")
+    told = profile("python", "train.py")
+    assert told.code == 4
+    assert told.document["error"]["kind"] == "OutOfDeviceMemory"
+    assert "OutOfMemoryError: CUDA out of memory" in told.err, "the program's own traceback"
+    assert "before it trained: a GPU is recorded from the first call of a model on" in told.err.splitlines()[-1]
+
+
 SLEEPS = "import os, time; print('pid', os.getpid(), flush=True); time.sleep(600)"
 
 

@@ -104,3 +104,17 @@ def test_a_program_that_is_late_is_stopped_when_its_step_is_complete(tmp_path: P
     assert trace.steps == (0,)
     assert len(trace.meta["seconds"]) == 1
     assert int((trace.phase == PHASES.index("inference")).sum()) == 0
+
+
+@pytest.mark.parametrize(
+    ("ends", "ran_out"),
+    [(None, None), (torch.OutOfMemoryError("no room"), True), (ValueError("other"), False)],
+    ids=["by itself", "out of memory", "another error"],
+)
+def test_a_program_that_ends_within_a_step_may_have_caught_that_memory_ran_out(
+    tmp_path: Path, ends: BaseException | None, ran_out: bool | None
+) -> None:
+    watching = watch.begin(request(tmp_path), stop)
+    nn.Linear(4, 4)(torch.ones(1, 4)).mean().backward()
+    watching.finish(ends)
+    assert watching._recorder._ran_out is ran_out
