@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
 import plotly.graph_objects as go
 
-from memscope.advisor.fit.fitting import DeviceFit, Evidence, Fitting
+from memscope.advisor.fit.fitting import Evidence, Fitting
 from memscope.dashboards.html import Section, card, facts, figure_box, html_page, next_step, save_page, table
 from memscope.dashboards.palette import LIGHT, Theme, dressed, themed
 from memscope.trace import Category
@@ -17,8 +17,6 @@ from memscope.units import format_bytes, format_seconds
 __all__ = ["memory_by_size", "write_fit_page"]
 
 _COLOURS: tuple[Category, ...] = ("parameter", "activation", "gradient", "optimizer_state", "workspace", "temporary")
-_ABOVE_ALL = 1.6
-"""Lines of devices are drawn up to so many times the largest need."""
 
 
 def memory_by_size(found: Fitting, theme: Theme = LIGHT) -> go.Figure:
@@ -31,8 +29,7 @@ def memory_by_size(found: Fitting, theme: Theme = LIGHT) -> go.Figure:
     for index, length in enumerate(lengths):
         chosen = [one for one in found.evidence if (one.size.seq_len or 0) == length]
         figure.add_trace(_line(length, chosen, LIGHT.categories[_COLOURS[index % len(_COLOURS)]]))
-    most = _ABOVE_ALL * max(one.peak.device for one in found.evidence)
-    for device in _distinct(found, most):
+    for device in found.lines:
         is_asked = device.capacity_bytes == found.capacity_bytes
         colour = LIGHT.accent if is_asked else LIGHT.muted
         figure.add_hline(
@@ -64,18 +61,6 @@ def _line(length: int, chosen: Sequence[Evidence], colour: str) -> go.Scatter:
         customdata=[f"{one.size}: {format_bytes(one.peak.device)}, {_verdict(one.fits)}" for one in chosen],
         hovertemplate="%{customdata}<extra></extra>",
     )  # fmt: skip
-
-
-def _distinct(found: Fitting, most_bytes: float) -> Iterator[DeviceFit]:
-    """The device asked for, and those of the others whose line lies apart from the lines below it."""
-    asked = DeviceFit(found.device, found.capacity_bytes, found.fits, found.peak.device)
-    others = [one for one in found.devices if one.capacity_bytes <= most_bytes and one.name != found.device]
-    drawn = [asked.capacity_bytes]
-    yield asked
-    for one in others:
-        if all(abs(one.capacity_bytes - size) > most_bytes / 30 for size in drawn):
-            drawn.append(one.capacity_bytes)
-            yield one
 
 
 def write_fit_page(found: Fitting, path: Path, following: str = "", *, overwrite: bool) -> None:

@@ -98,7 +98,7 @@ class Script:
         self.entry("free_completed", address, size)
 
     def trace(
-        self, *, ran_out: bool = False, after: list[dict[str, Any]] | None = None, limit: int | None = None
+        self, *, ran_out: bool | None = False, after: list[dict[str, Any]] | None = None, limit: int | None = None
     ) -> Trace:
         history = Recording(self._before, self.entries, after or [], self._settings, 80 * 2**30, limit)
         meta = {"target": "t", "device": {"name": "cuda", "simulated": False}}

@@ -19,7 +19,7 @@ import torch
 from memscope.allocator.settings import AllocatorSettings
 from memscope.program.applied_plan import AppliedPlan
 from memscope.program.recorder import ProgramRecorder
-from memscope.program.stop import Enough
+from memscope.program.stop import Enough, StepLimits
 from memscope.simulation.assumptions import Assume
 from memscope.simulation.devices.catalogue import get_device
 from memscope.simulation.machine.machine import SimulatedMachine
@@ -61,7 +61,7 @@ def run_program(path, *argv, device="a100-80gb", simulated=True, steps=2, assume
         raise Enough
 
     recorder = ProgramRecorder(
-        steps=steps,
+        limits=StepLimits(steps),
         before_step=lambda done: None,
         stop=stop,
         meta={"device": {"name": device, "simulated": simulated}, "strategies": Plan.parse(plan).specs},

@@ -22,7 +22,7 @@ from memscope.program.launch import launch
 from memscope.program.request import Offers, Request
 from memscope.simulation.assumptions import Assume
 from memscope.simulation.devices.catalogue import get_device, load_devices
-from memscope.strategies import Plan, available
+from memscope.strategies import Plan
 from memscope.trace import Progress, Trace
 from memscope.units import parse_seconds
 
@@ -116,7 +116,7 @@ class _Runs:
             strategies=plan,
             folder=str(scratch),
             command=self._program.words,
-            asks=tuple(available()) if number == 1 else (),
+            asks=number == 1,
             layer_list=asked.layer_list,
         )
         log = self._folder / f"run-{number}.log"

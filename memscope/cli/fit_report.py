@@ -15,6 +15,7 @@ from memscope.units import format_bytes, format_seconds
 __all__ = ["print_fit"]
 
 _MOST_SIMULATIONS = 12
+_LINES = "a device has the longest simulated length below its memory (its own kernels may differ)"
 
 
 def print_fit(console: Console, found: Fitting) -> None:
@@ -74,12 +75,13 @@ def _changes(found: Fitting) -> Table:
 
 
 def _sizes(found: Fitting) -> Table:
-    """Memory over length and micro-batch; sizes that were not simulated stay empty."""
+    """Memory over length and micro-batch, and where devices end; sizes that were not simulated stay empty."""
     cells = {one.size: one for one in found.evidence}
     batches = sorted({size.micro_batch for size in cells})
     lengths = sorted({size.seq_len or 0 for size in cells})
     table = Table(
-        title=f"Memory that {found.device} must hold, by tokens and micro-batch", caption="× runs out of memory"
+        title=f"Memory that {found.device} must hold, by tokens and micro-batch",
+        caption="× runs out of memory" + (f"; {_LINES}" if found.lines[1:] else ""),
     )
     table.add_column("tokens", justify="right", no_wrap=True)
     for batch in batches:
@@ -87,7 +89,17 @@ def _sizes(found: Fitting) -> Table:
     for length in lengths:
         row = [cells.get(Size(batch, length)) for batch in batches]
         table.add_row(f"{length:,}", *(_cell(one, is_asked=one == found.asked) for one in row))
+    table.add_section()
+    for device in found.lines[1:]:
+        row = [[cells[size] for size in cells if size.micro_batch == batch] for batch in batches]
+        table.add_row(device.name, *(_longest_below(device, column) for column in row), style="dim")
     return table
+
+
+def _longest_below(device: DeviceFit, column: Sequence[Evidence]) -> str:
+    """The longest of some simulated lengths that need less than the memory of a device."""
+    below = [one.size.seq_len or 0 for one in column if one.peak.device <= device.capacity_bytes]
+    return f"{max(below):,} tokens" if below else "none"
 
 
 def _cell(one: Evidence | None, *, is_asked: bool) -> Text:
@@ -106,10 +118,16 @@ def _print_micro_batches(console: Console, found: Fitting) -> None:
     for heading in ("micro-batch", "device must hold"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("fits")
+    rows: list[tuple[int, tuple[str, str, str], str]] = []
     for one in shown:
         fits = "yes" if one.fits else "no: runs out of memory"
         cells = (f"{one.size.micro_batch:,}", format_bytes(one.peak.device), fits)
-        table.add_row(*cells, style="bold" if one == found.asked else None)
+        rows.append((one.peak.device, cells, "bold" if one == found.asked else ""))
+    for device in found.lines[1:]:
+        cells = (device.name, format_bytes(device.capacity_bytes), "memory of the device")
+        rows.append((device.capacity_bytes, cells, "dim"))
+    for _, cells, style in sorted(rows, key=lambda row: row[0]):
+        table.add_row(*cells, style=style)
     print_table(console, table)
     if len(shown) < len(found.evidence):
         more = len(found.evidence) - len(shown)

@@ -16,7 +16,7 @@ from memscope.allocator.settings import AllocatorSettings
 from memscope.analysis.effects import Run, compare
 from memscope.cli.next_command import compare_words, print_next
 from memscope.cli.profile_options import DEFAULT_STEPS, ProfileOptions
-from memscope.cli.profile_report import document, print_places, print_report, write_page
+from memscope.cli.profile_report import document, print_places, print_remedies, print_report, write_page
 from memscope.cli.profile_runs import (
     asked_of_baseline,
     check_assume,
@@ -29,11 +29,14 @@ from memscope.cli.profile_runs import (
 )
 from memscope.cli.run_folder import run_folder, scratch_in
 from memscope.command.output import Attempt, errors_told_last, require_writable
+from memscope.command.progress import shown_progress
 from memscope.errors import MemscopeError, OutOfDeviceMemory, UsageError
 from memscope.gpu.nvml import has_gpu
 from memscope.program.command_line import CommandLine, resolve_program
 from memscope.program.launch import ProgramEnd, StepReport, launch
 from memscope.program.request import Offers, Request
+from memscope.program.would_help import would_help
+from memscope.runs.would_free import Remedies
 from memscope.simulation.devices.catalogue import all_devices, get_device, load_devices
 from memscope.strategies import Plan
 from memscope.trace import Trace
@@ -135,6 +138,7 @@ def _run(asked: _Asked, folder: Path) -> dict[str, ProgramEnd]:
                 _request(asked, label, scratch),
                 log=log,
                 timeout_seconds=asked.timeout_seconds,
+                keeps_steps=True,
                 report=report,
             )
         if ends[label].trace is None and label == "baseline":
@@ -154,7 +158,7 @@ def _request(asked: _Asked, label: str, scratch: Path) -> Request:
         strategies="" if label == "baseline" else label,
         folder=str(scratch.resolve()),
         command=asked.program.words,
-        asks=_TO_TRY if asked.simulated and not asked.plans else (),
+        asks=asked.simulated and label in ("baseline", asked.labels[-1]),
     )
 
 
@@ -196,15 +200,30 @@ def _show(asked: _Asked, ends: dict[str, ProgramEnd], paths: dict[str, Path], pa
     written = [paths[label] for label in traces]
     baselines = asked_of_baseline(asked.plans)
     has_page = attempt(write_page, runs, table, baselines, page)
+    console = Console(highlight=False)
+    if not options.as_json:
+        print_report(console, runs, table, baselines)
+    does_not_fit = bool(last.meta.get("out_of_memory"))
+    remedies = _remedies(asked, ends, runs[-1].label, written[0].parent) if does_not_fit else None
     if options.as_json:
-        found = document(asked.program.name, runs, written, table, None) | {"program": told}
+        found = document(asked.program.name, runs, written, table, remedies) | {"program": told}
         click.echo(json.dumps(found, ensure_ascii=False, indent=2))
     else:
-        console = Console(highlight=False)
-        print_report(console, runs, table, baselines)
+        if remedies:
+            print_remedies(console, runs[-1].label, remedies)
         print_places(console, written[0].parent, page if has_page else None)
-        print_next(console, _next(asked, written, last, ends["baseline"].offers))
-    return OutOfDeviceMemory.exit_code if last.meta.get("out_of_memory") else 0
+        print_next(console, _next(asked, written, last, ends["baseline"].offers, remedies))
+    return OutOfDeviceMemory.exit_code if does_not_fit else 0
+
+
+def _remedies(asked: _Asked, ends: dict[str, ProgramEnd], label: str, folder: Path) -> Remedies:
+    """What would help the last run, which does not fit; if that cannot be found out, the runs stand."""
+    try:
+        with shown_progress() as moved:
+            request = _request(asked, label, folder)
+            return would_help(asked.program, request, ends[label], moved, timeout_seconds=asked.timeout_seconds)
+    except MemscopeError as error:
+        return Remedies(failed={"what would help": str(error)})
 
 
 def _program(asked: _Asked, ends: dict[str, ProgramEnd]) -> dict[str, Any]:
@@ -224,8 +243,10 @@ def _failed(asked: _Asked, told: dict[str, Any], error: MemscopeError | None) ->
     }
 
 
-def _next(asked: _Asked, traces: Sequence[Path], last: Trace, offers: Offers | None) -> list[object]:
-    """The next command: a simulation with a strategy to try, or what compares or shows the traces.
+def _next(
+    asked: _Asked, traces: Sequence[Path], last: Trace, offers: Offers | None, remedies: Remedies | None
+) -> list[object]:
+    """The next command: a plan that fits, a strategy to try, or what compares or shows the traces.
 
     A run that was not simulated, and ran out of memory, is simulated on a GPU of the same kind.
     """
@@ -233,7 +254,11 @@ def _next(asked: _Asked, traces: Sequence[Path], last: Trace, offers: Offers | N
     device = asked.device if asked.simulated else _same_gpu(last)
     offered = {offer.spec for offer in offers.strategies} if offers else set(_TO_TRY)  # it ended before its optimizer
     to_try = [spec for spec in _TO_TRY if spec in offered]
-    if device is None or asked.plans or not to_try:
+    plan = asked.plans[-1] if asked.plans else Plan.of()
+    tried = remedies.tried if remedies else ()
+    fitting = [str(Plan.of(*plan.strategies, one.strategy)) for one in tried if one.fit.fits]
+    proposed = fitting or ([] if asked.plans or tried else to_try)
+    if device is None or not proposed:
         return compare_words(traces)
     words: list[object] = ["memscope", "profile", "--device", device]
     words += ["--device-file", options.device_file] if options.device_file else []
@@ -242,7 +267,7 @@ def _next(asked: _Asked, traces: Sequence[Path], last: Trace, offers: Offers | N
     words += ["--simulate"] if options.simulate else []
     words += ["--steps", options.steps or "all"] if options.steps != DEFAULT_STEPS else []
     words += ["--timeout", options.timeout] if options.timeout else []
-    return [*words, "--strategies", to_try[0], "--", *asked.program.words]
+    return [*words, "--strategies", proposed[0], "--", *asked.program.words]
 
 
 def _same_gpu(trace: Trace) -> str | None:

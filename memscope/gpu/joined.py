@@ -11,10 +11,12 @@ import numpy as np
 
 from memscope.allocator.recorded import Entry, RecordedBlocks, Refusal, read_blocks
 from memscope.allocator.settings import AllocatorSettings
+from memscope.analysis.alive import occasion
 from memscope.analysis.ran_out import alive_before
 from memscope.hooks.allocations import Allocations
 from memscope.hooks.moments import Moments
 from memscope.trace import CATEGORIES, MARK_COLUMNS, PHASES, Ints, Trace, columns_of
+from memscope.trace.notes import add_note
 
 __all__ = ["Recording", "joined"]
 
@@ -46,7 +48,7 @@ def joined(
     modules: Sequence[str],
     ops: Sequence[str],
     meta: Mapping[str, Any],
-    ran_out: bool = False,
+    ran_out: bool | None = False,
 ) -> Trace:
     """Build a trace with a row for every block of the history.
 
@@ -62,8 +64,9 @@ def joined(
         modules: names of the modules, indexed by `seen`.
         ops: names of the operators, indexed by `seen` and `moments`.
         meta: further entries for the trace's `meta`.
-        ran_out: whether running out of memory ended the recording. `meta["out_of_memory"]` then describes the last
-            failed request of the history, as in a simulation; the trace ends there.
+        ran_out: whether running out of memory ended the recording; None: it did if the last failed request is of the
+            last step. `meta["out_of_memory"]` then describes that request, as in a simulation; the trace ends there.
+            Requests that failed in a run that went on are a note.
 
     Raises:
         MemscopeError: the history contradicts itself.
@@ -98,10 +101,15 @@ def joined(
         meta=about,
         reserved=blocks.reserved,
     )
-    if ran_out and blocks.refusals:
-        refusal = blocks.refusals[-1]
-        place = _of_block(moments, within, begun, refusal.entry)
+    if not blocks.refusals:
+        return trace
+    refusal = blocks.refusals[-1]
+    place = _of_block(moments, within, begun, refusal.entry)
+    if ran_out or (ran_out is None and place[4] == trace.mark_step[-1]):
         about["out_of_memory"] = _described(trace, refusal, place, history.limit_bytes)
+    else:
+        when = occasion(place[4], PHASES[place[3]])
+        add_note(about, f"The GPU ran out of memory, last in {when}, and the program went on")
     return trace
 
 

@@ -89,7 +89,7 @@ class AllocatorWatch:
         modules: Sequence[str],
         ops: Sequence[str],
         meta: Mapping[str, Any],
-        ran_out: bool,
+        ran_out: bool | None,
     ) -> Trace:
         """See `DeviceWatch.trace`."""
         meta = {**meta, **self._meta()}

@@ -36,9 +36,12 @@ class DeviceWatch(AbstractContextManager["DeviceWatch"], Protocol):
         modules: Sequence[str],
         ops: Sequence[str],
         meta: Mapping[str, Any],
-        ran_out: bool,
+        ran_out: bool | None,
     ) -> Trace:
         """The trace of the device's blocks, each with its owner among `seen`; called after leaving.
+
+        `ran_out` says whether running out of memory ended the recording; None: it did if the last request that failed
+        is of the last step.
 
         Raises:
             MemscopeError: nothing was recorded, or the recorded history contradicts itself.

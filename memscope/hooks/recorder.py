@@ -134,7 +134,7 @@ class Recorder:
         )
         self._optimizer = None
         self._watch = watch_of(device)
-        self._ran_out = False
+        self._ran_out: bool | None = False
         self._tracker = tracker = StorageTracker(
             self._modules,
             host_scalars=on_gpu,
@@ -177,10 +177,14 @@ class Recorder:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self._ran_out = is_out_of_memory(exception[1])
+        self._ran_out = self._has_run_out(exception[1])
         self._end_step(wait=exception[1] is None)
         self._scopes.__exit__(*exception)
-        self._tracker.settle(cut_short=self._ran_out)
+        self._tracker.settle(cut_short=self._ran_out is not False)
+
+    def _has_run_out(self, error: BaseException | None) -> bool | None:
+        """Whether running out of memory ended the recording; None: perhaps (see `DeviceWatch.trace`)."""
+        return is_out_of_memory(error)
 
     def _take_in(self) -> None:
         """Register existing memory: weights, buffers, and gradients and optimizer state of an earlier step."""

@@ -14,7 +14,8 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from memscope.errors import MemscopeError, UsageError
+from memscope.errors import MemscopeError, OutOfDeviceMemory, UsageError
+from memscope.hooks.out_of_memory import is_out_of_memory
 from memscope.program.request import VARIABLE, Failure, ProgramOutcome, Request
 from memscope.program.scratch import Scratch
 from memscope.program.stop import Enough
@@ -22,6 +23,10 @@ from memscope.program.watch import ProgramWatch, begin
 
 __all__ = ["attach"]
 
+_SIMULATE = (
+    "a GPU is recorded from the first call of a model on. To see what the program needs, simulate it: choose --device "
+    "among those of memscope devices"
+)
 _MOST_STOPS = 3
 """How often a program that catches `Enough` is stopped again before its process is ended."""
 
@@ -86,7 +91,7 @@ class _Watching:
         if self._scratch.is_fork:
             return
         if not self._finished:
-            self._finish("stopped", None)
+            self._finish("late" if self._watch.is_late else "stopped", None)
             register_module_forward_pre_hook(self._stop_again)
         self._stops += 1
         if self._stops > _MOST_STOPS:
@@ -108,7 +113,7 @@ class _Watching:
         error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)  # 3.12 and later; 3.11
         self._finish("failed" if error else "ended", error)
 
-    def _finish(self, ended: Literal["stopped", "ended", "failed"], error: BaseException | None) -> None:
+    def _finish(self, ended: Literal["stopped", "late", "ended", "failed"], error: BaseException | None) -> None:
         self._finished = True
         watch, scratch = self._watch, self._scratch
         failure, trace = None, None
@@ -127,6 +132,8 @@ class _Watching:
             failure, trace = Failure.of(what, text), None
         if failure is None and isinstance(error, MemscopeError):
             failure = Failure.of(error, "".join(traceback.format_exception(error)))
+        if failure is None and trace is None and is_out_of_memory(error):
+            failure = Failure.of(OutOfDeviceMemory(f"the program ran out of memory before it trained: {_SIMULATE}"))
         if watch.has_claimed or (failure is not None and self._has_the_word):
             path = None if trace is None else str(scratch.trace)
             notes = tuple(watch.notes)

@@ -34,6 +34,8 @@ StepReport: TypeAlias = Callable[[int], None]
 _PAUSE_SECONDS = 0.05
 _PATIENCE_SECONDS = 10.0
 """How long a program may take to end after it has left its results."""
+_PATIENCE_STEPS = 2.0
+"""How long a program may take to complete its step after the deadline, in steps of the length that it had so far."""
 _GRACE_SECONDS = 5.0
 """How long a program may take to end after SIGTERM, before SIGKILL."""
 _TAIL_LINES = 20
@@ -59,6 +61,7 @@ def launch(
     *,
     log: Path | None = None,
     timeout_seconds: float | None = None,
+    keeps_steps: bool = False,
     report: StepReport = lambda step: None,
 ) -> ProgramEnd:
     """Run a program to its end, or to the end of its last step, and return what it leaves.
@@ -70,6 +73,7 @@ def launch(
         request: what is asked of it; it names a scratch folder.
         log: file for what it prints.
         timeout_seconds: longest time of the run; None: no limit.
+        keeps_steps: whether a program that is not done by then leaves the trace of its complete steps, if it has any.
         report: is told the steps.
 
     Raises:
@@ -78,6 +82,8 @@ def launch(
     if os.name != "posix":
         raise UsageError("memscope profile -- COMMAND needs Linux or macOS: write the step as a target instead")
     scratch = Scratch(Path(request.folder))
+    deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+    request = replace(request, deadline=deadline if keeps_steps else None)
     request.write(scratch.request)
     with contextlib.ExitStack() as scopes:
         output: Any = 2 if log is None else scopes.enter_context(log.open("wb"))
@@ -85,7 +91,7 @@ def launch(
             process = _started(program, environment_of(request, os.environ), output)
             scopes.enter_context(undone(partial(_end, process, scratch)))
         with terminal_given(process.pid):
-            why = _wait(process, scratch, timeout_seconds, report)
+            why = _wait(process, scratch, deadline, keeps_steps, report)
             if why is not None:
                 _end(process, scratch)
             elif scratch.outcome.exists():
@@ -110,17 +116,17 @@ def _started(program: CommandLine, environment: dict[str, str], output: Any) -> 
 
 
 def _wait(
-    process: subprocess.Popen[bytes], scratch: Scratch, timeout_seconds: float | None, report: StepReport
+    process: subprocess.Popen[bytes], scratch: Scratch, deadline: float | None, keeps_steps: bool, report: StepReport
 ) -> str | None:
     """Wait until the process has ended; or say why it must be ended: `lingers`, `timeout`."""
-    deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
-    patience, told = None, None
+    patience, told, began = None, None, 0.0
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_PAUSE_SECONDS)
             return None
         step = scratch.step()
         if step is not None and step != told:
+            began = began if told else time.monotonic()
             told = step
             report(step)
         if patience is None and scratch.outcome.exists():
@@ -129,7 +135,9 @@ def _wait(
             if time.monotonic() > patience:
                 return "lingers"
         elif deadline is not None and time.monotonic() > deadline:
-            return "timeout"
+            of_step = max(_PATIENCE_SECONDS, _PATIENCE_STEPS * (deadline - began) / told) if told else 0.0
+            if not keeps_steps or time.monotonic() > deadline + of_step:
+                return "timeout"
 
 
 def _end(process: subprocess.Popen[bytes], scratch: Scratch) -> None:
@@ -146,7 +154,7 @@ def _end(process: subprocess.Popen[bytes], scratch: Scratch) -> None:
 
 def _end_others(process: subprocess.Popen[bytes], scratch: Scratch) -> None:
     """End what a program that memscope stopped has left running: its own last lines would have ended it."""
-    if ProgramOutcome.read(scratch.outcome).ended == "stopped":
+    if ProgramOutcome.read(scratch.outcome).ended in ("stopped", "late"):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGTERM)
 
@@ -181,6 +189,8 @@ def _collected(
         "target": program.name,
         "program": {"command": list(program.words), "exit_code": exit_code},
     }
+    if outcome.ended == "late" and timeout_seconds is not None:
+        add_note(meta, _late(request, outcome.steps, timeout_seconds))
     for note in (*outcome.notes, *_notes(request, outcome, status, why, scratch)):
         add_note(meta, note)
     return ProgramEnd(exit_code, replace(trace, meta=meta), None, outcome.offers)
@@ -206,6 +216,15 @@ def _notes(request: Request, outcome: ProgramOutcome, status: int, why: str | No
     return notes
 
 
+def _late(request: Request, steps: int, timeout_seconds: float) -> str:
+    """The note on a program that was stopped at its deadline."""
+    asked = "all steps" if request.steps is None else request.steps
+    return (
+        f"The program was stopped after {steps} optimizer step{'s' * (steps != 1)}, because --timeout "
+        f"{format_seconds(timeout_seconds)} had passed: {asked} were asked for"
+    )
+
+
 def _too_slow(request: Request, scratch: Scratch, timeout_seconds: float) -> str:
     limit, step = format_seconds(timeout_seconds), scratch.step()
     if step is None:
@@ -213,7 +232,7 @@ def _too_slow(request: Request, scratch: Scratch, timeout_seconds: float) -> str
             f"the program took no optimizer step within {limit}, and was ended: raise --timeout, or give it less to do "
             "before it trains"
         )
-    asked = "to its end" if request.steps is None else f"{request.steps} steps"
+    asked = "to its end" if request.steps is None else f"{request.steps} step{'s' * (request.steps != 1)}"
     return (
         f"the program was in step {step} after {limit}, and was ended (asked for: {asked}): raise --timeout, or choose "
         "fewer --steps"

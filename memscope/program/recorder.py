@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -19,6 +20,7 @@ from memscope.hooks.recorder import Recorder
 from memscope.hooks.work import Execute
 from memscope.program.built import optimizers_followed
 from memscope.program.models import model_of
+from memscope.program.stop import StepLimits
 from memscope.trace import Trace
 
 __all__ = ["ProgramRecorder"]
@@ -34,12 +36,13 @@ class ProgramRecorder(Recorder):
     Attributes:
         stops: whether it ends the program.
         steps: optimizer steps done by the optimizer that has done most.
+        is_late: whether it has ended the program because the deadline had passed.
     """
 
     def __init__(
         self,
         *,
-        steps: int | None,
+        limits: StepLimits,
         before_step: Callable[[int], None],
         before_optimizer: Callable[[], None] = lambda: None,
         stop: Callable[[], None],
@@ -52,7 +55,7 @@ class ProgramRecorder(Recorder):
         """Prepare to record; nothing is watched before the recorder is entered.
 
         Args:
-            steps: optimizer steps after which the program has done enough; None: it runs to its end.
+            limits: how far the program goes.
             before_step: called with the number of steps done when another one begins.
             before_optimizer: called when an optimizer begins its step.
             stop: called when a step would begin after enough of them; it may raise.
@@ -71,9 +74,9 @@ class ProgramRecorder(Recorder):
             fake_mode=fake_mode,
             follows_real=kernels is None,
         )
-        self._wanted, self._before_step, self._stop = steps, before_step, stop
+        self._limits, self._before_step, self._stop = limits, before_step, stop
         self._before_optimizer = before_optimizer
-        self.stops = True
+        self.stops, self.is_late = True, False
         self.steps = 0
         self._steps_of: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDictionary()
         self._thread = threading.get_ident()
@@ -82,6 +85,10 @@ class ProgramRecorder(Recorder):
         super().__enter__()
         self._scopes.enter_context(optimizers_followed(self._count_from_none))
         return self
+
+    def _has_run_out(self, error: BaseException | None) -> bool | None:
+        """A program may catch the error, tell of it in its own words, and exit: it then ends within a step."""
+        return super()._has_run_out(error) or (False if self._step_done or error else None)
 
     def _count_from_none(self, optimizer: torch.optim.Optimizer) -> None:
         self._steps_of[optimizer] = 0
@@ -107,6 +114,18 @@ class ProgramRecorder(Recorder):
             self._take_in_model(model)
         self._gradients.refresh()
 
+    def _call_begins(self, whole: bool) -> None:
+        if self._step_done and threading.get_ident() == self._thread:  # evaluation may take longer than all steps
+            self._stop_if_late()
+        super()._call_begins(whole)
+
+    def _stop_if_late(self) -> None:
+        """Stop after the deadline, between two steps, so that all steps of the trace are complete."""
+        deadline = self._limits.deadline
+        if self.stops and self.steps and deadline is not None and time.monotonic() > deadline:
+            self.is_late = True
+            self._stop()
+
     def _begin_step(self) -> None:
         if threading.get_ident() != self._thread:
             raise UsageError(
@@ -115,15 +134,17 @@ class ProgramRecorder(Recorder):
             )
         if self.stops and self._has_done_enough():
             self._stop()
+        self._stop_if_late()
         self._before_step(self.steps)
         super()._begin_step()
 
     def _has_done_enough(self) -> bool:
-        if self._wanted is None:
+        wanted = self._limits.steps
+        if wanted is None:
             return False
-        if self._position.step + 1 >= self._wanted * _MOST_STEPS:
+        if self._position.step + 1 >= wanted * _MOST_STEPS:
             return True
-        return self.steps >= self._wanted and all(steps >= self._wanted for steps in self._steps_of.values())
+        return self.steps >= wanted and all(steps >= wanted for steps in self._steps_of.values())
 
     def _optimizer_begins(self, optimizer: torch.optim.Optimizer) -> None:
         super()._optimizer_begins(optimizer)

@@ -63,10 +63,12 @@ class Request(_Document):
     """Scratch folder, which holds this request and receives trace and outcome; see `Scratch`."""
     command: tuple[str, ...]
     """The program's command line."""
-    asks: tuple[str, ...] = ()
-    """Names of strategies of which `Offers` are wanted."""
+    asks: bool = False
+    """Whether `Offers` are wanted."""
     layer_list: str = ""
     """For the offer of `ckpt`: lists of the layers, as `ckpt:layer-list` names them."""
+    deadline: float | None = None
+    """See `StepLimits.deadline`."""
     version: str = __version__
     """The launcher's version of memscope, which the program's Python must have too."""
 
@@ -118,8 +120,8 @@ class Offers:
 class ProgramOutcome(_Document):
     """What the process that trained leaves when it ends."""
 
-    ended: Literal["stopped", "ended", "failed"]
-    """Whether memscope stopped it after enough steps, it reached its end, or an exception ended it."""
+    ended: Literal["stopped", "late", "ended", "failed"]
+    """Whether memscope stopped it after enough steps or its deadline, it reached its end, or an exception ended it."""
     steps: int
     """Number of optimizer steps that were completed."""
     trace: str | None = None

@@ -18,11 +18,11 @@ from memscope.program.applied_plan import AppliedPlan
 from memscope.program.recorder import ProgramRecorder
 from memscope.program.request import Offers, Request
 from memscope.program.scratch import Scratch
-from memscope.program.stop import Stop
+from memscope.program.stop import StepLimits, Stop
 from memscope.simulation.assumptions import Assume
 from memscope.simulation.devices.catalogue import get_device, load_devices
 from memscope.simulation.machine.machine import SimulatedMachine
-from memscope.strategies import Plan
+from memscope.strategies import Plan, available
 from memscope.trace import Trace
 
 __all__ = ["ProgramWatch", "begin"]
@@ -61,7 +61,7 @@ class ProgramWatch:
         self._plan = Plan.parse(request.strategies)
         machine = self._machine
         self._recorder = ProgramRecorder(
-            steps=request.steps,
+            limits=StepLimits(request.steps, request.deadline),
             before_step=self._step_begins,
             before_optimizer=self._optimizer_begins,
             stop=stop,
@@ -75,7 +75,8 @@ class ProgramWatch:
         if machine:
             machine.follow(self._recorder.tracker)
             machine.__enter__()  # to the end of the process: what the program holds cannot live without it
-        self._applied = AppliedPlan(self._plan, self._recorder.model_changed, request.asks, request.layer_list)
+        asks = available() if request.asks else ()
+        self._applied = AppliedPlan(self._plan, self._recorder.model_changed, asks, request.layer_list)
         if self._plan or request.asks:
             self._scopes.enter_context(self._applied)
         if request.device == "cuda":
@@ -87,6 +88,11 @@ class ProgramWatch:
     def steps(self) -> int:
         """Number of optimizer steps that were completed."""
         return self._recorder.steps
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the program was stopped because its deadline had passed."""
+        return self._recorder.is_late
 
     @property
     def offers(self) -> Offers | None:

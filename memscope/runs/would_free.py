@@ -7,7 +7,7 @@ activations, which LoRA or a lower precision may already have made small.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,13 +24,14 @@ if TYPE_CHECKING:
     from memscope.runs.plans import RunSpec
     from memscope.workload.description import Workload
 
-__all__ = ["Remedies", "WouldFree", "would_free"]
+__all__ = ["OWN_GPU", "Remedies", "WouldFree", "describe_own_gpu", "remedies", "would_free"]
 
 TryAll = Callable[[Sequence["RunSpec"], Sequence[str]], list[str]]
 """Runs specs, shown under their labels, and returns each error message, empty if none (see `runs.plans.try_all`)."""
 Alone = Callable[..., Any]
 """Calls a function with arguments in a process that the target may break (see `runs.processes.alone`)."""
-_OWN_GPU = "this-gpu"
+OWN_GPU = "this-gpu"
+"""Name of the device that `describe_own_gpu` describes."""
 
 
 @dataclass(frozen=True)
@@ -90,16 +91,27 @@ def would_free(spec: RunSpec, trace: Trace, try_all: TryAll, alone: Alone = alon
             before: Trace | str = trace
             found = _simulated(plans, spec, folder, try_all)
         else:
-            before, *found = _simulated([plan, *plans], _on_own_gpu(spec, trace, folder), folder, try_all)
+            file = folder / "device.toml"
+            describe_own_gpu(trace, file)
+            on_own_gpu = replace(spec, simulated=True, device=OWN_GPU, device_file=file)
+            before, *found = _simulated([plan, *plans], on_own_gpu, folder, try_all)
     if isinstance(before, str):
         return Remedies(failed={**failed, "the plan as it is": before})
-    tried = []
-    for (strategy, is_exact), one in zip(added, found, strict=True):
-        if isinstance(one, str):
-            failed[strategy.spec] = one
-        else:
-            tried.append(WouldFree(strategy, one, before.peak.allocated_bytes, is_exact))
-    return Remedies(tuple(sorted(tried, key=lambda one: one.change_bytes)), failed)
+    failed |= {strategy.spec: one for (strategy, _), one in zip(added, found, strict=True) if isinstance(one, str)}
+    tried = [(*each, one) for each, one in zip(added, found, strict=True) if isinstance(one, Trace)]
+    return remedies(tried, before, failed)
+
+
+def remedies(tried: Iterable[tuple[Strategy, bool, Trace]], before: Trace, failed: dict[str, str]) -> Remedies:
+    """The remedies for a run that does not fit, largest saving first.
+
+    Args:
+        tried: strategies, each with whether it is exact, and its trace.
+        before: the simulated trace of the run without them.
+        failed: see `Remedies.failed`.
+    """
+    freed = [WouldFree(strategy, one, before.peak.allocated_bytes, is_exact) for strategy, is_exact, one in tried]
+    return Remedies(tuple(sorted(freed, key=lambda one: one.change_bytes)), failed)
 
 
 def _additions(spec: RunSpec) -> tuple[list[tuple[str, bool]], dict[str, str]]:
@@ -155,17 +167,15 @@ def _simulated(plans: Sequence[Plan], spec: RunSpec, folder: Path, try_all: TryA
     return [error or Trace.load(one.path) for one, error in zip(specs, errors, strict=True)]
 
 
-def _on_own_gpu(spec: RunSpec, trace: Trace, folder: Path) -> RunSpec:
-    """The same run, simulated on a GPU like PyTorch's current one, with the memory that was available to the run."""
+def describe_own_gpu(trace: Trace, file: Path) -> None:
+    """Describe a GPU like PyTorch's current one, with the memory that was available to a run, in a file of devices."""
     import torch
 
     gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
-    file = folder / "device.toml"
     file.write_text(
-        f"[{_OWN_GPU}]\n"
+        f"[{OWN_GPU}]\n"
         f"vendor_name = {json.dumps(gpu.name)}\n"
         f'capability = "{gpu.major}.{gpu.minor}"\n'
         f"capacity_bytes = {trace.meta['out_of_memory']['limit']}\n"
         f"multiprocessors = {gpu.multi_processor_count}\n"
     )
-    return replace(spec, simulated=True, device=_OWN_GPU, device_file=file)

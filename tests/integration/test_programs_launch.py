@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from memscope.cli.main import main
+from memscope.runs.would_free import Remedies
 from memscope.trace import Trace
 
 PROGRAMS = Path(__file__).parents[1] / "programs"
@@ -140,6 +141,15 @@ def test_a_program_without_a_step_is_an_error_that_says_what_was_expected(profil
     assert "Traceback" not in told.err
 
 
+def test_a_program_that_runs_out_of_memory_before_it_trains_is_told_how_to_learn_what_it_needs(profile, tmp_path):
+    (tmp_path / "train.py").write_text("import torch; raise torch.OutOfMemoryError('CUDA out of memory')")
+    told = profile("python", "train.py")
+    assert told.code == 4
+    assert told.document["error"]["kind"] == "OutOfDeviceMemory"
+    assert "OutOfMemoryError: CUDA out of memory" in told.err, "the program's own traceback"
+    assert "before it trained: a GPU is recorded from the first call of a model on" in told.err.splitlines()[-1]
+
+
 SLEEPS = "import os, time; print('pid', os.getpid(), flush=True); time.sleep(600)"
 
 
@@ -180,10 +190,20 @@ def test_a_program_reads_from_the_terminal(tmp_path):
     assert b"got this" in shown
 
 
-def test_a_program_that_does_not_fit_is_explained_with_what_was_alive_what_grows_and_what_inference_keeps(profile):
+def test_a_program_that_does_not_fit_is_explained_with_what_was_alive_what_grows_and_what_inference_keeps(
+    profile, monkeypatch
+):
+    offered = []
+
+    def would_help(program, request, end, moved, **more):  # each strategy would be another run of the program
+        offered.extend(offer.spec for offer in end.offers.strategies)
+        return Remedies()
+
+    monkeypatch.setattr("memscope.cli.profile_program.would_help", would_help)
     options = ("--json", "--steps", "all", "--device", "a100-40gb:541MiB")  # 501 MiB of them are the CUDA context
     told = profile("python", str(PROGRAMS / "keeps.py"), options=options)
     assert told.code == 4, told.err
+    assert {"ckpt", "lora"} <= set(offered)
     (run,) = told.document["runs"]
     assert run["models"] == {"(model)": "Teacher", "Decoder": "Decoder"}
     batch, width, prompt, new, layers = 64, 256, 16, 8, 2

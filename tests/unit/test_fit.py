@@ -14,7 +14,7 @@ from torch import nn
 from memscope import Workload, fit, simulate
 from memscope.advisor.advice import PlanPeak
 from memscope.advisor.fit.fit import answer
-from memscope.advisor.fit.fitting import Evidence, Fitting, Largest, Size
+from memscope.advisor.fit.fitting import DeviceFit, Evidence, Fitting, Largest, Size
 from memscope.advisor.fit.names import SizeNames, size_names
 from memscope.advisor.fit.question import Question
 from memscope.advisor.fit.sizes import Boundary, told
@@ -110,7 +110,8 @@ def test_a_table_has_the_memory_of_every_size_that_was_simulated(columns: int) -
     ]
     found = Fitting(
         target="mine", device="small:4GiB", capacity_bytes=4 * 2**30, strategies="", asked=evidence[2],
-        micro_batch=Largest(0, 1, 4), seq_len=Largest(512, 512, 1024), evidence=tuple(evidence), devices=(),
+        micro_batch=Largest(0, 1, 4), seq_len=Largest(512, 512, 1024), evidence=tuple(evidence),
+        devices=tuple(DeviceFit(f"of-{gib}", gib * 2**30, False, None) for gib in (2, 4, 6, 9)),
     )  # fmt: skip
     text = io.StringIO()
     print_fit(Console(file=text, width=columns), found)
@@ -118,11 +119,31 @@ def test_a_table_has_the_memory_of_every_size_that_was_simulated(columns: int) -
     assert max(map(len, text.getvalue().splitlines())) <= columns
     if columns == 100:
         assert {"512 1.00 GiB 3.00 GiB", "1,024 5.00 GiB ×"} <= set(lines)
+        # That of 4 GiB is the memory asked for; 9 GiB are more than 1.6 times the largest need.
+        assert [line for line in lines if line.startswith("of-") and "GiB" not in line] == [
+            "of-2 512 tokens none", "of-6 512 tokens 1,024 tokens",
+        ]  # fmt: skip
     else:  # a block for each length
         start = lines.index("512")
         assert lines[start : start + 5] == [
             "512", "micro-batch 1 1.00 GiB", "micro-batch 4 3.00 GiB", "1,024", "micro-batch 4 5.00 GiB ×",
         ]  # fmt: skip
+
+
+def test_without_a_length_the_line_of_a_device_stands_where_its_memory_ends() -> None:
+    sizes = {Size(1, None): 1, Size(4, None): 3}
+    evidence = [Evidence(size, PlanPeak(*[gib * 2**30] * 3), True, True) for size, gib in sizes.items()]
+    found = Fitting(
+        target="mine", device="small:4GiB", capacity_bytes=4 * 2**30, strategies="", asked=evidence[0],
+        micro_batch=Largest(4, 1, None), seq_len=None, evidence=tuple(evidence),
+        devices=(DeviceFit("of-2", 2 * 2**30, True, 2**30),),
+    )  # fmt: skip
+    text = io.StringIO()
+    print_fit(Console(file=text, width=100), found)
+    lines = [" ".join(line.split()) for line in text.getvalue().replace("│", " ").splitlines()]
+    rows = ["1 1.00 GiB yes", "of-2 2.00 GiB memory of the device", "4 3.00 GiB yes"]
+    start = lines.index(rows[0])
+    assert lines[start : start + 3] == rows
 
 
 def test_a_size_that_fits_only_without_some_micro_batches_is_not_the_largest() -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,9 @@ from memscope.program.command_line import CommandLine
 from memscope.program.launch import launch
 from memscope.program.request import Failure, ProgramOutcome, Request
 from memscope.program.scratch import Scratch
+from memscope.runs.would_free import Remedies, WouldFree
 from memscope.simulation.devices.catalogue import get_device
+from memscope.strategies import Plan
 from memscope.testing import toy_workload
 
 SITE = Path(launching.__file__).parent / "_site"
@@ -134,7 +137,9 @@ def trace():
     return record(toy_workload, steps=1)
 
 
-def leaves(request: Request, outcome: ProgramOutcome, then: str = "pass", others: int = 0) -> launching.ProgramEnd:
+def leaves(
+    request: Request, outcome: ProgramOutcome, then: str = "pass", others: int = 0, keeps_steps: bool = False
+) -> launching.ProgramEnd:
     """The end of a program that leaves an outcome, as an attached one does, and then does something else."""
     scratch = Scratch(Path(request.folder))
     prepared = scratch.folder / "prepared.json"
@@ -145,7 +150,11 @@ def leaves(request: Request, outcome: ProgramOutcome, then: str = "pass", others
     code = f"import os, sys, time; os.rename({str(prepared)!r}, {str(scratch.outcome)!r}); {then}"
     words = (sys.executable, "-c", code)
     return launch(
-        CommandLine(words, sys.executable, "train.py"), request, log=scratch.folder / "log", timeout_seconds=60
+        CommandLine(words, sys.executable, "train.py"),
+        request,
+        log=scratch.folder / "log",
+        timeout_seconds=60,
+        keeps_steps=keeps_steps,
     )
 
 
@@ -171,6 +180,11 @@ def test_a_program_that_does_not_end_after_its_results_is_ended_and_that_is_said
         (("ended", 2), "sys.exit(3)", "The program ended after 2 optimizer steps with an error (exit code 3)"),
         (("stopped", 2), "sys.exit(4)", "After memscope had stopped the program, it ended with an error (exit code 4)"),
         (("stopped", 2), "pass", None),
+        (
+            ("late", 1),
+            "pass",
+            "The program was stopped after 1 optimizer step, because --timeout 60.0 s had passed: 2 were asked for",
+        ),
     ],
 )
 def test_an_unusual_end_is_a_note_of_the_trace(request_, trace, outcome, then, note):
@@ -179,6 +193,26 @@ def test_an_unusual_end_is_a_note_of_the_trace(request_, trace, outcome, then, n
     end = leaves(replace(request_, steps=2), ProgramOutcome(*outcome, str(scratch.trace)), then)
     added = [one for one in end.trace.meta.get("notes", []) if one not in trace.meta.get("notes", [])]
     assert added == ([note] if note else [])
+
+
+def test_a_program_is_told_its_deadline_only_where_fewer_steps_are_a_result(request_, trace):
+    scratch = Scratch(Path(request_.folder))
+    trace.save(scratch.trace)
+    leaves(request_, ProgramOutcome("ended", 1, str(scratch.trace)))
+    assert Request.read(scratch.request).deadline is None, "advise and fit compare whole runs"
+    leaves(request_, ProgramOutcome("ended", 1, str(scratch.trace)), keeps_steps=True)
+    assert Request.read(scratch.request).deadline > time.monotonic()
+
+
+def test_a_program_that_does_not_complete_its_step_after_the_timeout_is_ended_with_an_error(request_, monkeypatch):
+    monkeypatch.setattr(launching, "_PATIENCE_SECONDS", 0.0)
+    Scratch(Path(request_.folder)).tell_step(1)
+    words = (sys.executable, "-c", "import time; time.sleep(600)")
+    end = launch(CommandLine(words, sys.executable, "train.py"), request_, timeout_seconds=0.1, keeps_steps=True)
+    assert str(end.error) == (
+        "the program was in step 1 after 100 ms, and was ended (asked for: 1 step): raise --timeout, or choose fewer "
+        "--steps"
+    )
 
 
 def test_an_error_of_memscope_in_the_program_is_the_error_of_the_command(request_):
@@ -198,6 +232,11 @@ def test_a_program_that_runs_out_of_memory_in_its_first_step_leaves_its_trace(re
     end = leaves(request_, outcome, "sys.exit(1)")
     assert end.error is None
     assert "OutOfMemoryError" in end.trace.meta["notes"][-1]
+    fits = simulate(toy_workload, device=replace(get_device("gpu"), capacity_bytes=2**32), steps=1)
+    helpful = WouldFree(Plan.parse("lora").strategies[0], fits, 2 * fits.peak.allocated_bytes, False)
+    monkeypatch.setattr(
+        "memscope.cli.profile_program.would_help", lambda *asked, **options: Remedies((helpful,), {"bf16": "no time"})
+    )
     monkeypatch.setattr("memscope.cli.profile_program.launch", lambda *asked, **options: end)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
@@ -206,6 +245,7 @@ def test_a_program_that_runs_out_of_memory_in_its_first_step_leaves_its_trace(re
     document = json.loads(capsys.readouterr().out)
     assert document["program"]["exit_code"] == 1
     assert document["runs"][0]["out_of_memory"] == ran_out.meta["out_of_memory"]
+    assert [one["strategy"] for one in document["runs"][0]["would_free"]] == ["lora"]
     held = document["runs"][0]["alive_when_out_of_memory"]
     assert sum(one["bytes"] for one in held) == ran_out.allocated[ran_out.meta["out_of_memory"]["event"] - 1]
     on_gpu = {**end.trace.meta, "device": {"name": "NVIDIA A100-SXM4-40GB", "simulated": False}}
@@ -215,7 +255,9 @@ def test_a_program_that_runs_out_of_memory_in_its_first_step_leaves_its_trace(re
     told = capsys.readouterr().out
     assert "Alive when baseline ran out of memory" in told
     python = sys.executable
-    assert f"Next: memscope profile --device a100-40gb --strategies ckpt -- {python} -c pass\n" in told
+    assert "Strategies that would help baseline" in told
+    assert "bf16 could not be simulated: no time" in told
+    assert f"Next: memscope profile --device a100-40gb --strategies lora -- {python} -c pass\n" in told
 
 
 def test_a_strategy_that_fails_leaves_the_results_of_the_others(request_, trace, monkeypatch, tmp_path, capsys):

@@ -80,3 +80,41 @@ def test_a_program_that_builds_its_optimizer_anew_for_each_step_is_stopped_too(t
     trace = watching.finish(None)
     assert trace is not None
     assert len(trace.steps) == 2 * 8
+
+
+@pytest.mark.parametrize("evaluates", [False, True], ids=["another step", "evaluation"])
+def test_a_program_that_is_late_is_stopped_when_its_step_is_complete(tmp_path: Path, evaluates: bool) -> None:
+    watching = watch.begin(request(tmp_path, steps=None, deadline=0.0), stop)
+    model = nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def train() -> None:
+        while True:
+            for _ in range(2):  # micro-batches of the first step, which is completed
+                model(torch.ones(1, 4)).mean().backward()
+            optimizer.step()
+            with torch.set_grad_enabled(not evaluates):
+                model(torch.ones(1, 4))
+
+    with pytest.raises(Enough):
+        train()
+    assert watching.is_late
+    trace = watching.finish(None)
+    assert trace is not None
+    assert trace.steps == (0,)
+    assert len(trace.meta["seconds"]) == 1
+    assert int((trace.phase == PHASES.index("inference")).sum()) == 0
+
+
+@pytest.mark.parametrize(
+    ("ends", "ran_out"),
+    [(None, None), (torch.OutOfMemoryError("no room"), True), (ValueError("other"), False)],
+    ids=["by itself", "out of memory", "another error"],
+)
+def test_a_program_that_ends_within_a_step_may_have_caught_that_memory_ran_out(
+    tmp_path: Path, ends: BaseException | None, ran_out: bool | None
+) -> None:
+    watching = watch.begin(request(tmp_path), stop)
+    nn.Linear(4, 4)(torch.ones(1, 4)).mean().backward()
+    watching.finish(ends)
+    assert watching._recorder._ran_out is ran_out

@@ -350,9 +350,20 @@ def test_the_limit_of_the_process_comes_before_the_free_memory_of_the_device(scr
     assert script.trace(ran_out=True, limit=21 * MIB).meta["out_of_memory"]["limit"] == 21 * MIB
 
 
-def test_an_out_of_memory_error_that_the_run_survived_is_not_recorded(script):
+def test_an_out_of_memory_error_that_the_run_survived_is_a_note(script):
     out_of_memory(script)
-    assert script.trace().meta["out_of_memory"] is None
+    meta = script.trace().meta
+    assert meta["out_of_memory"] is None
+    assert meta["notes"] == ["The GPU ran out of memory, last in step 1 · backward, and the program went on"]
+
+
+def test_a_program_that_caught_the_error_ran_out_if_its_last_step_did(script):
+    out_of_memory(script)
+    assert script.trace(ran_out=None).meta["out_of_memory"]["step"] == 1
+    script.moments.end()
+    script.phase("forward", 2)
+    script.alloc(BASE + 4 * MIB, 2 * MIB)
+    assert script.trace(ran_out=None).meta["out_of_memory"] is None
 
 
 def test_a_joined_trace_is_written_and_read_like_any_other(script, tmp_path):

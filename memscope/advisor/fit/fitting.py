@@ -13,6 +13,9 @@ from memscope.trace import Trace
 __all__ = ["DeviceFit", "Evidence", "Fitting", "FittingChange", "Largest", "Size", "holds"]
 
 SCHEMA_VERSION = 1
+_ABOVE_ALL = 1.6
+"""Lines of devices are drawn up to so many times the largest need."""
+_MOST_LINES = 30
 
 
 def holds(trace: Trace) -> bool:
@@ -153,6 +156,20 @@ class Fitting:
     def peak(self) -> PlanPeak:
         """Peak of the step that was asked for."""
         return self.asked.peak
+
+    @property
+    def lines(self) -> list[DeviceFit]:
+        """Devices whose memory is a line among the simulated sizes: the one asked for, then others, least memory first.
+
+        Others lie apart from each other, and not far above the largest need.
+        """
+        most = _ABOVE_ALL * max(one.peak.device for one in self.evidence)
+        drawn = [DeviceFit(self.device, self.capacity_bytes, self.fits, self.peak.device)]
+        for one in self.devices:
+            apart = all(abs(one.capacity_bytes - line.capacity_bytes) > most / _MOST_LINES for line in drawn)
+            if apart and one.capacity_bytes <= most and one.name != self.device:
+                drawn.append(one)
+        return drawn
 
     @property
     def smallest_device(self) -> DeviceFit | None:
