@@ -18,7 +18,7 @@ from memscope.testing import check_strategy, toy_workload
 from memscope.workload.description import Workload
 from memscope.workload.target import find_target
 
-SHIPPED = ("adamw", "amp", "bf16", "ckpt", "ga", "lora")
+SHIPPED = ("amp", "bf16", "ckpt", "ga", "lora", "optim")
 Install = Callable[..., None]
 
 
@@ -45,8 +45,8 @@ def test_the_strategies_that_come_with_memscope_keep_their_promises(install: Ins
 @pytest.mark.parametrize(
     "spec",
     [
-        "adamw:fused",
-        "adamw:foreach=false",
+        "optim:fused",
+        "optim:foreach=false",
         "amp:dtype=bf16",
         "ckpt:layers=every-2",
         "ga:steps=2",
