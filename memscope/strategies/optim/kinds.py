@@ -31,7 +31,6 @@ _PACKAGES = {"galore_torch": "galore-torch"}
 """Name to import → name to install, where they differ."""
 _MODULES = {"": "torch.optim", "bitsandbytes": "bitsandbytes.optim", "torchao": "torchao.optim"}
 """Library → the module of its optimizers, where that is another one."""
-_SVD = "GaLore's SVD takes a workspace of cuSOLVER on a GPU, which a simulation does not count"
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,6 @@ class Kind:
     """Setting of the strategy → its name in the library."""
     stands_in: bool = False
     """Whether a simulation can do without the library."""
-    notes: tuple[str, ...] = ()
-    """What a trace does not show."""
 
     @property
     def component(self) -> str | None:
@@ -76,7 +73,7 @@ class Kind:
     @property
     def told(self) -> tuple[str, ...]:
         """The notes of a trace of this optimizer."""
-        return self.notes if self.is_installed() or not self.stands_in else (*self.notes, STANDS_IN)
+        return () if self.is_installed() or not self.stands_in else (STANDS_IN,)
 
 
 def optimizer_named(name: str, groups: Groups, settings: Settings, model: nn.Module) -> Optimizer:
@@ -191,7 +188,6 @@ KINDS: dict[str, Kind] = {
         _galore,
         _ADAM,
         {"rank": "rank", "gap": "update_proj_gap", "scale": "scale"},
-        notes=(_SVD,),
     ),
     "lion": _bitsandbytes("Lion", states=1, bits=32),
     "lion-8bit": _bitsandbytes("Lion8bit", states=1, bits=8),

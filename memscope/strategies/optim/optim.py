@@ -40,7 +40,6 @@ class Optim(Strategy):
         "parameter": "–",
         "activation": "–",
         "gradient": "–",
-        "optimizer_state": "–",
     }
 
     @dataclass(frozen=True)
