@@ -24,7 +24,7 @@ from memscope.workload.target import find_target
 
 SHARE = 0.6
 SETTINGS = {"seq_len": "2048", "accumulation": "2"}
-CASES = {"full": "adamw:fused", "lora": "lora:r=16"}
+CASES = {"full": "optim:fused", "lora": "lora:r=16"}
 
 
 @cache

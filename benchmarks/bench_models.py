@@ -58,7 +58,7 @@ def check(row: Row, name: str, folder: Path) -> str:
     if name == "advise":
         build = row.how.build("tiny", Mode(), folder)
         # With these two strategies given, what is left to choose are the layers to recompute: every option is measured.
-        advise(build, budget="30GB", device=DEVICE, strategies="adamw:fused,ga:steps=1")
+        advise(build, budget="30GB", device=DEVICE, strategies="optim:fused,ga:steps=1")
         return ""
     if name in TINY:
         simulate(row.how.build("tiny", Mode(), folder), device=DEVICE, strategies=name)

@@ -29,7 +29,7 @@ def advise(job: dict[str, Any]) -> dict[str, Any]:
     cell, device = TrainingCell(**job["cell"]), get_device(job["predicted_for"])
     plain = memscope.simulate(lambda: prepare(cell, job["preset"]), device=device, strategies=cell.plan).meta
     needs = plain["peak_reserved"] + plain["context"]
-    given = cell.plan + ",adamw:fused"
+    given = cell.plan + ",optim:fused"
     advice = memscope.advise(
         lambda: prepare(cell, job["preset"]), budget=int(job["share"] * needs), device=device, strategies=given
     )

@@ -21,7 +21,7 @@ _RUNNER = Remembering(InProcess(build, DEVICE))
 
 
 @cache
-def advice(budget_bytes: int, allow: tuple[str, ...] = (), strategies: str = "adamw:fused,ga:steps=1") -> Advice:
+def advice(budget_bytes: int, allow: tuple[str, ...] = (), strategies: str = "optim:fused,ga:steps=1") -> Advice:
     request = AdviceRequest(
         budget_bytes=budget_bytes + CONTEXT,
         device=DEVICE,
@@ -36,7 +36,7 @@ def advice(budget_bytes: int, allow: tuple[str, ...] = (), strategies: str = "ad
 @cache
 def plain_bytes() -> int:
     """What the allocator reserves without checkpointing."""
-    trace = simulate(build, device=DEVICE, strategies="adamw:fused,ga:steps=1")
+    trace = simulate(build, device=DEVICE, strategies="optim:fused,ga:steps=1")
     return int(trace.meta["peak_reserved"])
 
 

@@ -28,7 +28,7 @@ def emit(advice: Advice, tool: str) -> list[str]:
 
 
 Strategies = Mapping[str, Strategy]
-_KNOWN = {"lora", "amp", "bf16", "ga", "adamw"}
+_KNOWN = {"lora", "amp", "bf16", "ga", "optim"}
 _ELSEWHERE = {
     "wq": "q_proj",
     "wk": "k_proj",
@@ -50,15 +50,16 @@ def _hf(advice: Advice, strategies: Strategies) -> Iterator[str]:
         yield f"gradient_accumulation_steps={strategies['ga'].config.steps},"
     if "amp" in strategies:
         yield f"{strategies['amp'].config.dtype}=True,"
-    if "adamw" in strategies:
-        yield f'optim="{"adamw_torch_fused" if strategies["adamw"].config.fused else "adamw_torch"}",'
+    optimizer = _trainers_optimizer(strategies)
+    if optimizer:
+        yield f'optim="{optimizer}",'
     if _whole(advice):
         yield 'gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False},'
     if "bf16" in strategies:
         yield "# and load the model with from_pretrained(..., dtype=torch.bfloat16)"
-    yield from _unsaid(advice, strategies, {"lora": "a LoRA adapter: see --emit peft"}, whole_only=True)
-    if "adamw" in strategies and not strategies["adamw"].config.fused and not strategies["adamw"].config.foreach:
-        yield "# not expressible: the optimizer's step one parameter at a time (foreach=False)"
+    reasons = {"lora": "a LoRA adapter: see --emit peft", **_other_optimizer(strategies, optimizer)}
+    yield from _unsaid(advice, strategies, reasons, whole_only=True)
+    yield from _one_by_one(strategies)
 
 
 def _peft(advice: Advice, strategies: Strategies) -> Iterator[str]:
@@ -91,11 +92,13 @@ def _axolotl(advice: Advice, strategies: Strategies) -> Iterator[str]:
         yield f"{strategies['amp'].config.dtype}: true"
     if "bf16" in strategies:
         yield from ("bf16: true", "bfloat16: true")
-    if "adamw" in strategies:
-        yield f"optimizer: {'adamw_torch_fused' if strategies['adamw'].config.fused else 'adamw_torch'}"
+    optimizer = _trainers_optimizer(strategies)
+    if optimizer:
+        yield f"optimizer: {optimizer}"
     if _whole(advice):
         yield from ("gradient_checkpointing: true", "gradient_checkpointing_kwargs: {use_reentrant: false}")
-    yield from _unsaid(advice, strategies, {}, whole_only=True)
+    yield from _unsaid(advice, strategies, _other_optimizer(strategies, optimizer), whole_only=True)
+    yield from _one_by_one(strategies)
 
 
 def _torchtune(advice: Advice, strategies: Strategies) -> Iterator[str]:
@@ -116,19 +119,47 @@ def _torchtune(advice: Advice, strategies: Strategies) -> Iterator[str]:
         yield f"gradient_accumulation_steps: {strategies['ga'].config.steps}"
     if "bf16" in strategies:
         yield "dtype: bf16"
-    if "adamw" in strategies:
-        yield f"optimizer: {{_component_: torch.optim.AdamW, fused: {str(strategies['adamw'].config.fused).lower()}}}"
+    component = _class_of_optimizer(strategies)
+    if component:
+        fused = f", fused: {str(strategies['optim'].config.fused).lower()}" if component == "torch.optim.AdamW" else ""
+        yield f"optimizer: {{_component_: {component}{fused}}}"
     if _whole(advice):
         yield "enable_activation_checkpointing: True"
-    yield from _unsaid(
-        advice, strategies, {"amp": "mixed precision by autocast: torchtune trains in one dtype"}, whole_only=True
-    )
+    reasons = {"amp": "mixed precision by autocast: torchtune trains in one dtype"}
+    reasons |= _other_optimizer(strategies, component)
+    yield from _unsaid(advice, strategies, reasons, whole_only=True)
 
 
 _TOOLS: dict[str, Callable[[Advice, Strategies], Iterator[str]]] = {
     "peft": _peft, "axolotl": _axolotl, "hf": _hf, "torchtune": _torchtune
 }  # fmt: skip
 TOOLS = tuple(_TOOLS)
+
+
+def _trainers_optimizer(strategies: Strategies) -> str | None:
+    """The name of the plan's optimizer in transformers' Trainer; None: there is none, or no such strategy."""
+    from memscope.strategies.optim import trainer_name  # imports torch
+
+    if "optim" not in strategies:
+        return None
+    config = strategies["optim"].config
+    return trainer_name(config.name, fused=config.fused)
+
+
+def _class_of_optimizer(strategies: Strategies) -> str | None:
+    """The class of the plan's optimizer; None: it needs more than parameters, or there is no such strategy."""
+    from memscope.strategies.optim import KINDS  # imports torch
+
+    return KINDS[strategies["optim"].config.name or "adamw"].component if "optim" in strategies else None
+
+
+def _other_optimizer(strategies: Strategies, told: str | None) -> dict[str, str]:
+    return {"optim": "an optimizer that this tool has no name for"} if "optim" in strategies and not told else {}
+
+
+def _one_by_one(strategies: Strategies) -> Iterator[str]:
+    if "optim" in strategies and not strategies["optim"].config.fused and not strategies["optim"].config.foreach:
+        yield "# not expressible: the optimizer's step one parameter at a time (foreach=False)"
 
 
 def _whole(advice: Advice) -> bool:

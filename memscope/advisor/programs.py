@@ -124,7 +124,8 @@ class ProgramAdvisor:
         found: dict[str, list[Offer]] = {}
         for offer in self._offers.strategies:
             known = found.setdefault(_name(offer), [])
-            if _name(offer) != CHECKPOINTING and self._may_use(offer) and (offer.is_exact or not known):
+            is_first = offer.is_exact or all(one.is_exact for one in known)
+            if _name(offer) != CHECKPOINTING and self._may_use(offer) and is_first:
                 known.append(offer)
         return found
 

@@ -22,6 +22,10 @@ _NOTES = {
     )
 }
 """Operator → what its call means for the trace."""
+_WITHOUT_WORKSPACE = {
+    "aten._linalg_svd.default": "a singular value decomposition takes a workspace of cuSOLVER, which is not counted"
+}
+"""Operator → what the kernel workspace model leaves out."""
 
 
 def _is_composite(name: str) -> bool:
@@ -72,6 +76,8 @@ class Operators:
         self.names.append(name)
         if name in _NOTES:
             self.notes.append(_NOTES[name])
+        if self._kernels is not None and name in _WITHOUT_WORKSPACE:
+            self.notes.append(_WITHOUT_WORKSPACE[name])
         is_copy = name == "aten._to_copy.default"
         makes_host_scalar = self._host_scalars and name == "aten.lift_fresh.default"
         has_own_order = self._kernels is not None and self._kernels.has_own_order(name)

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from memscope.hooks.lifetimes import Lifetimes
 from memscope.hooks.modules import ModuleStack
+from memscope.hooks.paged import is_paged
 
 __all__ = ["GradientNamer", "OptimizerNamer"]
 
@@ -63,6 +64,7 @@ class OptimizerNamer:
         self._lifetimes, self._modules, self._on_gpu = lifetimes, modules, on_gpu
         self._before, self._after = before, after
         self._hooks: list[Any] = []
+        self._paged: dict[int, dict[int, int]] = {}
 
     def __enter__(self) -> OptimizerNamer:
         self._hooks = [
@@ -87,8 +89,17 @@ class OptimizerNamer:
         self.name_state(optimizer)
         self._after(optimizer)
 
+    @property
+    def paged_bytes(self) -> int:
+        """Bytes of paged state of all optimizers."""
+        return sum(sum(sizes.values()) for sizes in self._paged.values())
+
     def name_state(self, optimizer: torch.optim.Optimizer) -> None:
-        """Categorize every tensor in the optimizer's state, except step counters on the host."""
+        """Categorize every tensor in the optimizer's state, except step counters on the host and what is paged.
+
+        An object in the state may hold tensors too, as GaLore's projectors do.
+        """
+        paged = self._paged[id(optimizer)] = {}
         for group in optimizer.param_groups:
             counters_on_host = self._on_gpu and not (group.get("capturable") or group.get("fused"))
             for parameter in group["params"]:
@@ -96,6 +107,14 @@ class OptimizerNamer:
                 for key, value in optimizer.state.get(parameter, {}).items():
                     if counters_on_host and key == "step":
                         continue
-                    for leaf in (value,) if isinstance(value, Tensor) else pytree.tree_leaves(value):
-                        if isinstance(leaf, Tensor):
+                    for leaf in (value,) if isinstance(value, Tensor) else _tensors_in(value):
+                        if is_paged(leaf):
+                            paged[id(leaf)] = leaf.nbytes
+                        else:
                             self._lifetimes.own(leaf, "optimizer_state", module=module)
+
+
+def _tensors_in(value: Any) -> list[Tensor]:
+    leaves = pytree.tree_leaves(value)
+    held = pytree.tree_leaves([list(vars(one).values()) for one in leaves if hasattr(one, "__dict__")])
+    return [one for one in (*leaves, *held) if isinstance(one, Tensor)]

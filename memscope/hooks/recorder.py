@@ -24,6 +24,7 @@ from memscope.hooks.kernels import Kernels
 from memscope.hooks.modules import ModuleStack
 from memscope.hooks.optimizer import GradientNamer, OptimizerNamer
 from memscope.hooks.out_of_memory import is_out_of_memory
+from memscope.hooks.paged import paged_note
 from memscope.hooks.storages import StorageTracker
 from memscope.hooks.versions import note_untested, versions
 from memscope.hooks.work import Execute, WorkDone
@@ -346,6 +347,8 @@ class Recorder:
         meta = self._run_meta()
         for note in self._tracker.notes:
             add_note(meta, note)
+        if self._optimizers.paged_bytes:
+            add_note(meta, paged_note(self._optimizers.paged_bytes))
         return meta
 
     def _run_meta(self) -> dict[str, Any]:

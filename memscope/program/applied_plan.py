@@ -60,6 +60,7 @@ class AppliedPlan:
         self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._frozen: set[int] = set()
         self._refused: list[tuple[str, UsageError]] = []
+        self._told: list[str] = []
         self._is_applied = self._is_applying = False
         self._scopes = contextlib.ExitStack()
 
@@ -72,8 +73,10 @@ class AppliedPlan:
 
     @property
     def notes(self) -> list[str]:
-        """The optimizers to which the plan could not be applied, though it was to others; models that need no plan."""
-        notes = [f'The plan "{self._plan}" was not applied to {what}: {error}' for what, error in self._refused]
+        """What the strategies tell; optimizers that the plan does not suit, though others; models that need no plan."""
+        notes = self._told + [
+            f'The plan "{self._plan}" was not applied to {what}: {error}' for what, error in self._refused
+        ]
         if any("recomputation" in strategy.provides for strategy in self._plan.strategies):
             notes += [
                 f"{type(model).__name__} checkpoints activations by itself (gradient_checkpointing): the baseline too"
@@ -147,20 +150,31 @@ class AppliedPlan:
             self._frozen |= before.frozen_now
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         built = built_by(workload.optimizer_factory, trainable, model)
-        if type(built) is not type(optimizer):
-            raise UsageError(
-                f'the plan "{self._plan}" builds a {type(built).__name__}, but the program goes on with its '
-                f"{type(optimizer).__name__}: build the other optimizer in the program"
-            )
         if not any(group["params"] for group in built.param_groups):
             raise UsageError(
                 f'the plan "{self._plan}" leaves the optimizer {type(optimizer).__name__} nothing to train: it was '
                 "given none of the parameters that are trained now"
             )
-        vars(optimizer).clear()
-        vars(optimizer).update(vars(built))
+        self._become(optimizer, built)
+        self._told += [note for note in workload.notes if note not in self._told]
         self._is_applied = True
         self._changed()
+
+    def _become(self, optimizer: Any, built: Optimizer) -> None:
+        """Make the program's object the optimizer that was built: the program goes on with it.
+
+        Raises:
+            UsageError: instances of its class cannot become those of the other class.
+        """
+        try:
+            optimizer.__class__ = type(built)
+        except TypeError as error:
+            raise UsageError(
+                f'the plan "{self._plan}" builds a {type(built).__name__}, but the program goes on with its '
+                f"{type(optimizer).__name__}, which cannot become one ({error}): build it in the program"
+            ) from error
+        vars(optimizer).clear()
+        vars(optimizer).update(vars(built))
 
     def _check(self, plan: Plan, workload: Workload) -> None:
         """Find what prevents a plan, before anything is changed."""

@@ -35,7 +35,7 @@ _PRELOADED = [
     "memscope.simulation.simulate",
     "torch._dynamo",  # imported with the first optimizer that is built
     "memscope.analysis.summary",  # imported with the first public name that a target uses
-    *(f"memscope.strategies.{name}" for name in ("adamw", "amp", "bf16", "ckpt", "ga", "lora")),
+    *(f"memscope.strategies.{name}" for name in ("amp", "bf16", "ckpt", "ga", "lora", "optim")),
     "memscope.runs.worker",
 ]
 """Imports that take long, and that nearly every run needs."""

@@ -37,6 +37,8 @@ from memscope.simulation.facade.imports import imports_see_the_machine
 from memscope.simulation.facade.visible_gpu import VisibleGpu
 from memscope.simulation.fake_tensors import FakeCopies, StandIns, fake_tensors_train, weight_sizes
 from memscope.simulation.host import Link, host_copies
+from memscope.simulation.machine.libraries import ChangedLibraries
+from memscope.simulation.packages.paged import HostTensors, paged_state
 from memscope.simulation.packages.visible import VisiblePackages
 from memscope.simulation.refusal import NotSimulated
 from memscope.simulation.remember import RememberedOperators
@@ -135,8 +137,8 @@ def simulate(
     answers = Answers(values, assumptions)
     followed = FollowedValues(values, answers, untouched)
     operators = RememberedOperators(mode, values, answers, untouched, roofline, results(on_gpu=device.kind == "cuda"))
-    part = part or Part()
-    with _one_at_a_time(), _simulated(device, gpu, answers), untouched, _explained(assumptions.policy.refuse):
+    part, host = part or Part(), HostTensors()
+    with _one_at_a_time(), _simulated(device, gpu, answers, host), untouched, _explained(assumptions.policy.refuse):
         with mode, followed:
             built = _build(workload, mode, values, untouched)
         plan.check(built)  # outside the fake mode, so that a strategy can read the data
@@ -144,8 +146,9 @@ def simulate(
             plan.carry_out(built)
         with followed:
             pieces = prepare_steps(built, steps, part.micro_batches)
-        with mode:
+        with mode, followed:
             training = Training.start(built, "cpu", partial(map_tensors, partial(_on_device, values)))
+        with mode:
             link = Link(operators, device)
             execute = WrittenViews(link)
             recorder = Recorder(
@@ -156,7 +159,7 @@ def simulate(
                 kernels=kernels,
                 calls_of=part.calls_of,
             )
-            gpu.memory.seen = recorder.tracker.seen
+            gpu.memory.seen, host.tracker = recorder.tracker.seen, recorder.tracker
             with host_copies(recorder.tracker, link) if kernels else contextlib.nullcontext():
                 run_steps(training, pieces, recorder, progress, live)
     trace = recorder.trace()
@@ -230,7 +233,7 @@ def _one_at_a_time() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _simulated(device: Device, gpu: VisibleGpu, answers: Answers) -> Iterator[None]:
+def _simulated(device: Device, gpu: VisibleGpu, answers: Answers, host: HostTensors) -> Iterator[None]:
     """Make all changes to PyTorch that a simulation needs, and undo them on exit."""
     with contextlib.ExitStack() as scopes:
         scopes.enter_context(fake_tensors_use_foreach())
@@ -239,7 +242,9 @@ def _simulated(device: Device, gpu: VisibleGpu, answers: Answers) -> Iterator[No
             scopes.enter_context(cuda_semantics(device.capability))
             scopes.enter_context(gpu)
             packages = scopes.enter_context(VisiblePackages(device, gpu.notes.append))
-            scopes.enter_context(imports_see_the_machine(gpu.hidden, packages.hidden, given=packages.given))
+            libraries = scopes.enter_context(ChangedLibraries(paged_state(host)))
+            hidden = (gpu.hidden, packages.hidden)
+            scopes.enter_context(imports_see_the_machine(*hidden, given=packages.given, imported=libraries.look))
         else:
             scopes.enter_context(imports_see_the_machine())
         yield

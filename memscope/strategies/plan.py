@@ -1,20 +1,21 @@
 """Plans: strategies in the order of their application, and the text that names them.
 
-A plan is written as text such as `lora:r=16,targets=wq+wv,adamw:fused,ckpt`. A comma-separated word with a `=` before
-any `:` is a setting of the strategy before it; any other word starts a new strategy. A bare word directly after the
-colon is a switch: `adamw:fused` means `adamw:fused=true`.
+A plan is written as text such as `lora:r=16,targets=wq+wv,optim:adamw,fused,ckpt`. A comma-separated word with a `=`
+before any `:` is a setting of the strategy before it. A bare word after a comma starts a new strategy if it names one;
+otherwise it is a switch of the strategy before it, as it is directly after the colon: `fused` means `fused=true`. The
+value of a strategy's choice (`memscope.workload.settings.choice`) is such a word too: `adamw`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from memscope.errors import UsageError, nearest
 from memscope.strategies.plugins import available, called
 from memscope.strategies.strategy import Strategy
-from memscope.workload.settings import fill, is_switch
+from memscope.workload.settings import bare_words, fill
 
 if TYPE_CHECKING:
     from memscope.workload.description import Workload
@@ -115,17 +116,23 @@ def read_strategies(text: str) -> list[Strategy]:
     strategies: list[Strategy] = []
     for name, words in _words(text):
         if name not in available():
-            hint = nearest(name, available())
-            if strategies and is_switch(strategies[-1].Config, name):
-                hint = f'after a comma, write the setting of "{strategies[-1].name}" as {name}=true'
-            raise UsageError(f'unknown strategy "{name}" in plan "{text}": {hint}')
+            raise UsageError(f'unknown strategy "{name}" in plan "{text}": {_hint(name, words, strategies)}')
         kind = available()[name]
         strategies.append(kind(fill(kind.Config, words, of=f'strategy "{name}"')))
     return strategies
 
 
+def _hint(unknown: str, words: Mapping[str, str | None], before: Sequence[Strategy]) -> str:
+    """What to write in place of the name of a strategy that there is not."""
+    for name, kind in available().items():
+        if unknown in bare_words(kind.Config):
+            settings = [key if value is None else f"{key}={value}" for key, value in words.items()]
+            return f"write {name}:{','.join([unknown, *settings])}"
+    return nearest(unknown, [*available(), *(bare_words(before[-1].Config) if before else ())])
+
+
 def _words(text: str) -> list[tuple[str, dict[str, str | None]]]:
-    """The names of a plan's strategies, each with its settings as text; the text of a switch is None."""
+    """The names of a plan's strategies, each with its settings as text; None: the word stands alone."""
     found: list[tuple[str, dict[str, str | None]]] = []
     for word in [w.strip() for w in text.split(",")] if text.strip() else []:
         equals, colon = word.find("="), word.find(":")
@@ -135,25 +142,32 @@ def _words(text: str) -> list[tuple[str, dict[str, str | None]]]:
                     f'malformed plan "{text}": the setting "{word}" has no strategy before it; write STRATEGY:{word}'
                 )
             setting = word
+        elif found and word not in available() and _stands_alone(word, after=found[-1][0]):
+            setting = word
         else:
             name, _, setting = word.partition(":")
             if not name or (colon >= 0 and not setting):
                 raise UsageError(
                     f'malformed plan "{text}": expected STRATEGY or STRATEGY:KEY=VALUE,… but found "{word}"'
                 )
-            if "=" not in setting:
-                found.append((name, {setting: None} if setting else {}))
-                continue
             found.append((name, {}))
+            if not setting:
+                continue
         key, equal, value = setting.partition("=")
-        if not equal or not key or not value:
+        if not key or (equal and not value):
             raise UsageError(
                 f'malformed plan "{text}": expected KEY=VALUE after "{found[-1][0]}" but found "{setting}"'
             )
         if key in found[-1][1]:
             raise UsageError(f'malformed plan "{text}": "{key}" is set twice for "{found[-1][0]}"')
-        found[-1][1][key] = value
+        found[-1][1][key] = value if equal else None
     return found
+
+
+def _stands_alone(word: str, *, after: str) -> bool:
+    """Whether a word is a setting of a strategy by itself."""
+    kind = available().get(after)
+    return kind is not None and word in bare_words(kind.Config)
 
 
 def _conflicts(strategies: tuple[Strategy, ...]) -> list[str]:

@@ -11,14 +11,13 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, Literal
 
 from memscope.errors import MemscopeError, UsageError, where
+from memscope.strategies.names import GROUP
 from memscope.strategies.strategy import Stage, Strategy
 
 if TYPE_CHECKING:
     from memscope.workload.description import Workload
 
 __all__ = ["available", "called"]
-
-_GROUP = "memscope.strategies"
 
 
 @cache
@@ -30,7 +29,7 @@ def available() -> dict[str, type[Strategy]]:
     """
     found: dict[str, type[Strategy]] = {}
     # A checkout beside an installation lists the same class twice: that is one strategy.
-    for entry in sorted({(e.name, e.value): e for e in entry_points(group=_GROUP)}.values(), key=lambda e: e.name):
+    for entry in sorted({(e.name, e.value): e for e in entry_points(group=GROUP)}.values(), key=lambda e: e.name):
         if entry.name in found:
             raise UsageError(
                 f'two installed packages provide a strategy "{entry.name}" ({entry.value}): uninstall one of them'

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from memscope.workload.settings import is_switch, non_defaults
+from memscope.strategies.names import installed_names
+from memscope.workload.settings import plan_words
 
 if TYPE_CHECKING:
     from memscope.workload.description import Workload
@@ -137,8 +138,5 @@ class Strategy(Protocol):
     @property
     def spec(self) -> str:
         """The strategy and its settings in plan syntax; settings at their defaults are left out."""
-        settings = non_defaults(self.config)
-        switch = next((key for key, text in settings.items() if text == "true" and is_switch(self.config, key)), None)
-        words = [switch] if switch else []
-        words += [f"{key}={value}" for key, value in settings.items() if key != switch]
+        words = plan_words(self.config, installed_names())
         return f"{self.name}:{','.join(words)}" if words else self.name

@@ -8,22 +8,45 @@ import inspect
 import textwrap
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal, TypeVar, Union, overload
 
 from memscope.errors import UsageError, nearest
 
-__all__ = ["fill", "format_value", "help_of", "is_switch", "non_defaults", "setting", "setting_name"]
+__all__ = [
+    "bare_words",
+    "choice",
+    "fill",
+    "format_value",
+    "help_of",
+    "is_choice",
+    "is_switch",
+    "non_defaults",
+    "plan_words",
+    "setting",
+    "setting_name",
+]
 
 T = TypeVar("T")
 _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 _NAME = "memscope setting"
+_CHOICE = "memscope choice"
 _EXPECTED = {int: "a whole number", float: "a number"}
 
 
 def setting(name: str, default: Any) -> Any:
     """A field whose setting has another name, such as `layer-list` for the field `layer_list`."""
     return dataclasses.field(default=default, metadata={_NAME: name})
+
+
+def choice() -> Any:
+    """A field of an optional Literal type whose value is written without its name: `optim:adamw`; by default None."""
+    return dataclasses.field(default=None, metadata={_CHOICE: True})
+
+
+def is_choice(field: dataclasses.Field[Any]) -> bool:
+    """Whether a field was made by `choice`."""
+    return _CHOICE in field.metadata
 
 
 def setting_name(field: dataclasses.Field[Any]) -> str:
@@ -39,7 +62,7 @@ def fill(config: T, words: Mapping[str, str | None], *, of: str) -> T: ...
 def fill(config: type[T] | T, words: Mapping[str, str | None], *, of: str) -> T:
     """Set the fields in `words` of a settings dataclass from text; the other fields keep the values of `config`.
 
-    None in place of a text turns a switch (a bool) on.
+    None in place of a text means that the word stands alone: a switch (a bool) to turn on, or the value of a `choice`.
 
     A field may be a bool, int, float or str, any other type whose constructor takes one text, a Literal, a list or
     tuple of these (items joined by `+`), or optional (`none`). `of` names the owner in errors, e.g. `strategy "lora"`.
@@ -51,10 +74,16 @@ def fill(config: type[T] | T, words: Mapping[str, str | None], *, of: str) -> T:
     base: Any = config() if isinstance(config, type) else config
     hints = typing.get_type_hints(type(base))
     fields = {setting_name(field): field.name for field in dataclasses.fields(base) if field.init}
-    changes = {}
+    choices = _choices(base)
+    changes: dict[str, Any] = {}
     for key, text in words.items():
+        if text is None and key in choices:
+            if choices[key] in changes:
+                raise UsageError(f'{of} cannot be both "{changes[choices[key]]}" and "{key}": choose one')
+            changes[choices[key]] = key
+            continue
         if key not in fields:
-            raise UsageError(f'{of} has no setting "{key}": {nearest(key, fields)}')
+            raise UsageError(f'{of} has no setting "{key}": {nearest(key, [*choices, *fields])}')
         where = f'{of}: setting "{key}"'
         if text is None and not is_switch(base, key):
             raise UsageError(f"{where} is not a switch: write {key}=VALUE")
@@ -71,6 +100,23 @@ def is_switch(config: Any, key: str) -> bool:
     hints = typing.get_type_hints(config if isinstance(config, type) else type(config))
     kind = next((hints[field.name] for field in dataclasses.fields(config) if setting_name(field) == key), None)
     return kind is bool or (typing.get_origin(kind) in (Union, types.UnionType) and bool in typing.get_args(kind))
+
+
+def bare_words(config: Any) -> list[str]:
+    """The words that are settings by themselves: the values of a `choice`, and the switches."""
+    switches = [name for name in map(setting_name, dataclasses.fields(config)) if is_switch(config, name)]
+    return [*_choices(config), *switches]
+
+
+def _choices(config: Any) -> dict[str, str]:
+    """The values of each field that was made by `choice`, with the name of the field."""
+    hints = typing.get_type_hints(config if isinstance(config, type) else type(config))
+    found: dict[str, str] = {}
+    for field in filter(is_choice, dataclasses.fields(config)):
+        kinds = [hints[field.name], *typing.get_args(hints[field.name])]
+        literals = next(typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is Literal)
+        found |= {format_value(value): field.name for value in literals}
+    return found
 
 
 def _value(text: str, kind: Any, where: str) -> Any:
@@ -139,6 +185,25 @@ def non_defaults(config: Any) -> dict[str, str]:
         for field, value in values.items()
         if value != getattr(default, field.name)
     }
+
+
+def plan_words(config: Any, taken: Collection[str] = ()) -> list[str]:
+    """The settings that differ from the defaults, as the words of a plan: those that stand alone come first.
+
+    Args:
+        config: the settings.
+        taken: words that mean something else after a comma; a switch of that name is written `KEY=true`.
+    """
+    chosen = {setting_name(field) for field in dataclasses.fields(config) if is_choice(field)}
+    settings = non_defaults(config)
+    alone = [text for key, text in settings.items() if key in chosen]
+    valued = []
+    for key, text in settings.items():
+        if text == "true" and is_switch(config, key) and not (alone and key in taken):
+            alone.append(key)
+        elif key not in chosen:
+            valued.append(f"{key}={text}")
+    return [*alone, *valued]
 
 
 def help_of(config: type) -> dict[str, str]:

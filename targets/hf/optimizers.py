@@ -2,51 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from memscope.errors import UsageError, nearest
-from memscope.targets.hf.libraries import needed
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
-__all__ = ["optimizer_factory", "optimizer_named"]
+__all__ = ["optimizer_factory", "optimizer_named_by_trainer", "optimizer_notes"]
 
-_TORCH = {
-    "adamw_torch": ("AdamW", {}),
-    "adamw_torch_fused": ("AdamW", {"fused": True}),
-    "sgd": ("SGD", {}),
-    "adagrad": ("Adagrad", {}),
-    "rmsprop": ("RMSprop", {}),
-}
-"""Name → class of torch.optim, and its arguments (`_get_torch_optimizer` in transformers/trainer_optimizer.py)."""
-_OTHER = ("adafactor",)
-_QUANTIZED = ("bnb", "8bit", "4bit", "paged", "lion", "ademamix")
-"""Parts of the names of optimizers of bitsandbytes and torchao."""
+_ALIASES = {"adamw_hf": "adamw_torch", "adamw": "adamw_torch"}
+_NOT_SIMULATED = ("ademamix", "galore", "apollo", "lomo", "grokadamw", "stable_adamw", "schedule_free", "rmsprop_bnb")
+"""Parts of the names of further optimizers of the Trainer (`OptimizerNames` in training_args.py, 5.23)."""
 
 
-def optimizer_named(name: str, place: str) -> str:
+def optimizer_named_by_trainer(name: str, place: str) -> str:
     """The name, if the optimizer can be simulated.
 
     Raises:
         UsageError: it is unknown or not supported.
     """
-    valid = (*_TORCH, *_OTHER)
-    name = {"adamw_hf": "adamw_torch", "adamw": "adamw_torch"}.get(name, name)
-    if name in valid:
+    from memscope.strategies.optim import TRAINER_NAMES
+
+    name = _ALIASES.get(name, name)
+    if name in TRAINER_NAMES:
         return name
-    if any(part in name for part in _QUANTIZED):
+    if any(part in name for part in _NOT_SIMULATED):
         raise UsageError(
-            f'{place}="{name}" is not supported: its states have a format of another library (bitsandbytes, torchao). '
-            f"Choose another with --set optimizer=NAME. Valid: {', '.join(sorted(valid))}"
+            f'{place}="{name}" is not supported. Choose another with --set optimizer=NAME. '
+            f"Valid: {', '.join(sorted(TRAINER_NAMES))}"
         )
-    raise UsageError(f'{place}="{name}": {nearest(name, valid)}')
+    raise UsageError(f'{place}="{name}": {nearest(name, TRAINER_NAMES)}')
 
 
-def optimizer_factory(name: str) -> Callable[[Iterable[nn.Parameter]], Optimizer]:
-    """A function that builds the optimizer from the trainable parameters.
+def optimizer_notes(name: str) -> Sequence[str]:
+    """What a trace with the optimizer does not show."""
+    from memscope.strategies.optim import KINDS, TRAINER_NAMES
+
+    return KINDS[TRAINER_NAMES[optimizer_named_by_trainer(name, "hf: optimizer")][0]].told
+
+
+def optimizer_factory(name: str) -> Callable[[Iterable[nn.Parameter], nn.Module], Optimizer]:
+    """A function that builds the optimizer from the trainable parameters of a model.
 
     As in the Trainer, matrices decay and vectors do not: two groups (`get_decay_parameter_names` in
     transformers/trainer.py leaves out biases and weights of norms, which are vectors).
@@ -54,23 +53,14 @@ def optimizer_factory(name: str) -> Callable[[Iterable[nn.Parameter]], Optimizer
     Raises:
         UsageError: the optimizer is unknown or not supported.
     """
-    name = optimizer_named(name, "hf: optimizer")
+    from memscope.strategies.optim import TRAINER_NAMES, optimizer_named
 
-    def factory(parameters: Iterable[nn.Parameter]) -> Optimizer:
+    kind, settings = TRAINER_NAMES[optimizer_named_by_trainer(name, "hf: optimizer")]
+
+    def factory(parameters: Iterable[nn.Parameter], model: nn.Module) -> Optimizer:
         given = list(parameters)
-        decayed, plain = [p for p in given if p.ndim > 1], [p for p in given if p.ndim <= 1]
-        groups = [{"params": decayed, "weight_decay": 0.0}, {"params": plain, "weight_decay": 0.0}]
-        return _built([group for group in groups if group["params"]], name)
+        parts = [p for p in given if p.ndim > 1], [p for p in given if p.ndim <= 1]
+        groups = [{"params": part, "lr": 1e-5, "weight_decay": 0.0} for part in parts if part]
+        return optimizer_named(kind, groups, settings, model)
 
     return factory
-
-
-def _built(groups: list[dict[str, Any]], name: str) -> Optimizer:
-    import torch
-
-    if name == "adafactor":
-        adafactor: Any = needed("transformers").Adafactor
-        return adafactor(groups, lr=1e-3, scale_parameter=False, relative_step=False)  # type: ignore[no-any-return]
-    kind, arguments = _TORCH[name]
-    optimizer: Optimizer = getattr(torch.optim, kind)(groups, lr=1e-5, **arguments)
-    return optimizer

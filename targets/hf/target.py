@@ -18,7 +18,7 @@ from memscope.targets.hf.config import ARGUMENT, PRESETS
 from memscope.targets.hf.config import HfConfig as Config
 from memscope.targets.hf.inputs import inputs_for
 from memscope.targets.hf.model import DTYPES, build_model, read_config
-from memscope.targets.hf.optimizers import optimizer_factory
+from memscope.targets.hf.optimizers import optimizer_factory, optimizer_notes
 from memscope.targets.hf.program import Program, completed
 from memscope.targets.hf.recipe_peft import plain
 from memscope.targets.hf.recipes import read_recipe, recipe_file
@@ -76,7 +76,7 @@ def build(config: Config) -> Workload:
         name=source.name,
         split=inputs.split,
         settings=_plain(program) | {"seq_len": length.tokens if length else None},
-        notes=(*program.notes, *(length.notes if length else ()), *_trusted(source, program)),
+        notes=_notes(program, source, length.notes if length else ()),
         positions=length.positions if length else None,
     )
 
@@ -127,12 +127,17 @@ def _plan(program: Program) -> StepPlan:
     )
 
 
+def _notes(program: Program, source: ModelSource, of_length: Iterable[str]) -> tuple[str, ...]:
+    return (*program.notes, *of_length, *_trusted(source, program), *optimizer_notes(program.optimizer))
+
+
 def _optimizer(
-    factory: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
+    factory: Callable[[Iterable[nn.Parameter], nn.Module], torch.optim.Optimizer],
     program: Program,
     parameters: Iterable[nn.Parameter],
+    model: nn.Module,
 ) -> torch.optim.Optimizer:
-    optimizer = factory(parameters)
+    optimizer = factory(parameters, model)
     steps = itertools.count()
 
     def stepped(*_: Any) -> None:

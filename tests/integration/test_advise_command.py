@@ -23,7 +23,7 @@ SMALL = ["targets/llama2", "--preset", "debug", "--device", "a100-40gb"]
 ROOT = Path(__file__).parents[2]
 CONTEXT = get_device("a100-40gb").context_bytes
 SETTINGS = ["seq_len=512", "micro_batch=16", "accumulation=1", "attention=sdpa", "n_layers=3"]
-ALONE = ["-s", "adamw:fused,ga:steps=1"]
+ALONE = ["-s", "optim:fused,ga:steps=1"]
 """The only combination of strategies, where a test is not about the search."""
 
 
@@ -74,7 +74,7 @@ def test_the_plan_file_is_what_profile_takes_and_holds_the_budget(run):
     plan = str(Plan.parse(shlex.split(command)[-1]))
     assert "ckpt:plan=memscope-plan.json" in plan
     words = shlex.split(command.removeprefix("Next: memscope "))
-    code, out, _ = run(*words, "-s", "adamw", "--json", "-o", "planned")
+    code, out, _ = run(*words, "-s", "optim", "--json", "-o", "planned")
     assert code in (0, 4)  # 4: the other plan, which is compared, does not fit
     assert {",".join(one["strategies"]): one["peak"]["device"] for one in json.loads(out)["runs"]}[plan] <= budget
 
@@ -110,7 +110,7 @@ def test_the_next_command_after_nothing_fits_finds_a_plan(run):
     [line] = [line for line in out.splitlines() if line.startswith("Next: ")]
     code, out, err = run(*shlex.split(line.removeprefix("Next: memscope ")))
     assert code == 0, err
-    assert "-s adamw:fused,ga:steps=1" in line
+    assert "-s optim:fused,ga:steps=1" in line
 
 
 def test_without_a_target_it_is_the_last_one_profiled(run):

@@ -26,8 +26,8 @@ def test_the_strategies_that_come_with_memscope_keep_their_promises(install: Ins
 @pytest.mark.parametrize(
     "spec",
     [
-        "adamw:fused",
-        "adamw:foreach=false",
+        "optim:fused",
+        "optim:foreach=false",
         "amp:dtype=bf16",
         "ckpt:layers=every-2",
         "ga:steps=2",

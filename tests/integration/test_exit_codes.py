@@ -26,7 +26,7 @@ COMMANDS = sorted(cli.list_commands(click.Context(cli)))
 WORKS = {
     "profile": ["profile", "mine.py", "--device", "gpu", "-o", "runs"],
     "fit": ["fit", "sized.py", *SMALL_DEVICE],
-    "advise": ["advise", "mine.py", "--budget", "1GB", "-s", "ga:steps=1,adamw"],
+    "advise": ["advise", "mine.py", "--budget", "1GB", "-s", "ga:steps=1,optim"],
     "report": ["report", "run.npz"],
     "diff": ["diff", "run.npz", "run.npz"],
     "check": ["check", "run.npz", "--budget", "1GB"],
@@ -112,9 +112,9 @@ CAUSES = {
         (full_disk, [*WORKS["advise"], "--html", "page.html"]),
     ],
     "a check fails, no plan fits, or `fit` finds that the step does not fit": [
-        (nothing, ["fit", "wide.py", *SMALL_DEVICE, "-s", "ga:steps=1,adamw"]),
+        (nothing, ["fit", "wide.py", *SMALL_DEVICE, "-s", "ga:steps=1,optim"]),
         (nothing, ["check", "run.npz", "--budget", "1MiB"]),
-        (nothing, ["advise", "mine.py", "--budget", "2MiB", "-s", "ga:steps=1,adamw"]),
+        (nothing, ["advise", "mine.py", "--budget", "2MiB", "-s", "ga:steps=1,optim"]),
     ],
     "the target runs out of device memory: the last run of `profile`, or a program on a GPU": [
         (target(WIDE), ["profile", "mine.py", "--device", "small", "--device-file", "small.toml"]),

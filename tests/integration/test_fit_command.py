@@ -82,7 +82,7 @@ def folder(run, tmp_path: Path) -> Path:
 
 
 def test_what_does_not_fit_gets_changes_and_a_next_command_that_fits(run, folder):
-    words = ["-s", "adamw,ga:steps=1", "--json", "--html", "page.html"]
+    words = ["-s", "optim,ga:steps=1", "--json", "--html", "page.html"]
     code, out, err = run("fit", "mine.py", *ON_SMALL, *words)
     assert code == 3, err
     told = json.loads(out)
@@ -97,7 +97,7 @@ def test_what_does_not_fit_gets_changes_and_a_next_command_that_fits(run, folder
     assert [one["fits"] for one in told["devices"] if one["name"] in ("small", "b200")] == [False, True]
     assert told["changes"]
     for one in told["changes"]:
-        assert {"adamw", "ga:steps=1"} <= set(Plan.parse(one["strategies"]).specs)
+        assert {"optim", "ga:steps=1"} <= set(Plan.parse(one["strategies"]).specs)
         assert one["device_bytes"] <= CAPACITY
     assert [one["step_seconds"] for one in told["changes"]] == sorted(one["step_seconds"] for one in told["changes"])
     page = (folder / "page.html").read_text()

@@ -89,7 +89,7 @@ def test_advice_is_printed_when_its_files_cannot_be_written(run, folder, monkeyp
     monkeypatch.setattr("memscope.strategies.ckpt.layer_plan.write_whole", full)
     monkeypatch.setattr("memscope.dashboards.html.write_whole", full)
     (folder / "mine.py").write_text(TARGET.replace("ones(2, 4)", "ones(2**20, 4)"))
-    words = ["--device", "a100-40gb", "--budget", "626MiB", "-s", "ga:steps=1,adamw", "-o", "plan.json"]
+    words = ["--device", "a100-40gb", "--budget", "626MiB", "-s", "ga:steps=1,optim", "-o", "plan.json"]
     code, out, err = run("advise", "mine.py", *words, "--html", "plan.html")
     assert code == 2, out
     assert f"memscope: error: plan.json: cannot be written ({FULL})\nplan.html: cannot be written ({FULL})" in err
@@ -173,13 +173,13 @@ def test_without_the_baseline_there_is_no_table_but_the_traces_of_the_others_are
 def test_a_grid_with_a_lost_run_shows_the_others_and_marks_it(device, fault, said, run, folder):
     (folder / "mine.py").write_text(LOST_WITH_GA.replace("__import__('os')._exit(7)", fault))
     words = ["profile", "mine.py", "--device", device, "-o", "runs"]
-    code, out, err = run(*words, "--grid", "ga:steps=2,adamw:fused", "--table", "t.csv")
+    code, out, err = run(*words, "--grid", "ga:steps=2,optim:fused", "--table", "t.csv")
     assert code == 1
     assert f"memscope: error: run ga:steps=2: {said}" in err
     assert sum(line.count("?") == 3 for line in out.splitlines()) == 2
-    assert f"?: the run with ga:steps=2, adamw:fused failed: {said}" in " ".join(out.split())
+    assert f"?: the run with ga:steps=2, optim:fused failed: {said}" in " ".join(out.split())
     assert [line.split(",")[2] for line in (folder / "t.csv").read_text().splitlines()[1:]] == ["1", "1", "", ""]
-    assert kept(folder) == ["adamw_fused.npz", "baseline.npz", "report.html"]
+    assert kept(folder) == ["optim_fused.npz", "baseline.npz", "report.html"]
 
 
 def test_a_grid_without_any_result_is_an_error(run, folder):
@@ -210,7 +210,7 @@ say("module")
 
 @pytest.mark.parametrize(
     "words",
-    [[*PROFILE, "--json"], ["advise", "mine.py", "-s", "adamw:fused", "--budget", "1GB", "--json"]],
+    [[*PROFILE, "--json"], ["advise", "mine.py", "-s", "optim:fused", "--budget", "1GB", "--json"]],
     ids=["profile", "advise"],
 )
 def test_a_target_that_prints_does_not_break_json(folder, words):

@@ -53,7 +53,7 @@ def test_frozen_weights_have_neither_gradients_nor_optimizer_state():
 
 def test_advise_runs_the_program_again_for_each_plan(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = ["advise", "--budget", "1GB", "-s", "adamw:foreach=false", "--json", "--", sys.executable]
+    words = ["advise", "--budget", "1GB", "-s", "optim:foreach=false", "--json", "--", sys.executable]
     out = io.StringIO()
     with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as end:
         main([*words, str(PROGRAMS / "nanogpt.py")])
@@ -61,7 +61,7 @@ def test_advise_runs_the_program_again_for_each_plan(tmp_path, monkeypatch):
     document = json.loads(out.getvalue())
     assert document["target"] == "nanogpt.py"
     assert document["feasible"]
-    assert document["plan"] == {"strategies": ["adamw:foreach=false"], "layers": {}, "file": None}
+    assert document["plan"] == {"strategies": ["optim:foreach=false"], "layers": {}, "file": None}
     # The other runs: every layer checkpointed. A scaler is in the way of bf16, and lora is not allowed.
     assert document["notes"][0].startswith("The program was run 2 times, once for each plan that was tried. ")
     assert document["time"]["overhead_vs_all"] < 0

@@ -44,7 +44,7 @@ def test_the_plan_from_python_holds_its_promise_when_it_is_simulated(index: int)
 
 def test_a_plan_can_be_saved_and_applied(tmp_path: Path) -> None:
     saved = advice(budgets()[0]).save(tmp_path / "plan.json")
-    assert str(saved.plan).endswith(f"ckpt:plan={tmp_path / 'plan.json'},adamw:fused,ga:steps=1")
+    assert str(saved.plan).endswith(f"ckpt:plan={tmp_path / 'plan.json'},optim:fused,ga:steps=1")
     workload = build()
     Plan.parse(str(saved.plan)).apply(workload)
     with pytest.raises(UsageError, match="exists already"):
@@ -63,7 +63,7 @@ def test_where_nothing_fits_there_is_no_plan(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("strategies", "saved_bytes"),
-    [("adamw:fused,ga:steps=4", 0), ("adamw:fused,ga:steps=4", 4 * 2**20)],
+    [("optim:fused,ga:steps=4", 0), ("optim:fused,ga:steps=4", 4 * 2**20)],
 )
 def test_the_step_time_is_that_of_the_plan_with_all_its_micro_batches(strategies: str, saved_bytes: int) -> None:
     plain = simulate(build, device=DEVICE, strategies=strategies)
@@ -133,7 +133,7 @@ def test_too_small_a_budget_is_refused_with_the_smallest_that_will_do() -> None:
     assert not found.feasible
     assert found.certificate is None
     assert found.minimum_bytes == found.peak.device
-    enough = advise(build, budget=found.minimum_bytes, device=DEVICE, strategies="adamw:fused,ga:steps=1")
+    enough = advise(build, budget=found.minimum_bytes, device=DEVICE, strategies="optim:fused,ga:steps=1")
     assert enough.feasible
 
 

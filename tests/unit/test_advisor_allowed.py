@@ -59,6 +59,6 @@ def test_a_plugin_takes_part_through_what_it_declares(monkeypatch: pytest.Monkey
     monkeypatch.setattr(plan_module, "available", everything)
     monkeypatch.setattr(combinations, "available", everything)
     found = advise(
-        build, budget=budgets()[2] + CONTEXT, device=DEVICE, strategies="adamw:fused,ga:steps=1", allow=["half"]
+        build, budget=budgets()[2] + CONTEXT, device=DEVICE, strategies="optim:fused,ga:steps=1", allow=["half"]
     )
     assert "half" in found.strategies

@@ -38,7 +38,7 @@ def lora_everywhere() -> Advice:
     return dataclasses.replace(
         found,
         trace=dataclasses.replace(found.trace, meta={**found.trace.meta, "chosen": chosen}),
-        strategies=("lora:r=8", "amp:dtype=bf16", "adamw:fused"),
+        strategies=("lora:r=8", "amp:dtype=bf16", "optim:fused"),
         layers={f"layers.{i}": "full" for i in range(LAYERS)},
     )
 

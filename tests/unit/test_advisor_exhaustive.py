@@ -117,7 +117,7 @@ def test_settings_of_one_strategy_leave_room_for_combinations() -> None:
     def rows() -> Workload:
         return workload(16, 256, 1024, 2, 256, 32)
 
-    trace = simulate(rows, device=DEVICE, strategies="adamw:fused,ga:steps=16")
+    trace = simulate(rows, device=DEVICE, strategies="optim:fused,ga:steps=16")
     budget = least_reserved(trace, AllocatorSettings()) + CONTEXT
     found = advise(rows, budget=budget, device=DEVICE)
     assert found.feasible

@@ -68,9 +68,9 @@ CHAIN = ["vision.0", "vision.1", "text.0", "text.1", "text.2"]
 
 
 def test_towers_are_planned_in_call_order_and_what_cannot_be_is_a_note(tmp_path: Path) -> None:
-    plain = simulate(towers, device=DEVICE, strategies="adamw:fused")
+    plain = simulate(towers, device=DEVICE, strategies="optim:fused")
     budget = int(plain.meta["peak_reserved"]) + DEVICE.context_bytes - 2 * MIB
-    found = advise(towers, budget=budget, device=DEVICE, strategies="adamw:fused,ga:steps=1")
+    found = advise(towers, budget=budget, device=DEVICE, strategies="optim:fused,ga:steps=1")
     assert found.feasible
     assert list(found.layers) == CHAIN
     assert found.layers["text.1"] in ("none", "offload")
@@ -83,7 +83,7 @@ def test_towers_are_planned_in_call_order_and_what_cannot_be_is_a_note(tmp_path:
     assert "refused" not in notes  # every plan peaked as predicted
     file = LayerPlan(found.layers, found.made_for).save(tmp_path / "plan.json")
     small = dataclasses.replace(DEVICE, capacity_bytes=budget)
-    trace = simulate(towers, device=small, strategies=f"adamw:fused,ckpt:plan={file}")
+    trace = simulate(towers, device=small, strategies=f"optim:fused,ckpt:plan={file}")
     assert trace.meta["out_of_memory"] is None
     assert trace.peak.allocated_bytes == found.peak.allocated
 
@@ -92,7 +92,7 @@ def test_a_list_that_the_user_names_is_refused_where_it_cannot_be_planned() -> N
     with pytest.raises(
         UsageError, match=r'the layers shared.0 to shared.0 form no chain: .* "shared.0" is called 2 times'
     ):
-        advise(towers, budget="30GB", device=DEVICE, layer_list="shared", strategies="adamw:fused,ga:steps=1")
+        advise(towers, budget="30GB", device=DEVICE, layer_list="shared", strategies="optim:fused,ga:steps=1")
 
 
 @pytest.mark.parametrize("times", [0, 2])  # 0: not as modules, as in SqueezeBERT; 2: as in ALBERT
@@ -112,9 +112,9 @@ def test_layers_that_do_not_run_once_are_a_note_and_the_models_children_are_plan
             model, [batch], lambda m, x: m["top"](m["encoder"](x)).square().mean(), torch.optim.AdamW, name="shared"
         )
 
-    plain = simulate(shared, device=DEVICE, strategies="adamw:fused")
+    plain = simulate(shared, device=DEVICE, strategies="optim:fused")
     budget = int(plain.meta["peak_reserved"]) + DEVICE.context_bytes - 2 * MIB
-    found = advise(shared, budget=budget, device=DEVICE, strategies="adamw:fused,ga:steps=1")
+    found = advise(shared, budget=budget, device=DEVICE, strategies="optim:fused,ga:steps=1")
     assert found.feasible
     assert found.layers.keys() == {"encoder", "top"}
     assert found.layers["encoder"] != "none"
@@ -127,8 +127,8 @@ def test_a_model_of_one_layer_gets_a_plan() -> None:
         model, batch = nn.Sequential(Half()), torch.ones(8 * ROWS, WIDTH)
         return Workload(model, [batch], lambda m, x: m(x).square().mean(), torch.optim.AdamW, name="one")
 
-    plain = simulate(one, device=DEVICE, strategies="adamw:fused")
+    plain = simulate(one, device=DEVICE, strategies="optim:fused")
     budget = int(plain.meta["peak_reserved"]) + DEVICE.context_bytes - 2 * MIB
-    found = advise(one, budget=budget, device=DEVICE, strategies="adamw:fused,ga:steps=1")
+    found = advise(one, budget=budget, device=DEVICE, strategies="optim:fused,ga:steps=1")
     assert found.feasible
     assert found.layers.keys() == {"0"}

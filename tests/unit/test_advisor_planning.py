@@ -24,7 +24,7 @@ from memscope.strategies.ckpt import Checkpoint, LayerPlan
 from tests.small_chain import LAYERS, ROWS, WIDTH, build
 
 DEVICE = get_device("a100-40gb")
-STRATEGIES = "adamw:fused,ga:steps=1"
+STRATEGIES = "optim:fused,ga:steps=1"
 MIB = 2**20
 NAMES = tuple(f"layers.{index}" for index in range(LAYERS))
 ASK = Asker(InProcess(build, DEVICE, AllocatorSettings()), lambda what, done, needed: None)

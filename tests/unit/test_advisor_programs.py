@@ -61,7 +61,7 @@ class Program:
         return ProgramAdvisor(self, "train.py", DEVICE, self.budget_bytes, settings, self.always, allow).advice()
 
 
-def fitting(budget_bytes, plan="adamw:fused"):
+def fitting(budget_bytes, plan="optim:fused"):
     """By number of first layers that are checkpointed, whether that fits: every number is simulated."""
     texts = [plan, *(f"{plan},ckpt:layers={'+'.join(map(str, range(count)))}" for count in range(1, LAYERS + 1))]
     return [simulated(text, budget_bytes).meta["out_of_memory"] is None for text in texts]
@@ -70,11 +70,11 @@ def fitting(budget_bytes, plan="adamw:fused"):
 @pytest.mark.parametrize("wanted", [1, 3, 5])
 def test_as_few_of_the_first_layers_are_checkpointed_as_fit(wanted):
     plenty = DEVICE.capacity_bytes
-    text = "adamw:fused,ckpt:layers=" + "+".join(map(str, range(wanted)))
+    text = "optim:fused,ckpt:layers=" + "+".join(map(str, range(wanted)))
     meta = simulated(text, plenty).meta
     budget = meta["peak_reserved"] + meta["context"]
     fewest = fitting(budget).index(True)
-    program = Program(budget, always="adamw:fused")
+    program = Program(budget, always="optim:fused")
     advice = program.advice()
     assert advice.feasible
     assert sum(option == "full" for option in advice.layers.values()) == fewest
@@ -86,11 +86,11 @@ def test_as_few_of_the_first_layers_are_checkpointed_as_fit(wanted):
 
 
 def test_no_combination_with_first_layers_checkpointed_that_fits_is_faster():
-    meta = simulated("adamw:fused,ckpt:layers=0-2", DEVICE.capacity_bytes).meta
+    meta = simulated("optim:fused,ckpt:layers=0-2", DEVICE.capacity_bytes).meta
     budget = meta["peak_reserved"] + meta["context"]
     program = Program(budget)
     advice = program.advice()
-    texts = ["", "adamw:fused", "adamw:foreach=false"]
+    texts = ["", "optim:fused", "optim:foreach=false"]
     layers = ["", "ckpt:layers=0", *(f"ckpt:layers=0-{last}" for last in range(1, LAYERS))]
     every = [simulated(",".join(filter(None, both)), budget) for both in itertools.product(texts, layers)]
     seconds = [sum(step_seconds(trace, 1).values()) for trace in every if trace.meta["out_of_memory"] is None]
@@ -113,7 +113,7 @@ def test_a_combination_that_needs_fewer_checkpoints_is_preferred_to_one_that_is_
     meta = simulated("ckpt:layers=0", DEVICE.capacity_bytes).meta
     program = NeedsAllWithFused(meta["peak_reserved"] + meta["context"])
     advice = program.advice()
-    assert program.plans.index("adamw:fused,ckpt") < program.plans.index("ckpt:layers=0")
+    assert program.plans.index("optim:fused,ckpt") < program.plans.index("ckpt:layers=0")
     assert advice.strategies == ()
     assert [*advice.layers.values()] == ["full", *["none"] * (LAYERS - 1)]
 
@@ -122,11 +122,11 @@ def test_where_it_fits_the_fastest_combination_of_strategies_is_the_plan():
     program = Program(DEVICE.capacity_bytes)
     advice = program.advice()
     plain = {plan: simulated(plan, DEVICE.capacity_bytes) for plan in program.plans if "ckpt" not in plan}
-    assert set(plain) == {"", "adamw:fused", "adamw:foreach=false"}
-    assert advice.strategies == ("adamw:fused",)
+    assert set(plain) == {"", "optim:fused", "optim:foreach=false"}
+    assert advice.strategies == ("optim:fused",)
     assert advice.layers == {}
     assert advice.untried == ()
-    assert str(advice.plan) == "adamw:fused"
+    assert str(advice.plan) == "optim:fused"
 
 
 def test_a_strategy_that_changes_the_mathematics_is_used_only_if_it_is_allowed():
@@ -139,7 +139,7 @@ def test_a_strategy_that_changes_the_mathematics_is_used_only_if_it_is_allowed()
 
 
 def test_where_nothing_fits_the_least_is_shown_and_what_would_help():
-    program = Program(DEVICE.context_bytes + 40 * 2**20, always="adamw:fused")
+    program = Program(DEVICE.context_bytes + 40 * 2**20, always="optim:fused")
     advice = program.advice()
     assert not advice.feasible
     assert [*advice.layers.values()] == ["full"] * LAYERS
@@ -150,9 +150,9 @@ def test_where_nothing_fits_the_least_is_shown_and_what_would_help():
 
 
 def test_a_model_without_layers_gets_no_checkpoints_and_a_plan_that_fails_is_a_note():
-    program = Program(DEVICE.capacity_bytes, layers=0, fails=["adamw:fused"])
+    program = Program(DEVICE.capacity_bytes, layers=0, fails=["optim:fused"])
     advice = program.advice()
     assert advice.overhead_vs_all is None
     assert "Checkpointing was not tried: the program's model has no layers" in advice.notes[0]
-    assert advice.notes[1] == 'with "adamw:fused" the program cannot be run: it failed with adamw:fused'
-    assert advice.strategies != ("adamw:fused",)
+    assert advice.notes[1] == 'with "optim:fused" the program cannot be run: it failed with optim:fused'
+    assert advice.strategies != ("optim:fused",)

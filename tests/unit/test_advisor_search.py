@@ -56,7 +56,7 @@ def plain_bytes(strategies: str) -> int:
 def test_what_was_asked_before_is_not_simulated_again() -> None:
     runner = Noted()
     ask = Asker(runner, lambda what, done, needed: None)
-    probe = Probe("adamw:fused", LayerPlan({"layers.0": "full"}, {}))
+    probe = Probe("optim:fused", LayerPlan({"layers.0": "full"}, {}))
     first, second = ask("one", [probe, replace(probe)])
     (third,) = ask("two", [probe])
     assert first is second is third
@@ -75,11 +75,11 @@ def test_combinations_that_no_checkpoints_make_fit_are_not_tried_with_them() -> 
 
 def test_no_checkpoints_are_planned_for_what_another_combination_beats() -> None:
     """Without `fused`, the optimizer's step is slower and takes temporaries of all weights."""
-    search = searched(Noted(), plain_bytes("adamw:fused,ga:steps=1") - 8 * 2**20, "ga:steps=1")
+    search = searched(Noted(), plain_bytes("optim:fused,ga:steps=1") - 8 * 2**20, "ga:steps=1")
     assert search.best is not None
     assert search.best.layers is not None
-    assert set(search.tried.plain) == {"ga:steps=1", "adamw:fused,ga:steps=1", "adamw:foreach=false,ga:steps=1"}
-    assert list(search.tried.references) == ["adamw:fused,ga:steps=1"]
+    assert set(search.tried.plain) == {"ga:steps=1", "optim:fused,ga:steps=1", "optim:foreach=false,ga:steps=1"}
+    assert list(search.tried.references) == ["optim:fused,ga:steps=1"]
 
 
 class Rows(Strategy):
@@ -110,15 +110,15 @@ def test_a_setting_that_saves_next_to_nothing_does_not_replace_the_preferred_one
     everything = {**strategies.available(), "rows": Tried}
     monkeypatch.setattr(plan_module, "available", lambda: everything)
     monkeypatch.setattr(advisor_combinations, "available", lambda: everything)
-    best = searched(Noted(), 2**30, "adamw:fused,ga:steps=1", ["rows"]).best
+    best = searched(Noted(), 2**30, "optim:fused,ga:steps=1", ["rows"]).best
     assert best is not None
     (rows,) = (strategy for strategy in Plan.parse(best.strategies).strategies if strategy.name == "rows")
     assert rows.config.count == taken
 
 
 def test_side_by_side_a_plan_is_found_that_is_as_true() -> None:
-    reserved_bytes = plain_bytes("adamw:fused,ga:steps=1") - 12 * 2**20
-    one, two = (searched(Noted(width), reserved_bytes, "adamw:fused,ga:steps=1").best for width in (1, 2))
+    reserved_bytes = plain_bytes("optim:fused,ga:steps=1") - 12 * 2**20
+    one, two = (searched(Noted(width), reserved_bytes, "optim:fused,ga:steps=1").best for width in (1, 2))
     assert one is not None
     assert two is not None
     assert one.certificate is not None

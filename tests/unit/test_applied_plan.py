@@ -66,7 +66,7 @@ def test_named_parameters_keep_their_names():
 
 
 def test_the_implementation_of_the_optimizer_is_that_of_the_plan_and_its_options_stay():
-    with AppliedPlan(Plan.parse("adamw:foreach=false")):
+    with AppliedPlan(Plan.parse("optim:foreach=false")):
         model = Model()
         optimizer = torch.optim.AdamW(groups_of(model), lr=0.25, fused=True)
     assert [(g["fused"], g["foreach"], g["lr"]) for g in optimizer.param_groups] == [(False, False, 0.25)] * 2
@@ -78,10 +78,10 @@ def test_the_implementation_of_the_optimizer_is_that_of_the_plan_and_its_options
 
 
 def test_an_optimizer_without_the_implementation_is_refused_when_the_program_trains():
-    with AppliedPlan(Plan.parse("adamw:fused")) as applied:
+    with AppliedPlan(Plan.parse("optim:fused")) as applied:
         model = Model()
         torch.optim.Adadelta(model.parameters())
-        with pytest.raises(UsageError, match='adamw: the optimizer Adadelta has no "fused" argument'):
+        with pytest.raises(UsageError, match='optim: the optimizer Adadelta has no "fused" argument'):
             applied.require_use(built=False)
 
 
@@ -109,7 +109,7 @@ def test_every_class_of_optimizer_is_followed_and_left_as_it_was():
 
 
 def test_two_optimizers_of_one_model_change_it_once():
-    with AppliedPlan(Plan.parse("ckpt,adamw:foreach=false")):
+    with AppliedPlan(Plan.parse("ckpt,optim:foreach=false")):
         model = Model()
         optimizers = [torch.optim.AdamW([group]) for group in groups_of(model)]
     assert type(model.layers[0].forward) is Recomputed
@@ -201,7 +201,7 @@ def test_a_strategy_of_the_loop_is_refused_with_the_flag_that_does_it_there(plan
 
 
 def test_what_could_be_changed_is_told_for_all_models():
-    with AppliedPlan(Plan(), asks=("adamw", "bf16", "ckpt", "lora", "ga")) as asked:
+    with AppliedPlan(Plan(), asks=("optim", "bf16", "ckpt", "lora", "ga")) as asked:
         model, other, second = Model(), nn.Linear(8, 8), Model()
         groups = groups_of(model)
         optimizers = [torch.optim.AdamW([group], foreach=False) for group in groups]
@@ -212,7 +212,7 @@ def test_what_could_be_changed_is_told_for_all_models():
     assert [one_model.optimizers, asked.offers.optimizers] == [2, 4]
     assert one_model.model["class"] == "Model"
     exact = {offer.spec for offer in one_model.strategies if offer.is_exact}
-    assert exact == {"adamw:fused", "ckpt"}
+    assert exact == {"optim:fused", "ckpt"}
     assert {"bf16", "lora"} <= {offer.spec for offer in one_model.strategies if not offer.is_exact}
     assert (asked.offers.layered, asked.offers.layers) == (("Model", "Model"), ())
     assert type(model.layers[0].forward) is not Recomputed

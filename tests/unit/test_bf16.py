@@ -117,7 +117,7 @@ def test_every_category_of_a_layer_is_half_as_large() -> None:
         assert largest["weight_copy"] == 0
 
 
-@pytest.mark.parametrize("plan", ["bf16", "bf16,amp:dtype=bf16", "bf16,lora:r=2,adamw:fused"])
+@pytest.mark.parametrize("plan", ["bf16", "bf16,amp:dtype=bf16", "bf16,lora:r=2,optim:fused"])
 def test_simulated_and_real_runs_make_the_same_allocations(plan: str) -> None:
     simulated, real = simulate(toy_workload, device="cpu", strategies=plan), record(toy_workload, strategies=plan)
     assert simulated.requested.tolist() == real.requested.tolist()

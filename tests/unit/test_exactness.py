@@ -99,7 +99,7 @@ def test_a_checkpointed_batch_norm_counts_its_batches_twice(layers):
     assert built.model[1].branch[1].num_batches_tracked == (1 if layers == "0" else 2)
 
 
-@pytest.mark.parametrize("spec", ["lora", "amp", "bf16", "adamw:fused"])
+@pytest.mark.parametrize("spec", ["lora", "amp", "bf16", "optim:fused"])
 def test_other_strategies_are_as_exact_as_they_declare(spec):
     (strategy,) = Plan.parse(spec).strategies
     assert strategy.is_exact(toy_workload(batch_norm=True)) is strategy.exact
@@ -132,7 +132,7 @@ def build(is_normed):
 
 
 def test_advice_recomputes_and_splits_no_batch_norm_unless_that_is_allowed():
-    tried = partial(advise, budget="600MB", device="a100-40gb", strategies="adamw:fused")  # needs 645 MB as it is
+    tried = partial(advise, budget="600MB", device="a100-40gb", strategies="optim:fused")  # needs 645 MB as it is
     refused = tried(lambda: build(lambda index: True))
     assert refused.feasible
     assert set(refused.layers.values()) == {"offload"}

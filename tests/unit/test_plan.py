@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from memscope.errors import UsageError
 from memscope.strategies import Plan, Stage, Strategy, available, plugins
 from memscope.strategies import plan as plan_module
-from memscope.strategies.adamw import OptimizerStep
+from memscope.strategies import strategy as strategy_module
 from memscope.strategies.amp import AMP
 from memscope.strategies.bf16 import BF16
 from memscope.strategies.ckpt import Checkpoint
 from memscope.strategies.ga import GradientAccumulation
 from memscope.strategies.lora import LoRA
+from memscope.strategies.optim import KINDS, Optim
 from memscope.testing import toy_workload
 from memscope.workload.description import Workload
 
@@ -49,16 +50,34 @@ def test_a_value_may_hold_a_colon_and_a_list_may_hold_dots() -> None:
     assert strategy.config.targets == ("blocks.0.wq", "a:b")
 
 
-@pytest.mark.parametrize("text", ["adamw:fused", "adamw:fused=true", "adamw,fused=yes", " adamw:fused "])
-def test_a_bare_word_straight_after_the_colon_is_a_switch(text: str) -> None:
-    assert contents(Plan.parse(text)) == [(OptimizerStep, OptimizerStep.Config(fused=True))]
-    assert str(Plan.parse(text)) == "adamw:fused"
+@pytest.mark.parametrize("text", ["optim:fused", "optim:fused=true", "optim,fused=yes", "optim,fused", " optim:fused "])
+def test_a_bare_word_that_is_a_switch_turns_it_on(text: str) -> None:
+    assert contents(Plan.parse(text)) == [(Optim, Optim.Config(fused=True))]
+    assert str(Plan.parse(text)) == "optim:fused"
+
+
+def test_a_choice_is_written_alone_and_bare_words_after_it_go_on() -> None:
+    plan = Plan.parse("ckpt,optim:adamw-8bit,embeddings=32,amp")
+    assert plan.specs == ["ckpt", "optim:adamw-8bit,embeddings=32", "amp"]
+    for text in ("optim:adamw,fused", "optim:fused,adamw", "optim,adamw,fused"):
+        (strategy,) = Plan.parse(text).strategies
+        assert (strategy.config, strategy.spec) == (Optim.Config("adamw", fused=True), "optim:adamw,fused")
+
+
+def test_a_word_that_names_a_strategy_begins_it_though_it_is_also_a_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = type(made("other"))
+    monkeypatch.setattr(plan_module, "available", lambda: {"switches": Switches, "other": other})
+    monkeypatch.setattr(strategy_module, "installed_names", lambda: frozenset({"switches", "other"}))
+    assert len(Plan.parse("switches:one,other").strategies) == 2
+    both = Switches.Config(one=True, other=True)
+    assert Switches(both).spec == "switches:one,other=true"
+    assert contents(Plan.parse("switches:one,other=true")) == [(Switches, both)]
 
 
 def test_settings_may_follow_a_switch_and_a_bare_word_after_a_comma_is_a_strategy() -> None:
-    assert contents(Plan.parse("adamw:fused,foreach=false,ckpt,amp")) == [
+    assert contents(Plan.parse("optim:fused,foreach=false,ckpt,amp")) == [
         (Checkpoint, Checkpoint.Config()),
-        (OptimizerStep, OptimizerStep.Config(fused=True, foreach=False)),
+        (Optim, Optim.Config(fused=True, foreach=False)),
         (AMP, AMP.Config()),
     ]
 
@@ -84,12 +103,12 @@ class Switches(Strategy):
     [
         ("switches:one", {"one": True}),
         ("switches:other,pieces=2", {"other": True, "pieces": 2}),
-        ("switches:one,pieces=2,other=true,usual=false", {"one": True, "other": True, "usual": False, "pieces": 2}),
+        ("switches:one,other,pieces=2,usual=false", {"one": True, "other": True, "usual": False, "pieces": 2}),
         ("switches:usual=false", {"usual": False}),
         ("switches:other=false", {"other": False}),
     ],
 )
-def test_the_first_switch_that_is_on_is_written_bare_and_first(
+def test_switches_that_are_on_are_written_bare_and_first(
     monkeypatch: pytest.MonkeyPatch, spec: str, settings: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(plan_module, "available", lambda: {"switches": Switches})
@@ -122,7 +141,14 @@ CONFIGURED: dict[type[Strategy], st.SearchStrategy[Any]] = {
     Checkpoint: st.builds(Checkpoint.Config, layers=st.sampled_from(["all", "every-2", "0-15", "3+7+11", "0-3+9"])),
     AMP: st.builds(AMP.Config, dtype=st.sampled_from(["fp16", "bf16"])),
     GradientAccumulation: st.builds(GradientAccumulation.Config, steps=st.integers()),
-    OptimizerStep: st.builds(OptimizerStep.Config, fused=st.booleans(), foreach=st.booleans()),
+    Optim: st.builds(
+        Optim.Config,
+        st.sampled_from([None, *KINDS]),
+        fused=st.booleans(),
+        foreach=st.booleans(),
+        momentum=st.none() | FINITE,
+        embeddings=st.sampled_from([8, 32]),
+    ),
     BF16: st.builds(BF16.Config),
 }
 
@@ -140,10 +166,10 @@ def test_a_plan_reads_back_as_it_was_written(chosen: list[Strategy]) -> None:
     assert str(Plan.parse(str(plan))) == str(plan)
 
 
-@given(st.permutations(["lora", "ckpt", "adamw", "amp", "ga"]))
+@given(st.permutations(["lora", "ckpt", "optim", "amp", "ga"]))
 def test_strategies_are_ordered_by_stage_then_by_name_however_they_are_given(words: list[str]) -> None:
-    # lora changes the trained weights, ckpt wraps modules, adamw changes the optimizer, amp and ga change the step.
-    assert Plan.parse(",".join(words)).specs == ["lora", "ckpt", "adamw", "amp", "ga"]
+    # lora changes the trained weights, ckpt wraps modules, optim changes the optimizer, amp and ga change the step.
+    assert Plan.parse(",".join(words)).specs == ["lora", "ckpt", "optim", "amp", "ga"]
 
 
 @pytest.mark.parametrize(
@@ -159,7 +185,7 @@ def test_strategies_are_ordered_by_stage_then_by_name_however_they_are_given(wor
         ("lora:=4", 'expected KEY=VALUE after "lora" but found "=4"'),
         ("lora,=4", 'expected KEY=VALUE after "lora" but found "=4"'),
         ("lora:r=4,r=8", '"r" is set twice for "lora"'),
-        ("adamw:fused,fused=false", '"fused" is set twice for "adamw"'),
+        ("optim:fused,fused=false", '"fused" is set twice for "optim"'),
     ],
 )
 def test_a_malformed_plan_is_refused_with_the_words_that_are_wrong(text: str, message: str) -> None:
@@ -190,13 +216,16 @@ def test_an_unknown_strategy_is_refused_with_the_nearest_name() -> None:
         ("lora:r", 'strategy "lora": setting "r" is not a switch: write r=VALUE'),
         ("lora:targets,r=4", 'strategy "lora": setting "targets" is not a switch: write targets=VALUE'),
         (
-            "adamw:fuse",
-            'strategy "adamw" has no setting "fuse": did you mean "fused"? Valid: foreach, fused',
+            "lora:dropuot",
+            'strategy "lora" has no setting "dropuot": did you mean "dropout"? Valid: alpha, dropout, r, targets',
         ),
-        ("adamw:fused=maybe", 'strategy "adamw": setting "fused" cannot be "maybe": expected true or false'),
+        ("optim:fused=maybe", 'strategy "optim": setting "fused" cannot be "maybe": expected true or false'),
+        ("optim:adamw,lion", 'strategy "optim" cannot be both "adamw" and "lion": choose one'),
+        ("adamw", 'unknown strategy "adamw" in plan "adamw": write optim:adamw'),
+        ("amp,adamw:fused", 'unknown strategy "adamw" in plan "amp,adamw:fused": write optim:adamw,fused'),
         (
-            "adamw,fused",
-            'unknown strategy "fused" in plan "adamw,fused": after a comma, write the setting of "adamw" as fused=true',
+            "adamw:foreach=false,amp",
+            'unknown strategy "adamw" in plan "adamw:foreach=false,amp": write optim:adamw,foreach=false',
         ),
     ],
 )

@@ -168,7 +168,7 @@ def test_a_factory_with_a_parameter_named_model_is_given_the_model() -> None:
         ]
         return torch.optim.AdamW(groups)
 
-    for plan in ("", "adamw:foreach=false", "lora:targets=0,adamw:fused"):
+    for plan in ("", "optim:foreach=false", "lora:targets=0,optim:fused"):
         model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
         workload = scalar_workload(model=model, optimizer_factory=grouped)
         Plan.parse(plan).apply(workload)

@@ -20,6 +20,11 @@ _OVERWRITE = {
 }  # fmt: skip
 """In-place operators that do not read the tensor they write."""
 
+_ONLY_READ = {"g", "qmap1", "qmap2"}
+"""Arguments of bitsandbytes' optimizers that its schemas mark as changed, though its kernels only read them.
+
+Source: csrc/kernels.cu of bitsandbytes 0.50.2 (`kOptimizerStatic8bit2StateBlockwise` and its relatives)."""
+
 _NOT_READ = {"nll_loss_backward": "self", "nll_loss2d_backward": "self"}
 """Operator → argument of which only the shape matters; the same applies to all arguments of `*_like` and `new_*`."""
 
@@ -82,6 +87,8 @@ def _is_changed(op: str, argument: Any, given: Mapping[str, Any]) -> bool:
     """
     if op.startswith("_fused_") and argument.name == "grads":
         return given.get("grad_scale") is not None
+    if op.startswith("optimizer_update_") and argument.name in _ONLY_READ:
+        return False
     return argument.alias_info is not None and argument.alias_info.is_write
 
 

@@ -45,6 +45,7 @@ from memscope.simulation.machine.streams import streams_of_a_program
 from memscope.simulation.machine.threads import threads_stay_on_the_host
 from memscope.simulation.machine.visible import tensors_of_a_program
 from memscope.simulation.machine.weights import weights_are_fake
+from memscope.simulation.packages.paged import paged_state
 from memscope.simulation.packages.visible import VisiblePackages
 from memscope.simulation.remember import RememberedOperators
 from memscope.simulation.untouched import Untouched
@@ -118,6 +119,7 @@ class SimulatedMachine:
                 without_side_effects(self._note),
                 pretrained_without_weights(self._places, self._note),
                 one_process(self._places, self._note),
+                paged_state(self._places.on_host) if self._on_gpu else {},
             )
             libraries = scopes.enter_context(ChangedLibraries(changes))
             if self._on_gpu:

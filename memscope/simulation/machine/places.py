@@ -90,6 +90,12 @@ class Places:
             bare = torch.empty_strided(real.size(), real.stride(), dtype=real.dtype, device="meta")
         return FakeTensor(self.mode, bare, _HOST)
 
+    def on_host(self, shape: tuple[int, ...], dtype: torch.dtype) -> FakeTensor:
+        """A fake tensor on the host."""
+        fake = self.stand_in_for(torch.empty(shape, dtype=dtype, device="meta"))
+        self.hide(fake)
+        return fake
+
     def replace(self, real: Tensor, fake: Tensor) -> None:
         """A fake tensor of the host takes the place of a real one."""
         self.hide(fake)

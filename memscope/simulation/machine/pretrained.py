@@ -79,7 +79,7 @@ def pretrained_without_weights(places: Places, note: Callable[[str], None]) -> C
 
     def load_file(original: Callable[..., Any]) -> Callable[..., Any]:
         def load(filename: Any, device: Any = "cpu") -> dict[str, Any]:
-            found = {name: _on_host(places, *layout) for name, layout in _layouts(Path(filename)).items()}
+            found = {name: places.on_host(*layout) for name, layout in _layouts(Path(filename)).items()}
             return {name: tensor.to(device) for name, tensor in found.items()}
 
         return load
@@ -165,12 +165,6 @@ def _layouts(file: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         header = json.loads(stream.read(length))
     header.pop("__metadata__", None)
     return {name: (tuple(one["shape"]), _DTYPES[one["dtype"]]) for name, one in header.items()}
-
-
-def _on_host(places: Places, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
-    fake = places.stand_in_for(torch.empty(shape, dtype=dtype, device="meta"))
-    places.hide(fake)
-    return fake
 
 
 def _kept_in_float32(model: nn.Module) -> list[tuple[nn.Module, torch.dtype]]:

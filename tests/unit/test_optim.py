@@ -13,18 +13,18 @@ from torch.optim import Optimizer
 from memscope import simulate
 from memscope.errors import UsageError
 from memscope.strategies import Plan
-from memscope.strategies.adamw import OptimizerStep
+from memscope.strategies.optim import Optim
 from memscope.testing import toy_workload
 from memscope.trace import PHASES, Trace
 from memscope.workload.description import Workload
 from memscope.workload.micro_batches import micro_batches
 from memscope.workload.step import Training, run_step
 
-PLANS = ("adamw", "adamw:foreach=false", "adamw:fused")
+PLANS = ("optim", "optim:foreach=false", "optim:fused")
 FLAGS = {
-    "adamw": {"fused": False, "foreach": True},
-    "adamw:foreach=false": {"fused": False, "foreach": False},
-    "adamw:fused": {"fused": True, "foreach": False},
+    "optim": {"fused": False, "foreach": True},
+    "optim:foreach=false": {"fused": False, "foreach": False},
+    "optim:fused": {"fused": True, "foreach": False},
 }
 Factory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
@@ -48,7 +48,7 @@ def step(training: Training) -> Tensor:
 def refusal(factory: Factory, plan: str) -> str:
     with pytest.raises(UsageError) as caught:
         Plan.parse(plan).apply(workload_with(factory))
-    return str(caught.value).partition("adamw: ")[2]
+    return str(caught.value).partition("optim: ")[2]
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -77,7 +77,7 @@ def test_the_flags_reach_every_parameter_group_and_the_rest_stays(name: str, pla
 )
 def test_every_pytorch_optimizer_with_a_foreach_implementation_also_works_without_it(name: str) -> None:
     kind = getattr(torch.optim, name)
-    training = started(workload_with(kind), "adamw:foreach=false")
+    training = started(workload_with(kind), "optim:foreach=false")
     assert [group["foreach"] for group in training.optimizer.param_groups] == [False]
     step(training)
 
@@ -106,7 +106,7 @@ def test_optimizer_state_loaded_by_the_factory_is_kept() -> None:
         optimizer.load_state_dict(saved)
         return optimizer
 
-    optimizer = started(workload_with(resumed), "adamw:fused").optimizer
+    optimizer = started(workload_with(resumed), "optim:fused").optimizer
     assert optimizer.param_groups[0]["fused"] is True
     for index, state in enumerate(optimizer.state.values()):
         assert {key: value.tolist() for key, value in state.items()} == {
@@ -118,7 +118,7 @@ def test_a_fused_step_whose_gradients_overflow_is_skipped() -> None:
     # The kernel receives the scale and whether a gradient overflowed; an infinite loss gives infinite gradients.
     model = nn.Linear(1, 1, bias=False)
     workload = Workload(model, [torch.ones(2, 1)], lambda m, x: (model.weight * 3e38).sum(), torch.optim.AdamW)
-    training = started(workload, "adamw:fused,amp:dtype=fp16")
+    training = started(workload, "optim:fused,amp:dtype=fp16")
     before = model.weight.item()
     step(training)
     assert model.weight.item() == before
@@ -131,7 +131,7 @@ def test_a_fused_step_unscales_the_gradients() -> None:
     # Adam's first step moves by lr against the sign of the gradient, whatever its size; SGD's shows the size itself.
     model = nn.Linear(1, 1, bias=False)
     workload = Workload(model, [torch.ones(2, 1)], lambda m, x: model.weight.sum(), lambda p: torch.optim.SGD(p, lr=1))
-    training = started(workload, "adamw:fused,amp:dtype=fp16")
+    training = started(workload, "optim:fused,amp:dtype=fp16")
     before = model.weight.item()
     step(training)
     assert model.weight.item() == pytest.approx(before - 1, abs=1e-6)
@@ -148,22 +148,22 @@ class Warm(torch.optim.AdamW):
 @pytest.mark.parametrize(
     ("factory", "plan", "message"),
     [
-        (torch.optim.NAdam, "adamw:fused",
+        (torch.optim.NAdam, "optim:fused",
          'the optimizer NAdam has no "fused" argument: choose foreach=false, or train with an optimizer that has '
          '"fused", such as torch.optim.AdamW'),
-        (torch.optim.LBFGS, "adamw:fused",
+        (torch.optim.LBFGS, "optim:fused",
          'the optimizer LBFGS has no "fused" argument: remove this strategy, or train with an optimizer that has '
          '"fused", such as torch.optim.AdamW'),
-        (torch.optim.SparseAdam, "adamw:foreach=false",
+        (torch.optim.SparseAdam, "optim:foreach=false",
          'the optimizer SparseAdam has no "foreach" argument: remove this strategy, or train with an optimizer that '
          'has "foreach", such as torch.optim.AdamW'),
-        (Warm, "adamw:fused",
+        (Warm, "optim:fused",
          'the optimizer Warm cannot be rebuilt: its defaults do not contain "warmup": remove this strategy and pass '
          "fused to the optimizer where it is built"),
-        (lambda p: torch.optim.Adam(p, differentiable=True), "adamw:fused",
+        (lambda p: torch.optim.Adam(p, differentiable=True), "optim:fused",
          "the optimizer Adam rejects fused: `fused` does not support `differentiable`: choose foreach=false, or "
          'train with an optimizer that has "fused", such as torch.optim.AdamW'),
-        (lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.1)), "adamw",
+        (lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.1)), "optim",
          "the optimizer AdamW rejects foreach: lr as a Tensor is not supported for capturable=False and foreach=True: "
          'remove this strategy, or train with an optimizer that has "foreach", such as torch.optim.AdamW'),
     ],
@@ -180,13 +180,13 @@ def test_an_optimizer_that_cannot_be_built_is_no_problem_of_the_strategy() -> No
         raise RuntimeError("no optimizer today")
 
     workload = workload_with(broken)
-    assert OptimizerStep().check(workload) == []
-    assert OptimizerStep.candidates(workload) == []
+    assert Optim().check(workload) == []
+    assert Optim.candidates(workload) == []
     workload.model.requires_grad_(False)
-    assert OptimizerStep().check(workload) == []
+    assert Optim().check(workload) == []
 
 
-FUSED, ONE_BY_ONE = OptimizerStep.Config(fused=True), OptimizerStep.Config(foreach=False)
+FUSED, ONE_BY_ONE = Optim.Config(fused=True), Optim.Config(foreach=False)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,8 @@ FUSED, ONE_BY_ONE = OptimizerStep.Config(fused=True), OptimizerStep.Config(forea
 def test_candidates_are_the_implementations_that_the_optimizer_does_not_use_yet(
     flags: dict[str, Any], candidates: list[Any]
 ) -> None:
-    assert OptimizerStep.candidates(workload_with(lambda p: torch.optim.AdamW(p, **flags))) == candidates
+    found = Optim.candidates(workload_with(lambda p: torch.optim.AdamW(p, **flags)))
+    assert [config for config in found if config.name is None] == candidates
 
 
 LAYERS = 5
@@ -231,33 +232,33 @@ def most_at_once(trace: Trace) -> int:
 
 def test_foreach_takes_a_temporary_as_large_as_all_parameters() -> None:
     # The roots of all second moments at once (`_multi_tensor_adam`, torch/optim/adam.py, 2.13).
-    assert most_at_once(simulated_on_a_gpu("adamw")) == LAYERS * WEIGHT
+    assert most_at_once(simulated_on_a_gpu("optim")) == LAYERS * WEIGHT
     assert most_at_once(simulated_on_a_gpu("")) == LAYERS * WEIGHT  # PyTorch's own choice on a GPU
 
 
 def test_one_by_one_takes_the_temporaries_of_one_parameter() -> None:
     # `denom = (exp_avg_sq.sqrt() / bias_correction2_sqrt).add_(eps)`: the root and the quotient, while `denom` still
     # refers to the previous one (`_single_tensor_adam`, torch/optim/adam.py, 2.13).
-    assert most_at_once(simulated_on_a_gpu("adamw:foreach=false")) == 3 * WEIGHT
+    assert most_at_once(simulated_on_a_gpu("optim:foreach=false")) == 3 * WEIGHT
 
 
 def test_fused_takes_no_temporary_and_keeps_a_counter_for_each_parameter_on_the_device() -> None:
-    trace = simulated_on_a_gpu("adamw:fused")
+    trace = simulated_on_a_gpu("optim:fused")
     assert temporaries(trace) == []
     two_moments = 2 * LAYERS * WEIGHT
     assert trace.max_by_category(1)["optimizer_state"] == two_moments + LAYERS * 512  # 4 bytes in a block of 512
-    for plan in ("adamw", "adamw:foreach=false"):
+    for plan in ("optim", "optim:foreach=false"):
         assert simulated_on_a_gpu(plan).max_by_category(1)["optimizer_state"] == two_moments
 
 
 def test_fused_with_a_gradient_scaler_takes_only_scalars() -> None:
     # A factor of 1, the overflow flag, a copy of each for the device, the sum over devices, the scale
     # (`step`, `_check_inf_per_device` and `_MultiDeviceReplicator.get`, torch/amp/grad_scaler.py, 2.13).
-    assert [size for _, _, size in temporaries(simulated_on_a_gpu("adamw:fused,amp:dtype=fp16"))] == [512] * 6
+    assert [size for _, _, size in temporaries(simulated_on_a_gpu("optim:fused,amp:dtype=fp16"))] == [512] * 6
 
 
 @pytest.mark.parametrize("flags", [{"fused": True}, {"foreach": False}, {}])
 def test_the_workloads_own_flags_have_the_effect_of_the_strategy(flags: dict[str, Any]) -> None:
-    plan = {(): "adamw", ("fused",): "adamw:fused", ("foreach",): "adamw:foreach=false"}[tuple(flags)]
+    plan = {(): "optim", ("fused",): "optim:fused", ("foreach",): "optim:foreach=false"}[tuple(flags)]
     own = simulated_on_a_gpu("", lambda p: torch.optim.AdamW(p, **flags))
     assert own.size.tolist() == simulated_on_a_gpu(plan).size.tolist()
