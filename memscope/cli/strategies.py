@@ -13,7 +13,7 @@ from rich.text import Text
 from memscope.cli.next_command import FIRST_PROFILE, print_next
 from memscope.command.options import debug_option
 from memscope.strategies import available
-from memscope.workload.settings import format_value, help_of, setting_name
+from memscope.workload.settings import help_of, setting_text
 
 __all__ = ["command"]
 
@@ -36,8 +36,8 @@ def command() -> None:
         console.print(Padding(Text(effect, style="dim"), _INDENT))
         texts = help_of(strategy.Config)
         for field in dataclasses.fields(strategy.Config):
-            default = format_value(getattr(strategy.Config(), field.name))
-            setting = Text.assemble((f"{setting_name(field)}={default}", "cyan"), " ", texts.get(field.name, ""))
+            name = setting_text(field, getattr(strategy.Config(), field.name))
+            setting = Text.assemble((name, "cyan"), " ", texts.get(field.name, ""))
             console.print(Padding(setting, _INDENT))
     console.print()
     print_next(console, [*FIRST_PROFILE, "--strategies", "lora,amp"])

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from memscope.workload.settings import is_switch, non_defaults
+from memscope.workload.settings import is_switch, non_defaults, word_of
 
 if TYPE_CHECKING:
     from memscope.workload.description import Workload
@@ -136,9 +136,10 @@ class Strategy(Protocol):
 
     @property
     def spec(self) -> str:
-        """The strategy and its settings in plan syntax; settings at their defaults are left out."""
+        """The strategy and its settings in plan syntax; settings at their defaults are left out, a bare word is not."""
         settings = non_defaults(self.config)
-        switch = next((key for key, text in settings.items() if text == "true" and is_switch(self.config, key)), None)
-        words = [switch] if switch else []
-        words += [f"{key}={value}" for key, value in settings.items() if key != switch]
+        switches = (key for key, text in settings.items() if text == "true" and is_switch(self.config, key))
+        word = word_of(self.config) or next(switches, None)
+        words = [word] if word else []
+        words += [f"{key}={value}" for key, value in settings.items() if key != word]
         return f"{self.name}:{','.join(words)}" if words else self.name

@@ -13,11 +13,25 @@ from typing import Any, Literal, TypeVar, Union, overload
 
 from memscope.errors import UsageError, nearest
 
-__all__ = ["fill", "format_value", "help_of", "is_switch", "non_defaults", "setting", "setting_name"]
+__all__ = [
+    "bare_word",
+    "fill",
+    "format_value",
+    "help_of",
+    "is_switch",
+    "non_defaults",
+    "other_settings",
+    "read_value",
+    "setting",
+    "setting_name",
+    "setting_text",
+    "word_of",
+]
 
 T = TypeVar("T")
 _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 _NAME = "memscope setting"
+_BARE, _OTHERS = "memscope bare word", "memscope other settings"
 _EXPECTED = {int: "a whole number", float: "a number"}
 
 
@@ -26,10 +40,28 @@ def setting(name: str, default: Any) -> Any:
     return dataclasses.field(default=default, metadata={_NAME: name})
 
 
+def bare_word(default: Any) -> Any:
+    """A field that is set by a word without a key, such as `vera` in `peft:vera,r=256`."""
+    return dataclasses.field(default=default, metadata={_BARE: True})
+
+
+def other_settings() -> Any:
+    """A field `tuple[tuple[str, str], ...]` for all settings that the dataclass does not name, as text by key."""
+    return dataclasses.field(default=(), metadata={_OTHERS: True})
+
+
 def setting_name(field: dataclasses.Field[Any]) -> str:
     """The name of a field's setting, in texts and in errors: that of the field unless `setting` gave it another."""
     name: str = field.metadata.get(_NAME, field.name)
     return name
+
+
+def setting_text(field: dataclasses.Field[Any], default: Any) -> str:
+    """A setting as help texts show it: `r=16`; a bare word as `METHOD (ia3)`; the `other_settings` as `KEY=VALUE`."""
+    if _OTHERS in field.metadata:
+        return "KEY=VALUE"
+    default = format_value(default)
+    return f"{field.name.upper()} ({default})" if _BARE in field.metadata else f"{setting_name(field)}={default}"
 
 
 @overload
@@ -39,7 +71,8 @@ def fill(config: T, words: Mapping[str, str | None], *, of: str) -> T: ...
 def fill(config: type[T] | T, words: Mapping[str, str | None], *, of: str) -> T:
     """Set the fields in `words` of a settings dataclass from text; the other fields keep the values of `config`.
 
-    None in place of a text turns a switch (a bool) on.
+    None in place of a text turns a switch (a bool) on, or sets the field of `bare_word` to the key. Settings that no
+    field names go to the field of `other_settings`, if there is one.
 
     A field may be a bool, int, float or str, any other type whose constructor takes one text, a Literal, a list or
     tuple of these (items joined by `+`), or optional (`none`). `of` names the owner in errors, e.g. `strategy "lora"`.
@@ -50,15 +83,26 @@ def fill(config: type[T] | T, words: Mapping[str, str | None], *, of: str) -> T:
     """
     base: Any = config() if isinstance(config, type) else config
     hints = typing.get_type_hints(type(base))
-    fields = {setting_name(field): field.name for field in dataclasses.fields(base) if field.init}
-    changes = {}
+    bare, others = _marked(base, _BARE), _marked(base, _OTHERS)
+    fields = {
+        setting_name(field): field.name
+        for field in dataclasses.fields(base)
+        if field.init and field.name not in (bare, others)
+    }
+    changes: dict[str, Any] = {}
     for key, text in words.items():
+        where = f'{of}: setting "{key}"'
+        if text is None and bare and not is_switch(base, key):
+            changes[bare] = read_value(key, hints[bare], f"{of}: {bare}")
+            continue
+        if key not in fields and text is not None and others:
+            changes[others] = (*changes.get(others, ()), (key, text))
+            continue
         if key not in fields:
             raise UsageError(f'{of} has no setting "{key}": {nearest(key, fields)}')
-        where = f'{of}: setting "{key}"'
         if text is None and not is_switch(base, key):
             raise UsageError(f"{where} is not a switch: write {key}=VALUE")
-        changes[fields[key]] = _value("true" if text is None else text, hints[fields[key]], where)
+        changes[fields[key]] = read_value("true" if text is None else text, hints[fields[key]], where)
     try:
         filled: T = dataclasses.replace(base, **changes)
     except ValueError as error:
@@ -73,7 +117,17 @@ def is_switch(config: Any, key: str) -> bool:
     return kind is bool or (typing.get_origin(kind) in (Union, types.UnionType) and bool in typing.get_args(kind))
 
 
-def _value(text: str, kind: Any, where: str) -> Any:
+def _marked(config: Any, mark: str) -> str | None:
+    """Name of the field with this mark."""
+    return next((field.name for field in dataclasses.fields(config) if mark in field.metadata), None)
+
+
+def read_value(text: str, kind: Any, where: str) -> Any:
+    """A text as a value of a type that `fill` knows.
+
+    Raises:
+        UsageError: the text is no such value; the message begins with `where`.
+    """
     origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
     if origin in (Union, types.UnionType):
         return _one_of(text, arguments, where)
@@ -102,10 +156,10 @@ def _one_of(text: str, kinds: tuple[Any, ...], where: str) -> Any:
     *first, last = (kind for kind in kinds if kind is not types.NoneType)
     for kind in first:
         try:
-            return _value(text, kind, where)
+            return read_value(text, kind, where)
         except UsageError:
             continue
-    return _value(text, last, where)
+    return read_value(text, last, where)
 
 
 def _items(text: str, kinds: tuple[Any, ...], where: str) -> list[Any]:
@@ -118,7 +172,7 @@ def _items(text: str, kinds: tuple[Any, ...], where: str) -> list[Any]:
     if not any_number and len(items) != len(kinds):
         raise UsageError(f'{where} cannot be "{text}": expected {len(kinds)} values joined by +')
     each = [kinds[0] if kinds else str] * len(items) if any_number else kinds
-    return [_value(item, kind, where) for item, kind in zip(items, each, strict=True)]
+    return [read_value(item, kind, where) for item, kind in zip(items, each, strict=True)]
 
 
 def format_value(value: Any) -> str:
@@ -131,14 +185,22 @@ def format_value(value: Any) -> str:
 
 
 def non_defaults(config: Any) -> dict[str, str]:
-    """The settings that differ from the defaults, as text."""
+    """The settings that differ from the defaults, as text; without the one of `bare_word`, which `word_of` gives."""
     default = type(config)()
-    values = {field: getattr(config, field.name) for field in dataclasses.fields(config)}
-    return {
-        setting_name(field): format_value(value)
-        for field, value in values.items()
-        if value != getattr(default, field.name)
-    }
+    values = {field: getattr(config, field.name) for field in dataclasses.fields(config) if _BARE not in field.metadata}
+    texts: dict[str, str] = {}
+    for field, value in values.items():
+        if _OTHERS in field.metadata:
+            texts |= dict(value)
+        elif value != getattr(default, field.name):
+            texts[setting_name(field)] = format_value(value)
+    return texts
+
+
+def word_of(config: Any) -> str | None:
+    """The value of the field that is set by a bare word; None: the dataclass has no such field."""
+    name = _marked(config, _BARE)
+    return format_value(getattr(config, name)) if name else None
 
 
 def help_of(config: type) -> dict[str, str]:
