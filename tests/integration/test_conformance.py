@@ -18,15 +18,17 @@ from memscope.testing import check_strategy, toy_workload
 from memscope.workload.description import Workload
 from memscope.workload.target import find_target
 
-SHIPPED = ("adamw", "amp", "bf16", "ckpt", "ga", "lora")
+SHIPPED = ("adamw", "amp", "bf16", "bitfit", "ckpt", "freeze", "ga", "lora", "neftune", "peft")
+SOME = ("adamw", "amp", "bf16", "ckpt", "ga", "lora")
+"""Enough to show what the kit does beside others."""
 Install = Callable[..., None]
 
 
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
-    """Installs strategies beside some of the built-in ones, by default all."""
+    """Installs strategies beside some of the built-in ones."""
 
-    def install(*kinds: type[Strategy], beside: Sequence[str] = SHIPPED) -> None:
+    def install(*kinds: type[Strategy], beside: Sequence[str] = SOME) -> None:
         shipped = [point for point in entry_points(group="memscope.strategies") if point.name in beside]
         added = [SimpleNamespace(name=kind.name, value=str(kind), load=lambda kind=kind: kind) for kind in kinds]
         monkeypatch.setattr(plugins, "entry_points", lambda group: [*shipped, *added])
@@ -53,6 +55,10 @@ def test_the_strategies_that_come_with_memscope_keep_their_promises(install: Ins
         "lora:r=2,alpha=4,dropout=0,targets=wk+wo+head",
         "lora:dora,r=2,rslora=true,targets=wk+up,bias=lora_only",
         "lora:pissa,r=2",
+        "peft:vera,r=4,targets=wk+up",
+        "peft:adalora,total_step=9,init_r=3",
+        "bitfit:head,bias=up",
+        "freeze:layers=1,embeddings=false",
     ],
 )
 def test_the_strategies_keep_their_promises_with_other_settings(install: Install, spec: str) -> None:

@@ -16,6 +16,7 @@ __all__ = [
     "all_linear",
     "auto_targets",
     "chosen_linear",
+    "output_head",
     "require_one_word",
     "target_problems",
 ]
@@ -106,15 +107,15 @@ def auto_targets(model: nn.Module) -> tuple[str, ...]:
 def all_linear(model: nn.Module) -> list[str]:
     """Every linear layer that can be adapted, except the output head.
 
-    The head is what transformers' `get_output_embeddings` returns, or else the last linear layer behind the repeated
-    layers. PEFT means the same by `target_modules="all-linear"` (peft/tuners/tuners_utils.py of 0.21), but takes a
+    PEFT means the same by `target_modules="all-linear"` (peft/tuners/tuners_utils.py of 0.21), but takes a
     classifier for the head only with the task type `SEQ_CLS`.
     """
-    head = _head(model)
+    head = output_head(model)
     return [name for name in adaptable_layers(model) if model.get_submodule(name) is not head]
 
 
-def _head(model: nn.Module) -> nn.Module | None:
+def output_head(model: nn.Module) -> nn.Module | None:
+    """What transformers' `get_output_embeddings` returns, or else the last linear layer behind the repeated layers."""
     for module in model.modules():
         ask = getattr(module, "get_output_embeddings", None)
         if callable(ask) and isinstance(found := ask(), nn.Module):
