@@ -68,8 +68,12 @@ def _peft(advice: Advice, strategies: Strategies) -> Iterator[str]:
         config = strategies["lora"].config
         names = ", ".join(f'"{_ELSEWHERE.get(name, name)}"' for name in config.targets)
         targets = '"all-linear"' if config.targets == ("all-linear",) else f"[{names}]"
-        yield f'r={config.r}, lora_alpha={config.alpha:g}, lora_dropout={config.dropout:g}, bias="none",'
+        yield f'r={config.r}, lora_alpha={config.alpha:g}, lora_dropout={config.dropout:g}, bias="{config.bias}",'
         yield f"target_modules={targets},"
+        if config.dora or config.rslora:
+            yield f"use_dora={config.dora}, use_rslora={config.rslora},"
+        if config.start != "gaussian":
+            yield f'init_lora_weights="{config.start}",'
     else:
         yield "# no adapter in this plan"
     others = {name: "belongs to the trainer: see --emit hf" for name in strategies if name != "lora"}
@@ -82,6 +86,12 @@ def _axolotl(advice: Advice, strategies: Strategies) -> Iterator[str]:
         config = strategies["lora"].config
         yield from ("adapter: lora", f"lora_r: {config.r}", f"lora_alpha: {config.alpha:g}")
         yield f"lora_dropout: {config.dropout:g}"
+        if config.dora or config.rslora:
+            yield from (f"peft_use_dora: {config.dora}".lower(), f"peft_use_rslora: {config.rslora}".lower())
+        if config.start != "gaussian":
+            yield f"peft_init_lora_weights: {config.start}"
+        if config.bias != "none":
+            yield f"# not expressible: biases that are trained beside the adapter ({config.bias})"
         if config.targets == ("all-linear",):
             yield "lora_target_linear: true"
         else:
@@ -115,6 +125,10 @@ def _torchtune(advice: Advice, strategies: Strategies) -> Iterator[str]:
             f"  lora_alpha: {config.alpha:g}",
             f"  lora_dropout: {config.dropout:g}",
         )
+        if config.dora:
+            yield "  use_dora: True"
+        if config.rslora or config.start != "gaussian" or config.bias != "none":
+            yield "# not expressible: rslora, pissa and olora, and biases that are trained beside the adapter"
     if "ga" in strategies:
         yield f"gradient_accumulation_steps: {strategies['ga'].config.steps}"
     if "bf16" in strategies:

@@ -13,7 +13,7 @@ from rich.text import Text
 from memscope.cli.next_command import FIRST_PROFILE, print_next
 from memscope.command.options import debug_option
 from memscope.strategies import available
-from memscope.workload.settings import bare_words, format_value, help_of, is_choice, is_switch, setting_name
+from memscope.workload.settings import help_of, setting_text
 
 __all__ = ["command"]
 
@@ -39,14 +39,8 @@ def command() -> None:
         console.print(Padding(Text(effect, style="dim"), _INDENT))
         texts = help_of(strategy.Config)
         for field in dataclasses.fields(strategy.Config):
-            default = format_value(getattr(strategy.Config(), field.name))
-            named = _choices(strategy.Config) if is_choice(field) else f"{setting_name(field)}={default}"
+            named = setting_text(strategy.Config, field)
             setting = Text.assemble((named, "cyan"), " ", texts.get(field.name, ""))
             console.print(Padding(setting, _INDENT))
     console.print()
     print_next(console, [*FIRST_PROFILE, "--strategies", "lora,amp"])
-
-
-def _choices(config: type) -> str:
-    """The values that stand alone, as in `a|b|c`."""
-    return "|".join(word for word in bare_words(config) if not is_switch(config, word))

@@ -142,7 +142,7 @@ def simulate(
         with mode, followed:
             built = _build(workload, mode, values, untouched)
         plan.check(built)  # outside the fake mode, so that a strategy can read the data
-        with mode, followed:
+        with mode, followed, FakeCopies(values):  # a strategy may copy a module
             plan.carry_out(built)
         with followed:
             pieces = prepare_steps(built, steps, part.micro_batches)

@@ -19,18 +19,20 @@ __all__ = [
     "fill",
     "format_value",
     "help_of",
-    "is_choice",
     "is_switch",
     "non_defaults",
+    "other_settings",
     "plan_words",
+    "read_value",
     "setting",
     "setting_name",
+    "setting_text",
 ]
 
 T = TypeVar("T")
 _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 _NAME = "memscope setting"
-_CHOICE = "memscope choice"
+_CHOICE, _OTHERS = "memscope choice", "memscope other settings"
 _EXPECTED = {int: "a whole number", float: "a number"}
 
 
@@ -39,20 +41,33 @@ def setting(name: str, default: Any) -> Any:
     return dataclasses.field(default=default, metadata={_NAME: name})
 
 
-def choice() -> Any:
-    """A field of an optional Literal type whose value is written without its name: `optim:adamw`; by default None."""
-    return dataclasses.field(default=None, metadata={_CHOICE: True})
+def choice(default: Any = None) -> Any:
+    """A field whose value is written without its name, such as `adamw` in `optim:adamw`.
+
+    A Literal lists the words; a str takes any word directly after the colon; None: no word.
+    """
+    return dataclasses.field(default=default, metadata={_CHOICE: True})
 
 
-def is_choice(field: dataclasses.Field[Any]) -> bool:
-    """Whether a field was made by `choice`."""
-    return _CHOICE in field.metadata
+def other_settings() -> Any:
+    """A field `tuple[tuple[str, str], ...]` for all settings that the dataclass does not name, as text by key."""
+    return dataclasses.field(default=(), metadata={_OTHERS: True})
 
 
 def setting_name(field: dataclasses.Field[Any]) -> str:
     """The name of a field's setting, in texts and in errors: that of the field unless `setting` gave it another."""
     name: str = field.metadata.get(_NAME, field.name)
     return name
+
+
+def setting_text(config: type, field: dataclasses.Field[Any]) -> str:
+    """A setting as help texts show it: `r=16`, the words of a choice, or KEY=VALUE for the settings without names."""
+    if _OTHERS in field.metadata:
+        return "KEY=VALUE"
+    default = format_value(getattr(config(), field.name))
+    if _CHOICE in field.metadata:
+        return "|".join(_choices(config)) or f"{field.name.upper()} ({default})"
+    return f"{setting_name(field)}={default}"
 
 
 @overload
@@ -63,6 +78,7 @@ def fill(config: type[T] | T, words: Mapping[str, str | None], *, of: str) -> T:
     """Set the fields in `words` of a settings dataclass from text; the other fields keep the values of `config`.
 
     None in place of a text means that the word stands alone: a switch (a bool) to turn on, or the value of a `choice`.
+    Settings that no field names go to the field of `other_settings`, if there is one.
 
     A field may be a bool, int, float or str, any other type whose constructor takes one text, a Literal, a list or
     tuple of these (items joined by `+`), or optional (`none`). `of` names the owner in errors, e.g. `strategy "lora"`.
@@ -74,20 +90,24 @@ def fill(config: type[T] | T, words: Mapping[str, str | None], *, of: str) -> T:
     base: Any = config() if isinstance(config, type) else config
     hints = typing.get_type_hints(type(base))
     fields = {setting_name(field): field.name for field in dataclasses.fields(base) if field.init}
-    choices = _choices(base)
+    choices, any_word, others = _choices(base), _any_word(base), _marked(base, _OTHERS)
     changes: dict[str, Any] = {}
     for key, text in words.items():
-        if text is None and key in choices:
-            if choices[key] in changes:
-                raise UsageError(f'{of} cannot be both "{changes[choices[key]]}" and "{key}": choose one')
-            changes[choices[key]] = key
+        chosen = choices.get(key, None if is_switch(base, key) else any_word)
+        if text is None and chosen:
+            if chosen in changes:
+                raise UsageError(f'{of} cannot be both "{changes[chosen]}" and "{key}": choose one')
+            changes[chosen] = key
+            continue
+        if text is not None and others and key not in fields:
+            changes[others] = (*changes.get(others, ()), (key, text))
             continue
         if key not in fields:
             raise UsageError(f'{of} has no setting "{key}": {nearest(key, [*choices, *fields])}')
         where = f'{of}: setting "{key}"'
         if text is None and not is_switch(base, key):
             raise UsageError(f"{where} is not a switch: write {key}=VALUE")
-        changes[fields[key]] = _value("true" if text is None else text, hints[fields[key]], where)
+        changes[fields[key]] = read_value("true" if text is None else text, hints[fields[key]], where)
     try:
         filled: T = dataclasses.replace(base, **changes)
     except ValueError as error:
@@ -112,14 +132,31 @@ def _choices(config: Any) -> dict[str, str]:
     """The values of each field that was made by `choice`, with the name of the field."""
     hints = typing.get_type_hints(config if isinstance(config, type) else type(config))
     found: dict[str, str] = {}
-    for field in filter(is_choice, dataclasses.fields(config)):
-        kinds = [hints[field.name], *typing.get_args(hints[field.name])]
-        literals = next(typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is Literal)
-        found |= {format_value(value): field.name for value in literals}
+    for field in dataclasses.fields(config):
+        if _CHOICE in field.metadata:
+            kinds = [hints[field.name], *typing.get_args(hints[field.name])]
+            literals = [typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is Literal]
+            found |= {format_value(value): field.name for values in literals for value in values}
     return found
 
 
-def _value(text: str, kind: Any, where: str) -> Any:
+def _any_word(config: Any) -> str | None:
+    """Name of the field that takes any word that stands alone."""
+    name = _marked(config, _CHOICE)
+    return name if name and name not in _choices(config).values() else None
+
+
+def _marked(config: Any, mark: str) -> str | None:
+    """Name of the field with a mark."""
+    return next((field.name for field in dataclasses.fields(config) if mark in field.metadata), None)
+
+
+def read_value(text: str, kind: Any, where: str) -> Any:
+    """A text as a value of a type that `fill` knows.
+
+    Raises:
+        UsageError: the text is no such value; the message begins with `where`.
+    """
     origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
     if origin in (Union, types.UnionType):
         return _one_of(text, arguments, where)
@@ -148,10 +185,10 @@ def _one_of(text: str, kinds: tuple[Any, ...], where: str) -> Any:
     *first, last = (kind for kind in kinds if kind is not types.NoneType)
     for kind in first:
         try:
-            return _value(text, kind, where)
+            return read_value(text, kind, where)
         except UsageError:
             continue
-    return _value(text, last, where)
+    return read_value(text, last, where)
 
 
 def _items(text: str, kinds: tuple[Any, ...], where: str) -> list[Any]:
@@ -164,7 +201,7 @@ def _items(text: str, kinds: tuple[Any, ...], where: str) -> list[Any]:
     if not any_number and len(items) != len(kinds):
         raise UsageError(f'{where} cannot be "{text}": expected {len(kinds)} values joined by +')
     each = [kinds[0] if kinds else str] * len(items) if any_number else kinds
-    return [_value(item, kind, where) for item, kind in zip(items, each, strict=True)]
+    return [read_value(item, kind, where) for item, kind in zip(items, each, strict=True)]
 
 
 def format_value(value: Any) -> str:
@@ -179,29 +216,30 @@ def format_value(value: Any) -> str:
 def non_defaults(config: Any) -> dict[str, str]:
     """The settings that differ from the defaults, as text."""
     default = type(config)()
-    values = {field: getattr(config, field.name) for field in dataclasses.fields(config)}
-    return {
-        setting_name(field): format_value(value)
-        for field, value in values.items()
-        if value != getattr(default, field.name)
-    }
+    texts: dict[str, str] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if _OTHERS in field.metadata:
+            texts |= dict(value)
+        elif value != getattr(default, field.name):
+            texts[setting_name(field)] = format_value(value)
+    return texts
 
 
 def plan_words(config: Any, taken: Collection[str] = ()) -> list[str]:
-    """The settings that differ from the defaults, as the words of a plan: those that stand alone come first.
+    """The settings that differ from the defaults, as the words of a plan, and first the word of a choice, if any.
 
     Args:
         config: the settings.
         taken: words that mean something else after a comma; a switch of that name is written `KEY=true`.
     """
-    chosen = {setting_name(field) for field in dataclasses.fields(config) if is_choice(field)}
-    settings = non_defaults(config)
-    alone = [text for key, text in settings.items() if key in chosen]
-    valued = []
-    for key, text in settings.items():
+    chosen = _marked(config, _CHOICE)
+    word = getattr(config, chosen) if chosen else None
+    alone, valued = [format_value(word)] if word is not None else [], []
+    for key, text in non_defaults(config).items():
         if text == "true" and is_switch(config, key) and not (alone and key in taken):
             alone.append(key)
-        elif key not in chosen:
+        elif key != chosen:
             valued.append(f"{key}={text}")
     return [*alone, *valued]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,9 @@ from typing import Any
 from torch import nn
 
 from memscope.errors import UsageError, nearest
+from memscope.strategies.peft.library import adapted_model, config_class
 from memscope.targets.hf import recipe_peft
 from memscope.targets.hf.files import read_json
-from memscope.targets.hf.libraries import needed
 from memscope.targets.hf.model import DTYPES
 from memscope.targets.hf.sources import ADAPTER
 
@@ -47,29 +46,30 @@ def adapted(model: nn.Module, adapter: Mapping[str, Any], dtype: str | None) -> 
     Raises:
         UsageError: PEFT does not know the method, or rejects its configuration for this model.
     """
-    peft = needed("peft")
-    methods: Mapping[str, type] = needed("peft.mapping").PEFT_TYPE_TO_CONFIG_MAPPING
-    method = str(adapter["peft_type"]).upper()
-    if method not in methods:
-        names = [getattr(one, "value", one) for one in methods]
-        raise UsageError(f'hf: adapter: PEFT has no method "{method}": {nearest(method, names)}')
-    kind = methods[method]
-    taken = inspect.signature(kind).parameters
-    unknown = [key for key in adapter if key not in taken and key not in ("auto_mapping", "peft_version")]
-    if unknown:
-        raise UsageError(
-            f'hf: adapter: {method} of the installed PEFT has no "{unknown[0]}": {nearest(unknown[0], taken)}'
-        )
-    values = {key: value for key, value in adapter.items() if key in taken and key not in ("peft_type", "auto_mapping")}
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            config = kind(**values)
-            result: nn.Module = peft.get_peft_model(model, config, autocast_adapter_dtype=dtype in (None, "fp32"))
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"hf: adapter: PEFT rejects it: {' '.join(str(error).split())[:300]}") from error
+        kind = config_class(str(adapter["peft_type"]))
+        result = adapted_model(model, _config(kind, adapter), float32=dtype in (None, "fp32"))
+    except UsageError as error:
+        raise UsageError(f"hf: adapter: {error}") from error
     if dtype is not None:
         for parameter in result.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(DTYPES[dtype])
     return result
+
+
+def _config(kind: Any, adapter: Mapping[str, Any]) -> Any:
+    """PEFT's configuration with the values of a file.
+
+    Raises:
+        UsageError: the installed PEFT does not know a key, or rejects a value.
+    """
+    taken = inspect.signature(kind).parameters
+    unknown = [key for key in adapter if key not in taken and key not in ("auto_mapping", "peft_version")]
+    if unknown:
+        raise UsageError(f'{kind.__name__} of the installed PEFT has no "{unknown[0]}": {nearest(unknown[0], taken)}')
+    values = {key: value for key, value in adapter.items() if key in taken and key not in ("peft_type", "auto_mapping")}
+    try:
+        return kind(**values)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"PEFT rejects it: {' '.join(str(error).split())[:300]}") from error

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from memscope.errors import UsageError
-from memscope.strategies.lora import LoRALinear, adapt
+from memscope.strategies.lora import LoRALinear, adapt, adapted_layers
 from memscope.targets.llama2.files import JsonFile, StoredTensor, listed, new_folder, open_safetensors
 from memscope.targets.llama2.hf_format import hf_module, rotary_order
 from memscope.targets.llama2.model import Llama
@@ -51,12 +51,14 @@ def save_adapter(model: Llama, path: str | Path) -> None:
     """Write the model's LoRA updates to a new folder in PEFT's format. The folder appears only when it is complete.
 
     Raises:
-        UsageError: the folder exists, or the model has no LoRA updates.
+        UsageError: the folder exists, or the model has no LoRA updates, or others than plain ones.
         MemscopeError: the disk is full or cannot be written.
     """
-    layers = _layers(model)
+    layers = adapted_layers(model)
     if not layers:
         raise UsageError(f"{path}: the model has no LoRA updates to save: apply the lora strategy first")
+    if any(layer.magnitude is not None or layer.start != "gaussian" for layer in layers.values()):
+        raise UsageError(f"{path}: only plain LoRA updates can be saved: train without dora, pissa and olora")
     tensors = {}
     for name, layer in layers.items():
         module = _PREFIX + hf_module(name)
@@ -80,19 +82,15 @@ def load_adapter(model: Llama, path: str | Path) -> None:
     folder = Path(path)
     settings = _read_settings(folder)
     stored = _open(folder, model, settings)
-    layers = _layers(model)
+    layers = adapted_layers(model)
     if not layers:
         adapt(model, stored, r=settings.r, alpha=settings.alpha, dropout=settings.dropout)
-        layers = _layers(model)
+        layers = adapted_layers(model)
     _check_same(folder, layers, set(stored), settings)
     with torch.no_grad():
         for name, (a, b) in stored.items():
             layers[name].lora_a.copy_(a.read())
             layers[name].lora_b.copy_(rotary_order(b.read(), name, model.arch, to_hf=False))
-
-
-def _layers(model: nn.Module) -> dict[str, LoRALinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
 def _settings(layer: LoRALinear) -> _Settings:

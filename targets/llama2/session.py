@@ -77,6 +77,7 @@ def prepare(job: Job) -> Session:
     rows = read_samples(dataclasses.replace(config, samples=config.samples + recipe.held_out))
     samples, held_out = rows[: config.samples], rows[config.samples :]
     plan = Plan.parse(job.plan)
+    _require_savable(plan)
     with torch.device("meta"):
         plan.check(build_on(samples, config))
     random.seed(config.seed)
@@ -92,6 +93,22 @@ def prepare(job: Job) -> Session:
     steps = recipe.steps(len(samples), config.micro_batch * config.accumulation)
     rates = [group["lr"] for group in training.optimizer.param_groups]
     return Session(job, training, samples, held_out, steps, rates, origin)
+
+
+def _require_savable(plan: Plan) -> None:
+    """Refuse adapters that can be trained here, but not saved.
+
+    Raises:
+        UsageError: the plan has an adapter other than plain LoRA.
+    """
+    for strategy in plan.strategies:
+        config = strategy.config
+        plain = strategy.name != "lora" or not (config.dora or config.pissa or config.olora)
+        if strategy.name == "peft" or not plain:
+            raise UsageError(
+                f"{strategy.spec}: fine-tuning LLaMA2 saves all weights or plain LoRA updates: use lora without dora, "
+                "pissa and olora, or another program"
+            )
 
 
 def _fingerprint_of_samples(samples: list[Sample]) -> str:

@@ -168,7 +168,11 @@ def save_weights(
     """
     if any(isinstance(module, LoRALinear) and not module.merged for module in model.modules()):
         raise UsageError(f"{path}: the model has LoRA updates that are not merged: merge them, or save the adapter")
-    weights = {name: value for name, value in model.state_dict().items() if not name.endswith((".lora_a", ".lora_b"))}
+    weights = {
+        name: value
+        for name, value in model.state_dict().items()
+        if not name.endswith((".lora_a", ".lora_b", ".magnitude"))
+    }
     foreign = {name for name in weights if not name.endswith(".weight")}
     if foreign:
         raise UsageError(f"{path}: LLaMA's formats cannot hold {listed(foreign)}")

@@ -32,12 +32,19 @@ def test_the_strategies_that_come_with_memscope_keep_their_promises(install: Ins
         "ckpt:layers=every-2",
         "ga:steps=2",
         "lora:r=2,alpha=4,dropout=0,targets=wk+wo+head",
+        "lora:dora,r=2,rslora=true,targets=wk+up,bias=lora_only",
+        "lora:pissa,r=2",
+        "peft:vera,r=4,targets=wk+up",
+        "peft:adalora,total_step=9,init_r=3",
+        "bitfit:head,bias=up",
+        "freeze:layers=1,embeddings=false",
     ],
 )
 def test_the_strategies_keep_their_promises_with_other_settings(install: Install, spec: str) -> None:
     # Pairs, which take most of the time, are the claim of the test above: one other strategy is enough here.
     name = spec.partition(":")[0]
-    install(beside=(name, "lora" if name == "amp" else "amp"))
+    # With DoRA, gradients of fp16 overflow on the CPU, and a real run leaves out a step that a simulation takes.
+    install(beside=(name, "lora" if name == "amp" else "bf16" if "dora" in spec else "amp"))
     check_strategy(spec)
 
 

@@ -204,9 +204,9 @@ def test_the_adapter_is_pefts_and_its_weights_are_float32_unless_told_otherwise(
 
 
 def test_an_adapter_that_peft_does_not_know_is_refused(folder: str) -> None:
-    with pytest.raises(MemscopeError, match=r'PEFT has no method "LORAA": did you mean "LORA"'):
+    with pytest.raises(MemscopeError, match=r'has no method "LORAA": did you mean "lora"'):
         built(folder, adapter="loraa:r=4")
-    with pytest.raises(MemscopeError, match=r'LORA of the installed PEFT has no "rang"'):
+    with pytest.raises(MemscopeError, match=r'LoraConfig of the installed PEFT has no "rang"'):
         built(folder, adapter="lora:rang=4,target_modules=q_proj")
 
 

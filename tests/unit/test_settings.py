@@ -11,7 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memscope.errors import UsageError
-from memscope.workload.settings import fill, format_value, help_of, is_switch, non_defaults, setting
+from memscope.workload.settings import (
+    choice,
+    fill,
+    format_value,
+    help_of,
+    is_switch,
+    non_defaults,
+    other_settings,
+    plan_words,
+    setting,
+    setting_text,
+)
 
 
 @dataclass(frozen=True)
@@ -134,6 +145,24 @@ def test_only_bools_are_switches() -> None:
         with pytest.raises(UsageError) as caught:
             fill(Switches, {key: None}, of='target "mine"')
         assert str(caught.value) == f'target "mine": setting "{key}" is not a switch: write {key}=VALUE'
+
+
+@dataclass(frozen=True)
+class Open:
+    method: str = choice("ia3")
+    targets: str = "auto"
+    on: bool = False
+    fields: tuple[tuple[str, str], ...] = other_settings()
+
+
+def test_a_bare_word_sets_its_field_and_other_settings_are_kept_as_text() -> None:
+    filled = fill(Open, {"vera": None, "r": "256", "targets": "q", "seed": "1"}, of="it")
+    assert filled == Open("vera", "q", False, (("r", "256"), ("seed", "1")))
+    assert fill(Open, {"on": None}, of="it") == Open(on=True)
+    assert plan_words(filled) == ["vera", "targets=q", "r=256", "seed=1"]
+    assert plan_words(Open()) == ["ia3"]
+    shown = [setting_text(Open, field) for field in fields(Open)]
+    assert shown == ["METHOD (ia3)", "targets=auto", "on=false", "KEY=VALUE"]
 
 
 def test_wrong_item_of_a_list_is_named() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable
 from functools import cache
 from typing import Any, ClassVar
 
@@ -10,15 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from memscope.strategies.lora.linear import is_transposed
+from memscope.strategies.lora.magnitude import low_rank, stored, weight_norm, with_magnitude
+from memscope.strategies.lora.start import Start, initialize
 
-__all__ = ["LoRALinear", "adapt", "merge", "unmerge"]
+__all__ = ["LoRALinear", "adapt", "adapted_layers", "merge", "unmerge"]
 
 
 class LoRALinear(nn.Module):
     """A linear layer with its frozen weight and a trained low-rank update.
 
-    `y = layer(x) + (dropout(x) · Aᵀ · Bᵀ) · alpha / r` with x `[..., in]`, A `[r, in]`, B `[out, r]`.
-    A is initialized with standard deviation 1/r (Gaussian), B with zeros, so the output is unchanged at first.
+    `y = layer(x) + (dropout(x) · Aᵀ · Bᵀ) · scaling` with x `[..., in]`, A `[r, in]`, B `[out, r]`, and scaling
+    alpha / r, or alpha / √r (rsLoRA). With a magnitude m `[out]` (DoRA), all but the bias is then multiplied by
+    `m / ‖W + scaling · B · A‖`.
 
     An adapted layer is still an instance of its own class, which computes `layer(x)`, with its names and weights.
     """
@@ -26,9 +30,13 @@ class LoRALinear(nn.Module):
     weight: nn.Parameter
     lora_a: nn.Parameter
     lora_b: nn.Parameter
+    magnitude: nn.Parameter | None
     dropout: nn.Dropout
     scaling: float
+    start: Start
     merged: bool
+    _factor: Tensor
+    """What DoRA has multiplied a merged weight by."""
     _adds_in_place: ClassVar[bool]
     """Whether the update is added to the result in place. PEFT adds it out of place; so do layers whose result may be a
     view, or saved for their backward."""
@@ -38,6 +46,8 @@ class LoRALinear(nn.Module):
         result: Tensor = super().forward(x, *args, **kwargs)
         if self.merged:
             return result
+        if self.magnitude is not None:
+            return result + with_magnitude(self, x, result)
         update: Tensor = (self.dropout(x) @ self.lora_a.T @ self.lora_b.T) * self.scaling
         if self._adds_in_place:
             result += update
@@ -55,50 +65,66 @@ def _adapted_class(kind: type[nn.Module]) -> type[nn.Module]:
     return type(f"LoRA{kind.__name__}", (LoRALinear, kind), {"_adds_in_place": kind is nn.Linear})
 
 
-def adapt(model: nn.Module, names: Iterable[str], *, r: int, alpha: float, dropout: float) -> None:
+def adapt(
+    model: nn.Module,
+    names: Iterable[str],
+    *,
+    r: int,
+    alpha: float,
+    dropout: float,
+    rslora: bool = False,
+    dora: bool = False,
+    start: Start = "gaussian",
+) -> None:
     """Freeze the model and make each linear layer in `names` (full names) a `LoRALinear`, in place."""
     model.requires_grad_(False)
     for name in names:
-        _adapt(model.get_submodule(name), r=r, alpha=alpha, dropout=dropout)
+        layer: Any = model.get_submodule(name)
+        assert not isinstance(layer, LoRALinear), "a layer is adapted once"
+        weight = layer.weight
+        outputs, inputs = reversed(weight.shape) if is_transposed(layer) else weight.shape
+        layer.__class__ = _adapted_class(type(layer))
+        layer.lora_a = nn.Parameter(weight.new_empty(r, inputs))
+        layer.lora_b = nn.Parameter(weight.new_zeros(outputs, r))
+        layer.scaling = alpha / math.sqrt(r) if rslora else alpha / r
+        layer.start = start
+        initialize(layer, start)
+        layer.magnitude = nn.Parameter(weight_norm(layer)) if dora else None
+        layer.dropout = nn.Dropout(dropout).train(layer.training)
+        layer.merged = False
 
 
-def _adapt(layer: Any, *, r: int, alpha: float, dropout: float) -> None:
-    assert not isinstance(layer, LoRALinear), "a layer is adapted once"
-    weight = layer.weight
-    outputs, inputs = reversed(weight.shape) if is_transposed(layer) else weight.shape
-    kind: Any = type(layer)
-    layer.__class__ = _adapted_class(kind)
-    layer.lora_a = nn.Parameter(weight.new_empty(r, inputs))
-    layer.lora_b = nn.Parameter(weight.new_zeros(outputs, r))
-    nn.init.normal_(layer.lora_a, std=1 / r)
-    layer.dropout = nn.Dropout(dropout).train(layer.training)
-    layer.scaling = alpha / r
-    layer.merged = False
-
-
-def _adapted(model: nn.Module) -> Iterator[LoRALinear]:
-    yield from (module for module in model.modules() if isinstance(module, LoRALinear))
-
-
-def _update(layer: LoRALinear) -> Tensor:
-    """The update of a layer's weight, in the layout of that weight."""
-    update = layer.scaling * (layer.lora_b @ layer.lora_a)
-    return update.T if is_transposed(layer) else update
+def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """The adapted layers, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
     """Add every update to its weight, so that inference has no extra cost. Merging twice has no further effect."""
-    for layer in _adapted(model):
+    for layer in adapted_layers(model).values():
         if not layer.merged:
-            layer.weight.add_(_update(layer))
+            factor = _factor(layer)
+            layer.weight.add_(stored(layer, low_rank(layer)))
+            if factor is not None:
+                layer.weight.mul_(factor)
+                layer._factor = factor
             layer.merged = True
 
 
 @torch.no_grad()
 def unmerge(model: nn.Module) -> None:
     """Subtract every merged update from its weight again, up to rounding."""
-    for layer in _adapted(model):
+    for layer in adapted_layers(model).values():
         if layer.merged:
-            layer.weight.sub_(_update(layer))
+            if layer.magnitude is not None:
+                layer.weight.div_(layer._factor)
+            layer.weight.sub_(stored(layer, low_rank(layer)))
             layer.merged = False
+
+
+def _factor(layer: LoRALinear) -> Tensor | None:
+    """What DoRA multiplies the rows of the updated weight by, in the layout of the weight."""
+    if layer.magnitude is None:
+        return None
+    return stored(layer, (layer.magnitude / weight_norm(layer)).view(-1, 1))

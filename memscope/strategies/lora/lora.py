@@ -1,23 +1,27 @@
-"""Low-rank adaptation (Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021)."""
+"""Low-rank adaptation (Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021) and its variants."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import nn
 
-from memscope.errors import nearest
 from memscope.strategies import Problem, Stage, Strategy
+from memscope.strategies.biases import biases
 from memscope.strategies.lora.adapted import adapt
-from memscope.strategies.lora.linear import adaptable_layers, linear_layers, matches, tied_layers
-from memscope.strategies.lora.targets import all_linear, auto_targets
+from memscope.strategies.lora.start import Start, setup_bytes
+from memscope.strategies.lora.targets import AUTO, auto_targets, chosen_linear, require_one_word, target_problems
+from memscope.units import format_bytes
 from memscope.workload.description import Workload
 
 __all__ = ["LoRA"]
 
-_AUTO, _ALL_LINEAR = "auto", "all-linear"
+_SETUP = (
+    "lora: {start} decomposes each adapted weight before the first step, which the figures leave out: where the model "
+    "is on the GPU by then, up to {size} beside the model, and the workspace of cuSOLVER"
+)
 
 
 class LoRA(Strategy):
@@ -45,14 +49,29 @@ class LoRA(Strategy):
         """The update is scaled by alpha / r."""
         dropout: float = 0.05
         """Dropout on the input of the update."""
-        targets: tuple[str, ...] = (_AUTO,)
+        targets: tuple[str, ...] = (AUTO,)
         """Linear layers to adapt: full module names or their last parts, joined by +; auto: those that PEFT adapts in
         this type of model, or the query and value projections; all-linear: all but the output head."""
+        dora: bool = False
+        """DoRA: also train the norm of each row of the adapted weights, with the temporaries of PEFT's layer."""
+        rslora: bool = False
+        """rsLoRA: scale by alpha / √r instead, which changes no size."""
+        pissa: bool = False
+        """PiSSA: start from the largest singular values of each weight, found before the first step."""
+        olora: bool = False
+        """OLoRA: start from the QR decomposition of each weight, found before the first step."""
+        bias: Literal["none", "all", "lora_only"] = "none"
+        """Biases to train: none, all of the model, or those of the adapted layers."""
 
         def __post_init__(self) -> None:
-            for word in (_AUTO, _ALL_LINEAR):
-                if word in self.targets and len(self.targets) > 1:
-                    raise ValueError(f"targets={word} stands alone: leave {word} or the other targets out")
+            require_one_word(self.targets)
+            if self.pissa and self.olora:
+                raise ValueError("pissa and olora are two initializations: leave one out")
+
+        @property
+        def start(self) -> Start:
+            """How the update starts."""
+            return "pissa" if self.pissa else "olora" if self.olora else "gaussian"
 
     @classmethod
     def candidates(cls, workload: Workload) -> Sequence[Config]:
@@ -71,35 +90,41 @@ class LoRA(Strategy):
             problems.append(
                 Problem(f"dropout={config.dropout} is not a probability", "choose at least 0 and less than 1")
             )
-        linear, tied = linear_layers(workload.model), tied_layers(workload.model)
-        fits = {name.rpartition(".")[2] for name in adaptable_layers(workload.model)}
-        if config.targets in ((_AUTO,), (_ALL_LINEAR,)):
-            if not self._chosen(workload.model):
-                what = f'targets={config.targets[0]} finds no linear layer to adapt in "{workload.name}"'
-                problems.append(Problem(what, "remove this strategy"))
-            return problems
-        for target in config.targets:
-            matched = [name for name in linear if matches(name, target)]
-            if not matched:
-                what = f'targets={target} matches no linear layer of "{workload.name}"'
-                problems.append(Problem(what, nearest(target, fits)))
-            for name in tied.keys() & matched:
-                what = f'targets={target} matches "{name}", which shares its weight with "{tied[name]}"'
-                problems.append(Problem(what, f"remove it. {nearest(target, fits)}"))
-        return problems
+        problems += target_problems(workload.model, config.targets, workload.name)
+        return problems or [*self._problems_of_layers(workload)]
+
+    def _problems_of_layers(self, workload: Workload) -> Iterator[Problem]:
+        config, model = self.config, workload.model
+        layers = [model.get_submodule(name) for name in chosen_linear(model, config.targets)]
+        least = min(min(layer.weight.shape) for layer in layers)
+        if config.start != "gaussian" and config.r > least:
+            what = f"r={config.r} is more than the {least} rows or columns of the smallest adapted weight"
+            yield Problem(what, f"choose at most {least}, or leave {config.start} out")
+        if config.bias != "none" and not biases(model if config.bias == "all" else nn.ModuleList(layers)):
+            where = f'"{workload.name}" has' if config.bias == "all" else "the adapted layers have"
+            yield Problem(f"bias={config.bias}, but {where} no bias", "choose bias=none")
 
     def apply(self, workload: Workload) -> None:
-        """Freeze the model and make each selected layer a `LoRALinear`."""
+        """Freeze the model, make each selected layer a `LoRALinear`, and train the biases that are asked for."""
         config, model = self.config, workload.model
-        if config.targets == (_AUTO,):
+        if config.targets == (AUTO,):
             self.chosen = {"targets": "+".join(auto_targets(model))}
-        layers = self._chosen(model)
-        assert layers, "check() rejects targets that match no layer"
-        adapt(model, layers, r=config.r, alpha=config.alpha, dropout=config.dropout)
-
-    def _chosen(self, model: nn.Module) -> list[str]:
-        """Full names of the selected layers."""
-        if self.config.targets == (_ALL_LINEAR,):
-            return all_linear(model)
-        targets = auto_targets(model) if self.config.targets == (_AUTO,) else self.config.targets
-        return [name for name in linear_layers(model) if any(matches(name, target) for target in targets)]
+        names = chosen_linear(model, config.targets)
+        assert names, "check() rejects targets that match no layer"
+        if config.start != "gaussian":
+            most = max(setup_bytes(model.get_submodule(name).weight) for name in names)
+            workload.notes = (*workload.notes, _SETUP.format(start=config.start, size=format_bytes(most)))
+        adapt(
+            model,
+            names,
+            r=config.r,
+            alpha=config.alpha,
+            dropout=config.dropout,
+            rslora=config.rslora,
+            dora=config.dora,
+            start=config.start,
+        )
+        trained = {"none": [], "all": [model], "lora_only": [model.get_submodule(name) for name in names]}
+        for module in trained[config.bias]:
+            for bias in biases(module).values():
+                bias.requires_grad_(True)

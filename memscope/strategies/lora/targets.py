@@ -4,10 +4,24 @@ from __future__ import annotations
 
 from torch import nn
 
+from memscope.errors import nearest
 from memscope.strategies.ckpt.layers import repeated_layers
-from memscope.strategies.lora.linear import adaptable_layers, linear_layers, matches, shortest_names
+from memscope.strategies.lora.linear import adaptable_layers, linear_layers, matches, shortest_names, tied_layers
+from memscope.strategies.strategy import Problem
 
-__all__ = ["PEFT_TARGETS", "all_linear", "auto_targets"]
+__all__ = [
+    "ALL_LINEAR",
+    "AUTO",
+    "PEFT_TARGETS",
+    "all_linear",
+    "auto_targets",
+    "chosen_linear",
+    "output_head",
+    "require_one_word",
+    "target_problems",
+]
+
+AUTO, ALL_LINEAR = "auto", "all-linear"
 
 _BY_TARGETS = {
     ("q_proj", "v_proj"): "bart gptj gpt_neo opt llama llama4 mistral mixtral stablelm gemma gemma2 gemma3_text qwen2 "
@@ -37,6 +51,41 @@ _QUERY_AND_VALUE = (("wq", "wv"), ("q_proj", "v_proj"), ("query", "value"), ("q_
 """Names of the layers that Hu et al. adapt, in Meta's LLaMA, most of transformers, BERT, and DistilBERT."""
 
 
+def require_one_word(targets: tuple[str, ...]) -> None:
+    """Refuse `auto` and `all-linear` beside other targets, with a ValueError."""
+    for word in (AUTO, ALL_LINEAR):
+        if word in targets and len(targets) > 1:
+            raise ValueError(f"targets={word} stands alone: leave {word} or the other targets out")
+
+
+def chosen_linear(model: nn.Module, targets: tuple[str, ...]) -> list[str]:
+    """Full names of the linear layers that targets choose."""
+    if targets == (ALL_LINEAR,):
+        return all_linear(model)
+    if targets == (AUTO,):
+        targets = auto_targets(model)
+    return [name for name in linear_layers(model) if any(matches(name, target) for target in targets)]
+
+
+def target_problems(model: nn.Module, targets: tuple[str, ...], of: str) -> list[Problem]:
+    """Why targets cannot be adapted; `of` names the workload."""
+    if targets in ((AUTO,), (ALL_LINEAR,)):
+        if chosen_linear(model, targets):
+            return []
+        return [Problem(f'targets={targets[0]} finds no linear layer to adapt in "{of}"', "remove this strategy")]
+    problems = []
+    linear, tied = linear_layers(model), tied_layers(model)
+    fits = {name.rpartition(".")[2] for name in adaptable_layers(model)}
+    for target in targets:
+        matched = [name for name in linear if matches(name, target)]
+        if not matched:
+            problems.append(Problem(f'targets={target} matches no linear layer of "{of}"', nearest(target, fits)))
+        for name in tied.keys() & matched:
+            what = f'targets={target} matches "{name}", which shares its weight with "{tied[name]}"'
+            problems.append(Problem(what, f"remove it. {nearest(target, fits)}"))
+    return problems
+
+
 def auto_targets(model: nn.Module) -> tuple[str, ...]:
     """The layers that are adapted by default; empty if the model has none.
 
@@ -58,15 +107,15 @@ def auto_targets(model: nn.Module) -> tuple[str, ...]:
 def all_linear(model: nn.Module) -> list[str]:
     """Every linear layer that can be adapted, except the output head.
 
-    The head is what transformers' `get_output_embeddings` returns, or else the last linear layer behind the repeated
-    layers. PEFT means the same by `target_modules="all-linear"` (peft/tuners/tuners_utils.py of 0.21), but takes a
+    PEFT means the same by `target_modules="all-linear"` (peft/tuners/tuners_utils.py of 0.21), but takes a
     classifier for the head only with the task type `SEQ_CLS`.
     """
-    head = _head(model)
+    head = output_head(model)
     return [name for name in adaptable_layers(model) if model.get_submodule(name) is not head]
 
 
-def _head(model: nn.Module) -> nn.Module | None:
+def output_head(model: nn.Module) -> nn.Module | None:
+    """What transformers' `get_output_embeddings` returns, or else the last linear layer behind the repeated layers."""
     for module in model.modules():
         ask = getattr(module, "get_output_embeddings", None)
         if callable(ask) and isinstance(found := ask(), nn.Module):
