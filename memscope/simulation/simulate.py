@@ -36,7 +36,7 @@ from memscope.simulation.devices.roofline import Roofline
 from memscope.simulation.facade.imports import imports_see_the_machine
 from memscope.simulation.facade.visible_gpu import VisibleGpu
 from memscope.simulation.fake_tensors import FakeCopies, StandIns, fake_tensors_train, weight_sizes
-from memscope.simulation.host import Link, host_copies
+from memscope.simulation.host import HostOperators, Link, host_copies
 from memscope.simulation.packages.visible import VisiblePackages
 from memscope.simulation.refusal import NotSimulated
 from memscope.simulation.remember import RememberedOperators
@@ -146,8 +146,8 @@ def simulate(
             pieces = prepare_steps(built, steps, part.micro_batches)
         with mode:
             training = Training.start(built, "cpu", partial(map_tensors, partial(_on_device, values)))
-            link = Link(operators, device)
-            execute = WrittenViews(link)
+            host = HostOperators(Link(operators, device))
+            execute = WrittenViews(host)
             recorder = Recorder(
                 built.model,
                 meta={**run_meta(built, plan, device.name, simulated=True), "seconds": None},
@@ -157,7 +157,7 @@ def simulate(
                 calls_of=part.calls_of,
             )
             gpu.memory.seen = recorder.tracker.seen
-            with host_copies(recorder.tracker, link) if kernels else contextlib.nullcontext():
+            with host_copies(recorder.tracker, host) if kernels else contextlib.nullcontext():
                 run_steps(training, pieces, recorder, progress, live)
     trace = recorder.trace()
     trace = dataclasses.replace(trace, meta={**trace.meta, "assumptions": assumptions.rows()})

@@ -261,7 +261,7 @@ def test_flipped_byte_is_refused_or_changes_nothing(data: st.DataObject, saved: 
 def test_newer_schema_asks_for_an_upgrade(tmp_path: Path) -> None:
     # Its columns may differ: only the version is read.
     path = stored(tmp_path / "a.npz", header=header(schema_version=SCHEMA_VERSION + 1, modules="other"), size=None)
-    assert refusal(path) == "has trace schema 2; this memscope reads schemas up to 1: upgrade memscope"
+    assert refusal(path) == "has trace schema 3; this memscope reads schemas up to 2: upgrade memscope"
 
 
 @pytest.mark.parametrize(
