@@ -36,6 +36,7 @@ class GradientNamer:
                 if id(parameter) not in hooks and parameter.requires_grad:
                     hook = parameter.register_post_accumulate_grad_hook(self._name)
                     hooks[id(parameter)] = parameter, hook
+                    _call_first(parameter, hook)
 
     def __exit__(self, *exception: object) -> None:
         for _, hook in self._hooks.values():
@@ -45,6 +46,13 @@ class GradientNamer:
     def _name(self, parameter: Tensor) -> None:
         if parameter.grad is not None:
             self._lifetimes.own(parameter.grad, "gradient", module=self._modules.of_parameter(parameter))
+
+
+def _call_first(parameter: Any, hook: Any) -> None:
+    """Call a hook before those that were there: an optimizer in one of them lets go of the gradient."""
+    every = parameter._post_accumulate_grad_hooks
+    for key in [key for key in every if key != hook.id]:
+        every[key] = every.pop(key)
 
 
 class OptimizerNamer:

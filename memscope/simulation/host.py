@@ -4,8 +4,8 @@ A copy on the host takes no device memory. `x.cpu()` always makes one, because P
 `save_on_cpu`. `x.to("cpu")` makes one only in a target's code: elsewhere, `"cpu"` also names the stand-ins' device.
 What is computed from copies alone is on the host, too, as is what a factory makes in pinned memory.
 
-A copy takes the time of the link between device and host, and the device waits for it. Work of the host takes none:
-how fast its processor is, is not known.
+A copy takes the time of the link between device and host, and the device waits for it. Work on the host takes none:
+how fast its processor is, is not known, which the estimate says.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import graph
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from memscope.hooks.storages import StorageTracker
 from memscope.hooks.work import NOTHING, Execute, Work
@@ -26,7 +28,7 @@ from memscope.simulation.devices.catalogue import Device
 from memscope.simulation.devices.cost import transfer_seconds
 from memscope.simulation.facade.stand_in import is_target, replaced
 
-__all__ = ["HostOperators", "Link", "host_copies"]
+__all__ = ["HostOperators", "Link", "PinnedBefore", "host_copies"]
 
 _COPY = torch.ops.aten.copy_.default
 
@@ -62,13 +64,14 @@ class HostOperators:
     Attributes:
         tracker: knows which tensors are on the host, and is told which results are; None before it is known.
         link: the link between device and host.
+        works: whether the host has computed something.
     """
 
     def __init__(self, link: Link) -> None:
-        self.link = link
+        self.link, self.works = link, False
         self.tracker: StorageTracker | None = None
         self._place: bool | None = None
-        self._pins = False
+        self._pins = self._computes = False
 
     @property
     def is_moving(self) -> bool:
@@ -78,13 +81,13 @@ class HostOperators:
     @contextlib.contextmanager
     def moving(self, *, to_host: bool, crossing: bool, pinned: bool = False) -> Iterator[None]:
         """Operators inside make their results on the host or on the device; `crossing`: over the link."""
-        before = self._place, self._pins
-        self._place, self._pins = to_host, pinned
+        before = self._place, self._pins, self._computes
+        self._place, self._pins, self._computes = to_host, pinned, to_host and not crossing
         try:
             with self.link.crossed(crossing):
                 yield
         finally:
-            self._place, self._pins = before
+            self._place, self._pins, self._computes = before
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Work]:
         """See `Execute`."""
@@ -96,15 +99,21 @@ class HostOperators:
             kwargs = {**kwargs, "pin_memory": False}  # fake tensors refuse it
         tracker.hides, tracker.pins = self._place or pinned, self._pins or pinned
         if self._place is not None:
-            return self.link(func, args, kwargs)
+            return self._at_home(func, args, kwargs) if self._computes else self.link(func, args, kwargs)
         places = self._places((*args, *kwargs.values()))
         if func is _COPY and True in places and False in places:
             with self.link.crossed(True):
                 return self.link(func, args, kwargs)
         if pinned or (places and all(places)):
             tracker.hides = True
-            return self.link(func, args, kwargs)[0], NOTHING
+            return self._at_home(func, args, kwargs)
         return self.link(func, args, kwargs)
+
+    def _at_home(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Work]:
+        """Run an operator on the host."""
+        out, work = self.link(func, args, kwargs)
+        self.works |= work.seconds > 0
+        return out, NOTHING
 
     def _places(self, values: tuple[Any, ...]) -> list[bool]:
         """Whether each tensor among some arguments is on the host; empty while nothing is."""
@@ -116,15 +125,36 @@ class HostOperators:
         return [lifetimes.comes_from_device(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
 
 
+class PinnedBefore(TorchDispatchMode):
+    """Collects what is pinned before a tracker follows the host, as by an optimizer that is built on it.
+
+    Attributes:
+        tensors: the pinned tensors.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.tensors: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not kwargs or not kwargs.get("pin_memory"):
+            return func(*args, **(kwargs or {}))
+        made = func(*args, **{**kwargs, "pin_memory": False})
+        self.tensors.append(made)
+        return made
+
+
 @contextlib.contextmanager
-def host_copies(tracker: StorageTracker, host: HostOperators) -> Iterator[None]:
+def host_copies(tracker: StorageTracker, host: HostOperators, before: PinnedBefore) -> Iterator[None]:
     """Make `x.cpu()` and a target's `x.to("cpu")` copy to the host, and `x.to(device)` and `x.cuda()` copy back.
 
-    The copies are followed by the tracker. The methods themselves are replaced because a PyTorch mode does not see
-    calls from autograd's hooks.
+    The copies are followed by the tracker, and what was pinned before. The methods themselves are replaced because a
+    PyTorch mode does not see calls from autograd's hooks.
     """
     host.tracker = tracker
     tracker.lifetimes.follow_host()
+    while before.tensors:
+        tracker.lifetimes.hide_result(before.tensors.pop(0), 0, (), pinned=True)
     copy: Any = Tensor.cpu
     move: Any = Tensor.to
 
@@ -166,7 +196,16 @@ def host_copies(tracker: StorageTracker, host: HostOperators) -> Iterator[None]:
 
         graph.saved_tensors_hooks.__init__(hooks, pack, lambda packed: to_device(packed, packed.device))
 
-    with contextlib.ExitStack() as scopes:
+    stepping = contextlib.ExitStack()
+
+    def begin_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        updated = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if updated and all(map(tracker.lifetimes.comes_from_device, updated)):  # what it makes from nothing is there, too
+            stepping.enter_context(host.moving(to_host=True, crossing=False))
+
+    with stepping, contextlib.ExitStack() as scopes:
+        scopes.callback(register_optimizer_step_pre_hook(begin_step).remove)
+        scopes.callback(register_optimizer_step_post_hook(lambda *_: stepping.close()).remove)
         scopes.enter_context(replaced(graph.save_on_cpu, "__init__", save_on_cpu))
         for name, method in (("cpu", cpu), ("cuda", cuda), ("to", to)):
             scopes.enter_context(replaced(Tensor, name, method))

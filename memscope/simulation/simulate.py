@@ -36,7 +36,7 @@ from memscope.simulation.devices.roofline import Roofline
 from memscope.simulation.facade.imports import imports_see_the_machine
 from memscope.simulation.facade.visible_gpu import VisibleGpu
 from memscope.simulation.fake_tensors import FakeCopies, StandIns, fake_tensors_train, weight_sizes
-from memscope.simulation.host import HostOperators, Link, host_copies
+from memscope.simulation.host import HostOperators, Link, PinnedBefore, host_copies
 from memscope.simulation.packages.visible import VisiblePackages
 from memscope.simulation.refusal import NotSimulated
 from memscope.simulation.remember import RememberedOperators
@@ -145,7 +145,9 @@ def simulate(
         with followed:
             pieces = prepare_steps(built, steps, part.micro_batches)
         with mode:
-            training = Training.start(built, "cpu", partial(map_tensors, partial(_on_device, values)))
+            pinned = PinnedBefore()
+            with pinned if kernels else contextlib.nullcontext():
+                training = Training.start(built, "cpu", partial(map_tensors, partial(_on_device, values)))
             host = HostOperators(Link(operators, device))
             execute = WrittenViews(host)
             recorder = Recorder(
@@ -157,13 +159,14 @@ def simulate(
                 calls_of=part.calls_of,
             )
             gpu.memory.seen = recorder.tracker.seen
-            with host_copies(recorder.tracker, host) if kernels else contextlib.nullcontext():
+            with host_copies(recorder.tracker, host, pinned) if kernels else contextlib.nullcontext():
                 run_steps(training, pieces, recorder, progress, live)
     trace = recorder.trace()
     trace = dataclasses.replace(trace, meta={**trace.meta, "assumptions": assumptions.rows()})
     if kernels is None:
         return trace
-    cost = cost_table(recorder.work, roofline.assumed) if roofline.is_known else None
+    assumed = roofline.assumed | ({"work on the host's processor takes no time"} if host.works else set())
+    cost = cost_table(recorder.work, assumed) if roofline.is_known else None
     meta = {**trace.meta, "cost": cost, "estimated_workspaces": sorted(kernels.estimated)}
     for note in gpu.notes:
         add_note(meta, note)

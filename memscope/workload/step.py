@@ -70,8 +70,11 @@ class Training:
         optimizer = _optimizer(workload, trainable)
         if plan.step_in_backward:
             step_in_backward(optimizer)
-        taken = any(parameter._post_accumulate_grad_hooks for parameter in trainable)
-        return cls(workload, optimizer, scaler, device_type, to_device, taken)
+        return cls(workload, optimizer, scaler, device_type, to_device, _are_taken(trainable))
+
+
+def _are_taken(parameters: list[nn.Parameter]) -> bool:
+    return any(parameter._post_accumulate_grad_hooks for parameter in parameters)
 
 
 def _optimizer(workload: Workload, trainable: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -81,6 +84,8 @@ def _optimizer(workload: Workload, trainable: list[nn.Parameter]) -> torch.optim
         raise TargetError(
             f'"{workload.name}" failed: its optimizer cannot be built: {type(error).__name__}: {error}{where(error)}'
         ) from error
+    if _are_taken(trainable):  # perhaps to copies, which the optimizer updates
+        return optimizer
     given = {id(parameter) for parameter in trainable}
     if not any(id(parameter) in given for group in optimizer.param_groups for parameter in group["params"]):
         raise UsageError(

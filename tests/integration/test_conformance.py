@@ -18,7 +18,7 @@ from memscope.testing import check_strategy, toy_workload
 from memscope.workload.description import Workload
 from memscope.workload.target import find_target
 
-SHIPPED = ("adamw", "amp", "bf16", "ckpt", "ga", "lora")
+SHIPPED = ("adamw", "amp", "backward-step", "bf16", "ckpt", "ga", "lora", "offload")
 Install = Callable[..., None]
 
 
@@ -51,6 +51,7 @@ def test_the_strategies_that_come_with_memscope_keep_their_promises(install: Ins
         "ckpt:layers=every-2",
         "ga:steps=2",
         "lora:r=2,alpha=4,dropout=0,targets=wk+wo+head",
+        "offload:optimizer",
     ],
 )
 def test_the_strategies_keep_their_promises_with_other_settings(install: Install, spec: str) -> None:

@@ -2,33 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from memscope.strategies import Problem, Stage, Strategy
 from memscope.strategies.offload.activations import Offloaded
+from memscope.strategies.offload.optimizer import is_installed, on_host, why_not_on_host
 from memscope.workload.description import Workload
+from memscope.workload.optimizer import built_by, built_or_none
+from memscope.workload.settings import setting
 
 __all__ = ["Offload"]
 
 
 class Offload(Strategy):
-    """Keep activations on the host while the GPU does not need them."""
+    """Keep activations or the optimizer on the host, which takes copies over the bus. On the CPU, it changes no byte.
+
+    To offload the activations of chosen layers, use a checkpoint plan (`ckpt:plan=FILE`).
+    """
 
     name = "offload"
     stage = Stage.STEP
     exact = True
+    changes = "the updates, which the host's processor computes with another order of operations"
+    textbook: ClassVar[Mapping[str, str]] = {"parameter": "–", "computation": "–"}
 
     @dataclass(frozen=True)
     class Config:
         """What is on the host; activations, if nothing is named."""
 
         activations: bool = False
-        """Copy everything that autograd saves for the backward pass, that of the loss included, to pinned memory, and
-        back when it is needed."""
+        """Copy what autograd saves for the backward pass, in model and loss, to pinned memory, and back when it is
+        needed. No work hides the copies."""
+        optimizer: bool = False
+        """Update copies of the weights on the host (torchao's CPUOffloadOptimizer); weights and gradients cross the bus
+        once a step. Tensors of fewer than 4,096 elements stay on the GPU."""
+        free_gradients: bool = setting("free-gradients", False)
+        """With optimizer: free each gradient as soon as it is copied; not with accumulation."""
+
+        def __post_init__(self) -> None:
+            if self.free_gradients and not self.optimizer:
+                raise ValueError("free-gradients goes with optimizer: write offload:optimizer,free-gradients=true")
+
+    def __init__(self, config: Any = None) -> None:
+        super().__init__(config)
+        if self.config.optimizer:
+            self.provides = self.provides | {"optimizer on the host"}
+            self.conflicts = self.conflicts | {"gradient scaler"}
+        if self.config.free_gradients:
+            self.conflicts = self.conflicts | {"accumulation"}
+
+    @property
+    def _moves_activations(self) -> bool:
+        return bool(self.config.activations) or not self.config.optimizer
+
+    @classmethod
+    def candidates(cls, workload: Workload) -> Sequence[Config]:
+        """Activations, and the optimizer."""
+        return [cls.Config(activations=True), cls.Config(optimizer=True)]
 
     def check(self, workload: Workload) -> list[Problem]:
-        return []
+        """Report an optimizer that cannot be on the host."""
+        return list(self._problems(workload)) if self.config.optimizer else []
+
+    def _problems(self, workload: Workload) -> Iterator[Problem]:
+        if not is_installed():
+            yield Problem("offload:optimizer is torchao's CPUOffloadOptimizer", "install torchao (pip install torchao)")
+        plan = workload.plan
+        if plan.clip_grad_norm is not None or plan.grad_scaler:
+            what = "gradients are copied to the host before they are clipped or unscaled"
+            yield Problem(what, "leave clipping by the total norm and the GradScaler out")
+        if plan.micro_batches > 1 and self.config.free_gradients:
+            what = f"free-gradients: the gradients of {plan.micro_batches} micro-batches accumulate on the GPU"
+            yield Problem(what, "leave free-gradients out")
+        optimizer = built_or_none(workload.optimizer_factory, workload.model)
+        if optimizer is not None and (why := why_not_on_host(optimizer)):
+            yield Problem(f"{type(optimizer).__name__} cannot be on the host: {why}", "train with AdamW, for example")
+
+    def is_exact(self, workload: Workload) -> bool:
+        """Whether nothing but activations moves."""
+        return not self.config.optimizer
 
     def apply(self, workload: Workload) -> None:
-        workload.loss = Offloaded(workload.model, workload.loss)
+        """Wrap the loss, or the optimizer's factory."""
+        if self._moves_activations:
+            workload.loss = Offloaded(workload.model, workload.loss)
+        if self.config.optimizer:
+            build, frees = workload.optimizer_factory, self.config.free_gradients
+            workload.optimizer_factory = lambda parameters, model: on_host(
+                built_by(build, parameters, model), frees_gradients=frees
+            )
