@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from memscope.allocator.pinned import PinnedMemory
-from memscope.hooks.allocations import Allocations, Birth
+from memscope.hooks.allocations import UNKNOWN, Allocations, Birth
 from memscope.hooks.position import Position
 from memscope.trace import MARK_COLUMNS, Trace, columns_of
 
@@ -37,7 +37,8 @@ class HostMemory:
         seen.category.append(category)
         seen.freed.append(-1)
         seen.clock += 1
-        seen.pending.append(index)
+        if category == UNKNOWN and here.serves_backward:
+            seen.pending.append(index)
         if pinned:
             self._blocks[index] = self._pinned.allocate(size_bytes)
         else:

@@ -56,6 +56,8 @@ class Lifetimes:
         self._hidden: dict[int, _StorageRef] = {}
         self.host: HostMemory | None = None
         self._unread: set[int] = set()
+        # Of weights that have no memory yet: the storage, to know it from a later one at its address, and the module.
+        self._empty: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
         self._fake_mode: Any = None
         self._follows_real = True
 
@@ -143,14 +145,27 @@ class Lifetimes:
             seen.clock += 1
 
     def resized(self, storage: torch.UntypedStorage, op: int) -> None:
-        """Record a resize, if the storage is followed: new memory is allocated before the old memory is freed."""
+        """Record a resize, if the storage is followed: new memory is allocated before the old memory is freed.
+
+        A weight stays its module's weight.
+        """
         key = storage._cdata
         if key in self._live:
             old, _, ref = self._live[key]
             size = storage.nbytes()
             new = self.enter(size, op, self._seen.category[old], storage) if size else old
+            if self._seen.category[new] == _PARAMETER:
+                self._own(new, _PARAMETER, self._seen.births[old].module)
             self._live[key] = (new, size, ref)
             self._seen.free(old)
+        elif key in self._empty and storage.nbytes():
+            weight, module = self._empty.pop(key)
+            if weight() is storage:
+                ref = _StorageRef(storage, self._on_death)
+                ref.key = key
+                new = self.enter(storage.nbytes(), op, _PARAMETER, storage)
+                self._own(new, _PARAMETER, module)
+                self._live[key] = (new, storage.nbytes(), ref)
 
     def continue_as(self, old: Tensor, new: Tensor) -> None:
         """Follow the storage of another tensor in place of one: it has the same memory."""
@@ -184,6 +199,8 @@ class Lifetimes:
                 at_work, self._position.module = self._position.module, module or 0
                 self._bear(part, storage, key, 0, code)
                 self._position.module = at_work
+                if code == _PARAMETER and not storage.nbytes():
+                    self._empty[key] = weakref.ref(storage), module or 0
 
     def _own(self, index: int, category: int, module: int | None) -> None:
         birth = self._seen.births[index]
@@ -257,6 +274,15 @@ class Lifetimes:
         row: int = ref.row  # type: ignore[attr-defined]
         if self.host is not None and row >= 0:
             self.host.free(row)
+
+    def copied(self, to: Tensor, source: Tensor) -> None:
+        """Note a copy between host and device: what is on the host is a copy of what is on the device."""
+        for one, other in ((to, source), (source, to)):
+            category = self._code_of(other)
+            if self.host is not None and self.comes_from_device(one) and category not in (None, UNKNOWN):
+                row = self._hidden[one.untyped_storage()._cdata].row
+                if self.host.seen.category[row] == UNKNOWN:
+                    self.host.own(row, category, None)
 
     def comes_from_device(self, tensor: Tensor) -> bool:
         """Whether a tensor is on the host because of the step on the device."""

@@ -90,8 +90,6 @@ class OptimizerNamer:
             for parameter in group["params"]:
                 if parameter.grad is not None:  # gradients that autograd did not accumulate, as in FSDP2
                     self._lifetimes.own(parameter.grad, "gradient", module=self._modules.of_parameter(parameter))
-                if self._lifetimes.is_hidden(parameter):  # a copy on the host, which the optimizer updates
-                    self._lifetimes.own(parameter, "parameter")
 
     def _stepped(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self.name_state(optimizer)

@@ -102,6 +102,7 @@ class HostOperators:
             return self._at_home(func, args, kwargs) if self._computes else self.link(func, args, kwargs)
         places = self._places((*args, *kwargs.values()))
         if func is _COPY and True in places and False in places:
+            tracker.lifetimes.copied(args[0], args[1])
             with self.link.crossed(True):
                 return self.link(func, args, kwargs)
         if pinned or (places and all(places)):
@@ -200,7 +201,9 @@ def host_copies(tracker: StorageTracker, host: HostOperators, before: PinnedBefo
 
     def begin_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         updated = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        if updated and all(map(tracker.lifetimes.comes_from_device, updated)):  # what it makes from nothing is there, too
+        if updated and all(
+            map(tracker.lifetimes.comes_from_device, updated)
+        ):  # what it makes from nothing is there, too
             stepping.enter_context(host.moving(to_host=True, crossing=False))
 
     with stepping, contextlib.ExitStack() as scopes:

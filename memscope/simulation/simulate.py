@@ -165,10 +165,9 @@ def simulate(
     trace = dataclasses.replace(trace, meta={**trace.meta, "assumptions": assumptions.rows()})
     if kernels is None:
         return trace
-    assumed = roofline.assumed | ({"work on the host's processor takes no time"} if host.works else set())
-    cost = cost_table(recorder.work, assumed) if roofline.is_known else None
+    cost = cost_table(recorder.work, roofline.assumed) if roofline.is_known else None
     meta = {**trace.meta, "cost": cost, "estimated_workspaces": sorted(kernels.estimated)}
-    for note in gpu.notes:
+    for note in (*gpu.notes, *(_HOST_WORKS for _ in range(cost is not None and host.works))):
         add_note(meta, note)
     return on_device(dataclasses.replace(trace, meta=meta), device, settings, gpu.memory.cache_emptied)
 
@@ -209,6 +208,7 @@ def _on_device(values: KnownValues, tensor: Any) -> Any:
     return moved
 
 
+_HOST_WORKS = "the estimated step time leaves out what the host's processor computes: its rates are not known"
 _simulating = threading.Lock()
 _nested = threading.local()
 

@@ -1,4 +1,4 @@
-"""The optimizer inside the backward pass: each parameter is updated as soon as its gradient is complete, which then dies.
+"""The optimizer inside the backward pass: a parameter is updated once its gradient is complete, which then dies.
 
 PyTorch's tutorial *How to save memory by fusing the optimizer step into the backward pass* and torchtune's
 `OptimizerInBackward` (torchtune/training/memory.py, 0.6) build one optimizer for each parameter. So does this, from

@@ -145,8 +145,8 @@ _NOTHING_TO_DO = (
     "set_device", "set_rng_state", "set_rng_state_all", "set_sync_debug_mode", "synchronize",
 )  # fmt: skip
 _RECORD_STREAM = (
-    "record_stream was called, but everything is simulated on one stream: memory is freed when its tensor dies. On a GPU, another stream may "
-    "still use it, and reserved memory is then higher"
+    "record_stream was called, but everything is simulated on one stream: memory is freed when its tensor dies. On a "
+    "GPU, another stream may still use it, and reserved memory is then higher"
 )
 _MEASURED = "no GPU runs whose state could be read"
 _BUILD = "it depends on the build of PyTorch that will run; torch.cuda.get_device_capability() tells what the GPU needs"

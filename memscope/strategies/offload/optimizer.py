@@ -8,6 +8,7 @@ the weight is copied back. Both copies run on a stream of their own.
 from __future__ import annotations
 
 import inspect
+import logging
 from importlib.util import find_spec
 from typing import Any
 
@@ -39,12 +40,22 @@ def on_host(optimizer: Optimizer, *, frees_gradients: bool) -> Optimizer:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if not any(parameter.is_cuda for parameter in parameters):
         return optimizer
-    from torchao.optim import CPUOffloadOptimizer
-
+    offloading = _torchao()
     taken = inspect.signature(type(optimizer)).parameters
     arguments = {key: value for key, value in _given(optimizer.defaults).items() if key in taken}
     groups = [_given(group) for group in optimizer.param_groups]
-    return CPUOffloadOptimizer(groups, type(optimizer), offload_gradients=frees_gradients, **arguments)  # type: ignore[no-any-return]
+    return offloading(groups, type(optimizer), offload_gradients=frees_gradients, **arguments)  # type: ignore[no-any-return]
+
+
+def _torchao() -> Any:
+    """The class of torchao. Its import warns of kernels that it does not find, which are for other things."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        from torchao.optim import CPUOffloadOptimizer
+    finally:
+        logging.disable(before)
+    return CPUOffloadOptimizer
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

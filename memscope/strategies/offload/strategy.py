@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from torch import nn
+from torch.optim import Optimizer
+
+from memscope.errors import UsageError
 from memscope.strategies import Problem, Stage, Strategy
+from memscope.strategies.ckpt.layers import repeated_layers
 from memscope.strategies.offload.activations import Offloaded
 from memscope.strategies.offload.optimizer import is_installed, on_host, why_not_on_host
+from memscope.strategies.offload.parameters import LayersOnHost, frozen_weights
 from memscope.workload.description import Workload
 from memscope.workload.optimizer import built_by, built_or_none
 from memscope.workload.settings import setting
@@ -17,7 +23,7 @@ __all__ = ["Offload"]
 
 
 class Offload(Strategy):
-    """Keep activations or the optimizer on the host, which takes copies over the bus. On the CPU, it changes no byte.
+    """Keep activations, frozen weights or the optimizer on the host, and copy over the bus. On the CPU, nothing moves.
 
     To offload the activations of chosen layers, use a checkpoint plan (`ckpt:plan=FILE`).
     """
@@ -35,6 +41,9 @@ class Offload(Strategy):
         activations: bool = False
         """Copy what autograd saves for the backward pass, in model and loss, to pinned memory, and back when it is
         needed. No work hides the copies."""
+        parameters: bool = False
+        """Keep the frozen weights of the layers in pinned memory; they are on the GPU while their layer runs, forward
+        or backward. Trained weights stay on the GPU."""
         optimizer: bool = False
         """Update copies of the weights on the host (torchao's CPUOffloadOptimizer); weights and gradients cross the bus
         once a step. Tensors of fewer than 4,096 elements stay on the GPU."""
@@ -55,16 +64,24 @@ class Offload(Strategy):
 
     @property
     def _moves_activations(self) -> bool:
-        return bool(self.config.activations) or not self.config.optimizer
+        return bool(self.config.activations) or not (self.config.optimizer or self.config.parameters)
 
     @classmethod
     def candidates(cls, workload: Workload) -> Sequence[Config]:
-        """Activations, and the optimizer."""
-        return [cls.Config(activations=True), cls.Config(optimizer=True)]
+        """Activations, the optimizer, and frozen weights if there are any."""
+        frozen = any(
+            next(frozen_weights(layer), None) is not None for layer in repeated_layers(workload.model).values()
+        )
+        offered = [cls.Config(activations=True), cls.Config(optimizer=True), cls.Config(parameters=True)]
+        return offered if frozen else offered[:2]
 
     def check(self, workload: Workload) -> list[Problem]:
-        """Report an optimizer that cannot be on the host."""
-        return list(self._problems(workload)) if self.config.optimizer else []
+        """Report an optimizer that cannot be on the host, or a model without layers."""
+        found = list(self._problems(workload)) if self.config.optimizer else []
+        if self.config.parameters and not repeated_layers(workload.model):
+            what = "parameters: the model has no list of repeated layers (nn.ModuleList or nn.Sequential)"
+            found.append(Problem(what, "leave parameters out"))
+        return found
 
     def _problems(self, workload: Workload) -> Iterator[Problem]:
         if not is_installed():
@@ -85,7 +102,13 @@ class Offload(Strategy):
         return not self.config.optimizer
 
     def apply(self, workload: Workload) -> None:
-        """Wrap the loss, or the optimizer's factory."""
+        """Wrap the loss, or the optimizer's factory.
+
+        Raises:
+            UsageError: every weight of the layers is trained.
+        """
+        if self.config.parameters:
+            self._move_weights(workload)
         if self._moves_activations:
             workload.loss = Offloaded(workload.model, workload.loss)
         if self.config.optimizer:
@@ -93,3 +116,21 @@ class Offload(Strategy):
             workload.optimizer_factory = lambda parameters, model: on_host(
                 built_by(build, parameters, model), frees_gradients=frees
             )
+
+    def _move_weights(self, workload: Workload) -> None:
+        """Move the frozen weights of the layers once the model is on its device."""
+        layers = list(repeated_layers(workload.model).values())
+        frozen = [weight for layer in layers for weight in frozen_weights(layer)]
+        if not frozen:
+            raise UsageError(
+                "offload:parameters moves frozen weights, but every weight of the layers is trained: train adapters "
+                "(lora), or leave parameters out"
+            )
+        build = workload.optimizer_factory
+
+        def build_on_device(parameters: Iterable[Any], model: nn.Module) -> Optimizer:
+            if any(weight.is_cuda for weight in frozen):
+                LayersOnHost(layers)
+            return built_by(build, parameters, model)
+
+        workload.optimizer_factory = build_on_device
