@@ -53,7 +53,8 @@ def write_columns(path: Path, columns: Mapping[str, Ints], texts: Mapping[str, A
     write_whole(path, buffer.getvalue())
 
 
-_Columns = dict[str, Ints]
+_Columns = dict[str, Any]
+"""Columns by name: int64 `[rows]`."""
 
 
 def read_columns(path: str | os.PathLike[str], names: tuple[str, ...]) -> tuple[_Columns, _Columns, dict[str, Any]]:

@@ -22,7 +22,8 @@ __all__ = ["LayersOnHost", "frozen_weights"]
 def frozen_weights(layer: nn.Module) -> Iterator[nn.Parameter]:
     """The parameters of a layer that can be on the host: not trained, and alone in their memory."""
     for parameter in layer.parameters():
-        if parameter.requires_grad or is_traceable_wrapper_subclass(parameter) or not parameter.numel():
+        plain: Any = parameter
+        if parameter.requires_grad or is_traceable_wrapper_subclass(plain) or not parameter.numel():
             continue
         if parameter.untyped_storage().nbytes() == parameter.nbytes:
             yield parameter
