@@ -23,7 +23,7 @@ from memscope.workload.description import Workload
 ROWS, DIM, LAYERS = 33, 64, 3
 U, WEIGHT = ROWS * DIM * 4, DIM * DIM * 4
 SAVED = 2 * (LAYERS - 1) + 1
-"""Layers save the inputs of sine and adapter. The sine of the first needs no gradient, and its input is the batch, which
+"""Layers save the inputs of sine and adapter. The first one's sine needs no gradient, and its input is the batch, which
 stays. The loss saves the last output."""
 BLOCK = 16384
 """The power of two that holds U = 8,448 bytes."""
