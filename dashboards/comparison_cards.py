@@ -8,7 +8,7 @@ from typing import Any
 
 from memscope.analysis.agreement import agreements
 from memscope.analysis.diff import AllocationChange, Change, Difference, diff
-from memscope.analysis.effects import ROWS, TITLES, Run, Table1
+from memscope.analysis.effects import TITLES, Run, Table1
 from memscope.analysis.inferred import marked
 from memscope.analysis.ledger import ledger
 from memscope.analysis.notes import notes_of
@@ -35,7 +35,7 @@ def comparison_sections(runs: Sequence[Run]) -> list[Section]:
 
 def effects_section(table1: Table1, baselines: Sequence[str]) -> Section:
     """Table 1, the comparison behind it, and the reasons for unusual arrows."""
-    rows = [[TITLES[row], *(escape(str(column[row])) for column in table1.columns)] for row in ROWS]
+    rows = [[TITLES[row], *(escape(str(column[row])) for column in table1.columns)] for row in table1.rows]
     headers = ["", *(escape(column.label) for column in table1.columns)]
     notes = [
         f"{column.label}, {TITLES[effect.row]}: {effect.note}"

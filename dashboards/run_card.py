@@ -13,6 +13,7 @@ from memscope.analysis.alive import by_module_together, largest, occasion
 from memscope.analysis.chosen import strategies_of
 from memscope.analysis.effects import Run
 from memscope.analysis.fit import fit_of
+from memscope.analysis.host import about_host, host_peak
 from memscope.analysis.inferred import marked
 from memscope.analysis.ledger import Ledger, ledger
 from memscope.analysis.notes import notes_of
@@ -114,6 +115,8 @@ def _facts(trace: Trace) -> Iterator[tuple[str, str]]:
             yield "trainable parameters", f"{trainable:,} of {total:,} ({trainable / max(total, 1):.2%})"
     if (fit := fit_of(trace)) is not None and fit.fits:
         yield "fit", str(fit)
+    if (host := host_peak(trace)) is not None:
+        yield "host memory", about_host(host)
     yield "allocations", f"{len(trace):,}"
 
 

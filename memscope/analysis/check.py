@@ -16,9 +16,10 @@ from memscope.units import format_bytes, format_given, format_seconds, parse_byt
 
 __all__ = ["KEYS", "TraceLimit", "Verdict", "budget_verdict", "check", "format_value"]
 
-KEYS: tuple[str, ...] = ("peak", "reserved", "device", *CATEGORIES, "step_time")
+KEYS: tuple[str, ...] = ("peak", "reserved", "device", "host", *CATEGORIES, "step_time")
 """Quantities that can be limited. `peak`: peak allocated bytes. `reserved`: peak reserved bytes. `device`: memory as
-counted by the driver. A category: its peak bytes. `step_time`: seconds of the last step."""
+counted by the driver. `host`: bytes that the step takes on the host. A category: its peak bytes. `step_time`: seconds
+of the last step."""
 _SECONDS = {"ms": Fraction(1, 1000), "s": Fraction(1)}
 _NUMBER = r"\s*(\d{1,12}(?:\.\d{1,12})?|\.\d{1,12})\s*"
 _DURATION = re.compile(rf"{_NUMBER}(ms|s)\s*")
@@ -144,6 +145,10 @@ def _value(trace: Trace, key: str, whose: str) -> tuple[Fraction, bool]:
         return Fraction(trace.peak.allocated_bytes), False
     if key == "step_time":
         return _step_seconds(trace, whose)
+    if key == "host":
+        if trace.host is None:
+            raise UsageError(f"{whose} has no value for host memory: simulations of a GPU follow it, recordings do not")
+        return Fraction(int(trace.host.reserved.max(initial=0))), False
     if key in CATEGORIES:
         return Fraction(trace.max_by_category()[key]), False
     found = ledger(trace)

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from memscope.analysis.alive import together
+from memscope.analysis.host import host_peak
 from memscope.errors import UsageError
 from memscope.trace import CATEGORIES, PHASES, Category, Ints, Peak, Phase, Trace
 
@@ -104,9 +105,11 @@ class Difference:
     settings: tuple[Setting, ...]
     same_target: bool
     """Whether both traces are of one target; modules of different targets may have different names."""
+    host: Change = Change(0, 0)
+    """The peaks on the host."""
 
     def __bool__(self) -> bool:
-        return bool(self.categories or self.modules or self.allocations or self.steps)
+        return bool(self.categories or self.modules or self.allocations or self.steps or self.host.change)
 
 
 def diff(before: Trace, after: Trace) -> Difference:
@@ -127,6 +130,7 @@ def diff(before: Trace, after: Trace) -> Difference:
         steps=tuple(_steps(before, after)),
         settings=changed_settings(before, after),
         same_target=before.meta.get("target") == after.meta.get("target"),
+        host=Change(*(peak.allocated_bytes if (peak := host_peak(trace)) else 0 for trace in (before, after))),
     )
 
 

@@ -13,21 +13,24 @@ from typing import Any, Literal
 
 import numpy as np
 
+from memscope.analysis.host import host_bytes, host_peak
 from memscope.errors import UsageError
 from memscope.trace import CATEGORIES, PHASES, Category, Ints, Trace
 from memscope.units import format_bytes, format_change, format_flop, format_flop_change
 
 __all__ = ["ROWS", "TITLES", "Column", "Effect", "Run", "Table1", "compare", "steady_step"]
 
-Row = Literal["parameter", "activation", "gradient", "optimizer_state", "computation"]
+Row = Literal["parameter", "activation", "gradient", "optimizer_state", "computation", "host"]
 Arrow = Literal["↑", "↓", "–"]
 ROWS: tuple[Row, ...] = ("parameter", "activation", "gradient", "optimizer_state", "computation")
+"""The rows of every Table 1. One in which a run keeps something on the host also has the row `host`."""
 TITLES: Mapping[Row, str] = {
     "parameter": "parameter (+ weight copies)",
     "activation": "activation",
     "gradient": "gradient",
     "optimizer_state": "optimizer state",
     "computation": "computation (FLOPs)",
+    "host": "host memory",
 }
 """Title of each row."""
 _COUNTED: Mapping[Row, tuple[Category, ...]] = {
@@ -101,6 +104,11 @@ class Table1:
 
     columns: tuple[Column, ...]
 
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """The rows, which all columns have."""
+        return tuple(effect.row for effect in self.columns[0].effects) if self.columns else ()
+
     def arrows(self) -> dict[str, dict[str, str]]:
         """The arrows as `{plan: {row: arrow}}`."""
         return {column.label: {effect.row: effect.arrow for effect in column.effects} for column in self.columns}
@@ -112,7 +120,9 @@ def compare(baseline: Trace, runs: Sequence[Run]) -> Table1:
     Raises:
         UsageError: a trace has no training step.
     """
-    return Table1(tuple(_column(baseline, run) for run in runs))
+    has_host = any(host_peak(trace) for trace in (baseline, *(run.trace for run in runs)))
+    rows: tuple[Row, ...] = (*ROWS, "host") if has_host else ROWS
+    return Table1(tuple(_column(baseline, run, rows) for run in runs))
 
 
 def steady_step(trace: Trace) -> int:
@@ -126,15 +136,18 @@ def steady_step(trace: Trace) -> int:
     return trace.steps[:2][-1]
 
 
-def _column(baseline: Trace, run: Run) -> Column:
+def _column(baseline: Trace, run: Run, rows: Sequence[Row]) -> Column:
     comparison = (
         f"peak of each category in step {steady_step(run.trace)} with the strategy, compared with step "
         f"{steady_step(baseline)} of the baseline; computation: floating-point operations of the same steps"
     )
-    return Column(run.label, comparison, tuple(_effect(row, baseline, run) for row in ROWS))
+    return Column(run.label, comparison, tuple(_effect(row, baseline, run) for row in rows))
 
 
 def _effect(row: Row, baseline: Trace, run: Run) -> Effect:
+    if row == "host":
+        before, after = (host_bytes(trace, steady_step(trace)) for trace in (baseline, run.trace))
+        return Effect(row, _arrow(before, after, _LEAST_BYTES), before, after)
     effect = _computation(baseline, run.trace) if row == "computation" else _memory(row, baseline, run.trace)
     usual = run.textbook.get(row)
     if not usual or usual == effect.arrow:

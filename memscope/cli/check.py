@@ -42,7 +42,7 @@ class CheckOptions:
             multiple=True,
             metavar="KEY:LIMIT",
             help="A limit, such as peak:40GB, or over the baseline peak:+5% or peak:+500MiB; repeatable. KEY: peak, "
-            "reserved, device, a category such as activation, or step_time (2.5s, 800ms, +5%).",
+            "reserved, device, host, a category such as activation, or step_time (2.5s, 800ms, +5%).",
         ),
     ]
     baseline: Annotated[

@@ -106,6 +106,9 @@ def _notes(found: Difference) -> Iterable[str]:
     """The settings that differ: the recorded part of the reason."""
     if not found.same_target:
         yield "The traces are of different targets: modules are matched by name."
+    if found.host.change:
+        before, after = map(format_bytes, (found.host.before, found.host.after))
+        yield f"Memory on the host at its peak: {before} → {after} ({format_change(found.host.change)})."
     for setting in found.settings:
         yield f"Differs: {setting.name}: {_value(setting.before)} → {_value(setting.after)}"
     if found and not found.settings:
@@ -206,6 +209,7 @@ def _document(found: Difference) -> dict[str, Any]:
             "moment_before": found.peak_before._asdict(),
             "moment_after": found.peak_after._asdict(),
         },
+        "host": _pair(found.host),
         "same_target": found.same_target,
         "settings": [dataclasses.asdict(setting) for setting in found.settings],
         "categories": {name: _pair(change) for name, change in found.categories.items()},

@@ -14,6 +14,7 @@ from memscope.analysis.chosen import chosen_settings
 from memscope.analysis.effects import Run, Table1
 from memscope.analysis.fit import fit_of
 from memscope.analysis.growth import growing, step_peaks
+from memscope.analysis.host import host_peak
 from memscope.analysis.inferred import how_inferred, inferred_columns
 from memscope.analysis.ledger import ledger
 from memscope.analysis.notes import told_notes
@@ -71,8 +72,8 @@ def _run(run: Run, file: Path) -> dict[str, Any]:
 
 
 def peak_values(trace: Trace) -> dict[str, Any]:
-    """The peak, and the figures that other tools show for it."""
-    peak, found = trace.peak, ledger(trace)
+    """The peak, and the figures that other tools show for it; `host` is the peak of what is on the host."""
+    peak, found, host = trace.peak, ledger(trace), host_peak(trace)
     totals = {name: found.total(name) if found else None for name in ("requested", "reserved", "device")}
     return {
         "requested": totals["requested"],
@@ -82,6 +83,7 @@ def peak_values(trace: Trace) -> dict[str, Any]:
         "device": totals["device"],
         "phase": peak.phase,
         "step": peak.step,
+        "host": host.document() if host else None,
     }
 
 

@@ -12,8 +12,9 @@ from memscope.analysis.agreement import Agreement, agreements
 from memscope.analysis.alive import largest, occasion
 from memscope.analysis.chosen import chosen_settings
 from memscope.analysis.cost import last_step_seconds, step_seconds, total_seconds
-from memscope.analysis.effects import ROWS, TITLES, Column, Effect, Run, Table1
+from memscope.analysis.effects import TITLES, Column, Effect, Run, Table1
 from memscope.analysis.fit import KNOWN_ERROR, fit_of
+from memscope.analysis.host import host_peak
 from memscope.analysis.inferred import marked
 from memscope.analysis.ledger import Ledger, ledger
 from memscope.analysis.notes import notes_of
@@ -114,6 +115,15 @@ def _peaks(runs: Sequence[Run]) -> Table:
         if any(column[category] for column in columns):
             name = marked(category.replace("_", " "), "category", *(run.trace for run in runs))
             table.add_row(name, *(format_bytes(c[category]) for c in columns))
+    hosts = [host_peak(run.trace) for run in runs]
+    if any(hosts):
+        table.add_section()
+        table.add_row("host, at its peak", *(Text(format_bytes(h.allocated_bytes) if h else "") for h in hosts))
+        for category in CATEGORIES:
+            if any(h and category in h.by_category for h in hosts):
+                sizes = (format_bytes(h.by_category.get(category, 0)) if h else "" for h in hosts)
+                table.add_row(f"  {category.replace('_', ' ')}", *sizes)
+        table.add_row("host, taken", *(format_bytes(h.reserved_bytes) if h else "" for h in hosts))
     times = [last_step_seconds(run.trace) for run in runs]
     if any(times):
         estimates = any(seconds and not run.trace.meta.get("seconds") for seconds, run in zip(times, runs, strict=True))
@@ -165,7 +175,7 @@ def _noted(runs: Sequence[Run]) -> Iterator[Text]:
 
 def _table1(columns: Sequence[Column]) -> Table:
     shown = _empty_table("Table 1: what each strategy changes", [column.label for column in columns])
-    for row in ROWS:
+    for row in (effect.row for effect in columns[0].effects):
         shown.add_row(TITLES[row], *(_cell(column[row]) for column in columns))
         if row == "parameter":
             for index, part in enumerate(("parameter", "weight_copy")):

@@ -45,9 +45,13 @@ class Allocations:
     """Allocations that autograd may keep for a backward pass that has not reached them yet."""
     on_category: Callable[[int], None] | None = None
     """Called with a live allocation when its category is known, or changes."""
+    host: Allocations | None = None
+    """The allocations on the host, where they are followed; phases begin there, too."""
 
     def mark(self, phase: int, step: int, micro_batch: int) -> None:
         """Begin a phase at the next event."""
+        if self.host is not None:
+            self.host.mark(phase, step, micro_batch)
         mark = (self.clock, phase, step, micro_batch)
         if self.marks and self.marks[-1][0] == self.clock:
             self.marks[-1] = mark
@@ -62,6 +66,8 @@ class Allocations:
 
     def keep_pending(self) -> None:
         """Categorize as activation the pending allocations that are alive: a backward pass continues."""
+        if self.host is not None:
+            self.host.keep_pending()
         for index in self.pending:
             if self.freed[index] < 0 and self.category[index] == UNKNOWN:
                 self.category[index] = _ACTIVATION
@@ -74,6 +80,8 @@ class Allocations:
 
         Allocations that were never freed count as freed in step `never_freed_in`; None: in no step.
         """
+        if self.host is not None:
+            self.host.settle(never_freed_in=never_freed_in)
         begins = [mark[0] for mark in self.marks]
         for index, category in enumerate(self.category):
             if category == UNKNOWN:

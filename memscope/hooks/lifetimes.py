@@ -16,6 +16,7 @@ from torch._guards import active_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from memscope.hooks.allocations import UNKNOWN, Allocations, Birth
+from memscope.hooks.host_memory import HostMemory
 from memscope.hooks.moments import Moments
 from memscope.hooks.parts import PLAIN, parts_of
 from memscope.hooks.position import Position
@@ -29,14 +30,20 @@ _OUTSIDE = PHASES.index("outside")
 
 
 class _StorageRef(weakref.ref[torch.UntypedStorage]):
-    """A weak reference that remembers its storage's key after the storage is gone."""
+    """A weak reference that remembers its storage's key, and its row on the host, after the storage is gone."""
 
-    __slots__ = ("key",)
+    __slots__ = ("key", "row")
     key: int
+    row: int
+    """Index among the allocations on the host; -1: it is not one of them."""
 
 
 class Lifetimes:
-    """Follows storages from the first time they are seen until they die."""
+    """Follows storages from the first time they are seen until they die.
+
+    Attributes:
+        host: what is on the host because of the step on the device; None: that is not followed.
+    """
 
     def __init__(self, seen: Allocations, position: Position, moments: Moments | None) -> None:
         """Follow nothing yet. `seen` receives the allocations; with `moments`, storages on a GPU alone are followed."""
@@ -47,7 +54,10 @@ class Lifetimes:
         self._live: dict[int, tuple[int, int, _StorageRef]] = {}
         self._on_death = self._die
         self._hidden: dict[int, _StorageRef] = {}
+        self.host: HostMemory | None = None
         self._unread: set[int] = set()
+        # Of weights that have no memory yet: the storage, to know it from a later one at its address, and the module.
+        self._empty: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
         self._fake_mode: Any = None
         self._follows_real = True
 
@@ -59,6 +69,12 @@ class Lifetimes:
             follows_real: whether real tensors take memory of the device; if not, they are on another one.
         """
         self._fake_mode, self._follows_real = mode or active_fake_mode(), follows_real
+
+    def follow_host(self) -> None:
+        """Follow tensors on the host, too, if they come from the device; called before `begin`."""
+        self.host = HostMemory(self._position)
+        self._seen.host = self.host.seen
+        self.host.seen.mark(*self._seen.marks[-1][1:])
 
     def end(self) -> None:
         """Follow nothing any more."""
@@ -129,14 +145,27 @@ class Lifetimes:
             seen.clock += 1
 
     def resized(self, storage: torch.UntypedStorage, op: int) -> None:
-        """Record a resize, if the storage is followed: new memory is allocated before the old memory is freed."""
+        """Record a resize, if the storage is followed: new memory is allocated before the old memory is freed.
+
+        A weight stays its module's weight.
+        """
         key = storage._cdata
         if key in self._live:
             old, _, ref = self._live[key]
             size = storage.nbytes()
             new = self.enter(size, op, self._seen.category[old], storage) if size else old
+            if self._seen.category[new] == _PARAMETER:
+                self._own(new, _PARAMETER, self._seen.births[old].module)
             self._live[key] = (new, size, ref)
             self._seen.free(old)
+        elif key in self._empty and storage.nbytes():
+            weight, module = self._empty.pop(key)
+            if weight() is storage:
+                ref = _StorageRef(storage, self._on_death)
+                ref.key = key
+                new = self.enter(storage.nbytes(), op, _PARAMETER, storage)
+                self._own(new, _PARAMETER, module)
+                self._live[key] = (new, storage.nbytes(), ref)
 
     def continue_as(self, old: Tensor, new: Tensor) -> None:
         """Follow the storage of another tensor in place of one: it has the same memory."""
@@ -162,10 +191,16 @@ class Lifetimes:
             self._unread.discard(key)
             if key in self._live:
                 self._own(self._live[key][0], code, module)
-            elif key not in self._hidden:
+            elif key in self._hidden:
+                row = self._hidden[key].row
+                if self.host is not None and row >= 0:
+                    self.host.own(row, code, module)
+            else:
                 at_work, self._position.module = self._position.module, module or 0
                 self._bear(part, storage, key, 0, code)
                 self._position.module = at_work
+                if code == _PARAMETER and not storage.nbytes():
+                    self._empty[key] = weakref.ref(storage), module or 0
 
     def _own(self, index: int, category: int, module: int | None) -> None:
         birth = self._seen.births[index]
@@ -205,13 +240,58 @@ class Lifetimes:
         """Ignore a tensor that is on the host, unless its storage is already tracked."""
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key not in self._live:
+        if key not in self._live and key not in self._hidden:
             ref = _StorageRef(storage, self._forget)
-            ref.key = key
+            ref.key, ref.row = key, -1
             self._hidden[key] = ref
+
+    def hide_result(
+        self, tensor: Tensor, op: int, args: Sequence[Any], *, pinned: bool, followed: bool = False
+    ) -> None:
+        """Place an operator's result on the host.
+
+        There it is followed if it is pinned, comes from the device, or if `followed`.
+        """
+        known = len(self._hidden)
+        self.hide(tensor)
+        size_bytes = tensor.untyped_storage().nbytes()
+        if self.host is None or len(self._hidden) == known or not size_bytes:
+            return
+        sources = [leaf for arg in args for leaf in (arg if isinstance(arg, (list, tuple)) else (arg,))]
+        codes = [self._code_of(leaf) for leaf in sources if isinstance(leaf, Tensor)]
+        if pinned or followed or any(code is not None for code in codes):
+            category = codes[0] if len(codes) == 1 and codes[0] is not None else UNKNOWN
+            row = self.host.enter(size_bytes, op, category, pinned=pinned)
+            self._hidden[tensor.untyped_storage()._cdata].row = row
+
+    def _code_of(self, tensor: Tensor) -> int | None:
+        """The category of a tensor on the device, or of one that comes from there; None for others."""
+        if tensor.layout is not torch.strided:
+            return None
+        key = tensor.untyped_storage()._cdata
+        if key in self._live:
+            return self._seen.category[self._live[key][0]]
+        row = self._hidden[key].row if key in self._hidden else -1
+        return self.host.seen.category[row] if self.host is not None and row >= 0 else None
 
     def _forget(self, ref: weakref.ref[torch.UntypedStorage]) -> None:
         self._hidden.pop(ref.key, None)  # type: ignore[attr-defined]
+        row: int = ref.row  # type: ignore[attr-defined]
+        if self.host is not None and row >= 0:
+            self.host.free(row)
+
+    def copied(self, to: Tensor, source: Tensor) -> None:
+        """Note a copy between host and device: what is on the host is a copy of what is on the device."""
+        for one, other in ((to, source), (source, to)):
+            category = self._code_of(other)
+            if self.host is not None and self.comes_from_device(one) and category not in (None, UNKNOWN):
+                row = self._hidden[one.untyped_storage()._cdata].row
+                if self.host.seen.category[row] == UNKNOWN:
+                    self.host.own(row, category, None)
+
+    def comes_from_device(self, tensor: Tensor) -> bool:
+        """Whether a tensor is on the host because of the step on the device."""
+        return self.is_hidden(tensor) and self._hidden[tensor.untyped_storage()._cdata].row >= 0
 
     def is_hidden(self, tensor: Tensor) -> bool:
         """Whether a tensor is on the host."""

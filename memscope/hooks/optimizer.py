@@ -37,6 +37,7 @@ class GradientNamer:
                 if id(parameter) not in hooks and parameter.requires_grad:
                     hook = parameter.register_post_accumulate_grad_hook(self._name)
                     hooks[id(parameter)] = parameter, hook
+                    _call_first(parameter, hook)
 
     def __exit__(self, *exception: object) -> None:
         for _, hook in self._hooks.values():
@@ -46,6 +47,13 @@ class GradientNamer:
     def _name(self, parameter: Tensor) -> None:
         if parameter.grad is not None:
             self._lifetimes.own(parameter.grad, "gradient", module=self._modules.of_parameter(parameter))
+
+
+def _call_first(parameter: Any, hook: Any) -> None:
+    """Call a hook before those that were there: an optimizer in one of them lets go of the gradient."""
+    every = parameter._post_accumulate_grad_hooks
+    for key in [key for key in every if key != hook.id]:
+        every[key] = every.pop(key)
 
 
 class OptimizerNamer:
@@ -95,7 +103,7 @@ class OptimizerNamer:
         return sum(sum(sizes.values()) for sizes in self._paged.values())
 
     def name_state(self, optimizer: torch.optim.Optimizer) -> None:
-        """Categorize every tensor in the optimizer's state, except step counters on the host and what is paged.
+        """Categorize every tensor in the optimizer's state, except step counters on the host.
 
         An object in the state may hold tensors too, as GaLore's projectors do.
         """
@@ -110,8 +118,7 @@ class OptimizerNamer:
                     for leaf in (value,) if isinstance(value, Tensor) else _tensors_in(value):
                         if is_paged(leaf):
                             paged[id(leaf)] = leaf.nbytes
-                        else:
-                            self._lifetimes.own(leaf, "optimizer_state", module=module)
+                        self._lifetimes.own(leaf, "optimizer_state", module=module)
 
 
 def _tensors_in(value: Any) -> list[Tensor]:

@@ -43,6 +43,7 @@ class Position:
         told: whether `run_step` reports phases and inputs, so that they need not be recognized.
         saw_backward: whether a backward pass has run since the last forward phase began; gradients that are part of a
             loss (`torch.autograd.grad(..., create_graph=True)`) are none.
+        optimizes: whether an optimizer steps: its work is no part of the backward pass that it runs in.
         is_recorded: whether autograd records the running operator; known for the phase `outside` alone.
         serves_backward: whether autograd may keep what the running operator makes.
     """
@@ -67,7 +68,7 @@ class Position:
         """
         self.step, self.micro_batch = -1, 0
         self.module = self.phase = 0
-        self.told = self.saw_backward = self.is_recorded = self.serves_backward = False
+        self.told = self.saw_backward = self.optimizes = self.is_recorded = self.serves_backward = False
         self._modules, self._seen, self._moments = modules, seen, moments
         self._on_backward, self._after_backward = on_backward, after_backward
         self._base_phase = PHASES.index("setup")
@@ -111,6 +112,11 @@ class Position:
             self._moments.mark(self.module, phase, self.step, self.micro_batch)
 
     @property
+    def is_in_backward(self) -> bool:
+        """Whether the autograd engine runs in this thread."""
+        return _current_task() >= 0
+
+    @property
     def base_phase(self) -> Phase:
         """The phase that the last `move_to` began."""
         return PHASES[self._base_phase]
@@ -119,8 +125,8 @@ class Position:
         """Find the running module and phase, and detect the end of a forward pass or recomputation."""
         modules = self._modules
         task = _current_task()
-        if task < 0:
-            if self._in_backward:
+        if task < 0 or self.optimizes:
+            if self._in_backward and task < 0:
                 self._leave_backward()
             phase = self._base_phase
             self.module = modules.current if modules.stack else 0

@@ -154,6 +154,7 @@ class Recorder:
         self._scopes = contextlib.ExitStack()
         self._step_done, self._model_returned = True, False
         self._before_inference: Phase | None = None
+        self._around_optimizer: Phase | None = None
         self._has_begun = self._in_optimizer = False
         self._stepped: set[int] = set()
         self._seconds: list[float] = []
@@ -269,13 +270,19 @@ class Recorder:
         of_unseen_gradients = self._position.step < 0 or id(optimizer) in self._stepped
         if of_unseen_gradients and not self._position.told:
             self._begin_step()
-        self._in_optimizer = True
+        here = self._position
+        self._around_optimizer = here.base_phase if here.is_in_backward else None
+        self._in_optimizer = here.optimizes = True
         self._move_to("optimizer")
 
     def _optimizer_ends(self, optimizer: torch.optim.Optimizer) -> None:
+        here = self._position
         self._stepped.add(id(optimizer))
         self._in_optimizer, self._step_done = False, True
-        if not self._position.told:
+        here.optimizes = False
+        if self._around_optimizer is not None:
+            self._move_to(self._around_optimizer)
+        elif not here.told:
             self._move_to("outside")
 
     def _move_to(self, phase: Phase) -> None:
@@ -332,15 +339,17 @@ class Recorder:
         if not seen.births:
             raise MemscopeError("nothing was recorded: no tensor was created between entering and leaving the recorder")
         births = columns_of(("size", "module", "op", "phase", "step", "micro_batch", "born"), seen.births)
+        host, modules, ops = self._lifetimes.host, tuple(self._modules.names), tuple(self._tracker.ops)
         return Trace(
             **births,
             requested=births["size"],
             category=np.array(seen.category, dtype=np.int64),
             freed=np.array(seen.freed, dtype=np.int64),
             **columns_of(MARK_COLUMNS, seen.marks),
-            modules=tuple(self._modules.names),
-            ops=tuple(self._tracker.ops),
+            modules=modules,
+            ops=ops,
             meta=self._finished_meta(),
+            host=host.trace(modules, ops) if host else None,
         )
 
     def _finished_meta(self) -> dict[str, Any]:

@@ -46,6 +46,8 @@ class StorageTracker(TorchDispatchMode):
         ops: table of the operator names seen; the first is empty, for allocations made by no operator.
         notes: what operators seen mean for the trace as a whole.
         hides: whether the outputs of operators are on the host at the moment; set by a simulation.
+        pins: whether they are in pinned memory there.
+        follows: whether they belong to the step, though nothing that they are made from does.
     """
 
     def __init__(
@@ -83,7 +85,7 @@ class StorageTracker(TorchDispatchMode):
         self._execute, self._count = execute, CountedFlops()
         self._kernels, self._moments = kernels, moments
         self._kept_workspaces: set[tuple[bool, str]] = set()
-        self.hides = self._is_paused = False
+        self.hides = self.pins = self.follows = self._is_paused = False
         self._is_plain = execute is None and kernels is None and moments is None
         self._scopes = contextlib.ExitStack()
 
@@ -160,15 +162,19 @@ class StorageTracker(TorchDispatchMode):
 
     def _see_outputs(self, op: KnownOperator, args: Any, out: Any) -> None:
         if isinstance(out, Tensor):
-            if self.hides or (op.makes_host_scalar and out.ndim == 0):
+            if self.hides:
+                self.lifetimes.hide_result(out, op.code, args, pinned=self.pins, followed=self.follows)
+            elif op.makes_host_scalar and out.ndim == 0:
                 self.lifetimes.hide(out)
             else:
                 is_copy = op.is_copy and self.lifetimes.is_parameter(args[0])
                 self._see(out, op.code, _WEIGHT_COPY if is_copy else UNKNOWN)
         elif isinstance(out, (list, tuple)):
             for item in out:
-                if isinstance(item, Tensor):
-                    self.lifetimes.hide(item) if self.hides else self._see(item, op.code, UNKNOWN)
+                if isinstance(item, Tensor) and self.hides:
+                    self.lifetimes.hide_result(item, op.code, args, pinned=self.pins, followed=self.follows)
+                elif isinstance(item, Tensor):
+                    self._see(item, op.code, UNKNOWN)
 
     def _take(self, workspaces: Sequence[Workspace], held: dict[str, int], op: int) -> None:
         """Allocate a kernel's workspaces: `held` until it ends, or kept, once per thread (autograd has its own)."""

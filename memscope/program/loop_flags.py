@@ -29,6 +29,17 @@ _FLAGS: dict[tuple[str, str], Callable[[Any], str]] = {
         f"before each optimizer.step(), call backward() on {c.steps} batches whose size, and whose loss, is divided by "
         f"{c.steps}"
     ),
+    ("backward-step", ""): lambda c: (
+        "build one optimizer for each parameter, step it in the parameter's register_post_accumulate_grad_hook, and "
+        "leave optimizer.step() out of the loop"
+    ),
+    ("offload", ""): lambda c: (
+        "build torchao.optim.CPUOffloadOptimizer in place of the optimizer"
+        if c.optimizer
+        else "move the frozen weights of each layer in hooks before and after its forward"
+        if c.parameters
+        else "run forward and loss within torch.autograd.graph.save_on_cpu(pin_memory=True)"
+    ),
     ("amp", "transformers"): lambda c: f"pass {c.dtype}=True to TrainingArguments",
     ("amp", "lightning"): lambda c: f'pass precision="{_PRECISION[c.dtype]}" to Trainer',
     ("amp", "accelerate"): lambda c: f'pass mixed_precision="{c.dtype}" to Accelerator',
@@ -45,7 +56,7 @@ accelerate 1.15."""
 
 def flag_for(strategy: Strategy) -> str:
     """What to change in the running program for the effect of a strategy that changes the training loop."""
-    flag = _FLAGS.get((strategy.name, _framework()))
+    flag = _FLAGS.get((strategy.name, _framework()), _FLAGS.get((strategy.name, "")))
     return flag(strategy.config) if flag else "change the program's loop, or write the step as a target"
 
 

@@ -36,7 +36,7 @@ from memscope.simulation.devices.roofline import Roofline
 from memscope.simulation.facade.imports import imports_see_the_machine
 from memscope.simulation.facade.visible_gpu import VisibleGpu
 from memscope.simulation.fake_tensors import FakeCopies, StandIns, fake_tensors_train, weight_sizes
-from memscope.simulation.host import Link, host_copies
+from memscope.simulation.host import HostOperators, Link, PinnedBefore, host_copies
 from memscope.simulation.machine.libraries import ChangedLibraries
 from memscope.simulation.packages.paged import HostTensors, paged_state
 from memscope.simulation.packages.visible import VisiblePackages
@@ -137,8 +137,8 @@ def simulate(
     answers = Answers(values, assumptions)
     followed = FollowedValues(values, answers, untouched)
     operators = RememberedOperators(mode, values, answers, untouched, roofline, results(on_gpu=device.kind == "cuda"))
-    part, host = part or Part(), HostTensors()
-    with _one_at_a_time(), _simulated(device, gpu, answers, host), untouched, _explained(assumptions.policy.refuse):
+    part, paged = part or Part(), HostTensors()
+    with _one_at_a_time(), _simulated(device, gpu, answers, paged), untouched, _explained(assumptions.policy.refuse):
         with mode, followed:
             built = _build(workload, mode, values, untouched)
         plan.check(built)  # outside the fake mode, so that a strategy can read the data
@@ -147,10 +147,12 @@ def simulate(
         with followed:
             pieces = prepare_steps(built, steps, part.micro_batches)
         with mode, followed:
-            training = Training.start(built, "cpu", partial(map_tensors, partial(_on_device, values)))
+            pinned = PinnedBefore()
+            with pinned if kernels else contextlib.nullcontext():
+                training = Training.start(built, "cpu", partial(map_tensors, partial(_on_device, values)))
         with mode:
-            link = Link(operators, device)
-            execute = WrittenViews(link)
+            host = HostOperators(Link(operators, device))
+            execute = WrittenViews(host)
             recorder = Recorder(
                 built.model,
                 meta={**run_meta(built, plan, device.name, simulated=True), "seconds": None},
@@ -159,8 +161,9 @@ def simulate(
                 kernels=kernels,
                 calls_of=part.calls_of,
             )
-            gpu.memory.seen, host.tracker = recorder.tracker.seen, recorder.tracker
-            with host_copies(recorder.tracker, link) if kernels else contextlib.nullcontext():
+            gpu.memory.seen = recorder.tracker.seen
+            paged.host = host
+            with host_copies(recorder.tracker, host, pinned) if kernels else contextlib.nullcontext():
                 run_steps(training, pieces, recorder, progress, live)
     trace = recorder.trace()
     trace = dataclasses.replace(trace, meta={**trace.meta, "assumptions": assumptions.rows()})
@@ -168,7 +171,7 @@ def simulate(
         return trace
     cost = cost_table(recorder.work, roofline.assumed) if roofline.is_known else None
     meta = {**trace.meta, "cost": cost, "estimated_workspaces": sorted(kernels.estimated)}
-    for note in gpu.notes:
+    for note in (*gpu.notes, *(_HOST_WORKS for _ in range(cost is not None and host.works))):
         add_note(meta, note)
     return on_device(dataclasses.replace(trace, meta=meta), device, settings, gpu.memory.cache_emptied)
 
@@ -209,6 +212,7 @@ def _on_device(values: KnownValues, tensor: Any) -> Any:
     return moved
 
 
+_HOST_WORKS = "the estimated step time leaves out what the host's processor computes: its rates are not known"
 _simulating = threading.Lock()
 _nested = threading.local()
 

@@ -85,8 +85,8 @@ class Strategy(Protocol):
     """Features that another strategy of the plan must provide."""
     provides: frozenset[str] = frozenset()
     """Features that the strategy provides; an instance may add features that its settings provide."""
-    conflicts: ClassVar[frozenset[str]] = frozenset()
-    """Strategies and features that cannot be combined with this one."""
+    conflicts: frozenset[str] = frozenset()
+    """Strategies and features that cannot be combined with this one; an instance may add those of its settings."""
     textbook: ClassVar[Mapping[str, str]] = {}
     """Textbook effect: rows of Table 1 to ↑, ↓ or –. Used only to point out where a run differs."""
     config: Any

@@ -251,11 +251,11 @@ def _train(build: _Build, plan: Plan, steps: int, double: bool, subject: Strateg
     def move(tensor: Tensor) -> Tensor:
         return tensor.double() if double and tensor.is_floating_point() else tensor.clone()
 
-    def keep(*_: Any) -> None:
+    def keep(*_: Any) -> None:  # once a step, or for each parameter that is updated in the backward pass
         gradients = {name: p.grad for name, p in workload.model.named_parameters()}
-        seen.append({f"gradient of {name}": g.clone() for name, g in gradients.items() if g is not None})
+        seen.update({f"gradient of {name}": g.clone() for name, g in gradients.items() if g is not None})
 
-    workload, seen = build(), _Steps()
+    workload, seen = build(), dict[str, Tensor]()
     if double:
         workload.model.double()
     buffers = {name for name, _ in workload.model.named_buffers()}  # a strategy may add some of its own
@@ -270,7 +270,8 @@ def _train(build: _Build, plan: Plan, steps: int, double: bool, subject: Strateg
         loss = run_step(training, micro_batches(workload, workload.batches[0]))
         weights = workload.model.named_parameters() if subject.stage is Stage.OPTIM else ()
         kept = [*weights, *((name, buffer) for name, buffer in workload.model.named_buffers() if name in buffers)]
-        results.append({"loss": loss, **seen.pop(), **{f"{name} afterwards": p.detach().clone() for name, p in kept}})
+        results.append({"loss": loss, **seen, **{f"{name} afterwards": p.detach().clone() for name, p in kept}})
+        seen.clear()
     return results
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +32,7 @@ KEYS: tuple[Key, ...] = get_args(Key)
 MARK_COLUMNS = ("mark_event", "mark_phase", "mark_step", "mark_micro_batch")
 
 
-def columns_of(names: Sequence[str], rows: Sequence[Sequence[int]]) -> dict[str, Ints]:
-    """Turn rows of integers, each in the order of `names`, into columns by name: int64 `[rows]`."""
+def columns_of(names: Sequence[str], rows: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Turn rows of integers, each in the order of `names`, into columns by name: int64 `[rows]`, to build a `Trace`."""
     table = np.array(rows, dtype=np.int64).reshape(-1, len(names)).T
     return {name: np.ascontiguousarray(column) for name, column in zip(names, table, strict=True)}

@@ -24,7 +24,8 @@ from memscope.units import format_bytes
 
 __all__ = ["SCHEMA_VERSION", "is_within", "read_columns", "read_json", "read_whole", "write_columns", "write_whole"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""1: without host memory. 2: a file may have columns of host memory, named as the others after `host_`."""
 _FORMAT = "memscope-trace"
 _DAMAGED = "a damaged memscope trace"
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")
@@ -52,11 +53,15 @@ def write_columns(path: Path, columns: Mapping[str, Ints], texts: Mapping[str, A
     write_whole(path, buffer.getvalue())
 
 
-def read_columns(path: str | os.PathLike[str], names: tuple[str, ...]) -> tuple[dict[str, Ints], dict[str, Any]]:
-    """Read the columns called `names` and the header of a trace file, and nothing else in it.
+_Columns = dict[str, Any]
+"""Columns by name: int64 `[rows]`."""
+
+
+def read_columns(path: str | os.PathLike[str], names: tuple[str, ...]) -> tuple[_Columns, _Columns, dict[str, Any]]:
+    """Read the columns called `names`, those of host memory, if any, and the header of a trace file; nothing else.
 
     The zip archive's directory and the head of each column come first: what is read is bounded by the number of
-    allocations that the column `size` declares.
+    allocations that the columns `size` declare.
 
     Raises:
         TraceFileError: the file is missing, not a trace, truncated, incomplete, too large, or of a newer schema.
@@ -100,10 +105,11 @@ class _Array:
         return f"{self.dtype} of shape {excerpt(list(self.shape)) if len(self.shape) > 3 else list(self.shape)}"
 
 
-def _read(archive: zipfile.ZipFile, names: tuple[str, ...]) -> tuple[dict[str, Ints], dict[str, Any]]:
-    heads = {name: _head(archive, name) for name in ("header", *names)}
-    size = heads.get("size")
-    allocations = size.shape[0] if size and len(size.shape) == 1 else 0
+def _read(archive: zipfile.ZipFile, names: tuple[str, ...]) -> tuple[_Columns, _Columns, dict[str, Any]]:
+    of_host = tuple(f"host_{name}" for name in names)
+    heads = {name: _head(archive, name) for name in ("header", *names, *of_host)}
+    sizes = [heads.get(name) for name in ("size", "host_size")]
+    allocations = sum(size.shape[0] for size in sizes if size and len(size.shape) == 1)
     most = min(_BASE_BYTES + _BYTES_OF_ALLOCATION * allocations, _MOST_BYTES)
     whole = sum(array.size_bytes for array in heads.values() if array)
     if whole > most:
@@ -112,15 +118,17 @@ def _read(archive: zipfile.ZipFile, names: tuple[str, ...]) -> tuple[dict[str, I
             f"has at most {format_bytes(most)}"
         )
     header = _header(archive, heads["header"])
+    has_host = any(heads[name] for name in of_host)
     columns = {}
-    for name in names:
+    for name in (*names, *(of_host if has_host else ())):
         array = heads[name]
         if array is None:
             raise _Damaged(f"{_DAMAGED}: it has no column {name}")
         if array.dtype.kind != "i" or len(array.shape) != 1:
             raise _Damaged(f"{_DAMAGED}: its column {name} is {array}: expected integers of shape [n]")
         columns[name] = np.frombuffer(_content(archive, array), array.dtype).astype(np.int64)
-    return columns, header
+    found = {name: columns.pop(name) for name in of_host if has_host}
+    return columns, {name.removeprefix("host_"): column for name, column in found.items()}, header
 
 
 def _head(archive: zipfile.ZipFile, name: str) -> _Array | None:

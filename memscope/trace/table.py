@@ -79,6 +79,10 @@ class Trace:
     """Target, strategies, device, versions, parameter counts, FLOPs and seconds of each step (JSON values)."""
     reserved: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     """Bytes the allocator has reserved after each event: int64 `[events]`; empty for a run without an allocator."""
+    host: Trace | None = None
+    """Memory of the host that the step on the GPU needs: copies of what was on the GPU, and what is computed from them.
+    It has events, phases and steps of its own; `modules` and `ops` are those of the device. `size` is what PyTorch's
+    allocator of pinned memory hands out, `reserved` what it and pageable copies hold. None: it was not followed."""
 
     def __len__(self) -> int:
         return len(self.size)
@@ -229,7 +233,10 @@ class Trace:
         texts = {"modules": self.modules, "ops": self.ops, "meta": dict(self.meta)}
         if damage := damage_of_texts(texts):
             raise TraceFileError(f"{path}: cannot be written: {damage}")
-        write_columns(path, {name: getattr(self, name) for name in _COLUMNS}, texts, overwrite=overwrite)
+        columns = {name: getattr(self, name) for name in _COLUMNS}
+        if self.host is not None:
+            columns |= {f"host_{name}": getattr(self.host, name) for name in _COLUMNS}
+        write_columns(path, columns, texts, overwrite=overwrite)
         return path
 
     @classmethod
@@ -239,12 +246,13 @@ class Trace:
         Raises:
             TraceFileError: the file is missing, not a trace, truncated, inconsistent, or of a newer schema.
         """
-        columns, header = read_columns(path, _COLUMNS)
+        columns, of_host, header = read_columns(path, _COLUMNS)
         texts = {name: header[name] for name in _TEXTS if name in header}
         damage = damage_of_texts(texts)
         if not damage:
             modules, ops = tuple(texts["modules"]), tuple(texts["ops"])
-            trace = cls(**columns, modules=modules, ops=ops, meta=texts["meta"])
+            host = cls(**of_host, modules=modules, ops=ops, meta={}) if of_host else None
+            trace = cls(**columns, modules=modules, ops=ops, meta=texts["meta"], host=host)
             damage = damage_of(trace)
         if damage:
             raise TraceFileError(f"{path}: a damaged memscope trace: {damage}")
@@ -252,7 +260,7 @@ class Trace:
 
 
 _TEXTS = ("modules", "ops", "meta")
-_COLUMNS = tuple(field.name for field in fields(Trace) if field.name not in _TEXTS)
+_COLUMNS = tuple(field.name for field in fields(Trace) if field.name not in (*_TEXTS, "host"))
 _views: dict[str, Callable[[Trace], Any]] = {}
 
 
@@ -263,6 +271,9 @@ def show_traces_with(*, rich: Callable[[Trace], Any], html: Callable[[Trace], st
 
 def damage_of(trace: Trace) -> str:
     """The first inconsistency of a trace that was read from a file; empty if the trace is consistent."""
+    of_host = _damage_of_columns(trace.host) if trace.host is not None else ""
+    if of_host:
+        return f"its host memory: {of_host}"
     return _damage_of_columns(trace) or damage_of_meta(
         trace.meta,
         steps=trace.steps,

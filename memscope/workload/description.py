@@ -44,6 +44,18 @@ class StepPlan:
     """Keep each micro-batch on the device until the next one is there, as a loop does whose variable holds it."""
     set_to_none: bool = True
     """Let go of the gradients after the step, as PyTorch does by default; False: keep them, filled with zeros."""
+    step_in_backward: bool = False
+    """Update each parameter as soon as its gradient is complete, inside the backward pass, and let go of the gradient.
+    Neither micro-batches nor clipping nor a gradient scaler can be used with it: they need all gradients at once."""
+
+    @property
+    def prevents_step_in_backward(self) -> str:
+        """What of the step needs all gradients before one parameter is updated; empty: nothing."""
+        if self.micro_batches > 1:
+            return f"the gradients of {self.micro_batches} micro-batches accumulate"
+        if self.clip_grad_norm is not None:
+            return f"the gradients are clipped to a total norm of {self.clip_grad_norm}"
+        return "a GradScaler looks at all gradients before a step" if self.grad_scaler else ""
 
 
 @dataclass

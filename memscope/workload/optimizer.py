@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["OptimizerFactory", "built_by"]
+__all__ = ["OptimizerFactory", "built_by", "built_or_none"]
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
 """`factory(parameters)`, or `factory(parameters, model)` with a parameter of that name."""
@@ -18,6 +18,15 @@ OptimizerFactory = Callable[..., torch.optim.Optimizer]
 def built_by(factory: OptimizerFactory, parameters: Iterable[nn.Parameter], model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer that a factory builds; the model is passed to a factory with a parameter named `model`."""
     return factory(parameters, model=model) if _takes_model(factory) else factory(parameters)
+
+
+def built_or_none(factory: OptimizerFactory, model: nn.Module) -> torch.optim.Optimizer | None:
+    """A trial of the optimizer that a factory builds; None if it cannot be built, which `Training.start` reports."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        return built_by(factory, trainable, model) if trainable else None
+    except Exception:
+        return None
 
 
 def _takes_model(factory: Any) -> bool:

@@ -17,6 +17,7 @@ from memscope.errors import TargetError, UsageError, place_of, where
 from memscope.workload.description import Workload
 from memscope.workload.micro_batches import MicroBatch
 from memscope.workload.optimizer import built_by
+from memscope.workload.step_in_backward import step_in_backward
 
 __all__ = ["StepObserver", "Training", "run_step"]
 
@@ -52,17 +53,28 @@ class Training:
         """Build the optimizer and the gradient scaler. Called once, after every strategy has been applied.
 
         Raises:
-            UsageError: no parameter is trainable, or the optimizer has none of the trainable parameters.
+            UsageError: no parameter is trainable, the optimizer has none of the trainable parameters, or a step in the
+                backward pass is asked for beside what prevents it.
             TargetError: `optimizer_factory` fails.
         """
         trainable = [p for p in workload.model.parameters() if p.requires_grad]
         if not trainable:
             raise UsageError(f'"{workload.name}" has no trainable parameter: nothing can be optimized')
-        scaler = torch.amp.GradScaler(device_type) if workload.plan.grad_scaler else None
+        plan = workload.plan
+        if plan.step_in_backward and plan.prevents_step_in_backward:
+            raise UsageError(
+                f'"{workload.name}" cannot update parameters in the backward pass: {plan.prevents_step_in_backward}'
+            )
+        scaler = torch.amp.GradScaler(device_type) if plan.grad_scaler else None
         workload.model.train()
         optimizer = _optimizer(workload, trainable)
-        taken = any(parameter._post_accumulate_grad_hooks for parameter in trainable)
-        return cls(workload, optimizer, scaler, device_type, to_device, taken)
+        if plan.step_in_backward:
+            step_in_backward(optimizer)
+        return cls(workload, optimizer, scaler, device_type, to_device, _are_taken(trainable))
+
+
+def _are_taken(parameters: list[nn.Parameter]) -> bool:
+    return any(parameter._post_accumulate_grad_hooks for parameter in parameters)
 
 
 def _optimizer(workload: Workload, trainable: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -72,6 +84,8 @@ def _optimizer(workload: Workload, trainable: list[nn.Parameter]) -> torch.optim
         raise TargetError(
             f'"{workload.name}" failed: its optimizer cannot be built: {type(error).__name__}: {error}{where(error)}'
         ) from error
+    if _are_taken(trainable):  # perhaps to copies, which the optimizer updates
+        return optimizer
     given = {id(parameter) for parameter in trainable}
     if not any(id(parameter) in given for group in optimizer.param_groups for parameter in group["params"]):
         raise UsageError(
@@ -107,19 +121,26 @@ def run_step(training: Training, pieces: list[MicroBatch], observer: StepObserve
         index += 1
     assert total is not None, "run_step needs at least one micro-batch"
     _require_gradient(training)
-    mark("optimizer", index - 1)
-    if plan.clip_grad_norm is not None:
-        if training.scaler:
-            training.scaler.unscale_(training.optimizer)
-        nn.utils.clip_grad_norm_(model.parameters(), plan.clip_grad_norm)
-    if training.scaler:
-        training.scaler.step(training.optimizer)
-        training.scaler.update()
-    else:
-        training.optimizer.step()
+    if not plan.step_in_backward:
+        mark("optimizer", index - 1)
+        _update(training)
     mark("zero_grad", index - 1)
     training.optimizer.zero_grad(set_to_none=plan.set_to_none)
     return total
+
+
+def _update(training: Training) -> None:
+    """Clip the gradients and update all parameters."""
+    plan, scaler, optimizer = training.workload.plan, training.scaler, training.optimizer
+    if plan.clip_grad_norm is not None:
+        if scaler:
+            scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(training.workload.model.parameters(), plan.clip_grad_norm)
+    if scaler:
+        scaler.step(optimizer)
+        scaler.update()
+    else:
+        optimizer.step()
 
 
 def _forward(training: Training, model: nn.Module, piece: MicroBatch, observer: StepObserver | None) -> Tensor:

@@ -38,6 +38,7 @@ def test_the_strategies_that_come_with_memscope_keep_their_promises(install: Ins
         "peft:adalora,total_step=9,init_r=3",
         "bitfit:head,bias=up",
         "freeze:layers=1,embeddings=false",
+        "offload:optimizer",
     ],
 )
 def test_the_strategies_keep_their_promises_with_other_settings(install: Install, spec: str) -> None:

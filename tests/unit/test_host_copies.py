@@ -45,6 +45,8 @@ MOVES: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "a part of it": (lambda y: y[:3].cpu(), 0),
     "twice": (lambda y: y.cpu().cpu(), 0),
     "converted there": (lambda y: y.cpu().to(torch.float64), 0),
+    "what is computed there": (lambda y: torch.zeros_like(y.cpu()).exp(), 0),
+    "into pinned memory": (lambda y: torch.empty_like(y, device="cpu", pin_memory=True).copy_(y), 0),
     "and back": (lambda y: y.cpu().to(y.device), U),
     "and back by name": (lambda y: y.cpu().cuda(), U),
     "and back by another name": (lambda y: y.to("cpu").to("cuda:0"), U),
@@ -61,6 +63,35 @@ def test_a_kept_tensor_takes_device_memory_unless_it_is_on_the_host(
     assert kept_bytes(move) - kept_bytes(lambda y: None) == expected
 
 
+@pytest.mark.parametrize(
+    ("move", "requested", "blocks"),
+    [
+        (lambda y: y[:3].cpu(), [3 * DIM * 4], [3 * DIM * 4]),
+        (lambda y: y[:3].to("cpu", non_blocking=True), [3 * DIM * 4], [1024]),  # pinned, in powers of two
+        (lambda y: torch.empty(100, dtype=torch.uint8, pin_memory=True), [100], [128]),
+        (lambda y: y.cpu().double(), [U, 2 * U], [U, 2 * U]),
+        (lambda y: y.cpu().to(y.device), [U], [U]),
+        (lambda y: torch.tensor(1.0), [], []),  # made on the host, and no copy
+    ],
+)
+def test_what_is_on_the_host_is_followed_there(
+    move: Callable[[Tensor], Tensor], requested: list[int], blocks: list[int]
+) -> None:
+    def build() -> Workload:
+        def loss(model: nn.Module, x: Tensor) -> Tensor:
+            y = model(x)
+            kept.append(move(y.detach()))
+            return y.square().mean()
+
+        return Workload(nn.Linear(DIM, DIM, bias=False), [torch.randn(ROWS, DIM)], loss, torch.optim.SGD)
+
+    kept: list[Tensor] = []
+    host = simulate(build, device="gpu", steps=1).host
+    assert host is not None
+    assert (host.requested.tolist(), host.size.tolist()) == (requested, blocks)
+    assert not len(host) or int(host.reserved.max()) == sum(blocks)
+
+
 def test_on_the_cpu_nothing_is_copied() -> None:
     assert kept_bytes(lambda y: y.cpu(), "cpu") - kept_bytes(lambda y: None, "cpu") == U
 
@@ -75,12 +106,12 @@ def test_the_methods_are_put_back() -> None:
 class Saved(nn.Module):
     """A layer with PyTorch's own offloading."""
 
-    def __init__(self) -> None:
+    def __init__(self, pin_memory: bool) -> None:
         super().__init__()
-        self.linear = nn.Linear(DIM, DIM, bias=False)
+        self.linear, self.pin_memory = nn.Linear(DIM, DIM, bias=False), pin_memory
 
     def forward(self, x: Tensor) -> Tensor:
-        with save_on_cpu():
+        with save_on_cpu(self.pin_memory):
             return torch.sin(self.linear(x))
 
 
@@ -90,9 +121,10 @@ def copies_back(trace: Trace) -> list[int]:
     return sorted(trace.requested[made].tolist())
 
 
-def test_pytorchs_own_offloading_is_seen() -> None:
+@pytest.mark.parametrize("pin_memory", [False, True])
+def test_pytorchs_own_offloading_is_seen(pin_memory: bool) -> None:
     def build() -> Workload:
-        model = nn.Sequential(Saved(), Saved())
+        model = nn.Sequential(Saved(pin_memory), Saved(pin_memory))
         return Workload(model, [torch.randn(ROWS, DIM)], lambda model, x: model(x).sum(), torch.optim.SGD)
 
     trace = simulate(build, device="gpu", steps=1)
@@ -101,6 +133,9 @@ def test_pytorchs_own_offloading_is_seen() -> None:
     backward = trace.mark_event[[PHASES[phase] for phase in trace.mark_phase].index("backward")]
     alive = (trace.born < backward) & ((trace.freed < 0) | (trace.freed >= backward))
     assert trace.requested[alive & (trace.category == CATEGORIES.index("activation"))].tolist() == [4]  # the loss
+    assert trace.host is not None
+    assert sorted(trace.host.requested.tolist()) == sorted([U, U, U, U, DIM * DIM * 4])
+    assert bool((trace.host.freed >= 0).all())
 
 
 @pytest.mark.parametrize(("trips", "move"), [(1, lambda y: y.cpu()), (2, lambda y: y.cpu().to(y.device))])

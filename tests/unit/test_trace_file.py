@@ -36,13 +36,20 @@ def small() -> Trace:
     return build.trace({"target": "linear", "flops": [10]})
 
 
-def same(one: Trace, other: Trace) -> bool:
-    return all(
-        np.array_equal(getattr(one, field.name), getattr(other, field.name))
-        if isinstance(getattr(one, field.name), np.ndarray)
-        else getattr(one, field.name) == getattr(other, field.name)
-        for field in dataclasses.fields(Trace)
-    )
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, Trace):
+        return all(same(getattr(one, field.name), getattr(other, field.name)) for field in dataclasses.fields(Trace))
+    return np.array_equal(one, other) if isinstance(one, np.ndarray) else bool(one == other)
+
+
+def with_host() -> Trace:
+    """The small trace, with a copy of its weights in a block of pinned memory."""
+    build = TraceBuilder()
+    build.phase("forward", 0)
+    build.new("parameter", 2**40, module="lin")
+    trace = build.trace()
+    host = dataclasses.replace(trace, reserved=trace.size, modules=small().modules, ops=small().ops)
+    return dataclasses.replace(small(), host=host)
 
 
 def stored(path: Path, **changed: Any) -> Path:
@@ -68,8 +75,19 @@ def refusal(path: Path) -> str:
     return text
 
 
+def test_memory_of_the_host_that_does_not_hold_together_is_refused(tmp_path: Path) -> None:
+    path = with_host().save(tmp_path / "a.npz")
+    with np.load(path) as file:
+        arrays = {name: file[name] for name in file.files}
+    np.savez(path, **arrays | {"host_category": np.array([99])})
+    assert refusal(path) == ("a damaged memscope trace: its host memory: its column category points outside its table")
+    np.savez(path, **{name: array for name, array in arrays.items() if name != "host_op"})
+    assert refusal(path) == "a damaged memscope trace: it has no column host_op"
+
+
 @given(random_traces())
 @example(TraceBuilder().trace())
+@example(with_host())
 def test_saved_trace_comes_back_the_same(trace: Trace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = trace.save(Path(folder) / "a.npz")
@@ -261,7 +279,7 @@ def test_flipped_byte_is_refused_or_changes_nothing(data: st.DataObject, saved: 
 def test_newer_schema_asks_for_an_upgrade(tmp_path: Path) -> None:
     # Its columns may differ: only the version is read.
     path = stored(tmp_path / "a.npz", header=header(schema_version=SCHEMA_VERSION + 1, modules="other"), size=None)
-    assert refusal(path) == "has trace schema 2; this memscope reads schemas up to 1: upgrade memscope"
+    assert refusal(path) == "has trace schema 3; this memscope reads schemas up to 2: upgrade memscope"
 
 
 @pytest.mark.parametrize(

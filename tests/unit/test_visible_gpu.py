@@ -188,6 +188,20 @@ def test_calls_without_an_effect_in_a_simulation_do_nothing():
     assert same_as_plain(train(loss))
 
 
+def test_another_stream_is_the_only_one_which_a_note_says():
+    def loss(model, x):
+        other = torch.cuda.Stream()
+        other.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(other):
+            y = model(x)
+        other.record_event().synchronize()
+        return y.sum()
+
+    trace = train(loss)
+    assert same_as_plain(trace)
+    assert [note for note in trace.meta["notes"] if note.startswith("several CUDA streams are used")]
+
+
 @pytest.mark.usefixtures("kept_workspaces")
 def test_memory_statistics_are_those_of_the_allocator_so_far():
     seen = []
@@ -238,7 +252,6 @@ def test_emptying_the_cache_gives_unused_segments_back():
     [
         (lambda: torch.cuda.memory_summary(), "memory_summary"),
         (lambda: torch.cuda.memory_stats().get("segment.all.current"), r"memory_stats\(\)\[.segment.all.current.\]"),
-        (lambda: torch.cuda.Stream(), "Stream"),
         (lambda: torch.cuda.CUDAGraph(), "CUDAGraph"),
         (lambda: torch.cuda.get_arch_list(), "get_arch_list"),
         (lambda: torch.cuda.nccl.version(), "nccl.version"),

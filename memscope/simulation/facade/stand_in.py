@@ -62,10 +62,16 @@ def _within(mode: TorchFunctionMode, run: Callable[..., Any]) -> Callable[..., A
 
 
 def is_target(frame: FrameType) -> bool:
-    """Whether a frame runs a target's code: outside PyTorch and memscope, or in one of memscope's own targets."""
+    """Whether a frame runs a target's code: outside PyTorch and memscope, or in a part of memscope that stands for it.
+
+    These are memscope's own targets, and the strategies that move tensors between GPU and host.
+    """
     name: str = frame.f_globals.get("__name__", "")
     package = name.partition(".")[0]
-    return package != "torch" and (package != "memscope" or name.startswith("memscope.targets."))
+    return package != "torch" and (package != "memscope" or name.startswith(_TARGETS))
+
+
+_TARGETS = ("memscope.targets.", "memscope.strategies.offload.")
 
 
 @contextlib.contextmanager

@@ -19,9 +19,10 @@ from memscope.simulation.devices.catalogue import Device
 from memscope.simulation.facade.build import version_says_cuda, version_says_what_is_installed
 from memscope.simulation.facade.memory import GpuMemory, total_bytes
 from memscope.simulation.facade.stand_in import is_target, replaced, tensors_say_cuda
+from memscope.simulation.facade.streams import one_stream
 from memscope.simulation.refusal import no_answer
 
-__all__ = ["InOrder", "VisibleGpu"]
+__all__ = ["VisibleGpu"]
 
 
 class VisibleGpu:
@@ -109,14 +110,12 @@ class VisibleGpu:
             "is_tf32_supported": lambda: major >= 8,
             "is_current_stream_capturing": lambda: False,
             "device": contextlib.nullcontext,
-            "Event": InOrder,
-            "current_stream": lambda device=None: InOrder(),
-            "default_stream": lambda device=None: InOrder(),
             "get_rng_state": lambda device=None: torch.get_rng_state(),
             "get_rng_state_all": lambda: [torch.get_rng_state()],
             "initial_seed": torch.initial_seed,
             "get_allocator_backend": lambda: "native",
             "get_sync_debug_mode": lambda: 0,
+            **one_stream(self._note),
             **self.memory.answers(),
             **dict.fromkeys(_NOTHING_TO_DO, _nothing),
             **{name: _refused(f"torch.cuda.{name}", why) for name, why in _REFUSED.items()},
@@ -134,24 +133,26 @@ class VisibleGpu:
         }
 
     def _record_stream(self) -> None:
-        self.notes.append(_RECORD_STREAM)
+        self._note(_RECORD_STREAM)
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
 
 
 _NOTHING_TO_DO = (
     "init", "ipc_collect", "manual_seed", "manual_seed_all", "reset_accumulated_memory_stats", "seed", "seed_all",
     "set_device", "set_rng_state", "set_rng_state_all", "set_sync_debug_mode", "synchronize",
 )  # fmt: skip
-_STREAMS = "everything is simulated on one stream"
 _RECORD_STREAM = (
-    f"record_stream was called, but {_STREAMS}: memory is freed when its tensor dies. On a GPU, another stream may "
-    "still use it, and reserved memory is then higher"
+    "record_stream was called, but everything is simulated on one stream: memory is freed when its tensor dies. On a "
+    "GPU, another stream may still use it, and reserved memory is then higher"
 )
 _MEASURED = "no GPU runs whose state could be read"
 _BUILD = "it depends on the build of PyTorch that will run; torch.cuda.get_device_capability() tells what the GPU needs"
 _HANDLES = "no CUDA library is loaded"
 _TOTALS = "use torch.cuda.memory_allocated(), memory_reserved() or memory_stats(), or read the trace afterwards"
 _REFUSED = {
-    **dict.fromkeys(("Stream", "ExternalStream", "stream", "set_stream"), _STREAMS),
     **dict.fromkeys(("CUDAGraph", "graph", "make_graphed_callables"), "CUDA graphs are not simulated"),
     **dict.fromkeys(("memory_summary", "memory_snapshot", "memory_stats_as_nested_dict"), _TOTALS),
     **dict.fromkeys(("utilization", "temperature", "power_draw", "clock_rate", "list_gpu_processes"), _MEASURED),
@@ -186,23 +187,6 @@ def _refused(name: str, why: str) -> type:
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
     pass
-
-
-class InOrder:
-    """The stream, or an event on it. Everything happens in order, so there is nothing to wait for."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    record = synchronize = wait = wait_event = wait_stream = record_event = staticmethod(_nothing)
-
-    def query(self) -> bool:
-        """Whether all work is done: always true."""
-        return True
-
-    def elapsed_time(self, end: Any) -> float:
-        """Refuse: a simulation measures no time."""
-        raise no_answer("torch.cuda.Event.elapsed_time", "no kernel runs, so no time can be measured")
 
 
 def _for_targets(answer: Any, original: Any) -> Any:

@@ -41,7 +41,7 @@ from memscope.simulation.machine.pretrained import pretrained_without_weights
 from memscope.simulation.machine.saving import Saving
 from memscope.simulation.machine.scripts import scripts_run_as_python
 from memscope.simulation.machine.side_effects import without_side_effects
-from memscope.simulation.machine.streams import streams_of_a_program
+from memscope.simulation.machine.streams import events_of_a_program
 from memscope.simulation.machine.threads import threads_stay_on_the_host
 from memscope.simulation.machine.visible import tensors_of_a_program
 from memscope.simulation.machine.weights import weights_are_fake
@@ -86,8 +86,8 @@ class SimulatedMachine:
         self.execute: Execute = PlainAutograd(placed) if self._on_gpu else placed
         self.kernels: Kernels | None = PlacedKernels(self._places, self._workspaces) if self._on_gpu else None
         self._calls = ProgramCalls(self._places, link)
-        streams = streams_of_a_program(self._assumptions, self._note)
-        self._gpu = VisibleGpu(device, settings, partial(tensors_of_a_program, self._places, self._calls), streams)
+        events = events_of_a_program(self._assumptions)
+        self._gpu = VisibleGpu(device, settings, partial(tensors_of_a_program, self._places, self._calls), events)
         self.notes = self._gpu.notes
         self._scopes = contextlib.ExitStack()
 

@@ -1,40 +1,20 @@
-"""Streams and events of a simulated program: everything happens in order, on one stream."""
+"""Events of a simulated program, which may ask for the time between them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from memscope.simulation.assumptions import Assumptions, Origin
-from memscope.simulation.facade.visible_gpu import InOrder
+from memscope.simulation.facade.streams import InOrder
 from memscope.simulation.refusal import no_answer
 
-__all__ = ["streams_of_a_program"]
+__all__ = ["events_of_a_program"]
 
 _ASSUMED_MILLISECONDS = 1.0
-_ONE_STREAM = (
-    "the program uses several CUDA streams, but everything is simulated on one: on a GPU each stream has memory of its "
-    "own, and reserved memory may be higher"
-)
 
 
-def streams_of_a_program(assumptions: Assumptions, note: Callable[[str], None]) -> dict[str, Any]:
-    """Answers of `torch.cuda` about streams and events.
-
-    Args:
-        assumptions: receives the times that events are asked for.
-        note: told when a program runs something on another stream.
-    """
-
-    class OnlyStream(InOrder):
-        """A stream, on which nothing is done."""
-
-        def __enter__(self) -> OnlyStream:
-            note(_ONE_STREAM)
-            return self
-
-        def __exit__(self, *exception: Any) -> None:
-            pass
+def events_of_a_program(assumptions: Assumptions) -> dict[str, Any]:
+    """Answers of `torch.cuda` about events; `assumptions` receives the times that are asked for."""
 
     class TimelessEvent(InOrder):
         """An event. No time passes on a GPU that is not there."""
@@ -46,16 +26,4 @@ def streams_of_a_program(assumptions: Assumptions, note: Callable[[str], None]) 
             assumptions.rest_on([Origin.here("the time between two events", f"{_ASSUMED_MILLISECONDS} ms")])
             return _ASSUMED_MILLISECONDS
 
-    def set_stream(stream: Any) -> None:
-        note(_ONE_STREAM)
-
-    only = OnlyStream()
-    return {
-        "Stream": OnlyStream,
-        "ExternalStream": OnlyStream,
-        "Event": TimelessEvent,
-        "stream": lambda stream: stream or only,
-        "set_stream": set_stream,
-        "current_stream": lambda device=None: only,
-        "default_stream": lambda device=None: only,
-    }
+    return {"Event": TimelessEvent}

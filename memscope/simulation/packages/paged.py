@@ -5,13 +5,14 @@ Source: `get_paged`, `fill` and `prefetch_tensor` in bitsandbytes/functional.py 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from memscope.hooks.storages import StorageTracker
+from memscope.simulation.host import HostOperators
 from memscope.simulation.machine.libraries import Changes
 
 __all__ = ["HostTensors", "paged_state"]
@@ -40,18 +41,16 @@ def paged_state(make_on_host: _MakeOnHost) -> Changes:
 
 
 class HostTensors:
-    """Makes tensors on the host, which a tracker does not count."""
+    """Makes tensors on the host, which are no memory of the device.
+
+    Attributes:
+        host: the host beside the device; None before the step is recorded.
+    """
 
     def __init__(self) -> None:
-        self.tracker: StorageTracker | None = None
-        """The tracker of the recorder; None before there is one."""
+        self.host: HostOperators | None = None
 
     def __call__(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor on the host."""
-        if self.tracker is None:
+        with self.host.moving(to_host=True, crossing=False, followed=True) if self.host else contextlib.nullcontext():
             return torch.zeros(shape, dtype=dtype)
-        self.tracker.hides = True
-        try:
-            return torch.zeros(shape, dtype=dtype)
-        finally:
-            self.tracker.hides = False

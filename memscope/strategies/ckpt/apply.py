@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping
 from torch import nn
 
 from memscope.errors import UsageError, nearest
-from memscope.strategies.ckpt.offload import Offloaded
 from memscope.strategies.ckpt.operators import why_not_kept
 from memscope.strategies.ckpt.options import Option
 from memscope.strategies.ckpt.recompute import Recomputed
 from memscope.strategies.ckpt.save import checkpoint_all_but
 from memscope.strategies.ckpt.segment import checkpoint_together
+from memscope.strategies.offload.activations import Offloaded
 
 __all__ = ["apply_options", "recomputed"]
 

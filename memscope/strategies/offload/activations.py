@@ -1,9 +1,9 @@
-"""Offloading: tensors that a layer saves for its backward move to the host until then.
+"""Tensors that a layer, or the whole step, saves for its backward move to pinned memory of the host until then.
 
 This differs from `torch.autograd.graph.save_on_cpu(pin_memory=True)` in two ways. A piece of memory is copied once in
-each direction, however many saved tensors are views of it. Memory that the device holds anyway stays: the layer's
-parameters and buffers, and arguments without gradient, which layers share (masks, rotary tables). A cast weight is a
-tensor of its own, and moves. The copies run on the computation's stream, so no work hides them.
+each direction, however many saved tensors are views of it. Memory that the device holds anyway stays: parameters and
+buffers, and arguments without gradient (the batch; of a layer, what layers share: masks, rotary tables). A cast weight
+is a tensor of its own, and moves. The copies run on the computation's stream, so no work hides them.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils import _pytree as pytree
+
+from memscope.workload.batch import tensors_in
 
 __all__ = ["Offloaded"]
 
 
 class Offloaded:
-    """A forward function whose saved tensors live on the host. On the CPU they stay where they are."""
+    """A forward or loss function whose saved tensors live on the host. On the CPU they stay where they are."""
 
-    def __init__(self, layer: nn.Module, forward: Callable[..., Any]) -> None:
-        self.layer, self.forward = layer, forward
+    def __init__(self, model: nn.Module, forward: Callable[..., Any]) -> None:
+        self.model, self.forward = model, forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the forward function."""
-        given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        shared = [tensor for tensor in given if not tensor.requires_grad]
-        held = [*self.layer.parameters(), *self.layer.buffers(), *shared]
+        """Call the function."""
+        shared = [tensor for tensor in tensors_in((args, kwargs)) if not tensor.requires_grad]
+        held = [*self.model.parameters(), *self.model.buffers(), *shared]
         trip = _Trip(frozenset(tensor.untyped_storage()._cdata for tensor in held if tensor.layout is torch.strided))
         try:
             with saved_tensors_hooks(trip.pack, _unpack):
@@ -93,10 +93,11 @@ class _Trip:
 
 
 def _on_host(tensor: Tensor) -> Tensor:
-    """A copy in pinned memory, which a GPU reads and writes at full speed; the tensor itself if it is on the host."""
-    if not tensor.is_cuda:
-        return tensor.cpu()
-    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+    """A copy in pinned memory, which a GPU reads and writes at full speed; the tensor itself if it is on the host.
+
+    An asynchronous copy to the host is pinned: `_to_copy` in aten/src/ATen/native/TensorConversions.cpp (2.6 to 2.13).
+    """
+    return tensor.to("cpu", non_blocking=True)
 
 
 def _unpack(packed: Tensor | _Packed) -> Tensor:
