@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from memscope.errors import UsageError
 from memscope.strategies import Plan, Problem, Stage, Strategy, available, plan, plugins
+from memscope.strategies.loss.parts import has_fused
 from memscope.testing import check_strategy, toy_workload
 from memscope.workload.description import Workload
 from memscope.workload.target import find_target
 
-SHIPPED = ("adamw", "amp", "bf16", "ckpt", "ga", "lora")
+SHIPPED = ("adamw", "amp", "bf16", "ckpt", "ga", "loss", "lora")
 Install = Callable[..., None]
 
 
@@ -50,6 +51,7 @@ def test_the_strategies_that_come_with_memscope_keep_their_promises(install: Ins
         "amp:dtype=bf16",
         "ckpt:layers=every-2",
         "ga:steps=2",
+        pytest.param("loss:fused", marks=pytest.mark.skipif(not has_fused(), reason="came with PyTorch 2.13")),
         "lora:r=2,alpha=4,dropout=0,targets=wk+wo+head",
     ],
 )

@@ -37,6 +37,7 @@ from memscope.simulation.cuda.workspace_flash_attn import (
     flash_attn_3_backward,
     flash_attn_3_forward,
 )
+from memscope.simulation.cuda.workspace_linear_loss import linear_cross_entropy
 from memscope.simulation.cuda.workspace_loss import (
     binary_cross_entropy_with_logits,
     ctc_loss,
@@ -232,6 +233,7 @@ _FAMILIES: dict[str, Callable[[OperatorCall], list[Workspace]]] = {
     **dict.fromkeys(("aten._ctc_loss", "aten._ctc_loss_backward"), ctc_loss),
     "aten.binary_cross_entropy_with_logits": binary_cross_entropy_with_logits,
     "aten.soft_margin_loss_backward": soft_margin_loss_backward,
+    "torch_nn._linear_cross_entropy_batch_chunked": linear_cross_entropy,
 }
 
 OPERATORS = frozenset(_FAMILIES)
