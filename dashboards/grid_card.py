@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Sequence
 from html import escape
@@ -80,9 +81,10 @@ def _sizes(cell: Cell) -> list[int]:
 
 
 def _name(grid: Grid, cell: Cell) -> str:
-    """`ga + lora`: the strategies that are on, without their settings, which Table 2 has."""
-    on = [factor.partition(":")[0] for factor, is_on in zip(grid.factors, cell.applied, strict=True) if is_on]
-    name = " + ".join(on) or "none"
+    """`ga + lora`: the strategies that are on, without their settings, which Table 2 has, unless there are several."""
+    names = [factor.partition(":")[0] for factor in grid.factors]
+    shown = [factor if names.count(name) > 1 else name for factor, name in zip(grid.factors, names, strict=True)]
+    name = " + ".join(itertools.compress(shown, cell.applied)) or "none"
     return escape(name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…")
 
 

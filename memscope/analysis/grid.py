@@ -1,4 +1,4 @@
-"""Table 2: the memory and time of every combination of several strategies, each on or off.
+"""Table 2: the memory and time of every combination of several strategies, each off or with one of its settings.
 
 All combinations process the same samples per step. A strategy that changes how samples are processed defines the run
 without it (`Strategy.baseline`): gradient accumulation, for example, by the same effective batch in one micro-batch.
@@ -23,7 +23,7 @@ class Cell:
     """One combination of strategies."""
 
     applied: tuple[bool, ...]
-    """Whether each of the grid's factors is applied, in their order."""
+    """Whether each of the grid's factors is applied, in their order; of alternatives, one at most is."""
     fits: bool | None
     """None: not known, because the run failed."""
     allocated_bytes: int | None
@@ -45,7 +45,7 @@ class Grid:
     predicted: bool
     """True: memory is simulated and time is estimated. False: both were measured."""
     factors: tuple[str, ...]
-    """Strategies with their settings, in plan syntax."""
+    """Strategies with their settings, in plan syntax; alternatives of one strategy are factors of their own."""
     cells: tuple[Cell, ...]
     samples: int
     memory_bytes: int | None
@@ -61,17 +61,22 @@ class Grid:
         return None if not self.samples_per_step else -(-self.samples // self.samples_per_step)
 
 
-def combinations(factors: Sequence[Strategy]) -> list[tuple[tuple[bool, ...], Plan]]:
-    """The factors of each combination and its plan, from none to all; the first factor changes slowest.
+def combinations(factors: Sequence[Sequence[Strategy]]) -> list[tuple[tuple[bool, ...], Plan]]:
+    """Whether each combination applies each alternative, and its plan, from none to all; the first changes slowest.
+
+    Args:
+        factors: the strategies, each with its alternatives, of which a combination has one or none.
 
     Raises:
         UsageError: `factors` is empty, has a strategy twice, or has a combination that cannot be used.
     """
     if not factors:
         raise UsageError("the grid has no strategy: name the strategies to combine, for example --grid ga,amp,lora")
-    Plan.of(*factors)
-    choices = itertools.product((False, True), repeat=len(factors))
-    return [(applied, Plan.of(*itertools.compress(factors, applied))) for applied in choices]
+    found = []
+    for chosen in itertools.product(*([None, *alternatives] for alternatives in factors)):
+        applied = tuple(one is two for one, each in zip(chosen, factors, strict=True) for two in each)
+        found.append((applied, Plan.of(*filter(None, chosen))))
+    return found
 
 
 def table2(

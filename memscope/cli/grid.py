@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ from memscope.cli.profile_report import print_places, write_page
 from memscope.cli.profile_runs import is_auto
 from memscope.command.output import Attempt, require_writable
 from memscope.errors import MemscopeError, UsageError
-from memscope.strategies import Plan, Strategy, read_strategies
+from memscope.strategies import Plan, Strategy, read_alternatives
 from memscope.trace import Trace, write_whole
 from memscope.units import format_bytes, parse_bytes
 
@@ -41,6 +42,7 @@ class AskedGrid:
     """Every combination of some strategies."""
 
     factors: tuple[Strategy, ...]
+    """The strategies, alternatives of one beside each other."""
     applied: tuple[tuple[bool, ...], ...]
     """For each combination, whether it applies each factor."""
     plans: tuple[Plan, ...]
@@ -74,14 +76,15 @@ def asked_grid(options: ProfileOptions, device: str) -> AskedGrid | None:
             f'--grid runs every combination of its strategies and no other plan: leave out -s "{options.plans[0]}", '
             "or name its strategies in --grid"
         )
-    factors = tuple(read_strategies(text))
-    found = combinations(factors)
-    if is_auto(found[-1][1]):
+    alternatives = read_alternatives(text)
+    found = combinations(alternatives)
+    if any(is_auto(plan) for _, plan in found):
         raise UsageError("ckpt:auto makes a plan for one combination only: in --grid, name the layers to checkpoint")
     if table is not None:
         _require_table(table, options.force)
     applied, combined = zip(*found, strict=True)
     memory_bytes = _memory_bytes(options.memory, device)
+    factors = tuple(chain.from_iterable(alternatives))
     return AskedGrid(factors, applied, combined, options.samples or _SAMPLES, memory_bytes, table)
 
 

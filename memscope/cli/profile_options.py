@@ -59,7 +59,8 @@ class ProfileOptions:
         option(
             "--grid",
             metavar="PLAN",
-            help="Table 2: every combination of the strategies of PLAN, each on or off, such as ga:steps=8,amp,lora.",
+            help="Table 2: every combination of the strategies of PLAN, each on or off, such as ga:steps=8,amp,lora. A "
+            "value may have alternatives: lora:r=8/16/64.",
         ),
     ]
     samples: Annotated[

@@ -61,7 +61,7 @@ class WorkDone:
 
 def flops_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
     """Floating-point operations of one call by PyTorch's formula; 0 for an operator without a formula."""
-    formula = flop_registry.get(func._overloadpacket)
+    formula = _formula(func)
     if formula is None:
         return 0
     shapes = [arg for arg in args if not isinstance(arg, torch.dtype)]  # of the result, as in addmm.dtype
@@ -70,8 +70,26 @@ def flops_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any)
 
 
 def has_formula(func: Any) -> bool:
-    """Whether PyTorch has a formula for the floating-point operations of an operator."""
-    return func._overloadpacket in flop_registry
+    """Whether there is a formula for the floating-point operations of an operator."""
+    return _formula(func) is not None
+
+
+def _formula(func: Any) -> Callable[..., int] | None:
+    packet = func._overloadpacket
+    return flop_registry.get(packet) or _FORMULAS.get(packet._qualified_op_name)
+
+
+def _linear_cross_entropy(rows: Any, weight: Any, *others: Any, out_val: Any = None, **kwargs: Any) -> int:
+    """The product of input and weight, and one more for each of their gradients that is computed.
+
+    Source: torch/nn/modules/linear_cross_entropy.py (2.13).
+    """
+    *_, for_input, for_weight, _ = others
+    return int(2 * rows.shape[0] * weight.shape[0] * weight.shape[1] * (1 + for_input + for_weight))
+
+
+_FORMULAS: dict[str, Callable[..., int]] = {"torch_nn::_linear_cross_entropy_batch_chunked": _linear_cross_entropy}
+"""Operators of which PyTorch counts no floating-point operations."""
 
 
 class CountedFlops:

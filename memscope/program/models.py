@@ -31,16 +31,25 @@ def model_of(module: nn.Module) -> nn.Module:
 def trained_model(parameters: Iterable[Tensor]) -> nn.Module | None:
     """The smallest module alive that holds some parameters and can be called; None if there is none.
 
-    Of modules with the same parameters it is the innermost whose class is not of PyTorch, such as `nn.Sequential`.
+    Of modules with the same parameters it is the innermost whose class is not of PyTorch, such as `nn.Sequential`; and
+    of those inside transformers' models with a head that is tied to the embedding, the one with the head.
     """
     alive = gc.get_objects()
     wanted = {id(parameter) for parameter in parameters}
     modules = (one for one in alive if issubclass(type(one), nn.Module))
     owners = [one for one in modules if not wanted.isdisjoint(map(id, vars(one).get("_parameters", {}).values()))]
     holding = [each for each in _holding(owners, wanted, alive) if type(each[1]).forward is not nn.Module.forward]
-    return (
-        min(holding, key=lambda each: (each[0], type(each[1]).__module__.startswith("torch.")))[1] if holding else None
-    )
+    return min(holding, key=lambda each: (each[0], *_rank(each[1])))[1] if holding else None
+
+
+def _rank(model: Any) -> tuple[bool, bool]:
+    """Which of several modules with the same parameters is the model: the lowest."""
+    head = getattr(model, "get_output_embeddings", None)
+    try:
+        has_head = callable(head) and head() is not None
+    except (AttributeError, NotImplementedError):
+        has_head = False
+    return type(model).__module__.startswith("torch."), not has_head
 
 
 def _holding(start: Sequence[nn.Module], wanted: set[int], alive: Iterable[Any]) -> Iterator[tuple[int, Any]]:

@@ -8,8 +8,10 @@ value of a strategy's choice (`memscope.workload.settings.choice`) is such a wor
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memscope.errors import UsageError, nearest
@@ -20,7 +22,7 @@ from memscope.workload.settings import bare_words, fill
 if TYPE_CHECKING:
     from memscope.workload.description import Workload
 
-__all__ = ["Plan", "read_strategies"]
+__all__ = ["Plan", "read_alternatives", "read_strategies"]
 
 
 @dataclass(frozen=True)
@@ -115,11 +117,47 @@ def read_strategies(text: str) -> list[Strategy]:
     """
     strategies: list[Strategy] = []
     for name, words in _words(text):
-        if name not in available():
-            raise UsageError(f'unknown strategy "{name}" in plan "{text}": {_hint(name, words, strategies)}')
-        kind = available()[name]
-        strategies.append(kind(fill(kind.Config, words, of=f'strategy "{name}"')))
+        strategies.append(_strategy(name, words, text, strategies))
     return strategies
+
+
+def read_alternatives(text: str) -> list[list[Strategy]]:
+    """The strategies that a plan's text names, each with its alternatives: `lora:r=8/16,amp` has two of `lora`.
+
+    `/` separates the alternatives of a value or of a switch; several settings give every combination. The path of a
+    file that exists is one value.
+
+    Raises:
+        UsageError: the text is malformed, names an unknown strategy, key or value, or an alternative twice.
+    """
+    found: list[list[Strategy]] = []
+    for name, words in _words(text):
+        before = [alternatives[0] for alternatives in found]
+        choices = [[*_choices(key, value, text)] for key, value in words.items()]
+        alternatives = [_strategy(name, dict(chosen), text, before) for chosen in itertools.product(*choices)]
+        specs = [strategy.spec for strategy in alternatives]
+        twice = next((spec for spec in specs if specs.count(spec) > 1), None)
+        if twice is not None:
+            raise UsageError(f'"{twice}" is twice among the alternatives of "{name}" in "{text}": leave one out')
+        found.append(alternatives)
+    return found
+
+
+def _choices(key: str, value: str | None, text: str) -> Iterator[tuple[str, str | None]]:
+    """A setting with each of its alternatives; the text of a switch is None."""
+    whole = key if value is None else value
+    for one in [whole] if Path(whole).is_file() else whole.split("/"):
+        if not one:
+            raise UsageError(f'malformed alternatives "{whole}" in "{text}": expected values between / such as r=8/16')
+        yield (one, None) if value is None else (key, one)
+
+
+def _strategy(name: str, words: dict[str, str | None], text: str, before: Sequence[Strategy]) -> Strategy:
+    """A strategy with its settings as text; `before` are those before it in the plan."""
+    if name not in available():
+        raise UsageError(f'unknown strategy "{name}" in plan "{text}": {_hint(name, words, before)}')
+    kind = available()[name]
+    return kind(fill(kind.Config, words, of=f'strategy "{name}"'))
 
 
 def _hint(unknown: str, words: Mapping[str, str | None], before: Sequence[Strategy]) -> str:

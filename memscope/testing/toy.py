@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from memscope.workload.description import Workload
+from memscope.workload.description import HeadLoss, Workload
 from memscope.workload.split import split_batch
 
 __all__ = ["toy_workload"]
@@ -48,12 +48,11 @@ class _Toy(nn.Module):
         self.blocks = nn.ModuleList(_Block(dropout, batch_norm) for _ in range(2))
         self.head = nn.Linear(_DIM, _VOCAB, bias=False)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embed(tokens)
+    def forward(self, tokens: Tensor, *, with_head: bool = True) -> Tensor:
+        x: Tensor = self.embed(tokens)
         for block in self.blocks:
             x = block(x)
-        logits: Tensor = self.head(x)
-        return logits
+        return self.head(x) if with_head else x
 
 
 def toy_workload(*, dropout: float = 0.0, batch_norm: bool = False) -> Workload:
@@ -71,12 +70,17 @@ def toy_workload(*, dropout: float = 0.0, batch_norm: bool = False) -> Workload:
         name="toy",
         split=_split,
         weight=lambda tokens: float((tokens[:, 1:] != _IGNORED).sum()),
+        head_loss=HeadLoss("head", _head_inputs),
     )
 
 
 def _loss(model: nn.Module, tokens: Tensor) -> Tensor:
     logits = model(tokens.clamp(min=0))[:, :-1]
     return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), ignore_index=_IGNORED)
+
+
+def _head_inputs(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    return model(tokens.clamp(min=0), with_head=False), F.pad(tokens[:, 1:], (0, 1), value=_IGNORED)
 
 
 def _split(samples: list[list[int]], parts: int) -> list[Tensor]:

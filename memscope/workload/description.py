@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from memscope.workload.optimizer import OptimizerFactory
 from memscope.workload.split import first_dimension, split_batch
 
-__all__ = ["Scope", "StepPlan", "Workload"]
+__all__ = ["HeadLoss", "Scope", "StepPlan", "Workload"]
 
 Scope = Callable[[], contextlib.AbstractContextManager[Any]]
 """A function that returns a context manager."""
@@ -58,6 +58,24 @@ class StepPlan:
         return "a GradScaler looks at all gradients before a step" if self.grad_scaler else ""
 
 
+@dataclass(frozen=True)
+class HeadLoss:
+    """The output head of a language model and its loss, for strategies that compute both in parts (`loss`).
+
+    The loss of the workload must be the mean cross-entropy of the head's logits, over the tokens with a label.
+    """
+
+    head: str
+    """Name of the head, a linear module from `[..., dim]` to the logits `[..., vocabulary]`."""
+    inputs: Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
+    """`inputs(model, micro_batch)`: the head's input `[..., dim]`, computed by the model without its head, and the
+    label of each token `[...]`."""
+    upcast: bool = False
+    """Whether the logits are converted to float32 before the loss."""
+    ignored: int = -100
+    """Label of a token without a loss."""
+
+
 @dataclass
 class Workload:
     """A training task: any `nn.Module`, any `torch.optim.Optimizer`, their data and loss, and how one step runs.
@@ -100,6 +118,8 @@ class Workload:
     """What a reader of the figures must know about the workload; tables, pages and JSON documents show it."""
     positions: int | None = None
     """Tokens of the longest sample that the model was made for; None: it has no such bound, or none is known."""
+    head_loss: HeadLoss | None = None
+    """The head and its loss, if the target can run its model without the head; None: it cannot."""
 
     def parameter_counts(self) -> tuple[int, int]:
         """`(total, trainable)` numbers of parameters, each tied parameter counted once."""

@@ -226,10 +226,11 @@ class Llama(nn.Module):
         # A buffer, so that it moves with the model; not persistent, so that the state dict holds only Meta's weights.
         self.register_buffer("freqs_cis", rotations(arch), persistent=False)
 
-    def forward(self, tokens: Tensor, places: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, places: Tensor | None = None, *, with_head: bool = True) -> Tensor:
         """Token ids `[batch, seq]` to logits `[batch, seq, vocab_size]` in float32; `seq` up to `2 * max_seq_len`.
 
-        With `places` `[batch]`, only to the logits at that position of each row: `[batch, vocab_size]`.
+        With `places` `[batch]`, only to the logits at that position of each row: `[batch, vocab_size]`. Without the
+        head, to its input `[..., dim]`.
         """
         h = self.tok_embeddings(tokens)
         freqs_cis = self.freqs_cis[: tokens.shape[1]]
@@ -239,7 +240,7 @@ class Llama(nn.Module):
         if places is not None:
             h = h[torch.arange(len(h), device=h.device), places]
         h = self.norm(h)
-        return _at_least_float32(self.output(h))
+        return _at_least_float32(self.output(h)) if with_head else h
 
     def _mask(self, h: Tensor) -> Tensor | None:
         """The mask, or None if `is_causal=True` suffices: a window as long as the sequence hides nothing."""

@@ -17,7 +17,7 @@ from memscope.targets.llama2.config import PRESETS, Config
 from memscope.targets.llama2.model import Llama
 from memscope.targets.llama2.tokenizer import Tokenizer
 from memscope.targets.llama2.weights import load_weights, read_shape, without_initialization
-from memscope.workload.description import StepPlan, Workload
+from memscope.workload.description import HeadLoss, StepPlan, Workload
 from memscope.workload.split import split_batch
 
 __all__ = ["PRESETS", "SHIPPED_DATA", "SHIPPED_TOKENIZER", "Config", "build", "build_on", "read_preset", "read_samples"]
@@ -68,6 +68,7 @@ def build_on(samples: list[Sample], config: Config) -> Workload:
         weight=target_tokens,
         settings=dataclasses.asdict(config),
         positions=config.max_seq_len,
+        head_loss=HeadLoss("output", _head_inputs, upcast=True, ignored=IGNORED),
     )
 
 
@@ -90,6 +91,11 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
     shift_labels = batch["labels"][..., 1:].contiguous()
     flat_logits = shift_logits.view(-1, shift_logits.shape[-1])
     return F.cross_entropy(flat_logits, shift_labels.view(-1), ignore_index=IGNORED)
+
+
+def _head_inputs(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The head's input `[batch, seq, dim]` and the label of each token `[batch, seq]`; the last one has none."""
+    return model(batch["tokens"], with_head=False), F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
 
 
 def split(samples: list[Sample], parts: int) -> list[Batch]:

@@ -13,7 +13,7 @@ from real_gpu import nearest_device
 
 from memscope.analysis.grid import Grid, combinations, table2
 from memscope.runs.plans import RunSpec, run_where_there_is_room
-from memscope.strategies import read_strategies
+from memscope.strategies import read_alternatives, read_strategies
 from memscope.trace import Trace
 
 pytestmark = [
@@ -32,7 +32,7 @@ def grid_of(
 ) -> Grid:
     """Table 2 as computed by `memscope profile --grid`."""
     factors = read_strategies(text)
-    applied, plans = zip(*combinations(factors), strict=True)
+    applied, plans = zip(*combinations(read_alternatives(text)), strict=True)
     first = RunSpec(
         target="llama2",
         preset="debug",

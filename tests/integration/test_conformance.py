@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from memscope.errors import UsageError
 from memscope.strategies import Plan, Problem, Stage, Strategy, available, plan
+from memscope.strategies.loss.parts import has_fused
 from memscope.testing import check_strategy, toy_workload
 from memscope.workload.description import Workload
 from memscope.workload.target import find_target
@@ -31,6 +32,7 @@ def test_the_strategies_that_come_with_memscope_keep_their_promises(install: Ins
         "amp:dtype=bf16",
         "ckpt:layers=every-2",
         "ga:steps=2",
+        pytest.param("loss:fused", marks=pytest.mark.skipif(not has_fused(), reason="came with PyTorch 2.13")),
         "lora:r=2,alpha=4,dropout=0,targets=wk+wo+head",
         "lora:dora,r=2,rslora=true,targets=wk+up,bias=lora_only",
         "lora:pissa,r=2",

@@ -34,10 +34,13 @@ def test_the_grid_has_every_combination_with_a_prediction_and_a_trace(run, tmp_p
     assert len((tmp_path / "t.csv").read_text().splitlines()) == 1 + 4
 
 
-def test_a_grid_on_the_cpu_is_measured(run):
-    code, out, err = run("profile", *DEBUG, "--device", "cpu", "--grid", "lora", "--json")
+def test_a_grid_of_alternatives_on_the_cpu_is_measured(run):
+    code, out, err = run("profile", *DEBUG, "--device", "cpu", "--grid", "lora:r=16/4", "--json")
     assert code == 0, err
     document = json.loads(out)
+    assert [row["applied"] for row in document["table2"]] == [
+        {"lora": False, "lora:r=4": False}, {"lora": True, "lora:r=4": False}, {"lora": False, "lora:r=4": True},
+    ]  # fmt: skip
     assert document["device"] == {"name": "cpu", "simulated": False}
     assert all(row["seconds"] > 0 and row["estimated_seconds"] is None for row in document["table2"])
 
@@ -45,6 +48,7 @@ def test_a_grid_on_the_cpu_is_measured(run):
 BAD = {
     "unknown factor": (["--grid", "ga,lor"], 'unknown strategy "lor"', 'did you mean "lora"'),
     "the same factor twice": (["--grid", "lora,lora:r=4"], '"lora" occurs 2 times', "name it once"),
+    "the same alternative twice": (["--grid", "lora:r=4/8/4"], '"lora:r=4" is twice', "leave one out"),
     "no factor": (["--grid", ""], "no strategy", "--grid ga,amp,lora"),
     "another plan beside it": (["--grid", "ga,lora", "-s", "amp"], '-s "amp"', "leave out"),
     "a factor that cannot be applied": (["--grid", "lora,ga:steps=3"], "2 samples", "divides"),

@@ -189,3 +189,30 @@ def test_only_the_input_of_the_first_layer_is_kept() -> None:
         layer.get_submodule("linear").register_forward_hook(lambda *_, index=index: calls.append(index))
     model(torch.ones(3, 8)).sum().backward()
     assert calls == [0, 1, 2, 3, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("layers", "lengths"), [(1, [1]), (2, [1, 1]), (4, [2, 2]), (9, [3] * 3), (11, [2, 3, 3, 3])])
+def test_the_layers_of_a_list_are_cut_into_as_many_segments_as_their_root(layers: int, lengths: list[int]) -> None:
+    model = Model(plain)
+    model.layers = nn.ModuleList(Layer(lambda y: y) for _ in range(layers))
+    strategy = Checkpoint(Checkpoint.Config(sqrt=True))
+    found = strategy._chosen(model)[1]
+    assert [option.length for option in found.values() if option.kind == "full"] == lengths
+    heads = [name for name, option in found.items() if option.kind == "full"]
+    assert heads == [f"layers.{sum(lengths[:index])}" for index in range(len(lengths))]
+    assert strategy.spec == "ckpt:sqrt"
+
+
+def test_every_list_has_segments_of_its_own() -> None:
+    model = nn.Module()
+    model.encoder, model.decoder = (nn.ModuleList(Layer(lambda y: y) for _ in range(4)) for _ in range(2))
+    found = Checkpoint(Checkpoint.Config(sqrt=True))._chosen(model)[1]
+    assert [name for name, option in found.items() if option.kind == "full"] == [
+        "encoder.0", "encoder.2", "decoder.0", "decoder.2",
+    ]  # fmt: skip
+
+
+def test_segments_are_a_choice_of_their_own() -> None:
+    for other in ({"layers": "0-1"}, {"plan": "plan.json"}, {"auto": True}):
+        with pytest.raises(ValueError, match="sqrt chooses the segments: leave layers, plan and auto out"):
+            Checkpoint.Config(sqrt=True, **other)  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from memscope.analysis.grid import Grid, combinations, table2
 from memscope.analysis.grid_words import grid_notes
 from memscope.cli.grid_report import FORMATS, print_grid
 from memscope.errors import MemscopeError, OutOfDeviceMemory, TargetError, UsageError
-from memscope.strategies import read_strategies
+from memscope.strategies import read_alternatives, read_strategies
 from memscope.trace import PHASES, Trace
 from tests.traces import TraceBuilder
 
@@ -44,17 +45,44 @@ def grid_of(*traces: Trace | MemscopeError, samples: int = 200) -> Grid:
 
 
 def test_every_combination_appears_once_in_the_order_of_the_factors() -> None:
-    found = combinations(read_strategies("ga:steps=2,amp,lora"))
+    found = combinations(read_alternatives("ga:steps=2,amp,lora"))
     assert [str(plan) for _, plan in found] == [
         "", "lora", "amp", "lora,amp", "ga:steps=2", "lora,ga:steps=2", "amp,ga:steps=2", "lora,amp,ga:steps=2",
     ]  # fmt: skip
     assert found[5][0] == (True, False, True)
 
 
-@pytest.mark.parametrize(("text", "expected"), [("ga,ga:steps=4", '"ga" occurs 2 times'), ("", "no strategy")])
+def test_alternatives_of_a_setting_are_columns_of_which_a_combination_has_one_or_none() -> None:
+    found = combinations(read_alternatives("lora:r=8/64,amp:dtype=bf16"))
+    assert [str(plan) for _, plan in found] == [
+        "", "amp:dtype=bf16", "lora:r=8", "lora:r=8,amp:dtype=bf16", "lora:r=64", "lora:r=64,amp:dtype=bf16",
+    ]  # fmt: skip
+    assert [applied for applied, _ in found[-2:]] == [(False, True, False), (False, True, True)]
+
+
+def test_alternatives_of_several_settings_and_of_switches_are_combined(tmp_path: Path) -> None:
+    (lora, loss) = read_alternatives("lora:r=8/16,alpha=8/16,loss:chunked/fused,chunks=4")
+    assert [(one.config.r, one.config.alpha) for one in lora] == [(8, 8), (8, 16), (16, 8), (16, 16)]
+    assert [one.spec for one in loss] == ["loss:chunks=4", "loss:fused,chunks=4"]
+    plan = tmp_path / "plan.json"
+    plan.touch()
+    ((only,),) = read_alternatives(f"ckpt:plan={plan}")
+    assert only.config.plan == str(plan)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("ga,ga:steps=4", '"ga" occurs 2 times'),
+        ("", "no strategy"),
+        ("amp,lora:r=8/16/8", '"lora:r=8" is twice among the alternatives of "lora" in "amp,lora:r=8/16/8": leave one'),
+        ("lora:r=16/", 'malformed alternatives "16/" in "lora:r=16/": expected values between / such as r=8/16'),
+        ("lora:r=8/many", 'setting "r"'),
+    ],
+)
 def test_invalid_factors_are_refused(text: str, expected: str) -> None:
     with pytest.raises(UsageError, match=expected):
-        combinations(read_strategies(text))
+        combinations(read_alternatives(text))
 
 
 def test_run_time_is_the_steps_that_the_samples_take_times_the_estimate_of_one() -> None:

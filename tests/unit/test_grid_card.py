@@ -41,6 +41,12 @@ def test_each_combination_is_a_bar_and_what_runs_out_has_a_cross() -> None:
     assert figure.layout.xaxis.title.text == "GiB, predicted<br>dotted: 39.0 GiB is the limit"
 
 
+def test_alternatives_of_one_strategy_are_named_with_their_settings() -> None:
+    cells = (Cell((True, False, True), True, GIB, GIB, 1.0), Cell((False, True, False), True, GIB, GIB, 1.0))
+    found = dataclasses.replace(grid(), factors=("lora:r=8", "lora", "amp:dtype=bf16"), cells=cells)
+    assert grid_peaks(found).layout.yaxis.ticktext == ("lora:r=8 + amp", "lora")
+
+
 def test_a_measured_combination_that_ran_out_has_its_cross_at_what_there_was() -> None:
     figure = grid_peaks(grid(predicted=False))
     assert curve("runs out of memory", figure).x == (39,)

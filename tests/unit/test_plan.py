@@ -205,8 +205,8 @@ def test_an_unknown_strategy_is_refused_with_the_nearest_name() -> None:
     ("text", "message"),
     [
         (
-            "lora:alpah=3",
-            'strategy "lora" has no setting "alpah": did you mean "alpha"? Valid: alpha, dropout, r, targets',
+            "ga:stesp=3",
+            'strategy "ga" has no setting "stesp": did you mean "steps"? Valid: steps',
         ),
         ("amp:dtype=f16", 'strategy "amp": setting "dtype" cannot be "f16": did you mean "fp16"? Valid: bf16, fp16'),
         ("amp:dtype=int4", 'strategy "amp": setting "dtype" cannot be "int4": Valid: bf16, fp16'),
@@ -216,8 +216,8 @@ def test_an_unknown_strategy_is_refused_with_the_nearest_name() -> None:
         ("lora:r", 'strategy "lora": setting "r" is not a switch: write r=VALUE'),
         ("lora:targets,r=4", 'strategy "lora": setting "targets" is not a switch: write targets=VALUE'),
         (
-            "lora:dropuot",
-            'strategy "lora" has no setting "dropuot": did you mean "dropout"? Valid: alpha, dropout, r, targets',
+            "ga:step",
+            'strategy "ga" has no setting "step": did you mean "steps"? Valid: steps',
         ),
         ("optim:fused=maybe", 'strategy "optim": setting "fused" cannot be "maybe": expected true or false'),
         ("optim:adamw,lion", 'strategy "optim" cannot be both "adamw" and "lion": choose one'),

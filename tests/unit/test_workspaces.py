@@ -334,10 +334,11 @@ def test_arguments_are_named_as_in_pytorchs_schemas() -> None:
         (aten.soft_margin_loss.default, (x, x)), (aten.soft_margin_loss_backward.default, (x, x, x, 1)),
         (aten._ctc_loss.Tensor, (q[0], x, indices, indices)),
         (aten._ctc_loss_backward.Tensor, (i, q[0], x, indices, indices, i, q[0], 0)),
+        (aten._scaled_mm.default, (x[:16], x[:16], i, i)),
     ]  # fmt: skip
     assert {str(func).rpartition(".")[0] for func, _ in calls} == OF_PYTORCH
     for func, args in calls:
-        workspaces_for(str(func), describe(func, args, {}), A100, (2, 13))
+        workspaces_for(str(func), describe(func, args, {}), get_device("h100-80gb"), (2, 13))
 
 
 def test_each_operator_is_modeled_or_listed_as_not_modeled() -> None:

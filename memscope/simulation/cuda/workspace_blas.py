@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from memscope.hooks.kernels import Workspace
 from memscope.simulation.cuda.workspace_call import OperatorCall, TensorMeta
+from memscope.simulation.refusal import NotSimulated
 
-__all__ = ["gemm"]
+__all__ = ["gemm", "scaled_gemm"]
 
 _POOL = "aten/src/ATen/cuda/CublasHandlePool.cpp"
 _BLAS = "aten/src/ATen/native/cuda/Blas.cpp"
+_FLOAT8_CAPABILITY = (8, 9)
 _OPERANDS = {
     "aten.mm": ("self", "mat2"),
     "aten.addmm": ("mat1", "mat2"),
@@ -39,6 +41,36 @@ def gemm(call: OperatorCall) -> list[Workspace]:
     ]
     fused = _bias_in_epilogue(call) if call.op in ("aten.addmm", "aten._addmm_activation") else False
     return [*copies, *(_cublaslt(call) if fused else [_cublas(call)])]
+
+
+def scaled_gemm(call: OperatorCall) -> list[Workspace]:
+    """A product of 8-bit floating-point matrices: the workspace of cuBLASLt.
+
+    With a scale for each row, some versions of CUDA take a kernel of CUTLASS, whose workspace was not read: an
+    estimate.
+
+    Source: _scaled_mm_out_cuda and scaled_gemm in Blas.cpp and aten/src/ATen/cuda/CUDABlas.cpp, revisions after 2.6 and
+        2.8.
+
+    Raises:
+        NotSimulated: the GPU has no such kernel, or the kernel refuses the sizes.
+    """
+    left, right = call.tensor("self"), call.tensor("mat2")
+    if call.device.capability < _FLOAT8_CAPABILITY:
+        major, minor = call.device.capability
+        raise NotSimulated(
+            f"products of 8-bit floating-point matrices (torch._scaled_mm) need compute capability 8.9 or higher, and "
+            f"{call.device.name} has {major}.{minor}: choose another --device, such as l4 or h100-80gb"
+        )
+    if left.numel == 0 or right.numel == 0:
+        return []
+    if left.shape[1] % 16 or right.shape[1] % 16:
+        raise NotSimulated(
+            f"torch._scaled_mm multiplies matrices whose sizes are multiples of 16 on a GPU, not {[*left.shape]} by "
+            f"{[*right.shape]}: choose a number of tokens in a micro-batch that is a multiple of 16, or pad (fp8:pad)"
+        )
+    taken = _cublaslt(call)
+    return taken if call.tensor("scale_a").numel == 1 else [workspace.uncertain() for workspace in taken]
 
 
 def _readable(tensor: TensorMeta) -> bool:

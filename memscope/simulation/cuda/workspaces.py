@@ -22,7 +22,7 @@ from memscope.simulation.cuda.workspace_attention import (
     flash_forward,
     safe_softmax,
 )
-from memscope.simulation.cuda.workspace_blas import gemm
+from memscope.simulation.cuda.workspace_blas import gemm, scaled_gemm
 from memscope.simulation.cuda.workspace_call import (
     KernelSettings,
     OperatorCall,
@@ -37,6 +37,7 @@ from memscope.simulation.cuda.workspace_flash_attn import (
     flash_attn_3_backward,
     flash_attn_3_forward,
 )
+from memscope.simulation.cuda.workspace_linear_loss import linear_cross_entropy
 from memscope.simulation.cuda.workspace_loss import (
     binary_cross_entropy_with_logits,
     ctc_loss,
@@ -201,6 +202,7 @@ def _power(call: OperatorCall) -> list[Workspace]:
 _FAMILIES: dict[str, Callable[[OperatorCall], list[Workspace]]] = {
     **dict.fromkeys(("aten.mm", "aten.addmm", "aten._addmm_activation", "aten.bmm", "aten.baddbmm"), gemm),
     **dict.fromkeys(("aten.mv", "aten.addmv", "aten.dot", "aten.vdot"), gemm),
+    "aten._scaled_mm": scaled_gemm,
     "aten._scaled_dot_product_flash_attention": flash_forward,
     "aten._scaled_dot_product_flash_attention_backward": flash_backward,
     **dict.fromkeys(("memscope.flash_attn_2_forward", "flash_attn._flash_attn_forward"), flash_attn_2_forward),
@@ -232,6 +234,7 @@ _FAMILIES: dict[str, Callable[[OperatorCall], list[Workspace]]] = {
     **dict.fromkeys(("aten._ctc_loss", "aten._ctc_loss_backward"), ctc_loss),
     "aten.binary_cross_entropy_with_logits": binary_cross_entropy_with_logits,
     "aten.soft_margin_loss_backward": soft_margin_loss_backward,
+    "torch_nn._linear_cross_entropy_batch_chunked": linear_cross_entropy,
 }
 
 OPERATORS = frozenset(_FAMILIES)
@@ -251,9 +254,7 @@ NOT_MODELLED: Mapping[str, str] = {
     ),
     "aten._scaled_dot_product_cudnn_attention": _LIBRARY,
     **dict.fromkeys(("aten.native_batch_norm", "aten.native_batch_norm_backward"), _LIBRARY),
-    **dict.fromkeys(
-        ("aten._scaled_mm", "aten._grouped_mm", "aten._int_mm"), "the source of low-precision products was not read"
-    ),
+    **dict.fromkeys(("aten._grouped_mm", "aten._int_mm"), "the source of grouped and integer products was not read"),
     **dict.fromkeys(("aten._flash_attention_forward", "aten._flash_attention_backward"), _PACKED),
     **dict.fromkeys(("aten.sort", "aten.argsort", "aten.topk", "aten.cumsum", "aten.cumprod", "aten.nonzero"), _CUB),
     **dict.fromkeys(("aten.masked_select", "aten._unique2", "aten.unique_consecutive", "aten.multinomial"), _CUB),

@@ -15,6 +15,7 @@ from memscope.strategies.ckpt.apply import apply_options, recomputed
 from memscope.strategies.ckpt.layer_plan import LayerPlan
 from memscope.strategies.ckpt.layers import chosen_layers, named_layers, planned_layers
 from memscope.strategies.ckpt.options import Option
+from memscope.strategies.ckpt.segment import in_segments
 from memscope.strategies.statistics import keeps_statistics
 from memscope.workload.description import Workload
 from memscope.workload.settings import setting
@@ -25,8 +26,9 @@ __all__ = ["Checkpoint"]
 class Checkpoint(Strategy):
     """Drop the activations of chosen layers in the forward pass and compute them again in the backward pass.
 
-    A plan file has an option for each layer: recompute nothing, everything or parts of it, or offload its activations
-    to the host. `memscope advise` writes a plan file for a budget.
+    `ckpt:sqrt` recomputes √n segments of the n layers, each as a whole. A plan file has an option for each layer:
+    recompute nothing, everything or parts of it, or offload its activations to the host. `memscope advise` writes a
+    plan file for a budget.
     """
 
     name = "ckpt"
@@ -44,7 +46,7 @@ class Checkpoint(Strategy):
 
     @dataclass(frozen=True)
     class Config:
-        """Which layers are recomputed: `layers`, `plan` or `auto`."""
+        """Which layers are recomputed: `layers`, `sqrt`, `plan` or `auto`."""
 
         layers: str = "all"
         """Indices of the layers, counted through all lists: all, every-2 (0, 2, 4 and so on), 0-15, 3; or several,
@@ -52,6 +54,9 @@ class Checkpoint(Strategy):
         layer_list: str = setting("layer-list", "")
         """Names of the lists of modules that are the layers, such as transformer.h, joined by +; empty: every list of
         repeated layers."""
+        sqrt: bool = False
+        """One checkpoint over each of √n segments of the n layers of a list, as equal as can be (Chen et al., "Training
+        Deep Nets with Sublinear Memory Cost", 2016): √n inputs are kept, and √n layers recomputed at once."""
         plan: str = ""
         """File with an option for each layer, as written by memscope advise."""
         auto: bool = False
@@ -60,6 +65,8 @@ class Checkpoint(Strategy):
         """With auto: memory of the device, such as 40GB, 37.3GiB or 90%."""
 
         def __post_init__(self) -> None:
+            if self.sqrt and (self.layers != "all" or self.plan or self.auto):
+                raise ValueError("sqrt chooses the segments: leave layers, plan and auto out")
             if self.plan and (self.layers != "all" or self.layer_list):
                 raise ValueError("plan names layers and their options: leave layers and layer-list out")
             if self.auto and (self.plan or self.layers != "all"):
@@ -85,7 +92,7 @@ class Checkpoint(Strategy):
             layers, _ = self._chosen(workload.model)
         except UsageError as error:
             config = self.config
-            given = f"plan={config.plan}" if config.plan else f"layers={config.layers}"
+            given = "sqrt" if config.sqrt else f"plan={config.plan}" if config.plan else f"layers={config.layers}"
             return [Problem(f"{given},layer-list={config.layer_list}" if config.layer_list else given, str(error))]
         return self._plan.check(workload.model, layers) if self._plan else []
 
@@ -121,6 +128,8 @@ class Checkpoint(Strategy):
         if self._plan is not None:
             return planned_layers(model, self._plan.layers), self._plan.options
         layers = named_layers(model, self.config.layer_list)
+        if self.config.sqrt:
+            return layers, in_segments(model, layers)
         modules = list(layers.values())
         chosen = {id(modules[index]) for index in chosen_layers(self.config.layers, len(layers))}
         return layers, {name: Option("full" if id(layer) in chosen else "none") for name, layer in layers.items()}

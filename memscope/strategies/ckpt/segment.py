@@ -7,8 +7,9 @@ call checks.
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +18,29 @@ from torch import Tensor, nn
 
 from memscope.errors import UsageError
 from memscope.strategies.ckpt.caches import without_caches
+from memscope.strategies.ckpt.layers import list_of
+from memscope.strategies.ckpt.options import Option
 from memscope.strategies.ckpt.recompute import flatten, run_checkpointed
 
-__all__ = ["checkpoint_together"]
+__all__ = ["checkpoint_together", "in_segments"]
+
+
+def in_segments(model: nn.Module, layers: Iterable[str]) -> dict[str, Option]:
+    """The option of each layer if √n checkpoints, rounded up, cover the n layers of each list.
+
+    Rounded up, because a layer's activations, of which a segment has all at once, are larger than its input.
+    """
+    lists: dict[str, list[str]] = {}
+    for name in layers:
+        lists.setdefault(list_of(model, name), []).append(name)
+    options: dict[str, Option] = {}
+    for names in lists.values():
+        segments = math.isqrt(len(names) - 1) + 1
+        ends = [len(names) * (index + 1) // segments for index in range(segments)]
+        for start, end in zip([0, *ends], ends, strict=False):
+            options[names[start]] = Option("full", length=end - start)
+            options |= {name: Option("within", head=names[start]) for name in names[start + 1 : end]}
+    return options
 
 
 def checkpoint_together(layers: Mapping[str, nn.Module]) -> None:
