@@ -144,9 +144,8 @@ def non_defaults(config: Any) -> dict[str, str]:
 def help_of(config: type) -> dict[str, str]:
     """The help text of each setting: the docstring under its field, on one line; empty if it has no docstring."""
     texts: dict[str, str] = {}
-    for one in reversed(config.__mro__[:-1]):
-        if dataclasses.is_dataclass(one):
-            texts |= _docstrings_of_fields(one)
+    for one in reversed(config.__mro__[:-1]):  # a field may be inherited
+        texts |= _docstrings_of_fields(one)
     return texts
 
 

@@ -33,7 +33,7 @@ from memscope.targets.training.train import train
 KILLED_WHILE_SAVING = """
 import os, signal, sys
 import torch
-from memscope.targets.llama2 import checkpoints
+from memscope.targets.training import checkpoints
 from memscope.targets.llama2.finetune import main
 saved = torch.save
 def save(state, file):
