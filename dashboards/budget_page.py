@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from memscope.dashboards.html import Section, card, facts, figure_box, html_page, next_step, save_page, table
 from memscope.dashboards.palette import LIGHT, Theme, dressed, themed
-from memscope.studies.budget import TOKENS_PER_PARAMETER, Budget, Optimum
+from memscope.studies.budget import TOKENS_PER_PARAMETER, Optimum, TimeBudget
 from memscope.trace import Category
 from memscope.units import format_bytes, format_seconds
 
@@ -18,7 +18,7 @@ __all__ = ["tokens_by_parameters", "write_budget_page"]
 _COLOURS: tuple[Category, ...] = ("parameter", "activation", "gradient", "optimizer_state", "workspace", "temporary")
 
 
-def tokens_by_parameters(found: Budget, theme: Theme = LIGHT) -> go.Figure:
+def tokens_by_parameters(found: TimeBudget, theme: Theme = LIGHT) -> go.Figure:
     """Tokens over parameters, a line for each micro-batch that fits, and the line of 20 tokens for each parameter.
 
     A star marks the compute-optimal model of as many operations as the best case.
@@ -70,7 +70,7 @@ def tokens_by_parameters(found: Budget, theme: Theme = LIGHT) -> go.Figure:
     return themed(figure, theme)
 
 
-def write_budget_page(found: Budget, path: Path, following: str = "", *, overwrite: bool) -> None:
+def write_budget_page(found: TimeBudget, path: Path, following: str = "", *, overwrite: bool) -> None:
     """The page of a budget: the answer, the picture, and every case.
 
     Args:
@@ -101,7 +101,7 @@ def write_budget_page(found: Budget, path: Path, following: str = "", *, overwri
     save_page(path, html_page(f"memscope: {name}", name, sections), overwrite=overwrite)
 
 
-def _table(found: Budget) -> str:
+def _table(found: TimeBudget) -> str:
     headers = (
         escape(found.question.vary), "parameters", "micro-batch", "memory", "step (estimate)", "iterations", "tokens",
         "MFU", "expected loss",

@@ -24,7 +24,7 @@ from memscope.command.target_words import settings_of, words_of
 from memscope.errors import GateFailed, UsageError
 from memscope.simulation.devices.catalogue import get_device, load_devices
 from memscope.strategies import Plan
-from memscope.studies.budget import Budget, BudgetQuestion, Optimum, Spent, spend
+from memscope.studies.budget import BudgetQuestion, Optimum, Spent, TimeBudget, spend
 from memscope.units import format_bytes, format_seconds, parse_seconds
 
 __all__ = ["command"]
@@ -118,7 +118,7 @@ def _question(options: BudgetOptions) -> BudgetQuestion:
     )
 
 
-def _print(console: Console, found: Budget) -> None:
+def _print(console: Console, found: TimeBudget) -> None:
     asked = found.question
     table = Table(title=f"{asked.seconds / 3600:.3g} h on {asked.device.name}")
     for heading in (asked.vary, "parameters", "micro-batch", "memory", "step", "iterations", "tokens", "MFU", "loss"):
@@ -157,7 +157,7 @@ def _count(number: float) -> str:
     return f"{number / scale:.3g} {letter}"
 
 
-def _next_words(found: Budget) -> list[str]:
+def _next_words(found: TimeBudget) -> list[str]:
     asked, best = found.question, found.best
     row = best or min(found.rows, key=lambda row: row.needed_bytes)
     settings = asked.settings | {asked.vary: row.size, "micro_batch": str(row.micro_batch)}

@@ -15,7 +15,7 @@ from memscope.simulation.simulate import simulate
 from memscope.trace import Trace
 from memscope.workload.target import find_target
 
-__all__ = ["TOKENS_PER_PARAMETER", "Budget", "BudgetQuestion", "Optimum", "Spent", "spend"]
+__all__ = ["TOKENS_PER_PARAMETER", "BudgetQuestion", "Optimum", "Spent", "TimeBudget", "spend"]
 
 TOKENS_PER_PARAMETER = 20
 """Training tokens per parameter of a compute-optimal model: Hoffmann et al., *Training Compute-Optimal Large Language
@@ -111,7 +111,7 @@ class Spent:
 
 
 @dataclass(frozen=True)
-class Budget:
+class TimeBudget:
     """The answer: what the budget buys in each case."""
 
     question: BudgetQuestion
@@ -156,7 +156,7 @@ def _optimum(found: Optimum) -> dict[str, int]:
     return {"parameters": round(found.parameters), "tokens": round(found.tokens)}
 
 
-def spend(question: BudgetQuestion, progress: Callable[[str, int, int], None] = lambda *_: None) -> Budget:
+def spend(question: BudgetQuestion, progress: Callable[[str, int, int], None] = lambda *_: None) -> TimeBudget:
     """Simulate every size and batch, and work out what the budget buys.
 
     Raises:
@@ -174,7 +174,7 @@ def spend(question: BudgetQuestion, progress: Callable[[str, int, int], None] = 
             lambda config=config: target.build(config), strategies=question.strategies, device=question.device
         )
         rows.append(_spent(question, size, batch, trace))
-    return Budget(question, tuple(rows))
+    return TimeBudget(question, tuple(rows))
 
 
 def _spent(question: BudgetQuestion, size: str, batch: int, trace: Trace) -> Spent:

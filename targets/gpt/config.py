@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from memscope.errors import UsageError, nearest
 
@@ -22,7 +23,7 @@ _COUNTS = (
 
 
 @dataclass(frozen=True)
-class Config:
+class GptConfig:
     """The model, its text and its training step. The defaults are a GPT of 166 million parameters.
 
     Raises:
@@ -78,7 +79,7 @@ class Config:
             raise UsageError("targets/gpt cannot be built:\n" + "\n".join(f"  {problem}" for problem in problems))
 
 
-def _problems(config: Config) -> Iterator[str]:
+def _problems(config: GptConfig) -> Iterator[str]:
     counts = {name: getattr(config, name) for name in _COUNTS if getattr(config, name) is not None}
     bad = {name for name, value in counts.items() if value < 1}
     for name in (name for name in counts if name in bad):
@@ -96,6 +97,9 @@ def _problems(config: Config) -> Iterator[str]:
     if config.experts is not None and not bad and config.experts_per_token > config.experts:
         yield f"experts_per_token={config.experts_per_token}: expected at most experts={config.experts}"
 
+
+Config: TypeAlias = GptConfig
+"""The name by which memscope finds the settings of a target."""
 
 PRESETS = {
     "166m": Config(),

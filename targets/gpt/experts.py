@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from memscope.targets.gpt.config import Config
 
-__all__ = ["Experts"]
+__all__ = ["RoutedExperts"]
 
 
-class Experts(nn.Module):
+class RoutedExperts(nn.Module):
     """Experts with GELU, each for the same number of tokens: tokens · experts_per_token / experts, rounded up.
 
     `routing=expert`: each expert takes the tokens with its largest scores (Zhou et al., *Mixture-of-Experts with Expert

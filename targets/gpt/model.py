@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memscope.targets.gpt.config import Config
-from memscope.targets.gpt.experts import Experts
+from memscope.targets.gpt.experts import RoutedExperts
 
 __all__ = ["Decoder"]
 
@@ -88,7 +88,7 @@ class Layer(nn.Module):
         self.attention_norm, self.mlp_norm = _norm(config), _norm(config)
         self.attention = CausalAttention(config)
         dense = GeluMlp(config) if config.style == "gpt" else SwigluMlp(config)
-        self.mlp = dense if config.experts is None else Experts(config)
+        self.mlp = dense if config.experts is None else RoutedExperts(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, rotary: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memscope.targets.gpt.config import PRESETS, Config
-from memscope.targets.gpt.experts import Experts
+from memscope.targets.gpt.experts import RoutedExperts
 from memscope.targets.gpt.model import Decoder
 from memscope.targets.gpt.text import made_up, read_windows
 from memscope.workload.description import StepPlan, Workload
@@ -67,7 +67,7 @@ def loss(model: nn.Module, windows: Tensor) -> Tensor:
     logits = model(windows[:, :-1])
     total = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
     for module in model.modules():
-        if isinstance(module, Experts) and module.balance is not None:
+        if isinstance(module, RoutedExperts) and module.balance is not None:
             total = total + _BALANCE * module.balance
     return total
 

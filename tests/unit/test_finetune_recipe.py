@@ -112,7 +112,7 @@ def test_differences_of_jobs_are_split_into_those_a_resumed_run_may_have_and_oth
         ({"device": "gpu"}, 'unknown device "gpu": .*Valid: cpu, cuda'),
         ({"epochs": "many"}, 'training: setting "epochs" cannot be "many": expected a number'),
         ({"schedule": "cos"}, 'training: setting "schedule" cannot be "cos": did you mean "cosine"'),
-        ({"keep": "0"}, "fine-tuning rejects these settings: keep=0"),
+        ({"keep": "0"}, "training rejects these settings: keep=0"),
         ({"sample": "3"}, 'target "llama2" has no setting "sample": did you mean "samples"'),
         ({"strategies": "lorra"}, 'unknown strategy "lorra"'),
     ],

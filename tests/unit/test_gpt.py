@@ -12,7 +12,7 @@ import torch
 from memscope import simulate
 from memscope.errors import UsageError
 from memscope.targets.gpt.config import PRESETS, Config
-from memscope.targets.gpt.experts import Experts
+from memscope.targets.gpt.experts import RoutedExperts
 from memscope.targets.gpt.model import Decoder, GeluMlp
 from memscope.targets.gpt.target import build
 from memscope.targets.gpt.text import read_windows
@@ -87,7 +87,7 @@ def test_weighted_residuals_begin_as_plain_ones() -> None:
 @pytest.mark.parametrize("routing", ["expert", "token"])
 def test_a_single_expert_is_a_feed_forward(routing: str) -> None:
     config = small(experts=1, experts_per_token=1, routing=routing)
-    dense, experts = GeluMlp(config), Experts(config)
+    dense, experts = GeluMlp(config), RoutedExperts(config)
     with torch.no_grad():
         experts.up[0], experts.down[0] = dense.up.weight.t(), dense.down.weight.t()
     x = torch.randn(2, 8, 16)
@@ -96,7 +96,7 @@ def test_a_single_expert_is_a_feed_forward(routing: str) -> None:
 
 def test_a_token_visits_the_experts_that_it_chooses_while_there_is_room() -> None:
     config = small(experts=2, experts_per_token=1, routing="token")
-    experts = Experts(config)
+    experts = RoutedExperts(config)
     x = torch.ones(1, 4, 16)
     x[0, :, 0] = torch.tensor([4.0, 3.0, 2.0, 1.0])
     with torch.no_grad():

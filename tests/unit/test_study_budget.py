@@ -13,7 +13,7 @@ from memscope.cli.main import main
 from memscope.dashboards.budget_page import tokens_by_parameters
 from memscope.simulation.devices.catalogue import get_device
 from memscope.studies import budget
-from memscope.studies.budget import Budget, BudgetQuestion, Optimum, Spent, spend
+from memscope.studies.budget import BudgetQuestion, Optimum, Spent, TimeBudget, spend
 
 DEVICE = get_device("a100-40gb")
 SMALL = {"dim": "16", "n_heads": "2", "vocab_size": "256", "seq_len": "8"}
@@ -49,7 +49,7 @@ def test_the_optimum_has_twenty_tokens_for_each_parameter() -> None:
 
 def test_a_device_at_its_peak_for_three_hours_is_the_reported_optimum() -> None:
     # Reported: 170 million parameters and 3.4 billion tokens. 312 TFLOP/s · 10,800 s = 6 · N · 20 N
-    peak = Budget(question(seconds=10_800.0), ()).at_peak
+    peak = TimeBudget(question(seconds=10_800.0), ()).at_peak
     assert peak.parameters == pytest.approx(math.sqrt(312e12 * 10_800 / 120))
     assert (peak.parameters / 170e6, peak.tokens / 3.4e9) == (pytest.approx(1, abs=0.02), pytest.approx(1, abs=0.02))
 
@@ -58,8 +58,8 @@ def test_the_best_case_has_the_smallest_expected_loss_of_those_that_fit() -> Non
     few, many = spent(), spent(tokens=2 * 10**9)
     other = spent(tokens=4 * 10**9, fits=False)
     unused = spent(tokens=0, iterations=0)
-    assert Budget(question(), (few, many, other, unused)).best is many
-    assert Budget(question(), (other,)).best is None
+    assert TimeBudget(question(), (few, many, other, unused)).best is many
+    assert TimeBudget(question(), (other,)).best is None
     # equation 10: 1.69 + 406.4 / N^0.34 + 410.7 / D^0.28
     assert few.loss == pytest.approx(1.69 + 406.4 / 1e8**0.34 + 410.7 / 1e9**0.28)
 
@@ -91,7 +91,7 @@ def test_a_budget_is_printed_as_json_and_as_a_page(tmp_path: Path, capsys: pytes
 
 def test_the_figure_has_a_line_for_each_micro_batch_that_fits_and_the_optimum() -> None:
     rows = (spent(), spent(parameters=2 * 10**8), spent(micro_batch=16), spent(micro_batch=32, fits=False))
-    figure = tokens_by_parameters(Budget(question(), rows))
+    figure = tokens_by_parameters(TimeBudget(question(), rows))
     lines = {line.name: (list(line.x), list(line.y)) for line in figure.data}
     assert lines["micro-batch 8"] == ([10**8, 2 * 10**8], [10**9, 10**9])
     assert "micro-batch 16" in lines
