@@ -11,12 +11,12 @@ import time
 
 import torch
 
-from memscope.targets.llama2.finetune_watch import watched
 from memscope.targets.llama2.job import Job
-from memscope.targets.llama2.run_folder import RunFolder
 from memscope.targets.llama2.session import prepare
 from memscope.targets.llama2.target import PRESETS
-from memscope.targets.llama2.train import train
+from memscope.targets.training.run_folder import RunFolder
+from memscope.targets.training.train import train
+from memscope.targets.training.watch import watched
 
 # 3 epochs of the 64 shipped instructions in steps of 8; the first step, with much one-time work, is not timed.
 JOB = {"samples": "64", "epochs": "3", "held_out": "0", "clip_grad_norm": "none", "lr": "1e-3"}
@@ -59,7 +59,7 @@ def backward(loss, run=torch.Tensor.backward):
 
 def ratio(folder, patch):
     session, folder = prepare(Job.of(JOB, PRESETS["debug"])), RunFolder(folder)
-    folder.begin(session.job)
+    folder.begin(session.job.settings)
     with watched(session, folder) as watch:
         clock = Clock(watch)
         patch.setattr(torch.Tensor, "backward", clock.timed(backward))

@@ -62,7 +62,7 @@ def _described(job: dict[str, Any]) -> Any:
 
 
 def _samples(described: Any, samples: Sequence[Any], step: int) -> list[Any]:
-    from memscope.targets.llama2.data_order import samples_of_step
+    from memscope.targets.training.data_order import samples_of_step
 
     config = described.config
     return samples_of_step(samples, step, config.micro_batch * config.accumulation, config.seed)
@@ -74,10 +74,11 @@ def finetune(job: dict[str, Any]) -> dict[str, Any]:
 
     import torch
 
-    from memscope.targets.llama2.finetune_watch import watched
-    from memscope.targets.llama2.run_folder import RunFolder
+    from memscope.targets.llama2.result import save_result
     from memscope.targets.llama2.session import prepare
-    from memscope.targets.llama2.train import save_result, train
+    from memscope.targets.training.run_folder import RunFolder
+    from memscope.targets.training.train import train
+    from memscope.targets.training.watch import watched
     from memscope.workload.micro_batches import micro_batches
 
     described, folder = _described(job), RunFolder(Path(job["folder"]))
@@ -90,7 +91,7 @@ def finetune(job: dict[str, Any]) -> dict[str, Any]:
         pieces, lambda data: workload.loss(workload.model, training.to_device(data)), workload.model
     )
     _forget(job["device"])
-    folder.begin(described)
+    folder.begin(described.settings)
     with watched(session, folder) as watch:
         finished = train(session, folder, watch)
     peaks = _peaks(job["device"])

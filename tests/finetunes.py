@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from memscope.targets.llama2 import target
 from memscope.targets.llama2.finetune import main
 from memscope.targets.llama2.job import Job
-from memscope.targets.llama2.metrics import Metric
 from memscope.targets.llama2.target import PRESETS, loss
+from memscope.targets.training.metrics import Metric
 
 __all__ = [
     "LORA",

@@ -24,6 +24,7 @@ _COMMANDS = {
     "export": "Write a trace for PyTorch's memory viewer, Perfetto, Chrome, or as a table.",
     "fit": "Say whether a target fits a device, its largest micro-batch and context, and which devices hold it.",
     "advise": "Find the cheapest plan that fits a budget: strategies, and which layers to checkpoint.",
+    "study": "Answer one question over many simulations: what a budget of time buys on a device.",
     "strategies": "List the strategies and their settings.",
     "targets": "List the targets that come with memscope, with their presets and settings.",
     "devices": "List the devices that can be simulated.",

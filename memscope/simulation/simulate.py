@@ -33,6 +33,7 @@ from memscope.simulation.device_memory import KernelWorkspaces, on_device
 from memscope.simulation.devices.catalogue import Device, get_device
 from memscope.simulation.devices.cost import cost_table
 from memscope.simulation.devices.roofline import Roofline
+from memscope.simulation.devices.timeline import Timeline
 from memscope.simulation.facade.imports import imports_see_the_machine
 from memscope.simulation.facade.visible_gpu import VisibleGpu
 from memscope.simulation.fake_tensors import FakeCopies, StandIns, fake_tensors_train, weight_sizes
@@ -152,15 +153,16 @@ def simulate(
                 training = Training.start(built, "cpu", partial(map_tensors, partial(_on_device, values)))
         with mode:
             host = HostOperators(Link(operators, device))
-            execute = WrittenViews(host)
+            timeline = Timeline(WrittenViews(host), waits_after_step=True)
             recorder = Recorder(
                 built.model,
                 meta={**run_meta(built, plan, device.name, simulated=True), "seconds": None},
                 on_gpu=device.kind == "cuda",
-                execute=PlainAutograd(execute) if device.kind == "cuda" else execute,
+                execute=PlainAutograd(timeline) if device.kind == "cuda" else timeline,
                 kernels=kernels,
                 calls_of=part.calls_of,
             )
+            timeline.tracker = recorder.tracker
             gpu.memory.seen = recorder.tracker.seen
             paged.host = host
             with host_copies(recorder.tracker, host, pinned) if kernels else contextlib.nullcontext():

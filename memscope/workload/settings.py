@@ -246,6 +246,13 @@ def plan_words(config: Any, taken: Collection[str] = ()) -> list[str]:
 
 def help_of(config: type) -> dict[str, str]:
     """The help text of each setting: the docstring under its field, on one line; empty if it has no docstring."""
+    texts: dict[str, str] = {}
+    for one in reversed(config.__mro__[:-1]):  # a field may be inherited
+        texts |= _docstrings_of_fields(one)
+    return texts
+
+
+def _docstrings_of_fields(config: type) -> dict[str, str]:
     body = ast.parse(textwrap.dedent(inspect.getsource(config))).body[0]
     assert isinstance(body, ast.ClassDef)
     texts: dict[str, str] = {}

@@ -16,9 +16,9 @@ from torch import nn
 
 from memscope.errors import UsageError
 from memscope.strategies.lora import LoRALinear, adapt, adapted_layers
-from memscope.targets.llama2.files import JsonFile, StoredTensor, listed, new_folder, open_safetensors
 from memscope.targets.llama2.hf_format import hf_module, rotary_order
 from memscope.targets.llama2.model import Llama
+from memscope.targets.training.files import JsonFile, StoredTensor, listed, new_folder, open_safetensors
 
 __all__ = ["load_adapter", "save_adapter"]
 

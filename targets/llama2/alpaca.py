@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from memscope.errors import UsageError
-from memscope.targets.llama2.tokenizer import Tokenizer
+from memscope.targets.training.tokenizer import Tokenizer
 
 __all__ = ["IGNORED", "Batch", "Instruction", "Sample", "collate", "encode", "fixed_length", "load", "longest_first"]
 

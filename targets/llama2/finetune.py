@@ -18,19 +18,20 @@ from memscope.command.run import run_command
 from memscope.command.target_words import RUNS, settings_of
 from memscope.errors import UsageError
 from memscope.interrupts import INTERRUPTED
-from memscope.targets.llama2.checkpoints import newest_checkpoint
-from memscope.targets.llama2.device import default_device
-from memscope.targets.llama2.finetune_watch import watched
-from memscope.targets.llama2.job import Job
-from memscope.targets.llama2.metrics import Outcome
+from memscope.targets.llama2.job import FinetuneRecipe, Job
 from memscope.targets.llama2.model import Architecture
-from memscope.targets.llama2.options import device_option, other_settings, setting_options
-from memscope.targets.llama2.recipe import Recipe
-from memscope.targets.llama2.run_folder import RunFolder
-from memscope.targets.llama2.session import Session, continue_from, prepare
+from memscope.targets.llama2.result import evaluate, save_result
+from memscope.targets.llama2.session import prepare, shortfalls
 from memscope.targets.llama2.target import SHIPPED_TOKENIZER, Config, read_preset
-from memscope.targets.llama2.tokenizer import TOKENIZER, tokenizer_beside
-from memscope.targets.llama2.train import evaluate, save_result, train
+from memscope.targets.training.device import default_device
+from memscope.targets.training.metrics import Outcome
+from memscope.targets.training.options import device_option, other_settings, setting_options
+from memscope.targets.training.resume import resumed
+from memscope.targets.training.run_folder import RunFolder
+from memscope.targets.training.session import Session
+from memscope.targets.training.tokenizer import TOKENIZER, tokenizer_beside
+from memscope.targets.training.train import train
+from memscope.targets.training.watch import watched
 from memscope.units import format_bytes
 from memscope.workload.settings import format_value
 from memscope.workload.target import find_target
@@ -88,7 +89,7 @@ class FinetuneOptions:
     metavars=_METAVARS,
     defaults={"tokenizer": "tokenizer.model in the folder of the weights"},
 )
-@setting_options(Recipe)
+@setting_options(FinetuneRecipe)
 @with_options(FinetuneOptions)
 @other_settings
 @device_option
@@ -126,7 +127,7 @@ def _begun(options: FinetuneOptions, words: dict[str, str]) -> tuple[RunFolder, 
         words["tokenizer"] = str(tokenizer_beside(Path(words["weights"])))
     words = {"device": default_device(), **words}
     session = prepare(Job.of(words, _base(options.preset, words)))
-    folder.begin(session.job)
+    folder.begin(session.job.settings)
     return folder, session
 
 
@@ -144,26 +145,12 @@ def _base(preset: str | None, words: Mapping[str, str]) -> Config:
 
 
 def _continued(folder: RunFolder, preset: str | None, words: dict[str, str]) -> tuple[RunFolder, Session]:
-    there = folder.read_job()
-    if folder.finished:
-        raise UsageError(f"{folder.path}: this run is finished, so there is nothing to resume: see {folder.finished}")
-    checkpoint = newest_checkpoint(folder.checkpoints)
-    if checkpoint is None:
-        raise UsageError(f"{folder.path}: no checkpoint was written yet: start again with -o {folder.path} -f")
-    shape = _base(preset, words) if preset is not None else there.config
-    names = [field.name for field in dataclasses.fields(Architecture)]
-    job = Job.of({**there.settings, **{name: format_value(getattr(shape, name)) for name in names}, **words})
-    refused, changed = there.differences(job)
-    if refused:
-        raise UsageError(
-            f"{folder.path} is another run: {'; '.join(refused)}. To resume it, leave out all other options"
-        )
-    session = prepare(job)
-    continue_from(session, checkpoint)
-    folder.note(job)
-    for difference in changed:
-        click.echo(f"changed from step {session.done + 1}: {difference}", err=True)
-    return folder, session
+    def job_of(settings: dict[str, str]) -> Job:
+        shape = _base(preset, words) if preset is not None else Job.of(settings).config
+        names = [field.name for field in dataclasses.fields(Architecture)]
+        return Job.of({**settings, **{name: format_value(getattr(shape, name)) for name in names}, **words})
+
+    return folder, resumed(folder, Job, job_of, prepare)
 
 
 def _carried_out(session: Session, folder: RunFolder) -> Path | None:
@@ -175,7 +162,7 @@ def _carried_out(session: Session, folder: RunFolder) -> Path | None:
         f"{session.job.device}{plan}; {folder.path}",
         err=True,
     )
-    for shortfall in session.shortfalls():
+    for shortfall in shortfalls(session):
         click.echo(shortfall, err=True)
     with watched(session, folder) as watch:
         if session.done == 0:

@@ -21,13 +21,13 @@ from memscope.command.target_words import settings_of
 from memscope.errors import UsageError
 from memscope.targets.llama2.adapters import load_adapter
 from memscope.targets.llama2.alpaca import Instruction
-from memscope.targets.llama2.device import default_device, require_device, room_on_device
 from memscope.targets.llama2.generation import Continuation, Decoding, check_prompts, generate
 from memscope.targets.llama2.model import Llama
-from memscope.targets.llama2.options import device_option, other_settings, setting_options
 from memscope.targets.llama2.target import Config, read_preset
-from memscope.targets.llama2.tokenizer import Tokenizer, tokenizer_beside
 from memscope.targets.llama2.weights import load_weights, without_initialization
+from memscope.targets.training.device import default_device, require_device, room_on_device
+from memscope.targets.training.options import device_option, other_settings, setting_options
+from memscope.targets.training.tokenizer import Tokenizer, tokenizer_beside
 from memscope.workload.settings import fill
 
 __all__ = ["command", "load_model", "main"]

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from memscope.errors import UsageError
-from memscope.targets.llama2.files import JsonFile, StoredTensor, listed, open_safetensors
 from memscope.targets.llama2.model import Architecture
+from memscope.targets.training.files import JsonFile, StoredTensor, listed, open_safetensors
 
 __all__ = ["CONFIG", "has_weights", "hf_module", "open_weights", "read_shape", "rotary_order", "write"]
 

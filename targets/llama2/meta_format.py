@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from memscope.errors import UsageError
-from memscope.targets.llama2.files import JsonFile, StoredTensor, listed
 from memscope.targets.llama2.model import Architecture
+from memscope.targets.training.files import JsonFile, StoredTensor, listed
 
 __all__ = ["CONFIG", "has_weights", "open_weights", "read_shape", "write"]
 

@@ -15,8 +15,8 @@ from memscope.targets.llama2 import alpaca
 from memscope.targets.llama2.alpaca import IGNORED, Batch, Sample
 from memscope.targets.llama2.config import PRESETS, Config
 from memscope.targets.llama2.model import Llama
-from memscope.targets.llama2.tokenizer import Tokenizer
 from memscope.targets.llama2.weights import load_weights, read_shape, without_initialization
+from memscope.targets.training.tokenizer import Tokenizer
 from memscope.workload.description import HeadLoss, StepPlan, Workload
 from memscope.workload.split import split_batch
 

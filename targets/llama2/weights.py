@@ -17,9 +17,9 @@ from torch.overrides import TorchFunctionMode
 from memscope.errors import UsageError
 from memscope.strategies.lora import LoRALinear
 from memscope.targets.llama2 import hf_format, meta_format
-from memscope.targets.llama2.files import JsonFile, StoredTensor, listed, new_folder
 from memscope.targets.llama2.model import Architecture, Llama
-from memscope.targets.llama2.tokenizer import TOKENIZER
+from memscope.targets.training.files import JsonFile, StoredTensor, listed, new_folder
+from memscope.targets.training.tokenizer import TOKENIZER
 from memscope.workload.settings import format_value
 
 __all__ = ["load_weights", "read_shape", "save_weights", "without_initialization"]

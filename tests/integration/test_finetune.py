@@ -13,14 +13,14 @@ from finetunes import LORA, TOGETHER, Seen, job_of, losses, metrics, run, small
 from torch import nn
 
 from memscope.targets.llama2.adapters import load_adapter
-from memscope.targets.llama2.checkpoints import load_checkpoint
 from memscope.targets.llama2.evaluation import perplexity
 from memscope.targets.llama2.job import Job
-from memscope.targets.llama2.metrics import Stepped
-from memscope.targets.llama2.run_folder import RunFolder
-from memscope.targets.llama2.session import prepare
+from memscope.targets.llama2.session import prepare, shortfalls
 from memscope.targets.llama2.target import PRESETS, SHIPPED_TOKENIZER, build_on, read_preset, read_samples
-from memscope.targets.llama2.train import train
+from memscope.targets.training.checkpoints import load_checkpoint
+from memscope.targets.training.metrics import Stepped
+from memscope.targets.training.run_folder import RunFolder
+from memscope.targets.training.train import train
 
 # Learning
 
@@ -30,7 +30,7 @@ def losses_of(plan: str, lr: float, folder: Path) -> list[float]:
     settings = {"samples": "16", "accumulation": "4", "epochs": "4", "schedule": "constant", "held_out": "0"}
     session = prepare(Job.of({**settings, "lr": str(lr), "strategies": plan}, PRESETS["debug"]))
     seen = Seen()
-    RunFolder(folder).begin(session.job)
+    RunFolder(folder).begin(session.job.settings)
     train(session, RunFolder(folder), seen)
     assert len(seen.metrics) == 16
     return [metric.loss for metric in seen.metrics if isinstance(metric, Stepped)]
@@ -106,7 +106,7 @@ def test_a_saved_adapter_on_its_base_gives_the_perplexity_that_was_measured(
     assert f"generate --weights {base} --adapter {folder / 'adapter'} --instruction" in told
     measured = [line["perplexity"] for line in metrics(folder) if "perplexity" in line]
 
-    session = prepare(replace(RunFolder(folder).read_job(), plan=""))
+    session = prepare(replace(Job.of(RunFolder(folder).read_settings()), plan=""))
     assert perplexity(session.training, session.held_out) == pytest.approx(measured[0], rel=1e-6)
     load_adapter(session.training.workload.model, folder / "adapter")
     assert perplexity(session.training, session.held_out) == pytest.approx(measured[1], rel=1e-6)
@@ -139,6 +139,6 @@ def test_held_out_samples_are_the_rows_after_those_trained_on() -> None:
 )
 def test_data_with_fewer_rows_than_asked_for_is_told(samples: int, held_out: int, said: list[str]) -> None:
     session = prepare(job_of(small(samples=samples, held_out=held_out)))
-    found = list(session.shortfalls())
+    found = list(shortfalls(session))
     assert len(found) == len(said)
     assert all(one.startswith(start) for one, start in zip(found, said, strict=True))

@@ -21,19 +21,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from memscope.targets.llama2 import target
-from memscope.targets.llama2.checkpoints import newest_checkpoint
-from memscope.targets.llama2.metrics import Stepped
-from memscope.targets.llama2.run_folder import RunFolder
 from memscope.targets.llama2.session import prepare
 from memscope.targets.llama2.target import SHIPPED_DATA, loss
-from memscope.targets.llama2.train import train
+from memscope.targets.training.checkpoints import newest_checkpoint
+from memscope.targets.training.metrics import Stepped
+from memscope.targets.training.run_folder import RunFolder
+from memscope.targets.training.train import train
 
 # Killed, stopped and failed runs
 
 KILLED_WHILE_SAVING = """
 import os, signal, sys
 import torch
-from memscope.targets.llama2 import checkpoints
+from memscope.targets.training import checkpoints
 from memscope.targets.llama2.finetune import main
 saved = torch.save
 def save(state, file):
@@ -139,7 +139,7 @@ def test_a_step_that_the_gradient_scaler_skips_does_not_end_the_run(tmp_path: Pa
     session.training.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
     seen = Seen(most=2)
     before = [parameter.clone() for parameter in session.training.workload.model.parameters()]
-    RunFolder(tmp_path).begin(session.job)
+    RunFolder(tmp_path).begin(session.job.settings)
     assert not train(session, RunFolder(tmp_path), seen)
     steps = [metric for metric in seen.metrics if isinstance(metric, Stepped)]
     assert [(step.skipped, step.grad_scale) for step in steps] == [(True, 2.0**40), (True, 2.0**39)]
@@ -254,7 +254,7 @@ def test_a_run_that_has_no_checkpoint_or_is_over_cannot_be_resumed(
     assert run("--resume", str(tmp_path)) == 2
     assert "no run to resume: the folder has no run.json" in capsys.readouterr().err
 
-    RunFolder(tmp_path).begin(job_of(small()))
+    RunFolder(tmp_path).begin(job_of(small()).settings)
     assert run(*small(), "-o", str(tmp_path)) == 2
     assert f"run.json already exists: resume that run (--resume {tmp_path}), choose" in capsys.readouterr().err
     assert run("--resume", str(tmp_path)) == 2

@@ -12,7 +12,7 @@ from published_runs import SAMPLE_LENGTHS
 from memscope.targets.llama2 import alpaca
 from memscope.targets.llama2.alpaca import Instruction, Sample
 from memscope.targets.llama2.target import PRESETS, build
-from memscope.targets.llama2.tokenizer import Tokenizer
+from memscope.targets.training.tokenizer import Tokenizer
 
 # Their licences do not allow them inside the project.
 SHARED = Path(__file__).parents[2].parent / "shared"

@@ -19,20 +19,23 @@ from memscope.errors import UsageError
 from memscope.hooks.work import flops_of
 from memscope.simulation.devices.catalogue import Device, get_device
 from memscope.simulation.devices.cost import transfer_seconds
-from memscope.simulation.devices.roofline import LAUNCH_SECONDS, Roofline
+from memscope.simulation.devices.products import product_seconds
+from memscope.simulation.devices.roofline import GAP_SECONDS, KERNEL_SECONDS, Roofline
+from memscope.simulation.devices.timeline import BACKWARD_LAUNCH_SECONDS, LAUNCH_SECONDS
 from memscope.simulation.devices.traffic import moved_bytes
 from memscope.testing import toy_workload
 from memscope.trace import Phase
 
 aten = torch.ops.aten
-FP32, TF32, BF16, BANDWIDTH = 1e12, 8e12, 16e12, 1e11
-"""Rates of a fictitious device, so slow that launches do not hide them."""
+FP32, TF32, BF16, BANDWIDTH = 1e11, 8e11, 16e11, 1e10
+"""Rates of a fictitious device, so slow that launches do not hide them. It has one multiprocessor, which any number of
+whole tiles fills."""
 
 
 def device(**changes: Any) -> Device:
     figures: dict[str, Any] = {
         "name": "slow", "vendor_name": "A slow GPU", "kind": "cuda", "capability": (8, 0), "capacity_bytes": 2**40,
-        "multiprocessors": 108, "bandwidth_bytes_per_second": BANDWIDTH,
+        "multiprocessors": 1, "bandwidth_bytes_per_second": BANDWIDTH,
         "peak_flops_per_second": {"fp32": FP32, "tf32": TF32, "bf16": BF16}, "context_bytes": 0, "sources": {},
     }  # fmt: skip
     return Device(**(figures | changes))
@@ -58,7 +61,8 @@ def test_a_linear_layer_takes_as_long_as_its_arithmetic() -> None:
     # 2 · 64 · 256 · 512 operations; input, weight and result are moved once: (64·256 + 512·256 + 64·512) · 4 bytes
     flops, moved = 16_777_216, 720_896
     found = forward(simulated(nn.Linear(256, 512, bias=False), torch.ones(64, 256)))
-    assert found == {("(model)", "aten.mm.default"): Cost(1, flops, moved, pytest.approx(flops / FP32, abs=1e-9))}
+    seconds = LAUNCH_SECONDS + flops / FP32 + GAP_SECONDS  # the device waits for the first launch
+    assert found == {("(model)", "aten.mm.default"): Cost(1, flops, moved, pytest.approx(seconds, abs=1e-9))}
     assert flops / FP32 > moved / BANDWIDTH > LAUNCH_SECONDS
 
 
@@ -80,12 +84,68 @@ def test_an_elementwise_operation_takes_as_long_as_its_memory_traffic() -> None:
 
     found = forward(simulated(Doubled(1024, 1024, bias=False), torch.ones(1024, 1024)))
     moved = 3 * 4 * 1024 * 1024
-    assert found["(model)", "aten.add.Tensor"] == Cost(1, 0, moved, pytest.approx(moved / BANDWIDTH, abs=1e-9))
+    seconds = LAUNCH_SECONDS + moved / BANDWIDTH + GAP_SECONDS
+    assert found["(model)", "aten.add.Tensor"] == Cost(1, 0, moved, pytest.approx(seconds, abs=1e-9))
 
 
-def test_a_tiny_operation_takes_as_long_as_its_launch() -> None:
-    found = forward(simulated(nn.Linear(2, 2, bias=False), torch.ones(2, 2)))
-    assert [cost.seconds for cost in found.values()] == [LAUNCH_SECONDS]
+class Chain(nn.Linear):
+    """A product, and operations after it."""
+
+    def __init__(self, width: int, *operations: Callable[[Tensor], object]) -> None:
+        super().__init__(width, width, bias=False)
+        self.operations = operations
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        for operation in self.operations:
+            found = operation(y)
+            y = found if isinstance(found, Tensor) else y
+        return y
+
+
+def test_tiny_operations_take_as_long_as_their_launches() -> None:
+    found = forward(simulated(Chain(2, torch.neg, torch.exp), torch.ones(2, 2)))
+    first, *others = [cost.seconds for cost in found.values()]
+    assert first == pytest.approx(LAUNCH_SECONDS + KERNEL_SECONDS + GAP_SECONDS, abs=1e-9)
+    assert others == pytest.approx([LAUNCH_SECONDS] * 2, abs=1e-9), "the kernel before has long ended"
+
+
+def test_launches_are_hidden_while_the_device_is_busy() -> None:
+    trace = simulated(Chain(256, torch.neg, torch.exp), torch.ones(1, 256), on=device(bandwidth_bytes_per_second=1e9))
+    found = {op: cost.seconds for (_, op), cost in forward(trace).items()}
+    assert found["aten.neg.default"] == pytest.approx(KERNEL_SECONDS + GAP_SECONDS, abs=1e-9)
+    backward = operator_costs(trace, step=0, phase="backward")
+    assert backward["(model)", "aten.mul.Tensor"].seconds == pytest.approx(KERNEL_SECONDS + GAP_SECONDS, abs=1e-9)
+
+
+def test_the_host_waits_where_a_value_is_read() -> None:
+    trace = simulated(
+        Chain(256, lambda y: y.sum().item(), torch.neg, torch.exp),
+        torch.ones(1, 256),
+        on=device(bandwidth_bytes_per_second=1e9),
+    )
+    found = {op: cost.seconds for (_, op), cost in forward(trace).items()}
+    tiny = LAUNCH_SECONDS + KERNEL_SECONDS + GAP_SECONDS
+    assert found["aten.neg.default"] == pytest.approx(tiny, abs=1e-9), "the device had nothing left to do"
+
+
+def test_the_engine_launches_faster_than_python() -> None:
+    trace = simulated(Chain(2, torch.exp, torch.neg, torch.neg), torch.ones(2, 2))
+    backward = operator_costs(trace, step=0, phase="backward")
+    cost = backward["(model)", "aten.neg.default"]
+    assert (cost.calls, cost.seconds) == (2, pytest.approx(2 * BACKWARD_LAUNCH_SECONDS, abs=1e-8))
+
+
+def test_a_product_costs_whole_tiles_in_whole_waves() -> None:
+    rates = dict(flops_per_second=1e12, bytes_per_second=1e15, multiprocessors=4)
+    of_tile = 2 * 64 * 64 * 64 / (1e12 / 4)
+    assert product_seconds((1, 128, 128, 64), **rates) == pytest.approx(of_tile), "four tiles on four multiprocessors"
+    assert product_seconds((1, 100, 80, 64), **rates) == pytest.approx(of_tile), "the tiles are as large"
+    # 5 tiles: two waves; or in 4 parts of 16 of the inner size: 20 pieces, five waves of a quarter of the time
+    assert product_seconds((5, 64, 64, 64), **rates) == pytest.approx(5 / 4 * of_tile, rel=1e-3)
+    assert product_seconds((5, 64, 64, 64), **rates | {"bytes_per_second": 1.0}) == pytest.approx(2 * of_tile), (
+        "partial sums cost more than they save"
+    )
 
 
 def test_views_metadata_and_mere_allocations_cost_nothing() -> None:
@@ -159,7 +219,7 @@ PRODUCT = 2 * 512**3
 
 
 def seconds_of(func: Any, *args: Any, on: Device | None = None) -> float:
-    return Roofline(on or device())(func, args, {}, func(*args)).seconds
+    return Roofline(on or device())(func, args, {}, func(*args)).seconds - GAP_SECONDS
 
 
 @pytest.fixture
@@ -206,7 +266,8 @@ def test_measured_rates_of_a_device_override_its_peak_rates() -> None:
 def test_a_dtype_without_a_rate_is_estimated_as_fp32_and_named() -> None:
     trace = simulated(nn.Linear(256, 512, bias=False, dtype=torch.float64), torch.ones(64, 256, dtype=torch.float64))
     assert trace.meta["cost"]["assumed"] == ["float64 products take as long as fp32 products"]
-    assert sum(cost.seconds for cost in forward(trace).values()) == pytest.approx(2 * 64 * 256 * 512 / FP32, abs=1e-9)
+    seconds = LAUNCH_SECONDS + 2 * 64 * 256 * 512 / FP32 + GAP_SECONDS
+    assert sum(cost.seconds for cost in forward(trace).values()) == pytest.approx(seconds, abs=1e-9)
 
 
 # A step.

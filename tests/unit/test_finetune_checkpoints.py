@@ -13,7 +13,7 @@ from llamas import files_no_larger_than
 from torch import nn
 
 from memscope.errors import MemscopeError, UsageError
-from memscope.targets.llama2.checkpoints import load_checkpoint, newest_checkpoint, restore, save_checkpoint
+from memscope.targets.training.checkpoints import load_checkpoint, newest_checkpoint, restore, save_checkpoint
 from memscope.workload.description import StepPlan, Workload
 from memscope.workload.micro_batches import micro_batches
 from memscope.workload.step import Training, run_step

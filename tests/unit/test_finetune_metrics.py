@@ -15,8 +15,8 @@ from llamas import files_no_larger_than
 from rich.console import Console
 
 from memscope.errors import MemscopeError
-from memscope.targets.llama2.finetune_watch import _bars, _in_words
-from memscope.targets.llama2.metrics import Evaluated, Metric, Outcome, Stepped, metrics_written
+from memscope.targets.training.metrics import Evaluated, Metric, Outcome, Stepped, metrics_written
+from memscope.targets.training.watch import _bars, _in_words
 
 
 def step(number: int, loss: float = 2.0, **values: Any) -> Stepped:

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from memscope.errors import UsageError
-from memscope.targets.llama2.data_order import samples_of_step
 from memscope.targets.llama2.job import Job
-from memscope.targets.llama2.recipe import Recipe
-from memscope.targets.llama2.run_folder import RunFolder
 from memscope.targets.llama2.target import PRESETS
+from memscope.targets.training.data_order import samples_of_step
+from memscope.targets.training.recipe import Recipe
+from memscope.targets.training.run_folder import RunFolder
 
 
 def factors(steps: int, **settings: object) -> list[float]:
@@ -94,8 +94,8 @@ def test_a_job_is_read_back_from_its_text() -> None:
 def test_the_job_is_read_back_from_the_folder_of_a_run(tmp_path: Path) -> None:
     job = Job.of({"samples": "3", "epochs": "2"}, PRESETS["debug"])
     folder = RunFolder(tmp_path / "run")
-    folder.begin(job)
-    assert folder.read_job() == job
+    folder.begin(job.settings)
+    assert Job.of(folder.read_settings()) == job
 
 
 def test_differences_of_jobs_are_split_into_those_a_resumed_run_may_have_and_others() -> None:
@@ -110,9 +110,9 @@ def test_differences_of_jobs_are_split_into_those_a_resumed_run_may_have_and_oth
     ("words", "message"),
     [
         ({"device": "gpu"}, 'unknown device "gpu": .*Valid: cpu, cuda'),
-        ({"epochs": "many"}, 'fine-tuning: setting "epochs" cannot be "many": expected a number'),
-        ({"schedule": "cos"}, 'fine-tuning: setting "schedule" cannot be "cos": did you mean "cosine"'),
-        ({"keep": "0"}, "fine-tuning rejects these settings: keep=0"),
+        ({"epochs": "many"}, 'training: setting "epochs" cannot be "many": expected a number'),
+        ({"schedule": "cos"}, 'training: setting "schedule" cannot be "cos": did you mean "cosine"'),
+        ({"keep": "0"}, "training rejects these settings: keep=0"),
         ({"sample": "3"}, 'target "llama2" has no setting "sample": did you mean "samples"'),
         ({"strategies": "lorra"}, 'unknown strategy "lorra"'),
     ],

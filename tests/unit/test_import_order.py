@@ -23,6 +23,7 @@ ORDER = (
     ("memscope.runs",),
     ("memscope.testing", "memscope.program"),
     ("memscope.advisor",),
+    ("memscope.studies",),
     ("memscope.dashboards",),
     ("memscope.cli",),
     ("memscope.__main__",),

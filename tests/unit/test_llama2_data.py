@@ -16,7 +16,7 @@ from memscope.errors import UsageError
 from memscope.targets.llama2 import alpaca
 from memscope.targets.llama2.alpaca import Instruction, Sample
 from memscope.targets.llama2.target import PRESETS, SHIPPED_DATA, SHIPPED_TOKENIZER, Config, build
-from memscope.targets.llama2.tokenizer import Tokenizer
+from memscope.targets.training.tokenizer import Tokenizer
 
 DEBUG = PRESETS["debug"]
 ROW = {"instruction": "Say it.", "input": "", "output": "It."}

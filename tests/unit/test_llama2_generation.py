@@ -24,7 +24,7 @@ from memscope.targets.llama2.decoding import Limit, TextSearch
 from memscope.targets.llama2.generate import _streamed, command, load_model
 from memscope.targets.llama2.generation import Continuation, Decoding, generate
 from memscope.targets.llama2.target import SHIPPED_TOKENIZER
-from memscope.targets.llama2.tokenizer import Tokenizer
+from memscope.targets.training.tokenizer import Tokenizer
 
 PROMPTS = [[1, 7, 9], [1, 5, 600, 31, 8, 77, 2, 4, 100], [1], [1, 7, 9]]
 WAYS = {

@@ -55,7 +55,7 @@ def is_llama2(target: Target) -> bool:
 
 
 def test_shipped_targets_are_listed() -> None:
-    assert shipped_targets() == ["hf", "llama2"]
+    assert shipped_targets() == ["gpt", "hf", "llama2"]
 
 
 @pytest.mark.parametrize("text", ["llama2", "targets/llama2", "targets/llama2/", "./llama2"])
@@ -183,7 +183,7 @@ def test_unknown_target_is_refused_with_the_expected_kinds(text: str, nearest: s
         find_target(text)
     assert str(caught.value) == (
         f'no target "{text}": expected a folder with target.py, a Python file, or a shipped target. '
-        f"{nearest}Valid: hf, llama2"
+        f"{nearest}Valid: gpt, hf, llama2"
     )
 
 

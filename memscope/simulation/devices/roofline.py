@@ -1,7 +1,8 @@
-"""Estimate of an operator's time on a device, from its arithmetic and memory traffic.
+"""Estimate of the time of an operator's kernels on a device, from their arithmetic and memory traffic.
 
-The estimate is the roofline model (Williams, Waterman, Patterson, Communications of the ACM 52(4), 2009) with a third
-roof for the host: the time of a call is that of its arithmetic, its memory traffic or its launch, whichever is longest.
+The estimate is the roofline model (Williams, Waterman, Patterson, Communications of the ACM 52(4), 2009): the time of a
+call is that of its arithmetic or its memory traffic, whichever is longer. Matrix products are rounded up to whole tiles
+(`products`). `timeline` adds the time in which the device waits for the host.
 """
 
 from __future__ import annotations
@@ -13,16 +14,20 @@ from torch import Tensor
 
 from memscope.hooks.work import NOTHING, Work, flops_of
 from memscope.simulation.devices.catalogue import Device
+from memscope.simulation.devices.products import product_seconds, sizes_of_product
 from memscope.simulation.devices.traffic import moved_bytes
 
-__all__ = ["LAUNCH_SECONDS", "Roofline"]
+__all__ = ["GAP_SECONDS", "KERNEL_SECONDS", "Roofline"]
 
-LAUNCH_SECONDS = 7e-6
-"""Time the host needs to launch one operator; after a shorter kernel, the device waits.
+KERNEL_SECONDS = 2.9e-6
+"""Time of a kernel with next to no work, and `GAP_SECONDS` that from the end of a kernel to the start of the next one.
 
-Source: `kernel_launch_overhead` in autoparallel/cost_models/compute_estimation.py of meta-pytorch/autoparallel, fitted
-there to measured operators on an H100 (pull request 146); 6.8 µs in pytorch/pytorch issue 41383.
+Source: *Getting Started with CUDA Graphs* (developer.nvidia.com/blog/cuda-graphs, 2019), on a V100: a short kernel runs
+for 2.9 µs, and one after the other, launched without waiting, they take 3.8 µs each.
 """
+
+GAP_SECONDS = 0.9e-6
+"""See `KERNEL_SECONDS`."""
 
 _KINDS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _EFFICIENT_ATTENTION = "_scaled_dot_product_efficient_attention"
@@ -52,8 +57,21 @@ class Roofline:
         if not moved:
             return NOTHING
         assert self._bandwidth is not None, "is_known says so"
-        arithmetic = flops / self._rate(func, (*args, *kwargs.values())) if flops else 0.0
-        return Work(flops, moved, max(arithmetic, moved / self._bandwidth, LAUNCH_SECONDS))
+        arithmetic = self._arithmetic_seconds(flops, func, args, kwargs) if flops else 0.0
+        return Work(flops, moved, max(arithmetic, moved / self._bandwidth, KERNEL_SECONDS) + GAP_SECONDS)
+
+    def _arithmetic_seconds(self, flops: int, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+        rate = self._rate(func, (*args, *kwargs.values()))
+        sizes = sizes_of_product(func._overloadpacket.__name__, args)
+        if sizes is None or not self._device.multiprocessors:
+            return flops / rate
+        assert self._bandwidth is not None, "is_known says so"
+        return product_seconds(
+            sizes,
+            flops_per_second=rate,
+            multiprocessors=self._device.multiprocessors,
+            bytes_per_second=self._bandwidth,
+        )
 
     def _rate(self, func: Any, values: tuple[Any, ...]) -> float:
         """Floating-point operations per second for the kind of arithmetic that an operator's kernel uses."""

@@ -27,6 +27,7 @@ from memscope.simulation.device_memory import KernelWorkspaces, on_device
 from memscope.simulation.devices.catalogue import Device
 from memscope.simulation.devices.cost import cost_table
 from memscope.simulation.devices.roofline import Roofline
+from memscope.simulation.devices.timeline import Timeline
 from memscope.simulation.facade.imports import imports_see_the_machine
 from memscope.simulation.facade.visible_gpu import VisibleGpu
 from memscope.simulation.fake_tensors import StandIns, fake_tensors_train
@@ -83,7 +84,8 @@ class SimulatedMachine:
         placed = PlacedOperators(
             self._places, WrittenViews(link), values, self._assumptions, check=partial(refuse_mixed, self._places)
         )
-        self.execute: Execute = PlainAutograd(placed) if self._on_gpu else placed
+        self._timeline = Timeline(placed, waits_after_step=False)
+        self.execute: Execute = PlainAutograd(self._timeline) if self._on_gpu else self._timeline
         self.kernels: Kernels | None = PlacedKernels(self._places, self._workspaces) if self._on_gpu else None
         self._calls = ProgramCalls(self._places, link)
         events = events_of_a_program(self._assumptions)
@@ -98,7 +100,7 @@ class SimulatedMachine:
 
     def follow(self, tracker: StorageTracker) -> None:
         """Use a recorder's tracker from now on; called before it is entered."""
-        self._places.tracker = tracker
+        self._places.tracker = self._timeline.tracker = tracker
         self._gpu.memory.seen = tracker.seen
 
     def __enter__(self) -> SimulatedMachine:

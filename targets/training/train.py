@@ -1,4 +1,4 @@
-"""The steps of a fine-tuning run, its evaluations and its result."""
+"""The steps of a training run."""
 
 from __future__ import annotations
 
@@ -6,27 +6,20 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from memscope.errors import MemscopeError
-from memscope.strategies.lora import LoRALinear
-from memscope.targets.llama2.adapters import save_adapter
-from memscope.targets.llama2.checkpoints import newest_checkpoint, save_checkpoint
-from memscope.targets.llama2.data_order import samples_of_step
-from memscope.targets.llama2.evaluation import perplexity
-from memscope.targets.llama2.metrics import Evaluated, Metric, Stepped
-from memscope.targets.llama2.model import Llama
-from memscope.targets.llama2.run_folder import RunFolder
-from memscope.targets.llama2.session import Session, room_to_train
-from memscope.targets.llama2.target import SHIPPED_TOKENIZER
-from memscope.targets.llama2.weights import save_weights
+from memscope.targets.training.checkpoints import newest_checkpoint, save_checkpoint
+from memscope.targets.training.data_order import samples_of_step
+from memscope.targets.training.metrics import Metric, Stepped
+from memscope.targets.training.run_folder import RunFolder
+from memscope.targets.training.session import Session, room_to_train
 from memscope.workload.micro_batches import micro_batches
 from memscope.workload.step import run_step
 
-__all__ = ["Watch", "evaluate", "save_result", "train"]
+__all__ = ["Watch", "told_how_to_go_on", "train"]
 
 
 class Watch(Protocol):
@@ -37,18 +30,6 @@ class Watch(Protocol):
 
     def stopped(self) -> bool:
         """Whether to stop the run after this step, with a checkpoint."""
-
-
-def evaluate(session: Session, watch: Watch) -> None:
-    """Measure the perplexity of the held-out samples, if there are any.
-
-    Raises:
-        MemscopeError: the loss of the samples is not finite.
-        OutOfDeviceMemory: the samples do not fit on the device.
-    """
-    if session.held_out:
-        with room_to_train():
-            watch.metric(Evaluated(session.done, perplexity(session.training, session.held_out)))
 
 
 def train(session: Session, folder: RunFolder, watch: Watch) -> bool:
@@ -64,7 +45,7 @@ def train(session: Session, folder: RunFolder, watch: Watch) -> bool:
     if session.job.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     recipe, stopped = session.job.recipe, False
-    with _told_how_to_go_on(folder), room_to_train():
+    with told_how_to_go_on(folder), room_to_train(session.job):
         while session.done < session.steps and not stopped:
             watch.metric(_step(session))
             stopped = watch.stopped()
@@ -74,18 +55,18 @@ def train(session: Session, folder: RunFolder, watch: Watch) -> bool:
 
 
 def _step(session: Session) -> Stepped:
-    config, training, began = session.job.config, session.training, time.perf_counter()
+    job, training, began = session.job, session.training, time.perf_counter()
     factor = session.job.recipe.rate_factor(session.done, session.steps)
     for group, rate in zip(training.optimizer.param_groups, session.rates, strict=True):
         group["lr"] = rate * factor
-    size = config.micro_batch * config.accumulation
-    samples = samples_of_step(session.samples, session.done, size, config.seed)
+    size = job.samples_per_step
+    samples = samples_of_step(session.samples, session.done, size, job.config.seed)
     scale = training.scaler.get_scale() if training.scaler else None
     loss = run_step(training, micro_batches(training.workload, samples)).item()  # waits for the device, once per step
     if not math.isfinite(loss):
         raise MemscopeError(f"step {session.done + 1}: the loss is {loss}. {_REMEDIES}")
     session.done += 1
-    seconds, tokens = time.perf_counter() - began, sum(len(sample.tokens) for sample in samples)
+    seconds, tokens = time.perf_counter() - began, sum(map(session.tokens_of, samples))
     return Stepped(
         step=session.done,
         epoch=session.done * size / len(session.samples),
@@ -117,26 +98,8 @@ def _save(session: Session, folder: RunFolder) -> None:
     save_checkpoint(folder.checkpoints, session.training, session.done, about, keep=session.job.recipe.keep)
 
 
-def save_result(session: Session, folder: RunFolder) -> Path:
-    """Save the LoRA updates in PEFT's format, or without any, the tokenizer and all weights in the recipe's format.
-
-    Raises:
-        MemscopeError: the disk is full or cannot be written; the message says how to resume.
-    """
-    model = session.training.workload.model
-    assert isinstance(model, Llama), "build_on makes a Llama"
-    adapter, weights = folder.results
-    with _told_how_to_go_on(folder):
-        if any(isinstance(module, LoRALinear) for module in model.modules()):
-            save_adapter(model, adapter)
-            return adapter
-        tokenizer = Path(session.job.config.tokenizer or SHIPPED_TOKENIZER)
-        save_weights(model, weights, session.job.recipe.format, tokenizer=tokenizer)
-        return weights
-
-
 @contextmanager
-def _told_how_to_go_on(folder: RunFolder) -> Iterator[None]:
+def told_how_to_go_on(folder: RunFolder) -> Iterator[None]:
     """Add the last checkpoint, and how to resume from it, to error messages."""
     try:
         yield

@@ -1,15 +1,15 @@
-"""The folder of a fine-tuning run: its paths, and the record of the job."""
+"""The folder of a training run: its paths, and the record of its settings."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from memscope.errors import UsageError
-from memscope.targets.llama2.files import JsonFile
-from memscope.targets.llama2.job import Job
+from memscope.targets.training.files import JsonFile
 from memscope.trace import write_whole
 
 __all__ = ["RunFolder"]
@@ -72,8 +72,8 @@ class RunFolder:
         own = (self.job, self.metrics, self.board, self.checkpoints, *self.results)
         return [path for path in own if path.exists()]
 
-    def begin(self, job: Job) -> None:
-        """Create the folder, remove any run that it holds, and write down the job. Other files stay.
+    def begin(self, settings: Mapping[str, str]) -> None:
+        """Create the folder, remove any run that it holds, and write down the settings. Other files stay.
 
         Raises:
             UsageError: the folder cannot be created.
@@ -86,19 +86,19 @@ class RunFolder:
             raise UsageError(
                 f"{self.path}: the folder cannot be created ({error.strerror}): choose another one with -o"
             ) from error
-        self.note(job)
+        self.note(settings)
 
-    def note(self, job: Job) -> None:
-        """Write down the job.
+    def note(self, settings: Mapping[str, str]) -> None:
+        """Write down the settings of the run.
 
         Raises:
             TraceFileError: the file cannot be written.
         """
-        document = {"schema_version": _SCHEMA_VERSION, "settings": job.settings}
+        document = {"schema_version": _SCHEMA_VERSION, "settings": dict(settings)}
         write_whole(self.job, (json.dumps(document, ensure_ascii=False, indent=2) + "\n").encode())
 
-    def read_job(self) -> Job:
-        """Read the job.
+    def read_settings(self) -> dict[str, str]:
+        """Read the settings of the run.
 
         Raises:
             UsageError: the folder holds no run, or its schema version is not the one of this memscope.
@@ -114,4 +114,4 @@ class RunFolder:
                 f"{self.job}: schema version {json.dumps(version)}, but this memscope reads {_SCHEMA_VERSION}: "
                 "resume the run with the version of memscope that started it"
             )
-        return Job.of({key: str(value) for key, value in settings.items()})
+        return {key: str(value) for key, value in settings.items()}

@@ -1,4 +1,4 @@
-"""Watching a fine-tuning run: a progress bar on stderr, the metrics files, and stopping on a signal."""
+"""Watching a training run: a progress bar on stderr, the metrics files, and stopping on a signal."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from memscope.targets.llama2.metrics import Metric, Stepped, metrics_written
-from memscope.targets.llama2.run_folder import RunFolder
-from memscope.targets.llama2.session import Session
-from memscope.targets.llama2.train import Watch
+from memscope.targets.training.metrics import Metric, Stepped, metrics_written
+from memscope.targets.training.run_folder import RunFolder
+from memscope.targets.training.session import Session
+from memscope.targets.training.train import Watch
 from memscope.units import format_bytes
 
 __all__ = ["watched"]
@@ -41,7 +41,7 @@ def watched(session: Session, folder: RunFolder) -> Iterator[Watch]:
         metrics_written(folder.metrics, folder.board, session.done, say) as write,
         _bars(Console(stderr=True)) as bars,
     ):
-        task = bars.add_task("fine-tuning", total=session.steps, completed=session.done, measured="")
+        task = bars.add_task("training", total=session.steps, completed=session.done, measured="")
         drawn = 0.0
 
         def show(step: Stepped) -> None:

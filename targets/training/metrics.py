@@ -41,10 +41,12 @@ class Stepped:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Perplexity of the held-out samples after a number of steps."""
+    """Quality on the held-out samples after a number of steps."""
 
     step: int
     perplexity: float
+    token_accuracy: float | None = None
+    """Share of tokens to which the model gives the largest probability; None where it is not measured."""
 
 
 Metric = Stepped | Evaluated
@@ -58,6 +60,8 @@ class Outcome:
     last_loss: float
     perplexity_before: float | None
     perplexity_after: float | None
+    token_accuracy: float | None
+    """Of the last evaluation."""
     seconds: float
     """Time spent in steps, without evaluation, checkpoints and anything else between steps."""
     tokens_per_second: float
@@ -70,12 +74,14 @@ class Outcome:
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         steps = [line for line in lines if "loss" in line]
         perplexity = {line["step"] > 0: line["perplexity"] for line in lines if "perplexity" in line}
+        accuracy = [line["token_accuracy"] for line in lines if "token_accuracy" in line]
         seconds = sum(step["seconds"] for step in steps)
         return cls(
             first_loss=steps[0]["loss"],
             last_loss=steps[-1]["loss"],
             perplexity_before=perplexity.get(False),
             perplexity_after=perplexity.get(True),
+            token_accuracy=accuracy[-1] if accuracy else None,
             seconds=seconds,
             tokens_per_second=sum(step["tokens"] for step in steps) / seconds,
             peak_bytes=max((step["peak_bytes"] for step in steps if "peak_bytes" in step), default=None),

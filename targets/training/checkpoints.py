@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from memscope.errors import UsageError
-from memscope.targets.llama2.files import listed, new_folder
+from memscope.targets.training.files import listed, new_folder
 from memscope.workload.step import Training
 
 __all__ = ["load_checkpoint", "newest_checkpoint", "restore", "save_checkpoint"]

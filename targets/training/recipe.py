@@ -1,4 +1,4 @@
-"""Settings of a fine-tuning run: its length, learning rates, held-out samples, checkpoints and result."""
+"""Settings of a training run: its length, learning rates, held-out samples and checkpoints."""
 
 from __future__ import annotations
 
@@ -30,13 +30,11 @@ class Recipe:
     clip_grad_norm: float | None = 1.0
     """Maximum total norm of the gradients; none: no clipping."""
     held_out: int = 16
-    """Number of rows after the samples to hold out; their perplexity is measured before and after training."""
+    """Number of samples after those trained on to hold out; their perplexity is measured before and after training."""
     save_every: int = 100
     """Steps between checkpoints."""
     keep: int = 2
     """Number of newest checkpoints to keep."""
-    format: Literal["huggingface", "meta"] = "huggingface"
-    """Format of the weights saved at the end: huggingface or meta; LoRA updates are saved in PEFT's format."""
 
     def __post_init__(self) -> None:
         problems = list(_problems(self))
@@ -66,7 +64,7 @@ def _problems(recipe: Recipe) -> Iterator[str]:
     if recipe.clip_grad_norm is not None and not recipe.clip_grad_norm > 0:
         yield f"clip_grad_norm={recipe.clip_grad_norm}: expected a number above 0, or none"
     if recipe.held_out < 0:
-        yield f"held_out={recipe.held_out}: expected 0 or more rows"
+        yield f"held_out={recipe.held_out}: expected 0 or more samples"
     for name in ("save_every", "keep"):
         if getattr(recipe, name) < 1:
             yield f"{name}={getattr(recipe, name)}: expected a whole number from 1"

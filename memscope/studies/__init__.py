@@ -1,0 +1,1 @@
+"""Studies: tables that answer one question about a target over many simulations."""

@@ -1,0 +1,1 @@
+"""What the training commands of targets share: options, the order of data, steps, checkpoints and metrics."""
