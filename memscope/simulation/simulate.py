@@ -37,6 +37,7 @@ from memscope.simulation.facade.imports import imports_see_the_machine
 from memscope.simulation.facade.visible_gpu import VisibleGpu
 from memscope.simulation.fake_tensors import FakeCopies, StandIns, fake_tensors_train, weight_sizes
 from memscope.simulation.host import Link, host_copies
+from memscope.simulation.packages.bitsandbytes import BitsandbytesKernels
 from memscope.simulation.packages.visible import VisiblePackages
 from memscope.simulation.refusal import NotSimulated
 from memscope.simulation.remember import RememberedOperators
@@ -136,7 +137,8 @@ def simulate(
     followed = FollowedValues(values, answers, untouched)
     operators = RememberedOperators(mode, values, answers, untouched, roofline, results(on_gpu=device.kind == "cuda"))
     part = part or Part()
-    with _one_at_a_time(), _simulated(device, gpu, answers), untouched, _explained(assumptions.policy.refuse):
+    simulated = _simulated(device, gpu, answers, assumptions)
+    with _one_at_a_time(), simulated, untouched, _explained(assumptions.policy.refuse):
         with mode, followed:
             built = _build(workload, mode, values, untouched)
         plan.check(built)  # outside the fake mode, so that a strategy can read the data
@@ -230,18 +232,20 @@ def _one_at_a_time() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _simulated(device: Device, gpu: VisibleGpu, answers: Answers) -> Iterator[None]:
+def _simulated(device: Device, gpu: VisibleGpu, answers: Answers, assumptions: Assumptions) -> Iterator[None]:
     """Make all changes to PyTorch that a simulation needs, and undo them on exit."""
     with contextlib.ExitStack() as scopes:
         scopes.enter_context(fake_tensors_use_foreach())
         scopes.enter_context(fake_tensors_train(answers))
+        quantized = scopes.enter_context(BitsandbytesKernels(device, assumptions))
         if device.kind == "cuda":
             scopes.enter_context(cuda_semantics(device.capability))
             scopes.enter_context(gpu)
             packages = scopes.enter_context(VisiblePackages(device, gpu.notes.append))
-            scopes.enter_context(imports_see_the_machine(gpu.hidden, packages.hidden, given=packages.given))
+            hidden, given = (gpu.hidden, packages.hidden), packages.given
+            scopes.enter_context(imports_see_the_machine(*hidden, given=given, imported=quantized.look))
         else:
-            scopes.enter_context(imports_see_the_machine())
+            scopes.enter_context(imports_see_the_machine(imported=quantized.look))
         yield
 
 

@@ -18,7 +18,7 @@ from memscope.testing import check_strategy, toy_workload
 from memscope.workload.description import Workload
 from memscope.workload.target import find_target
 
-SHIPPED = ("adamw", "amp", "bf16", "ckpt", "ga", "lora")
+SHIPPED = ("adamw", "amp", "bf16", "ckpt", "ga", "int8", "lora", "qlora")
 Install = Callable[..., None]
 
 
@@ -51,12 +51,14 @@ def test_the_strategies_that_come_with_memscope_keep_their_promises(install: Ins
         "ckpt:layers=every-2",
         "ga:steps=2",
         "lora:r=2,alpha=4,dropout=0,targets=wk+wo+head",
+        "qlora:type=fp4,double=false,compute=fp32,r=2,alpha=2,targets=wq",
+        "int8:threshold=0",
     ],
 )
 def test_the_strategies_keep_their_promises_with_other_settings(install: Install, spec: str) -> None:
     # Pairs, which take most of the time, are the claim of the test above: one other strategy is enough here.
     name = spec.partition(":")[0]
-    install(beside=(name, "lora" if name == "amp" else "amp"))
+    install(beside=(name, "lora" if name in ("amp", "int8") else "amp"))
     check_strategy(spec)
 
 

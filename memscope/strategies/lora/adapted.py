@@ -9,7 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from memscope.strategies.lora.linear import is_transposed
+from memscope.errors import UsageError
+from memscope.strategies.lora.linear import is_transposed, shape_of
+from memscope.workload.quantized import is_quantized
 
 __all__ = ["LoRALinear", "adapt", "merge", "unmerge"]
 
@@ -18,7 +20,8 @@ class LoRALinear(nn.Module):
     """A linear layer with its frozen weight and a trained low-rank update.
 
     `y = layer(x) + (dropout(x) · Aᵀ · Bᵀ) · alpha / r` with x `[..., in]`, A `[r, in]`, B `[out, r]`.
-    A is initialized with standard deviation 1/r (Gaussian), B with zeros, so the output is unchanged at first.
+    A is initialized with standard deviation 1/r (Gaussian), B with zeros, so the output is unchanged at first. Both
+    have the weight's dtype, or float32 if the weight is quantized.
 
     An adapted layer is still an instance of its own class, which computes `layer(x)`, with its names and weights.
     """
@@ -64,12 +67,12 @@ def adapt(model: nn.Module, names: Iterable[str], *, r: int, alpha: float, dropo
 
 def _adapt(layer: Any, *, r: int, alpha: float, dropout: float) -> None:
     assert not isinstance(layer, LoRALinear), "a layer is adapted once"
-    weight = layer.weight
-    outputs, inputs = reversed(weight.shape) if is_transposed(layer) else weight.shape
+    outputs, inputs = shape_of(layer)
+    dtype = torch.float32 if is_quantized(layer) else layer.weight.dtype
     kind: Any = type(layer)
     layer.__class__ = _adapted_class(kind)
-    layer.lora_a = nn.Parameter(weight.new_empty(r, inputs))
-    layer.lora_b = nn.Parameter(weight.new_zeros(outputs, r))
+    layer.lora_a = nn.Parameter(layer.weight.new_empty(r, inputs, dtype=dtype))
+    layer.lora_b = nn.Parameter(layer.weight.new_zeros(outputs, r, dtype=dtype))
     nn.init.normal_(layer.lora_a, std=1 / r)
     layer.dropout = nn.Dropout(dropout).train(layer.training)
     layer.scaling = alpha / r
@@ -88,7 +91,14 @@ def _update(layer: LoRALinear) -> Tensor:
 
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
-    """Add every update to its weight, so that inference has no extra cost. Merging twice has no further effect."""
+    """Add every update to its weight, so that inference has no extra cost. Merging twice has no further effect.
+
+    Raises:
+        UsageError: a weight is quantized.
+    """
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoRALinear) and is_quantized(layer):
+            raise UsageError(f"the weight of {name} is quantized, and no update is merged into it: keep the adapter")
     for layer in _adapted(model):
         if not layer.merged:
             layer.weight.add_(_update(layer))
