@@ -13,8 +13,8 @@ HANDLED = frozenset(
     gc_steps adapter lora_r lora_alpha lora_dropout lora_target_modules lora_target_linear lora_target_parameters
     lora_modules_to_save lora_rank_pattern lora_alpha_pattern lora_fan_in_fan_out peft_layers_to_transform
     peft_layers_pattern peft_use_dora peft_use_rslora peft_layer_replication peft_trainable_token_indices
-   
-    load_in_4bit load_in_8bit bnb_config_kwargs peft_autocast_adapter_dtype lora_mlp_kernel lora_qkv_kernel lora_o_kernel lora_embedding_kernel plugins
+    load_in_4bit load_in_8bit bnb_config_kwargs peft_autocast_adapter_dtype lora_mlp_kernel lora_qkv_kernel
+    lora_o_kernel lora_embedding_kernel plugins
     """.split()  # noqa: SIM905 (a hundred quoted words are harder to read)
 )
 """Keys that become settings, or a note of their own."""
