@@ -31,6 +31,7 @@ from memscope.hooks.work import Execute, WorkDone
 from memscope.trace import MARK_COLUMNS, Phase, Trace, columns_of
 from memscope.trace.notes import add_note
 from memscope.workload.batch import tensors_in
+from memscope.workload.quantized import elements, scales_of
 
 __all__ = ["Recorder"]
 
@@ -204,6 +205,8 @@ class Recorder:
             code = self._modules.of_module(module)
             for buffer in module.buffers(recurse=False):
                 self._lifetimes.own(buffer, "buffer", module=code)
+            for scales in scales_of(module).values():
+                self._lifetimes.own(scales, "parameter", module=code)
         for module in model.modules():
             for value in vars(module).values():  # constants that are not registered as buffers
                 if isinstance(value, Tensor):
@@ -366,8 +369,8 @@ class Recorder:
         return {
             "versions": versions(),
             "parameters": {
-                "total": sum(p.numel() for p in parameters),
-                "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+                "total": sum(map(elements, parameters)),
+                "trainable": sum(elements(p) for p in parameters if p.requires_grad),
             },
             "models": {name: type(model).__name__ for name, model in self._modules.models.items()},
             "flops": [self.work.flops_of_step(step) for step in steps],

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from memscope.analysis.fit import Fit, fit_of
 from memscope.errors import MemscopeError, UsageError
 from memscope.runs.processes import alone
-from memscope.strategies import Plan, Strategy, available
+from memscope.strategies import Plan, Strategy, available, read_strategies
 from memscope.strategies.plugins import called
 from memscope.trace import Trace
 
@@ -81,7 +81,7 @@ def would_free(spec: RunSpec, trace: Trace, try_all: TryAll, alone: Alone = alon
     """
     plan = Plan.parse(spec.plan)
     texts, failed = alone(_additions, spec, timeout_seconds=spec.timeout_seconds)
-    added = [(Plan.parse(text).strategies[0], is_exact) for text, is_exact in texts]
+    added = [(read_strategies(text)[0], is_exact) for text, is_exact in texts]
     plans = [Plan.of(*plan.strategies, strategy) for strategy, _ in added]
     if not plans:
         return Remedies(failed=failed)

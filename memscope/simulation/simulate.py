@@ -39,6 +39,7 @@ from memscope.simulation.facade.visible_gpu import VisibleGpu
 from memscope.simulation.fake_tensors import FakeCopies, StandIns, fake_tensors_train, weight_sizes
 from memscope.simulation.host import HostOperators, Link, PinnedBefore, host_copies
 from memscope.simulation.machine.libraries import ChangedLibraries
+from memscope.simulation.packages.bitsandbytes import BitsandbytesKernels
 from memscope.simulation.packages.paged import HostTensors, paged_state
 from memscope.simulation.packages.visible import VisiblePackages
 from memscope.simulation.refusal import NotSimulated
@@ -139,7 +140,8 @@ def simulate(
     followed = FollowedValues(values, answers, untouched)
     operators = RememberedOperators(mode, values, answers, untouched, roofline, results(on_gpu=device.kind == "cuda"))
     part, paged = part or Part(), HostTensors()
-    with _one_at_a_time(), _simulated(device, gpu, answers, paged), untouched, _explained(assumptions.policy.refuse):
+    simulated = _simulated(device, gpu, answers, assumptions, paged)
+    with _one_at_a_time(), simulated, untouched, _explained(assumptions.policy.refuse):
         with mode, followed:
             built = _build(workload, mode, values, untouched)
         plan.check(built)  # outside the fake mode, so that a strategy can read the data
@@ -239,20 +241,28 @@ def _one_at_a_time() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _simulated(device: Device, gpu: VisibleGpu, answers: Answers, host: HostTensors) -> Iterator[None]:
+def _simulated(
+    device: Device, gpu: VisibleGpu, answers: Answers, assumptions: Assumptions, paged: HostTensors
+) -> Iterator[None]:
     """Make all changes to PyTorch that a simulation needs, and undo them on exit."""
     with contextlib.ExitStack() as scopes:
         scopes.enter_context(fake_tensors_use_foreach())
         scopes.enter_context(fake_tensors_train(answers))
+        quantized = scopes.enter_context(BitsandbytesKernels(device, assumptions))
         if device.kind == "cuda":
             scopes.enter_context(cuda_semantics(device.capability))
             scopes.enter_context(gpu)
             packages = scopes.enter_context(VisiblePackages(device, gpu.notes.append))
-            libraries = scopes.enter_context(ChangedLibraries(paged_state(host)))
-            hidden = (gpu.hidden, packages.hidden)
-            scopes.enter_context(imports_see_the_machine(*hidden, given=packages.given, imported=libraries.look))
+            libraries = scopes.enter_context(ChangedLibraries(paged_state(paged)))
+            hidden, given = (gpu.hidden, packages.hidden), packages.given
+
+            def look() -> None:
+                quantized.look()
+                libraries.look()
+
+            scopes.enter_context(imports_see_the_machine(*hidden, given=given, imported=look))
         else:
-            scopes.enter_context(imports_see_the_machine())
+            scopes.enter_context(imports_see_the_machine(imported=quantized.look))
         yield
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from memscope.workload.optimizer import OptimizerFactory
+from memscope.workload.quantized import elements
 from memscope.workload.split import first_dimension, split_batch
 
 __all__ = ["HeadLoss", "Scope", "StepPlan", "Workload"]
@@ -124,4 +125,4 @@ class Workload:
     def parameter_counts(self) -> tuple[int, int]:
         """`(total, trainable)` numbers of parameters, each tied parameter counted once."""
         parameters = list(self.model.parameters())
-        return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+        return sum(map(elements, parameters)), sum(elements(p) for p in parameters if p.requires_grad)

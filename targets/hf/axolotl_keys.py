@@ -13,18 +13,17 @@ HANDLED = frozenset(
     gc_steps adapter lora_r lora_alpha lora_dropout lora_target_modules lora_target_linear lora_target_parameters
     lora_modules_to_save lora_rank_pattern lora_alpha_pattern lora_fan_in_fan_out peft_layers_to_transform
     peft_layers_pattern peft_use_dora peft_use_rslora peft_layer_replication peft_trainable_token_indices
-    peft_autocast_adapter_dtype lora_mlp_kernel lora_qkv_kernel lora_o_kernel lora_embedding_kernel plugins
+    load_in_4bit load_in_8bit bnb_config_kwargs peft_autocast_adapter_dtype lora_mlp_kernel lora_qkv_kernel
+    lora_o_kernel lora_embedding_kernel plugins
     """.split()  # noqa: SIM905 (a hundred quoted words are harder to read)
 )
 """Keys that become settings, or a note of their own."""
 
 _GPUS = "it needs several GPUs, and memscope simulates one"
-_QUANTIZED = "memscope has no strategy for quantized weights yet"
+_QUANTIZED = "memscope simulates weights that bitsandbytes quantizes: adapter: qlora with load_in_4bit: true"
 _OFFLOADING = "what it moves to the host is not simulated; the strategy ckpt offers offload"
 
 REFUSED = {
-    "load_in_4bit": _QUANTIZED,
-    "load_in_8bit": _QUANTIZED,
     "gptq": _QUANTIZED,
     "model_quantization_config": _QUANTIZED,
     "qat": "quantization-aware training is not simulated",
@@ -126,7 +125,7 @@ WITHOUT_EFFECT = frozenset(
     processor_type processor_kwargs tokenizer_save_jinja_files experimental_skip_move_to_device
     model_quantization_config_kwargs output_dir hub_model_id hub_strategy hub_revision save_safetensors image_size
     image_resize_algorithm role_boundaries lora_model_dir peft_init_lora_weights peft_ensure_weight_tying
-    qlora_sharded_model_loading lora_on_cpu bnb_config_kwargs loraplus_lr_ratio loraplus_lr_embedding merge_lora
+    qlora_sharded_model_loading lora_on_cpu loraplus_lr_ratio loraplus_lr_embedding merge_lora
     merge_method relora_prune_ratio relora_prune_method relora_cpu_offload eval_batch_size train_on_inputs
     group_by_length learning_rate embedding_lr embedding_lr_scale weight_decay optim_args torchdistx_path lr_scheduler
     lr_scheduler_kwargs lr_quadratic_warmup cosine_min_lr_ratio cosine_constant_lr_ratio lr_div_factor lr_groups

@@ -55,6 +55,12 @@ class HfConfig:
     """Dtype of the weights; auto: that in config.json, or else fp32; none: auto."""
     autocast: Literal["off", "bf16", "fp16"] | None = None
     """Mixed precision, as bf16=True or fp16=True of TrainingArguments; fp16 with a gradient scaler; none: off."""
+    quantization: str | None = None
+    """Weights quantized by bitsandbytes: load_in_4bit or load_in_8bit, with other keys of BitsAndBytesConfig, such as
+    load_in_4bit,bnb_4bit_quant_type=nf4,bnb_4bit_compute_dtype=bfloat16; none: as in config.json."""
+    kbit_training: bool | None = None
+    """Convert what is not quantized to float32, as prepare_model_for_kbit_training of PEFT; none: true with an adapter
+    on quantized weights."""
     fp32_modules: tuple[str, ...] | None = None
     """Modules with float32 weights, by a part of their names, joined by +, such as norm+lm_head; none: none."""
     attention: str | None = None

@@ -14,6 +14,7 @@ from torch import nn
 from memscope.errors import UsageError, excerpt, nearest
 from memscope.targets.hf.libraries import needed
 from memscope.targets.hf.program import Program
+from memscope.targets.hf.quantization import quantized, read_quantization
 from memscope.targets.hf.sources import ModelSource
 
 __all__ = ["DTYPES", "build_model", "read_config"]
@@ -30,12 +31,14 @@ def read_config(source: ModelSource, program: Program) -> Any:
     """
     transformers = needed("transformers")
     values = {**source.values}
-    if values.get("quantization_config"):
-        method = values["quantization_config"].get("quant_method", "")
-        raise UsageError(
-            f"{source.place}: the weights are quantized ({method}), which is not supported: memscope has no strategy "
-            "for quantized weights yet. Give the model that was quantized"
-        )
+    stored = values.pop("quantization_config", None)
+    if stored:
+        read_quantization(stored, source.place)
+        if program.quantization is not None:
+            raise UsageError(
+                f"{source.place}: the weights are quantized already (quantization_config), and quantization is given "
+                "too: leave it out, or give the model that was quantized"
+            )
     kind = values.get("model_type", "")
     known = transformers.CONFIG_MAPPING
     if kind in known:
@@ -109,6 +112,9 @@ def build_model(made: Any, config: Any, program: Program, source: ModelSource) -
             else:  # an Auto class, for code that comes with the model
                 model = made.from_config(config, trust_remote_code=program.trust_remote_code, **options)
             _keep_in_fp32(model, dtype, program)
+            stored = source.values.get("quantization_config")
+            if program.quantization or stored:
+                quantized(model, program.quantization or stored, source.place)
             if program.gradient_checkpointing:
                 _checkpoint(model, program)
     except (ValueError, ImportError) as error:

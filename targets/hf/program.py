@@ -40,6 +40,8 @@ class Program:
     packing: bool = False
     dtype: str = "auto"
     autocast: str = "off"
+    quantization: Mapping[str, Any] | None = None
+    kbit_training: bool = True
     fp32_modules: tuple[str, ...] = ()
     attention: str | None = None
     gradient_checkpointing: bool = False

@@ -57,6 +57,7 @@ def read(values: _Values, place: str) -> HfRecipe:
         "empty_cache_every": values.get("torch_empty_cache_steps") or values.get("gc_steps"),
         "keep_batch": True,
         **_precision(values, attention),
+        **_quantization(values),
         **_adapter(values, place),
     }  # fmt: skip
     return HfRecipe({key: value for key, value in settings.items() if value is not None}, tuple(_notes(values, place)))
@@ -66,8 +67,13 @@ def _refuse(values: _Values, place: str) -> None:
     for first, second in _EXCLUSIVE:
         if values.get(first) and values.get(second) and "auto" not in (values[first], values[second]):
             raise UsageError(f"{place}: {first} and {second} are both {excerpt(values[first])}: choose one")
-    if values.get("adapter") == "qlora" and values.get("load_in_8bit"):
-        raise UsageError(f"{place}: adapter: qlora needs load_in_4bit: true, but load_in_8bit is true")
+    adapter, four, eight = (values.get(key) for key in ("adapter", "load_in_4bit", "load_in_8bit"))
+    if adapter == "qlora" and not four:
+        raise UsageError(f"{place}: adapter: qlora needs load_in_4bit: true")
+    if four and adapter != "qlora":
+        raise UsageError(f"{place}: load_in_4bit: true needs adapter: qlora")
+    if eight and adapter != "lora":
+        raise UsageError(f"{place}: load_in_8bit: true needs adapter: lora")
     for key, why in REFUSED.items():
         value = values.get(key)
         if value and (value is True or value != 1):
@@ -104,6 +110,27 @@ def _precision(values: _Values, attention: str | None) -> dict[str, Any]:
     }
 
 
+def _quantization(values: _Values) -> dict[str, Any]:
+    """Keys of `BitsAndBytesConfig` (`_set_quantization_config` in loaders/model.py).
+
+    axolotl converts norms, embedding and head to float32 (`prepare_model_for_kbit_training`), and back
+    (`_configure_embedding_dtypes`).
+    """
+    if values.get("load_in_8bit"):
+        return {"quantization": {"load_in_8bit": True}, "kbit_training": False}
+    if not values.get("load_in_4bit"):
+        return {}
+    dtype = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[_precision(values, None)["dtype"]]
+    config = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": dtype,
+        **(values.get("bnb_config_kwargs") or {}),
+    }
+    return {"quantization": config, "kbit_training": False}
+
+
 def _reentrant(values: _Values) -> bool:
     """`normalize_config` in utils/config/__init__.py."""
     options = values.get("gradient_checkpointing_kwargs")
@@ -118,7 +145,9 @@ def _adapter(values: _Values, place: str) -> dict[str, Any]:
     if not kind:
         return {}
     if kind not in ("lora", "qlora"):
-        raise UsageError(f"{place}: adapter: {excerpt(kind)}: expected lora. {nearest(str(kind), ['lora'])}")
+        raise UsageError(
+            f"{place}: adapter: {excerpt(kind)}: expected lora or qlora. {nearest(str(kind), ['lora', 'qlora'])}"
+        )
     if not values.get("lora_r") and not values.get("lora_model_dir"):
         raise UsageError(f"{place}: adapter: lora needs lora_r, the rank")
     targets = values.get("lora_target_modules")

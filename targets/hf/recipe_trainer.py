@@ -115,11 +115,13 @@ def _of_model(options: Any, place: str) -> dict[str, Any]:
     """What SFTConfig's `model_init_kwargs` say, which it passes to `from_pretrained`."""
     if not isinstance(options, Mapping):
         return {}
-    if options.get("quantization_config") or options.get("load_in_4bit") or options.get("load_in_8bit"):
-        raise UsageError(f"{place}: model_init_kwargs quantize the weights, which is not supported: memscope has no "
-                         "strategy for quantized weights yet")  # fmt: skip
     dtype = str(options.get("dtype") or options.get("torch_dtype") or "auto").removeprefix("torch.")
-    chosen = {"attention": options.get("attn_implementation"), "dtype": _DTYPES.get(dtype, "auto")}
+    flags = {key: True for key in ("load_in_4bit", "load_in_8bit") if options.get(key)}
+    chosen = {
+        "attention": options.get("attn_implementation"),
+        "dtype": _DTYPES.get(dtype, "auto"),
+        "quantization": options.get("quantization_config") or flags or None,
+    }
     return {key: value for key, value in chosen.items() if value is not None}
 
 

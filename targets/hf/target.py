@@ -20,6 +20,7 @@ from memscope.targets.hf.inputs import inputs_for
 from memscope.targets.hf.model import DTYPES, build_model, read_config
 from memscope.targets.hf.optimizers import optimizer_factory, optimizer_notes
 from memscope.targets.hf.program import Program, completed
+from memscope.targets.hf.quantization import is_quantized_model, parse_quantization, prepared
 from memscope.targets.hf.recipe_peft import plain
 from memscope.targets.hf.recipes import read_recipe, recipe_file
 from memscope.targets.hf.sources import ModelSource, find_model
@@ -65,6 +66,8 @@ def build(config: Config) -> Workload:
     model = build_model(trained.model_class, hf_config, program, source)
     inputs = inputs_for(model, hf_config, program, trained.task)
     if program.adapter is not None:
+        if is_quantized_model(model) and program.kbit_training:
+            prepared(model)
         model = adapted(model, program.adapter, program.adapter_dtype)
     samples, length = program.micro_batch * program.accumulation, inputs.length
     return Workload(
@@ -105,6 +108,8 @@ def resolve(config: Config) -> tuple[Program, ModelSource]:
     said: dict[str, Any] = {"model": model}
     if config.adapter is not None:
         said["adapter"] = read_adapter(config.adapter)
+    if config.quantization is not None:
+        said["quantization"] = parse_quantization(config.quantization)
     if config.overrides is not None:
         said["overrides"] = _overrides(config.overrides)
     return completed(config, recipes, said), find_model(model)

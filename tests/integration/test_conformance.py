@@ -41,13 +41,16 @@ def test_the_strategies_that_come_with_memscope_keep_their_promises(install: Ins
         "bitfit:head,bias=up",
         "freeze:layers=1,embeddings=false",
         "offload:optimizer",
+        "qlora:type=fp4,double=false,compute=fp32,r=2,alpha=2,targets=wq",
+        "int8:threshold=0",
     ],
 )
 def test_the_strategies_keep_their_promises_with_other_settings(install: Install, spec: str) -> None:
     # Pairs, which take most of the time, are the claim of the test above: one other strategy is enough here.
     name = spec.partition(":")[0]
     # With DoRA, gradients of fp16 overflow on the CPU, and a real run leaves out a step that a simulation takes.
-    install(beside=(name, "lora" if name == "amp" else "bf16" if "dora" in spec else "amp"))
+    beside = "lora" if name in ("amp", "int8") else "bf16" if "dora" in spec else "amp"
+    install(beside=(name, beside))
     check_strategy(spec)
 
 

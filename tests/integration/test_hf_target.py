@@ -308,3 +308,52 @@ def test_the_command_line_tells_a_name_that_is_nearly_right(run) -> None:
     code, _, err = run("profile", "hf:lama-2-7b")
     assert code == 2
     assert 'did you mean "llama-2-7b"?' in err
+
+
+NF4 = "load_in_4bit,bnb_4bit_quant_type=nf4,bnb_4bit_use_double_quant=true,bnb_4bit_compute_dtype=bfloat16"
+
+
+@pytest.mark.parametrize("quantization", [NF4, "load_in_8bit"])
+def test_quantized_weights_with_an_adapter_of_peft_are_simulated_as_they_run(folder: str, quantization: str) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    settings = {"seq_len": 8, "adapter": "lora:r=2,target_modules=q_proj", "dtype": "bf16", "autocast": "bf16"}
+    what = memscope.hf(folder, quantization=quantization, **settings)
+    simulated, real = memscope.simulate(what, device="cpu"), memscope.record(what)
+    assert simulated.requested.tolist() == real.requested.tolist()
+    assert real.meta["parameters"]["trainable"] == 2 * 2 * 2 * 32  # in two layers, two matrices of rank 2
+
+
+@pytest.mark.parametrize(("kbit_training", "size"), [(None, 4), ("false", 2)])
+def test_what_is_not_quantized_is_float32_as_peft_prepares_it(folder: str, kbit_training: str, size: int) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    given = {} if kbit_training is None else {"kbit_training": False}
+    trace = memscope.simulate(
+        memscope.hf(folder, quantization=NF4, seq_len=8, adapter="lora:r=2", dtype="bf16", **given), device="a100-80gb"
+    )
+    assert trace.requested[trace.module == trace.modules.index("base_model.model.lm_head")][0] == size * 64 * 32
+
+
+@pytest.mark.parametrize(
+    ("quantization", "message"),
+    [
+        ("load_in_4bits", '"load_in_4bits": did you mean "load_in_4bit"'),
+        ("load_in_4bit,load_in_8bit", "load_in_4bit and load_in_8bit are both True: choose one"),
+        ("load_in_4bit,bnb_4bit_quant_type=nf5", "bnb_4bit_quant_type: nf5: did you mean"),
+        ("load_in_4bit,bnb_4bit_compute_dtype=int8", "bnb_4bit_compute_dtype: int8"),
+    ],
+)
+def test_a_quantization_that_cannot_be_used_is_refused(folder: str, quantization: str, message: str) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    with pytest.raises(MemscopeError, match=message):
+        built(folder, quantization=quantization)
+
+
+def test_a_model_that_is_stored_quantized_is_not_quantized_again(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    stored = {"quant_method": "bitsandbytes", "_load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    folder = written(tmp_path / "stored", {**LLAMA, "quantization_config": stored})
+    with torch.device("cpu"):
+        model = build_workload(memscope.hf(folder)).model
+    assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+    with pytest.raises(MemscopeError, match="the weights are quantized already"):
+        built(folder, quantization="load_in_8bit")

@@ -80,6 +80,16 @@ def test_axolotl_joins_packed_samples_only_for_flash_attention() -> None:
     assert any("without a block mask" in note for note in notes(sample_packing=True, sdp_attention=True))
 
 
+def test_axolotl_qlora_is_nf4_with_double_quantization_and_no_float32_around_it() -> None:
+    settings = axolotl(**{**LORA, "adapter": "qlora"}, load_in_4bit=True, bf16=True)
+    assert settings["quantization"] == {
+        "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": "bfloat16",
+    }  # fmt: skip
+    assert (settings["kbit_training"], settings["adapter"]["r"]) == (False, 8)
+    assert axolotl(**LORA, load_in_8bit=True)["quantization"] == {"load_in_8bit": True}
+
+
 def test_axolotl_adapter_is_that_of_peft() -> None:
     adapter = axolotl(**LORA, lora_modules_to_save=["lm_head"], peft_use_dora=True)["adapter"]
     assert adapter == {
@@ -94,7 +104,10 @@ def test_axolotl_adapter_is_that_of_peft() -> None:
     [
         ({"load_in_4bit": True, "load_in_8bit": True}, "load_in_4bit and load_in_8bit are both True: choose one"),
         ({"bf16": True, "fp16": True}, "bf16 and fp16 are both True: choose one"),
-        ({"adapter": "qlora", "load_in_4bit": True}, "load_in_4bit: True is not supported: memscope has no strategy"),
+        ({"adapter": "qlora"}, "adapter: qlora needs load_in_4bit: true"),
+        ({"load_in_4bit": True}, "load_in_4bit: true needs adapter: qlora"),
+        ({**LORA, "adapter": "qlora", "load_in_8bit": True}, "adapter: qlora needs load_in_4bit: true"),
+        ({"load_in_8bit": True}, "load_in_8bit: true needs adapter: lora"),
         ({"adapter": "lora"}, "adapter: lora needs lora_r, the rank"),
         ({"adapter": "lora", "lora_r": 8}, "needs lora_target_modules or lora_target_linear"),
         ({"deepspeed": "zero3.json"}, "deepspeed: zero3.json is not supported"),
@@ -158,7 +171,6 @@ def test_every_argument_of_the_installed_trainer_is_known() -> None:
     [
         ({"fp16": True}, "bf16 and fp16 are both true: choose one"),
         ({"deepspeed": "ds.json"}, "deepspeed=ds.json is not supported"),
-        ({"model_init_kwargs": {"load_in_4bit": True}}, "model_init_kwargs quantize the weights"),
         ({"max_grad_norm": "x"}, "max_grad_norm=x: expected a number"),
     ],
 )

@@ -126,9 +126,11 @@ def test_an_unknown_type_is_refused_with_the_nearest(tmp_path: Path) -> None:
     assert 'did you mean "llama"?' in message
 
 
-def test_quantized_weights_are_refused(tmp_path: Path) -> None:
+def test_weights_quantized_by_another_library_are_refused(tmp_path: Path) -> None:
     folder = write(tmp_path, quantization_config={"quant_method": "gptq"})
-    assert "the weights are quantized (gptq), which is not supported: memscope has no strategy" in refusal(folder)
+    assert "the weights are quantized (gptq), which is not supported: memscope simulates those of bits" in refusal(
+        folder
+    )
 
 
 CODE = """

@@ -163,10 +163,8 @@ def test_dir_lists_the_public_names_before_they_are_loaded(tmp_path: Path) -> No
 
 def test_the_strategies_that_come_with_memscope_are_registered() -> None:
     names = {point.name for point in entry_points(group="memscope.strategies") if point.value.startswith("memscope.")}
-    sources = [path.read_text() for path in (ROOT / "memscope" / "strategies").rglob("*.py")]
-    classes = re.findall(
-        r'^class \w+\(Strategy\):.*?^    name = "([\w-]+)"$', "\n".join(sources), re.MULTILINE | re.DOTALL
-    )
+    sources = "\n".join(path.read_text() for path in (ROOT / "memscope" / "strategies").rglob("*.py"))
+    classes = re.findall(r'^class \w+\(Strategy\):.*?^    name = "([\w-]+)"$', sources, re.MULTILINE | re.DOTALL)
     assert len(classes) >= 6
     assert names == set(classes)
 

@@ -1,12 +1,13 @@
-"""Operators for the kernels of FlashAttention-2 and 3, which allocate as these do and compute nothing.
+"""Operators for the kernels of FlashAttention-2 and 3 and of bitsandbytes, which allocate as these do.
 
-Their arguments have the names that FlashAttention gives them; their temporaries are in
-`memscope/simulation/cuda/workspace_flash_attn.py`. Queries, keys and values are
-`[batch, seq, heads, head size]` or, for samples packed by length, `[tokens, heads, head size]`.
+They compute nothing. Their arguments have the names that the libraries give them. Temporaries of FlashAttention are in
+`memscope/simulation/cuda/workspace_flash_attn.py`; its queries, keys and values are `[batch, seq, heads, head size]`
+or, for samples packed by length, `[tokens, heads, head size]`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ _SCHEMAS = {
     "flash_attn_3_forward": f"({_INPUTS}, {_LENGTHS}, {_WINDOW}) -> (Tensor, Tensor)",
     "flash_attn_3_backward": f"(Tensor dout, {_INPUTS}, {_RESULTS}, {_LENGTHS}, {_WINDOW}, float softcap, "
     "bool deterministic) -> ()",
+    "gemm_4bit": "(Tensor A, Tensor B, int[] shapeB) -> Tensor",
 }
 
 
@@ -66,6 +68,20 @@ def _backward(*args: Any) -> None:
     """Nothing: the gradients are among the arguments."""
 
 
+def _gemm_4bit(values: Tensor, weight: Tensor, shape: list[int]) -> Tensor:
+    """The product of `[..., in]` with a packed weight of the shape `[out, in]`, which is not unpacked in memory.
+
+    Source: `_gemm_4bit_kernel_impl` in backends/cuda/ops.py of bitsandbytes 0.50.2.
+    """
+    return values.new_empty((*values.shape[:-1], shape[0]))
+
+
+def _gemm_4bit_flops(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+    """Those of the product `[..., in]` · `[in, out]`."""
+    values, shape = args[0], args[2]
+    return 2 * int(values.numel()) * int(shape[0])
+
+
 def _flops(q: Tensor, max_seqlen_k: int) -> int:
     """Floating-point operations of one product of queries and keys, without regard to the mask, as PyTorch counts."""
     return 2 * q.numel() * max_seqlen_k
@@ -81,18 +97,27 @@ def _backward_flops(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
     return 5 * _flops(args[1], args[12])
 
 
+_RESULTS: dict[str, tuple[Callable[..., Any], Callable[..., int]]] = {
+    "flash_attn_2_forward": (_forward_2, _forward_flops),
+    "flash_attn_2_backward": (_backward, _backward_flops),
+    "flash_attn_3_forward": (_forward_3, _forward_flops),
+    "flash_attn_3_backward": (_backward, _backward_flops),
+    "gemm_4bit": (_gemm_4bit, _gemm_4bit_flops),
+}
+"""Operator → its results, and its floating-point operations."""
+
+
 def _defined() -> Any:
     """Define the operators, once in a process."""
     library = torch.library.Library("memscope", "FRAGMENT")
     for name, schema in _SCHEMAS.items():
+        result, count = _RESULTS[name]
         library.define(name + schema)
-        forward = {"flash_attn_2_forward": _forward_2, "flash_attn_3_forward": _forward_3}.get(name)
-        library._register_fake(name, forward or _backward)
-        count = _forward_flops if forward else _backward_flops
+        library._register_fake(name, result)
         register_flop_formula(getattr(torch.ops.memscope, name), get_raw=True)(count)
     return library
 
 
 _LIBRARY = _defined()
 memscope_ops = torch.ops.memscope
-"""The operators by name: `flash_attn_2_forward`, `flash_attn_2_backward`, and the same of 3."""
+"""The operators by name: `flash_attn_2_forward`, `flash_attn_2_backward`, the same of 3, and `gemm_4bit`."""

@@ -10,9 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from memscope.strategies.lora.linear import is_transposed
+from memscope.errors import UsageError
+from memscope.strategies.lora.linear import shape_of
 from memscope.strategies.lora.magnitude import low_rank, stored, weight_norm, with_magnitude
 from memscope.strategies.lora.start import Start, initialize
+from memscope.workload.quantized import is_quantized
 
 __all__ = ["LoRALinear", "adapt", "adapted_layers", "merge", "unmerge"]
 
@@ -22,7 +24,7 @@ class LoRALinear(nn.Module):
 
     `y = layer(x) + (dropout(x) · Aᵀ · Bᵀ) · scaling` with x `[..., in]`, A `[r, in]`, B `[out, r]`, and scaling
     alpha / r, or alpha / √r (rsLoRA). With a magnitude m `[out]` (DoRA), all but the bias is then multiplied by
-    `m / ‖W + scaling · B · A‖`.
+    `m / ‖W + scaling · B · A‖`. A and B have the weight's dtype, or float32 if the weight is quantized.
 
     An adapted layer is still an instance of its own class, which computes `layer(x)`, with its names and weights.
     """
@@ -81,11 +83,13 @@ def adapt(
     for name in names:
         layer: Any = model.get_submodule(name)
         assert not isinstance(layer, LoRALinear), "a layer is adapted once"
-        weight = layer.weight
-        outputs, inputs = reversed(weight.shape) if is_transposed(layer) else weight.shape
+        if is_quantized(layer) and (dora or start != "gaussian"):
+            raise UsageError(f"the weight of {name} is quantized, and DoRA, PiSSA and OLoRA read it: use plain LoRA")
+        outputs, inputs = shape_of(layer)
+        dtype = torch.float32 if is_quantized(layer) else layer.weight.dtype
         layer.__class__ = _adapted_class(type(layer))
-        layer.lora_a = nn.Parameter(weight.new_empty(r, inputs))
-        layer.lora_b = nn.Parameter(weight.new_zeros(outputs, r))
+        layer.lora_a = nn.Parameter(layer.weight.new_empty(r, inputs, dtype=dtype))
+        layer.lora_b = nn.Parameter(layer.weight.new_zeros(outputs, r, dtype=dtype))
         layer.scaling = alpha / math.sqrt(r) if rslora else alpha / r
         layer.start = start
         initialize(layer, start)
@@ -101,7 +105,14 @@ def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
-    """Add every update to its weight, so that inference has no extra cost. Merging twice has no further effect."""
+    """Add every update to its weight, so that inference has no extra cost. Merging twice has no further effect.
+
+    Raises:
+        UsageError: a weight is quantized.
+    """
+    for name, layer in adapted_layers(model).items():
+        if is_quantized(layer):
+            raise UsageError(f"the weight of {name} is quantized, and no update is merged into it: keep the adapter")
     for layer in adapted_layers(model).values():
         if not layer.merged:
             factor = _factor(layer)

@@ -8,15 +8,25 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
-__all__ = ["adaptable_layers", "is_transposed", "linear_layers", "matches", "shortest_names", "tied_layers"]
+from memscope.workload.quantized import is_quantized
+
+__all__ = [
+    "adaptable_layers",
+    "is_transposed",
+    "linear_layers",
+    "matches",
+    "shape_of",
+    "shortest_names",
+    "tied_layers",
+]
 
 
 def linear_layers(model: nn.Module) -> list[str]:
     """Names of the modules that map `[..., in]` to `[..., out]` by a weight of their own.
 
-    These are `nn.Linear`, its subclasses, and transformers' `Conv1D`. Left out are layers without a floating-point
-    weight matrix (packed, or computed from other weights), the output projection of `nn.MultiheadAttention`, whose
-    forward is never called, and layers that are adapted already.
+    These are `nn.Linear`, its subclasses, those with weights that bitsandbytes quantized among them, and transformers'
+    `Conv1D`. Left out are other layers without a floating-point weight matrix (packed, or computed from other weights),
+    the output projection of `nn.MultiheadAttention`, whose forward is never called, and layers that are adapted.
     """
     return [name for name, module in model.named_modules() if _is_linear(module)]
 
@@ -30,9 +40,18 @@ def _is_linear(module: nn.Module) -> bool:
         and "lora_a" not in module._parameters
         and weight is not None
         and not is_lazy(weight)
-        and weight.is_floating_point()
-        and weight.dim() == 2
+        and ((weight.is_floating_point() and weight.dim() == 2) or is_quantized(module))
     )
+
+
+def shape_of(layer: nn.Module) -> tuple[int, int]:
+    """Outputs and inputs of a linear layer."""
+    if is_quantized(layer):
+        return layer.out_features, layer.in_features  # type: ignore[return-value]
+    weight = layer._parameters["weight"]
+    assert weight is not None, "a linear layer has a weight"
+    outputs, inputs = reversed(weight.shape) if is_transposed(layer) else weight.shape
+    return outputs, inputs
 
 
 def is_transposed(module: nn.Module) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
@@ -15,6 +15,7 @@ from memscope.strategies.lora.start import Start, setup_bytes
 from memscope.strategies.lora.targets import AUTO, auto_targets, chosen_linear, require_one_word, target_problems
 from memscope.units import format_bytes
 from memscope.workload.description import Workload
+from memscope.workload.quantized import is_quantized
 
 __all__ = ["LoRA"]
 
@@ -73,6 +74,11 @@ class LoRA(Strategy):
             """How the update starts."""
             return "pissa" if self.pissa else "olora" if self.olora else "gaussian"
 
+    def __init__(self, config: Any = None) -> None:
+        super().__init__(config)
+        if self.config.dora or self.config.start != "gaussian":
+            self.provides = self.provides | {"reading of weights"}
+
     @classmethod
     def candidates(cls, workload: Workload) -> Sequence[Config]:
         """The default targets with the default rank and two others, at the default scale alpha / r."""
@@ -96,6 +102,9 @@ class LoRA(Strategy):
     def _problems_of_layers(self, workload: Workload) -> Iterator[Problem]:
         config, model = self.config, workload.model
         layers = [model.get_submodule(name) for name in chosen_linear(model, config.targets)]
+        if "reading of weights" in self.provides and any(map(is_quantized, layers)):
+            yield Problem("adapted weights are quantized, and DoRA, PiSSA and OLoRA read them", "use plain LoRA")
+            return
         least = min(min(layer.weight.shape) for layer in layers)
         if config.start != "gaussian" and config.r > least:
             what = f"r={config.r} is more than the {least} rows or columns of the smallest adapted weight"
