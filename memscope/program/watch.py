@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -141,9 +140,7 @@ def _machine(request: Request) -> SimulatedMachine | None:
     if not request.simulated:
         return None
     device = get_device(request.device, load_devices(Path(request.device_file)) if request.device_file else None)
-    text = request.allocator
-    settings = AllocatorSettings.from_environment(os.environ) if text is None else AllocatorSettings.parse(text)
-    return SimulatedMachine(device, settings, Assume.parse(request.assume))
+    return SimulatedMachine(device, AllocatorSettings.asked(request.allocator), Assume.parse(request.assume))
 
 
 def _meta(request: Request) -> dict[str, Any]:
