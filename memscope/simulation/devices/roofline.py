@@ -15,7 +15,7 @@ from memscope.hooks.work import NOTHING, Work, flops_of
 from memscope.simulation.devices.catalogue import Device
 from memscope.simulation.devices.traffic import moved_bytes
 
-__all__ = ["LAUNCH_SECONDS", "Roofline"]
+__all__ = ["LAUNCH_SECONDS", "Roofline", "tf32_allowed"]
 
 LAUNCH_SECONDS = 7e-6
 """Time the host needs to launch one operator; after a shorter kernel, the device waits.
@@ -74,6 +74,11 @@ class Roofline:
             rate = fp32
         assert rate is not None, "is_known says so"
         return rate
+
+
+def tf32_allowed() -> tuple[bool, bool]:
+    """Whether PyTorch may now round fp32 to TensorFloat-32 in matrix products, and in convolutions."""
+    return _allows_tf32("mm"), _allows_tf32("convolution")
 
 
 def _allows_tf32(op: str) -> bool:
