@@ -65,7 +65,7 @@ class ProgramWatch:
             before_optimizer=self._optimizer_begins,
             stop=stop,
             device=torch.device("cuda", 0) if request.device == "cuda" else None,
-            meta=_meta(request),
+            meta=_meta(request, self._plan),
             execute=machine.execute if machine else None,
             kernels=machine.kernels if machine else None,
             fake_mode=machine.mode if machine else None,
@@ -143,9 +143,8 @@ def _machine(request: Request) -> SimulatedMachine | None:
     return SimulatedMachine(device, AllocatorSettings.asked(request.allocator), Assume.parse(request.assume))
 
 
-def _meta(request: Request) -> dict[str, Any]:
+def _meta(request: Request, plan: Plan) -> dict[str, Any]:
     """The `meta` entries that describe the run."""
-    plan = Plan.parse(request.strategies)
     return {
         "strategies": plan.specs,
         "device": {"name": request.device, "simulated": request.simulated},
