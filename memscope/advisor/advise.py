@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -138,7 +137,7 @@ def advise(
     """
     named = device is not None
     device = device if isinstance(device, Device) else get_device(device or DEFAULT_DEVICE)
-    settings = AllocatorSettings.from_environment(os.environ) if allocator is None else allocator
+    settings = AllocatorSettings.asked(allocator)
     policy = Assume.parse(assume) if isinstance(assume, str) else assume
     request = AdviceRequest(
         budget_bytes=budget_of(budget, device, named=named) if isinstance(budget, str) else budget,

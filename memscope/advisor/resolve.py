@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from memscope.advisor.advise import budget_of
@@ -49,9 +48,7 @@ def resolve(plan: Plan, scene: Scene, device: Device, path: Path, progress: Prog
         ask = Asker(runner, progress)
         # Both at a time; the search below asks for them again, and for more only where the layers need it.
         none, _ = ask("checkpoints", [probe(text, layers, budget_bytes) for probe in (none_probe, full_probe)])
-        settings = AllocatorSettings.from_environment(os.environ)
-        if scene.allocator is not None:
-            settings = AllocatorSettings.parse(scene.allocator)
+        settings = AllocatorSettings.asked(scene.allocator)
         search = Search(ask, layers, device, settings, budget_bytes, lambda strategy: True)
         search.tried.plain[text] = require(none)
         search.order_layers()

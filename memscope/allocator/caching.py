@@ -17,6 +17,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping
 
+from memscope.allocator.address_space import AddressSpace
 from memscope.allocator.blocks import AddressRange, Block, Pool
 from memscope.allocator.releases import AGE_OF_BLOCK
 from memscope.allocator.report import AllocationFailed, HeldSegments, OutOfMemory, SegmentAction, SegmentEvent
@@ -25,7 +26,6 @@ from memscope.allocator.settings import MIN_BLOCK, SMALL_SEGMENT, SMALL_SIZE, Al
 __all__ = ["CachingAllocator"]
 
 _UNLIMITED = 1 << 47  # bytes: the whole address space of a process
-_FIRST_ADDRESS = 1 << 60  # above any address of a driver
 
 
 class CachingAllocator:
@@ -75,14 +75,11 @@ class CachingAllocator:
         self._expands = settings.expandable_segments
         self._sizes: dict[int, int] = {}  # size of the block for each size requested
         self._pools: dict[tuple[bool, int], Pool] = {}
-        self._heads: dict[int, Block] = {}
-        self._ends: dict[int, int] = {}  # end of each segment, by its address
+        self._space = AddressSpace(segment_addresses or {})
         # Number of searches in the large and the small pool: the clock by which garbage collection measures age.
         self._searches = [0, 0]
         self._by_age = settings.release == AGE_OF_BLOCK
         self._made = 0  # number of blocks created so far
-        self._addresses = segment_addresses or {}
-        self._next_address = _FIRST_ADDRESS
 
     @property
     def active(self) -> int:
@@ -141,7 +138,7 @@ class CachingAllocator:
 
     def snapshot(self) -> HeldSegments:
         """The segments held now."""
-        return HeldSegments.of(head for _, head in sorted(self._heads.items()))
+        return HeldSegments.of(self._space.heads())
 
     def largest_free(self) -> int:
         """Bytes of the largest cached block, of any stream and pool."""
@@ -240,34 +237,11 @@ class CachingAllocator:
             return self._expand(pool, size)
         if self.reserved + segment > self._capacity:
             return None
-        block = self._new_head(pool, segment, None)
+        block = self._space.add(pool, segment, None)
+        block.age = self._next_age()
+        self._space.place(block, self.events)
         self._log("segment_alloc", block.address, segment, pool.stream)
         return block
-
-    def _new_head(self, pool: Pool, size: int, page: int | None) -> Block:
-        address = self._next_address
-        self._next_address += size
-        within = None if page is None else AddressRange(address, size, page)
-        block = self._heads[address] = Block(address, size, pool, within, mapped=page is None)
-        block.age = self._next_age()
-        self._ends[address] = address + size
-        if page is None:
-            self._place(block)
-        return block
-
-    def _place(self, head: Block) -> None:
-        """Move a segment, which is one block in no pool, to the driver's address of the segment made in this event."""
-        address = self._addresses.get(self.events)
-        if address is None:
-            return
-        end = address + head.size
-        if not any(start < end and address < stop for start, stop in self._ends.items()):
-            self._heads[address] = self._heads.pop(head.address)
-            del self._ends[head.address]
-            self._ends[address] = end
-            head.address = address
-            if head.range is not None:
-                head.range.base = address
 
     def _log(self, action: SegmentAction, address: int, size: int, stream: int) -> None:
         event = SegmentEvent(self.events, action, address, size, stream)
@@ -277,7 +251,7 @@ class CachingAllocator:
     def _release(self, block: Block) -> None:
         """Release a whole segment (release_block)."""
         block.pool.remove(block)
-        del self._heads[block.address], self._ends[block.address]
+        self._space.remove(block)
         self._log("segment_free", block.address, block.size, block.pool.stream)
 
     def _release_oversize(self, pool: Pool, size: int) -> bool:
@@ -356,7 +330,8 @@ class CachingAllocator:
         page = SMALL_SEGMENT if pool.small else self.settings.large_segment_size_bytes
         # An eighth more than the device's memory, for pages that are unmapped and mapped again elsewhere.
         pages = -(-(self._device + self._device // 8) // page)
-        block = self._new_head(pool, pages * page, page)
+        block = self._space.add(pool, pages * page, page)
+        block.age = self._next_age()
         pool.add(block)
         return block
 
@@ -368,7 +343,7 @@ class CachingAllocator:
             return None
         block.pool.remove(block)
         if block.size == block.range.size:
-            self._place(block)
+            self._space.place(block, self.events)
         if mapped < block.size:
             rest = block.cut(mapped)
             rest.age = self._next_age()
@@ -398,6 +373,6 @@ class CachingAllocator:
         joined = self._join(block)
         self._log("segment_unmap", first, last - first, joined.pool.stream)
         if joined.previous is None and joined.next is None:
-            del self._heads[joined.address], self._ends[joined.address]
+            self._space.remove(joined)
         else:
             joined.pool.add(joined)

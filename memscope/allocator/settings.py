@@ -6,6 +6,7 @@ c10/cuda/CUDACachingAllocator.cpp, all of PyTorch 2.13.0. `releases.py` has what
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -158,6 +159,17 @@ class AllocatorSettings:
                 known = {"backend", "version", "roundup_power2_divisions", *_READERS, *_PASSED_OVER, *_REFUSED}
                 raise UsageError(f'allocator settings "{text}": unknown key "{key}"; {nearest(key, known)}')
         return cls(**given)  # type: ignore[arg-type]  # each reader returns what its field holds
+
+    @classmethod
+    def asked(cls, given: AllocatorSettings | str | None) -> AllocatorSettings:
+        """The settings that are given, as a value or as `--allocator` takes them; None: those of this process.
+
+        Raises:
+            UsageError: they cannot be used (see `parse` and `from_environment`).
+        """
+        if given is None:
+            return cls.from_environment(os.environ)
+        return cls.parse(given) if isinstance(given, str) else given
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> AllocatorSettings:

@@ -5,13 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import shlex
 import sys
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Annotated
 
 import click
 from rich.console import Console
@@ -19,30 +16,19 @@ from rich.text import Text
 
 from memscope.advisor.advice import Advice
 from memscope.advisor.advise import DEFAULT_DEVICE, AdviceRequest, advised, budget_of
-from memscope.advisor.emit import TOOLS, emit
+from memscope.advisor.emit import emit
 from memscope.advisor.measure.runner import Asker, Scene, side_by_side
 from memscope.allocator.settings import AllocatorSettings
-from memscope.cli.advise_program import AskedProgram, Subject, advised_program
+from memscope.cli.advise_options import PLAN_FILE, AdviseOptions
+from memscope.cli.advise_program import Subject, advised_program
 from memscope.cli.advise_report import print_advice
 from memscope.cli.next_command import print_next, profile_words
-from memscope.command.options import (
-    ALLOCATOR,
-    ASSUME,
-    CHANGED,
-    DEVICE_FILE,
-    FILE,
-    PRESET,
-    TIMEOUT,
-    TRUST_REMOTE_CODE,
-    argument,
-    option,
-    with_options,
-)
+from memscope.command.options import with_options
 from memscope.command.output import Attempt, errors_told_last, require_writable
 from memscope.command.program_words import TakesProgram, given_program
 from memscope.command.progress import shown_progress
 from memscope.command.target_words import last_profiled, settings_of
-from memscope.errors import GateFailed, UsageError
+from memscope.errors import GateFailed
 from memscope.interrupts import INTERRUPTED, interrupts_raised
 from memscope.runs.checks import check_plans
 from memscope.simulation.assumptions import Assume
@@ -51,74 +37,6 @@ from memscope.strategies import Plan
 from memscope.units import at_least, parse_seconds
 
 __all__ = ["command"]
-
-PLAN_FILE = "memscope-plan.json"
-
-
-@dataclass(frozen=True)
-class AdviseOptions:
-    """The options of `memscope advise`."""
-
-    target: Annotated[str | None, argument(required=False)]
-    settings: Annotated[tuple[str, ...], argument(nargs=-1, metavar="[KEY=VALUE]...")]
-    budget: Annotated[
-        str,
-        option("--budget", required=True, metavar="SIZE", help="Memory of the device: 40GB, 37.3GiB, or 90% of it."),
-    ]
-    device: Annotated[
-        str | None,
-        option(
-            "--device",
-            help=f"Device whose kernels and rates are assumed (see: memscope devices). Default: {DEFAULT_DEVICE}.",
-        ),
-    ]
-    device_file: Annotated[Path | None, DEVICE_FILE]
-    strategies: Annotated[
-        str, option("-s", "--strategies", default="", metavar="PLAN", help="Strategies that every plan must use.")
-    ]
-    allow: Annotated[
-        tuple[str, ...],
-        option(
-            "--allow",
-            multiple=True,
-            metavar="NAME,...",
-            help="Strategies that change the mathematics and may be used, such as lora,bf16. "
-            "All exact strategies may be used.",
-        ),
-    ]
-    layer_list: Annotated[
-        str,
-        option(
-            "--layer-list",
-            default="",
-            metavar="NAME",
-            help="Lists of modules that are the layers, such as transformer.h, joined by +. "
-            "Default: all lists of repeated layers.",
-        ),
-    ]
-    preset: Annotated[str | None, PRESET]
-    changed: Annotated[tuple[str, ...], CHANGED]
-    trust_remote_code: Annotated[bool, TRUST_REMOTE_CODE]
-    allocator: Annotated[str | None, ALLOCATOR]
-    assume: Annotated[str, ASSUME]
-    emit: Annotated[
-        str | None,
-        option("--emit", type=click.Choice(TOOLS), help="Also print the plan as settings of another training tool."),
-    ]
-    timeout: Annotated[str | None, TIMEOUT]
-    output: Annotated[
-        Path | None,
-        option(
-            "-o",
-            "--output",
-            type=FILE,
-            metavar="FILE",
-            help=f"Plan file. Default: {PLAN_FILE}, or with a number if there is one.",
-        ),
-    ]
-    html: Annotated[Path | None, option("--html", type=FILE, metavar="FILE", help="Also write a page with the plan.")]
-    force: Annotated[bool, option("-f", "--force", is_flag=True, help="Overwrite existing files.")]
-    as_json: Annotated[bool, option("--json", is_flag=True, help="Print one JSON document instead of tables.")]
 
 
 @click.command("advise", cls=TakesProgram)
@@ -138,7 +56,7 @@ def command(options: AdviseOptions) -> int:
     if options.html:
         require_writable(options.html, overwrite=options.force, option="--html")
     if program is not None:
-        advice, subject = advised_program(_of_program(options), program)
+        advice, subject = advised_program(options, program)
         interrupted = False
     else:
         advice, subject, interrupted = _advised(options)
@@ -154,37 +72,6 @@ def _new_file(*, overwrite: bool) -> Path:
     file = Path(PLAN_FILE)
     numbered = (file.with_stem(f"{file.stem}-{number}") for number in count(2))
     return file if overwrite or not file.exists() else next(path for path in numbered if not path.exists())
-
-
-def _of_program(options: AdviseOptions) -> AskedProgram:
-    """What is asked for a program.
-
-    Raises:
-        UsageError: an option is for targets, or has no meaning here.
-    """
-    if options.target:
-        raise UsageError(
-            f'"{options.target}" stands before --: advise takes a target or a program, not both. Options of memscope '
-            "go before --, those of the program after it"
-        )
-    for flag, value in {
-        "--preset": options.preset,
-        "--set": options.changed,
-        "--trust-remote-code": options.trust_remote_code,
-    }.items():
-        if value:
-            raise UsageError(f"{flag} is for targets: leave it out to advise on a program")
-    return AskedProgram(
-        budget=options.budget,
-        device=options.device,
-        device_file=options.device_file,
-        strategies=options.strategies,
-        allow=options.allow,
-        layer_list=options.layer_list,
-        allocator=options.allocator,
-        assume=options.assume,
-        timeout=options.timeout,
-    )
 
 
 def _show(options: AdviseOptions, advice: Advice, subject: Subject, output: Path, attempt: Attempt) -> None:
@@ -225,10 +112,7 @@ def _advised(options: AdviseOptions) -> tuple[Advice, Subject, bool]:
         settings = settings_of([*options.changed, *options.settings], trust_remote_code=trusted)
     file = options.device_file
     device = get_device(options.device or DEFAULT_DEVICE, load_devices(file) if file else None)
-    if options.allocator is None:
-        allocator = AllocatorSettings.from_environment(os.environ)
-    else:
-        allocator = AllocatorSettings.parse(options.allocator)
+    allocator = AllocatorSettings.asked(options.allocator)
     timeout = None if options.timeout is None else parse_seconds(options.timeout)
     Assume.parse(options.assume)
     scene = Scene(target, preset, settings, device.name, file, options.allocator, timeout, options.assume)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -15,6 +14,9 @@ from memscope.advisor.advise import DEFAULT_DEVICE, budget_of, require_rates
 from memscope.advisor.combinations import allowed_names
 from memscope.advisor.programs import ProgramAdvisor
 from memscope.allocator.settings import AllocatorSettings
+from memscope.cli.advise_options import AdviseOptions
+from memscope.cli.next_command import machine_words
+from memscope.command.program_words import refuse_target
 from memscope.command.progress import shown_progress
 from memscope.errors import MemscopeError, UsageError
 from memscope.program.command_line import CommandLine, resolve_program
@@ -26,25 +28,12 @@ from memscope.strategies import Plan
 from memscope.trace import Progress, Trace
 from memscope.units import parse_seconds
 
-__all__ = ["AskedProgram", "Subject", "advised_program"]
+__all__ = ["Subject", "advised_program"]
 
 _STEPS = 2
 """The second step is the first with optimizer state."""
-
-
-@dataclass(frozen=True)
-class AskedProgram:
-    """What `memscope advise` is asked for a program, as on the command line."""
-
-    budget: str
-    device: str | None
-    device_file: Path | None
-    strategies: str
-    allow: Sequence[str]
-    layer_list: str
-    allocator: str | None
-    assume: str
-    timeout: str | None
+_OF_TARGETS = {"preset": "--preset", "changed": "--set", "trust_remote_code": "--trust-remote-code"}
+"""Options that a program cannot have, by their fields."""
 
 
 @dataclass(frozen=True)
@@ -58,30 +47,30 @@ class Subject:
     """The program's command line, which follows `--`."""
 
 
-def advised_program(asked: AskedProgram, words: Sequence[str]) -> tuple[Advice, Subject]:
+def advised_program(options: AdviseOptions, words: Sequence[str]) -> tuple[Advice, Subject]:
     """The advice on a program, and what it is about.
 
     Raises:
         MemscopeError: what is asked or the command line cannot be used, or the program cannot be simulated.
     """
+    refuse_target("advise", options, _OF_TARGETS)
     program = resolve_program(words)
-    file = asked.device_file
-    device = get_device(asked.device or DEFAULT_DEVICE, load_devices(file) if file else None)
+    file = options.device_file
+    device = get_device(options.device or DEFAULT_DEVICE, load_devices(file) if file else None)
     require_rates(device)
-    Assume.parse(asked.assume)
-    text = asked.allocator
-    settings = AllocatorSettings.from_environment(os.environ) if text is None else AllocatorSettings.parse(text)
-    always = Plan.parse(asked.strategies)
+    Assume.parse(options.assume)
+    settings = AllocatorSettings.asked(options.allocator)
+    always = Plan.parse(options.strategies)
     if any(strategy.name == "ckpt" and strategy.config.auto for strategy in always.strategies):
         raise UsageError("ckpt:auto is what memscope advise finds: leave it out of --strategies")
-    budget_bytes = budget_of(asked.budget, device, named=asked.device is not None)
-    allowed = allowed_names(asked.allow)
+    budget_bytes = budget_of(options.budget, device, named=options.device is not None)
+    allowed = allowed_names(options.allow)
     folder = Path(tempfile.mkdtemp(prefix="memscope-advise-"))
     try:
         with shown_progress() as moved:
-            runs = _Runs(asked, program, f"{device.name}:{budget_bytes}B", folder, moved)
+            runs = _Runs(options, program, f"{device.name}:{budget_bytes}B", folder, moved)
             advisor = ProgramAdvisor(
-                runs, program.name, device, budget_bytes, settings, always, allowed, asked.layer_list
+                runs, program.name, device, budget_bytes, settings, always, allowed, options.layer_list
             )
             advice = advisor.advice()
     except MemscopeError:  # it may name a log
@@ -90,34 +79,36 @@ def advised_program(asked: AskedProgram, words: Sequence[str]) -> tuple[Advice, 
         shutil.rmtree(folder, ignore_errors=True)
         raise
     shutil.rmtree(folder, ignore_errors=True)
-    return advice, Subject(device.name, lambda name: _profile(asked, name), program.words)
+    return advice, Subject(device.name, lambda name: _profile(options, name), program.words)
 
 
 class _Runs:
     """Runs the program, simulated, with its output in a log; see `RunProgram`."""
 
-    def __init__(self, asked: AskedProgram, program: CommandLine, device: str, folder: Path, moved: Progress) -> None:
-        self._asked, self._program, self._device, self._folder, self._moved = asked, program, device, folder, moved
-        self._timeout = None if asked.timeout is None else parse_seconds(asked.timeout)
+    def __init__(
+        self, options: AdviseOptions, program: CommandLine, device: str, folder: Path, moved: Progress
+    ) -> None:
+        self._options, self._program, self._device, self._folder, self._moved = options, program, device, folder, moved
+        self._timeout = None if options.timeout is None else parse_seconds(options.timeout)
         self._numbers = count(1)
 
     def __call__(self, plan: str) -> tuple[Trace, Offers | None]:
-        asked, number = self._asked, next(self._numbers)
+        options, number = self._options, next(self._numbers)
         self._moved(f"run {number}: {plan or 'no strategy'}", number - 1, number)
         scratch = self._folder / f"run-{number}"
         scratch.mkdir()
         request = Request(
             device=self._device,
             simulated=True,
-            device_file=None if asked.device_file is None else str(asked.device_file.resolve()),
-            allocator=asked.allocator,
-            assume=asked.assume,
+            device_file=None if options.device_file is None else str(options.device_file.resolve()),
+            allocator=options.allocator,
+            assume=options.assume,
             steps=_STEPS,
             strategies=plan,
             folder=str(scratch),
             command=self._program.words,
             asks=number == 1,
-            layer_list=asked.layer_list,
+            layer_list=options.layer_list,
         )
         log = self._folder / f"run-{number}.log"
         end = launch(self._program, request, log=log, timeout_seconds=self._timeout)
@@ -128,11 +119,8 @@ class _Runs:
         return end.trace, end.offers
 
 
-def _profile(asked: AskedProgram, device: str) -> list[object]:
+def _profile(options: AdviseOptions, device: str) -> list[object]:
     """`memscope profile …` of the same program, without its command line."""
-    words: list[object] = ["memscope", "profile"]
-    words += ["--device-file", asked.device_file] if asked.device_file else []
-    words += ["--allocator", asked.allocator] if asked.allocator else []
-    words += ["--assume", asked.assume] if asked.assume else []
-    words += ["--timeout", asked.timeout] if asked.timeout else []
+    words: list[object] = ["memscope", "profile", *machine_words(options)]
+    words += ["--timeout", options.timeout] if options.timeout else []
     return [*words, "--device", device]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shlex
 import sys
 from dataclasses import replace
@@ -97,10 +96,7 @@ def _prepared(options: FitOptions) -> tuple[Scene, Question]:
     file = options.device_file
     added = load_devices(file) if file else {}
     device = get_device(options.device, added)
-    if options.allocator is None:
-        allocator = AllocatorSettings.from_environment(os.environ)
-    else:
-        allocator = AllocatorSettings.parse(options.allocator)
+    allocator = AllocatorSettings.asked(options.allocator)
     timeout = None if options.timeout is None else parse_seconds(options.timeout)
     Assume.parse(options.assume)
     scene = Scene(

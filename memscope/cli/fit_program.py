@@ -14,8 +14,9 @@ from memscope.advisor.fit.question import Question
 from memscope.advisor.measure.runner import Asker
 from memscope.allocator.settings import AllocatorSettings
 from memscope.cli.fit_options import FitOptions
+from memscope.cli.next_command import machine_words
+from memscope.command.program_words import refuse_target
 from memscope.command.progress import shown_progress
-from memscope.errors import UsageError
 from memscope.program.command_line import resolve_program
 from memscope.program.sizes import SizeOptions, size_options
 from memscope.simulation.assumptions import Assume
@@ -44,14 +45,7 @@ def fit_program(options: FitOptions, words: Sequence[str]) -> tuple[Fitting, lis
     Raises:
         MemscopeError: the options or the command line cannot be used, or the program cannot be simulated as it is.
     """
-    if options.target:
-        raise UsageError(
-            f'"{options.target}" stands before --: fit takes a target or a program, not both. Options of memscope go '
-            "before --, those of the program after it"
-        )
-    for name, flag in _OF_TARGETS.items():
-        if getattr(options, name):
-            raise UsageError(f"{flag} is for targets: leave it out to ask about a program")
+    refuse_target("fit", options, _OF_TARGETS)
     runner, question = _prepared(options, words)
     with shown_progress() as progress:
         found = answer(question, Asker(runner, progress), None)
@@ -64,8 +58,7 @@ def _prepared(options: FitOptions, words: Sequence[str]) -> tuple[ProgramRunner,
     """Find everything that is wrong with the options before the program runs."""
     added = load_devices(options.device_file) if options.device_file else {}
     device = get_device(options.device, added)
-    text = options.allocator
-    allocator = AllocatorSettings.from_environment(os.environ) if text is None else AllocatorSettings.parse(text)
+    allocator = AllocatorSettings.asked(options.allocator)
     Assume.parse(options.assume)
     strategies = str(Plan.parse(options.strategies))
     timeout = None if options.timeout is None else parse_seconds(options.timeout)
@@ -105,10 +98,7 @@ def _without_effect(found: Fitting, options: SizeOptions) -> list[str]:
 
 def _next(options: FitOptions, runner: ProgramRunner, found: Fitting) -> list[object]:
     """A profile of the program: with the largest micro-batch that fits, or with activation checkpoints."""
-    words: list[object] = ["memscope", "profile", "--device", options.device]
-    words += ["--device-file", options.device_file] if options.device_file else []
-    words += ["--allocator", options.allocator] if options.allocator else []
-    words += ["--assume", options.assume] if options.assume else []
+    words: list[object] = ["memscope", "profile", "--device", options.device, *machine_words(options)]
     program, plan = runner.program, found.strategies
     if found.micro_batch.value:
         size = found.asked.size

@@ -91,8 +91,8 @@ def _sizes(found: Fitting) -> Table:
         table.add_row(f"{length:,}", *(_cell(one, is_asked=one == found.asked) for one in row))
     table.add_section()
     for device in found.lines[1:]:
-        row = [[cells[size] for size in cells if size.micro_batch == batch] for batch in batches]
-        table.add_row(device.name, *(_longest_below(device, column) for column in row), style="dim")
+        columns = [[cells[size] for size in cells if size.micro_batch == batch] for batch in batches]
+        table.add_row(device.name, *(_longest_below(device, column) for column in columns), style="dim")
     return table
 
 

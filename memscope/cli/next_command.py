@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from rich.console import Console
 from rich.text import Text
@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FIRST_PROFILE",
+    "AskedMachine",
     "compare_words",
     "export_words",
+    "machine_words",
     "page_beside",
     "print_next",
     "profile_words",
@@ -30,6 +32,22 @@ FIRST_PROFILE = ("memscope", "profile", "targets/llama2", "--preset", "debug")
 """A profile of a small model, which takes seconds; strategies and device may follow."""
 
 
+class AskedMachine(Protocol):
+    """What a command is asked of the simulated machine, beside its device."""
+
+    @property
+    def device_file(self) -> Path | None:
+        """TOML file with more devices."""
+
+    @property
+    def allocator(self) -> str | None:
+        """Settings of PyTorch's allocator."""
+
+    @property
+    def assume(self) -> str:
+        """What a simulation takes for values that it cannot know."""
+
+
 def print_next(console: Console, words: Sequence[object]) -> None:
     """Print `Next: …`, quoted for a shell, on one line that can be copied; nothing if there are no words."""
     if words:
@@ -38,13 +56,15 @@ def print_next(console: Console, words: Sequence[object]) -> None:
 
 def profile_words(scene: Scene) -> list[str]:
     """`memscope profile …` for the same workload on the same device."""
-    words = ["memscope", "profile", *words_of(scene.target, scene.preset, scene.settings)]
-    if scene.device_file is not None:
-        words += ["--device-file", str(scene.device_file)]
-    if scene.allocator is not None:
-        words += ["--allocator", scene.allocator]
-    words += ["--assume", scene.assume] if scene.assume else []
-    return [*words, "--device", scene.device]
+    words = words_of(scene.target, scene.preset, scene.settings)
+    return ["memscope", "profile", *words, *machine_words(scene), "--device", scene.device]
+
+
+def machine_words(asked: AskedMachine) -> list[str]:
+    """The options that say, beside `--device`, how a machine is simulated."""
+    words = ["--device-file", str(asked.device_file)] if asked.device_file is not None else []
+    words += ["--allocator", asked.allocator] if asked.allocator is not None else []
+    return [*words, *(["--assume", asked.assume] if asked.assume else [])]
 
 
 def report_words(traces: Sequence[Path]) -> list[object]:

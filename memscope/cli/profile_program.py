@@ -14,7 +14,7 @@ from rich.console import Console
 
 from memscope.allocator.settings import AllocatorSettings
 from memscope.analysis.effects import Run, compare
-from memscope.cli.next_command import compare_words, print_next
+from memscope.cli.next_command import compare_words, machine_words, print_next
 from memscope.cli.profile_options import DEFAULT_STEPS, ProfileOptions
 from memscope.cli.profile_report import document, print_places, print_remedies, print_report, write_page
 from memscope.cli.profile_runs import (
@@ -29,6 +29,7 @@ from memscope.cli.profile_runs import (
 )
 from memscope.cli.run_folder import run_folder, scratch_in
 from memscope.command.output import Attempt, errors_told_last, require_writable
+from memscope.command.program_words import refuse_target
 from memscope.command.progress import shown_progress
 from memscope.errors import MemscopeError, OutOfDeviceMemory, UsageError
 from memscope.gpu.nvml import has_gpu
@@ -92,14 +93,7 @@ def profile_program(options: ProfileOptions, words: Sequence[str]) -> int:
 
 def _asked(options: ProfileOptions, words: Sequence[str]) -> _Asked:
     """Find everything that is wrong with the command line before the program runs."""
-    if options.target:
-        raise UsageError(
-            f'"{options.target}" stands before --: profile takes a target or a program, not both. Options of memscope '
-            "go before --, those of the program after it"
-        )
-    for name, flag in _OF_TARGETS.items():
-        if getattr(options, name):
-            raise UsageError(f"{flag} is for targets: leave it out to profile a program")
+    refuse_target("profile", options, _OF_TARGETS)
     device = options.device or ("cuda" if has_gpu() and not options.simulate else "gpu")
     simulated = _is_simulated(device, options)
     if not simulated and AllocatorSettings.parse(options.allocator or "").version is not None:
@@ -260,10 +254,7 @@ def _next(
     proposed = fitting or ([] if asked.plans or tried else to_try)
     if device is None or not proposed:
         return compare_words(traces)
-    words: list[object] = ["memscope", "profile", "--device", device]
-    words += ["--device-file", options.device_file] if options.device_file else []
-    words += ["--allocator", options.allocator] if options.allocator else []
-    words += ["--assume", options.assume] if options.assume else []
+    words: list[object] = ["memscope", "profile", "--device", device, *machine_words(options)]
     words += ["--simulate"] if options.simulate else []
     words += ["--steps", options.steps or "all"] if options.steps != DEFAULT_STEPS else []
     words += ["--timeout", options.timeout] if options.timeout else []

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
 
-__all__ = ["TakesProgram", "given_program", "split_program"]
+from memscope.errors import UsageError
+
+__all__ = ["TakesProgram", "given_program", "refuse_target", "split_program"]
 
 _KEY = "memscope.program"
 
@@ -39,3 +41,24 @@ def given_program() -> tuple[str, ...] | None:
     """The program's command line of the command that is running; None: it was given none."""
     found: Any = click.get_current_context().meta.get(_KEY)
     return None if found is None else tuple(found)
+
+
+def refuse_target(command: str, options: Any, of_targets: Mapping[str, str]) -> None:
+    """Check that a command that is given a program is given no target as well, nor an option of one.
+
+    Args:
+        command: the command's name.
+        options: its options, with a field `target`.
+        of_targets: options that a program cannot have, as they are written, by their fields.
+
+    Raises:
+        UsageError: it is.
+    """
+    if options.target:
+        raise UsageError(
+            f'"{options.target}" stands before --: {command} takes a target or a program, not both. Options of '
+            "memscope go before --, those of the program after it"
+        )
+    for name, flag in of_targets.items():
+        if getattr(options, name):
+            raise UsageError(f"{flag} is for targets: leave it out where a program follows --")

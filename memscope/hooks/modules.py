@@ -16,13 +16,25 @@ from torch import nn
 from torch.autograd import graph
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-__all__ = ["ROOT", "ModuleStack"]
+__all__ = ["ROOT", "ModuleStack", "class_of", "original_name"]
 
 ROOT = "(model)"
 """Name of the model itself; its submodules have their names of `named_modules()`."""
+_ORIGINAL = "_orig_mod"
+"""Where a module that `torch.compile` returned holds the original (torch/_dynamo/eval_frame.py, `OptimizedModule`)."""
 
 _current_task: Callable[[], int] = torch._C._current_graph_task_id
 _sequence_number: Callable[[], int] = torch.autograd._get_sequence_nr  # type: ignore[attr-defined]
+
+
+def original_name(name: str) -> str:
+    """A name of `named_modules()` without the levels that `torch.compile` adds."""
+    return ".".join(part for part in name.split(".") if part != _ORIGINAL)
+
+
+def class_of(model: nn.Module) -> str:
+    """The name of a model's class; of a compiled one, that of the original."""
+    return type(model._modules.get(_ORIGINAL, model)).__name__
 
 
 class ModuleStack:
@@ -34,7 +46,8 @@ class ModuleStack:
     Attributes:
         names: table of the module names seen; other tables index it.
         stack: indices of the running modules, the outermost first; empty if no module's forward is running.
-        current: index of the innermost running module; 0 (the model itself) if no module is running.
+        current: index of the innermost running module.
+        called_last: index of the model that was called last, to which belongs what runs outside all modules.
     """
 
     def __init__(
@@ -43,6 +56,7 @@ class ModuleStack:
         on_call: Callable[[bool], None],
         on_return: Callable[[bool], None],
         on_unknown: Callable[[nn.Module], None] = lambda module: None,
+        name_of: Callable[[str], str] = lambda name: name,
     ) -> None:
         """Prepare to follow. The callbacks report calls made by the training loop itself.
 
@@ -51,19 +65,22 @@ class ModuleStack:
             on_call: called when a model (True) or one of its modules (False) is called, also by a wrapper.
             on_return: called when that call has ended.
             on_unknown: called before a module of no model is called, which may then be added.
+            name_of: the name of a module in the table, from that of `named_modules()`.
         """
         self._models: dict[int, tuple[str, nn.Module]] = {}
         self._on_call, self._on_return, self._on_unknown = on_call, on_return, on_unknown
+        self._name_of = name_of
         self.names: list[str] = [ROOT]
         self._index: dict[str, int] = {ROOT: 0}
         self._known_built: list[Any] = []
         self._of_module: dict[int, int] = {}
         self._of_parameter: dict[int, int] = {}
+        self._model_of: dict[int, int] = {}
         for model in models:
             self.add(model)
         self.stack: list[int] = []
         self._of_model_at_work = 0
-        self.current = 0
+        self.current = self.called_last = 0
         self._nodes: list[int] = [0]
         self._owners: list[int] = [0]
         self._hooks: list[Any] = []
@@ -76,7 +93,7 @@ class ModuleStack:
     def add(self, model: nn.Module) -> None:
         """Follow another model, too. Models that are part of it are followed as such from now on."""
         if self._models:
-            known, kind = {name for name, _ in self._models.values()}, type(model).__name__
+            known, kind = {name for name, _ in self._models.values()}, class_of(model)
             names = (kind if count == 1 else f"{kind}-{count}" for count in itertools.count(1))
             name = next(name for name in names if name not in known)
         else:
@@ -90,10 +107,12 @@ class ModuleStack:
         if built == self._known_built:
             return
         self._known_built = built
-        self._of_module, self._of_parameter = {}, {}
+        self._of_module, self._of_parameter, self._model_of = {}, {}, {}
         for prefix, model in self._models.values():
+            whole = self.code(prefix or ROOT)
             for name, module in model.named_modules(prefix=prefix):
-                code = self._of_module.setdefault(id(module), self.code(name or ROOT))
+                code = self._of_module.setdefault(id(module), self.code(self._name_of(name) or ROOT))
+                self._model_of.setdefault(id(module), whole)
                 for parameter in module.parameters(recurse=False):
                     self._of_parameter.setdefault(id(parameter), code)
 
@@ -130,7 +149,7 @@ class ModuleStack:
     def __exit__(self, *exception: object) -> None:
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self.stack, self._of_model_at_work, self.current = [], [], 0, 0
+        self._hooks, self.stack, self._of_model_at_work, self.current, self.called_last = [], [], 0, 0, 0
 
     def enter_call(self, module: nn.Module, args: Any = ()) -> None:
         """A module is called: its hook says so, or for a call that has already begun, the recorder."""
@@ -152,7 +171,8 @@ class ModuleStack:
         if self.stack:
             self._switch(self.stack[-1])
         elif _current_task() < 0:
-            self._switch(0)
+            self.called_last = self._model_of.get(id(module), self.called_last)
+            self._switch(self.called_last)
         else:  # recomputation of a checkpointed region: the operators that follow belong to the region's own module
             self._switch(self.code(self.names[left].rpartition(".")[0] or ROOT))
         if id(module) in self._of_module:

@@ -129,7 +129,7 @@ class Position:
             if self._in_backward and task < 0:
                 self._leave_backward()
             phase = self._base_phase
-            self.module = modules.current if modules.stack else 0
+            self.module = modules.current if modules.stack else modules.called_last
             if phase == _OUTSIDE:
                 self._notice_record()
                 self.serves_backward = self.is_recorded

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from memscope.hooks.calls import ModuleCalls
 from memscope.hooks.compiled import RAN_EAGERLY, compiled_runs_eagerly
 from memscope.hooks.device import watch_of
 from memscope.hooks.kernels import Kernels
-from memscope.hooks.modules import ModuleStack
+from memscope.hooks.modules import ModuleStack, class_of
 from memscope.hooks.optimizer import GradientNamer, OptimizerNamer
 from memscope.hooks.out_of_memory import is_out_of_memory
 from memscope.hooks.paged import paged_note
@@ -129,10 +129,15 @@ class Recorder:
         kernels: Kernels | None,
         fake_mode: FakeTensorMode | None = None,
         follows_real: bool = True,
+        name_of: Callable[[str], str] = lambda name: name,
     ) -> None:
         self._meta, self._fake_mode, self._follows_real = dict(meta or {}), fake_mode, follows_real
         self._modules = ModuleStack(
-            *models, on_call=self._call_begins, on_return=self._call_ends, on_unknown=self._unknown_call_begins
+            *models,
+            on_call=self._call_begins,
+            on_return=self._call_ends,
+            on_unknown=self._unknown_call_begins,
+            name_of=name_of,
         )
         self._optimizer = None
         self._watch = watch_of(device)
@@ -372,7 +377,7 @@ class Recorder:
                 "total": sum(map(elements, parameters)),
                 "trainable": sum(elements(p) for p in parameters if p.requires_grad),
             },
-            "models": {name: type(model).__name__ for name, model in self._modules.models.items()},
+            "models": {name: class_of(model) for name, model in self._modules.models.items()},
             "flops": [self.work.flops_of_step(step) for step in steps],
             "seconds": self._seconds,
             **({"calls": self._calls.rows} if self._calls and self._calls.rows else {}),

@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from memscope.errors import MemscopeError, UsageError
 from memscope.hooks.kernels import Kernels
+from memscope.hooks.modules import class_of, original_name
 from memscope.hooks.recorder import Recorder
 from memscope.hooks.work import Execute
 from memscope.program.built import optimizers_followed
@@ -73,6 +74,7 @@ class ProgramRecorder(Recorder):
             kernels=kernels,
             fake_mode=fake_mode,
             follows_real=kernels is None,
+            name_of=original_name,
         )
         self._limits, self._before_step, self._stop = limits, before_step, stop
         self._before_optimizer = before_optimizer
@@ -172,6 +174,6 @@ class ProgramRecorder(Recorder):
         models = list(self._modules.models.values())
         if len(models) < 2:
             return trace
-        first = {name for name, _ in models[0].named_modules() if name}
-        kind = type(models[0]).__name__
+        first = {original_name(name) for name, _ in models[0].named_modules()} - {""}
+        kind = class_of(models[0])
         return replace(trace, modules=tuple(f"{kind}.{name}" if name in first else name for name in trace.modules))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,7 +65,7 @@ class ProgramWatch:
             before_optimizer=self._optimizer_begins,
             stop=stop,
             device=torch.device("cuda", 0) if request.device == "cuda" else None,
-            meta=_meta(request),
+            meta=_meta(request, self._plan),
             execute=machine.execute if machine else None,
             kernels=machine.kernels if machine else None,
             fake_mode=machine.mode if machine else None,
@@ -141,14 +140,11 @@ def _machine(request: Request) -> SimulatedMachine | None:
     if not request.simulated:
         return None
     device = get_device(request.device, load_devices(Path(request.device_file)) if request.device_file else None)
-    text = request.allocator
-    settings = AllocatorSettings.from_environment(os.environ) if text is None else AllocatorSettings.parse(text)
-    return SimulatedMachine(device, settings, Assume.parse(request.assume))
+    return SimulatedMachine(device, AllocatorSettings.asked(request.allocator), Assume.parse(request.assume))
 
 
-def _meta(request: Request) -> dict[str, Any]:
+def _meta(request: Request, plan: Plan) -> dict[str, Any]:
     """The `meta` entries that describe the run."""
-    plan = Plan.parse(request.strategies)
     return {
         "strategies": plan.specs,
         "device": {"name": request.device, "simulated": request.simulated},

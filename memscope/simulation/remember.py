@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from memscope.hooks.work import Work
 from memscope.simulation.answers import UNKNOWN, Answers
+from memscope.simulation.devices.roofline import tf32_allowed
 from memscope.simulation.signature import describe_call
 from memscope.simulation.untouched import Untouched
 from memscope.simulation.values import KnownValues, concerns_values, written
@@ -38,6 +39,18 @@ class _Result(NamedTuple):
     stride: tuple[int, ...]
     offset: int
     is_conj: bool
+
+
+class _Known(NamedTuple):
+    """A call that was computed before."""
+
+    recipe: Any
+    """How to build its result; `_UNUSUAL`: it must be computed again."""
+    work: Work
+    follows: bool
+    """Whether known values go into it or come out of it."""
+    tf32: tuple[bool, bool] | None
+    """What was allowed when its work was computed; None: the work does not depend on it."""
 
 
 WorkOf = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], Work]
@@ -68,7 +81,7 @@ class RememberedOperators:
             work_of: `work_of(func, args, kwargs, out)` returns the work of a call.
             results: operator → the function to call in its place.
         """
-        self._known: dict[Any, tuple[Any, Work, bool]] = {}
+        self._known: dict[Any, _Known] = {}
         self._values, self._answers, self._untouched = values, answers, untouched
         self._mode, self._work_of, self._results = mode, work_of, results
         with mode:
@@ -86,25 +99,27 @@ class RememberedOperators:
             )
             key = tuple(parts) if described else None
             known = self._known.get(key) if described else None
-            if known is not None and known[0] is not _UNUSUAL:
-                out = self._rebuilt(known[0], tensors)
-                if known[2]:
+            if known is not None and known.work.flops and known.tf32 != tf32_allowed():
+                known = None  # the program has changed how long its products take
+            if known is not None and known.recipe is not _UNUSUAL:
+                out = self._rebuilt(known.recipe, tensors)
+                if known.follows:
                     self._values.follow(func, args, kwargs, out)
-                return out, known[1]
+                return out, known.work
         if not described:
             self._untouched.keep_arguments((args, kwargs), written(func, args, kwargs))
         before = [_layout(t) for t in tensors]
         with self._mode:  # it is not on in a program, whose tensors on the host are real
             answer = self._answers(func, args, kwargs)
             out = self._results.get(func, func)(*args, **kwargs) if answer is UNKNOWN else answer
-        work, follows = known[1:] if known else (self._work_of(func, args, kwargs, out), None)
-        if follows is None:
-            follows = concerns_values(func, out)
+        work = known.work if known else self._work_of(func, args, kwargs, out)
+        follows = known.follows if known else concerns_values(func, out)
         if follows:
             self._values.follow(func, args, kwargs, out)
         if described and known is None:
             unchanged = [_layout(t) for t in tensors] == before
-            self._known[key] = _recipe(func, out, tensors) if unchanged else _UNUSUAL, work, follows
+            recipe = _recipe(func, out, tensors) if unchanged else _UNUSUAL
+            self._known[key] = _Known(recipe, work, follows, tf32_allowed() if work.flops else None)
         return out, work
 
     def _rebuilt(self, recipe: Any, tensors: list[FakeTensor]) -> Any:

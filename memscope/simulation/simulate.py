@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import os
 import threading
 import traceback
 from collections.abc import Callable, Collection, Iterator
@@ -128,7 +127,7 @@ def simulate(
     """
     device = get_device(device) if isinstance(device, str) else device
     plan = Plan.parse(strategies) if isinstance(strategies, str) else strategies
-    settings = AllocatorSettings.from_environment(os.environ) if allocator is None else allocator
+    settings = AllocatorSettings.asked(allocator)
     kernels = KernelWorkspaces(device) if device.kind == "cuda" else None
     roofline = Roofline(device)
     mode = StandIns(allow_non_fake_inputs=True)

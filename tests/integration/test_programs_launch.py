@@ -210,7 +210,7 @@ def test_a_program_that_does_not_fit_is_explained_with_what_was_alive_what_grows
     assert run["growing"] == [
         {
             "category": "activation",
-            "module": "(model)",  # no module runs in the loop itself
+            "module": "Decoder",  # no module runs in the loop itself: the model that was called last
             "op": "aten.pow.Tensor_Scalar",
             "steps": [0, 1, 2, 3, 4],
             "bytes": 5 * batch * prompt * width * 4,

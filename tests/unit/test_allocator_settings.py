@@ -126,6 +126,15 @@ def test_the_variable_that_pytorch_reads_first_wins() -> None:
     assert AllocatorSettings.from_environment({"HOME": "max_split_size_mb:100"}) == AllocatorSettings()
 
 
+def test_settings_that_are_given_are_not_those_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:100")
+    given = AllocatorSettings(max_split_size_bytes=200 * MIB)
+    assert AllocatorSettings.asked(given) == AllocatorSettings.asked("max_split_size_mb:200") == given
+    assert AllocatorSettings.asked(None).max_split_size_bytes == 100 * MIB
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "no such setting")
+    assert AllocatorSettings.asked("") == AllocatorSettings(), "nobody asks for those of the process"
+
+
 def test_an_error_in_the_environment_names_the_variable() -> None:
     with pytest.raises(
         UsageError, match=r'environment variable PYTORCH_ALLOC_CONF: .*unknown key "expandable_segment"'

@@ -250,6 +250,26 @@ def test_convolutions_use_tf32_unless_it_is_switched_off() -> None:
         assert seconds_of(*arguments) == flops / FP32
 
 
+def test_products_take_as_long_as_is_allowed_in_the_step_that_makes_them() -> None:
+    steps: list[int] = []
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        torch.backends.cuda.matmul.allow_tf32 = len(steps) == 1
+        steps.append(len(steps))
+        return model(x).sum()
+
+    workload = Workload(nn.Linear(512, 512, bias=False), [torch.ones(4096, 512)], loss, torch.optim.SGD, name="mine")
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    try:
+        trace = simulate(workload, device=device(), steps=3)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+    took = [operator_costs(trace, step=step, phase="forward") for step in range(3)]
+    flops = 2 * 4096 * 512 * 512
+    found = [sum(cost.seconds for (_, op), cost in costs.items() if "mm" in op) for costs in took]
+    assert found == pytest.approx([flops / FP32, flops / TF32, flops / FP32], rel=1e-4)  # kept in ns
+
+
 def test_memory_efficient_attention_multiplies_fp32_in_three_tf32_products() -> None:
     query = torch.ones(1, 1, 1024, 64, device="meta")
     flops = 2 * 2 * 1024 * 1024 * 64

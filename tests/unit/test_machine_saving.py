@@ -5,6 +5,8 @@ import torch
 from program_runs import run_source
 from torch import nn
 
+from memscope.analysis.phases import phase_peaks
+
 
 def test_a_checkpoint_is_loaded_where_it_was_or_is_mapped_to_and_no_file_is_written(tmp_path):
     path = tmp_path / "checkpoint.pt"
@@ -82,3 +84,38 @@ def test_a_saved_model_holds_no_memory_of_the_gpu(tmp_path):
         """,
     )
     assert ran.peak_of("parameter") == 64 * 64 * 4 + 3 * 512
+
+
+def test_resuming_evaluating_and_merging_count_with_their_peaks(tmp_path):
+    width, rank, batch = 1024, 256, 512
+    model = nn.Linear(width, width, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.ones(1, width)).mean().backward()
+    optimizer.step()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "checkpoint.pt")
+    ran = run_source(
+        tmp_path,
+        f"""
+        model = nn.Linear({width}, {width}, bias=False).cuda()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        found = torch.load({str(tmp_path / "checkpoint.pt")!r}, map_location="cuda")
+        model.load_state_dict(found["model"])
+        optimizer.load_state_dict(found["optimizer"])
+        del found
+        model(torch.ones(1, {width}, device="cuda")).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            model(torch.ones({batch}, {width}, device="cuda"))
+            a, b = torch.ones({width}, {rank}, device="cuda"), torch.ones({rank}, {width}, device="cuda")
+            torch.save({{name: value + a @ b for name, value in model.state_dict().items()}}, "merged.pt")
+        """,
+        steps=None,
+    )
+    peaks = {one.phase: one.allocated_bytes for one in phase_peaks(ran.trace)}
+    weight, workspaces = 4 * width * width, ran.peak_of("workspace")
+    assert workspaces <= 2 * 8_519_680
+    assert peaks["setup"] == 3 * weight, "the weights, and those of the checkpoint with its momentum"
+    assert 0 <= peaks["inference"] - (2 * weight + 2 * 4 * batch * width) <= workspaces, "the batch and its results"
+    merging = 2 * weight + 2 * 4 * width * rank + 2 * weight  # two factors, their product and the sum
+    assert 0 <= peaks["outside"] - merging <= workspaces

@@ -165,7 +165,7 @@ PROGRAM = ["--", sys.executable, "-c", "pass"]
     ("words", "message"),
     [
         (["llama2", *PROGRAM], '"llama2" stands before --: profile takes a target or a program, not both'),
-        (["--preset", "debug", *PROGRAM], "--preset is for targets: leave it out to profile a program"),
+        (["--preset", "debug", *PROGRAM], "--preset is for targets: leave it out where a program follows --"),
         (["--set", "a=1", *PROGRAM], "--set is for targets"),
         (["--grid", "lora,amp", *PROGRAM], "--grid is for targets"),
         (["--live", *PROGRAM], "--live is for targets"),

@@ -118,3 +118,32 @@ def test_a_program_that_ends_within_a_step_may_have_caught_that_memory_ran_out(
     nn.Linear(4, 4)(torch.ones(1, 4)).mean().backward()
     watching.finish(ends)
     assert watching._recorder._ran_out is ran_out
+
+
+def test_a_compiled_model_has_the_names_of_the_original(tmp_path: Path) -> None:
+    watching = watch.begin(request(tmp_path), stop)
+    model = nn.Sequential(nn.Linear(4, 8), torch.compile(nn.Sequential(nn.Linear(8, 2))))
+    compiled = torch.compile(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    compiled(torch.ones(2, 4)).mean().backward()
+    optimizer.step()
+    trace = watching.finish(None)
+    assert trace is not None
+    assert trace.meta["models"] == {"(model)": "Sequential"}
+    born = {trace.modules[code] for code in trace.module}
+    assert born == {"(model)", "0", "1.0"}
+
+
+def test_what_no_module_runs_belongs_to_the_model_that_was_called_last(tmp_path: Path) -> None:
+    watching = watch.begin(request(tmp_path), stop)
+    teacher, student = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 4))
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    with torch.no_grad():
+        wanted = teacher(torch.ones(8, 4))
+    loss = (student(torch.ones(8, 4)) - wanted).square()
+    loss.mean().backward()
+    optimizer.step()
+    trace = watching.finish(None)
+    assert trace is not None
+    squares = [trace.modules[code] for code, op in zip(trace.module, trace.op, strict=True) if "pow" in trace.ops[op]]
+    assert set(squares) == {"Sequential"}

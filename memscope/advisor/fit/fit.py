@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -86,7 +85,7 @@ def fit(
             raise UsageError(f"{name}={value!r}: expected a whole number from 1")
     text = device.name if isinstance(device, Device) else device or DEFAULT_DEVICE
     device = device if isinstance(device, Device) else get_device(text)
-    settings = AllocatorSettings.from_environment(os.environ) if allocator is None else allocator
+    settings = AllocatorSettings.asked(allocator)
     question = Question(
         names=SizeNames("micro_batch", "seq_len"),
         asked=Size(micro_batch, seq_len),

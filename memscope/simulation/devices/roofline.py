@@ -17,7 +17,7 @@ from memscope.simulation.devices.catalogue import Device
 from memscope.simulation.devices.products import product_seconds, sizes_of_product
 from memscope.simulation.devices.traffic import moved_bytes
 
-__all__ = ["GAP_SECONDS", "KERNEL_SECONDS", "Roofline"]
+__all__ = ["GAP_SECONDS", "KERNEL_SECONDS", "Roofline", "tf32_allowed"]
 
 KERNEL_SECONDS = 2.9e-6
 """Time of a kernel with next to no work, and `GAP_SECONDS` that from the end of a kernel to the start of the next one.
@@ -97,6 +97,11 @@ class Roofline:
             rate = fp32
         assert rate is not None, "is_known says so"
         return rate
+
+
+def tf32_allowed() -> tuple[bool, bool]:
+    """Whether PyTorch may now round fp32 to TensorFloat-32 in matrix products, and in convolutions."""
+    return _allows_tf32("mm"), _allows_tf32("convolution")
 
 
 def _allows_tf32(op: str) -> bool:
