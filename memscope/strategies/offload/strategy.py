@@ -32,6 +32,7 @@ class Offload(Strategy):
     stage = Stage.STEP
     exact = True
     changes = "the updates, which the host's processor computes with another order of operations"
+    takes_more = "memory of the host"
     textbook: ClassVar[Mapping[str, str]] = {"parameter": "–", "computation": "–"}
 
     @dataclass(frozen=True)
