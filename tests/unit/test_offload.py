@@ -16,6 +16,7 @@ from memscope.analysis.host import host_bytes, host_peak
 from memscope.errors import UsageError
 from memscope.simulation.devices.catalogue import get_device
 from memscope.strategies import Plan
+from memscope.strategies.offload import strategy
 from memscope.strategies.offload.parameters import LayersOnHost
 from memscope.trace import CATEGORIES, PHASES
 from memscope.workload.description import Workload
@@ -179,6 +180,12 @@ def test_what_stays_on_the_host_counts_in_steps_that_move_nothing() -> None:
 def test_plans_that_cannot_work_are_refused(plan: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Plan.parse(plan)
+
+
+def test_a_missing_torchao_is_named_with_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(strategy, "is_installed", lambda: False)
+    with pytest.raises(UsageError, match=r"torchao is not installed: pip install .torch-memscope\[offload\]."):
+        Plan.parse("offload:optimizer").apply(build())
 
 
 def test_workloads_that_cannot_be_offloaded_are_refused() -> None:

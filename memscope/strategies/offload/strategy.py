@@ -86,7 +86,8 @@ class Offload(Strategy):
 
     def _problems(self, workload: Workload) -> Iterator[Problem]:
         if not is_installed():
-            yield Problem("offload:optimizer is torchao's CPUOffloadOptimizer", "install torchao (pip install torchao)")
+            what = "optimizer is torchao's CPUOffloadOptimizer, and torchao is not installed"
+            yield Problem(what, 'pip install "torch-memscope[offload]"')
         plan = workload.plan
         if plan.clip_grad_norm is not None or plan.grad_scaler:
             what = "gradients are copied to the host before they are clipped or unscaled"
