@@ -36,7 +36,7 @@ from memscope.simulation.devices.roofline import Roofline
 from memscope.simulation.facade.imports import imports_see_the_machine
 from memscope.simulation.facade.visible_gpu import VisibleGpu
 from memscope.simulation.fake_tensors import FakeCopies, StandIns, fake_tensors_train, weight_sizes
-from memscope.simulation.host import HostOperators, Link, PinnedBefore, host_copies
+from memscope.simulation.host import HostKernels, HostOperators, Link, PinnedBefore, host_copies
 from memscope.simulation.packages.visible import VisiblePackages
 from memscope.simulation.refusal import NotSimulated
 from memscope.simulation.remember import RememberedOperators
@@ -155,7 +155,7 @@ def simulate(
                 meta={**run_meta(built, plan, device.name, simulated=True), "seconds": None},
                 on_gpu=device.kind == "cuda",
                 execute=PlainAutograd(execute) if device.kind == "cuda" else execute,
-                kernels=kernels,
+                kernels=HostKernels(host, kernels) if kernels else None,
                 calls_of=part.calls_of,
             )
             gpu.memory.seen = recorder.tracker.seen
