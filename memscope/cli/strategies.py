@@ -32,7 +32,8 @@ def command() -> None:
         console.print(Text(name, style="bold"), Text(" ".join((inspect.getdoc(strategy) or "").split())))
         kept = "keeps losses and gradients, up to rounding" if strategy.exact else ""
         changed = f"{'in some models ' if kept else ''}changes {strategy.changes}" if strategy.changes else ""
-        effect = "; ".join(filter(None, (kept, changed)))
+        taken = f"takes {strategy.takes_more}" if strategy.takes_more else ""
+        effect = "; ".join(filter(None, (kept, changed, taken)))
         console.print(Padding(Text(effect, style="dim"), _INDENT))
         texts = help_of(strategy.Config)
         for field in dataclasses.fields(strategy.Config):
