@@ -42,7 +42,7 @@ def allowed_names(allow: str | Collection[str]) -> list[str]:
 
 
 def combinations(workload: Workload, always: Plan, allowed: Collection[str]) -> list[Plan]:
-    """Every combination of `always` with strategies that are exact or allowed.
+    """Every combination of `always` with strategies that are allowed, or exact without taking anything else.
 
     Each strategy is left out, or used with one of its candidates for this workload. Combinations that conflict or
     do not apply are left out. `always` alone comes first, then `always` with one more strategy, and so on.
@@ -50,7 +50,7 @@ def combinations(workload: Workload, always: Plan, allowed: Collection[str]) -> 
     choices = [
         [None, *found]
         for kind in _others(always)
-        if (found := [s for s in _candidates(kind, workload) if s.name in allowed or called(s, "is_exact", workload)])
+        if (found := [s for s in _candidates(kind, workload) if s.name in allowed or _is_free(s, workload)])
     ]
     plans = []
     for picked in product(*choices):
@@ -62,11 +62,11 @@ def combinations(workload: Workload, always: Plan, allowed: Collection[str]) -> 
 
 
 def left_out(workload: Workload, always: Plan, allowed: Collection[str]) -> list[str]:
-    """`always` with one more strategy that is exact or allowed, for each setting that takes too long to simulate."""
+    """`always` with one more strategy that may be used, for each setting that takes too long to simulate."""
     texts = []
     for kind in _others(always):
         for strategy in map(kind, called(kind(), "left_out", workload)):
-            if strategy.name in allowed or called(strategy, "is_exact", workload):
+            if strategy.name in allowed or _is_free(strategy, workload):
                 with contextlib.suppress(UsageError):  # it conflicts with a strategy of `always`
                     texts.append(str(Plan.of(*always.strategies, strategy)))
     return texts
@@ -77,8 +77,8 @@ def forbidden(workload: Workload, always: Plan, allowed: Collection[str]) -> dic
     plans = {}
     for kind in _others(always):
         if kind.name not in allowed:
-            inexact = [s for s in _candidates(kind, workload) if not called(s, "is_exact", workload)]
-            for strategy in inexact[:1]:
+            asked = [s for s in _candidates(kind, workload) if not _is_free(s, workload)]
+            for strategy in asked[:1]:
                 try:
                     plans[kind.name] = Plan.of(*always.strategies, strategy)
                 except UsageError:  # it conflicts with a strategy of `always`
@@ -115,6 +115,11 @@ def halfway(some: Plan, plans: Sequence[Plan], tried: Collection[str], most: int
         below = max((index for index in known if index < here), default=-1)
         above = min((index for index in known if index > here), default=len(row))
         yield from (row[(start + end) // 2] for start, end in ((below, here), (here, above)) if end - start > 1)
+
+
+def _is_free(strategy: Strategy, workload: Workload) -> bool:
+    """Whether a strategy may be used without being allowed: it is exact, and takes nothing but device memory."""
+    return not strategy.takes_more and bool(called(strategy, "is_exact", workload))
 
 
 def _others(always: Plan) -> list[type[Strategy]]:

@@ -98,6 +98,8 @@ def _notes(trace: Trace, to: str) -> list[str]:
     notes = []
     if trace.meta.get("inferred"):
         notes.append(f"inferred from stacks: {', '.join(name.replace('_', ' ') for name in trace.meta['inferred'])}")
+    if trace.host is not None and len(trace.host):
+        notes.append("memory of the host is left out")
     if to == "torch-snapshot":
         notes.append("addresses and segments come from a replay of PyTorch's allocator: a trace has none")
     if to in ("perfetto", "chrome"):

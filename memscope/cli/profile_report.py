@@ -46,6 +46,7 @@ def print_remedies(console: Console, label: str, remedies: Remedies) -> None:
         size = format_bytes(one.trace.peak.allocated_bytes)
         fits = one.fit.verdict, "green" if one.fit.is_safe else "yellow" if one.fit.fits else "red"
         changes = "" if one.is_exact else f"; changes {one.strategy.changes or 'the result'}"
+        changes += f"; takes {one.strategy.takes_more}" if one.strategy.takes_more else ""
         change = f"{one.strategy.spec:{longest}}  {format_change(one.change_bytes):>9}"
         console.print(Text.assemble(f"  {change}  ({size}, ", fits, f"){changes}"))
     useless = [f"{one.strategy.spec} ({format_change(one.change_bytes)})" for one in remedies.tried[len(helpful) :]]

@@ -35,7 +35,8 @@ def command() -> None:
         changed = (
             f"{'in some models or settings ' if kept else ''}changes {strategy.changes}" if strategy.changes else ""
         )
-        effect = "; ".join(filter(None, (kept, changed)))
+        taken = f"takes {strategy.takes_more}" if strategy.takes_more else ""
+        effect = "; ".join(filter(None, (kept, changed, taken)))
         console.print(Padding(Text(effect, style="dim"), _INDENT))
         texts = help_of(strategy.Config)
         for field in dataclasses.fields(strategy.Config):

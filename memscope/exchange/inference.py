@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -43,7 +44,7 @@ class Course:
     step: Ints
     micro_batch: Ints
 
-    def marks(self) -> dict[str, Ints]:
+    def marks(self) -> dict[str, Any]:
         """Return the trace columns that mark the beginning of phases, steps and micro-batches, each int64 `[marks]`."""
         rows = np.stack([self.phase, self.step, self.micro_batch])
         changed = np.ones(rows.shape[1], dtype=bool)

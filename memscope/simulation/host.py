@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,13 +22,14 @@ from torch.autograd import graph
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from memscope.hooks.kernels import Kernels, Workspace
 from memscope.hooks.storages import StorageTracker
 from memscope.hooks.work import NOTHING, Execute, Work
 from memscope.simulation.devices.catalogue import Device
 from memscope.simulation.devices.cost import transfer_seconds
 from memscope.simulation.facade.stand_in import is_target, replaced
 
-__all__ = ["HostOperators", "Link", "PinnedBefore", "host_copies"]
+__all__ = ["HostKernels", "HostOperators", "Link", "PinnedBefore", "host_copies"]
 
 _COPY = torch.ops.aten.copy_.default
 
@@ -117,6 +118,11 @@ class HostOperators:
             return self._at_home(func, args, kwargs)
         return self.link(func, args, kwargs)
 
+    def are_there(self, values: tuple[Any, ...]) -> bool:
+        """Whether all tensors among some arguments are on the host."""
+        places = self._places(values) if self.tracker is not None else []
+        return bool(places) and all(places)
+
     def _at_home(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Work]:
         """Run an operator on the host."""
         out, work = self.link(func, args, kwargs)
@@ -130,6 +136,18 @@ class HostOperators:
         if lifetimes.host is None or not lifetimes.host.tensors:
             return []
         return [lifetimes.comes_from_device(leaf) for leaf in _leaves(values) if isinstance(leaf, Tensor)]
+
+
+class HostKernels:
+    """The workspaces of kernels on the device; an operator on the host takes none."""
+
+    def __init__(self, host: HostOperators, kernels: Kernels) -> None:
+        self._host, self._kernels = host, kernels
+        self.covers, self.has_own_order, self.born = kernels.covers, kernels.has_own_order, kernels.born
+
+    def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Workspace]:
+        """See `Kernels`."""
+        return () if self._host.are_there((*args, *kwargs.values())) else self._kernels(func, args, kwargs)
 
 
 class PinnedBefore(TorchDispatchMode):

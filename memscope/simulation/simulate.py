@@ -36,7 +36,7 @@ from memscope.simulation.devices.timeline import Timeline
 from memscope.simulation.facade.imports import imports_see_the_machine
 from memscope.simulation.facade.visible_gpu import VisibleGpu
 from memscope.simulation.fake_tensors import FakeCopies, StandIns, fake_tensors_train, weight_sizes
-from memscope.simulation.host import HostOperators, Link, PinnedBefore, host_copies
+from memscope.simulation.host import HostKernels, HostOperators, Link, PinnedBefore, host_copies
 from memscope.simulation.machine.libraries import ChangedLibraries
 from memscope.simulation.packages.bitsandbytes import BitsandbytesKernels
 from memscope.simulation.packages.paged import HostTensors, paged_state
@@ -160,7 +160,7 @@ def simulate(
                 meta={**run_meta(built, plan, device.name, simulated=True), "seconds": None},
                 on_gpu=device.kind == "cuda",
                 execute=PlainAutograd(timeline) if device.kind == "cuda" else timeline,
-                kernels=kernels,
+                kernels=HostKernels(host, kernels) if kernels else None,
                 calls_of=part.calls_of,
             )
             timeline.tracker = recorder.tracker

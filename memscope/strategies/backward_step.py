@@ -30,6 +30,7 @@ class BackwardStep(Strategy):
     stage = Stage.STEP
     exact = True
     changes = "the updates of an optimizer that looks at several parameters at once"
+    takes_more = "the gradients from what looks at them after the backward pass"
     conflicts = frozenset({"accumulation", "gradient scaler", "optimizer on the host"})
     textbook: ClassVar[Mapping[str, str]] = {
         "parameter": "–",

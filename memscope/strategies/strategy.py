@@ -79,6 +79,9 @@ class Strategy(Protocol):
     changes: ClassVar[str] = ""
     """What a strategy changes that is not exact, or not for every workload, in a few words, such as "what is trained".
     Where it is not exact, `memscope advise` uses it only if `--allow` names it."""
+    takes_more: ClassVar[str] = ""
+    """What the strategy takes that no budget of device memory counts, such as "memory of the host". Where that is
+    something, `memscope advise` uses it only if `--allow` names it, exact or not."""
     Config: ClassVar[type]
     """Frozen dataclass of the settings, all with defaults; the docstring under each field is its help text."""
     requires: ClassVar[frozenset[str]] = frozenset()

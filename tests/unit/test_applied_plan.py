@@ -186,6 +186,9 @@ def test_bfloat16_weights_are_refused_beside_a_gradient_scaler():
         ("amp:dtype=bf16", "transformers.trainer", "pass bf16=True to TrainingArguments"),
         ("amp", "pytorch_lightning", 'pass precision="16-mixed" to Trainer'),
         ("amp", "accelerate.state", 'pass mixed_precision="fp16" to Accelerator'),
+        ("backward-step", "transformers.trainer", "in the parameter's register_post_accumulate_grad_hook"),
+        ("offload", None, "torch.autograd.graph.save_on_cpu(pin_memory=True)"),
+        ("offload:optimizer", None, "torchao.optim.CPUOffloadOptimizer"),
         ("amp", None, 'torch.autocast("cuda", dtype=torch.float16), and scale the loss with torch.amp.GradScaler'),
     ],
 )

@@ -105,10 +105,11 @@ def test_other_strategies_are_as_exact_as_they_declare(spec):
     assert strategy.is_exact(toy_workload(batch_norm=True)) is strategy.exact
 
 
-def test_what_is_not_exact_for_the_workload_needs_to_be_allowed():
-    def names(plans):
-        return {strategy.name for plan in plans for strategy in plan.strategies}
+def names(plans):
+    return {strategy.name for plan in plans for strategy in plan.strategies}
 
+
+def test_what_is_not_exact_for_the_workload_needs_to_be_allowed():
     plain, normed = toy_workload(), toy_workload(batch_norm=True)
     assert "ga" in names(combinations(plain, Plan(), ()))
     assert "ga" not in forbidden(plain, Plan(), ())
@@ -162,3 +163,10 @@ def test_advice_recomputes_the_layers_without_batch_norm():
     assert "1 of 6 layers have batch norm" in advice.notes[0]
     assert advice.layers.pop("0") == "none"
     assert "full" in advice.layers.values()
+
+
+def test_what_takes_more_than_device_memory_is_combined_only_if_it_is_allowed():
+    workload = toy_workload()
+    asked = {"backward-step", "offload"}
+    assert not asked & names(combinations(workload, Plan(), ()))
+    assert asked <= names(combinations(workload, Plan(), asked))

@@ -93,6 +93,31 @@ def test_what_is_on_the_host_is_followed_there(
     assert not len(host) or int(host.reserved.max()) == sum(blocks)
 
 
+class Scale(nn.Module):
+    """Multiplies by a weight, which takes no workspace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(DIM))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+def test_a_product_on_the_host_takes_no_workspace_of_the_gpu() -> None:
+    def workspace(of: Callable[[Tensor], Tensor]) -> int:
+        def loss(model: nn.Module, x: Tensor) -> Tensor:
+            y = model(x)
+            of(y.detach())
+            return y.sum()
+
+        trace = simulate(lambda: Workload(Scale(), [torch.randn(ROWS, DIM)], loss, torch.optim.SGD), device="gpu")
+        return trace.max_by_category()["workspace"]
+
+    assert workspace(lambda y: y @ y.t()) > workspace(lambda y: y)
+    assert workspace(lambda y: y.cpu() @ y.cpu().t()) == workspace(lambda y: y)
+
+
 def test_on_the_cpu_nothing_is_copied() -> None:
     assert kept_bytes(lambda y: y.cpu(), "cpu") - kept_bytes(lambda y: None, "cpu") == U
 

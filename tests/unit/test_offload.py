@@ -16,6 +16,7 @@ from memscope.analysis.host import host_bytes, host_peak
 from memscope.errors import UsageError
 from memscope.simulation.devices.catalogue import get_device
 from memscope.strategies import Plan
+from memscope.strategies.offload import activations, strategy
 from memscope.strategies.offload.parameters import LayersOnHost
 from memscope.trace import CATEGORIES, PHASES
 from memscope.workload.description import Workload
@@ -77,6 +78,16 @@ def test_activations_of_model_and_loss_wait_on_the_host() -> None:
     assert trace.host is not None
     assert bool((trace.host.freed >= 0).all())
     assert peak.reserved_bytes == saved * BLOCK  # the second step takes the blocks of the first
+
+
+def test_activations_that_come_back_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activations, "_on_host", torch.clone)  # here, a copy stands for one on another device
+    usual, moved = build(), build()
+    Plan.parse("offload:activations").apply(moved)
+    for one in (usual, moved):
+        one.loss(one.model, one.batches[0]).backward()
+    for one, other in zip(usual.model.parameters(), moved.model.parameters(), strict=True):
+        assert not one.requires_grad or torch.equal(one.grad, other.grad)
 
 
 def test_on_the_cpu_offloading_changes_no_byte_and_has_no_host() -> None:
@@ -179,6 +190,12 @@ def test_what_stays_on_the_host_counts_in_steps_that_move_nothing() -> None:
 def test_plans_that_cannot_work_are_refused(plan: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Plan.parse(plan)
+
+
+def test_a_missing_torchao_is_named_with_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(strategy, "is_installed", lambda: False)
+    with pytest.raises(UsageError, match=r"torchao is not installed: pip install .torch-memscope\[offload\]."):
+        Plan.parse("offload:optimizer").apply(build())
 
 
 def test_workloads_that_cannot_be_offloaded_are_refused() -> None:

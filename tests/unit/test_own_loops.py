@@ -76,6 +76,28 @@ def test_code_after_the_backward_pass_is_outside_any_phase_until_the_optimizer_s
     assert [PHASES[phase] for phase in born] == ["outside"]
 
 
+def test_optimizers_that_step_inside_the_backward_pass_end_one_step():
+    model = net()
+    optimizers = {parameter: torch.optim.AdamW([parameter]) for parameter in model.parameters()}
+
+    def step(parameter):
+        optimizers[parameter].step()
+        optimizers[parameter].zero_grad()
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(step)
+    with Recorder(model) as recorder:
+        for _ in range(2):
+            model(torch.ones(16, 8)).sum().backward()
+            torch.ones(3)  # after the pass
+    trace = recorder.trace()
+    assert steps_of(trace, "forward") == steps_of(trace, "optimizer") == {0: {0}, 1: {0}}
+    assert trace.max_by_category(1)["gradient"] == (8 * 32 + 32) * 4  # one backward makes those of weight and bias
+    assert sum(category_sizes(trace, "optimizer_state")) == sum(2 * p.nbytes + 4 for p in model.parameters())
+    assert {PHASES[p] for p in trace.phase[trace.category == CATEGORIES.index("optimizer_state")]} == {"optimizer"}
+    assert [PHASES[p] for p in trace.phase[trace.size == 3 * 4]] == ["outside"] * 2
+
+
 def test_steps_are_recognized_if_only_parts_of_the_model_are_called():
     model = nn.ModuleDict({"generator": net(), "critic": net()})
     optimizers = {name: torch.optim.SGD(part.parameters()) for name, part in model.items()}

@@ -27,6 +27,7 @@ class Offloaded:
 
     def __init__(self, model: nn.Module, forward: Callable[..., Any]) -> None:
         self.model, self.forward = model, forward
+        self.__wrapped__ = forward  # for its signature, and its line in messages
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function."""

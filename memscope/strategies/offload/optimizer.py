@@ -52,7 +52,7 @@ def _torchao() -> Any:
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        from torchao.optim import CPUOffloadOptimizer  # type: ignore[import-untyped]
+        from torchao.optim import CPUOffloadOptimizer
     finally:
         logging.disable(before)
     return CPUOffloadOptimizer

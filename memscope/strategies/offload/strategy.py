@@ -32,6 +32,7 @@ class Offload(Strategy):
     stage = Stage.STEP
     exact = True
     changes = "the updates, which the host's processor computes with another order of operations"
+    takes_more = "memory of the host"
     textbook: ClassVar[Mapping[str, str]] = {"parameter": "–", "computation": "–"}
 
     @dataclass(frozen=True)
@@ -85,7 +86,8 @@ class Offload(Strategy):
 
     def _problems(self, workload: Workload) -> Iterator[Problem]:
         if not is_installed():
-            yield Problem("offload:optimizer is torchao's CPUOffloadOptimizer", "install torchao (pip install torchao)")
+            what = "optimizer is torchao's CPUOffloadOptimizer, and torchao is not installed"
+            yield Problem(what, 'pip install "torch-memscope[torchao]"')
         plan = workload.plan
         if plan.clip_grad_norm is not None or plan.grad_scaler:
             what = "gradients are copied to the host before they are clipped or unscaled"
