@@ -66,7 +66,7 @@ def test_other_tools_are_told_what_they_have_words_for(tool: str, lines: list[st
         ("optim:fused", "torchtune", "optimizer: {_component_: torch.optim.AdamW, fused: true}"),
         ("optim:muon", "hf", "# not expressible here: optim:muon: an optimizer that this tool has no name for"),
         ("optim:muon", "torchtune", "# not expressible here: optim:muon: an optimizer that this tool has no name for"),
-        ("optim:foreach=false", "axolotl", "# not expressible: the optimizer's step one parameter at a time (foreach=False)"),
+        ("optim:foreach=false", "hf", 'optim="adamw_torch",'),
     ],
 )  # fmt: skip
 def test_other_tools_are_told_the_optimizer(optimizer: str, tool: str, line: str, lora_everywhere: Advice) -> None:

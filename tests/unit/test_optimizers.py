@@ -239,6 +239,7 @@ def test_a_loaded_state_dict_is_what_muon_goes_on_with() -> None:
     [
         ("optim:adamw,rank=4", "adamw has no setting rank: remove rank"),
         ("optim:adamw-8bit,fused", "adamw-8bit has no setting fused: remove fused"),
+        ("optim:galore,rank=0", "rank=0: choose at least 1"),
         ("optim:rank=4", "rank is a setting of galore: name the optimizer: optim:galore,rank=…"),
     ],
 )
