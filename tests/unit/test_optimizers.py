@@ -209,10 +209,12 @@ def test_groups_stay_and_options_that_mean_the_same_are_taken_over(name: str, ca
 @pytest.mark.parametrize("name", ["muon", "galore"])
 def test_matrices_between_embedding_and_output_layer_have_a_group_of_their_own(name: str) -> None:
     workload = build()
+    workload.optimizer_factory = two_groups
     Plan.parse(f"optim:{name}").apply(workload)
     groups = Training.start(workload, "cpu", lambda data: data).optimizer.param_groups
     (chosen,) = [group for group in groups if group.get("use_muon") or "rank" in group]
     assert [id(parameter) for parameter in chosen["params"]] == [id(workload.model[1].weight)]  # type: ignore[index]
+    assert chosen["eps"] == {"muon": 1e-7, "galore": 1e-5}[name]  # Muon's own is that of a matrix
 
 
 def test_a_loaded_state_dict_is_what_muon_goes_on_with() -> None:
