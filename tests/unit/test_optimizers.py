@@ -6,10 +6,12 @@ import copy
 import importlib
 import importlib.util
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
+from program_runs import run_source
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
@@ -267,3 +269,30 @@ def test_other_optimizers_are_tried_only_where_they_are_allowed() -> None:
 def test_a_singular_value_decomposition_on_a_gpu_is_told() -> None:
     assert any("cuSOLVER" in note for note in simulate(build, strategies="optim:galore,rank=4").meta["notes"])
     assert "notes" not in simulate(build, device="cpu", strategies="optim:galore,rank=4").meta
+
+
+@pytest.mark.parametrize(
+    ("built", "state"),
+    [
+        ("bitsandbytes.optim.AdamW8bit(parameters)", 2 * (2**18 + scales(2**18) + BOOK + 4 * 512)),
+        ("bitsandbytes.optim.PagedAdamW8bit(parameters)", 2 * (scales(2**18) + BOOK + 4 * 512)),
+        ("bitsandbytes.optim.Lion8bit(parameters)", 2**18 + scales(2**18) + BOOK + 4 * 512),
+        # The step counter of torchao stays on the host.
+        ("importlib.import_module('torchao.optim').AdamWFp8(parameters)", 2 * (2**18 + scales(2**18) + 4 * 512)),
+    ],
+)
+def test_a_program_that_builds_an_optimizer_of_a_library_is_simulated(tmp_path: Path, built: str, state: int) -> None:
+    ran = run_source(
+        tmp_path,
+        f"""
+        import importlib
+
+        import bitsandbytes
+
+        model = nn.Linear(512, 512).cuda()
+        parameters = model.parameters()
+        train(model, {built}, batch=lambda: torch.ones(8, 512).cuda())
+        """,
+    )
+    assert state_bytes(ran.trace) == state
+    assert any("256.0 KiB of" in note or "512.0 KiB of" in note for note in ran.notes) is ("Paged" in built)
