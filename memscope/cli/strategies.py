@@ -48,5 +48,5 @@ def command() -> None:
 
 
 def _choices(config: type) -> str:
-    """The values that stand alone, as in `a|b|c`."""
-    return "|".join(word for word in bare_words(config) if not is_switch(config, word))
+    """The values that stand alone, as in `a | b | c`."""
+    return " | ".join(word for word in bare_words(config) if not is_switch(config, word))

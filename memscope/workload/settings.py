@@ -73,7 +73,8 @@ def fill(config: type[T] | T, words: Mapping[str, str | None], *, of: str) -> T:
     """
     base: Any = config() if isinstance(config, type) else config
     hints = typing.get_type_hints(type(base))
-    fields = {setting_name(field): field.name for field in dataclasses.fields(base) if field.init}
+    named = [field for field in dataclasses.fields(base) if field.init and not is_choice(field)]
+    fields = {setting_name(field): field.name for field in named}
     choices = _choices(base)
     changes: dict[str, Any] = {}
     for key, text in words.items():
