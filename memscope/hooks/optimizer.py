@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils import _pytree as pytree
 
@@ -123,5 +123,7 @@ class OptimizerNamer:
 
 def _tensors_in(value: Any) -> list[Tensor]:
     leaves = pytree.tree_leaves(value)
-    held = pytree.tree_leaves([list(vars(one).values()) for one in leaves if hasattr(one, "__dict__")])
-    return [one for one in (*leaves, *held) if isinstance(one, Tensor)]
+    objects = [one for one in leaves if hasattr(one, "__dict__") and not isinstance(one, Tensor)]
+    held = pytree.tree_leaves([list(vars(one).values()) for one in objects])
+    tensors = [one for one in (*leaves, *held) if isinstance(one, Tensor)]
+    return [one for one in tensors if not isinstance(one, nn.Parameter)]

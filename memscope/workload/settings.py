@@ -66,7 +66,7 @@ def setting_text(config: type, field: dataclasses.Field[Any]) -> str:
         return "KEY=VALUE"
     default = format_value(getattr(config(), field.name))
     if _CHOICE in field.metadata:
-        return "|".join(_choices(config)) or f"{field.name.upper()} ({default})"
+        return " | ".join(_choices(config)) or f"{field.name.upper()} ({default})"
     return f"{setting_name(field)}={default}"
 
 
@@ -89,7 +89,8 @@ def fill(config: type[T] | T, words: Mapping[str, str | None], *, of: str) -> T:
     """
     base: Any = config() if isinstance(config, type) else config
     hints = typing.get_type_hints(type(base))
-    fields = {setting_name(field): field.name for field in dataclasses.fields(base) if field.init}
+    named = [field for field in dataclasses.fields(base) if field.init and _CHOICE not in field.metadata]
+    fields = {setting_name(field): field.name for field in named}
     choices, any_word, others = _choices(base), _any_word(base), _marked(base, _OTHERS)
     changes: dict[str, Any] = {}
     for key, text in words.items():

@@ -27,7 +27,9 @@ def test_the_strategies_that_come_with_memscope_keep_their_promises(install: Ins
 @pytest.mark.parametrize(
     "spec",
     [
+        "optim:adamw-8bit",
         "optim:fused",
+        "optim:muon",
         "optim:foreach=false",
         "amp:dtype=bf16",
         "ckpt:layers=every-2",

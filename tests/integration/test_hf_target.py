@@ -19,7 +19,7 @@ import memscope
 from memscope.errors import MemscopeError
 from memscope.runs.checks import check_plans
 from memscope.strategies import Plan
-from memscope.trace import PHASES
+from memscope.trace import CATEGORIES, PHASES
 from memscope.workload.building import build_workload
 from memscope.workload.description import Workload
 
@@ -272,19 +272,35 @@ def test_the_cache_is_emptied_in_every_step_of_the_number(
     assert len(emptied) == times  # in steps 0 and 2
 
 
-@pytest.mark.parametrize(("name", "kind"), [("adafactor", "Adafactor"), ("adamw_torch_fused", "AdamW"), ("sgd", "SGD")])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("adafactor", "Adafactor"),
+        ("adamw_torch_fused", "AdamW"),
+        ("sgd", "SGD"),
+        ("paged_adamw_8bit", "PagedAdamW8bit"),
+    ],
+)
 def test_optimizers_have_their_names_of_the_trainer(folder: str, name: str, kind: str) -> None:
     workload = built(folder, optimizer=name)
-    optimizer = workload.optimizer_factory(list(workload.model.parameters()))
+    optimizer = workload.optimizer_factory(list(workload.model.parameters()), model=workload.model)
     assert type(optimizer).__name__ == kind
     matrices, vectors = optimizer.param_groups
     assert all(one.ndim == 2 for one in matrices["params"])
     assert all(one.ndim == 1 for one in vectors["params"])
 
 
-def test_optimizers_of_other_libraries_are_refused(folder: str) -> None:
-    with pytest.raises(MemscopeError, match=r'optimizer="adamw_bnb_8bit" is not supported: its states have a format'):
-        built(folder, optimizer="adamw_bnb_8bit")
+def test_the_state_of_embeddings_has_32_bits_as_in_the_trainer(folder: str) -> None:
+    trace = memscope.simulate(memscope.hf(folder, optimizer="adamw_8bit", seq_len=4), device="cpu")
+    is_state = (trace.category == CATEGORIES.index("optimizer_state")) & (trace.born <= trace.peak.event)
+    names = [trace.modules[module] for module in trace.module[is_state].tolist()]
+    sizes = dict(zip(names, trace.requested[is_state].tolist(), strict=True))
+    assert sizes["model.embed_tokens"] == 4 * 64 * 32
+
+
+def test_optimizers_that_are_not_simulated_are_refused(folder: str) -> None:
+    with pytest.raises(MemscopeError, match=r'optimizer="galore_adamw" is not supported. Choose another'):
+        built(folder, optimizer="galore_adamw")
     with pytest.raises(MemscopeError, match=r'optimizer="adamv_torch": did you mean "adamw_torch"'):
         built(folder, optimizer="adamv_torch")
 

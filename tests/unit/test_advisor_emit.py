@@ -56,6 +56,23 @@ def test_other_tools_are_told_what_they_have_words_for(tool: str, lines: list[st
     assert set(lines) <= set(emit(lora_everywhere, tool))
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "tool", "line"),
+    [
+        ("optim:adamw-8bit", "hf", 'optim="adamw_bnb_8bit",'),
+        ("optim:paged-adamw-8bit", "axolotl", "optimizer: paged_adamw_8bit"),
+        ("optim:adafactor", "hf", 'optim="adafactor",'),
+        ("optim:paged-adamw-8bit", "torchtune", "optimizer: {_component_: bitsandbytes.optim.PagedAdamW8bit}"),
+        ("optim:fused", "torchtune", "optimizer: {_component_: torch.optim.AdamW, fused: true}"),
+        ("optim:muon", "hf", "# not expressible here: optim:muon: an optimizer that this tool has no name for"),
+        ("optim:muon", "torchtune", "# not expressible here: optim:muon: an optimizer that this tool has no name for"),
+        ("optim:foreach=false", "hf", 'optim="adamw_torch",'),
+    ],
+)  # fmt: skip
+def test_other_tools_are_told_the_optimizer(optimizer: str, tool: str, line: str, lora_everywhere: Advice) -> None:
+    assert line in list(emit(dataclasses.replace(lora_everywhere, strategies=(optimizer,)), tool))
+
+
 @pytest.mark.parametrize("tool", TOOLS)
 def test_other_tools_are_told_what_they_cannot_say(tool: str, lora_everywhere: Advice) -> None:
     some = {**lora_everywhere.layers, "layers.0": "none"}

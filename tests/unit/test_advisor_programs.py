@@ -99,6 +99,12 @@ def test_no_combination_with_first_layers_checkpointed_that_fits_is_faster():
     assert len(program.plans) <= 3 + 1 + 3 + 2
 
 
+def test_another_optimizer_is_tried_beside_the_exact_settings_where_it_is_allowed():
+    program = Program(DEVICE.capacity_bytes, layers=0)
+    program.advice(["optim"])
+    assert set(program.plans) == {"", "optim:fused", "optim:foreach=false", "optim:adamw-8bit"}
+
+
 class NeedsAllWithFused(Program):
     """With the fused optimizer, which is faster, it fits only with every layer checkpointed."""
 

@@ -85,6 +85,23 @@ def test_an_optimizer_without_the_implementation_is_refused_when_the_program_tra
             applied.require_use(built=False)
 
 
+def test_the_programs_object_becomes_the_optimizer_that_the_plan_names():
+    with AppliedPlan(Plan.parse("optim:sgd,momentum=0.5")):
+        model = Model()
+        optimizer = torch.optim.AdamW(groups_of(model), lr=0.25)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    assert type(optimizer) is torch.optim.SGD
+    assert [(g["momentum"], g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [
+        (0.5, 0.25, 0.5),
+        (0.5, 0.25, 0.0),
+    ]
+    model(torch.randn(2, 8)).sum().backward()
+    optimizer.step()
+    schedule.step()
+    assert [g["lr"] for g in optimizer.param_groups] == [0.125, 0.125]
+    assert {key for state in optimizer.state.values() for key in state} == {"momentum_buffer"}
+
+
 class Later(torch.optim.AdamW):
     """An optimizer of the program's own, defined before the plan is applied."""
 
@@ -216,6 +233,6 @@ def test_what_could_be_changed_is_told_for_all_models():
     assert one_model.model["class"] == "Model"
     exact = {offer.spec for offer in one_model.strategies if offer.is_exact}
     assert exact == {"optim:fused", "ckpt"}
-    assert {"bf16", "lora"} <= {offer.spec for offer in one_model.strategies if not offer.is_exact}
+    assert {"bf16", "lora", "optim:adamw-8bit"} <= {offer.spec for offer in one_model.strategies if not offer.is_exact}
     assert (asked.offers.layered, asked.offers.layers) == (("Model", "Model"), ())
     assert type(model.layers[0].forward) is not Recomputed

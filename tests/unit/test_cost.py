@@ -212,6 +212,16 @@ def test_fused_adamw_reads_four_tensors_and_writes_three_and_gradients_only_if_s
     assert moved_bytes(aten._fused_adamw_.default, tuple(lists), options, None) == times * 400 + scalars
 
 
+def test_an_8_bit_optimizer_reads_gradients_and_code_books_and_changes_the_rest() -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    parameter, gradient = torch.ones(4096), torch.ones(4096)
+    state, scale, book = torch.zeros(4096, dtype=torch.uint8), torch.zeros(16), torch.ones(256)
+    tensors = ("lion", gradient, parameter, state, None, 0.9, 0.9, 0.0, 0.0, 1e-8, 1, 0.1, book, None, scale, None)
+    update = torch.ops.bitsandbytes.optimizer_update_8bit_blockwise.default
+    moved = 4 * 4096 + 2 * 4 * 4096 + 2 * 4096 + 2 * 4 * 16 + 4 * 256
+    assert moved_bytes(update, (*tensors, 0.0, 1.0, False), {}, None) == moved
+
+
 # What is multiplied.
 
 MATRIX = torch.ones(512, 512)

@@ -6,10 +6,12 @@ import copy
 import importlib
 import importlib.util
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
+from program_runs import run_source
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
@@ -211,10 +213,12 @@ def test_groups_stay_and_options_that_mean_the_same_are_taken_over(name: str, ca
 @pytest.mark.parametrize("name", ["muon", "galore"])
 def test_matrices_between_embedding_and_output_layer_have_a_group_of_their_own(name: str) -> None:
     workload = build()
+    workload.optimizer_factory = two_groups
     Plan.parse(f"optim:{name}").apply(workload)
     groups = Training.start(workload, "cpu", lambda data: data).optimizer.param_groups
     (chosen,) = [group for group in groups if group.get("use_muon") or "rank" in group]
     assert [id(parameter) for parameter in chosen["params"]] == [id(workload.model[1].weight)]  # type: ignore[index]
+    assert chosen["eps"] == {"muon": 1e-7, "galore": 1e-5}[name]  # Muon's own is that of a matrix
 
 
 def test_a_loaded_state_dict_is_what_muon_goes_on_with() -> None:
@@ -241,6 +245,7 @@ def test_a_loaded_state_dict_is_what_muon_goes_on_with() -> None:
     [
         ("optim:adamw,rank=4", "adamw has no setting rank: remove rank"),
         ("optim:adamw-8bit,fused", "adamw-8bit has no setting fused: remove fused"),
+        ("optim:galore,rank=0", "rank=0: choose at least 1"),
         ("optim:rank=4", "rank is a setting of galore: name the optimizer: optim:galore,rank=…"),
     ],
 )
@@ -267,3 +272,28 @@ def test_other_optimizers_are_tried_only_where_they_are_allowed() -> None:
 def test_a_singular_value_decomposition_on_a_gpu_is_told() -> None:
     assert any("cuSOLVER" in note for note in simulate(build, strategies="optim:galore,rank=4").meta["notes"])
     assert "notes" not in simulate(build, device="cpu", strategies="optim:galore,rank=4").meta
+
+
+@pytest.mark.parametrize(
+    ("built", "state"),
+    [
+        ("bitsandbytes.optim.PagedAdamW8bit(parameters)", 2 * (scales(2**18) + BOOK + 4 * 512)),
+        # The step counter of torchao stays on the host.
+        ("importlib.import_module('torchao.optim').AdamWFp8(parameters)", 2 * (2**18 + scales(2**18) + 4 * 512)),
+    ],
+)
+def test_a_program_that_builds_an_optimizer_of_a_library_is_simulated(tmp_path: Path, built: str, state: int) -> None:
+    ran = run_source(
+        tmp_path,
+        f"""
+        import importlib
+
+        import bitsandbytes
+
+        model = nn.Linear(512, 512).cuda()
+        parameters = model.parameters()
+        train(model, {built}, batch=lambda: torch.ones(8, 512).cuda())
+        """,
+    )
+    assert state_bytes(ran.trace) == state
+    assert any("256.0 KiB of" in note or "512.0 KiB of" in note for note in ran.notes) is ("Paged" in built)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from memscope.errors import UsageError
 from memscope.workload.settings import (
+    bare_words,
     choice,
     fill,
     format_value,
@@ -272,3 +273,27 @@ def test_a_setting_may_be_written_otherwise_than_its_field() -> None:
 def test_the_name_of_the_field_is_then_no_setting() -> None:
     with pytest.raises(UsageError, match=r'it has no setting "layer_list": did you mean "layer-list"\?'):
         fill(Dashed, {"layer_list": "h"}, of="it")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    kind: Literal["small", "very-large"] | None = choice()
+    fast: bool = False
+    usual: bool = True
+    count: int = 1
+
+
+def test_the_value_of_a_choice_and_a_switch_stand_alone() -> None:
+    assert bare_words(Chosen) == ["small", "very-large", "fast", "usual"]
+    assert fill(Chosen, {"very-large": None, "fast": None}, of="it") == Chosen("very-large", fast=True)
+    with pytest.raises(UsageError, match='it cannot be both "small" and "very-large": choose one'):
+        fill(Chosen, {"small": None, "very-large": None}, of="it")
+    with pytest.raises(UsageError, match=r'it has no setting "kind": Valid: count, fast, small, usual, very-large'):
+        fill(Chosen, {"kind": "small"}, of="it")
+
+
+def test_the_words_of_a_plan_begin_with_those_that_stand_alone() -> None:
+    config = Chosen("small", fast=True, usual=False, count=2)
+    assert plan_words(config) == ["small", "fast", "usual=false", "count=2"]
+    assert plan_words(config, taken={"fast", "small"}) == ["small", "fast=true", "usual=false", "count=2"]
+    assert plan_words(Chosen(fast=True), taken={"fast"}) == ["fast"]  # directly after the colon, it is clear

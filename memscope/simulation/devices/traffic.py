@@ -23,7 +23,7 @@ _OVERWRITE = {
 _ONLY_READ = {"g", "qmap1", "qmap2"}
 """Arguments of bitsandbytes' optimizers that its schemas mark as changed, though its kernels only read them.
 
-Source: csrc/kernels.cu of bitsandbytes 0.50.2 (`kOptimizerStatic8bit2StateBlockwise` and its relatives)."""
+Source: what is stored in bitsandbytes/backends/triton/kernels_optim.py (0.50.2)."""
 
 _NOT_READ = {"nll_loss_backward": "self", "nll_loss2d_backward": "self"}
 """Operator → argument of which only the shape matters; the same applies to all arguments of `*_like` and `new_*`."""

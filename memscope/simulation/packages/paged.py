@@ -36,7 +36,7 @@ def paged_state(make_on_host: _MakeOnHost) -> Changes:
 
     return {
         "bitsandbytes.functional": {"get_paged": get_paged, "fill": nothing, "prefetch_tensor": nothing},
-        "memscope.strategies.optim.blockwise": {"get_paged": get_paged},
+        "memscope.strategies.optim.blockwise": {"BlockwiseOptimizer.get_paged": get_paged},
     }
 
 

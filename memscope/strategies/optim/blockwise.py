@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from memscope.errors import UsageError
 
-__all__ = ["STANDS_IN", "BlockwiseOptimizer", "get_paged"]
+__all__ = ["STANDS_IN", "BlockwiseOptimizer"]
 
 STANDS_IN = (
     "bitsandbytes is not installed: a stand-in made the state of version 0.50.2. It leaves out the arithmetic of the "
@@ -101,13 +101,13 @@ class BlockwiseOptimizer(Optimizer):
 
     def _buffer(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
         if self.is_paged and parameter.numel() >= _LEAST_PAGED:
-            return get_paged(*parameter.shape, dtype=dtype, device=parameter.device)
+            return self.get_paged(*parameter.shape, dtype=dtype, device=parameter.device)
         return torch.zeros_like(parameter, dtype=dtype)
 
-
-def get_paged(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A state that may be paged. Without a GPU it is not, as in bitsandbytes; the simulation of one replaces this."""
-    return torch.zeros(shape, dtype=dtype, device=device)
+    @staticmethod
+    def get_paged(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A state that may be paged. Without a GPU it is not, as in bitsandbytes; a simulated GPU replaces this."""
+        return torch.zeros(shape, dtype=dtype, device=device)
 
 
 @cache

@@ -176,7 +176,7 @@ def _torchao(class_name: str) -> Kind:
 _ADAFACTOR = _of_library("transformers", "Adafactor", scale_parameter=False, relative_step=False)
 KINDS: dict[str, Kind] = {
     "adafactor": Kind("transformers", "Adafactor", _ADAFACTOR, takes={"beta1": "beta1"}),
-    "adagrad": _torch("Adagrad", *_FLAGS),
+    "adagrad": _torch("Adagrad", "foreach"),  # its fused kernel is for the CPU alone
     "adam": _torch("Adam", *_FLAGS, carried=_ADAM),
     "adamw": _torch("AdamW", *_FLAGS, carried=_ADAM),
     "adamw-4bit": _torchao("AdamW4bit"),

@@ -33,7 +33,8 @@ class MuonAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for optimizer, is_muon in ((self._muon, True), (self._others, False)):
+        both: list[tuple[Any, bool]] = [(self._muon, True), (self._others, False)]
+        for optimizer, is_muon in both:
             if optimizer is not None:
                 optimizer.param_groups = [group for group in self.param_groups if group["use_muon"] is is_muon]
                 optimizer.state = self.state

@@ -96,9 +96,11 @@ class Optim(Strategy):
         if self.config.name is None:
             return self._unnamed_settings() or ([] if optimizer is None else self._check_rebuilding(optimizer))
         kind = KINDS[self.config.name]
-        found = [
-            Problem(f"{self.config.name} has no setting {key}", f"remove {key}") for key in self._set - {*kind.takes}
-        ]
+        lacking = sorted(self._set - {*kind.takes})
+        found = [Problem(f"{self.config.name} has no setting {key}", f"remove {key}") for key in lacking]
+        counts = {"rank": self.config.rank, "gap": self.config.gap, "block": self.config.block}
+        wrong = {key: count for key, count in counts.items() if count is not None and count < 1}
+        found += [Problem(f"{key}={count}", "choose at least 1") for key, count in wrong.items()]
         is_simulated = not any(map(is_real, workload.model.parameters()))
         missing = kind.problem(is_simulated=is_simulated)
         if missing or found:
@@ -133,7 +135,7 @@ class Optim(Strategy):
         return "fused" if self.config.fused else "foreach"
 
     def _unnamed_settings(self) -> list[Problem]:
-        owners = {key: [name for name, kind in KINDS.items() if key in kind.takes] for key in self._set}
+        owners = {key: [name for name, kind in KINDS.items() if key in kind.takes] for key in sorted(self._set)}
         return [
             Problem(f"{key} is a setting of {' and '.join(names)}", f"name the optimizer: optim:{names[-1]},{key}=…")
             for key, names in owners.items()
