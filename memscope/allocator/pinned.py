@@ -1,8 +1,8 @@
 """PyTorch's allocator of pinned host memory, without streams: what it takes from the system for tensors that are alive.
 
-With default settings (`pinned_max_round_threshold` and `pinned_max_cached_size` without a limit). Sources: `allocate`,
-`get_free_block` and `process_events` in ATen/core/CachingHostAllocator.h and
-`pinned_max_round_threshold` in c10/core/AllocatorConfig.h (2.13); the rounding is that of 2.11, too.
+Settings are the defaults: `pinned_max_round_threshold` and `pinned_max_cached_size` without a limit. Sources:
+`allocate`, `get_free_block` and `process_events` in ATen/core/CachingHostAllocator.h, and c10/core/AllocatorConfig.h
+(2.13); the rounding is that of 2.11, too.
 """
 
 from __future__ import annotations
