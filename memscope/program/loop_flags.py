@@ -13,6 +13,8 @@ __all__ = ["flag_for"]
 _PRECISION = {"fp16": "16-mixed", "bf16": "bf16-mixed"}
 _DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
 
+_ADAPTED = "build the model as peft.get_peft_model(model, config) in the program, before its optimizer"
+
 _FLAGS: dict[tuple[str, str], Callable[[Any], str]] = {
     ("ga", "transformers"): lambda c: (
         f"pass gradient_accumulation_steps={c.steps} to TrainingArguments, and divide per_device_train_batch_size by "
@@ -29,6 +31,10 @@ _FLAGS: dict[tuple[str, str], Callable[[Any], str]] = {
         f"before each optimizer.step(), call backward() on {c.steps} batches whose size, and whose loss, is divided by "
         f"{c.steps}"
     ),
+    ("peft", "transformers"): lambda c: _ADAPTED,
+    ("peft", "lightning"): lambda c: _ADAPTED,
+    ("peft", "accelerate"): lambda c: _ADAPTED,
+    ("peft", ""): lambda c: _ADAPTED,
     ("amp", "transformers"): lambda c: f"pass {c.dtype}=True to TrainingArguments",
     ("amp", "lightning"): lambda c: f'pass precision="{_PRECISION[c.dtype]}" to Trainer',
     ("amp", "accelerate"): lambda c: f'pass mixed_precision="{c.dtype}" to Accelerator',

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
@@ -95,7 +95,7 @@ class LoRA(Strategy):
 
     def _problems_of_layers(self, workload: Workload) -> Iterator[Problem]:
         config, model = self.config, workload.model
-        layers = [model.get_submodule(name) for name in chosen_linear(model, config.targets)]
+        layers: list[Any] = [model.get_submodule(name) for name in chosen_linear(model, config.targets)]
         least = min(min(layer.weight.shape) for layer in layers)
         if config.start != "gaussian" and config.r > least:
             what = f"r={config.r} is more than the {least} rows or columns of the smallest adapted weight"
@@ -112,7 +112,8 @@ class LoRA(Strategy):
         names = chosen_linear(model, config.targets)
         assert names, "check() rejects targets that match no layer"
         if config.start != "gaussian":
-            most = max(setup_bytes(model.get_submodule(name).weight) for name in names)
+            weights = [model.get_parameter(f"{name}.weight") for name in names]
+            most = max(map(setup_bytes, weights))
             workload.notes = (*workload.notes, _SETUP.format(start=config.start, size=format_bytes(most)))
         adapt(
             model,
