@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import product
 
 from memscope.advisor.measure.options import spread
@@ -50,7 +50,7 @@ def combinations(workload: Workload, always: Plan, allowed: Collection[str]) -> 
     choices = [
         [None, *found]
         for kind in _others(always)
-        if (found := [s for s in _candidates(kind, workload) if s.name in allowed or _is_free(s, workload)])
+        if (found := _candidates(kind, workload, lambda s: s.name in allowed or _is_free(s, workload)))
     ]
     plans = []
     for picked in product(*choices):
@@ -77,7 +77,7 @@ def forbidden(workload: Workload, always: Plan, allowed: Collection[str]) -> dic
     plans = {}
     for kind in _others(always):
         if kind.name not in allowed:
-            asked = [s for s in _candidates(kind, workload) if not _is_free(s, workload)]
+            asked = _candidates(kind, workload, lambda s: not _is_free(s, workload))
             for strategy in asked[:1]:
                 try:
                     plans[kind.name] = Plan.of(*always.strategies, strategy)
@@ -127,6 +127,7 @@ def _others(always: Plan) -> list[type[Strategy]]:
     return [kind for name, kind in available().items() if name not in used]
 
 
-def _candidates(kind: type[Strategy], workload: Workload) -> list[Strategy]:
+def _candidates(kind: type[Strategy], workload: Workload, wanted: Callable[[Strategy], bool]) -> list[Strategy]:
+    """The wanted candidates that apply; what is not wanted is not checked, which may import a library."""
     found = [kind(config) for config in called(kind(), "candidates", workload)]
-    return [strategy for strategy in found if not called(strategy, "check", workload)]
+    return [strategy for strategy in found if wanted(strategy) and not called(strategy, "check", workload)]

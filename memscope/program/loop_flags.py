@@ -13,6 +13,8 @@ __all__ = ["flag_for"]
 _PRECISION = {"fp16": "16-mixed", "bf16": "bf16-mixed"}
 _DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
 
+_ADAPTED = "build the model as peft.get_peft_model(model, config) in the program, before its optimizer"
+
 _FLAGS: dict[tuple[str, str], Callable[[Any], str]] = {
     ("ga", "transformers"): lambda c: (
         f"pass gradient_accumulation_steps={c.steps} to TrainingArguments, and divide per_device_train_batch_size by "
@@ -40,6 +42,10 @@ _FLAGS: dict[tuple[str, str], Callable[[Any], str]] = {
         if c.parameters
         else "run forward and loss within torch.autograd.graph.save_on_cpu(pin_memory=True)"
     ),
+    ("peft", "transformers"): lambda c: _ADAPTED,
+    ("peft", "lightning"): lambda c: _ADAPTED,
+    ("peft", "accelerate"): lambda c: _ADAPTED,
+    ("peft", ""): lambda c: _ADAPTED,
     ("amp", "transformers"): lambda c: f"pass {c.dtype}=True to TrainingArguments",
     ("amp", "lightning"): lambda c: f'pass precision="{_PRECISION[c.dtype]}" to Trainer',
     ("amp", "accelerate"): lambda c: f'pass mixed_precision="{c.dtype}" to Accelerator',

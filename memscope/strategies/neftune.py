@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -40,6 +40,11 @@ class NEFTune(Strategy):
         """The noise is at most alpha / √(tokens · width of the embedding)."""
         embedding: str = "auto"
         """The embedding: its name; auto: what transformers calls the input embeddings, or the only embedding."""
+
+    @classmethod
+    def candidates(cls, workload: Workload) -> Sequence[Config]:
+        """None: noise takes memory and saves none."""
+        return []
 
     def check(self, workload: Workload) -> list[Problem]:
         """Report noise that is none, and an embedding that is not found or has noise already."""

@@ -15,6 +15,7 @@ from memscope.analysis.effects import Run, compare
 from memscope.analysis.host import host_bytes, host_peak
 from memscope.errors import UsageError
 from memscope.simulation.devices.catalogue import get_device
+from memscope.simulation.devices.timeline import LAUNCH_SECONDS
 from memscope.strategies import Plan
 from memscope.strategies.offload import activations, strategy
 from memscope.strategies.offload.parameters import LayersOnHost
@@ -107,7 +108,9 @@ def test_the_copies_take_the_time_of_the_link() -> None:
     assert plain is not None
     assert moved is not None
     assert device.host_bytes_per_second is not None
-    assert moved - plain == pytest.approx(2 * saved / device.host_bytes_per_second, rel=1e-6)
+    transfers = 2 * saved / device.host_bytes_per_second
+    # The host waits for a copy to it, and the device for the launch after that.
+    assert transfers <= moved - plain <= transfers + 2 * SAVED * LAUNCH_SECONDS
 
 
 def test_frozen_weights_are_on_the_device_one_layer_at_a_time() -> None:
@@ -194,7 +197,7 @@ def test_plans_that_cannot_work_are_refused(plan: str, message: str) -> None:
 
 def test_a_missing_torchao_is_named_with_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(strategy, "is_installed", lambda: False)
-    with pytest.raises(UsageError, match=r"torchao is not installed: pip install .torch-memscope\[offload\]."):
+    with pytest.raises(UsageError, match=r"torchao is not installed: pip install .torch-memscope\[torchao\]."):
         Plan.parse("offload:optimizer").apply(build())
 
 

@@ -101,7 +101,7 @@ class LoRA(Strategy):
 
     def _problems_of_layers(self, workload: Workload) -> Iterator[Problem]:
         config, model = self.config, workload.model
-        layers = [model.get_submodule(name) for name in chosen_linear(model, config.targets)]
+        layers: list[Any] = [model.get_submodule(name) for name in chosen_linear(model, config.targets)]
         if "reading of weights" in self.provides and any(map(is_quantized, layers)):
             yield Problem("adapted weights are quantized, and DoRA, PiSSA and OLoRA read them", "use plain LoRA")
             return
@@ -121,7 +121,8 @@ class LoRA(Strategy):
         names = chosen_linear(model, config.targets)
         assert names, "check() rejects targets that match no layer"
         if config.start != "gaussian":
-            most = max(setup_bytes(model.get_submodule(name).weight) for name in names)
+            weights = [model.get_parameter(f"{name}.weight") for name in names]
+            most = max(map(setup_bytes, weights))
             workload.notes = (*workload.notes, _SETUP.format(start=config.start, size=format_bytes(most)))
         adapt(
             model,

@@ -81,8 +81,8 @@ class PeftMethod(Strategy):
 
     @classmethod
     def candidates(cls, workload: Workload) -> Sequence[Config]:
-        """Three methods with the settings of PEFT, from the fewest to the most trained parameters."""
-        return [cls.Config(method) for method in ("ia3", "vera", "oft")]
+        """Two methods that fit linear layers of any size, with the settings of PEFT."""
+        return [cls.Config(method) for method in ("ia3", "vera")] if auto_targets(workload.model) else []
 
     def check(self, workload: Workload) -> list[Problem]:
         """Report a missing PEFT, an unknown method or setting, and a model that the method cannot change."""
@@ -120,8 +120,7 @@ class PeftMethod(Strategy):
             UsageError: a setting is unknown or rejected.
         """
         kind = config_class(self.config.method)
-        values = values_of(kind, self.config.fields)
-        values |= self._targets(kind, model)
+        values = self._targets(kind, model) | values_of(kind, self.config.fields)
         if _is_prompt(kind):
             if "num_virtual_tokens" not in values:
                 raise UsageError(f"{self.config.method} has no length: write num_virtual_tokens=20, or another number")
@@ -137,16 +136,15 @@ class PeftMethod(Strategy):
             if targets != (AUTO,):
                 raise UsageError(f"{method} changes no module inside the model: leave targets out")
             return {}
-        if targets == (ALL_LINEAR,):
-            return {"target_modules": ALL_LINEAR}
+        no_others: dict[str, Any] = {"feedforward_modules": []} if method == "ia3" else {}
         if targets != (AUTO,):
-            return {"target_modules": list(targets)}
+            return {"target_modules": ALL_LINEAR if targets == (ALL_LINEAR,) else list(targets), **no_others}
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         if method in ("adaption_prompt", "trainable_tokens") or default_targets(method, model_type):
             return {}
         if method == "ln_tuning":
             return {"target_modules": list(_norms(model))}
-        return {"target_modules": list(auto_targets(model)), **({"feedforward_modules": []} if method == "ia3" else {})}
+        return {"target_modules": list(auto_targets(model)), **no_others}
 
 
 def _norms(model: nn.Module) -> tuple[str, ...]:
