@@ -29,6 +29,9 @@ _FLAGS: dict[tuple[str, str], Callable[[Any], str]] = {
         f"before each optimizer.step(), call backward() on {c.steps} batches whose size, and whose loss, is divided by "
         f"{c.steps}"
     ),
+    ("pack", "transformers"): lambda c: (
+        "pass packing=True to SFTConfig of TRL, or DataCollatorWithFlattening as data_collator to Trainer"
+    ),
     ("amp", "transformers"): lambda c: f"pass {c.dtype}=True to TrainingArguments",
     ("amp", "lightning"): lambda c: f'pass precision="{_PRECISION[c.dtype]}" to Trainer',
     ("amp", "accelerate"): lambda c: f'pass mixed_precision="{c.dtype}" to Accelerator',

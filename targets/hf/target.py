@@ -75,6 +75,7 @@ def build(config: Config) -> Workload:
         plan=_plan(program),
         name=source.name,
         split=inputs.split,
+        packed=inputs.split_packed if trained.task == "causal-lm" and not program.packing else None,
         settings=_plain(program) | {"seq_len": length.tokens if length else None},
         notes=(*program.notes, *(length.notes if length else ()), *_trusted(source, program)),
         positions=length.positions if length else None,

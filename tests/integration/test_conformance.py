@@ -19,7 +19,7 @@ from memscope.testing import check_strategy, toy_workload
 from memscope.workload.description import Workload
 from memscope.workload.target import find_target
 
-SHIPPED = ("adamw", "amp", "bf16", "ckpt", "fp8", "ga", "loss", "lora")
+SHIPPED = ("adamw", "amp", "bf16", "ckpt", "fp8", "ga", "loss", "lora", "pack")
 Install = Callable[..., None]
 
 
