@@ -1,6 +1,6 @@
 """A plan as settings of other training tools.
 
-Names of settings: transformers 5.23 (`TrainingArguments`), PEFT 0.21 (`LoraConfig`), axolotl 0.8 (its YAML), and
+Names of settings: transformers 5.23 (`TrainingArguments`), PEFT 0.21 (`LoraConfig`), axolotl 0.18 (its YAML), and
 torchtune's recipe configurations (`llama3_2/1B_lora_single_device`). A comment names what a tool cannot express.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 from memscope.advisor.advice import Advice
+from memscope.advisor.emit_axolotl import axolotl_lines
 from memscope.advisor.layer_words import in_words
 from memscope.analysis.chosen import chosen_settings
 from memscope.strategies import Plan, Strategy
@@ -77,6 +78,7 @@ def _peft(advice: Advice, strategies: Strategies) -> Iterator[str]:
 
 def _axolotl(advice: Advice, strategies: Strategies) -> Iterator[str]:
     yield "# axolotl YAML"
+    yield from axolotl_lines(advice.made_for.get("settings", {}), strategies)
     if "lora" in strategies:
         config = strategies["lora"].config
         yield from ("adapter: lora", f"lora_r: {config.r}", f"lora_alpha: {config.alpha:g}")
@@ -85,14 +87,6 @@ def _axolotl(advice: Advice, strategies: Strategies) -> Iterator[str]:
             yield "lora_target_linear: true"
         else:
             yield f"lora_target_modules: [{', '.join(_ELSEWHERE.get(name, name) for name in config.targets)}]"
-    if "ga" in strategies:
-        yield f"gradient_accumulation_steps: {strategies['ga'].config.steps}"
-    if "amp" in strategies:
-        yield f"{strategies['amp'].config.dtype}: true"
-    if "bf16" in strategies:
-        yield from ("bf16: true", "bfloat16: true")
-    if "adamw" in strategies:
-        yield f"optimizer: {'adamw_torch_fused' if strategies['adamw'].config.fused else 'adamw_torch'}"
     if _whole(advice):
         yield from ("gradient_checkpointing: true", "gradient_checkpointing_kwargs: {use_reentrant: false}")
     yield from _unsaid(advice, strategies, {}, whole_only=True)
