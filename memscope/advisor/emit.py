@@ -42,6 +42,12 @@ _ELSEWHERE = {
 """Linear layers of Meta's LLaMA, as transformers calls them (models/llama/convert_llama_weights_to_hf.py)."""
 
 
+_NEAREST = {
+    "fp8": "convert the model with torchao.float8 before training",
+    "loss": "the nearest is use_liger_kernel=True of TrainingArguments, liger_fused_linear_cross_entropy of axolotl",
+    "pack": "packing=True of TRL's SFTConfig, or sample_packing with flash_attention of axolotl, pack other lengths",
+}
+"""What comes nearest to a strategy in these tools."""
 _MLP = {"gate_proj", "up_proj", "down_proj"}
 
 
@@ -132,7 +138,8 @@ def _whole(advice: Advice) -> bool:
 def _unsaid(advice: Advice, strategies: Strategies, reasons: Mapping[str, str], *, whole_only: bool) -> Iterator[str]:
     for name, strategy in strategies.items():
         if name in reasons or name not in _KNOWN:
-            yield f"# not expressible here: {strategy.spec}: {reasons.get(name, 'a strategy of another package')}"
+            reason = reasons.get(name) or _NEAREST.get(name, "a strategy of another package")
+            yield f"# not expressible here: {strategy.spec}: {reason}"
     if advice.layers and not (whole_only and _whole(advice)):
         yield f"# not expressible: checkpointing of {in_words(advice.layers)}"
         yield f"#   these tools checkpoint every layer or none; memscope applies it: ckpt:plan={advice.file or 'FILE'}"

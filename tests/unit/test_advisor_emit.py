@@ -107,6 +107,7 @@ def test_an_axolotl_recipe_reads_back_to_the_same_bytes(tmp_path: Path, bf16: st
 @pytest.mark.parametrize(
     ("settings", "plan", "line"),
     [
+        ({"dtype": "fp32", "autocast": "off"}, "loss", "# not expressible here: loss: the nearest is use_liger_kernel"),
         (
             {"dtype": "fp32", "autocast": "off"},
             "amp:dtype=bf16",
