@@ -1,6 +1,6 @@
 """A plan as settings of other training tools.
 
-Names of settings: transformers 5.23 (`TrainingArguments`), PEFT 0.21 (`LoraConfig`), axolotl 0.8 (its YAML), and
+Names of settings: transformers 5.23 (`TrainingArguments`), PEFT 0.21 (`LoraConfig`), axolotl 0.18 (its YAML), and
 torchtune's recipe configurations (`llama3_2/1B_lora_single_device`). A comment names what a tool cannot express.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 from memscope.advisor.advice import Advice
+from memscope.advisor.emit_axolotl import axolotl_lines
 from memscope.advisor.layer_words import in_words
 from memscope.analysis.chosen import chosen_settings
 from memscope.strategies import Plan, Strategy
@@ -41,6 +42,12 @@ _ELSEWHERE = {
 """Linear layers of Meta's LLaMA, as transformers calls them (models/llama/convert_llama_weights_to_hf.py)."""
 
 
+_NEAREST = {
+    "fp8": "convert the model with torchao.float8 before training",
+    "loss": "the nearest is use_liger_kernel=True of TrainingArguments, liger_fused_linear_cross_entropy of axolotl",
+    "pack": "packing=True of TRL's SFTConfig, or sample_packing with flash_attention of axolotl, pack other lengths",
+}
+"""What comes nearest to a strategy in these tools."""
 _MLP = {"gate_proj", "up_proj", "down_proj"}
 
 
@@ -82,6 +89,8 @@ def _peft(advice: Advice, strategies: Strategies) -> Iterator[str]:
 
 def _axolotl(advice: Advice, strategies: Strategies) -> Iterator[str]:
     yield "# axolotl YAML"
+    optimizer = _trainers_optimizer(strategies)
+    yield from axolotl_lines(advice.made_for.get("settings", {}), strategies, optimizer)
     if "lora" in strategies:
         config = strategies["lora"].config
         yield from ("adapter: lora", f"lora_r: {config.r}", f"lora_alpha: {config.alpha:g}")
@@ -96,15 +105,6 @@ def _axolotl(advice: Advice, strategies: Strategies) -> Iterator[str]:
             yield "lora_target_linear: true"
         else:
             yield f"lora_target_modules: [{', '.join(_ELSEWHERE.get(name, name) for name in config.targets)}]"
-    if "ga" in strategies:
-        yield f"gradient_accumulation_steps: {strategies['ga'].config.steps}"
-    if "amp" in strategies:
-        yield f"{strategies['amp'].config.dtype}: true"
-    if "bf16" in strategies:
-        yield from ("bf16: true", "bfloat16: true")
-    optimizer = _trainers_optimizer(strategies)
-    if optimizer:
-        yield f"optimizer: {optimizer}"
     if _whole(advice):
         yield from ("gradient_checkpointing: true", "gradient_checkpointing_kwargs: {use_reentrant: false}")
     yield from _unsaid(advice, strategies, _other_optimizer(strategies, optimizer), whole_only=True)
@@ -183,7 +183,8 @@ def _whole(advice: Advice) -> bool:
 def _unsaid(advice: Advice, strategies: Strategies, reasons: Mapping[str, str], *, whole_only: bool) -> Iterator[str]:
     for name, strategy in strategies.items():
         if name in reasons or name not in _KNOWN:
-            yield f"# not expressible here: {strategy.spec}: {reasons.get(name, 'a strategy of another package')}"
+            reason = reasons.get(name) or _NEAREST.get(name, "a strategy of another package")
+            yield f"# not expressible here: {strategy.spec}: {reason}"
     if advice.layers and not (whole_only and _whole(advice)):
         yield f"# not expressible: checkpointing of {in_words(advice.layers)}"
         yield f"#   these tools checkpoint every layer or none; memscope applies it: ckpt:plan={advice.file or 'FILE'}"

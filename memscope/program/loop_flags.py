@@ -46,6 +46,9 @@ _FLAGS: dict[tuple[str, str], Callable[[Any], str]] = {
     ("peft", "lightning"): lambda c: _ADAPTED,
     ("peft", "accelerate"): lambda c: _ADAPTED,
     ("peft", ""): lambda c: _ADAPTED,
+    ("pack", "transformers"): lambda c: (
+        "pass packing=True to SFTConfig of TRL, or DataCollatorWithFlattening as data_collator to Trainer"
+    ),
     ("amp", "transformers"): lambda c: f"pass {c.dtype}=True to TrainingArguments",
     ("amp", "lightning"): lambda c: f'pass precision="{_PRECISION[c.dtype]}" to Trainer',
     ("amp", "accelerate"): lambda c: f'pass mixed_precision="{c.dtype}" to Accelerator',

@@ -43,7 +43,7 @@ def check_strategy(strategy: type[Strategy] | str, *, workload: Callable[[], Wor
     - Its settings, and those of its candidates, can be written in a plan and read back.
     - Applying it changes something.
     - Alone and with each other installed strategy, a simulation makes the same allocations as a real run, and declared
-      conflicts are refused.
+      conflicts are refused. A pair may also be refused by a `UsageError` when it is applied.
     - Where it is exact (`is_exact`), losses, gradients and buffers equal the baseline's; so do the weights after the
       step if it changes the optimizer. They are equal bit for bit or, if sums are taken in another order, up to
       `TOLERANCE` in float64. Without a workload of your own, this is also checked with batch norm.
@@ -297,4 +297,8 @@ def _check_pair(needed: list[Strategy], other: Strategy, build: _Build) -> None:
         with contextlib.suppress(UsageError):
             _require(not Plan.of(*together), "The conflict is declared, but the plan was accepted")
     elif not any(strategy.check(build()) for strategy in together):
+        try:
+            Plan.of(*together).apply(build())
+        except UsageError:  # refused in words: what one of them has changed leaves nothing to do for the other
+            return
         _check_traces(together, build)

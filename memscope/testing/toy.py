@@ -32,10 +32,12 @@ class _Block(nn.Module):
         self.up, self.down = nn.Linear(_DIM, 2 * _DIM), nn.Linear(2 * _DIM, _DIM)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, samples: Tensor | None) -> Tensor:
         h = self.norm(x)
-        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
-        scores = (self.wq(h) @ self.wk(h).transpose(1, 2)).masked_fill(later, float("-inf"))
+        hidden = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        if samples is not None:
+            hidden |= samples[0, :, None] != samples
+        scores = (self.wq(h) @ self.wk(h).transpose(1, 2)).masked_fill(hidden, float("-inf"))
         x = x + self.wo(scores.softmax(-1) @ self.wv(h))
         x = x + self.dropout(self.down(F.gelu(self.up(x))))
         return x
@@ -48,10 +50,10 @@ class _Toy(nn.Module):
         self.blocks = nn.ModuleList(_Block(dropout, batch_norm) for _ in range(2))
         self.head = nn.Linear(_DIM, _VOCAB, bias=False)
 
-    def forward(self, tokens: Tensor, *, with_head: bool = True) -> Tensor:
+    def forward(self, tokens: Tensor, samples: Tensor | None = None, *, with_head: bool = True) -> Tensor:
         x: Tensor = self.embed(tokens)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, samples)
         return self.head(x) if with_head else x
 
 
@@ -69,21 +71,51 @@ def toy_workload(*, dropout: float = 0.0, batch_norm: bool = False) -> Workload:
         optimizer_factory=torch.optim.AdamW,
         name="toy",
         split=_split,
-        weight=lambda tokens: float((tokens[:, 1:] != _IGNORED).sum()),
+        weight=lambda batch: float((_labels(batch) != _IGNORED).sum()),
+        packed=_packed,
         head_loss=HeadLoss("head", _head_inputs),
     )
 
 
-def _loss(model: nn.Module, tokens: Tensor) -> Tensor:
-    logits = model(tokens.clamp(min=0))[:, :-1]
-    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), ignore_index=_IGNORED)
+_Batch = Tensor | tuple[Tensor, Tensor]
+"""Token IDs `[samples, longest]`; of packed samples `[1, tokens]`, with the number of the sample of each token."""
 
 
-def _head_inputs(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    return model(tokens.clamp(min=0), with_head=False), F.pad(tokens[:, 1:], (0, 1), value=_IGNORED)
+def _loss(model: nn.Module, batch: _Batch) -> Tensor:
+    logits = _run(model, batch)[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1), _labels(batch).flatten(), ignore_index=_IGNORED)
+
+
+def _head_inputs(model: nn.Module, batch: _Batch) -> tuple[Tensor, Tensor]:
+    return _run(model, batch, with_head=False), F.pad(_labels(batch), (0, 1), value=_IGNORED)
+
+
+def _run(model: nn.Module, batch: _Batch, **options: bool) -> Tensor:
+    tokens, samples = batch if isinstance(batch, tuple) else (batch, None)
+    return model(tokens.clamp(min=0), samples, **options)  # type: ignore[no-any-return]
+
+
+def _labels(batch: _Batch) -> Tensor:
+    """The next token of every token but the last, if both are of the same sample."""
+    if isinstance(batch, tuple):
+        tokens, samples = batch
+        return tokens[:, 1:].masked_fill(samples[:, 1:] != samples[:, :-1], _IGNORED)
+    return batch[:, 1:]
+
+
+def _pieces(samples: list[list[int]], parts: int) -> list[list[Tensor]]:
+    return [[torch.tensor(sample) for sample in piece] for piece in split_batch(samples, parts)]
 
 
 def _split(samples: list[list[int]], parts: int) -> list[Tensor]:
     """Token IDs `[samples, longest]` of each micro-batch."""
-    pieces = [[torch.tensor(sample) for sample in piece] for piece in split_batch(samples, parts)]
+    pieces = _pieces(samples, parts)
     return [pad_sequence(piece, batch_first=True, padding_value=_IGNORED) for piece in pieces]
+
+
+def _packed(samples: list[list[int]], parts: int) -> list[tuple[Tensor, Tensor]]:
+    """Token IDs `[1, tokens]` of each micro-batch, and the number of each token's sample."""
+    return [
+        (torch.cat(piece)[None], torch.cat([torch.full_like(one, number) for number, one in enumerate(piece)])[None])
+        for piece in _pieces(samples, parts)
+    ]

@@ -119,6 +119,9 @@ class Workload:
     """What a reader of the figures must know about the workload; tables, pages and JSON documents show it."""
     positions: int | None = None
     """Tokens of the longest sample that the model was made for; None: it has no such bound, or none is known."""
+    packed: Callable[[Any, int], list[Any]] | None = None
+    """As `split`, but the samples of each micro-batch are joined to one row without padding, in which each attends to
+    itself alone; None: the model cannot be trained so."""
     head_loss: HeadLoss | None = None
     """The head and its loss, if the target can run its model without the head; None: it cannot."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -42,15 +43,28 @@ class Inputs:
         """Micro-batches on the host, for the numbered samples of a step."""
         return [self._batch(len(piece)) for piece in split_batch(samples, parts)]
 
+    def split_packed(self, samples: list[int], parts: int) -> list[dict[str, Tensor]]:
+        """As `split`, with the samples of each micro-batch in one row, without the padding."""
+        return [self._row(len(piece)) for piece in split_batch(samples, parts)]
+
     def _batch(self, count: int) -> dict[str, Tensor]:
+        if self.packed:
+            return self._row(count)
         made = [self.sample() for _ in range(count)]
         joined = {key: torch.cat([one[key] for one in made]) for key in made[0]}
-        batch = {key: one.to(self.dtype) if one.is_floating_point() else one for key, one in joined.items()}
-        if not self.packed:
-            return self._padded(batch)
-        length = made[0]["input_ids"].shape[1]
-        rows = {key: batch[key].reshape(1, -1) for key in ("input_ids", "labels")}
-        return {**rows, "position_ids": torch.arange(length).repeat(count).unsqueeze(0)}
+        return self._padded({k: one.to(self.dtype) if one.is_floating_point() else one for k, one in joined.items()})
+
+    def _row(self, count: int) -> dict[str, Tensor]:
+        """Samples joined to one row; all but the first are shorter by the padding."""
+        made = [self.sample() for _ in range(count)]
+        lengths = [one["input_ids"].shape[1] - (self.padding if index else 0) for index, one in enumerate(made)]
+        rows = {
+            key: torch.cat([one[key][:, :length] for one, length in zip(made, lengths, strict=True)], 1)
+            for key in ("input_ids", "labels")
+        }
+        # The first token of a sample is no target, as in DataCollatorWithFlattening of transformers.
+        rows["labels"][0, list(itertools.accumulate(lengths, initial=0))[:-1]] = -100
+        return {**rows, "position_ids": torch.cat([*map(torch.arange, lengths)]).unsqueeze(0)}
 
     def _padded(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The micro-batch with padding on the right in all rows but the first."""

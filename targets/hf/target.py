@@ -78,6 +78,7 @@ def build(config: Config) -> Workload:
         plan=_plan(program),
         name=source.name,
         split=inputs.split,
+        packed=inputs.split_packed if trained.task == "causal-lm" and not program.packing else None,
         settings=_plain(program) | {"seq_len": length.tokens if length else None},
         notes=_notes(program, source, length.notes if length else ()),
         positions=length.positions if length else None,

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -14,7 +14,18 @@ from torch import Tensor
 from memscope.errors import UsageError
 from memscope.targets.training.tokenizer import Tokenizer
 
-__all__ = ["IGNORED", "Batch", "Instruction", "Sample", "collate", "encode", "fixed_length", "load", "longest_first"]
+__all__ = [
+    "IGNORED",
+    "Batch",
+    "Instruction",
+    "Sample",
+    "collate",
+    "encode",
+    "fixed_length",
+    "load",
+    "longest_first",
+    "pack",
+]
 
 IGNORED = -100
 """Label of a token without a loss: `ignore_index` of `torch.nn.functional.cross_entropy`."""
@@ -69,10 +80,14 @@ class Sample:
 
 
 class Batch(TypedDict):
-    """A micro-batch: two int64 tensors `[batch, seq]` in host memory."""
+    """A micro-batch: int64 tensors `[batch, seq]` in host memory."""
 
     tokens: Tensor
     labels: Tensor
+    positions: NotRequired[Tensor]
+    """Of packed samples: the position of each token in its own sample, `[1, seq]`."""
+    samples: NotRequired[Tensor]
+    """Of packed samples: the number of the sample of each token, `[1, seq]`."""
 
 
 def load(path: str | Path, limit: int) -> list[Instruction]:
@@ -158,3 +173,14 @@ def collate(samples: Sequence[Sample]) -> Batch:
     tokens = [sample.tokens + (_PAD_ID,) * (seq_len - len(sample.tokens)) for sample in samples]
     labels = [sample.labels + (IGNORED,) * (seq_len - len(sample.tokens)) for sample in samples]
     return Batch(tokens=torch.tensor(tokens, dtype=torch.int64), labels=torch.tensor(labels, dtype=torch.int64))
+
+
+def pack(samples: Sequence[Sample]) -> Batch:
+    """Join samples to one row without padding. The first token of each is no target: none of its own is before it."""
+    rows = {
+        "tokens": [token for sample in samples for token in sample.tokens],
+        "labels": [label for sample in samples for label in (IGNORED, *sample.labels[1:])],
+        "positions": [position for sample in samples for position in range(len(sample.tokens))],
+        "samples": [number for number, sample in enumerate(samples) for _ in sample.tokens],
+    }
+    return Batch(**{name: torch.tensor([row], dtype=torch.int64) for name, row in rows.items()})  # type: ignore[typeddict-item]

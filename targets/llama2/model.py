@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Architecture", "Llama"]
+__all__ = ["Architecture", "Llama", "Packed"]
 
 
 @dataclass(frozen=True)
@@ -129,16 +129,28 @@ def repeat_kv(x: Tensor, repeats: int) -> Tensor:
     return x[:, :, :, None, :].expand(batch, seq, kv_heads, repeats, head_dim).reshape(batch, seq, -1, head_dim)
 
 
-def causal_mask(h: Tensor, window: int | None) -> Tensor:
+@dataclass(frozen=True)
+class Packed:
+    """Which token belongs to which of several samples in one row."""
+
+    positions: Tensor
+    """Position of each token in its own sample, int64 `[1, seq]`."""
+    samples: Tensor
+    """Number of the sample of each token, int64 `[1, seq]`."""
+
+
+def causal_mask(h: Tensor, window: int | None, packed: Packed | None = None) -> Tensor:
     """The mask `[seq, seq]` to add to the scores so that no token sees a later one: −∞ above the diagonal.
 
-    With a window, tokens `window` or more positions back are −∞ too.
+    With a window, tokens `window` or more positions back are −∞ too; of packed samples, those of other samples.
     """
     seq = h.shape[1]
     mask = torch.full((seq, seq), float("-inf"), device=h.device)
     mask = torch.triu(mask, diagonal=1)
     if window is not None:
         mask += torch.full_like(mask, float("-inf")).tril_(diagonal=-window)
+    if packed is not None:
+        mask.masked_fill_(packed.samples[0, :, None] != packed.samples, float("-inf"))
     return mask.type_as(h)
 
 
@@ -226,15 +238,22 @@ class Llama(nn.Module):
         # A buffer, so that it moves with the model; not persistent, so that the state dict holds only Meta's weights.
         self.register_buffer("freqs_cis", rotations(arch), persistent=False)
 
-    def forward(self, tokens: Tensor, places: Tensor | None = None, *, with_head: bool = True) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        places: Tensor | None = None,
+        *,
+        packed: Packed | None = None,
+        with_head: bool = True,
+    ) -> Tensor:
         """Token ids `[batch, seq]` to logits `[batch, seq, vocab_size]` in float32; `seq` up to `2 * max_seq_len`.
 
         With `places` `[batch]`, only to the logits at that position of each row: `[batch, vocab_size]`. Without the
-        head, to its input `[..., dim]`.
+        head, to its input `[..., dim]`. Packed samples are one row of tokens.
         """
         h = self.tok_embeddings(tokens)
-        freqs_cis = self.freqs_cis[: tokens.shape[1]]
-        mask = self._mask(h)
+        freqs_cis = self.freqs_cis[: tokens.shape[1]] if packed is None else self.freqs_cis[packed.positions[0]]
+        mask = self._mask(h, packed)
         for layer in self.layers:
             h = layer(h, freqs_cis, mask)
         if places is not None:
@@ -242,9 +261,10 @@ class Llama(nn.Module):
         h = self.norm(h)
         return _at_least_float32(self.output(h)) if with_head else h
 
-    def _mask(self, h: Tensor) -> Tensor | None:
+    def _mask(self, h: Tensor, packed: Packed | None) -> Tensor | None:
         """The mask, or None if `is_causal=True` suffices: a window as long as the sequence hides nothing."""
         window = self.arch.sliding_window
         if window is not None and window >= h.shape[1]:
             window = None
-        return causal_mask(h, window) if self.arch.attention == "eager" or window is not None else None
+        is_needed = self.arch.attention == "eager" or window is not None or packed is not None
+        return causal_mask(h, window, packed) if is_needed else None

@@ -14,7 +14,7 @@ from memscope.errors import UsageError
 from memscope.targets.llama2 import alpaca
 from memscope.targets.llama2.alpaca import IGNORED, Batch, Sample
 from memscope.targets.llama2.config import PRESETS, Config
-from memscope.targets.llama2.model import Llama
+from memscope.targets.llama2.model import Llama, Packed
 from memscope.targets.llama2.weights import load_weights, read_shape, without_initialization
 from memscope.targets.training.tokenizer import Tokenizer
 from memscope.workload.description import HeadLoss, StepPlan, Workload
@@ -68,6 +68,7 @@ def build_on(samples: list[Sample], config: Config) -> Workload:
         weight=target_tokens,
         settings=dataclasses.asdict(config),
         positions=config.max_seq_len,
+        packed=split_packed,
         head_loss=HeadLoss("output", _head_inputs, upcast=True, ignored=IGNORED),
     )
 
@@ -86,21 +87,32 @@ def _model(config: Config) -> Llama:
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:
     """Mean cross-entropy of the next token, over all tokens that have a label."""
-    logits = model(batch["tokens"])
+    logits = _run(model, batch)
     shift_logits = logits[..., :-1, :].contiguous()
     shift_labels = batch["labels"][..., 1:].contiguous()
     flat_logits = shift_logits.view(-1, shift_logits.shape[-1])
     return F.cross_entropy(flat_logits, shift_labels.view(-1), ignore_index=IGNORED)
 
 
+def _run(model: nn.Module, batch: Batch, **options: bool) -> Tensor:
+    if "samples" in batch:
+        return model(batch["tokens"], packed=Packed(batch["positions"], batch["samples"]), **options)  # type: ignore[no-any-return]
+    return model(batch["tokens"], **options)  # type: ignore[no-any-return]
+
+
 def _head_inputs(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """The head's input `[batch, seq, dim]` and the label of each token `[batch, seq]`; the last one has none."""
-    return model(batch["tokens"], with_head=False), F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+    return _run(model, batch, with_head=False), F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
 
 
 def split(samples: list[Sample], parts: int) -> list[Batch]:
     """Split the samples of one step into micro-batches, each padded to its own longest sample."""
     return [alpaca.collate(piece) for piece in split_batch(samples, parts)]
+
+
+def split_packed(samples: list[Sample], parts: int) -> list[Batch]:
+    """As `split`, with the samples of each micro-batch in one row."""
+    return [alpaca.pack(piece) for piece in split_batch(samples, parts)]
 
 
 def target_tokens(batch: Batch) -> float:

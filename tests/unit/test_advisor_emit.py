@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from memscope.advisor.advice import Advice
 from memscope.advisor.emit import TOOLS, emit
 from memscope.advisor.layer_words import in_words
+from memscope.simulation.simulate import simulate
+from memscope.targets.hf.config import HfConfig
+from memscope.targets.hf.target import build, hf
 from tests.small_advice import advice, plain_bytes
 from tests.small_chain import LAYERS
 
@@ -78,3 +85,62 @@ def test_other_tools_are_told_what_they_cannot_say(tool: str, lora_everywhere: A
     some = {**lora_everywhere.layers, "layers.0": "none"}
     lines = emit(dataclasses.replace(lora_everywhere, layers=some), tool)
     assert any(line.startswith("# not expressible: checkpointing of layers.0 none") for line in lines)
+
+
+TINY = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 64, "vocab_size": 96}
+RECIPE = f"""
+base_model: gpt2
+overrides_of_model_config: {json.dumps(TINY)}
+sequence_len: 32
+micro_batch_size: 4
+gradient_accumulation_steps: 1
+sdp_attention: true
+optimizer: adamw_torch
+max_grad_norm: 0.5
+bf16: {{bf16}}
+"""
+
+
+@pytest.mark.parametrize("bf16", ["true", "false"])
+def test_an_axolotl_recipe_reads_back_to_the_same_bytes(tmp_path: Path, bf16: str) -> None:
+    pytest.importorskip("transformers")
+    first, second = tmp_path / "first.yml", tmp_path / "second.yml"
+    first.write_text(RECIPE.replace("{bf16}", bf16))
+    layers = {f"transformer.h.{index}": "full" for index in range(TINY["n_layer"])}
+    plan = ("ga:steps=2", "adamw:fused")
+    settings = build(HfConfig(model=str(first))).settings
+    made = SimpleNamespace(strategies=plan, layers=layers, made_for={"settings": settings}, trace=None, file=None)
+    lines = emit(made, "axolotl")  # type: ignore[arg-type]
+    assert not [line for line in lines if line.startswith("# not")]
+    second.write_text("\n".join(lines))
+    traces = [
+        simulate(hf(first), device="a100-40gb", strategies=",".join([*plan, "ckpt"])),
+        simulate(hf(second), device="a100-40gb"),
+    ]
+    assert traces[0].peak.allocated_bytes == traces[1].peak.allocated_bytes
+    assert traces[0].max_by_category(step=1) == traces[1].max_by_category(step=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "plan", "line"),
+    [
+        ({"dtype": "fp32", "autocast": "off"}, "loss", "# not expressible here: loss: the nearest is use_liger_kernel"),
+        (
+            {"dtype": "fp32", "autocast": "off"},
+            "amp:dtype=bf16",
+            "# not expressible: fp32 weights with autocast in bf16",
+        ),
+        ({"dtype": "fp32", "autocast": "off"}, "bf16", "bfloat16: true"),
+        ({"dtype": "auto", "autocast": "off"}, "ga:steps=2", "# not expressible: weights in the dtype of the model"),
+        (
+            {"dtype": "bf16", "autocast": "bf16", "attention": "sdpa", "fp32_modules": ()},
+            "ga:steps=2",
+            "# not expressible: axolotl keeps norms, embedding and head in float32",
+        ),
+    ],
+)
+def test_what_axolotl_does_otherwise_is_told(settings: dict[str, Any], plan: str, line: str) -> None:
+    program = {"model": "gpt2", "micro_batch": 4, "accumulation": 2, "packing": False, "optimizer": "sgd", **settings}
+    made = SimpleNamespace(strategies=(plan,), layers={}, made_for={"settings": program}, trace=None, file=None)
+    lines = emit(made, "axolotl")  # type: ignore[arg-type]
+    assert any(one.startswith(line) for one in lines), lines
