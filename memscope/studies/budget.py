@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from memscope.analysis.cost import last_step_seconds, operator_costs
@@ -27,7 +28,7 @@ _FLOPS = 6
 
 def chinchilla_loss(parameters: float, tokens: float) -> float:
     """Loss that the same paper expects, in nats per token of its text: equation 10 of appendix D.3."""
-    return 1.69 + 406.4 / parameters**0.34 + 410.7 / tokens**0.28
+    return float(1.69 + 406.4 / parameters**0.34 + 410.7 / tokens**0.28)
 
 
 @dataclass(frozen=True)
@@ -170,9 +171,7 @@ def spend(question: BudgetQuestion, progress: Callable[[str, int, int], None] = 
     rows = []
     for index, ((size, batch), config) in enumerate(zip(cases, configs, strict=True)):
         progress(f"{question.vary}={size} micro_batch={batch}", index, len(cases))
-        trace = simulate(
-            lambda config=config: target.build(config), strategies=question.strategies, device=question.device
-        )
+        trace = simulate(partial(target.build, config), strategies=question.strategies, device=question.device)
         rows.append(_spent(question, size, batch, trace))
     return TimeBudget(question, tuple(rows))
 

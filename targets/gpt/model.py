@@ -111,7 +111,7 @@ class WeightedResiduals(nn.Module):
     def forward(self, results: list[Tensor]) -> Tensor:
         """The sum of the results so far, `[batch, seq, dim]` each: the embedding's first."""
         weights = self.weights[len(results) - 2]
-        total = weights[0] * results[0]
+        total: Tensor = weights[0] * results[0]
         for weight, result in zip(weights[1:], results[1:], strict=True):
             total = total + weight * result
         return total
