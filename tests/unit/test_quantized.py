@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memscope import Workload, record, simulate
+from memscope.cli.profile_runs import labels_of
 from memscope.errors import UsageError
 from memscope.strategies import Plan
 from memscope.strategies.lora import merge
@@ -190,6 +191,10 @@ def test_the_output_head_and_tied_layers_are_not_quantized() -> None:
 def test_what_changes_the_same_weights_cannot_be_combined(plan: str) -> None:
     with pytest.raises(UsageError, match="cannot be combined"):
         Plan.parse(plan)
+
+
+def test_int8_has_no_run_alone() -> None:
+    assert labels_of([Plan.parse("int8,lora")]) == ["baseline", "lora", "int8,lora"]
 
 
 def test_int8_needs_something_to_train() -> None:
