@@ -142,10 +142,15 @@ def non_defaults(config: Any) -> dict[str, str]:
 
 
 def help_of(config: type) -> dict[str, str]:
-    """The help text of each setting: the docstring under its field, on one line; empty if it has no docstring."""
+    """The help text of each setting: the docstring under its field, on one line; empty if it has no docstring.
+
+    Settings that a class inherits come first, as in `dataclasses.fields`.
+    """
+    texts: dict[str, str] = {}
+    for inherited in config.__bases__:
+        texts |= help_of(inherited) if dataclasses.is_dataclass(inherited) else {}
     body = ast.parse(textwrap.dedent(inspect.getsource(config))).body[0]
     assert isinstance(body, ast.ClassDef)
-    texts: dict[str, str] = {}
     for field, after in zip(body.body, [*body.body[1:], None], strict=True):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
             texts[field.target.id] = _docstring(after)
