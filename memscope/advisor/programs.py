@@ -19,7 +19,7 @@ from memscope.errors import MemscopeError, UsageError
 from memscope.program.request import Offer, Offers
 from memscope.simulation.device_memory import least_reserved
 from memscope.simulation.devices.catalogue import Device
-from memscope.strategies import Plan
+from memscope.strategies import Plan, read_strategies
 from memscope.trace import Trace
 from memscope.units import format_bytes
 
@@ -133,7 +133,7 @@ class ProgramAdvisor:
         """Strategies that may be used and were not tried."""
         tried = [offer for offers in self._choices().values() for offer in offers]
         left = [offer.spec for offer in self._offers.strategies if self._may_use(offer) and offer not in tried]
-        return [spec for spec in left if not (self._layers and Plan.parse(spec).strategies[0].name == CHECKPOINTING)]
+        return [spec for spec in left if not (self._layers and read_strategies(spec)[0].name == CHECKPOINTING)]
 
     def _combinations(self) -> Iterator[Plan]:
         """The plans without checkpointing, those with few strategies first."""
@@ -279,4 +279,4 @@ class ProgramAdvisor:
 
 
 def _name(offer: Offer) -> str:
-    return Plan.parse(offer.spec).strategies[0].name
+    return read_strategies(offer.spec)[0].name

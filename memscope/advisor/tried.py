@@ -9,7 +9,7 @@ from memscope.advisor.measure.layers import LayerList
 from memscope.advisor.measure.reference import Reference, full_probe, none_probe, outside_bytes
 from memscope.advisor.measure.runner import Asker, Seen
 from memscope.advisor.planning import device_bytes
-from memscope.errors import MemscopeError
+from memscope.errors import MemscopeError, UsageError
 from memscope.simulation.device_memory import SMALL_SEGMENT_BYTES
 from memscope.strategies import Plan, Strategy
 
@@ -95,12 +95,17 @@ class Tried:
         return seconds, size_bytes
 
     def is_known(self, strategy: Strategy, base: Plan) -> bool:
-        """Whether every plan uses a strategy, or it was simulated alone."""
-        return strategy in base.strategies or self.alone(strategy, base) is not None
+        """Whether every plan uses a strategy, or it was simulated alone, or cannot be because it requires others."""
+        return strategy in base.strategies or bool(strategy.requires) or self.alone(strategy, base) is not None
 
     def alone(self, strategy: Strategy, base: Plan) -> Seen | None:
-        """The simulation with this strategy alone; None if every plan uses it."""
-        return None if strategy in base.strategies else self.plain.get(str(Plan.of(*base.strategies, strategy)))
+        """The simulation with this strategy alone; None if every plan uses it, or it requires others."""
+        if strategy in base.strategies:
+            return None
+        try:
+            return self.plain.get(str(Plan.of(*base.strategies, strategy)))
+        except UsageError:
+            return None
 
 
 def _no_more(some: tuple[int, int], others: tuple[int, int]) -> bool:

@@ -30,11 +30,13 @@ def named_error(error: MemscopeError, label: str) -> MemscopeError:
 def labels_of(plans: list[Plan]) -> list[str]:
     """Names of the runs: the baseline; then each strategy of one plan alone and all together, or several plans.
 
+    A strategy that requires others has no run of its own.
+
     Raises:
         UsageError: a plan is given twice.
     """
     if len(plans) == 1 and len(plans[0].strategies) > 1:
-        plans = [*(Plan.of(strategy) for strategy in plans[0].strategies), plans[0]]
+        plans = [*(Plan.of(one) for one in plans[0].strategies if not one.requires - one.provides), plans[0]]
     labels = ["baseline", *(str(plan) for plan in plans if plan)]
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:

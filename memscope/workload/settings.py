@@ -256,7 +256,6 @@ def help_of(config: type) -> dict[str, str]:
 def _docstrings_of_fields(config: type) -> dict[str, str]:
     body = ast.parse(textwrap.dedent(inspect.getsource(config))).body[0]
     assert isinstance(body, ast.ClassDef)
-    texts: dict[str, str] = {}
     for field, after in zip(body.body, [*body.body[1:], None], strict=True):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
             texts[field.target.id] = _docstring(after)

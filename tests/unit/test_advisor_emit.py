@@ -107,7 +107,7 @@ def test_an_axolotl_recipe_reads_back_to_the_same_bytes(tmp_path: Path, bf16: st
     first, second = tmp_path / "first.yml", tmp_path / "second.yml"
     first.write_text(RECIPE.replace("{bf16}", bf16))
     layers = {f"transformer.h.{index}": "full" for index in range(TINY["n_layer"])}
-    plan = ("ga:steps=2", "adamw:fused")
+    plan = ("ga:steps=2", "optim:adamw,fused")
     settings = build(HfConfig(model=str(first))).settings
     made = SimpleNamespace(strategies=plan, layers=layers, made_for={"settings": settings}, trace=None, file=None)
     lines = emit(made, "axolotl")  # type: ignore[arg-type]

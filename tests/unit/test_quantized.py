@@ -11,14 +11,16 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memscope import Workload, record, simulate
+from memscope.cli.profile_runs import labels_of
 from memscope.errors import UsageError
 from memscope.strategies import Plan
-from memscope.strategies.lora import merge
-from memscope.strategies.quantized import checks, library
+from memscope.strategies.lora import LoRA, merge
+from memscope.strategies.quantized import QLoRA, checks, library
 from memscope.strategies.quantized.targets import quantizable
 from memscope.testing import toy_workload
 from memscope.trace import CATEGORIES
 from memscope.workload.quantized import scales_of
+from memscope.workload.settings import help_of
 
 WIDE, NARROW = 512, 256
 ELEMENTS = WIDE * NARROW
@@ -192,6 +194,10 @@ def test_what_changes_the_same_weights_cannot_be_combined(plan: str) -> None:
         Plan.parse(plan)
 
 
+def test_int8_has_no_run_alone() -> None:
+    assert labels_of([Plan.parse("int8,lora")]) == ["baseline", "lora", "int8,lora"]
+
+
 def test_int8_needs_something_to_train() -> None:
     with pytest.raises(UsageError, match='"int8" requires "adapters"'):
         Plan.parse("int8")
@@ -215,3 +221,9 @@ def test_updates_are_not_merged_into_quantized_weights() -> None:
 def test_code_books_of_a_simulation_do_not_reach_real_runs() -> None:
     simulate(toy_workload, device="cpu", strategies="qlora", steps=1)
     assert all(type(code) is Tensor for code in bitsandbytes.functional.name2qmap.values())
+
+
+def test_the_settings_that_qlora_has_from_lora_are_described_as_there() -> None:
+    described = help_of(QLoRA.Config)
+    assert {name: described[name] for name in help_of(LoRA.Config)} == help_of(LoRA.Config)
+    assert all(described.values())

@@ -46,6 +46,7 @@ from memscope.simulation.machine.streams import events_of_a_program
 from memscope.simulation.machine.threads import threads_stay_on_the_host
 from memscope.simulation.machine.visible import tensors_of_a_program
 from memscope.simulation.machine.weights import weights_are_fake
+from memscope.simulation.packages.bitsandbytes import BitsandbytesKernels
 from memscope.simulation.packages.paged import paged_state
 from memscope.simulation.packages.visible import VisiblePackages
 from memscope.simulation.remember import RememberedOperators
@@ -124,12 +125,18 @@ class SimulatedMachine:
                 paged_state(self._places.on_host) if self._on_gpu else {},
             )
             libraries = scopes.enter_context(ChangedLibraries(changes))
+            quantized = scopes.enter_context(BitsandbytesKernels(self._device, self._assumptions))
+
+            def imported() -> None:
+                libraries.look()
+                quantized.look()
+
             if self._on_gpu:
                 packages = scopes.enter_context(VisiblePackages(self._device, self._note))
                 hidden, given = (self._gpu.hidden, packages.hidden), packages.given
-                scopes.enter_context(imports_see_the_machine(*hidden, given=given, imported=libraries.look))
+                scopes.enter_context(imports_see_the_machine(*hidden, given=given, imported=imported))
             else:
-                scopes.enter_context(imports_see_the_machine(imported=libraries.look))
+                scopes.enter_context(imports_see_the_machine(imported=imported))
             self._scopes = scopes.pop_all()
         return self
 

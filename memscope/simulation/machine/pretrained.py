@@ -116,8 +116,8 @@ def _refuse_quantized(cls: Any, kwargs: dict[str, Any]) -> None:
     for key in ("quantization_config", "load_in_4bit", "load_in_8bit", "gguf_file"):
         if kwargs.get(key):
             raise NotSimulated(
-                f"{cls.__name__}.from_pretrained was asked for quantized weights ({key}), which cannot be simulated "
-                f"yet: leave out {key}, or record a real run"
+                f"{cls.__name__}.from_pretrained was asked for quantized weights ({key}), which cannot be simulated in "
+                "a program: profile the model as hf:NAME --set quantization=load_in_4bit, or record a real run"
             )
 
 

@@ -97,7 +97,7 @@ def _backward_flops(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
     return 5 * _flops(args[1], args[12])
 
 
-_RESULTS: dict[str, tuple[Callable[..., Any], Callable[..., int]]] = {
+_KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., int]]] = {
     "flash_attn_2_forward": (_forward_2, _forward_flops),
     "flash_attn_2_backward": (_backward, _backward_flops),
     "flash_attn_3_forward": (_forward_3, _forward_flops),
@@ -111,7 +111,7 @@ def _defined() -> Any:
     """Define the operators, once in a process."""
     library = torch.library.Library("memscope", "FRAGMENT")
     for name, schema in _SCHEMAS.items():
-        result, count = _RESULTS[name]
+        result, count = _KERNELS[name]
         library.define(name + schema)
         library._register_fake(name, result)
         register_flop_formula(getattr(torch.ops.memscope, name), get_raw=True)(count)

@@ -43,7 +43,8 @@ def gemm_4bit(
         quant_type: nf4 or fp4.
         scales: bias; with double quantization, also the magnitudes in 8 bits, their code and their offset.
     """
-    bias, in_8bit, code, offset = (*scales, *(4 - len(scales)) * [None])
+    given: list[Any] = [*scales, None, None, None, None]
+    bias, in_8bit, code, offset = given[:4]
     if in_8bit is not None:
         unpacked = ops.dequantize_blockwise.default(in_8bit, absmax, code, 256, torch.float32)
         absmax = unpacked + offset  # beside `unpacked`, which lives until the function returns

@@ -90,7 +90,7 @@ def _shape(layer: Any) -> tuple[int, int]:
 
 def _weight(layer: Any, dtype: torch.dtype | None) -> Tensor:
     """The weight as it is quantized, `[out, in]`."""
-    weight = layer.weight.detach()
+    weight: Tensor = layer.weight.detach()
     weight = weight.T if is_transposed(layer) else weight
     return (weight if dtype is None else weight.to(dtype)).contiguous()
 
