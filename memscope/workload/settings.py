@@ -254,6 +254,7 @@ def help_of(config: type) -> dict[str, str]:
 
 
 def _docstrings_of_fields(config: type) -> dict[str, str]:
+    texts: dict[str, str] = {}
     body = ast.parse(textwrap.dedent(inspect.getsource(config))).body[0]
     assert isinstance(body, ast.ClassDef)
     for field, after in zip(body.body, [*body.body[1:], None], strict=True):
