@@ -179,7 +179,7 @@ def test_a_grid_with_a_lost_run_shows_the_others_and_marks_it(device, fault, sai
     assert sum(line.count("?") == 3 for line in out.splitlines()) == 2
     assert f"?: the run with ga:steps=2, optim:fused failed: {said}" in " ".join(out.split())
     assert [line.split(",")[2] for line in (folder / "t.csv").read_text().splitlines()[1:]] == ["1", "1", "", ""]
-    assert kept(folder) == ["optim_fused.npz", "baseline.npz", "report.html"]
+    assert kept(folder) == ["baseline.npz", "optim_fused.npz", "report.html"]
 
 
 def test_a_grid_without_any_result_is_an_error(run, folder):
