@@ -163,7 +163,7 @@ def test_dir_lists_the_public_names_before_they_are_loaded(tmp_path: Path) -> No
 
 def test_the_strategies_that_come_with_memscope_are_registered() -> None:
     names = {point.name for point in entry_points(group="memscope.strategies") if point.value.startswith("memscope.")}
-    assert names == {"adamw", "amp", "bf16", "ckpt", "ga", "lora"}
+    assert names == {"adamw", "amp", "bf16", "ckpt", "fp8", "ga", "lora", "loss", "pack"}
 
 
 @pytest.mark.parametrize("point", DECLARED, ids=lambda point: point.name)
