@@ -9,10 +9,11 @@ import plotly.graph_objects as go
 
 from memscope.dashboards.palette import LIGHT, Theme, dressed, themed
 from memscope.dashboards.timeline import unit_of
+from memscope.trace import Category
 
 __all__ = ["activation_by_layers"]
 
-_COLOURS = ("activation", "gradient", "optimizer_state", "parameter", "temporary")
+_COLOURS: tuple[Category, ...] = ("activation", "gradient", "optimizer_state", "parameter", "temporary")
 
 
 def activation_by_layers(curves: Mapping[str, Mapping[int, int]], theme: Theme = LIGHT) -> go.Figure:

@@ -79,7 +79,8 @@ def try_all(specs: Sequence[RunSpec], report: Report) -> list[str]:
     """Run all specs and return the error message of each; empty for a run that wrote its trace file."""
     ended = _carried_out(specs, report, lambda error: False)
     unsaved = "its trace cannot be written: free some space"
-    return [str(ended.failed.get(index, "" if ended.traced[index] is None else unsaved)) for index in range(len(specs))]
+    saved = {index: "" if trace is None else unsaved for index, trace in ended.traced.items()}
+    return [str(ended.failed[index]) if index in ended.failed else saved[index] for index in range(len(specs))]
 
 
 def run_where_there_is_room(specs: Sequence[RunSpec], report: Report) -> Ended:

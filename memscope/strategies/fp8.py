@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -50,6 +50,11 @@ class FP8(Strategy):
         """Pad the operands, with a copy of each, where the tokens of a micro-batch are no multiple of 16, which a GPU
         needs (`pad_inner_dim` of torchao)."""
 
+    @classmethod
+    def candidates(cls, workload: Workload) -> Sequence[Config]:
+        """None: without a compiler that fuses the casts it saves neither memory nor time (docs/loss-fp8-pack.md)."""
+        return []
+
     def check(self, workload: Workload) -> list[Problem]:
         """Report that torchao is missing, and a model without a layer that can be converted."""
         problems = []
@@ -79,4 +84,4 @@ def _converted(model: nn.Module) -> set[str]:
 
 
 def _fits(layer: Any) -> bool:
-    return layer.in_features % _MULTIPLE == 0 == layer.out_features % _MULTIPLE
+    return all(size % _MULTIPLE == 0 for size in (layer.in_features, layer.out_features))

@@ -183,4 +183,5 @@ def pack(samples: Sequence[Sample]) -> Batch:
         "positions": [position for sample in samples for position in range(len(sample.tokens))],
         "samples": [number for number, sample in enumerate(samples) for _ in sample.tokens],
     }
-    return Batch(**{name: torch.tensor([row], dtype=torch.int64) for name, row in rows.items()})  # type: ignore[typeddict-item]
+    batch: Any = {name: torch.tensor([row], dtype=torch.int64) for name, row in rows.items()}
+    return batch  # type: ignore[no-any-return]

@@ -146,3 +146,9 @@ def test_a_measured_run_is_simulated_on_the_same_gpu_with_the_memory_it_had(spec
     assert asked == [((9, 0), limit, "baseline", True)]
     # On compute capability 9.0 a workspace of cuBLAS differs, so that the plan itself is simulated again.
     assert {one.before_bytes for one in advice.tried} != {simulated.peak.allocated_bytes}
+
+
+def test_the_error_of_one_run_stands_beside_the_results_of_the_others(monkeypatch):
+    ended = runs.Ended({0: None}, {1: UsageError("no")})
+    monkeypatch.setattr(runs, "_carried_out", lambda specs, report, ends_the_others: ended)
+    assert runs.try_all([None, None], None) == ["", "no"]

@@ -53,7 +53,7 @@ def chunked(head: nn.Module, tokens: Labelled, chunks: int) -> Tensor:
         return F.cross_entropy(logits, labels, ignore_index=tokens.ignored, reduction="sum")
 
     parts = zip(_rows(tokens).chunk(chunks), tokens.labels.flatten().chunk(chunks), strict=True)
-    total: Tensor = sum(run_checkpointed(loss, (part, {})) for part in parts)  # type: ignore[assignment]
+    total: Tensor = sum(run_checkpointed(loss, (part, {})) for part in parts)
     return total
 
 
