@@ -112,9 +112,9 @@ def build_model(made: Any, config: Any, program: Program, source: ModelSource) -
             else:  # an Auto class, for code that comes with the model
                 model = made.from_config(config, trust_remote_code=program.trust_remote_code, **options)
             _keep_in_fp32(model, dtype, program)
-            stored = source.values.get("quantization_config")
-            if program.quantization or stored:
-                quantized(model, program.quantization or stored, source.place)
+            quantization = program.quantization or source.values.get("quantization_config")
+            if quantization:
+                quantized(model, quantization, source.place)
             if program.gradient_checkpointing:
                 _checkpoint(model, program)
     except (ValueError, ImportError) as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -99,8 +99,8 @@ class Linear4bit(nn.Linear):
         bias: Any = self.bias
         if bias is not None and bias.dtype != x.dtype:
             bias.data = bias.data.to(x.dtype)
-        weight: Any = self.weight
-        return _MatMul4Bit.apply(x, weight, bias, weight.quant_state).to(given)  # type: ignore[no-any-return]
+        weight, multiply = self._parameters["weight"], cast(Any, _MatMul4Bit).apply
+        return multiply(x, weight, bias, cast(Any, weight).quant_state).to(given)  # type: ignore[no-any-return]
 
 
 class _MatMul4Bit(torch.autograd.Function):
@@ -168,7 +168,7 @@ class Linear8bitLt(nn.Linear):
         bias: Any = self.bias
         if bias is not None and bias.dtype != x.dtype:
             bias.data = bias.data.to(x.dtype)
-        return _MatMul8bitLt.apply(x, self.weight, bias, self.state)  # type: ignore[no-any-return]
+        return cast(Any, _MatMul8bitLt).apply(x, self.weight, bias, self.state)  # type: ignore[no-any-return]
 
 
 class _MatMul8bitLt(torch.autograd.Function):
