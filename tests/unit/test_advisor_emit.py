@@ -61,3 +61,18 @@ def test_other_tools_are_told_what_they_cannot_say(tool: str, lora_everywhere: A
     some = {**lora_everywhere.layers, "layers.0": "none"}
     lines = emit(dataclasses.replace(lora_everywhere, layers=some), tool)
     assert any(line.startswith("# not expressible: checkpointing of layers.0 none") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("tool", "lines"),
+    [
+        ("peft", ["use_dora=True, use_rslora=False,", 'init_lora_weights="pissa",']),
+        ("axolotl", ["peft_use_dora: true", "peft_use_rslora: false", "peft_init_lora_weights: pissa"]),
+        ("torchtune", ["  use_dora: True"]),
+    ],
+)
+def test_variants_of_lora_are_told(tool: str, lines: list[str], lora_everywhere: Advice) -> None:
+    found = dataclasses.replace(lora_everywhere, strategies=("lora:dora,r=8,pissa=true,bias=all",))
+    said = emit(found, tool)
+    assert set(lines) <= set(said)
+    assert tool == "peft" or any(line.startswith("# not expressible") and "biases" in line for line in said)
