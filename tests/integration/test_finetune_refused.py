@@ -116,3 +116,12 @@ def test_a_missing_gpu_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_setting_given_twice_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert 'setting "lr" is given twice: "0.001" and "1"' in refused(capsys, *small(), "--lr", "1")
+
+
+@pytest.mark.parametrize("plan", ["lora:dora", "lora:pissa", "peft:ia3"])
+def test_adapters_that_cannot_be_saved_are_refused(
+    plan: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refused(capsys, *small(samples=2, held_out=0), "--strategies", plan, "-o", str(tmp_path / "run"))
+    assert f"{plan}: fine-tuning LLaMA2 saves all weights or plain LoRA updates: use lora without dora" in said
+    assert not (tmp_path / "run").exists()

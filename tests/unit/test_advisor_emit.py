@@ -144,3 +144,18 @@ def test_what_axolotl_does_otherwise_is_told(settings: dict[str, Any], plan: str
     made = SimpleNamespace(strategies=(plan,), layers={}, made_for={"settings": program}, trace=None, file=None)
     lines = emit(made, "axolotl")  # type: ignore[arg-type]
     assert any(one.startswith(line) for one in lines), lines
+
+
+@pytest.mark.parametrize(
+    ("tool", "lines"),
+    [
+        ("peft", ["use_dora=True, use_rslora=False,", 'init_lora_weights="pissa",']),
+        ("axolotl", ["peft_use_dora: true", "peft_use_rslora: false", "peft_init_lora_weights: pissa"]),
+        ("torchtune", ["  use_dora: True"]),
+    ],
+)
+def test_variants_of_lora_are_told(tool: str, lines: list[str], lora_everywhere: Advice) -> None:
+    found = dataclasses.replace(lora_everywhere, strategies=("lora:dora,r=8,pissa=true,bias=all",))
+    said = emit(found, tool)
+    assert set(lines) <= set(said)
+    assert tool == "peft" or any(line.startswith("# not expressible") and "biases" in line for line in said)
