@@ -83,7 +83,8 @@ def adapt(
         assert not isinstance(layer, LoRALinear), "a layer is adapted once"
         weight = layer.weight
         outputs, inputs = reversed(weight.shape) if is_transposed(layer) else weight.shape
-        layer.__class__ = _adapted_class(type(layer))
+        kind: Any = type(layer)
+        layer.__class__ = _adapted_class(kind)
         layer.lora_a = nn.Parameter(weight.new_empty(r, inputs))
         layer.lora_b = nn.Parameter(weight.new_zeros(outputs, r))
         layer.scaling = alpha / math.sqrt(r) if rslora else alpha / r
