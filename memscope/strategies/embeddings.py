@@ -13,12 +13,12 @@ __all__ = ["embeddings", "input_embedding"]
 
 def embeddings(model: nn.Module) -> dict[str, nn.Module]:
     """What transformers calls the input embeddings, and every `nn.Embedding` outside the repeated layers, by name."""
-    inside = {id(part) for layer in repeated_layers(model).values() for part in layer.modules()}
+    inside: set[int] = {id(part) for layer in repeated_layers(model).values() for part in layer.modules()}
     entry = _told(model)
     return {
         name: module
         for name, module in model.named_modules()
-        if module is entry or (isinstance(module, nn.Embedding) and id(module) not in inside)
+        if (entry is not None and module is entry) or (isinstance(module, nn.Embedding) and id(module) not in inside)
     }
 
 

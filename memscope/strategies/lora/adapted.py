@@ -87,7 +87,8 @@ def adapt(
             raise UsageError(f"the weight of {name} is quantized, and DoRA, PiSSA and OLoRA read it: use plain LoRA")
         outputs, inputs = shape_of(layer)
         dtype = torch.float32 if is_quantized(layer) else layer.weight.dtype
-        layer.__class__ = _adapted_class(type(layer))
+        kind: Any = type(layer)
+        layer.__class__ = _adapted_class(kind)
         layer.lora_a = nn.Parameter(layer.weight.new_empty(r, inputs, dtype=dtype))
         layer.lora_b = nn.Parameter(layer.weight.new_zeros(outputs, r, dtype=dtype))
         layer.scaling = alpha / math.sqrt(r) if rslora else alpha / r

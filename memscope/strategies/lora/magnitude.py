@@ -30,7 +30,8 @@ def stored(layer: Any, rows: Tensor) -> Tensor:
 @torch.no_grad()
 def weight_norm(layer: Any) -> Tensor:
     """Norm of each row of the updated weight, `[out]`."""
-    return torch.linalg.norm(stored(layer, layer.weight) + low_rank(layer), dim=1).to(layer.weight.dtype)
+    norm: Tensor = torch.linalg.norm(stored(layer, layer.weight) + low_rank(layer), dim=1).to(layer.weight.dtype)
+    return norm
 
 
 def with_magnitude(layer: Any, x: Tensor, result: Tensor) -> Tensor:
@@ -58,4 +59,5 @@ def with_magnitude(layer: Any, x: Tensor, result: Tensor) -> Tensor:
         base = result
     else:
         base = result - layer.bias
-    return (scale - 1) * base + scale * low * scaling
+    added: Tensor = (scale - 1) * base + scale * low * scaling
+    return added
