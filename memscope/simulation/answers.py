@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import active_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -191,7 +193,8 @@ class FollowedValues(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         self._untouched.keep_arguments((args, kwargs), written(func, args, kwargs))
-        answer = self._answers(func, args, kwargs)
+        is_fake = active_fake_mode() or any(isinstance(x, FakeTensor) for x in pytree.tree_leaves((args, kwargs)))
+        answer = self._answers(func, args, kwargs) if is_fake else UNKNOWN
         out = func(*args, **kwargs) if answer is UNKNOWN else answer
         if concerns_values(func, out):
             self._values.follow(func, args, kwargs, out)

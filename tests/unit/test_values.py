@@ -219,3 +219,17 @@ def test_a_result_that_a_kernel_shrinks_keeps_its_memory_and_its_values():
     simulated, real = simulate(build, device="cpu"), record(build)
     assert answers == 4 * [list(range(8))]
     assert simulated.requested.tolist() == real.requested.tolist()
+
+
+def test_real_numbers_of_the_host_stay_what_they_are_while_the_batch_is_split():
+    def split(batch, parts):
+        counts = torch.tensor([2, 1])
+        seen.append((torch.arange(2).repeat_interleave(counts).tolist(), counts.nonzero().tolist()))
+        return list(batch.chunk(parts))
+
+    seen: list[tuple[list[int], list[list[int]]]] = []
+    model = nn.Linear(4, 4)
+    plan = StepPlan(micro_batches=2)
+    batches = [torch.ones(2, 4)]
+    simulate(Workload(model, batches, lambda m, x: m(x).sum(), torch.optim.SGD, plan=plan, split=split), steps=1)
+    assert seen[0] == ([0, 0, 1], [[0], [1]])
