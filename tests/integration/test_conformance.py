@@ -17,6 +17,9 @@ from memscope.testing import check_strategy, toy_workload
 from memscope.workload.description import Workload
 from memscope.workload.target import find_target
 
+FEW = ("amp", "bf16", "lora")
+"""Strategies beside one that is made up here."""
+
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_the_strategies_that_come_with_memscope_keep_their_promises(install: Install, name: str) -> None:
@@ -101,7 +104,7 @@ class Frozen(Strategy):
 
 
 def test_a_sound_strategy_of_another_package_passes(install: Install) -> None:
-    install(Frozen)
+    install(Frozen, beside=FEW)
     check_strategy(Frozen)
 
 
@@ -286,7 +289,7 @@ class Clashing(Frozen):
 def test_the_kit_names_the_strategy_and_the_promise_that_it_breaks(
     install: Install, broken: type[Strategy], message: str
 ) -> None:
-    install(broken)
+    install(broken, beside=FEW)
     with pytest.raises(AssertionError, match=rf'^strategy "{broken.name}" breaks a promise: .*{message}'):
         check_strategy(broken)
 
@@ -323,7 +326,7 @@ class Seeker(Frozen):
 
 
 def test_what_a_strategy_requires_is_added(install: Install) -> None:
-    install(Provider, Seeker)
+    install(Provider, Seeker, beside=FEW)
     check_strategy(Seeker)
 
 
@@ -334,12 +337,12 @@ class Loner(Clashing):
 
 
 def test_a_declared_conflict_is_accepted(install: Install) -> None:
-    install(Loner)
+    install(Loner, beside=FEW)
     check_strategy(Loner)
 
 
 def test_a_declared_conflict_must_be_refused(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
-    install(Loner)
+    install(Loner, beside=FEW)
     monkeypatch.setattr(plan, "_conflicts", lambda ordered: [])
     with pytest.raises(AssertionError, match=r'combined with "amp".*declared, but the plan was accepted'):
         check_strategy(Loner)
@@ -359,7 +362,7 @@ class Demanding(Frozen):
 
 
 def test_other_strategies_that_cannot_be_applied_are_left_out(install: Install) -> None:
-    install(Demanding)
+    install(Demanding, beside=("ckpt", "amp"))
     check_strategy("ckpt")
     with pytest.raises(UsageError, match="demanding: too small"):
         Plan.parse("ckpt,demanding").apply(toy_workload())
