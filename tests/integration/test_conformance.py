@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
+from itertools import combinations
 from typing import Any, ClassVar
 
 import pytest
@@ -13,7 +16,7 @@ from torch import Tensor, nn
 from memscope.errors import UsageError
 from memscope.strategies import Plan, Problem, Stage, Strategy, available, plan
 from memscope.strategies.loss.parts import has_fused
-from memscope.testing import check_strategy, toy_workload
+from memscope.testing import check_strategy, conformance, toy_workload
 from memscope.workload.description import Workload
 from memscope.workload.target import find_target
 
@@ -23,8 +26,51 @@ FEW = ("amp", "bf16", "lora")
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_the_strategies_that_come_with_memscope_keep_their_promises(install: Install, name: str) -> None:
-    install(beside=SHIPPED[SHIPPED.index(name) :])  # the kit tries all pairs: here, each of them once
+    install(beside=(name, *(["lora"] if available()[name].requires else [])))  # together: see the tests below
     check_strategy(available()[name])
+
+
+def seeded_toy() -> Workload:
+    torch.manual_seed(0)
+    return toy_workload()
+
+
+def joined(names: Iterable[str]) -> Plan | None:
+    """The plan of some strategies and of those they require; None if they cannot be combined on the toy."""
+    # With the default number of micro-batches, each has one sample of the toy, and nothing can be packed.
+    found = {name: Plan.parse("ga:steps=2").strategies[0] if name == "ga" else available()[name]() for name in names}
+    if any(strategy.requires for strategy in found.values()):
+        found.setdefault("lora", available()["lora"]())
+    try:
+        together = Plan.of(*found.values())
+        together.check(seeded_toy())
+    except UsageError:
+        return None
+    return together
+
+
+@cache
+def groups() -> dict[str, list[str]]:
+    """Plans of up to five strategies, in which each pair that can be combined occurs; by the first name."""
+    pairs = [pair for pair in combinations(SHIPPED, 2) if joined(pair)]
+    waiting, found = dict.fromkeys(pairs), {}
+    while waiting:
+        group = list(next(iter(waiting)))
+        first = group[0]
+        for name in SHIPPED:
+            new = sum(tuple(sorted((name, one))) in waiting for one in group)
+            if name not in group and 2 * new >= len(group) and len(group) < 5 and joined([*group, name]):
+                group.append(name)
+        for pair in combinations(sorted(group), 2):
+            waiting.pop(pair, None)
+        found.setdefault(first, []).append(str(joined(group)))
+    return found
+
+
+@pytest.mark.parametrize("first", SHIPPED)
+def test_strategies_together_are_simulated_as_they_run(first: str) -> None:
+    for text in groups().get(first, []):
+        conformance._check_traces([*Plan.parse(text).strategies], seeded_toy)
 
 
 @pytest.mark.parametrize(
