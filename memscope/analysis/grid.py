@@ -16,11 +16,11 @@ from memscope.errors import MemscopeError, OutOfDeviceMemory, UsageError
 from memscope.strategies import Plan, Strategy
 from memscope.trace import Trace
 
-__all__ = ["Cell", "Combination", "Grid", "Setting", "combinations", "table2"]
+__all__ = ["Cell", "Combination", "Grid", "SettingValue", "combinations", "table2"]
 
 
 @dataclass(frozen=True)
-class Setting:
+class SettingValue:
     """A value of a target's setting, as a factor of the grid."""
 
     key: str
@@ -92,7 +92,7 @@ class Grid:
 
 
 def combinations(
-    factors: Sequence[Sequence[Strategy]], settings: Sequence[Sequence[Setting]] = ()
+    factors: Sequence[Sequence[Strategy]], settings: Sequence[Sequence[SettingValue]] = ()
 ) -> list[Combination]:
     """Every combination, of the strategies from none to all; the first changes slowest.
 
@@ -115,7 +115,7 @@ def combinations(
 
 
 def table2(
-    factors: Sequence[Setting | Strategy],
+    factors: Sequence[SettingValue | Strategy],
     runs: Sequence[tuple[tuple[bool, ...], Trace | MemscopeError]],
     samples: int,
     memory_bytes: int | None = None,
@@ -149,12 +149,12 @@ def table2(
 
 
 def _require_comparable(
-    factors: Sequence[Setting | Strategy], runs: Sequence[tuple[tuple[bool, ...], Trace | MemscopeError]]
+    factors: Sequence[SettingValue | Strategy], runs: Sequence[tuple[tuple[bool, ...], Trace | MemscopeError]]
 ) -> None:
     counts: dict[tuple[bool, ...], set[int | None]] = {}
     for applied, trace in runs:
         if isinstance(trace, Trace):
-            values = tuple(on for on, one in zip(applied, factors, strict=True) if isinstance(one, Setting))
+            values = tuple(on for on, one in zip(applied, factors, strict=True) if isinstance(one, SettingValue))
             counts.setdefault(values, set()).add(trace.meta.get("samples_per_step"))
     for found in counts.values():
         if len(found) > 1:

@@ -13,7 +13,7 @@ import click
 from rich.console import Console
 
 from memscope.analysis.effects import Run, Table1
-from memscope.analysis.grid import Combination, Grid, Setting, combinations, table2
+from memscope.analysis.grid import Combination, Grid, SettingValue, combinations, table2
 from memscope.analysis.grid_words import grid_notes
 from memscope.analysis.notes import notes_of
 from memscope.cli.grid_document import grid_document
@@ -41,7 +41,7 @@ _SAMPLES = 200
 class AskedGrid:
     """Every combination of some strategies, with every value of some settings."""
 
-    factors: tuple[Setting | Strategy, ...]
+    factors: tuple[SettingValue | Strategy, ...]
     """The values of settings, then the strategies; alternatives beside each other."""
     combinations: tuple[Combination, ...]
     """The first has no strategy, the last has all."""
@@ -99,10 +99,10 @@ def asked_grid(options: ProfileOptions, device: str) -> AskedGrid | None:
     return AskedGrid(factors, tuple(found), options.samples or _SAMPLES, memory_bytes, table)
 
 
-def _varied(text: str) -> list[Setting]:
+def _varied(text: str) -> list[SettingValue]:
     """The values of a setting in KEY=A/B."""
     key, equal, values = text.partition("=")
-    found = [Setting(key, value) for value in values.split("/")]
+    found = [SettingValue(key, value) for value in values.split("/")]
     if not equal or not key or not all(one.value for one in found):
         raise UsageError(f'--vary "{text}": expected a setting and its values, such as n_layers=1/32')
     if len(set(found)) < len(found):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from memscope.analysis.grid import Grid, Setting, combinations, table2
+from memscope.analysis.grid import Grid, SettingValue, combinations, table2
 from memscope.analysis.grid_words import grid_notes
 from memscope.cli.grid_report import FORMATS, print_grid
 from memscope.errors import MemscopeError, OutOfDeviceMemory, TargetError, UsageError
@@ -61,7 +61,7 @@ def test_alternatives_of_a_setting_are_columns_of_which_a_combination_has_one_or
 
 
 def test_every_combination_appears_with_each_value_of_a_setting_that_varies() -> None:
-    values = [Setting("accumulation", "1"), Setting("accumulation", "8")]
+    values = [SettingValue("accumulation", "1"), SettingValue("accumulation", "8")]
     found = combinations(read_alternatives("amp"), [values])
     assert [(one.settings["accumulation"], str(one.plan)) for one in found] == [
         ("1", ""), ("1", "amp"), ("8", ""), ("8", "amp"),
@@ -70,7 +70,7 @@ def test_every_combination_appears_with_each_value_of_a_setting_that_varies() ->
 
 
 def test_a_setting_may_change_the_samples_of_a_step_and_each_run_takes_its_own_number_of_steps() -> None:
-    factors = [Setting("accumulation", "1"), Setting("accumulation", "8")]
+    factors = [SettingValue("accumulation", "1"), SettingValue("accumulation", "8")]
     one, eight = (trace(1, samples_per_step=samples, cost=estimate(0.5)) for samples in (1, 8))
     found = table2(factors, [((True, False), one), ((False, True), eight)], 201)
     assert [cell.seconds for cell in found.cells] == [201 * 0.5, 26 * 0.5]
