@@ -95,7 +95,10 @@ def asked_grid(options: ProfileOptions, device: str) -> AskedGrid | None:
     if table is not None:
         _require_table(table, options.force)
     memory_bytes = _memory_bytes(options.memory, device)
-    factors = (*chain.from_iterable(settings), *chain.from_iterable(alternatives))
+    factors: tuple[SettingValue | Strategy, ...] = (
+        *chain.from_iterable(settings),
+        *chain.from_iterable(alternatives),
+    )
     return AskedGrid(factors, tuple(found), options.samples or _SAMPLES, memory_bytes, table)
 
 
