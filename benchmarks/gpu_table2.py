@@ -156,7 +156,8 @@ def _cell(job: dict[str, Any], trace: Any) -> dict[str, Any]:
         return asdict(Cell(applied, fits=False, allocated_bytes=None, reserved_bytes=None, seconds=None))
     grid = table2(read_strategies(job["grid"]), [(applied, trace)], SAMPLES, job["memory_bytes"])
     optimizer_state = trace.by_category()["optimizer_state"]
-    return asdict(grid.cells[0]) | {"steps": grid.steps, "optimizer_state_bytes": optimizer_state}
+    (samples,) = grid.samples_per_step
+    return asdict(grid.cells[0]) | {"steps": grid.steps(samples), "optimizer_state_bytes": optimizer_state}
 
 
 def table2_lines(rows: list[dict[str, Any]], predicted_for: str) -> list[str]:

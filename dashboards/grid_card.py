@@ -127,5 +127,5 @@ if __name__ == "__main__":
         Cell((True, False), fits=False, allocated_bytes=52 * gib, reserved_bytes=53 * gib, seconds=None),
         Cell((True, True), fits=True, allocated_bytes=31 * gib, reserved_bytes=33 * gib, seconds=120.0),
     )
-    made_up = Grid("made-up model", "made-up GPU", True, ("ga:steps=8", "lora"), cells, 200, None, 39 * gib, 8)
+    made_up = Grid("made-up model", "made-up GPU", True, ("ga:steps=8", "lora"), cells, 200, None, 39 * gib)
     grid_peaks(made_up).write_html(sys.argv[1] if len(sys.argv) > 1 else "grid.html")

@@ -28,7 +28,7 @@ def grid_headings(grid: Grid) -> list[str]:
 
 
 def cell_name(grid: Grid, cell: Cell) -> str:
-    """`ga:steps=2, lora`: the strategies that a combination applies."""
+    """`n_layers=1, ga:steps=2, lora`: the factors that a combination has."""
     return ", ".join(itertools.compress(grid.factors, cell.applied)) or "no strategy"
 
 
@@ -64,12 +64,19 @@ def grid_notes(grid: Grid, baselines: Sequence[str]) -> Iterator[str]:
             yield f"{FAILED}: the run with {cell_name(grid, cell)} failed: {cell.failure}."
     for text in baselines:
         yield f"Off means: {text[0].lower()}{text[1:]}."
-    if grid.steps is None:
+    steps = [f"{grid.steps(size)} optimizer steps of {_samples(size)}" for size in grid.samples_per_step]
+    if not steps:
         yield "No run time: the samples in the batch of a step cannot be counted."
     elif any(cell.seconds is not None for cell in grid.cells):
         yield (
-            f"Run time: {grid.samples} samples are {grid.steps} optimizer steps of {grid.samples_per_step} samples; "
+            f"Run time: {_samples(grid.samples)} are {' or '.join(steps)}; "
             "each is assumed to take as long as the step that was run, on the target's first batch."
         )
+        if len(steps) > 1:
+            yield "Compare times of steps with different numbers of samples only if all samples have the same length."
     elif grid.predicted and any(cell.fits for cell in grid.cells):
         yield f'No run time: the rates of "{grid.device}" are unknown; choose a specific GPU, such as a100-40gb.'
+
+
+def _samples(number: int) -> str:
+    return "1 sample" if number == 1 else f"{number} samples"

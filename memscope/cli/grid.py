@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ import click
 from rich.console import Console
 
 from memscope.analysis.effects import Run, Table1
-from memscope.analysis.grid import Grid, combinations, table2
+from memscope.analysis.grid import Combination, Grid, SettingValue, combinations, table2
 from memscope.analysis.grid_words import grid_notes
 from memscope.analysis.notes import notes_of
 from memscope.cli.grid_document import grid_document
@@ -39,14 +39,12 @@ _SAMPLES = 200
 
 @dataclass(frozen=True)
 class AskedGrid:
-    """Every combination of some strategies."""
+    """Every combination of some strategies, with every value of some settings."""
 
-    factors: tuple[Strategy, ...]
-    """The strategies, alternatives of one beside each other."""
-    applied: tuple[tuple[bool, ...], ...]
-    """For each combination, whether it applies each factor."""
-    plans: tuple[Plan, ...]
-    """The plan of each combination: the first has no strategy, the last has all."""
+    factors: tuple[SettingValue | Strategy, ...]
+    """The values of settings, then the strategies; alternatives beside each other."""
+    combinations: tuple[Combination, ...]
+    """The first has no strategy, the last has all."""
     samples: int
     memory_bytes: int | None
     """Most GPU memory that PyTorch may use; None: all of it."""
@@ -55,7 +53,20 @@ class AskedGrid:
     @property
     def labels(self) -> list[str]:
         """The name of each run."""
-        return [str(plan) or "baseline" for plan in self.plans]
+        return [_label(one) for one in self.combinations]
+
+    @property
+    def plans(self) -> list[tuple[Mapping[str, str], list[Plan]]]:
+        """Each set of values of the settings that vary, and the plans that are run with it."""
+        return [
+            (settings, [one.plan for one in each])
+            for settings, each in groupby(self.combinations, key=lambda one: one.settings)
+        ]
+
+
+def _label(one: Combination) -> str:
+    words = [f"{key}={value}" for key, value in one.settings.items()]
+    return ",".join([*words, *([str(one.plan)] if one.plan else [])]) or "baseline"
 
 
 def asked_grid(options: ProfileOptions, device: str) -> AskedGrid | None:
@@ -66,8 +77,8 @@ def asked_grid(options: ProfileOptions, device: str) -> AskedGrid | None:
     """
     text, table = options.grid, options.table
     if text is None:
-        others = {"--samples": options.samples, "--memory": options.memory, "--table": table}
-        given = [name for name, value in others.items() if value is not None]
+        others = {"--vary": options.vary, "--samples": options.samples, "--memory": options.memory, "--table": table}
+        given = [name for name, value in others.items() if value not in (None, ())]
         if given:
             raise UsageError(f"{given[0]} needs Table 2: add --grid, for example --grid ga,amp,lora")
         return None
@@ -77,15 +88,29 @@ def asked_grid(options: ProfileOptions, device: str) -> AskedGrid | None:
             "or name its strategies in --grid"
         )
     alternatives = read_alternatives(text)
-    found = combinations(alternatives)
-    if any(is_auto(plan) for _, plan in found):
+    settings = [_varied(text) for text in options.vary]
+    found = combinations(alternatives, settings)
+    if any(is_auto(one.plan) for one in found):
         raise UsageError("ckpt:auto makes a plan for one combination only: in --grid, name the layers to checkpoint")
     if table is not None:
         _require_table(table, options.force)
-    applied, combined = zip(*found, strict=True)
     memory_bytes = _memory_bytes(options.memory, device)
-    factors = tuple(chain.from_iterable(alternatives))
-    return AskedGrid(factors, applied, combined, options.samples or _SAMPLES, memory_bytes, table)
+    factors: tuple[SettingValue | Strategy, ...] = (
+        *chain.from_iterable(settings),
+        *chain.from_iterable(alternatives),
+    )
+    return AskedGrid(factors, tuple(found), options.samples or _SAMPLES, memory_bytes, table)
+
+
+def _varied(text: str) -> list[SettingValue]:
+    """The values of a setting in KEY=A/B."""
+    key, equal, values = text.partition("=")
+    found = [SettingValue(key, value) for value in values.split("/")]
+    if not equal or not key or not all(one.value for one in found):
+        raise UsageError(f'--vary "{text}": expected a setting and its values, such as n_layers=1/32')
+    if len(set(found)) < len(found):
+        raise UsageError(f'--vary "{text}": a value is twice; leave one out')
+    return found
 
 
 def show_grid(
@@ -101,7 +126,8 @@ def show_grid(
     `found` has the file of each combination's trace, and the trace or the error of its run.
     """
     results = [one for _, one in found]
-    grid = table2(asked.factors, list(zip(asked.applied, results, strict=True)), asked.samples, asked.memory_bytes)
+    outcomes = [(one.applied, result) for one, result in zip(asked.combinations, results, strict=True)]
+    grid = table2(asked.factors, outcomes, asked.samples, asked.memory_bytes)
     runs = [Run(label, one) for label, one in zip(asked.labels, results, strict=True) if isinstance(one, Trace)]
     of_runs = (f"{run.label}: {note}" for run in runs for note in notes_of(run.trace))
     notes = [*grid_notes(grid, baselines), *of_runs]
@@ -109,7 +135,7 @@ def show_grid(
     if asked.table is not None:
         attempt(write_whole, asked.table, FORMATS[asked.table.suffix](grid, notes).encode())
     if as_json:
-        specs = [plan.specs for plan in asked.plans]
+        specs = [one.plan.specs for one in asked.combinations]
         document = grid_document(grid, specs, [path for path, _ in found], notes)
         click.echo(json.dumps(document, ensure_ascii=False, indent=2))
         return

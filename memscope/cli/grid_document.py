@@ -28,11 +28,11 @@ def grid_document(
         "can_be_reserved": grid.limit_bytes,
         "factors": list(grid.factors),
         "samples": grid.samples,
-        "samples_per_step": grid.samples_per_step,
         "table2": [
             {
                 "strategies": plan,
                 "applied": dict(zip(grid.factors, cell.applied, strict=True)),
+                "samples_per_step": cell.samples_per_step,
                 "fits": cell.fits,
                 "failure": cell.failure or None,
                 "peak": {"allocated": cell.allocated_bytes, "reserved": cell.reserved_bytes},
@@ -58,6 +58,7 @@ class _Peak(TypedDict):
 
 class _Cell(TypedDict):
     applied: dict[str, bool]
+    samples_per_step: NotRequired[Count | None]
     fits: bool | None
     failure: NotRequired[str | None]
     peak: _Peak
@@ -73,7 +74,8 @@ class _Document(TypedDict):
     can_be_reserved: SizeBytes | None
     factors: list[str]
     samples: Count
-    samples_per_step: Count | None
+    samples_per_step: NotRequired[Count | None]
+    """That of every combination, in documents of before settings could vary."""
     table2: list[_Cell]
     notes: list[str]
 
@@ -101,11 +103,13 @@ def grid_of(document: Mapping[str, Any]) -> tuple[Grid, list[str]]:
         device=document["device"]["name"],
         predicted=predicted,
         factors=factors,
-        cells=tuple(_cell(one, factors, predicted) for one in document["table2"]),
+        cells=tuple(
+            _cell({"samples_per_step": document.get("samples_per_step"), **one}, factors, predicted)
+            for one in document["table2"]
+        ),
         samples=document["samples"],
         memory_bytes=document["memory_limit"],
         limit_bytes=document["can_be_reserved"],
-        samples_per_step=document["samples_per_step"],
     )
     return grid, list(document["notes"])
 
@@ -125,4 +129,5 @@ def _cell(values: Mapping[str, Any], factors: Sequence[str], predicted: bool) ->
         reserved_bytes=values["peak"]["reserved"],
         seconds=values["estimated_seconds" if predicted else "seconds"],
         failure=values.get("failure") or ("" if values["fits"] is not None else "the reason was not noted"),
+        samples_per_step=values["samples_per_step"],
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -156,10 +156,14 @@ def _prepared(options: ProfileOptions, folder: Path) -> _Prepared:
     file, allocator = options.device_file, options.allocator
     scene = Scene(options.target, options.preset, words, device, file, allocator, timeout, options.assume)
     grid = asked_grid(options, device)
-    plans = [grid.plans[-1]] if grid else [Plan.parse(text) for text in options.plans]
+    plans = [grid.combinations[-1].plan] if grid else [Plan.parse(text) for text in options.plans]
     labels = grid.labels if grid else labels_of(plans)
-    fixed = grid.plans if grid else [plan for plan in plans if not is_auto(plan)]
-    to_try = _checked(scene, fixed, [] if plans else _TO_TRY)
+    to_try: list[str] = []
+    if grid:
+        for varied, combined in grid.plans:
+            _checked(_with_settings(scene, varied), combined)
+    else:
+        to_try = _checked(scene, [plan for plan in plans if not is_auto(plan)], [] if plans else _TO_TRY)
     if any(map(is_auto, plans)):
         with contextlib.redirect_stdout(sys.stderr):
             plans = [_resolved(plan, scene, folder, options.force) for plan in plans]
@@ -179,15 +183,27 @@ def _checked(scene: Scene, plans: Sequence[Plan], offered: Sequence[str] = ()) -
     return check_plans(*words, plans, offered=offered, timeout_seconds=scene.timeout_seconds)
 
 
+def _with_settings(scene: Scene, varied: Mapping[str, str]) -> Scene:
+    """The scene with the values of settings that vary."""
+    for key in varied:
+        if key in scene.settings:
+            raise UsageError(f'--vary {key}=…: "{key}" is set already, to "{scene.settings[key]}": leave one out')
+    return replace(scene, settings={**scene.settings, **varied})
+
+
 def _specs(options: ProfileOptions, prepared: _Prepared, live: bool) -> list[RunSpec]:
     """The runs."""
-    scene = prepared.scene
+    scene, grid = prepared.scene, prepared.grid
+    plans = ["" if label == "baseline" else label for label in prepared.labels]
+    cases = [(scene, plan) for plan in plans]
+    if grid:
+        cases = [(_with_settings(scene, one.settings), str(one.plan)) for one in grid.combinations]
     return [
         RunSpec(
             target=scene.target,
             preset=scene.preset,
-            settings=scene.settings,
-            plan="" if label == "baseline" else label,
+            settings=case.settings,
+            plan=plan,
             compared=tuple(map(str, prepared.plans)),
             device=scene.device,
             device_file=scene.device_file,
@@ -196,11 +212,11 @@ def _specs(options: ProfileOptions, prepared: _Prepared, live: bool) -> list[Run
             steps=options.steps or DEFAULT_STEPS,
             assume=scene.assume,
             path=path,
-            memory_bytes=prepared.grid.memory_bytes if prepared.grid else None,
+            memory_bytes=grid.memory_bytes if grid else None,
             live=live,
             timeout_seconds=scene.timeout_seconds,
         )
-        for label, path in zip(prepared.labels, prepared.traces, strict=True)
+        for (case, plan), path in zip(cases, prepared.traces, strict=True)
     ]
 
 

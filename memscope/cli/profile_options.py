@@ -63,6 +63,15 @@ class ProfileOptions:
             "value may have alternatives: lora:r=8/16/64.",
         ),
     ]
+    vary: Annotated[
+        tuple[str, ...],
+        option(
+            "--vary",
+            multiple=True,
+            metavar="KEY=A/B/…",
+            help="With --grid: every combination with each value of a setting, such as n_layers=1/32. Repeatable.",
+        ),
+    ]
     samples: Annotated[
         int | None,
         option(

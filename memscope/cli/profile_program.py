@@ -51,6 +51,7 @@ _OF_TARGETS = {
     "preset": "--preset",
     "trust_remote_code": "--trust-remote-code",
     "grid": "--grid",
+    "vary": "--vary",
     "samples": "--samples",
     "memory": "--memory",
     "table": "--table",

@@ -12,6 +12,7 @@ from memscope.errors import UsageError, nearest
 __all__ = ["command"]
 
 _STUDIES = {
+    "adapters": "Compare QLoRA of several ranks with full fine-tuning, over models and devices.",
     "budget": "Say what a budget of time buys on a device: iterations, tokens and MFU, against Chinchilla's optimum.",
 }
 
@@ -40,4 +41,4 @@ class _Studies(click.Group):
 
 @click.group("study", cls=_Studies, context_settings={"help_option_names": ["-h", "--help"]})
 def command() -> None:
-    """Answer one question about a target over many simulations, as a table, a figure and JSON."""
+    """Answer one question over many simulations, as a table and JSON."""

@@ -32,7 +32,8 @@ def grid_of(
 ) -> Grid:
     """Table 2 as computed by `memscope profile --grid`."""
     factors = read_strategies(text)
-    applied, plans = zip(*combinations(read_alternatives(text)), strict=True)
+    found = combinations(read_alternatives(text))
+    applied, plans = [one.applied for one in found], [one.plan for one in found]
     first = RunSpec(
         target="llama2",
         preset="debug",

@@ -13,8 +13,8 @@ def test_the_grid_has_every_combination_with_a_prediction_and_a_trace(run, tmp_p
     assert code == 0, err
     document = json.loads(out)
     assert document["device"] == {"name": "l4", "simulated": True}
-    assert document["samples_per_step"] == 2
     rows = document["table2"]
+    assert {row["samples_per_step"] for row in rows} == {2}
     assert [row["strategies"] for row in rows] == [[], ["lora"], ["ga:steps=2"], ["lora", "ga:steps=2"]]
     assert rows[3]["applied"] == {"ga:steps=2": True, "lora": True}
     for row in rows:
@@ -45,6 +45,24 @@ def test_a_grid_of_alternatives_on_the_cpu_is_measured(run):
     assert all(row["seconds"] > 0 and row["estimated_seconds"] is None for row in document["table2"])
 
 
+def test_a_setting_that_varies_is_a_factor_whose_runs_have_its_values(run, tmp_path):
+    words = ["llama2", "--preset", "debug", "--set", "n_layers=1", "seq_len=32", "--vary", "accumulation=1/2"]
+    code, out, err = run("profile", *words, "--device", "l4", "--grid", "lora", "--samples", "4", "-o", "out", "--json")
+    assert code == 0, err
+    rows = json.loads(out)["table2"]
+    assert [list(row["applied"].items()) for row in rows[1::2]] == [
+        [("accumulation=1", True), ("accumulation=2", False), ("lora", True)],
+        [("accumulation=1", False), ("accumulation=2", True), ("lora", True)],
+    ]
+    assert [row["samples_per_step"] for row in rows] == [1, 1, 2, 2]
+    assert [row["strategies"] for row in rows] == [[], ["lora"], [], ["lora"]]
+    # With two micro-batches the second one runs beside the gradients of the first.
+    assert rows[3]["peak"]["allocated"] > rows[1]["peak"]["allocated"]
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.npz")) == [
+        "accumulation=1+lora.npz", "accumulation=1.npz", "accumulation=2+lora.npz", "accumulation=2.npz",
+    ]  # fmt: skip
+
+
 BAD = {
     "unknown factor": (["--grid", "ga,lor"], 'unknown strategy "lor"', 'did you mean "lora"'),
     "the same factor twice": (["--grid", "lora,lora:r=4"], '"lora" occurs 2 times', "name it once"),
@@ -54,6 +72,11 @@ BAD = {
     "a factor that cannot be applied": (["--grid", "lora,ga:steps=3"], "2 samples", "divides"),
     "factors that conflict": (["--grid", "amp,bf16"], "cannot be combined", "remove one"),
     "a factor planned by memscope": (["--grid", "lora,ckpt:auto,budget=1GB"], "ckpt:auto", "name the layers"),
+    "a setting that varies without a grid": (["--vary", "n_layers=1/2"], "--vary", "--grid"),
+    "a setting that varies without values": (["--grid", "lora", "--vary", "n_layers"], '"n_layers"', "n_layers=1/32"),
+    "a setting that is set and varies": (["--grid", "lora", "--vary", "n_layers=1/2"], '"n_layers"', "leave one out"),
+    "a setting that varies by one value twice": (["--grid", "lora", "--vary", "lr=1/1"], '"lr=1/1"', "leave one out"),
+    "an unknown setting that varies": (["--grid", "lora", "--vary", "layers=1/2"], '"layers"', "n_layers"),
     "samples without a grid": (["-s", "lora", "--samples", "10"], "--samples", "--grid"),
     "less memory of a simulated device": (["--grid", "lora", "--memory", "40GB"], "--memory", "--device-file"),
     "memory that is no size": (["--grid", "lora", "--memory", "much"], '"much" is not a size', "40GB"),

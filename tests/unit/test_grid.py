@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from memscope.analysis.grid import Grid, combinations, table2
+from memscope.analysis.grid import Grid, SettingValue, combinations, table2
 from memscope.analysis.grid_words import grid_notes
 from memscope.cli.grid_report import FORMATS, print_grid
 from memscope.errors import MemscopeError, OutOfDeviceMemory, TargetError, UsageError
@@ -46,18 +46,40 @@ def grid_of(*traces: Trace | MemscopeError, samples: int = 200) -> Grid:
 
 def test_every_combination_appears_once_in_the_order_of_the_factors() -> None:
     found = combinations(read_alternatives("ga:steps=2,amp,lora"))
-    assert [str(plan) for _, plan in found] == [
+    assert [str(one.plan) for one in found] == [
         "", "lora", "amp", "lora,amp", "ga:steps=2", "lora,ga:steps=2", "amp,ga:steps=2", "lora,amp,ga:steps=2",
     ]  # fmt: skip
-    assert found[5][0] == (True, False, True)
+    assert found[5].applied == (True, False, True)
 
 
 def test_alternatives_of_a_setting_are_columns_of_which_a_combination_has_one_or_none() -> None:
     found = combinations(read_alternatives("lora:r=8/64,amp:dtype=bf16"))
-    assert [str(plan) for _, plan in found] == [
+    assert [str(one.plan) for one in found] == [
         "", "amp:dtype=bf16", "lora:r=8", "lora:r=8,amp:dtype=bf16", "lora:r=64", "lora:r=64,amp:dtype=bf16",
     ]  # fmt: skip
-    assert [applied for applied, _ in found[-2:]] == [(False, True, False), (False, True, True)]
+    assert [one.applied for one in found[-2:]] == [(False, True, False), (False, True, True)]
+
+
+def test_every_combination_appears_with_each_value_of_a_setting_that_varies() -> None:
+    values = [SettingValue("accumulation", "1"), SettingValue("accumulation", "8")]
+    found = combinations(read_alternatives("amp"), [values])
+    assert [(one.settings["accumulation"], str(one.plan)) for one in found] == [
+        ("1", ""), ("1", "amp"), ("8", ""), ("8", "amp"),
+    ]  # fmt: skip
+    assert found[2].applied == (False, True, False)
+
+
+def test_a_setting_may_change_the_samples_of_a_step_and_each_run_takes_its_own_number_of_steps() -> None:
+    factors = [SettingValue("accumulation", "1"), SettingValue("accumulation", "8")]
+    one, eight = (trace(1, samples_per_step=samples, cost=estimate(0.5)) for samples in (1, 8))
+    found = table2(factors, [((True, False), one), ((False, True), eight)], 201)
+    assert [cell.seconds for cell in found.cells] == [201 * 0.5, 26 * 0.5]
+    expected = "Run time: 201 samples are 201 optimizer steps of 1 sample or 26 optimizer steps of 8 samples; each"
+    *_, told, warning = grid_notes(found, [])
+    assert told.startswith(expected)
+    assert "only if all samples have the same length" in warning
+    with pytest.raises(UsageError, match="different numbers of samples"):
+        table2(factors, [((True, False), one), ((True, False), eight)], 201)
 
 
 def test_alternatives_of_several_settings_and_of_switches_are_combined(tmp_path: Path) -> None:
@@ -88,7 +110,7 @@ def test_invalid_factors_are_refused(text: str, expected: str) -> None:
 def test_run_time_is_the_steps_that_the_samples_take_times_the_estimate_of_one() -> None:
     one = trace(3, cost=estimate(0.5, 0.25))
     found = grid_of(one, one, one, one, samples=201)
-    assert found.steps == 26, "25 whole steps of 8 samples, and one more for the last sample"
+    assert found.steps(8) == 26, "25 whole steps of 8 samples, and one more for the last sample"
     assert found.predicted
     assert found.cells[0].seconds == 26 * 0.75
     assert found.cells[0].allocated_bytes == 3 * MIB

@@ -23,7 +23,7 @@ def grid(*, predicted: bool = True, limit: int | None = 39 * GIB) -> Grid:
     """The first combination does not fit; what it would need is known if that was predicted."""
     need = (58 * GIB, 60 * GIB) if predicted else (None, None)
     cells = (Cell((False,), False, *need, None), Cell((True,), True, 31 * GIB, 33 * GIB, 120.0))
-    return Grid("mine", "a100-40gb", predicted, ("lora:r=8",), cells, 200, None, limit, 8)
+    return Grid("mine", "a100-40gb", predicted, ("lora:r=8",), cells, 200, None, limit)
 
 
 def curve(name: str, found: Any) -> Any:

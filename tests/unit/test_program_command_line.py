@@ -168,6 +168,7 @@ PROGRAM = ["--", sys.executable, "-c", "pass"]
         (["--preset", "debug", *PROGRAM], "--preset is for targets: leave it out where a program follows --"),
         (["--set", "a=1", *PROGRAM], "--set is for targets"),
         (["--grid", "lora,amp", *PROGRAM], "--grid is for targets"),
+        (["--vary", "n_layers=1/2", *PROGRAM], "--vary is for targets"),
         (["--live", *PROGRAM], "--live is for targets"),
         (["--trust-remote-code", *PROGRAM], "--trust-remote-code is for targets"),
         (["-s", "ckpt:auto,budget=1GB", *PROGRAM], "ckpt:auto searches for a target's checkpoint plan"),

@@ -257,7 +257,7 @@ def test_a_plan_alone_or_in_a_text_is_refused(report: Report, trace_file: Path) 
 def grid_file(tmp_path: Path) -> Path:
     """Table 2 of one strategy: without it the run needs 58 GiB and does not fit, with it 31."""
     cells = (Cell((False,), False, 58 * GIB, 60 * GIB, None), Cell((True,), True, 31 * GIB, 33 * GIB, 120.0))
-    grid = Grid("t", "a100-40gb", True, ("lora",), cells, 200, None, 39 * GIB, 8)
+    grid = Grid("t", "a100-40gb", True, ("lora",), cells, 200, None, 39 * GIB)
     notes = ["Predicted: nothing was computed."]
     path = tmp_path / "grid.out"
     path.write_text(json.dumps(grid_document(grid, [[], ["lora"]], [Path("a"), Path("b")], notes)))
