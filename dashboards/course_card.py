@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from html import escape
 
 from memscope.analysis.growth import MOST_ALIKE, about_steps, chosen_steps, step_peaks
-from memscope.analysis.phases import about_phases, leaves_the_steps, phase_peaks
-from memscope.dashboards.course import steps_figure
+from memscope.analysis.phases import about_phases, call_peaks, leaves_the_steps, phase_peaks
+from memscope.dashboards.course import calls_figure, steps_figure
 from memscope.dashboards.html import code, figure_box, fold, swatch, table
 from memscope.dashboards.names import spoken
 from memscope.trace import Trace
@@ -33,6 +33,9 @@ def phases_part(trace: Trace, key: str) -> str:
     ]  # fmt: skip
     headers = ["phase", "allocated", *(["reserved"] if has_reserved else []), "at"]
     body = table(headers, rows, "Peak by phase", "numbers") + _notes(about_phases(trace))
+    calls = call_peaks(trace)
+    if len(calls) > 1:
+        body += figure_box(calls_figure(calls), "Memory of each call of the model without gradients")
     models = trace.meta.get("models", {})
     if len(models) > 1:
         body += table(

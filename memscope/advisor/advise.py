@@ -168,6 +168,11 @@ def advised(request: AdviceRequest, asker: Asker, workload: Workload | Callable[
     else:
         with on_meta():
             built = build_workload(workload)
+    if built.optimizer_factory is None:
+        raise UsageError(
+            f'"{built.name}" is for inference: advice is on training. To see what fits, use memscope fit; '
+            "to try a strategy, memscope profile -s"
+        )
     always.check(built)
     chain = LayerList.of(built.model, request.layer_list, exactly=CHECKPOINTING not in allowed)
     search = Search(

@@ -64,8 +64,14 @@ def last_step_seconds(trace: Trace) -> float | None:
 
 
 def total_seconds(phases: dict[Phase, float] | None) -> float | None:
-    """Estimated seconds of a step, without inference: evaluation and generation stand between steps."""
-    return None if phases is None else sum(seconds for phase, seconds in phases.items() if phase != "inference")
+    """Estimated seconds of a step.
+
+    Inference counts only where the step has no phase of training; elsewhere it stands between steps, like evaluation.
+    """
+    if phases is None:
+        return None
+    trains = bool(phases.keys() - {"setup", "inference", "outside"})
+    return sum(seconds for phase, seconds in phases.items() if phase != "inference" or not trains)
 
 
 def module_seconds(

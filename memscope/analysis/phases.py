@@ -11,13 +11,15 @@ from memscope.analysis.alive import occasion, together
 from memscope.trace import CATEGORIES, PHASES, Phase, Trace
 from memscope.units import format_bytes
 
-__all__ = ["PhasePeak", "about_phases", "leaves_the_steps", "phase_peaks"]
+__all__ = ["CallPeak", "PhasePeak", "about_phases", "call_peaks", "leaves_the_steps", "phase_peaks"]
 
 _BESIDE_THE_STEPS: tuple[Phase, ...] = ("setup", "outside", "inference")
 _INFERENCE = PHASES.index("inference")
 _MOST_MODULES = 3
 _LEAST_KEPT = 0.01
 """Least share of the peak of inference that is worth mentioning."""
+_FEWEST_CALLS = 4
+"""Calls of a model without gradients, as for as many tokens, from which on their memory is told call by call."""
 _OF_NO_CALL = [CATEGORIES.index(name) for name in ("parameter", "weight_copy", "buffer", "workspace")]
 
 
@@ -67,6 +69,29 @@ def phase_peaks(trace: Trace) -> tuple[PhasePeak, ...]:
     return tuple(found[phase] for phase in PHASES if phase in found)
 
 
+@dataclass(frozen=True)
+class CallPeak:
+    """The memory of one call of a model without gradients, such as that for one generated token."""
+
+    held_bytes: int
+    """Allocated when it begins: the model, and what earlier calls have left."""
+    allocated_bytes: int
+    """The most that was allocated during the call."""
+
+
+def call_peaks(trace: Trace) -> tuple[CallPeak, ...]:
+    """The calls without gradients in the last micro-batch of the last step that has any, in order."""
+    calls = [(mark, a, b) for mark, a, b in _stretches(trace) if trace.mark_phase[mark] == _INFERENCE]
+    if not calls:
+        return ()
+    place = [(int(trace.mark_step[mark]), int(trace.mark_micro_batch[mark])) for mark, _, _ in calls]
+    return tuple(
+        CallPeak(int(trace.allocated[max(a - 1, 0)]), int(trace.allocated[max(a - 1, 0) : b].max()))
+        for here, (_, a, b) in zip(place, calls, strict=True)
+        if here == place[-1]
+    )
+
+
 def leaves_the_steps(trace: Trace) -> bool:
     """Whether a run has phases that a training step does not have: inference, or work between its steps."""
     steps = {PHASES[int(trace.mark_phase[mark])] for mark, _, _ in _stretches(trace) if trace.mark_step[mark] >= 0}
@@ -94,6 +119,19 @@ def about_phases(trace: Trace) -> Iterator[str]:
                 f"inference keeps up to {format_bytes(sum(one.kept.values()))} from one call of a model to the next, "
                 f"such as a KV cache: {', '.join([*listed[:_MOST_MODULES], *more])}"
             )
+    calls = call_peaks(trace)
+    if len(calls) >= _FEWEST_CALLS:
+        keeps = any(one.kept for one in peaks)
+        added = (calls[-1].held_bytes - calls[1].held_bytes) / (len(calls) - 2)  # the first takes in the prompt
+        yield (
+            f"the last {len(calls)} calls without gradients, such as one for each generated token, begin with "
+            f"{format_bytes(calls[0].held_bytes)} to {format_bytes(calls[-1].held_bytes)}"
+            + (
+                f": after the first, each adds {format_bytes(round(added))} on average"
+                if keeps and round(added)
+                else ""
+            )
+        )
 
 
 def _stretches(trace: Trace) -> Iterator[tuple[int, int, int]]:

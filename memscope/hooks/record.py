@@ -23,6 +23,7 @@ from memscope.units import format_bytes
 from memscope.workload.batch import map_tensors
 from memscope.workload.building import build_workload
 from memscope.workload.description import Workload
+from memscope.workload.inference import started
 from memscope.workload.micro_batches import prepare_steps
 from memscope.workload.step import Training
 
@@ -38,7 +39,7 @@ def record(
     progress: MicroBatchProgress | None = None,
     live: Tell | None = None,
 ) -> Trace:
-    """Run `steps` real training steps and trace them. This trains the model: its weights change.
+    """Run `steps` real steps and trace them. This trains the model: its weights change, except in inference.
 
     Args:
         workload: the workload, or a function that builds it; on the host, or already on the device.
@@ -84,12 +85,12 @@ def record(
             built.model.to(device)
         except torch.OutOfMemoryError as error:
             raise _no_room(built, error) from error
-    training = Training.start(built, device, partial(map_tensors, _MOVES[device]))
+    running = started(built, device, partial(map_tensors, _MOVES[device]))
     recorder = Recorder(built.model, meta=run_meta(built, plan, device, simulated=False))
-    scaler = training.scaler
+    scaler = running.scaler if isinstance(running, Training) else None
     scale = scaler.get_scale() if scaler else 0.0
     try:
-        run_steps(training, pieces, recorder, progress, live)
+        run_steps(running, pieces, recorder, progress, live)
     except TargetError as error:
         if not is_out_of_memory(error):
             raise

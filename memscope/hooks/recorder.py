@@ -226,7 +226,7 @@ class Recorder:
     def phase(self, name: str, micro_batch: int) -> None:
         """Begin a phase reported by `run_step`."""
         self._position.told = True
-        if name == "forward" and micro_batch == 0:
+        if name in ("forward", "inference") and micro_batch == 0:
             self._begin_step()
         phase: Phase = name  # type: ignore[assignment]
         self._position.move_to(phase, self._position.step, micro_batch)
@@ -243,7 +243,10 @@ class Recorder:
 
     def _call_begins(self, whole: bool) -> None:
         here = self._position
-        if here.told:
+        if here.told and here.base_phase in ("inference", "outside"):
+            self._before_inference = "outside"
+            self._move_to("inference")
+        elif here.told:
             if whole:
                 self._move_to("forward")
         elif torch.is_grad_enabled():

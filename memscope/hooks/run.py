@@ -17,9 +17,11 @@ from memscope.trace import Phase
 from memscope.trace.notes import add_note
 from memscope.workload.building import target_error
 from memscope.workload.description import Workload
+from memscope.workload.inference import Inference, run_inference
 from memscope.workload.micro_batches import MicroBatch
+from memscope.workload.running import StepObserver
 from memscope.workload.split import sample_counts
-from memscope.workload.step import StepObserver, Training, run_step
+from memscope.workload.step import Training, run_step
 
 __all__ = ["MicroBatchProgress", "run_meta", "run_steps"]
 
@@ -47,7 +49,7 @@ def run_meta(workload: Workload, plan: Plan, device: str, *, simulated: bool) ->
 
 
 def run_steps(
-    training: Training,
+    running: Training | Inference,
     pieces: list[list[MicroBatch]],
     recorder: Recorder,
     progress: MicroBatchProgress | None,
@@ -68,7 +70,10 @@ def run_steps(
         with recorder:
             for step in pieces:
                 try:
-                    run_step(training, step, observer)
+                    if isinstance(running, Inference):
+                        run_inference(running, step, observer)
+                    else:
+                        run_step(running, step, observer)
                 except BaseException as error:
                     _leave_checkpoints(error)
                     raise
@@ -77,7 +82,7 @@ def run_steps(
     except (MemscopeError, KeyboardInterrupt):
         raise
     except BaseException as error:
-        raise target_error(training.workload.name, error) from error
+        raise target_error(running.workload.name, error) from error
 
 
 def _leave_checkpoints(error: BaseException) -> None:
@@ -99,9 +104,10 @@ class _ReportingRecorder:
     ) -> None:
         self._recorder, self._total, self._progress, self._states = recorder, total, progress, states
         self._begun = self._micro_batch = 0
+        self._last: Phase = "zero_grad"
 
     def phase(self, name: str, micro_batch: int) -> None:
-        if name == "forward":
+        if name in ("forward", "inference"):
             if self._begun and self._progress:
                 self._progress(self._begun, self._total)
             self._begun += 1
@@ -109,6 +115,7 @@ class _ReportingRecorder:
         self._micro_batch = micro_batch
         if self._states:
             phase: Phase = name  # type: ignore[assignment]
+            self._last = "inference" if phase == "inference" else "zero_grad"
             self._states.moved(phase, micro_batch, self._begun - 1)
 
     def inputs(self, data: Any) -> None:
@@ -118,4 +125,4 @@ class _ReportingRecorder:
         if self._progress:
             self._progress(self._total, self._total)
         if self._states:
-            self._states.moved("zero_grad", self._micro_batch, self._total)
+            self._states.moved(self._last, self._micro_batch, self._total)

@@ -52,8 +52,8 @@ from memscope.trace.notes import add_note
 from memscope.workload.batch import map_tensors
 from memscope.workload.building import build_workload, usable
 from memscope.workload.description import Workload
+from memscope.workload.inference import started
 from memscope.workload.micro_batches import Choose, prepare_steps
-from memscope.workload.step import Training
 
 __all__ = ["Part", "simulate"]
 
@@ -80,7 +80,7 @@ def simulate(
     assume: str | Assume = "",
     part: Part | None = None,
 ) -> Trace:
-    """Trace `steps` training steps without computing any values.
+    """Trace `steps` steps of training, or of inference, without computing any values.
 
     Args:
         workload: the workload to train, or a function that builds it. The weights of a model that the function builds
@@ -151,7 +151,7 @@ def simulate(
         with mode, followed:
             pinned = PinnedBefore()
             with pinned if kernels else contextlib.nullcontext():
-                training = Training.start(built, "cpu", partial(map_tensors, partial(_on_device, values)))
+                running = started(built, "cpu", partial(map_tensors, partial(_on_device, values)))
         with mode:
             host = HostOperators(Link(operators, device))
             timeline = Timeline(WrittenViews(host), waits_after_step=True)
@@ -167,7 +167,7 @@ def simulate(
             gpu.memory.seen = recorder.tracker.seen
             paged.host = host
             with host_copies(recorder.tracker, host, pinned) if kernels else contextlib.nullcontext():
-                run_steps(training, pieces, recorder, progress, live)
+                run_steps(running, pieces, recorder, progress, live)
     trace = recorder.trace()
     trace = dataclasses.replace(trace, meta={**trace.meta, "assumptions": assumptions.rows()})
     if kernels is None:

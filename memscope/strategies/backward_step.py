@@ -29,6 +29,7 @@ class BackwardStep(Strategy):
     name = "backward-step"
     stage = Stage.STEP
     exact = True
+    trains = "the optimizer's step"
     changes = "the updates of an optimizer that looks at several parameters at once"
     takes_more = "the gradients from what looks at them after the backward pass"
     conflicts = frozenset({"accumulation", "gradient scaler", "optimizer on the host"})

@@ -26,6 +26,7 @@ class BitFit(Strategy):
     name = "bitfit"
     stage = Stage.ADAPT
     exact = False
+    trains = "which weights are trained"
     changes = "what is trained"
     conflicts = frozenset({"adapters"})
     textbook: ClassVar[Mapping[str, str]] = {

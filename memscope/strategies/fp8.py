@@ -30,6 +30,7 @@ class FP8(Strategy):
     name = "fp8"
     stage = Stage.LOAD
     exact = False
+    trains = "how linear layers train"
     changes = "the precision of matrix products"
     provides = frozenset({"float8"})
     textbook: ClassVar[Mapping[str, str]] = {

@@ -29,6 +29,7 @@ class Freeze(Strategy):
     name = "freeze"
     stage = Stage.ADAPT
     exact = False
+    trains = "which weights are trained"
     changes = "what is trained"
     conflicts = frozenset({"adapters"})
     textbook: ClassVar[Mapping[str, str]] = {

@@ -26,6 +26,7 @@ class GradientAccumulation(Strategy):
     name = "ga"
     stage = Stage.STEP
     exact = True
+    trains = "how gradients accumulate"
     changes = "the statistics of batch norm"
     provides = frozenset({"accumulation"})
     textbook: ClassVar[Mapping[str, str]] = {

@@ -24,6 +24,7 @@ class NEFTune(Strategy):
     name = "neftune"
     stage = Stage.WRAP
     exact = False
+    trains = "the embeddings in training"
     changes = "the embeddings of the inputs, by noise"
     textbook: ClassVar[Mapping[str, str]] = {
         "parameter": "–",

@@ -9,14 +9,14 @@ value of a strategy's choice (`memscope.workload.settings.choice`) is such a wor
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memscope.errors import UsageError, nearest
 from memscope.strategies.plugins import available, called
-from memscope.strategies.strategy import Strategy
+from memscope.strategies.strategy import Problem, Strategy
 from memscope.workload.settings import bare_words, fill
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Plan:
         Raises:
             UsageError: the plan cannot be applied; the message lists every problem of every strategy.
         """
-        wrong = [f"{s.name}: {problem}" for s in self.strategies for problem in called(s, "check", workload)]
+        wrong = [f"{s.name}: {problem}" for s in self.strategies for problem in _problems(s, workload)]
         if wrong:
             raise UsageError(_listed(f'the plan "{self}" cannot be applied to "{workload.name}"', wrong))
 
@@ -206,6 +206,14 @@ def _stands_alone(word: str, *, after: str) -> bool:
     """Whether a word is a setting of a strategy by itself."""
     kind = available().get(after)
     return kind is not None and word in bare_words(kind.Config)
+
+
+def _problems(strategy: Strategy, workload: Workload) -> Iterable[Problem]:
+    if workload.optimizer_factory is None and strategy.trains:
+        what = f"it changes {strategy.trains}, and inference has none"
+        return [Problem(what, "leave it out, or train: give the workload an optimizer")]
+    found: list[Problem] = called(strategy, "check", workload)
+    return found
 
 
 def _conflicts(strategies: tuple[Strategy, ...]) -> list[str]:

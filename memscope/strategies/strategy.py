@@ -82,6 +82,9 @@ class Strategy(Protocol):
     takes_more: ClassVar[str] = ""
     """What the strategy takes that no budget of device memory counts, such as "memory of the host". Where that is
     something, `memscope advise` uses it only if `--allow` names it, exact or not."""
+    trains: ClassVar[str] = ""
+    """What of training the strategy changes, such as "gradients": a workload for inference, which has none, refuses it.
+    Empty: the strategy makes sense without training too."""
     Config: ClassVar[type]
     """Frozen dataclass of the settings, all with defaults; the docstring under each field is its help text."""
     requires: ClassVar[frozenset[str]] = frozenset()

@@ -81,6 +81,9 @@ class HeadLoss:
 class Workload:
     """A training task: any `nn.Module`, any `torch.optim.Optimizer`, their data and loss, and how one step runs.
 
+    Without an optimizer (`optimizer_factory=None`) it is inference: the model is in evaluation mode, `loss` runs under
+    `torch.inference_mode`, and there is no backward pass. Strategies that change training are refused.
+
     Examples:
         >>> import torch
         >>> from torch import nn
@@ -99,13 +102,14 @@ class Workload:
     """The model; strategies may change it in place before the first step."""
     batches: Sequence[Any]
     """One item per optimizer step: the whole effective batch. Recorders repeat the first, so put the largest first."""
-    loss: Callable[[nn.Module, Any], Tensor | tuple[Tensor, Any]]
+    loss: Callable[[nn.Module, Any], Any]
     """`loss(model, micro_batch)`: runs the forward pass and returns the mean loss, a scalar; or `(loss, kept)`, where
-    `kept`, such as the model's outputs, lives until the next call has returned, as variables of a training loop do."""
-    optimizer_factory: OptimizerFactory
+    `kept`, such as the model's outputs, lives until the next call has returned, as variables of a training loop do.
+    For inference it may return anything instead of the loss."""
+    optimizer_factory: OptimizerFactory | None
     """`optimizer_factory(parameters)` builds the optimizer from the trainable parameters. A factory with a parameter
     named `model` is also given the model, whose `named_parameters` serve for groups such as those without weight decay.
-    It is called last, after every strategy has been applied."""
+    It is called last, after every strategy has been applied. None: inference."""
     plan: StepPlan = field(default_factory=StepPlan)
     name: str = "workload"
     split: Callable[[Any, int], list[Any]] = split_batch

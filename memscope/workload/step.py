@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,46 +17,32 @@ from memscope.errors import TargetError, UsageError, place_of, where
 from memscope.workload.description import Workload
 from memscope.workload.micro_batches import MicroBatch
 from memscope.workload.optimizer import built_by
+from memscope.workload.running import Running, StepObserver
 from memscope.workload.step_in_backward import step_in_backward
 
-__all__ = ["StepObserver", "Training", "run_step"]
+__all__ = ["Training", "run_step"]
 
 
-class StepObserver(Protocol):
-    """Receives each phase of a step as it begins, and the inputs once they are on the device."""
+@dataclass(kw_only=True)
+class Training(Running):
+    """A started `Workload` with its optimizer and gradient scaler."""
 
-    def phase(self, name: str, micro_batch: int) -> None:
-        """Phase `name` (forward, backward, optimizer or zero_grad) begins; it lasts until the next call."""
-
-    def inputs(self, data: Any) -> None:
-        """The micro-batch `data` is on the device."""
-
-
-@dataclass
-class Training:
-    """A started `Workload`: the objects that live from step to step."""
-
-    workload: Workload
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler | None
-    device_type: str
-    to_device: Callable[[Any], Any]
     gradients_are_taken: bool
     """Whether the target has hooks that run when a gradient is complete, and may take it before the step ends."""
-    batch: Any = None
-    """The last micro-batch on the device, with `StepPlan.keep_batch`."""
-    kept: Any = None
-    """What the last loss returned beside the loss."""
 
     @classmethod
     def start(cls, workload: Workload, device_type: str, to_device: Callable[[Any], Any]) -> Training:
         """Build the optimizer and the gradient scaler. Called once, after every strategy has been applied.
 
         Raises:
-            UsageError: no parameter is trainable, the optimizer has none of the trainable parameters, or a step in the
-                backward pass is asked for beside what prevents it.
+            UsageError: the workload has no optimizer, no parameter is trainable, the optimizer has none of the
+                trainable parameters, or a step in the backward pass is asked for beside what prevents it.
             TargetError: `optimizer_factory` fails.
         """
+        if workload.optimizer_factory is None:
+            raise UsageError(f'"{workload.name}" cannot be trained: it is for inference (optimizer_factory=None)')
         trainable = [p for p in workload.model.parameters() if p.requires_grad]
         if not trainable:
             raise UsageError(f'"{workload.name}" has no trainable parameter: nothing can be optimized')
@@ -70,7 +56,14 @@ class Training:
         optimizer = _optimizer(workload, trainable)
         if plan.step_in_backward:
             step_in_backward(optimizer)
-        return cls(workload, optimizer, scaler, device_type, to_device, _are_taken(trainable))
+        return cls(
+            workload=workload,
+            device_type=device_type,
+            to_device=to_device,
+            optimizer=optimizer,
+            scaler=scaler,
+            gradients_are_taken=_are_taken(trainable),
+        )
 
 
 def _are_taken(parameters: list[nn.Parameter]) -> bool:
@@ -103,7 +96,7 @@ def run_step(training: Training, pieces: list[MicroBatch], observer: StepObserve
     Raises:
         TargetError: no parameter of the optimizer got a gradient.
     """
-    plan, model = training.workload.plan, training.workload.model
+    plan = training.workload.plan
     mark = observer.phase if observer else _unobserved
     total: Tensor | None = None
     index = 0
@@ -113,7 +106,8 @@ def run_step(training: Training, pieces: list[MicroBatch], observer: StepObserve
         with contextlib.ExitStack() as scopes:
             for scope in plan.contexts:
                 scopes.enter_context(scope())
-            loss = _forward(training, model, piece, observer)
+            loss = _require_loss(training.call(piece.data, observer), training.workload)
+            loss = loss if piece.share == 1.0 else loss * piece.share
             mark("backward", index)
             (training.scaler.scale(loss) if training.scaler else loss).backward()
         total = loss.detach() if total is None else total + loss.detach()
@@ -141,20 +135,6 @@ def _update(training: Training) -> None:
         scaler.update()
     else:
         optimizer.step()
-
-
-def _forward(training: Training, model: nn.Module, piece: MicroBatch, observer: StepObserver | None) -> Tensor:
-    data = training.to_device(piece.data)
-    plan = training.workload.plan
-    if plan.keep_batch:
-        training.batch = data
-    if observer:
-        observer.inputs(data)
-    with torch.autocast(training.device_type, dtype=plan.autocast) if plan.autocast else contextlib.nullcontext():
-        found = training.workload.loss(model, data)
-    one, training.kept = found if type(found) is tuple and len(found) == 2 else (found, None)
-    loss = _require_loss(one, training.workload)
-    return loss if piece.share == 1.0 else loss * piece.share
 
 
 def _require_gradient(training: Training) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["PRESETS", "Config"]
 
 _ATTENTION = ("eager", "sdpa")
+_MODES = ("train", "generate")
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"}
 
 
@@ -71,6 +72,14 @@ class Config:
     """Samples per micro-batch."""
     accumulation: int = 8
     """Micro-batches per optimizer step."""
+    mode: str = "train"
+    """train: a training step; generate: continue the prompts of `micro_batch` samples, without gradients."""
+    new_tokens: int = 64
+    """With mode=generate: tokens to add to each prompt."""
+    cache: bool = True
+    """With mode=generate: keep keys and values of earlier tokens (a KV cache)."""
+    beams: int = 1
+    """With mode=generate: sequences that beam search follows for each prompt; 1: greedy decoding."""
     lr: float = 1e-5
     """Learning rate of AdamW."""
     weight_decay: float = 0.01
@@ -98,7 +107,7 @@ class Config:
 
 _COUNTS = (
     "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "sliding_window", "max_seq_len", "samples",
-    "micro_batch", "accumulation",
+    "micro_batch", "accumulation", "new_tokens", "beams",
 )  # fmt: skip
 
 
@@ -126,6 +135,12 @@ def _problems(config: Config) -> Iterator[str]:
             yield f"rope_scaling={format_value(config.rope_scaling)}: expected factor ≥ 1, 0 < low < high, context ≥ 1"
     if config.seq_len is not None and not 2 <= config.seq_len <= config.max_seq_len:
         yield f"seq_len={config.seq_len}: expected 2 to max_seq_len={config.max_seq_len}"
+    if config.mode not in _MODES:
+        yield f'mode="{config.mode}": {nearest(config.mode, _MODES)}'
+    if config.mode != "generate":
+        given = {"new_tokens": 64, "cache": True, "beams": 1}
+        for name in [name for name, default in given.items() if getattr(config, name) != default]:
+            yield f"{name}={format_value(getattr(config, name))}: only mode=generate uses it: add mode=generate"
     if config.attention not in _ATTENTION:
         yield f'attention="{config.attention}": {nearest(config.attention, _ATTENTION)}'
     if config.dtype not in _DTYPES:

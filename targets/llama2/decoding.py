@@ -34,6 +34,8 @@ class Decoding:
     """Number of sequences that beam search follows for each prompt; 1: no beam search."""
     length_penalty: float = 1.0
     """Beam search compares log-probability / length ** length_penalty; larger values favor longer texts."""
+    cache: bool = True
+    """Keep keys and values of earlier tokens (a KV cache), so that each token passes through the model once."""
     seed: int = 0
     """Seed for sampling the first prompt; each further prompt uses the next seed."""
 

@@ -92,8 +92,8 @@ def command(
 ) -> None:
     """Continue texts with LLaMA2, or a model of its family. Prompts run together, but each result is as if run alone.
 
-    Decoding is greedy unless --temperature or --beams is given. There is no KV cache: every token takes one forward
-    pass over all the text before it. Text goes to stdout; with one prompt and no beam search, it is streamed.
+    Decoding is greedy unless --temperature or --beams is given. With --cache false every token takes one forward pass
+    over all the text before it. Text goes to stdout; with one prompt and no beam search, it is streamed.
     """
     decoding = fill(Decoding, {key: text for key, text in texts.items() if text is not None}, of="generation")
     config = fill(read_preset(options.weights), settings_of([*changed, *settings]), of='target "llama2"')

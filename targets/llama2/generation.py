@@ -1,4 +1,4 @@
-"""Generation without a KV cache: every new token takes one forward pass over the whole sequence before it."""
+"""Generation: one forward pass for each new token, over that token with a KV cache, or over the whole sequence."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from memscope.errors import MemscopeError, UsageError
 from memscope.targets.llama2.beam_search import beam_search
+from memscope.targets.llama2.cache import Cache
 from memscope.targets.llama2.decoding import Continuation, Decoding, Limit, TextSearch
 from memscope.targets.llama2.model import Architecture, Llama
 from memscope.targets.llama2.sampling import one_by_one
@@ -16,7 +17,7 @@ from memscope.targets.llama2.sampling import one_by_one
 __all__ = ["Continuation", "Decoding", "check_prompts", "generate"]
 
 _PAD_ID = 0
-"""Pads short rows on the right. Any id would do: see `_next_logits`."""
+"""Pads short rows on the right. Any id would do: see `_NextLogits._of_all`."""
 
 
 def generate(
@@ -29,7 +30,7 @@ def generate(
 ) -> list[Continuation]:
     """Continue prompts of any lengths. Each result is the same as for that prompt alone.
 
-    Dropout is off. Between tokens, only the model stays on the device.
+    Dropout is off. Between tokens, only the model and, with `Decoding.cache`, keys and values stay on the device.
 
     Args:
         model: the model, on any device.
@@ -50,11 +51,12 @@ def generate(
     searches = [_search(model, prompt, decoding, eos_id, index) for index, prompt in enumerate(prompts)]
     wanted = {index: next(search) for index, search in enumerate(searches)}
     done: dict[int, Continuation] = {}
+    next_logits = _NextLogits(model, Cache(len(model.layers)) if decoding.cache else None)
     training = model.training
     model.eval()
     try:
         while wanted:
-            done |= _advance(model, searches, wanted)
+            done |= _advance(next_logits, searches, wanted)
             on_token([_new_tokens(prompt, index, wanted, done) for index, prompt in enumerate(prompts)])
     finally:
         model.train(training)
@@ -94,10 +96,10 @@ def _search(model: Llama, prompt: Sequence[int], decoding: Decoding, eos_id: int
 
 
 def _advance(
-    model: Llama, searches: Sequence[TextSearch], wanted: dict[int, list[list[int]]]
+    next_logits: _NextLogits, searches: Sequence[TextSearch], wanted: dict[int, list[list[int]]]
 ) -> dict[int, Continuation]:
     """One forward pass for all unfinished prompts. Updates `wanted`; returns the continuations that ended."""
-    logits = _next_logits(model, [row for rows in wanted.values() for row in rows])
+    logits = next_logits([row for rows in wanted.values() for row in rows])
     if not logits.isfinite().all():
         raise MemscopeError("the model's logits are not finite: its weights, or those of the adapter, are broken")
     parts = logits.split([len(rows) for rows in wanted.values()])
@@ -111,17 +113,44 @@ def _advance(
     return done
 
 
-@torch.inference_mode()
-def _next_logits(model: Llama, rows: list[list[int]]) -> Tensor:
-    """Logits `[rows, vocab_size]` of the token after each sequence.
+class _NextLogits:
+    """Computes the logits of the token after each sequence."""
 
-    Padding on the right needs neither a mask nor shifted positions: attention is causal, so no token sees the padding
-    after it, and logits are read at the end of each sequence.
-    """
-    device, longest = model.freqs_cis.device, max(len(row) for row in rows)
-    tokens = torch.tensor([row + [_PAD_ID] * (longest - len(row)) for row in rows], device=device)
-    logits: Tensor = model(tokens, torch.tensor([len(row) - 1 for row in rows], device=device))
-    return logits
+    def __init__(self, model: Llama, cache: Cache | None) -> None:
+        self._model, self._cache = model, cache
+        self._known: dict[tuple[int, ...], int] = {}
+        """The sequences in the cache, each with its row."""
+
+    @torch.inference_mode()
+    def __call__(self, rows: list[list[int]]) -> Tensor:
+        """Logits `[rows, vocab_size]`; after the first call, each sequence is one of the call before and a token."""
+        logits = self._of_last(rows, self._cache) if self._cache else self._of_all(rows)
+        if self._cache is not None:
+            self._known = {tuple(row): index for index, row in enumerate(rows)}
+        return logits
+
+    def _of_all(self, rows: list[list[int]]) -> Tensor:
+        """Pass whole sequences through the model.
+
+        Padding on the right needs neither a mask nor shifted positions: attention is causal, so no token sees the
+        padding after it, and logits are read at the end of each sequence.
+        """
+        model, lengths = self._model, [len(row) for row in rows]
+        device, longest = model.freqs_cis.device, max(lengths)
+        tokens = torch.tensor([row + [_PAD_ID] * (longest - len(row)) for row in rows], device=device)
+        places = torch.tensor([length - 1 for length in lengths], device=device)
+        logits: Tensor = model(tokens, places, cache=self._cache) if self._cache is not None else model(tokens, places)
+        if self._cache is not None:
+            self._cache.begin(lengths)
+        return logits
+
+    def _of_last(self, rows: list[list[int]], cache: Cache) -> Tensor:
+        """Pass the last token of each sequence through the model; the others are in the cache."""
+        device = self._model.freqs_cis.device
+        cache.choose([self._known[tuple(row[:-1])] for row in rows])
+        tokens = torch.tensor([row[-1:] for row in rows], device=device)
+        logits: Tensor = self._model(tokens, cache=cache)[:, -1]
+        return logits
 
 
 def _new_tokens(

@@ -1,4 +1,4 @@
-"""LLaMA2 as in Meta's reference code, without KV cache and model parallelism: the plain training forward pass.
+"""LLaMA2 as in Meta's reference code, without model parallelism; a KV cache is used if one is given.
 
 Module names, the order of operations and their precision are Meta's (facebookresearch/llama, llama/model.py), so the
 weights load by name and every tensor of the forward pass has the same size as there. Later models of the family
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from memscope.targets.llama2.cache import Cache, LayerCache
 
 __all__ = ["Architecture", "Llama", "Packed"]
 
@@ -112,10 +114,13 @@ def stretched(freqs: Tensor, factor: float, low: float, high: float, original_co
 
 
 def rotate(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotary embedding of queries and keys `[batch, seq, heads, head_dim]`: neighbors form one complex number."""
+    """Rotary embedding of queries and keys `[batch, seq, heads, head_dim]`: neighbors form one complex number.
+
+    The factors are those of the positions, `[seq, head_dim / 2]`, or of each row's own, `[batch, seq, head_dim / 2]`.
+    """
     xq_ = torch.view_as_complex(_at_least_float32(xq).reshape(*xq.shape[:-1], -1, 2))
     xk_ = torch.view_as_complex(_at_least_float32(xk).reshape(*xk.shape[:-1], -1, 2))
-    freqs_cis = freqs_cis.view(1, xq_.shape[1], 1, xq_.shape[3])
+    freqs_cis = freqs_cis.view(-1, xq_.shape[1], 1, xq_.shape[3])
     xq_out = torch.view_as_real(xq_ * freqs_cis).flatten(3)
     xk_out = torch.view_as_real(xk_ * freqs_cis).flatten(3)
     return xq_out.type_as(xq), xk_out.type_as(xk)
@@ -168,23 +173,27 @@ class Attention(nn.Module):
         self.wv = arch.linear(arch.dim, self.kv_heads * self.head_dim)
         self.wo = arch.linear(self.n_heads * self.head_dim, arch.dim)
 
-    def forward(self, x: Tensor, freqs_cis: Tensor, mask: Tensor | None) -> Tensor:
-        """`[batch, seq, dim]` to the same; without a mask, `F.scaled_dot_product_attention` with `is_causal=True`."""
+    def forward(self, x: Tensor, freqs_cis: Tensor, mask: Tensor | None, past: LayerCache | None = None) -> Tensor:
+        """`[batch, seq, dim]` to the same. Without a mask attention is causal; a single token sees all of the past."""
         batch, seq, _ = x.shape
         xq, xk, xv = self.wq(x), self.wk(x), self.wv(x)
         xq = xq.view(batch, seq, self.n_heads, self.head_dim)
         xk = xk.view(batch, seq, self.kv_heads, self.head_dim)
         xv = xv.view(batch, seq, self.kv_heads, self.head_dim)
         xq, xk = rotate(xq, xk, freqs_cis)
+        if past is not None:
+            xk, xv = past.extended(xk, xv)
 
         xq = xq.transpose(1, 2)  # [batch, heads, seq, head_dim]
         keys = repeat_kv(xk, self.n_heads // self.kv_heads).transpose(1, 2)
         values = repeat_kv(xv, self.n_heads // self.kv_heads).transpose(1, 2)
-        if self.sdpa or mask is None:
-            output = F.scaled_dot_product_attention(xq, keys, values, attn_mask=mask, is_causal=mask is None)
+        if self.sdpa:
+            is_causal = mask is None and (past is None or seq > 1)
+            output = F.scaled_dot_product_attention(xq, keys, values, attn_mask=mask, is_causal=is_causal)
         else:
             scores = torch.matmul(xq, keys.transpose(2, 3)) / math.sqrt(self.head_dim)
-            scores = scores + mask  # [batch, heads, seq, seq]
+            if mask is not None:
+                scores = scores + mask  # [batch, heads, seq, columns]
             scores = F.softmax(_at_least_float32(scores), dim=-1).type_as(xq)
             output = torch.matmul(scores, values)
         output = output.transpose(1, 2).contiguous().view(batch, seq, -1)
@@ -215,9 +224,9 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(arch)
         self.ffn_norm = RMSNorm(arch)
 
-    def forward(self, x: Tensor, freqs_cis: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, freqs_cis: Tensor, mask: Tensor | None, past: LayerCache | None = None) -> Tensor:
         """`[batch, seq, dim]` to the same."""
-        h = x + self.attention(self.attention_norm(x), freqs_cis, mask)
+        h = x + self.attention(self.attention_norm(x), freqs_cis, mask, past)
         return h + self.feed_forward(self.ffn_norm(h))  # type: ignore[no-any-return]
 
 
@@ -245,17 +254,23 @@ class Llama(nn.Module):
         *,
         packed: Packed | None = None,
         with_head: bool = True,
+        cache: Cache | None = None,
     ) -> Tensor:
         """Token ids `[batch, seq]` to logits `[batch, seq, vocab_size]` in float32; `seq` up to `2 * max_seq_len`.
 
         With `places` `[batch]`, only to the logits at that position of each row: `[batch, vocab_size]`. Without the
-        head, to its input `[..., dim]`. Packed samples are one row of tokens.
+        head, to its input `[..., dim]`. Packed samples are one row of tokens. An empty cache takes in the tokens; one
+        that has seen some is given the next token of each row, `[batch, 1]`.
         """
         h = self.tok_embeddings(tokens)
-        freqs_cis = self.freqs_cis[: tokens.shape[1]] if packed is None else self.freqs_cis[packed.positions[0]]
-        mask = self._mask(h, packed)
-        for layer in self.layers:
-            h = layer(h, freqs_cis, mask)
+        if cache:
+            freqs_cis = self.freqs_cis[cache.grow(h.device), None]
+            mask = cache.mask(h, self.arch.sliding_window)
+        else:
+            freqs_cis = self.freqs_cis[: tokens.shape[1]] if packed is None else self.freqs_cis[packed.positions[0]]
+            mask = self._mask(h, packed)
+        for index, layer in enumerate(self.layers):
+            h = layer(h, freqs_cis, mask) if cache is None else layer(h, freqs_cis, mask, cache.layers[index])
         if places is not None:
             h = h[torch.arange(len(h), device=h.device), places]
         h = self.norm(h)

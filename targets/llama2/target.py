@@ -1,9 +1,10 @@
-"""Fine-tuning LLaMA2 on instruction data: the workload of `memscope profile targets/llama2`."""
+"""Fine-tuning LLaMA2 on instruction data, or continuing its prompts: that of `memscope profile targets/llama2`."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from memscope.errors import UsageError
 from memscope.targets.llama2 import alpaca
 from memscope.targets.llama2.alpaca import IGNORED, Batch, Sample
 from memscope.targets.llama2.config import PRESETS, Config
+from memscope.targets.llama2.inference import generation_workload
 from memscope.targets.llama2.model import Llama, Packed
 from memscope.targets.llama2.weights import load_weights, read_shape, without_initialization
 from memscope.targets.training.tokenizer import Tokenizer
@@ -36,13 +38,16 @@ def read_preset(path: Path) -> Config:
 
 
 def build(config: Config) -> Workload:
-    """Build the workload: model, instruction data in steps of `micro_batch * accumulation` samples, and AdamW.
+    """Build the workload: fine-tuning on steps of `micro_batch * accumulation` samples with AdamW, or generation.
 
     Raises:
         UsageError: weights, data or tokenizer cannot be used or do not fit the model, or a sample is longer than the
             context.
     """
-    return build_on(alpaca.longest_first(read_samples(config)), config)
+    samples = alpaca.longest_first(read_samples(config))
+    if config.mode == "generate":
+        return generation_workload(partial(_model, config), samples, config)
+    return build_on(samples, config)
 
 
 def build_on(samples: list[Sample], config: Config) -> Workload:

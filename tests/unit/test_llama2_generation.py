@@ -46,6 +46,16 @@ def test_prompts_of_different_lengths_are_continued_as_if_each_were_alone(way: s
         assert generate(model, [prompt], of_its_own, eos_id=None) == [together[index]]
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("changes", [{}, {"attention": "sdpa"}, {"sliding_window": 4}, {"dtype": "fp64"}], ids=str)
+def test_the_cache_changes_no_token(way: str, changes: dict[str, Any]) -> None:
+    model = model_of(dataclasses.replace(SMALL, **changes))
+    one, other = (
+        generate(model, PROMPTS, dataclasses.replace(WAYS[way], cache=cache), eos_id=5) for cache in (True, False)
+    )
+    assert one == other
+
+
 def test_logits_at_the_end_of_a_padded_row_are_those_of_the_row_alone() -> None:
     model = model_of()
     rows = torch.tensor([PROMPTS[0] + [0] * 6, PROMPTS[1]])
@@ -174,8 +184,8 @@ def bytes_of_model() -> int:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_between_two_tokens_only_the_model_is_held(way: str) -> None:
-    trace, _ = recorded(WAYS[way], PROMPTS)
+def test_without_a_cache_only_the_model_is_held_between_two_tokens(way: str) -> None:
+    trace, _ = recorded(dataclasses.replace(WAYS[way], cache=False), PROMPTS)
     moments = trace.born[trace.size == MARK]
     assert len(moments) == WAYS[way].max_new_tokens
     assert {int(size) - MARK for size in trace.allocated[moments]} == {bytes_of_model()}
@@ -195,12 +205,19 @@ def test_a_forward_pass_for_training_keeps_activations() -> None:
     assert recorder.trace().max_by_category()["activation"] > 0
 
 
-def test_the_peak_of_many_tokens_is_that_of_the_last_one_alone() -> None:
+def test_between_two_tokens_the_cache_is_held_and_nothing_else() -> None:
+    trace, _ = recorded(Decoding(max_new_tokens=5), [PROMPTS[1]])
+    a_token = 2 * SMALL.n_layers * 2 * 8 * 4  # keys and values, layers, their heads, size of a head, bytes of float32
+    held = [int(size) - MARK - bytes_of_model() for size in trace.allocated[trace.born[trace.size == MARK]]]
+    assert held == [a_token * (len(PROMPTS[1]) + token) for token in range(5)]
+
+
+def test_without_a_cache_the_peak_of_many_tokens_is_that_of_the_last_one_alone() -> None:
     prompt = PROMPTS[1]
-    trace, (found,) = recorded(Decoding(max_new_tokens=10), [prompt])
-    last, _ = recorded(Decoding(max_new_tokens=1), [[*prompt, *found.tokens[:9]]])
+    trace, (found,) = recorded(Decoding(max_new_tokens=10, cache=False), [prompt])
+    last, _ = recorded(Decoding(max_new_tokens=1, cache=False), [[*prompt, *found.tokens[:9]]])
     assert trace.peak.allocated_bytes == last.peak.allocated_bytes
-    first, _ = recorded(Decoding(max_new_tokens=1), [prompt])
+    first, _ = recorded(Decoding(max_new_tokens=1, cache=False), [prompt])
     assert first.peak.allocated_bytes < last.peak.allocated_bytes
 
 

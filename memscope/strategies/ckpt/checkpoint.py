@@ -34,6 +34,7 @@ class Checkpoint(Strategy):
     name = "ckpt"
     stage = Stage.WRAP
     exact = True
+    trains = "what the backward pass needs"
     changes = "the running statistics of batch norm, which recomputation updates again"
     provides = frozenset({"recomputation"})
     textbook: ClassVar[Mapping[str, str]] = {

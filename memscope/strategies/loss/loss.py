@@ -27,6 +27,7 @@ class Loss(Strategy):
     name = "loss"
     stage = Stage.WRAP
     exact = True
+    trains = "the loss"
     textbook: ClassVar[Mapping[str, str]] = {
         "parameter": "–",
         "activation": "↓",

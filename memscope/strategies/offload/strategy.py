@@ -31,6 +31,7 @@ class Offload(Strategy):
     name = "offload"
     stage = Stage.STEP
     exact = True
+    trains = "what the backward pass and the optimizer keep"
     changes = "the updates, which the host's processor computes with another order of operations"
     takes_more = "memory of the host"
     textbook: ClassVar[Mapping[str, str]] = {"parameter": "–", "computation": "–"}

@@ -35,6 +35,7 @@ class Optim(Strategy):
     name = "optim"
     stage = Stage.OPTIM
     exact = True
+    trains = "the optimizer"
     changes = "the optimizer"
     textbook: ClassVar[Mapping[str, str]] = {
         "parameter": "–",
