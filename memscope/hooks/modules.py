@@ -34,7 +34,7 @@ def original_name(name: str) -> str:
 
 def class_of(model: nn.Module) -> str:
     """The name of a model's class; of a compiled one, that of the original."""
-    return type(model._modules.get(_ORIGINAL, model)).__name__
+    return type(getattr(model, _ORIGINAL, model)).__name__
 
 
 class ModuleStack:

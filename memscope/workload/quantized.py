@@ -17,13 +17,13 @@ __all__ = ["elements", "is_quantized", "scales_of"]
 
 def is_quantized(module: nn.Module) -> bool:
     """Whether a module's weight is quantized to 4 or 8 bits."""
-    weight = module._parameters.get("weight")
+    weight = _weight(module)
     return weight is not None and (_state(weight) is not None or bool(_row_scales(module)))
 
 
 def scales_of(module: nn.Module) -> dict[str, Tensor]:
     """The tensors that scale a module's quantized weight, by name as in its state dict; none if it is not quantized."""
-    weight = module._parameters.get("weight")
+    weight = _weight(module)
     state = None if weight is None else _state(weight)
     if state is None:
         return _row_scales(module)
@@ -43,12 +43,17 @@ def elements(parameter: Tensor) -> int:
     return parameter.numel() if state is None else int(torch.Size(state.shape).numel())
 
 
+def _weight(module: nn.Module) -> Tensor | None:
+    """A module's own weight; the parameters of a scripted module are no dictionary."""
+    return next((own for name, own in module.named_parameters(recurse=False) if name == "weight"), None)
+
+
 def _state(weight: Tensor) -> Any:
     return getattr(weight, "quant_state", None)
 
 
 def _row_scales(module: nn.Module) -> dict[str, Tensor]:
-    weight = module._parameters.get("weight")
+    weight = _weight(module)
     if weight is None or weight.dtype is not torch.int8:
         return {}
     held = (getattr(owner, "SCB", None) for owner in (weight, getattr(module, "state", None)))

@@ -126,6 +126,7 @@ def test_the_outcome_sums_up_all_steps(tmp_path: Path) -> None:
         last_loss=1.0,
         perplexity_before=9.0,
         perplexity_after=5.0,
+        token_accuracy=None,
         seconds=1.0,
         tokens_per_second=100.0,
         peak_bytes=10,

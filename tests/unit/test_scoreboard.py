@@ -69,7 +69,7 @@ def test_the_page_shows_the_remembered_results() -> None:
 
 
 def test_an_attempt_without_a_result_is_told_not_left_out() -> None:
-    (group,) = [group for group in GROUPS if group.id == "peft-mm"]
+    group = next(group for group in GROUPS if len(group.cases) > 1 and not any(case.refused for case in group.cases))
     failed = {case.id: {name: {"command": "", "error": "no network"} for name in ATTEMPTS} for case in group.cases}
     assert "No prediction for any of these: no network." in page([group], failed)
     assert "not run yet" in page([group], {})

@@ -21,7 +21,8 @@ __all__ = [
     "target_problems",
 ]
 
-AUTO, ALL_LINEAR = "auto", "all-linear"
+AUTO = "auto"
+ALL_LINEAR = "all-linear"
 
 _BY_TARGETS = {
     ("q_proj", "v_proj"): "bart gptj gpt_neo opt llama llama4 mistral mixtral stablelm gemma gemma2 gemma3_text qwen2 "

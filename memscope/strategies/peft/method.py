@@ -11,7 +11,7 @@ from torch import nn
 from memscope.errors import UsageError
 from memscope.strategies import Problem, Stage, Strategy
 from memscope.strategies.lora.linear import matches, shortest_names
-from memscope.strategies.lora.targets import ALL_LINEAR, AUTO, auto_targets, require_one_word
+from memscope.strategies.lora.targets import ALL_LINEAR, AUTO, auto_targets, chosen_linear, require_one_word
 from memscope.strategies.peft.library import adapted_model, config_class, default_targets, has_peft_modules, values_of
 from memscope.workload.description import Workload
 from memscope.workload.settings import choice, other_settings
@@ -144,19 +144,23 @@ class PeftMethod(Strategy):
             return {}
         if method == "ln_tuning":
             return {"target_modules": list(_norms(model))}
-        return {"target_modules": list(auto_targets(model)), **no_others}
+        linear = chosen_linear(model, (AUTO,))  # PEFT looks for the names among all modules
+        return {"target_modules": [*shortest_names(linear, _names(model))], **no_others}
 
 
 def _norms(model: nn.Module) -> tuple[str, ...]:
-    names = [name for name, _ in model.named_modules()]
     chosen = [name for name, module in model.named_modules() if "norm" in type(module).__name__.lower() and name]
-    return shortest_names(chosen, names)
+    return shortest_names(chosen, _names(model))
+
+
+def _names(model: nn.Module) -> list[str]:
+    return [name for name, _ in model.named_modules()]
 
 
 def _unmatched(model: nn.Module, targets: tuple[str, ...], of: str) -> list[Problem]:
     if targets in ((AUTO,), (ALL_LINEAR,)):
         return []
-    names = [name for name, _ in model.named_modules()]
+    names = _names(model)
     return [
         Problem(f'targets={target} matches no module of "{of}"', "memscope profile shows the modules of a model")
         for target in targets
