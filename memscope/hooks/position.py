@@ -43,7 +43,7 @@ class Position:
         told: whether `run_step` reports phases and inputs, so that they need not be recognized.
         saw_backward: whether a backward pass has run since the last forward phase began; gradients that are part of a
             loss (`torch.autograd.grad(..., create_graph=True)`) are none.
-        optimizes: whether an optimizer steps: its work is no part of the backward pass that it runs in.
+        optimizes: whether an optimizer steps in a backward pass: its work is no part of that pass.
         is_recorded: whether autograd records the running operator; known for the phase `outside` alone.
         serves_backward: whether autograd may keep what the running operator makes.
     """

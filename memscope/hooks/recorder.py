@@ -283,7 +283,7 @@ class Recorder:
             self._begin_step()
         here = self._position
         self._around_optimizer = here.base_phase if here.is_in_backward else None
-        self._in_optimizer = here.optimizes = True
+        self._in_optimizer, here.optimizes = True, here.is_in_backward  # a closure may run a backward pass of its own
         self._move_to("optimizer")
 
     def _optimizer_ends(self, optimizer: torch.optim.Optimizer) -> None:
