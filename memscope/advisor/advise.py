@@ -170,8 +170,8 @@ def advised(request: AdviceRequest, asker: Asker, workload: Workload | Callable[
             built = build_workload(workload)
     if built.optimizer_factory is None:
         raise UsageError(
-            f'"{built.name}" is for inference: advice is on training. To see what fits, use memscope fit; '
-            "to try a strategy, memscope profile -s"
+            f'"{built.name}" is for inference: advice is on training; to see whether it fits, or to try a '
+            "strategy, run memscope profile"
         )
     always.check(built)
     chain = LayerList.of(built.model, request.layer_list, exactly=CHECKPOINTING not in allowed)

@@ -282,9 +282,8 @@ def _next(
     words += ["--steps", options.steps] if options.steps != DEFAULT_STEPS else []
     words += ["--timeout", options.timeout] if options.timeout else []
     plan = prepared.plans[-1] if prepared.plans else Plan.of()
-    for one in remedies.tried if remedies else ():
-        if one.fit.fits:
-            return [*words, "--strategies", Plan.of(*plan.strategies, one.strategy)]
+    if remedies and remedies.best:
+        return [*words, "--strategies", Plan.of(*plan.strategies, remedies.best.strategy)]
     if prepared.to_try and not remedies:
         return [*words, "--strategies", prepared.to_try[0]]
     return compare_words(traces)

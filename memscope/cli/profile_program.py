@@ -250,9 +250,9 @@ def _next(
     offered = {offer.spec for offer in offers.strategies} if offers else set(_TO_TRY)  # it ended before its optimizer
     to_try = [spec for spec in _TO_TRY if spec in offered]
     plan = asked.plans[-1] if asked.plans else Plan.of()
-    tried = remedies.tried if remedies else ()
-    fitting = [str(Plan.of(*plan.strategies, one.strategy)) for one in tried if one.fit.fits]
-    proposed = fitting or ([] if asked.plans or tried else to_try)
+    best = remedies.best if remedies else None
+    fitting = [str(Plan.of(*plan.strategies, best.strategy))] if best else []
+    proposed = fitting or ([] if asked.plans or (remedies and remedies.tried) else to_try)
     if device is None or not proposed:
         return compare_words(traces)
     words: list[object] = ["memscope", "profile", "--device", device, *machine_words(options)]

@@ -68,6 +68,12 @@ class Remedies:
     failed: dict[str, str] = field(default_factory=dict)
     """Reasons why other strategies could not be simulated, by strategy."""
 
+    @property
+    def best(self) -> WouldFree | None:
+        """The largest saving that makes the run fit; an exact strategy that takes device memory alone goes first."""
+        fitting = [one for one in self.tried if one.fit.fits]
+        return min(fitting, key=lambda one: not one.is_exact or bool(one.strategy.takes_more), default=None)
+
 
 def would_free(spec: RunSpec, trace: Trace, try_all: TryAll, alone: Alone = alone) -> Remedies:
     """Simulate the plan of a run that did not fit with each further installed strategy that can be applied.

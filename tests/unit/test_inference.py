@@ -11,7 +11,7 @@ from llamas import SMALL
 from torch import Tensor, nn
 from traces import TraceBuilder
 
-from memscope import Workload, record, simulate
+from memscope import Workload, fit, record, simulate
 from memscope.advisor.advise import advise
 from memscope.analysis.cost import last_step_seconds, total_seconds
 from memscope.analysis.phases import about_phases, call_peaks, phase_peaks
@@ -80,6 +80,8 @@ def test_a_workload_for_inference_cannot_be_trained_or_advised() -> None:
         Training.start(two_layers(), "cpu", lambda data: data)
     with pytest.raises(UsageError, match="is for inference: advice is on training"):
         advise(two_layers, budget="1GB", device="a100-40gb")
+    with pytest.raises(UsageError, match="is for inference: fit searches the sizes of a training step"):
+        fit(lambda micro_batch: two_layers(), micro_batch=1, device="a100-40gb")
 
 
 # Strategies.

@@ -18,6 +18,7 @@ from memscope.simulation.devices.catalogue import get_device
 from memscope.simulation.simulate import simulate
 from memscope.strategies import Plan
 from memscope.strategies.loss import Loss
+from memscope.strategies.loss import loss as loss_module
 from memscope.strategies.loss.parts import has_fused
 from memscope.targets.llama2.config import Config
 from memscope.targets.llama2.target import build
@@ -159,3 +160,11 @@ def test_the_operations_of_the_fused_loss_are_counted() -> None:
     for asked, products in (((True, True, False), 3), ((True, False, False), 2), ((False, False, False), 1)):
         arguments = (rows, weight, torch.empty(6), None, None, *options, *asked)
         assert flops_of(op, arguments, {}, ()) == products * product
+
+
+def test_small_logits_are_left_out_of_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+    toy = toy_workload()
+    monkeypatch.setattr(loss_module, "_LEAST_SHARE", 1e-9)
+    assert (Loss.candidates(toy), Loss.left_out(toy)) == ([Loss.Config(fused=has_fused())], [])
+    monkeypatch.setattr(loss_module, "_LEAST_SHARE", 1e9)
+    assert (Loss.candidates(toy), Loss.left_out(toy)) == ([], [Loss.Config(fused=has_fused())])

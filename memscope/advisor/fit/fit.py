@@ -20,7 +20,7 @@ from memscope.errors import GateFailed, MemscopeError, UsageError
 from memscope.simulation.assumptions import Assume
 from memscope.simulation.devices.catalogue import Device, get_device
 from memscope.strategies import Plan
-from memscope.trace import Progress, Trace
+from memscope.trace import PHASES, Progress, Trace
 from memscope.workload.description import Workload
 
 __all__ = ["answer", "fit"]
@@ -119,6 +119,11 @@ def answer(question: Question, asker: Asker, build: Callable[..., Workload] | No
     allowed_names(question.allow)  # a wrong name is told before anything is simulated
     search = _Search(question, asker)
     trace = search.begin()
+    if PHASES.index("backward") not in trace.mark_phase:
+        raise UsageError(
+            f'"{trace.meta["target"]}" is for inference: fit searches the sizes of a training step; to see whether one '
+            "size of it fits, run memscope profile with --set"
+        )
     fits_as_asked = search.evidence[search.asked]
     micro_batch = search.largest_micro_batch()
     seq_len = None if search.asked.seq_len is None else search.longest_context(trace.meta.get("positions"))

@@ -12,6 +12,7 @@ from memscope.errors import UsageError
 from memscope.strategies import Problem, Stage, Strategy
 from memscope.strategies.loss.causal_lm import causal_lm, replace_loss
 from memscope.strategies.loss.parts import Labelled, SummedLoss, chunked, fused, has_fused
+from memscope.workload.batch import tensors_in
 from memscope.workload.description import HeadLoss, Workload
 
 __all__ = ["Loss"]
@@ -54,8 +55,13 @@ class Loss(Strategy):
 
     @classmethod
     def candidates(cls, workload: Workload) -> Sequence[Config]:
-        """Fused, where PyTorch has it, or else chunked."""
-        return [cls.Config(fused=has_fused())]
+        """Fused, where PyTorch has it, or else chunked; none for logits that are small beside the weights."""
+        return [cls.Config(fused=has_fused())] if _are_logits_large(workload) else []
+
+    @classmethod
+    def left_out(cls, workload: Workload) -> Sequence[Config]:
+        """The candidate for small logits."""
+        return [] if _are_logits_large(workload) else [cls.Config(fused=has_fused())]
 
     def check(self, workload: Workload) -> list[Problem]:
         """Report settings out of range, a PyTorch without the function, and a model whose head and loss are unknown."""
@@ -76,6 +82,26 @@ class Loss(Strategy):
             replace_loss(causal_lm(workload.model), summed, chunks)
         else:
             workload.loss = _LossInParts(found, summed, chunks)
+
+
+_LEAST_SHARE = 0.01
+"""Logits below this share of the weights are not worth the simulations of all combinations with other strategies."""
+
+
+def _are_logits_large(workload: Workload) -> bool:
+    """Whether the logits of a micro-batch, in float32, are large beside the weights; True if their size is unknown."""
+    if workload.head_loss is not None:
+        head: Any = workload.model.get_submodule(workload.head_loss.head)
+    else:
+        model: Any = causal_lm(workload.model)
+        head = None if model is None else model.get_output_embeddings()
+    pieces = workload.split(workload.batches[0], workload.plan.micro_batches) if len(workload.batches) else []
+    integers = [one for one in tensors_in([*pieces]) if not one.is_floating_point()]
+    tokens = max((one.numel() for one in integers), default=0)
+    if head is None or not tokens:
+        return True
+    weights = sum(parameter.nbytes for parameter in workload.model.parameters())
+    return 4 * tokens * int(head.weight.shape[0]) >= _LEAST_SHARE * weights
 
 
 @dataclass(frozen=True)
