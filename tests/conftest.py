@@ -9,10 +9,13 @@ import torch
 torch.set_num_threads(1)
 
 _LONGEST = (
-    "test_gpu_script test_checkpoint_plans test_conformance test_profile_command test_nothing_lost test_page"
-    " test_terminal test_fit_command test_navigation test_advise_command test_advisor_exhaustive"
-    " test_simulation_equals_run test_published test_advisor test_llama2_sizes test_moment test_exactness test_finetune"
-    " test_hf_target test_interrupts test_published_libraries test_exit_codes test_docs test_planner test_fit"
+    "test_gpu_script test_advisor_exhaustive test_conformance test_advise_command test_programs"
+    " test_programs_launch test_profile_command test_docs test_nothing_lost test_terminal test_advisor"
+    " test_interrupts test_machine_pretrained test_advisor_programs test_exit_codes test_hf_target"
+    " test_programs_strategies test_page test_exactness test_navigation test_llama2_sizes"
+    " test_published_libraries test_fit_command test_simulation_equals_run test_advisor_allowed test_published"
+    " test_checkpoint_plans test_finetune test_fit test_advisor_search test_moment test_would_free"
+    " test_machine_moves test_advisor_layers"
 )
 
 
